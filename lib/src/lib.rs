@@ -1,0 +1,1 @@
+//! Share one buffer between devices through dma-buf.

@@ -1,0 +1,2 @@
+//! The lab runner behind `cargo lab`.
+fn main() {}

@@ -1,0 +1,2 @@
+//! The command `peerbuf`.
+fn main() {}
