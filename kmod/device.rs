@@ -1,0 +1,404 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A bound PCI device: its BARs, who has what of them, and going away.
+
+use core::{mem::ManuallyDrop, ptr};
+
+use kernel::{
+    bindings,
+    device::{Core, DeviceContext},
+    error::to_result,
+    ffi::*,
+    new_mutex,
+    page::PAGE_SIZE,
+    pci,
+    prelude::*,
+    sync::{aref::ARef, Arc, ArcBorrow, Mutex},
+};
+
+use crate::{
+    abi,
+    buffer::Buffer,
+    exporter, ffi,
+    pages::Pages,
+    region::{Place, Regions},
+};
+
+/// One BAR, as it was found at probe time.
+#[derive(Clone, Copy)]
+pub(crate) struct Bar {
+    /// Physical address as the processor sees it.
+    pub(crate) start: u64,
+    /// Bytes; zero where there is no such BAR.
+    pub(crate) size: u64,
+    /// `abi::BAR_*`.
+    pub(crate) flags: u32,
+    /// Null where the BAR cannot be exported. Valid while the device is bound.
+    pub(crate) provider: *mut bindings::p2pdma_provider,
+    /// Present where CPU mappings have struct pages.
+    pub(crate) pages: Option<Pages>,
+}
+
+impl Bar {
+    const ABSENT: Self = Self {
+        start: 0,
+        size: 0,
+        flags: 0,
+        provider: ptr::null_mut(),
+        pages: None,
+    };
+
+    /// Reads what BAR `index` is, and makes struct pages for it where the kernel can.
+    ///
+    /// # Safety
+    ///
+    /// Called from the probe of `dev`, after `pcim_p2pdma_init`, once for each index below
+    /// `NUM_BARS`. [`Device::remove`] runs before the devres of `dev` is released, unless nothing
+    /// was exported.
+    unsafe fn probe(dev: &pci::Device<Core<'_>>, index: u32) -> Self {
+        let pdev = raw(dev);
+        let bar = index as c_int;
+        // SAFETY: `pdev` is valid and `bar` is the index of a standard BAR, by the caller's
+        // promise. The same for the two calls that follow.
+        let resource = unsafe { ffi::peerbuf_pci_resource_flags(pdev, bar) } as u32;
+        // SAFETY: As above.
+        let (start, size) = unsafe {
+            (
+                bindings::pci_resource_start(pdev, bar),
+                bindings::pci_resource_len(pdev, bar),
+            )
+        };
+        if size == 0 {
+            return Self::ABSENT;
+        }
+        let mut this = Self {
+            start,
+            size,
+            ..Self::ABSENT
+        };
+        if resource & bindings::IORESOURCE_MEM == 0 || resource & bindings::IORESOURCE_UNSET != 0 {
+            return this;
+        }
+        this.flags |= abi::BAR_MEMORY;
+        if resource & bindings::IORESOURCE_PREFETCH != 0 {
+            this.flags |= abi::BAR_PREFETCHABLE;
+        }
+        if resource & bindings::IORESOURCE_MEM_64 != 0 {
+            this.flags |= abi::BAR_64BIT;
+        }
+        let page = PAGE_SIZE as u64;
+        if start % page != 0 || size % page != 0 {
+            return this;
+        }
+        // SAFETY: As above, and `pcim_p2pdma_init` was called.
+        this.provider = unsafe { bindings::pcim_p2pdma_provider(pdev, bar) };
+        if this.provider.is_null() {
+            return this;
+        }
+        this.flags |= abi::BAR_EXPORT;
+        if Pages::possible(start, size) {
+            // SAFETY: By the caller's promise and the check above.
+            match unsafe { Pages::publish(dev, index, start, size) } {
+                Ok(pages) => {
+                    this.pages = Some(pages);
+                    this.flags |= abi::BAR_PAGES;
+                }
+                Err(e) => pr_warn!(
+                    "BAR {}: no struct pages ({:?}): direct I/O on its mappings will be refused\n",
+                    index,
+                    e
+                ),
+            }
+        }
+        this
+    }
+}
+
+/// What changes while the device is bound.
+struct State {
+    /// False once the device began to go away: nothing new is exported.
+    live: bool,
+    regions: [Regions; abi::NUM_BARS],
+    /// The exports that removal must revoke. An entry is taken out by the release of its dma-buf
+    /// or by removal, whichever comes first, under the lock; so while an entry is here its
+    /// dma-buf's memory is, too.
+    exports: KVec<*mut bindings::dma_buf>,
+}
+
+// SAFETY: The pointers are used under the lock, as the field says, from whatever thread.
+unsafe impl Send for State {}
+
+/// A bound PCI device. It lives on, gone, while descriptors refer to it.
+#[pin_data]
+pub(crate) struct Device {
+    pdev: ARef<pci::Device>,
+    pub(crate) bars: [Bar; abi::NUM_BARS],
+    #[pin]
+    state: Mutex<State>,
+}
+
+// SAFETY: `bars` is not written after probe; the P2PDMA provider and the pages are used only
+// while the device is bound, which `State::live` and `Buffer::revoked` tell.
+unsafe impl Send for Device {}
+// SAFETY: As for `Send`.
+unsafe impl Sync for Device {}
+
+impl Device {
+    /// Enables the device's memory and takes its BARs.
+    ///
+    /// Bus mastering stays off: whatever somebody does to the device's registers through an
+    /// export, it cannot send DMA or an interrupt message on its own.
+    pub(crate) fn probe(pdev: &pci::Device<Core<'_>>) -> Result<Binding> {
+        let raw = raw(pdev);
+        // SAFETY: `pdev` is being probed, so managed resources may be added. The same for the two
+        // calls that follow.
+        to_result(unsafe { bindings::pcim_enable_device(raw) })?;
+        // SAFETY: As above; the name is static.
+        to_result(unsafe {
+            bindings::pcim_request_all_regions(raw, c"peerbuf".as_char_ptr())
+        })?;
+        // SAFETY: As above.
+        to_result(unsafe { bindings::pcim_p2pdma_init(raw) })?;
+
+        let mut bars = [Bar::ABSENT; abi::NUM_BARS];
+        for (index, bar) in (0..).zip(bars.iter_mut()) {
+            // SAFETY: `pdev` is being probed and `pcim_p2pdma_init` was called. Exporting takes a
+            // `Device`, and the `Binding` around the only way to one calls `remove`.
+            *bar = unsafe { Bar::probe(pdev, index) };
+        }
+        let regions = bars.each_ref().map(|bar| Regions::new(bar.size));
+        let device = Arc::pin_init(
+            pin_init!(Self {
+                pdev: pdev.into(),
+                bars,
+                state <- new_mutex!(State {
+                    live: true,
+                    regions,
+                    exports: KVec::new(),
+                }),
+            }),
+            GFP_KERNEL,
+        )?;
+        Ok(Binding(device))
+    }
+
+    /// The PCI address, as `DDDD:BB:DD.F`.
+    pub(crate) fn name(&self) -> &CStr {
+        let dev: &kernel::device::Device = (*self.pdev).as_ref();
+        dev.name()
+    }
+
+    pub(crate) fn pci(&self) -> &pci::Device {
+        &self.pdev
+    }
+
+    /// Answers `abi::IOC_QUERY`. ENODEV once the device is gone.
+    pub(crate) fn query(&self) -> Result<abi::Query> {
+        let mut query = abi::Query {
+            size: size_of::<abi::Query>() as u32,
+            abi_version: abi::ABI_VERSION,
+            page_size: PAGE_SIZE as u32,
+            vendor: self.pdev.vendor_id().as_raw(),
+            device: self.pdev.device_id(),
+            ..Default::default()
+        };
+        // The last byte stays NUL; no PCI address is that long.
+        let name = self.name().to_bytes();
+        let len = name.len().min(query.bdf.len() - 1);
+        query.bdf[..len].copy_from_slice(&name[..len]);
+
+        let mut state = self.state.lock();
+        if !state.live {
+            return Err(ENODEV);
+        }
+        for ((out, bar), regions) in query
+            .bars
+            .iter_mut()
+            .zip(&self.bars)
+            .zip(state.regions.iter_mut())
+        {
+            bar.reap(regions);
+            *out = abi::Bar {
+                size: bar.size,
+                free: regions.free(),
+                largest_free: regions.largest_free(),
+                exports: regions.count(),
+                flags: bar.flags,
+            };
+        }
+        Ok(query)
+    }
+
+    /// Exports `len` bytes of a BAR and returns the dma-buf with where it begins.
+    ///
+    /// Errors: those of `abi::Export`.
+    pub(crate) fn export(
+        self: ArcBorrow<'_, Self>,
+        bar: u32,
+        place: Place,
+        len: u64,
+        fd_flags: u32,
+    ) -> Result<(DmaBuf, u64)> {
+        let mut state = self.state.lock();
+        if !state.live {
+            return Err(ENODEV);
+        }
+        let index = bar as usize;
+        let info = self.bars.get(index).ok_or(EINVAL)?;
+        if info.flags & abi::BAR_MEMORY == 0 {
+            return Err(EINVAL);
+        }
+        if info.flags & abi::BAR_EXPORT == 0 {
+            return Err(ffi::eopnotsupp());
+        }
+        let page = PAGE_SIZE as u64;
+        let misplaced = match place {
+            Place::Any => false,
+            Place::At(offset) => offset % page != 0,
+        };
+        if len == 0 || len % page != 0 || misplaced {
+            return Err(EINVAL);
+        }
+
+        // Room in the list first, so that nothing can fail once the dma-buf exists.
+        state.exports.reserve(1, GFP_KERNEL)?;
+        info.reap(&mut state.regions[index]);
+        let offset = state.regions[index].take(place, len)?;
+        let dmabuf = Buffer::new(self.into(), index, offset, len)
+            .and_then(|buffer| exporter::export(buffer, fd_flags));
+        match dmabuf {
+            Ok(dmabuf) => {
+                // Cannot fail: the room was reserved above, under the same lock.
+                let _ = state.exports.push_within_capacity(dmabuf);
+                Ok((DmaBuf(dmabuf), offset))
+            }
+            Err(e) => {
+                state.regions[index].give_back(offset, false);
+                Err(e)
+            }
+        }
+    }
+
+    /// Forgets an export whose dma-buf is being released, and gives its range back.
+    pub(crate) fn forget(&self, buffer: &Buffer, dmabuf: *mut bindings::dma_buf) {
+        let mut state = self.state.lock();
+        state.exports.retain(|&mut entry| entry != dmabuf);
+        if state.live {
+            // Direct I/O may outlive both the mapping it was started on and the descriptor.
+            let in_use = buffer.pages_in_use();
+            state.regions[buffer.bar].give_back(buffer.offset, in_use);
+        }
+    }
+
+    /// Takes all access away and returns when nobody can reach the BARs any more.
+    ///
+    /// The order is that of the kernel's own exporters: no new exports; each export revoked, its
+    /// importers told, their fences and then their unmapping waited for, CPU mappings zapped; and
+    /// then direct I/O on pages of those mappings waited for. The waits have no limit, since the
+    /// memory is gone when this returns; they are for the importers' drivers and for I/O that a
+    /// disk has accepted, both of which end by themselves, and what is waited for is logged.
+    fn remove(&self) {
+        self.state.lock().live = false;
+        while let Some(dmabuf) = self.take_export() {
+            // SAFETY: `take_export` returned it with a reference to its file, which is dropped
+            // below.
+            unsafe {
+                exporter::revoke(dmabuf);
+                bindings::fput((*dmabuf).file);
+            }
+        }
+        let mut waited_ms = 0;
+        while let busy @ 1.. = self.busy_pages() {
+            if waited_ms % 10_000 == 9_999 {
+                pr_warn!(
+                    "{}: still waiting for direct I/O on {} pages\n",
+                    self.name(),
+                    busy
+                );
+            }
+            // SAFETY: Removal may sleep.
+            unsafe { bindings::msleep(1) };
+            waited_ms += 1;
+        }
+        // No page becomes busy again: every export is revoked and zapped, or its file is dead and
+        // has no mapping. The chunks of pages go back with the devres.
+    }
+
+    /// Takes an export out of the list whose file is alive, with a reference to the file.
+    fn take_export(&self) -> Option<*mut bindings::dma_buf> {
+        let mut state = self.state.lock();
+        while let Some(dmabuf) = state.exports.pop() {
+            // SAFETY: While the entry is in the list, and it was until now under this lock, the
+            // dma-buf's memory is valid; the file may be dying, which this call tells.
+            if !unsafe { bindings::get_file_active(&raw mut (*dmabuf).file) }.is_null() {
+                return Some(dmabuf);
+            }
+            // A dying file has neither attachments nor mappings; its release finds no entry.
+        }
+        None
+    }
+
+    fn busy_pages(&self) -> usize {
+        self.bars
+            .iter()
+            .filter_map(|bar| Some(bar.pages.as_ref()?.busy(0, bar.size)))
+            .sum()
+    }
+}
+
+impl Bar {
+    /// Frees the ranges that only waited for direct I/O which has ended by now.
+    fn reap(&self, regions: &mut Regions) {
+        regions.reap(|start, len| {
+            self.pages
+                .as_ref()
+                .is_some_and(|pages| pages.busy(start, len) != 0)
+        });
+    }
+}
+
+/// A device that is bound. Dropping it is the device's removal, see [`Device::remove`]; it must
+/// happen before the devres of the PCI device is released, so the driver's private data owns it.
+pub(crate) struct Binding(Arc<Device>);
+
+impl Binding {
+    /// The device, which others may keep beyond the binding.
+    pub(crate) fn device(&self) -> &Arc<Device> {
+        &self.0
+    }
+}
+
+impl Drop for Binding {
+    fn drop(&mut self) {
+        self.0.remove();
+    }
+}
+
+/// The C view of a PCI device.
+pub(crate) fn raw<Ctx: DeviceContext>(pdev: &pci::Device<Ctx>) -> *mut bindings::pci_dev {
+    // `pci::Device` is a transparent wrapper of `struct pci_dev`.
+    ptr::from_ref(pdev).cast_mut().cast()
+}
+
+/// A new dma-buf that is not yet a file descriptor. Dropping it releases it.
+pub(crate) struct DmaBuf(*mut bindings::dma_buf);
+
+impl DmaBuf {
+    /// Gives the dma-buf to the descriptor number `fd`, which the caller has reserved.
+    ///
+    /// # Safety
+    ///
+    /// `fd` came from `get_unused_fd_flags` and is not used otherwise.
+    pub(crate) unsafe fn install(self, fd: u32) {
+        let this = ManuallyDrop::new(self);
+        // SAFETY: By the caller's promise, and the file takes over this object's reference.
+        unsafe { bindings::fd_install(fd, (*this.0).file) };
+    }
+}
+
+impl Drop for DmaBuf {
+    fn drop(&mut self) {
+        // SAFETY: This object owns a reference.
+        unsafe { bindings::dma_buf_put(self.0) };
+    }
+}

@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Declarations that `kernel::bindings` lacks: functions that Linux 7.2 exports without their
+//! header being in the bindings, and the wrappers in `helpers.c`. Nothing but declarations.
+
+use kernel::{bindings, ffi::*};
+
+/// `VM_FAULT_NOPAGE`: the handler has put the page table entry in by itself.
+pub(crate) const VM_FAULT_NOPAGE: bindings::vm_fault_t = 0x100;
+
+/// `VM_MAYSHARE`, which every shared mapping has. (`kernel::mm::virt::flags::MAYSHARE` of Linux 7.2
+/// holds the value of `VM_MAYEXEC`.)
+pub(crate) const VM_MAYSHARE: bindings::vm_flags_t = 0x80;
+
+/// `MAX_SCHEDULE_TIMEOUT`: no limit.
+pub(crate) const MAX_SCHEDULE_TIMEOUT: c_ulong = c_long::MAX as c_ulong;
+
+/// EOPNOTSUPP, for which the kernel's Rust code has no constant.
+pub(crate) fn eopnotsupp() -> kernel::error::Error {
+    kernel::error::Error::from_errno(-(bindings::EOPNOTSUPP as c_int))
+}
+
+/// A table of function pointers that the kernel only reads.
+pub(crate) struct Table<T>(pub(crate) T);
+
+// SAFETY: Nobody writes to it.
+unsafe impl<T> Sync for Table<T> {}
+
+// The types are those of `bindings`, which holds some of them as structs without fields.
+#[allow(improper_ctypes)]
+extern "C" {
+    /// `linux/dma-buf-mapping.h`, namespace `DMA_BUF`. The reservation lock is held.
+    pub(crate) fn dma_buf_phys_vec_to_sgt(
+        attach: *mut bindings::dma_buf_attachment,
+        provider: *mut bindings::p2pdma_provider,
+        phys_vec: *mut bindings::phys_vec,
+        nr_ranges: usize,
+        size: usize,
+        dir: bindings::dma_data_direction,
+    ) -> *mut bindings::sg_table;
+
+    /// `linux/dma-buf-mapping.h`, namespace `DMA_BUF`. The reservation lock is held.
+    pub(crate) fn dma_buf_free_sgt(
+        attach: *mut bindings::dma_buf_attachment,
+        sgt: *mut bindings::sg_table,
+        dir: bindings::dma_data_direction,
+    );
+
+    /// `linux/memremap.h`: the alignment that memory with struct pages needs, in bytes.
+    pub(crate) fn memremap_compat_align() -> c_ulong;
+
+    pub(crate) fn peerbuf_pfn_to_page(pfn: c_ulong) -> *mut bindings::page;
+    pub(crate) fn peerbuf_page_ref_count(page: *const bindings::page) -> c_int;
+    pub(crate) fn peerbuf_set_page_count(page: *mut bindings::page, count: c_int);
+    pub(crate) fn peerbuf_pci_resource_flags(pdev: *mut bindings::pci_dev, bar: c_int) -> c_ulong;
+    pub(crate) fn peerbuf_vma_set_noncached(vma: *mut bindings::vm_area_struct);
+}

@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! peerbuf.ko: exports regions of PCI BARs as dma-bufs.
+//!
+//! The driver has no ids of its own and takes a device the way `vfio-pci` does, when an
+//! administrator says so:
+//!
+//! ```sh
+//! echo peerbuf > /sys/bus/pci/devices/$BDF/driver_override
+//! echo $BDF > /sys/bus/pci/drivers_probe
+//! ```
+//!
+//! # Rooms
+//!
+//! - `device.rs`: a bound device and going away; `node.rs`: its node and ioctls;
+//! - `region.rs`: who has which bytes of a BAR; `pages.rs`: a BAR's struct pages;
+//! - `buffer.rs`: what stands behind a dma-buf; `exporter.rs`: the dma-buf operations;
+//! - `abi.rs`: the interface to userspace; `ffi.rs`, `helpers.c`: what `bindings` lacks.
+//!
+//! # Locks, outermost first
+//!
+//! 1. `misc_mtx` of the misc core: opening a node, and unregistering it;
+//! 2. `Device::state`: the BARs' regions, the list of exports, whether the device is live;
+//! 3. `mmap_lock` of a process;
+//! 4. the reservation lock of a dma-buf: whether it is revoked, how many scatter tables are out;
+//! 5. the importers' own locks, taken in their callbacks; `i_mmap_rwsem`, when zapping.
+//!
+//! `Device::state` and a reservation lock are never held together today; if they must be, in this
+//! order. No lock is held while unmapping or direct I/O is waited for.
+//!
+//! # Lifetimes
+//!
+//! A file descriptor keeps the module and the memory of `Device`, never the binding: what a
+//! dma-buf refers to in the device is used only under its reservation lock while it is not
+//! revoked, and removal revokes all before it returns.
+
+use kernel::{device::Core, pci, prelude::*};
+
+mod abi;
+mod buffer;
+mod device;
+mod exporter;
+mod ffi;
+mod node;
+mod pages;
+mod region;
+
+use device::{Binding, Device};
+use node::Node;
+
+/// What a bound device owns, dropped in this order before its devres is released.
+struct Bound {
+    /// First: nobody new comes in by the node.
+    _node: Node,
+    /// Then the device takes away what was given out, and waits until it is.
+    _device: Binding,
+}
+
+struct Driver;
+
+kernel::pci_device_table!(
+    ID_TABLE,
+    MODULE_ID_TABLE,
+    <Driver as pci::Driver>::IdInfo,
+    // A device taken by `driver_override` reaches Rust's PCI adapter with index 0 into this
+    // table, so the table needs one entry. This one matches nothing: a class has 24 bits, and the
+    // entry asks for a 25th.
+    [(pci::DeviceId::from_class(1 << 24, 1 << 24), ())]
+);
+
+impl pci::Driver for Driver {
+    type IdInfo = ();
+    type Data<'bound> = Bound;
+
+    const ID_TABLE: pci::IdTable<Self::IdInfo> = &ID_TABLE;
+
+    fn probe<'bound>(
+        pdev: &'bound pci::Device<Core<'_>>,
+        _info: &'bound Self::IdInfo,
+    ) -> impl PinInit<Self::Data<'bound>, Error> + 'bound {
+        let device = Device::probe(pdev)?;
+        let node = Node::new(device.device().clone())?;
+        dev_info!(pdev, "/dev/peerbuf/{}\n", device.device().name());
+        Ok(Bound {
+            _node: node,
+            _device: device,
+        })
+    }
+}
+
+kernel::module_pci_driver! {
+    type: Driver,
+    name: "peerbuf",
+    authors: ["The peerbuf authors"],
+    description: "Exports regions of PCI BARs as dma-bufs",
+    license: "GPL",
+    imports_ns: ["DMA_BUF"],
+}
