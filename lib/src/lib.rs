@@ -1,1 +1,52 @@
-//! Share one buffer between devices through dma-buf.
+//! Share one buffer between devices through dma-buf, and know how its bytes travel.
+//!
+//! A [`Buffer`] comes from an exporter ([`export`]), may be handed to another process
+//! ([`share`]), and is used by an importer ([`import`]). Between one exporter and one importer
+//! there is a [`plan::Path`], the best of three that really works:
+//!
+//! 1. *peer to peer*: the importing device reads and writes the exporter's memory itself;
+//! 2. *shared host memory*: both devices use the same pages of system memory;
+//! 3. *staged copy*: the CPU carries the bytes through memory of its own.
+//!
+//! A path is not guessed. Peer-to-peer transfer carries data only after bytes were seen to cross
+//! it in the direction needed, because there are machines on which the kernel and the devices
+//! report success and nothing arrives. What was found, and why nothing better was possible, is in
+//! the [`plan::Plan`] and in the [`transfer::Receipt`] of every transfer.
+//!
+//! ```
+//! use peerbuf::export::memfd;
+//! use peerbuf::import::file::FileImporter;
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # let path = std::env::temp_dir().join(format!("peerbuf-doc-{}", std::process::id()));
+//! # std::fs::write(&path, vec![7; 100_000])?;
+//! // On a machine with a card bound to peerbuf.ko: export::peerbuf::Device::open(..)?.export(..)?
+//! let buffer = memfd::export("example", 1 << 20)?;
+//! let file = FileImporter::open(&path)?;
+//! # std::fs::remove_file(&path)?;
+//! let receipt = file.attach(&buffer.range(0, 100_000)?)?.read(0)?;
+//! assert_eq!(receipt.bytes, 100_000);
+//! println!("{} ({} bytes through system memory)", receipt.plan.path, receipt.host_bytes);
+//! for reason in &receipt.plan.reasons {
+//!     println!("  not {}: {}: {}", reason.path, reason.code, reason.evidence);
+//! }
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Every function blocks. Nothing here needs root by itself: the permissions of
+//! `/dev/peerbuf/<BDF>`, `/dev/udmabuf` and the files decide.
+#![deny(unsafe_code)]
+
+pub mod buffer;
+mod errno;
+pub mod error;
+pub mod export;
+pub mod import;
+pub mod plan;
+pub mod share;
+mod sys;
+pub mod transfer;
+
+pub use buffer::{Access, Buffer, BufferRange, DmaBuf};
+pub use errno::Errno;

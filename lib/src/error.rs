@@ -1,0 +1,196 @@
+//! Errors, one type per operation.
+//!
+//! Each names the call that failed and the object it failed on, and keeps the error number. All
+//! may grow variants.
+
+use crate::errno::Errno;
+use crate::plan::Plan;
+
+/// A system call that failed: which one, on what, and how.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{call} on {object}: {errno}")]
+pub struct SystemError {
+    /// The call, such as `mmap` or `ioctl(PEERBUF_IOC_EXPORT)`.
+    pub call: &'static str,
+    /// What it was called on: a path, a device's address, a buffer's name.
+    pub object: String,
+    /// What the kernel answered.
+    pub errno: Errno,
+}
+
+impl SystemError {
+    pub(crate) fn new(
+        call: &'static str,
+        object: impl Into<String>,
+        errno: impl Into<Errno>,
+    ) -> Self {
+        SystemError {
+            call,
+            object: object.into(),
+            errno: errno.into(),
+        }
+    }
+}
+
+/// Why a buffer could not be taken, mapped or accessed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum BufferError {
+    /// A system call failed.
+    #[error(transparent)]
+    System(#[from] SystemError),
+    /// The descriptor is something else.
+    #[error("{object} is not a dma-buf (its filesystem's type is {found:#x})")]
+    NotADmaBuf {
+        /// What was given.
+        object: String,
+        /// What `fstatfs` said instead of the dma-buf filesystem's number.
+        found: u64,
+    },
+    /// Memory that could be shrunk by whoever else holds it: touching it could then kill this
+    /// process.
+    #[error("{object} is not sealed against shrinking (F_SEAL_SHRINK)")]
+    NotSealed {
+        /// The memfd's name.
+        object: String,
+    },
+    /// The bytes asked for are not all inside.
+    #[error("{length} bytes at offset {offset} are not within {object}, which has {size} bytes")]
+    OutOfRange {
+        /// The buffer's or range's name.
+        object: String,
+        /// Where the bytes were to begin.
+        offset: u64,
+        /// How many they were.
+        length: u64,
+        /// How many there are.
+        size: u64,
+    },
+    /// A write through something that was opened or mapped for reading, or the reverse.
+    #[error("{object} does not allow {wanted} access")]
+    Access {
+        /// The buffer's name.
+        object: String,
+        /// What was asked for: `read` or `write`.
+        wanted: &'static str,
+    },
+}
+
+/// Why a buffer could not be exported.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ExportError {
+    /// The machine lacks what this exporter needs.
+    #[error("{exporter}: {cause}; {remedy}")]
+    Unavailable {
+        /// The exporter.
+        exporter: &'static str,
+        /// What failed.
+        cause: SystemError,
+        /// What would change it.
+        remedy: String,
+    },
+    /// A call failed. `hint` says what usually causes it, and may be empty.
+    #[error("{cause}{hint}")]
+    System {
+        /// What failed.
+        cause: SystemError,
+        /// Starts with `: ` where it says something.
+        hint: String,
+    },
+    /// A length or offset that the exporter cannot serve.
+    #[error("{what} is {value}, but must be {must}")]
+    Unsuitable {
+        /// Which value.
+        what: &'static str,
+        /// The value.
+        value: u64,
+        /// The rule it breaks.
+        must: String,
+    },
+    /// The module speaks another version of the interface.
+    #[error(
+        "{object}: peerbuf.ko has interface version {found}, this library has {known}: use those of one release"
+    )]
+    Version {
+        /// The device node.
+        object: String,
+        /// The module's version.
+        found: u32,
+        /// The library's version.
+        known: u32,
+    },
+    /// The exported buffer could not be used.
+    #[error(transparent)]
+    Buffer(#[from] BufferError),
+}
+
+/// Why a buffer could not be handed over or taken.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ShareError {
+    /// A system call failed.
+    #[error(transparent)]
+    System(#[from] SystemError),
+    /// The other end closed the socket or died.
+    #[error("the peer has gone")]
+    PeerGone,
+    /// The kernel cut the message: it, or the descriptors in it, did not fit.
+    #[error("a message arrived cut short: {what}")]
+    Truncated {
+        /// What was cut.
+        what: &'static str,
+    },
+    /// A message that breaks the protocol. Its descriptors have been closed.
+    #[error("a malformed message: {what}")]
+    Malformed {
+        /// The rule it breaks.
+        what: String,
+    },
+    /// The socket is of the wrong kind.
+    #[error("not a unix seqpacket socket")]
+    WrongSocket,
+    /// The buffer in the message could not be used, or the one to be sent cannot be.
+    #[error(transparent)]
+    Buffer(#[from] BufferError),
+}
+
+/// Why bytes did not get from a file to a buffer or back.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum TransferError {
+    /// A system call failed.
+    #[error(transparent)]
+    System(#[from] SystemError),
+    /// The buffer could not be mapped or accessed.
+    #[error(transparent)]
+    Buffer(#[from] BufferError),
+    /// The file is not one that data can be moved to and from.
+    #[error("{object} is neither a regular file nor a block device")]
+    NotAFile {
+        /// What was given.
+        object: String,
+    },
+    /// The file is open for reading only.
+    #[error("{object} is not open for writing")]
+    ReadOnly {
+        /// The file.
+        object: String,
+    },
+    /// The file took fewer bytes than it was given, without an error.
+    #[error("{object} took {written} of {wanted} bytes")]
+    ShortWrite {
+        /// The file.
+        object: String,
+        /// Bytes that it took.
+        written: u64,
+        /// Bytes that it was given.
+        wanted: u64,
+    },
+    /// The caller insisted on a better path than there is.
+    #[error("only {} is possible: {plan}", plan.path)]
+    PathTooPoor {
+        /// What is possible, and why nothing better is.
+        plan: Plan,
+    },
+}

@@ -1,0 +1,282 @@
+//! peerbuf.ko: a dma-buf of part of a PCI device's BAR.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use peerbuf_uapi::{
+    ABI_VERSION, BAR_64BIT, BAR_EXPORT, BAR_MEMORY, BAR_PAGES, BAR_PREFETCHABLE, Bar,
+    EXPORT_ANY_OFFSET, Export, NUM_BARS,
+};
+use rustix::fs::{Mode, OFlags};
+
+use crate::buffer::{Access, Buffer, DmaBuf, Kind, Provenance};
+use crate::errno::Errno;
+use crate::error::{ExportError, SystemError};
+use crate::plan::topology::PciAddress;
+use crate::sys;
+
+/// Where the module puts a node for each device that it is bound to.
+pub const NODES: &str = "/dev/peerbuf";
+
+/// The nodes that there are, in order of address. Opening one may still be refused.
+///
+/// # Errors
+/// [`ExportError::Unavailable`] where the module is not loaded or has no device.
+pub fn probe() -> Result<Vec<PathBuf>, ExportError> {
+    let unavailable = |errno| ExportError::Unavailable {
+        exporter: "peerbuf.ko",
+        cause: SystemError::new("open", NODES, errno),
+        remedy: if Path::new("/sys/module/peerbuf").exists() {
+            "the module is loaded, but no device is bound to it: write `peerbuf` to the device's \
+             driver_override in sysfs, then its address to /sys/bus/pci/drivers_probe"
+        } else {
+            "load peerbuf.ko and bind a device to it (see kmod/)"
+        }
+        .into(),
+    };
+    let entries = std::fs::read_dir(NODES)
+        .map_err(|error| unavailable(Errno(error.raw_os_error().unwrap_or(Errno::IO.0))))?;
+    let mut nodes: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
+    if nodes.is_empty() {
+        return Err(unavailable(Errno(rustix::io::Errno::NOENT.raw_os_error())));
+    }
+    nodes.sort();
+    Ok(nodes)
+}
+
+/// An open device.
+#[derive(Debug)]
+pub struct Device {
+    fd: OwnedFd,
+    path: PathBuf,
+}
+
+/// What a device is, and what its BARs are at this moment.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeviceInfo {
+    /// Its PCI address.
+    pub address: PciAddress,
+    /// PCI vendor id.
+    pub vendor: u16,
+    /// PCI device id.
+    pub device: u16,
+    /// Offsets and lengths of exports are multiples of this many bytes.
+    pub page_size: u32,
+    /// The memory BARs that it has, by rising index.
+    pub bars: Vec<BarInfo>,
+}
+
+/// One memory BAR. Sizes are in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BarInfo {
+    /// Its index, 0 to 5.
+    pub index: u8,
+    /// Its size.
+    pub size: u64,
+    /// Bytes in no export.
+    pub free: u64,
+    /// The largest export possible now.
+    pub largest_free: u64,
+    /// Exports whose range is taken.
+    pub exports: u32,
+    /// Reads have no side effects.
+    pub prefetchable: bool,
+    /// The address register is 64 bits wide.
+    pub is_64bit: bool,
+    /// Parts of it can be exported.
+    pub exportable: bool,
+    /// CPU mappings of exports have struct pages, without which a disk cannot reach them.
+    pub pages: bool,
+}
+
+/// What to export.
+#[derive(Debug, Clone, Copy)]
+pub struct Request {
+    /// The BAR's index.
+    pub bar: u8,
+    /// Where in the BAR, in bytes; `None` lets the module choose.
+    pub offset: Option<u64>,
+    /// Length in bytes.
+    pub length: u64,
+    /// What the descriptor allows. [`Access::Write`] counts as [`Access::ReadWrite`].
+    pub access: Access,
+}
+
+impl Device {
+    /// Opens the node of the device at `address`.
+    ///
+    /// # Errors
+    /// As [`Device::open_node`].
+    pub fn open(address: PciAddress) -> Result<Device, ExportError> {
+        Device::open_node(Path::new(NODES).join(address.to_string()))
+    }
+
+    /// Opens a node.
+    ///
+    /// # Errors
+    /// [`ExportError::Unavailable`] when there is no such node or it may not be opened, and
+    /// [`ExportError::Version`].
+    pub fn open_node(path: impl Into<PathBuf>) -> Result<Device, ExportError> {
+        let path = path.into();
+        let opened = rustix::fs::open(&path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty());
+        let fd = opened.map_err(|errno| ExportError::Unavailable {
+            exporter: "peerbuf.ko",
+            cause: SystemError::new("open", path.display().to_string(), errno),
+            remedy: match errno {
+                rustix::io::Errno::ACCESS | rustix::io::Errno::PERM => {
+                    "the node is root's until an administrator gives it to somebody (chown, setfacl)"
+                }
+                rustix::io::Errno::NOENT => "see `peerbuf info` for the devices that there are",
+                _ => "see the error",
+            }
+            .into(),
+        })?;
+        let device = Device { fd, path };
+        let found = device.raw_query()?.abi_version;
+        if found != ABI_VERSION {
+            let object = device.path.display().to_string();
+            return Err(ExportError::Version {
+                object,
+                found,
+                known: ABI_VERSION,
+            });
+        }
+        Ok(device)
+    }
+
+    /// The node's path.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn raw_query(&self) -> Result<peerbuf_uapi::Query, ExportError> {
+        sys::peerbuf::query(self.fd.as_fd()).map_err(|errno| ExportError::System {
+            cause: SystemError::new(
+                "ioctl(PEERBUF_IOC_QUERY)",
+                self.path.display().to_string(),
+                errno,
+            ),
+            hint: String::new(),
+        })
+    }
+
+    /// Asks what the device is and what is free in it (`PEERBUF_IOC_QUERY`).
+    ///
+    /// # Errors
+    /// The ioctl's error; `ENODEV` once the device was unbound.
+    pub fn query(&self) -> Result<DeviceInfo, ExportError> {
+        let query = self.raw_query()?;
+        let text = query
+            .bdf
+            .split(|&byte| byte == 0)
+            .next()
+            .unwrap_or_default();
+        let address = std::str::from_utf8(text)
+            .ok()
+            .and_then(|text| text.parse().ok());
+        let address = address.ok_or_else(|| ExportError::System {
+            cause: SystemError::new(
+                "ioctl(PEERBUF_IOC_QUERY)",
+                self.path.display().to_string(),
+                Errno::INVAL,
+            ),
+            hint: ": the module gave no PCI address".into(),
+        })?;
+        let memory = |(index, bar): (usize, &Bar)| {
+            let has = |flag| bar.flags & flag != 0;
+            has(BAR_MEMORY).then_some(BarInfo {
+                index: index as u8,
+                size: bar.size,
+                free: bar.free,
+                largest_free: bar.largest_free,
+                exports: bar.exports,
+                prefetchable: has(BAR_PREFETCHABLE),
+                is_64bit: has(BAR_64BIT),
+                exportable: has(BAR_EXPORT),
+                pages: has(BAR_PAGES),
+            })
+        };
+        Ok(DeviceInfo {
+            address,
+            vendor: query.vendor,
+            device: query.device,
+            page_size: query.page_size,
+            bars: query.bars.iter().enumerate().filter_map(memory).collect(),
+        })
+    }
+
+    /// Exports part of a BAR (`PEERBUF_IOC_EXPORT`). The range is taken until the last
+    /// descriptor and mapping of the dma-buf are gone, in whichever process.
+    ///
+    /// # Errors
+    /// [`ExportError::System`] with the module's answer: `EINVAL` (off a page, outside the BAR, no
+    /// memory BAR), `EBUSY` (part of it is exported), `ENOSPC` (no room), `EOPNOTSUPP` (not
+    /// exportable), `ENODEV` (the device is gone).
+    pub fn export(&self, request: Request) -> Result<Buffer, ExportError> {
+        let info = self.query()?;
+        let writes = if request.access.writes() {
+            OFlags::RDWR
+        } else {
+            OFlags::RDONLY
+        };
+        let argument = Export {
+            flags: if request.offset.is_none() {
+                EXPORT_ANY_OFFSET
+            } else {
+                0
+            },
+            bar: request.bar.into(),
+            fd_flags: (writes | OFlags::CLOEXEC).bits(),
+            offset: request.offset.unwrap_or(0),
+            length: request.length,
+            ..Export::default()
+        };
+        let exported = sys::peerbuf::export(self.fd.as_fd(), argument);
+        let (offset, fd) = exported.map_err(|errno| ExportError::System {
+            cause: SystemError::new(
+                "ioctl(PEERBUF_IOC_EXPORT)",
+                format!("{} BAR {}", info.address, request.bar),
+                errno,
+            ),
+            hint: explain(errno, &info, &request),
+        })?;
+        let name = format!("{} BAR {} at {offset:#x}", info.address, request.bar);
+        let provenance = Provenance {
+            kind: Kind::Bar,
+            device: Some(info.address),
+            bar: Some(request.bar),
+            name,
+        };
+        Ok(Buffer::from_dmabuf(DmaBuf::from_fd(fd)?, provenance))
+    }
+}
+
+/// What is known about why the module refused an export.
+fn explain(errno: Errno, info: &DeviceInfo, request: &Request) -> String {
+    let Some(bar) = info.bars.iter().find(|bar| bar.index == request.bar) else {
+        let have: Vec<String> = info.bars.iter().map(|bar| bar.index.to_string()).collect();
+        return format!(": the memory BARs of this device are {}", have.join(", "));
+    };
+    let page = u64::from(info.page_size);
+    let offset = request.offset.unwrap_or(0);
+    match errno {
+        Errno(28 | 16) => format!(
+            ": {} of {} bytes are free, the longest run is {}",
+            bar.free, bar.size, bar.largest_free
+        ),
+        Errno::INVAL if request.length == 0 => ": the length is 0".into(),
+        Errno::INVAL if page > 0 && (offset % page != 0 || request.length % page != 0) => {
+            format!(": offset and length must be multiples of {page}")
+        }
+        Errno::INVAL
+            if offset
+                .checked_add(request.length)
+                .is_none_or(|end| end > bar.size) =>
+        {
+            format!(": the BAR has {} bytes", bar.size)
+        }
+        _ => String::new(),
+    }
+}
+
+const _: () = assert!(NUM_BARS <= u8::MAX as usize);

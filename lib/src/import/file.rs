@@ -1,0 +1,380 @@
+//! Files and block devices: reading from a disk into a buffer, and writing from a buffer to it.
+//!
+//! A disk's own DMA engine moves the bytes wherever the buffer's memory and the file allow
+//! `O_DIRECT` between them. For device memory that is peer-to-peer DMA, and it is used only once
+//! it was seen to work; see [`crate::plan`].
+
+use std::ops::Range;
+use std::os::fd::OwnedFd;
+use std::path::{Path as FilePath, PathBuf};
+
+use crate::buffer::{Access, BufferRange, Kind, Mapping};
+use crate::error::{BufferError, SystemError, TransferError};
+use crate::plan::proof::{self, Scratch, Verdict};
+use crate::plan::topology::PciAddress;
+use crate::plan::{Direction, Path, Plan, Reason, ReasonCode};
+use crate::sys::direct::{DirectIo, Kernel};
+use crate::transfer::Receipt;
+use crate::transfer::engine;
+use crate::transfer::file::{Direct, Endpoint};
+
+pub use crate::transfer::file::unnamed_file;
+
+/// An open file or block device that buffers can be attached to.
+pub struct FileImporter {
+    endpoint: Endpoint,
+    scratch: Scratch,
+    io: Box<dyn DirectIo>,
+}
+
+impl std::fmt::Debug for FileImporter {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("FileImporter")
+            .field("endpoint", &self.endpoint)
+            .finish_non_exhaustive()
+    }
+}
+
+impl FileImporter {
+    /// Opens an existing regular file or block device, for writing too where that is allowed.
+    ///
+    /// # Errors
+    /// The call that failed, or [`TransferError::NotAFile`].
+    pub fn open(path: impl AsRef<FilePath>) -> Result<FileImporter, TransferError> {
+        Ok(FileImporter::new(Endpoint::open(path.as_ref())?))
+    }
+
+    /// Takes an open file, which need not have a name in any directory. `name` is for people.
+    /// The descriptor's own access mode decides whether it can be written.
+    ///
+    /// # Errors
+    /// As [`FileImporter::open`].
+    pub fn from_fd(fd: OwnedFd, name: impl Into<String>) -> Result<FileImporter, TransferError> {
+        Ok(FileImporter::new(Endpoint::from_fd(fd, name.into())?))
+    }
+
+    fn new(endpoint: Endpoint) -> FileImporter {
+        FileImporter {
+            endpoint,
+            scratch: Scratch::default(),
+            io: Box::new(Kernel),
+        }
+    }
+
+    /// Lets proofs make a file without a name in `directory`, which must be on the same
+    /// filesystem. Without this they use the file's own directory.
+    #[must_use]
+    pub fn with_scratch_directory(mut self, directory: impl Into<PathBuf>) -> FileImporter {
+        self.scratch = Scratch::Directory(directory.into());
+        self
+    }
+
+    /// Gives up these bytes of the file or device: proofs overwrite them. On a raw device it is
+    /// the only way to prove, and so to use, peer-to-peer writes.
+    #[must_use]
+    pub fn with_scratch_range(mut self, bytes: Range<u64>) -> FileImporter {
+        self.scratch = Scratch::Range(bytes);
+        self
+    }
+
+    /// The size in bytes at this moment.
+    ///
+    /// # Errors
+    /// The call that failed.
+    pub fn size(&self) -> Result<u64, TransferError> {
+        self.endpoint.size()
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.endpoint.name
+    }
+
+    /// The PCI functions of the disk that holds it; empty where there is no such disk.
+    pub fn disk_functions(&self) -> &[PciAddress] {
+        self.endpoint
+            .disk
+            .as_ref()
+            .map_or(&[], |disk| &disk.functions)
+    }
+
+    /// What direct I/O on it needs: the alignment of memory and of offsets, in bytes. `None`
+    /// where there is no direct I/O.
+    pub fn alignment(&self) -> Option<(u32, u32)> {
+        self.endpoint
+            .direct()
+            .ok()
+            .map(|direct| (direct.memory_align, direct.block))
+    }
+
+    /// Makes what was written durable (`fdatasync`).
+    ///
+    /// # Errors
+    /// The call's error, which is how a disk reports a write that it lost.
+    pub fn sync(&self) -> Result<(), TransferError> {
+        let failed = |errno| SystemError::new("fdatasync", &self.endpoint.name, errno);
+        Ok(rustix::fs::fdatasync(self.endpoint.ordinary()).map_err(failed)?)
+    }
+
+    /// Maps the range for transfers. Nothing is tried and no byte moves yet.
+    ///
+    /// # Errors
+    /// [`TransferError::Buffer`] when it cannot be mapped.
+    pub fn attach(&self, range: &BufferRange) -> Result<Attachment<'_>, TransferError> {
+        let writable = range.buffer().is_writable();
+        let access = if writable {
+            Access::ReadWrite
+        } else {
+            Access::Read
+        };
+        Ok(Attachment {
+            importer: self,
+            mapping: range.map(access)?,
+            require: Path::StagedCopy,
+        })
+    }
+}
+
+/// A file and a buffer's range, brought together.
+#[derive(Debug)]
+pub struct Attachment<'f> {
+    importer: &'f FileImporter,
+    mapping: Mapping,
+    require: Path,
+}
+
+impl Attachment<'_> {
+    /// Refuses transfers on a path worse than this one, instead of falling back.
+    #[must_use]
+    pub fn require(mut self, path: Path) -> Self {
+        self.require = path;
+        self
+    }
+
+    /// The mapping, for the CPU to look at between transfers.
+    pub fn mapping(&mut self) -> &mut Mapping {
+        &mut self.mapping
+    }
+
+    /// Chooses the path that a transfer of the whole range to or from `file_offset` would take.
+    /// The first time for a pair of devices and a direction this proves the peer-to-peer path,
+    /// for which up to 192 KiB of the range are changed and put back: nobody else may use it
+    /// meanwhile.
+    ///
+    /// # Errors
+    /// [`TransferError`] for what has nothing to do with the path, such as a file that cannot be
+    /// read at all, or a range that may not be written.
+    pub fn plan(&mut self, direction: Direction, file_offset: u64) -> Result<Plan, TransferError> {
+        let plan = self.choose(direction, file_offset, self.mapping.len())?;
+        if plan.path < self.require {
+            return Err(TransferError::PathTooPoor { plan });
+        }
+        Ok(plan)
+    }
+
+    /// Fills the range with the file's bytes from `file_offset` on, or with as many as there
+    /// are: [`Receipt::bytes`] says, and what comes after them is untouched.
+    ///
+    /// # Errors
+    /// The call that failed. An unknown part of the range has then been overwritten.
+    pub fn read(&mut self, file_offset: u64) -> Result<Receipt, TransferError> {
+        let direction = Direction::DiskToBuffer;
+        if !self.mapping.range().buffer().is_writable() {
+            let object = self.mapping.range().buffer().name().to_owned();
+            return Err(BufferError::Access {
+                object,
+                wanted: "write",
+            }
+            .into());
+        }
+        let left = self.importer.size()?.saturating_sub(file_offset);
+        self.carry(direction, file_offset, left.min(self.mapping.len()))
+    }
+
+    /// Writes all of the range to the file, from `file_offset` on. The bytes are durable after
+    /// [`FileImporter::sync`].
+    ///
+    /// # Errors
+    /// [`TransferError::ReadOnly`], [`TransferError::ShortWrite`], or the call that failed. An unknown part of the file's
+    /// range has then been overwritten.
+    pub fn write(&mut self, file_offset: u64) -> Result<Receipt, TransferError> {
+        if !self.importer.endpoint.writable {
+            return Err(TransferError::ReadOnly {
+                object: self.importer.name().to_owned(),
+            });
+        }
+        self.carry(Direction::BufferToDisk, file_offset, self.mapping.len())
+    }
+
+    fn carry(
+        &mut self,
+        direction: Direction,
+        file_offset: u64,
+        length: u64,
+    ) -> Result<Receipt, TransferError> {
+        let mut plan = self.choose(direction, file_offset, length)?;
+        if plan.path < self.require {
+            return Err(TransferError::PathTooPoor { plan });
+        }
+        let file = &self.importer.endpoint;
+        let io = &*self.importer.io;
+        let (mut bytes, mut host_bytes) = (0, 0);
+        if let (Path::PeerToPeer | Path::SharedHostMemory, Ok(direct)) = (plan.path, file.direct())
+        {
+            let whole = length / u64::from(direct.block) * u64::from(direct.block);
+            let (carried, result) =
+                engine::direct(io, direct, &self.mapping, 0, file_offset, whole, direction);
+            bytes = carried.bytes;
+            if plan.path == Path::SharedHostMemory {
+                host_bytes = bytes;
+            }
+            if let Err(errno) = result {
+                // The path worked when it was proved and has stopped working. The rest goes the
+                // way that always works; if the disk is what failed, that will say so.
+                let call = format!(
+                    "{direction}, after {bytes} of {length} bytes: {errno} for {} and {}",
+                    file.describe_disk(),
+                    self.mapping.range().buffer()
+                );
+                let reason = Reason::new(plan.path, ReasonCode::DeviceError, call);
+                plan = Plan {
+                    path: Path::StagedCopy,
+                    reasons: vec![reason],
+                };
+                if self.require > Path::StagedCopy {
+                    return Err(TransferError::PathTooPoor { plan });
+                }
+            }
+            if carried.ended {
+                return Ok(Receipt {
+                    plan,
+                    bytes,
+                    host_bytes,
+                });
+            }
+        }
+        if bytes < length {
+            let (at, from) = (bytes, file_offset + bytes);
+            let rest = length - bytes;
+            let carried = engine::staged(io, file, &mut self.mapping, at, from, rest, direction)?;
+            bytes += carried.bytes;
+            host_bytes += carried.bytes;
+        }
+        Ok(Receipt {
+            plan,
+            bytes,
+            host_bytes,
+        })
+    }
+
+    fn choose(
+        &mut self,
+        direction: Direction,
+        file_offset: u64,
+        length: u64,
+    ) -> Result<Plan, TransferError> {
+        let kind = self.mapping.range().buffer().provenance().kind;
+        // The best path that the buffer's memory can have, and why not a better one.
+        let (best, mut reasons) = if self.mapping.range().buffer().host_memory().is_some() {
+            let what = if kind == Kind::Udmabuf {
+                "a udmabuf"
+            } else {
+                "a memfd"
+            };
+            let evidence = format!("the buffer is {what}: its bytes are in system memory");
+            let reason = Reason::new(Path::PeerToPeer, ReasonCode::NotDeviceMemory, evidence);
+            (Path::SharedHostMemory, vec![reason])
+        } else {
+            (Path::PeerToPeer, Vec::new())
+        };
+        let rejected = match direct_io(
+            &self.importer.endpoint,
+            &self.mapping,
+            best,
+            file_offset,
+            length,
+        ) {
+            Err((code, evidence)) => Some((code, evidence)),
+            Ok(_) if best == Path::SharedHostMemory => None,
+            Ok(direct) => {
+                let FileImporter {
+                    endpoint,
+                    scratch,
+                    io,
+                } = self.importer;
+                let verdict = proof::verdict(
+                    &**io,
+                    endpoint,
+                    direct,
+                    &mut self.mapping,
+                    direction,
+                    scratch,
+                )?;
+                match verdict {
+                    Verdict::Proved => None,
+                    Verdict::Rejected { code, evidence } => Some((code, evidence)),
+                }
+            }
+        };
+        let Some((code, evidence)) = rejected else {
+            return Ok(Plan {
+                path: best,
+                reasons,
+            });
+        };
+        reasons.push(Reason::new(best, code, evidence));
+        if best == Path::PeerToPeer {
+            let evidence = "the bytes are in device memory, and no memory of the host is behind it";
+            let code = ReasonCode::NotHostMemory;
+            reasons.push(Reason::new(Path::SharedHostMemory, code, evidence));
+        }
+        Ok(Plan {
+            path: Path::StagedCopy,
+            reasons,
+        })
+    }
+}
+
+/// Whether direct I/O can carry this transfer, as far as alignment decides.
+fn direct_io<'f>(
+    file: &'f Endpoint,
+    mapping: &Mapping,
+    path: Path,
+    file_offset: u64,
+    length: u64,
+) -> Result<&'f Direct, (ReasonCode, String)> {
+    let direct = file
+        .direct()
+        .map_err(|why| (ReasonCode::NoDirectIo, format!("{}: {why}", file.name)))?;
+    let Direct {
+        memory_align,
+        block,
+        ..
+    } = *direct;
+    if file_offset % u64::from(block) != 0 {
+        let evidence = format!(
+            "offset {file_offset} of {} is not a multiple of {block} bytes",
+            file.name
+        );
+        return Err((ReasonCode::Misaligned, evidence));
+    }
+    if length > 0 && mapping.map().misalignment(0, memory_align as usize) != 0 {
+        let range = mapping.range();
+        let evidence = format!(
+            "offset {} of {} is not a multiple of {memory_align} bytes",
+            range.offset(),
+            range.buffer()
+        );
+        return Err((ReasonCode::Misaligned, evidence));
+    }
+    if length < u64::from(block) {
+        let what = if path == Path::PeerToPeer {
+            "a disk's DMA"
+        } else {
+            "direct I/O"
+        };
+        let evidence = format!("{length} bytes are less than {what} moves, {block}");
+        return Err((ReasonCode::BelowBlockSize, evidence));
+    }
+    Ok(direct)
+}

@@ -1,0 +1,548 @@
+//! Proof that a peer-to-peer path carries bytes.
+//!
+//! The kernel's word is not enough: behind some bridges and IOMMU settings every call reports
+//! success and nothing arrives. So before data takes the path in a direction, a pattern does, and
+//! the other side is looked at by ordinary means:
+//!
+//! - *disk to buffer*: bytes that are on the disk already are read into the buffer, which was
+//!   filled with their complement, and compared with what an ordinary direct read gives. Bytes
+//!   that are all zero do not count in a file: they may be a hole, which the CPU fills.
+//! - *buffer to disk*: random bytes in the buffer are written over their complement, in a file
+//!   without a name on the same filesystem or in a range of the disk that the caller gave up,
+//!   and read back into system memory.
+//!
+//! The start, the middle and the end of the buffer are tried. What was there is put back, so a
+//! proof destroys nothing, but nobody else may use the range meanwhile.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::path::PathBuf;
+use std::sync::{LazyLock, Mutex, PoisonError};
+
+use super::topology::{PciAddress, Sysfs};
+use super::{Direction, ReasonCode};
+use crate::buffer::{Access, Buffer, Identity, Mapping};
+use crate::errno::Errno;
+use crate::error::{BufferError, SystemError, TransferError};
+use crate::sys::direct::DirectIo;
+use crate::sys::memory::HostMemory;
+use crate::transfer::engine::host_memory;
+use crate::transfer::file::{Direct, Endpoint, unnamed_file};
+
+/// How many bytes each trial moves, at most: several pages and several blocks of any disk.
+const WINDOW: u64 = 64 << 10;
+
+/// How many places of a file are searched for bytes that are not zero.
+const SEARCHED: u64 = 16;
+
+/// Where a proof may write.
+#[derive(Debug, Clone, Default)]
+pub(crate) enum Scratch {
+    /// A file without a name, beside the file itself. Nothing, on a raw device.
+    #[default]
+    Beside,
+    /// A file without a name, in this directory, which is on the same filesystem.
+    Directory(PathBuf),
+    /// These bytes of the file or device.
+    Range(Range<u64>),
+}
+
+/// What a proof found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    /// Bytes were seen to arrive.
+    Proved,
+    /// They were not, and why.
+    Rejected { code: ReasonCode, evidence: String },
+}
+
+impl Verdict {
+    fn rejected(code: ReasonCode, evidence: impl Into<String>) -> Verdict {
+        Verdict::Rejected {
+            code,
+            evidence: evidence.into(),
+        }
+    }
+}
+
+/// Whose memory a verdict is about.
+///
+/// Of a buffer that another process sent, the device is only what that process said; a verdict
+/// about the device must not be believed of it, so it gets one of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Memory {
+    Device(PciAddress),
+    Buffer(Identity),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct Key {
+    memory: Memory,
+    disk: (u32, u32),
+    direction: Direction,
+}
+
+static VERDICTS: LazyLock<Mutex<HashMap<Key, Verdict>>> = LazyLock::new(Mutex::default);
+
+/// Forgets every proof of this process. Call it when devices were added, removed or reset, or
+/// when a bridge's or the IOMMU's settings were changed; transfers after that prove their path
+/// again.
+pub fn forget_proofs() {
+    VERDICTS
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .clear();
+}
+
+/// Gives the verdict for the mapping's exporter and the file's disk, from memory or by trial.
+pub(crate) fn verdict(
+    io: &dyn DirectIo,
+    file: &Endpoint,
+    direct: &Direct,
+    mapping: &mut Mapping,
+    direction: Direction,
+    scratch: &Scratch,
+) -> Result<Verdict, TransferError> {
+    let memory = memory_of(mapping.range().buffer());
+    let key = memory.map(|memory| Key {
+        memory,
+        disk: file.number,
+        direction,
+    });
+    let known = || VERDICTS.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(verdict) = key.and_then(|key| known().get(&key).cloned()) {
+        return Ok(verdict);
+    }
+    let verdict = prove(io, file, direct, mapping, direction, scratch)?;
+    // That nothing could be proved says nothing of the devices: the next file may differ.
+    let lasting = !matches!(
+        verdict,
+        Verdict::Rejected {
+            code: ReasonCode::ReadUnproved | ReasonCode::WriteUnproved,
+            ..
+        }
+    );
+    if let (Some(key), true) = (key, lasting) {
+        known().insert(key, verdict.clone());
+    }
+    Ok(verdict)
+}
+
+fn memory_of(buffer: &Buffer) -> Option<Memory> {
+    match buffer.provenance().device {
+        Some(device) if buffer.is_vouched() => Some(Memory::Device(device)),
+        _ => buffer
+            .dmabuf()
+            .map(|dmabuf| Memory::Buffer(dmabuf.identity())),
+    }
+}
+
+/// Tries the path. `Err` is for what has nothing to do with the path: no memory, a file that
+/// cannot be read at all.
+pub(crate) fn prove(
+    io: &dyn DirectIo,
+    file: &Endpoint,
+    direct: &Direct,
+    mapping: &mut Mapping,
+    direction: Direction,
+    scratch: &Scratch,
+) -> Result<Verdict, TransferError> {
+    let trial = Trial {
+        io,
+        disk: file.describe_disk(),
+        pair: describe_pair(file, mapping),
+    };
+    let unit = u64::from(direct.block.max(direct.memory_align));
+    let windows = windows(mapping.len(), unit);
+    match direction {
+        Direction::DiskToBuffer => trial.reads(file, direct, mapping, &windows, scratch),
+        Direction::BufferToDisk => trial.writes(file, direct, mapping, &windows, scratch),
+    }
+}
+
+/// The parts of a buffer of `length` bytes to try: offsets and lengths, multiples of `unit`.
+fn windows(length: u64, unit: u64) -> Vec<(u64, u64)> {
+    let size = length.min(WINDOW.next_multiple_of(unit)) / unit * unit;
+    if size == 0 {
+        return Vec::new();
+    }
+    let last = (length - size) / unit * unit;
+    let mut windows = vec![(0, size)];
+    for start in [last / 2 / unit * unit, last] {
+        if windows
+            .last()
+            .is_some_and(|(before, size)| start >= before + size)
+        {
+            windows.push((start, size));
+        }
+    }
+    windows
+}
+
+fn describe_pair(file: &Endpoint, mapping: &Mapping) -> String {
+    let buffer = mapping.range().buffer();
+    let Some(peer) = buffer.provenance().device else {
+        return format!("{} and {}", file.describe_disk(), buffer.name());
+    };
+    let bar = buffer
+        .provenance()
+        .bar
+        .map(|bar| format!(" (BAR {bar})"))
+        .unwrap_or_default();
+    let mut text = format!("{} and {peer}{bar}", file.describe_disk());
+    let sysfs = Sysfs::default();
+    if let Some([disk]) = file.disk.as_ref().map(|disk| disk.functions.as_slice()) {
+        match sysfs.common_bridge(*disk, peer) {
+            Some(bridge) => text += &format!(", below the bridge {bridge}"),
+            None => {
+                let ports: Vec<String> = [*disk, peer]
+                    .iter()
+                    .filter_map(|&function| sysfs.pci_path(function).first().map(|p| p.to_string()))
+                    .collect();
+                if ports.len() == 2 {
+                    text += &format!(", which only the host bridge joins ({})", ports.join(", "));
+                }
+            }
+        }
+    }
+    text
+}
+
+struct Trial<'a> {
+    io: &'a dyn DirectIo,
+    /// The disk, for people.
+    disk: String,
+    /// The disk and the buffer's device, for people.
+    pair: String,
+}
+
+/// Bytes that are on a disk, and in system memory to compare with.
+struct Known<'a> {
+    file: Source<'a>,
+    offset: u64,
+    bytes: HostMemory,
+    length: u64,
+}
+
+enum Source<'a> {
+    Given(&'a Direct),
+    Made(Endpoint),
+}
+
+impl Trial<'_> {
+    fn reads(
+        &self,
+        file: &Endpoint,
+        direct: &Direct,
+        mapping: &mut Mapping,
+        windows: &[(u64, u64)],
+        scratch: &Scratch,
+    ) -> Result<Verdict, TransferError> {
+        let known = match self.known_bytes(file, direct, scratch)? {
+            Ok(known) => known,
+            Err(verdict) => return Ok(verdict),
+        };
+        let source = match &known.file {
+            Source::Given(direct) => direct,
+            Source::Made(endpoint) => match endpoint.direct() {
+                Ok(direct) => direct,
+                Err(why) => return Ok(Verdict::rejected(ReasonCode::ReadUnproved, why)),
+            },
+        };
+        for &(start, size) in windows {
+            let size = size.min(known.length);
+            let expected = &known.bytes.bytes()[..size as usize];
+            let complement: Vec<u8> = expected.iter().map(|byte| !byte).collect();
+            let saved = exchange(mapping, start, &complement)?;
+            let window = mapping.map().window(start as usize, size as usize);
+            let result = self.io.read(source.fd(), window, known.offset);
+            let found = exchange(mapping, start, &saved)?;
+            match result {
+                Err(errno) => {
+                    return Ok(self.refused("pread", size, Direction::DiskToBuffer, errno));
+                }
+                Ok(moved) if moved as u64 != size => {
+                    let evidence = format!(
+                        "a direct read of {size} bytes from {} gave {moved}",
+                        self.disk
+                    );
+                    return Ok(Verdict::rejected(ReasonCode::ReadUnproved, evidence));
+                }
+                Ok(_) => {}
+            }
+            if let Some(at) = first_difference(&found, expected) {
+                return Ok(self.lost(Direction::DiskToBuffer, start, at, size));
+            }
+        }
+        Ok(Verdict::Proved)
+    }
+
+    fn writes(
+        &self,
+        file: &Endpoint,
+        direct: &Direct,
+        mapping: &mut Mapping,
+        windows: &[(u64, u64)],
+        scratch: &Scratch,
+    ) -> Result<Verdict, TransferError> {
+        let unproved =
+            |evidence: String| Ok(Verdict::rejected(ReasonCode::WriteUnproved, evidence));
+        if !mapping.range().buffer().is_writable() {
+            return unproved("the buffer is read-only, so no pattern can be put in it".into());
+        }
+        let size = windows.iter().map(|(_, size)| *size).max().unwrap_or(0);
+        let made;
+        let (target, offset, room) = match scratch {
+            Scratch::Range(range) => {
+                let block = u64::from(direct.block);
+                let start = range.start.next_multiple_of(block);
+                (
+                    direct,
+                    start,
+                    range.end.saturating_sub(start) / block * block,
+                )
+            }
+            Scratch::Beside if file.is_block_device => {
+                return unproved(format!(
+                    "{} is a raw device: a proof would overwrite it, unless a scratch range is named",
+                    file.name
+                ));
+            }
+            Scratch::Beside | Scratch::Directory(_) => {
+                made = match scratch_file(file, scratch) {
+                    Ok(made) => made,
+                    Err(why) => return unproved(why),
+                };
+                match made.direct() {
+                    Ok(direct) => (direct, 0, size),
+                    Err(why) => return unproved(format!("{}: {why}", made.name)),
+                }
+            }
+        };
+        let size = size.min(room);
+        if size == 0 {
+            return unproved("the scratch range has no whole block of the disk".into());
+        }
+        let mut memory = host_memory(size)?;
+        for &(start, size) in windows {
+            let size = size.min(room);
+            let mut pattern = vec![0; size as usize];
+            rand::fill(&mut pattern[..]);
+
+            // The complement goes first, from system memory: that shows that the file takes such
+            // writes at all, and leaves on the disk what no lost write can turn into the pattern.
+            for (byte, of) in memory.bytes_mut().iter_mut().zip(&pattern) {
+                *byte = !of;
+            }
+            let control = self
+                .io
+                .write(target.fd(), memory.window(size as usize), offset);
+            if control != Ok(size as usize) {
+                return unproved(format!(
+                    "pwrite with O_DIRECT of {size} bytes of system memory to {}: {}",
+                    self.disk,
+                    outcome(control)
+                ));
+            }
+            let saved = exchange(mapping, start, &pattern)?;
+            let window = mapping.map().window(start as usize, size as usize);
+            let result = self.io.write(target.fd(), window, offset);
+            exchange(mapping, start, &saved)?;
+            match result {
+                Err(errno) => {
+                    return Ok(self.refused("pwrite", size, Direction::BufferToDisk, errno));
+                }
+                Ok(moved) if moved as u64 != size => {
+                    return unproved(format!(
+                        "a direct write of {size} bytes to {} took {moved}",
+                        self.disk
+                    ));
+                }
+                Ok(_) => {}
+            }
+            rustix::fs::fdatasync(target.fd())
+                .map_err(|errno| SystemError::new("fdatasync", &file.name, errno))?;
+            memory.bytes_mut().fill(0);
+            let back = self
+                .io
+                .read(target.fd(), memory.window(size as usize), offset);
+            if back != Ok(size as usize) {
+                return unproved(format!(
+                    "pread with O_DIRECT of {size} bytes from {}: {}",
+                    self.disk,
+                    outcome(back)
+                ));
+            }
+            if let Some(at) = first_difference(&memory.bytes()[..size as usize], &pattern) {
+                return Ok(self.lost(Direction::BufferToDisk, start, at, size));
+            }
+        }
+        Ok(Verdict::Proved)
+    }
+
+    /// Finds bytes on the disk that no hole can be mistaken for, or puts some there.
+    fn known_bytes<'f>(
+        &self,
+        file: &'f Endpoint,
+        direct: &'f Direct,
+        scratch: &Scratch,
+    ) -> Result<Result<Known<'f>, Verdict>, TransferError> {
+        let block = u64::from(direct.block);
+        let whole = file.size()? / block * block;
+        let length = whole.min(WINDOW.next_multiple_of(block));
+        if length > 0 {
+            let mut bytes = host_memory(length)?;
+            let last = (whole - length) / block * block;
+            for step in 0..SEARCHED {
+                let offset =
+                    (u128::from(last) * u128::from(step) / u128::from(SEARCHED - 1)) as u64 / block
+                        * block;
+                let moved = self
+                    .io
+                    .read(direct.fd(), bytes.window(length as usize), offset);
+                if moved != Ok(length as usize) {
+                    let evidence = format!(
+                        "pread with O_DIRECT of {length} bytes of {} into system memory: {}",
+                        file.name,
+                        outcome(moved)
+                    );
+                    return Ok(Err(Verdict::rejected(ReasonCode::ReadUnproved, evidence)));
+                }
+                // A raw device has no holes: its zeros come from the disk like other bytes.
+                let written = if file.is_block_device {
+                    length
+                } else {
+                    let blocks = bytes.bytes()[..length as usize].chunks_exact(block as usize);
+                    blocks
+                        .take_while(|block| block.iter().any(|&byte| byte != 0))
+                        .count() as u64
+                        * block
+                };
+                if written > 0 {
+                    let file = Source::Given(direct);
+                    return Ok(Ok(Known {
+                        file,
+                        offset,
+                        bytes,
+                        length: written,
+                    }));
+                }
+                if last == 0 {
+                    break;
+                }
+            }
+        }
+        let unproved = |why: String| {
+            let evidence = format!(
+                "{} has no bytes to tell from a hole, and none could be put beside it: {why}",
+                file.name
+            );
+            Ok(Err(Verdict::rejected(ReasonCode::ReadUnproved, evidence)))
+        };
+        let made = match scratch_file(file, scratch) {
+            Ok(made) => made,
+            Err(why) => return unproved(why),
+        };
+        let length = WINDOW.next_multiple_of(block);
+        let mut bytes = host_memory(length)?;
+        rand::fill(bytes.bytes_mut());
+        let direct = match made.direct() {
+            Ok(direct) => direct,
+            Err(why) => return unproved(why.to_owned()),
+        };
+        let wrote = self.io.write(direct.fd(), bytes.window(length as usize), 0);
+        if wrote != Ok(length as usize) {
+            return unproved(outcome(wrote));
+        }
+        Ok(Ok(Known {
+            file: Source::Made(made),
+            offset: 0,
+            bytes,
+            length,
+        }))
+    }
+
+    fn refused(&self, call: &str, size: u64, direction: Direction, errno: Errno) -> Verdict {
+        let (code, note) = match errno {
+            Errno::INVAL | Errno::REMOTEIO | Errno::OPNOTSUPP | Errno::NOTSUPP => (
+                ReasonCode::KernelRefused,
+                "; the same call with system memory succeeds, so the kernel refuses the pair",
+            ),
+            Errno::FAULT => (
+                ReasonCode::NoStructPages,
+                "; the buffer's mapping has no pages for file I/O",
+            ),
+            _ => (ReasonCode::DeviceError, ""),
+        };
+        let pair = &self.pair;
+        let evidence =
+            format!("{call} with O_DIRECT of {size} bytes, {direction}: {errno} for {pair}{note}");
+        Verdict::rejected(code, evidence)
+    }
+
+    fn lost(&self, direction: Direction, start: u64, at: usize, size: u64) -> Verdict {
+        let evidence = format!(
+            "{direction}: the call reported success, and byte {} of the buffer did not arrive \
+             ({size} bytes compared at offset {start}); {}",
+            start + at as u64,
+            self.pair
+        );
+        Verdict::rejected(ReasonCode::ProofFailed, evidence)
+    }
+}
+
+/// Makes a file without a name on the file's filesystem, or says why not.
+fn scratch_file(file: &Endpoint, scratch: &Scratch) -> Result<Endpoint, String> {
+    if file.is_block_device {
+        return Err("a raw device has no directory".into());
+    }
+    let directory = match scratch {
+        Scratch::Directory(directory) => directory.clone(),
+        _ => file.directory().ok_or("its directory is not known")?,
+    };
+    let made = unnamed_file(&directory).map_err(|error| error.to_string())?;
+    let name = format!("a scratch file in {}", directory.display());
+    let made = Endpoint::from_fd(made.into(), name).map_err(|error| error.to_string())?;
+    if made.number != file.number {
+        return Err(format!("{} is on another filesystem", directory.display()));
+    }
+    Ok(made)
+}
+
+/// Puts `new` at `offset` and returns what was there.
+fn exchange(mapping: &mut Mapping, offset: u64, new: &[u8]) -> Result<Vec<u8>, BufferError> {
+    let mut old = vec![0; new.len()];
+    let mut cpu = mapping.begin_cpu_access(Access::ReadWrite)?;
+    cpu.read_at(offset, &mut old)?;
+    cpu.write_at(offset, new)?;
+    cpu.end()?;
+    Ok(old)
+}
+
+fn first_difference(one: &[u8], other: &[u8]) -> Option<usize> {
+    one.iter().zip(other).position(|(a, b)| a != b)
+}
+
+fn outcome(result: Result<usize, Errno>) -> String {
+    match result {
+        Ok(moved) => format!("{moved} bytes moved"),
+        Err(errno) => errno.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_windows_cover_start_middle_and_end_without_overlap() {
+        assert_eq!(
+            windows(1 << 20, 512),
+            [(0, 65536), (491_520, 65536), ((1 << 20) - 65536, 65536)]
+        );
+        assert_eq!(windows(65536, 512), [(0, 65536)]);
+        assert_eq!(windows(70_000, 512), [(0, 65536)]);
+        assert_eq!(windows(700, 512), [(0, 512)]);
+        assert_eq!(windows(511, 512), []);
+    }
+}

@@ -1,0 +1,82 @@
+//! Why a path was rejected.
+
+use std::fmt;
+
+use super::Path;
+
+/// One reason against one path.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Reason {
+    /// The path that is not possible.
+    pub path: Path,
+    /// Which kind of reason, for programs.
+    pub code: ReasonCode,
+    /// What was seen, for people: the call and its error, the devices, the bytes.
+    pub evidence: String,
+}
+
+impl Reason {
+    pub(crate) fn new(path: Path, code: ReasonCode, evidence: impl Into<String>) -> Reason {
+        Reason {
+            path,
+            code,
+            evidence: evidence.into(),
+        }
+    }
+}
+
+/// The kinds of reasons. Their names never change; new ones may come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ReasonCode {
+    /// The kernel refuses transfers between the two devices.
+    KernelRefused,
+    /// The kernel and the devices reported success, and the bytes did not arrive.
+    ProofFailed,
+    /// The device or the kernel failed while the path was being proved or used.
+    DeviceError,
+    /// Nothing could be read that would show whether bytes arrive.
+    ReadUnproved,
+    /// Nothing may be written that would show whether bytes arrive.
+    WriteUnproved,
+    /// The buffer is in system memory, so that there is no peer.
+    NotDeviceMemory,
+    /// The buffer is in device memory, so that there are no pages of the host to share.
+    NotHostMemory,
+    /// The buffer's mapping has no struct pages, which file I/O needs.
+    NoStructPages,
+    /// The file cannot be read and written around the page cache.
+    NoDirectIo,
+    /// The kernel served direct I/O through the page cache: the CPU copied.
+    PageCacheUsed,
+    /// An offset that is not a multiple of what direct I/O needs.
+    Misaligned,
+    /// The transfer is shorter than one block of the disk.
+    BelowBlockSize,
+}
+
+impl ReasonCode {
+    /// The stable name, in kebab case.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            ReasonCode::KernelRefused => "kernel-refused",
+            ReasonCode::ProofFailed => "proof-failed",
+            ReasonCode::DeviceError => "device-error",
+            ReasonCode::ReadUnproved => "read-unproved",
+            ReasonCode::WriteUnproved => "write-unproved",
+            ReasonCode::NotDeviceMemory => "not-device-memory",
+            ReasonCode::NotHostMemory => "not-host-memory",
+            ReasonCode::NoStructPages => "no-struct-pages",
+            ReasonCode::NoDirectIo => "no-direct-io",
+            ReasonCode::PageCacheUsed => "page-cache-used",
+            ReasonCode::Misaligned => "misaligned",
+            ReasonCode::BelowBlockSize => "below-block-size",
+        }
+    }
+}
+
+impl fmt::Display for ReasonCode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.as_str())
+    }
+}

@@ -1,0 +1,273 @@
+//! Mapped memory: `mmap`, and copies to and from memory that others change.
+//!
+//! A [`Map`] may be device memory, or system memory that another process or a device writes at
+//! any time. Rust references to such memory would be undefined behaviour, so none is ever made:
+//! bytes cross by volatile copies, or the kernel is given the address ([`Window`]).
+
+use std::ffi::c_void;
+use std::marker::PhantomData;
+use std::os::fd::BorrowedFd;
+use std::ptr::{self, NonNull};
+use std::sync::atomic::{Ordering, fence};
+
+use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
+
+use crate::errno::Errno;
+
+/// A shared mapping of a descriptor's bytes.
+///
+/// # Invariants
+/// `base` is the start of a live mapping of `mapped` bytes that this value owns, and
+/// `start + length <= mapped`. No Rust reference to those bytes exists.
+#[derive(Debug)]
+pub(crate) struct Map {
+    base: NonNull<u8>,
+    mapped: usize,
+    start: usize,
+    length: usize,
+    writable: bool,
+}
+
+// SAFETY: the mapping belongs to the process, not to a thread; nothing in it is tied to the
+// thread that made it. It is deliberately not `Sync`: two threads that copy through one mapping
+// would race.
+unsafe impl Send for Map {}
+
+impl Map {
+    /// Maps `length` bytes of `fd` from `offset` on, which need not be page-aligned.
+    pub(crate) fn shared(
+        fd: BorrowedFd<'_>,
+        offset: u64,
+        length: u64,
+        writable: bool,
+    ) -> Result<Map, Errno> {
+        let page = rustix::param::page_size() as u64;
+        let start = offset % page;
+        let length = usize::try_from(length).map_err(|_| Errno(12))?;
+        // An empty mapping cannot be made; one page keeps empty ranges ordinary.
+        let mapped = (start as usize)
+            .checked_add(length.max(1))
+            .ok_or(Errno(12))?;
+        let protection = if writable {
+            ProtFlags::READ | ProtFlags::WRITE
+        } else {
+            ProtFlags::READ
+        };
+        // SAFETY: a fresh mapping at an address that the kernel picks overlaps nothing.
+        let base = unsafe {
+            mmap(
+                ptr::null_mut(),
+                mapped,
+                protection,
+                MapFlags::SHARED,
+                fd,
+                offset - start,
+            )
+        }?;
+        let base = NonNull::new(base.cast()).ok_or(Errno::FAULT)?;
+        // INVARIANT: just mapped, and `mapped` is `start + length` or more.
+        Ok(Map {
+            base,
+            mapped,
+            start: start as usize,
+            length,
+            writable,
+        })
+    }
+
+    /// The address of byte `offset`, modulo `align` (a power of two).
+    pub(crate) fn misalignment(&self, offset: usize, align: usize) -> usize {
+        (self.base.as_ptr() as usize + self.start + offset) % align
+    }
+
+    /// The part that the kernel is to read or write. Panics when it is not inside.
+    pub(crate) fn window(&self, offset: usize, length: usize) -> Window<'_> {
+        assert!(
+            offset
+                .checked_add(length)
+                .is_some_and(|end| end <= self.length)
+        );
+        // SAFETY: inside the mapping, by the check and the invariant.
+        let address = unsafe { self.base.as_ptr().add(self.start + offset) };
+        Window {
+            address,
+            length,
+            writable: self.writable,
+            map: PhantomData,
+        }
+    }
+
+    /// Copies bytes out, reading each exactly once. Panics when they are not all inside.
+    ///
+    /// Memory of a device that has gone raises SIGBUS.
+    pub(crate) fn copy_out(&self, offset: usize, into: &mut [u8]) {
+        let window = self.window(offset, into.len());
+        let mut source = window.address.cast_const();
+        // Nothing that was read before the caller's begin-access may be used instead.
+        fence(Ordering::SeqCst);
+        let (mut head, body) = split_to_words(source, into.len());
+        head = head.min(into.len());
+        let (bytes, rest) = into.split_at_mut(head);
+        for byte in bytes {
+            // SAFETY: inside the window; the pointer advances once per byte copied.
+            unsafe {
+                *byte = source.read_volatile();
+                source = source.add(1);
+            }
+        }
+        let (words, bytes) = rest.split_at_mut(body);
+        for word in words.chunks_exact_mut(8) {
+            // SAFETY: inside the window and, after the head, aligned to a word.
+            unsafe {
+                word.copy_from_slice(&source.cast::<u64>().read_volatile().to_ne_bytes());
+                source = source.add(8);
+            }
+        }
+        for byte in bytes {
+            // SAFETY: inside the window, as above.
+            unsafe {
+                *byte = source.read_volatile();
+                source = source.add(1);
+            }
+        }
+    }
+
+    /// Copies bytes in, writing each exactly once. Panics when they are not all inside or the
+    /// mapping is read-only.
+    ///
+    /// Memory of a device that has gone raises SIGBUS.
+    pub(crate) fn copy_in(&self, offset: usize, from: &[u8]) {
+        assert!(self.writable);
+        let window = self.window(offset, from.len());
+        let mut target = window.address;
+        let (head, body) = split_to_words(target, from.len());
+        let (bytes, rest) = from.split_at(head);
+        for &byte in bytes {
+            // SAFETY: inside the window, which is writable; the pointer advances once per byte.
+            unsafe {
+                target.write_volatile(byte);
+                target = target.add(1);
+            }
+        }
+        let (words, bytes) = rest.split_at(body);
+        for word in words.chunks_exact(8) {
+            let word = u64::from_ne_bytes(word.try_into().unwrap_or_default());
+            // SAFETY: inside the window and, after the head, aligned to a word.
+            unsafe {
+                target.cast::<u64>().write_volatile(word);
+                target = target.add(8);
+            }
+        }
+        for &byte in bytes {
+            // SAFETY: inside the window, as above.
+            unsafe {
+                target.write_volatile(byte);
+                target = target.add(1);
+            }
+        }
+    }
+
+    /// Waits until what was copied in is where a device sees it.
+    ///
+    /// Stores to write-combined device memory linger in the CPU; the fence drains them, and
+    /// reading a byte back makes the bus deliver what was posted before it.
+    pub(crate) fn flush_writes(&self, offset: usize) {
+        fence(Ordering::SeqCst);
+        if offset < self.length {
+            let window = self.window(offset, 1);
+            // SAFETY: one byte inside the window.
+            unsafe { window.address.read_volatile() };
+        }
+        fence(Ordering::SeqCst);
+    }
+}
+
+impl Drop for Map {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours (invariant) and windows into it cannot outlive it.
+        let result = unsafe { munmap(self.base.as_ptr().cast::<c_void>(), self.mapped) };
+        debug_assert!(result.is_ok(), "munmap: {result:?}");
+    }
+}
+
+/// How many of `length` bytes from `address` come before the first aligned word, and how many
+/// are in whole words after that.
+fn split_to_words(address: *const u8, length: usize) -> (usize, usize) {
+    let head = address.align_offset(8).min(length);
+    (head, (length - head) / 8 * 8)
+}
+
+/// An address range for the kernel to read or write, valid while it exists.
+///
+/// # Invariants
+/// `length` bytes at `address` are inside a live mapping (writable if `writable`) that `'m`
+/// outlives, and no Rust reference to them is used while the kernel has them.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Window<'m> {
+    pub(super) address: *mut u8,
+    pub(super) length: usize,
+    pub(super) writable: bool,
+    map: PhantomData<&'m ()>,
+}
+
+/// Page-aligned system memory of this process alone, so ordinary slices of it are sound.
+///
+/// # Invariants
+/// `base` is the start of a live, private, readable and writable mapping of `length` bytes that
+/// this value owns.
+#[derive(Debug)]
+pub(crate) struct HostMemory {
+    base: NonNull<u8>,
+    length: usize,
+}
+
+// SAFETY: plain memory; access follows the borrow rules of the slices.
+unsafe impl Send for HostMemory {}
+
+impl HostMemory {
+    /// `length` zero bytes.
+    pub(crate) fn new(length: usize) -> Result<HostMemory, Errno> {
+        let length = length.max(1);
+        // SAFETY: a fresh private mapping at an address that the kernel picks.
+        let base = unsafe {
+            mmap_anonymous(
+                ptr::null_mut(),
+                length,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::PRIVATE,
+            )
+        }?;
+        let base = NonNull::new(base.cast()).ok_or(Errno::FAULT)?;
+        // INVARIANT: just mapped.
+        Ok(HostMemory { base, length })
+    }
+
+    pub(crate) fn bytes(&self) -> &[u8] {
+        // SAFETY: initialised (zeroed by the kernel), ours, and borrowed with `self`.
+        unsafe { std::slice::from_raw_parts(self.base.as_ptr(), self.length) }
+    }
+
+    pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as in `bytes`, and `self` is borrowed mutably.
+        unsafe { std::slice::from_raw_parts_mut(self.base.as_ptr(), self.length) }
+    }
+
+    /// The first `length` bytes, for the kernel; no slice can be held meanwhile.
+    pub(crate) fn window(&mut self, length: usize) -> Window<'_> {
+        assert!(length <= self.length);
+        Window {
+            address: self.base.as_ptr(),
+            length,
+            writable: true,
+            map: PhantomData,
+        }
+    }
+}
+
+impl Drop for HostMemory {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours (invariant) and no borrow of it is left.
+        let result = unsafe { munmap(self.base.as_ptr().cast::<c_void>(), self.length) };
+        debug_assert!(result.is_ok(), "munmap: {result:?}");
+    }
+}

@@ -1,0 +1,22 @@
+//! Moving bytes between a file and a mapped buffer.
+//!
+//! [`engine`] has the loops, [`file`] is the file's end of them.
+
+pub(crate) mod engine;
+pub(crate) mod file;
+
+use crate::plan::Plan;
+
+/// What a transfer did: an account, not a forecast.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Receipt {
+    /// The path that carried the bytes. A peer-to-peer transfer whose length is not a whole
+    /// number of disk blocks moves the rest, less than a block, by the CPU; `host_bytes` has it.
+    pub plan: Plan,
+    /// Bytes moved. Fewer than the range's length only where a file that was read ended.
+    pub bytes: u64,
+    /// Of these, the bytes that were in system memory on their way: none of those that went peer
+    /// to peer, all of those in a buffer that is itself system memory, and all that the CPU
+    /// copied.
+    pub host_bytes: u64,
+}
