@@ -1,0 +1,917 @@
+//! What peerbuf.ko promises, asked of it by its ioctls alone. Runs in the guest.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use bytemuck::Zeroable;
+use peerbuf_lab_suite::disk::{self, SCRATCH, Slow};
+use peerbuf_lab_suite::importer::{DYNAMIC, Importer, PEER, State};
+use peerbuf_lab_suite::node::{Map, Node, errno, in_child, ioctl, nvme_bdf};
+use peerbuf_uapi as abi;
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+
+const PAGE: u64 = 4096;
+const MIB: u64 = 1 << 20;
+
+/// Word `i` of a pattern, different for each `salt`.
+fn pattern(salt: u64, i: usize) -> u64 {
+    (i as u64 + 1)
+        .wrapping_mul(0x9e37_79b9_7f4a_7c15)
+        .wrapping_add(salt)
+}
+
+fn fill(map: &Map, at: usize, len: usize, salt: u64) {
+    for i in (at..at + len).step_by(8) {
+        map.write(i, pattern(salt, i));
+    }
+}
+
+/// The first byte that is not of the pattern.
+fn differs(map: &Map, at: usize, len: usize, salt: u64) -> Option<usize> {
+    (at..at + len)
+        .step_by(8)
+        .find(|&i| map.read(i) != pattern(salt, i))
+}
+
+/// `DMA_BUF_IOCTL_SYNC`.
+fn sync(fd: &OwnedFd, mut flags: u64) -> std::io::Result<i32> {
+    const DMA_BUF_IOCTL_SYNC: u32 = 0x4008_6200;
+    ioctl(fd.as_fd(), DMA_BUF_IOCTL_SYNC, (&raw mut flags).cast())
+}
+
+const SYNC_READ: u64 = 1;
+const SYNC_WRITE: u64 = 2;
+const SYNC_END: u64 = 4;
+
+/// Everything is free, as far as the module knows; waits for I/O that is still in flight.
+fn assert_all_free(node: &Node) {
+    let bar = node.bar2();
+    assert_eq!((bar.free, bar.exports), (bar.size, 0), "{}", node.bdf);
+    assert_eq!(bar.largest_free, bar.size);
+}
+
+#[test]
+fn node_is_for_root_only() {
+    for node in Node::all() {
+        let meta = node.file.metadata().unwrap();
+        assert!(meta.file_type().is_char_device());
+        assert_eq!(meta.permissions().mode() & 0o777, 0o600);
+        assert_eq!((meta.uid(), meta.gid()), (0, 0));
+    }
+}
+
+#[test]
+fn query_tells_what_the_device_is() {
+    let nodes = Node::all();
+    let sizes: Vec<u64> = nodes.iter().map(|node| node.bar2().size).collect();
+    assert_eq!(sizes[..2], [64 * MIB, 16 * MIB], "the lab's two devices");
+    for node in &nodes {
+        let query = node.query().unwrap();
+        assert_eq!(query.abi_version, abi::ABI_VERSION);
+        assert_eq!(u64::from(query.page_size), PAGE);
+        assert_eq!((query.vendor, query.device), (0x1af4, 0x1110));
+        assert_eq!(
+            query.bdf.split(|&b| b == 0).next().unwrap(),
+            node.bdf.as_bytes()
+        );
+        // What sysfs says: one line per BAR, 'start end flags'.
+        let resources =
+            fs::read_to_string(format!("/sys/bus/pci/devices/{}/resource", node.bdf)).unwrap();
+        for (bar, line) in query.bars.iter().zip(resources.lines()) {
+            let field: Vec<u64> = line
+                .split_whitespace()
+                .map(|n| u64::from_str_radix(n.trim_start_matches("0x"), 16).unwrap())
+                .collect();
+            let size = if field[0] == 0 {
+                0
+            } else {
+                field[1] - field[0] + 1
+            };
+            assert_eq!((bar.size, bar.free), (size, size));
+            assert_eq!(bar.flags & !abi::BAR_FLAGS, 0);
+            assert_eq!(bar.flags & abi::BAR_MEMORY != 0, field[2] & 0x200 != 0);
+            assert_eq!(
+                bar.flags & abi::BAR_PREFETCHABLE != 0,
+                field[2] & 0x2000 != 0
+            );
+            assert_eq!(bar.flags & abi::BAR_EXPORT != 0, size >= PAGE);
+            assert_eq!(bar.flags & abi::BAR_PAGES != 0, size >= 2 * MIB);
+        }
+    }
+}
+
+#[test]
+fn exports_take_their_range_and_give_it_back() {
+    let node = Node::largest();
+    let size = node.bar2().size;
+    assert_all_free(&node);
+
+    let (exact, at) = node.export(Some(8 * MIB), MIB).unwrap();
+    assert_eq!(at, 8 * MIB);
+    let bar = node.bar2();
+    assert_eq!((bar.free, bar.exports), (size - MIB, 1));
+    assert_eq!(bar.largest_free, size - 9 * MIB);
+
+    for (offset, length) in [
+        (8 * MIB, MIB),
+        (8 * MIB - PAGE, 2 * PAGE),
+        (9 * MIB - PAGE, PAGE),
+        (0, size),
+    ] {
+        assert_eq!(
+            errno(node.export(Some(offset), length)),
+            libc::EBUSY,
+            "{offset:#x}"
+        );
+    }
+    assert_eq!(errno(node.export(None, size - 8 * MIB)), libc::ENOSPC);
+    let (before, first) = node.export(None, 8 * MIB).unwrap();
+    assert_eq!(first, 0, "the lowest place where it fits");
+    let (after, next) = node.export(None, PAGE).unwrap();
+    assert_eq!(next, 9 * MIB);
+
+    // A duplicate keeps the range; the last descriptor gives it back.
+    let second = exact.try_clone().unwrap();
+    drop(exact);
+    assert_eq!(node.bar2().exports, 3);
+    drop(second);
+    assert_eq!(node.bar2().exports, 2);
+    // So does a mapping.
+    let map = Map::new(after.as_fd(), PAGE as usize, true).unwrap();
+    drop((before, after));
+    assert_eq!(node.bar2().exports, 1);
+    drop(map);
+    assert_all_free(&node);
+    let (whole, _) = node.export(Some(0), size).unwrap();
+    assert_eq!(node.bar2().free, 0);
+    drop(whole);
+    assert_all_free(&node);
+}
+
+#[test]
+fn allocator_agrees_with_a_model() {
+    let node = Node::largest();
+    let pages = (node.bar2().size / PAGE) as usize;
+    let mut rng = StdRng::seed_from_u64(7);
+    let mut model = vec![false; pages];
+    let mut held: Vec<(OwnedFd, usize, usize)> = Vec::new();
+    let mut refused = 0;
+    for _ in 0..1500 {
+        if !held.is_empty() && rng.random_bool(0.45) {
+            let (fd, at, len) = held.swap_remove(rng.random_range(0..held.len()));
+            drop(fd);
+            model[at..at + len].fill(false);
+        } else {
+            let len = rng.random_range(1..=pages / 24);
+            let offset = rng
+                .random_bool(0.5)
+                .then(|| rng.random_range(0..pages - len));
+            let answer = node.export(offset.map(|p| p as u64 * PAGE), len as u64 * PAGE);
+            let fits = |at: usize| !model[at..at + len].contains(&true);
+            let expected = match offset {
+                Some(at) => fits(at).then_some(at).ok_or(libc::EBUSY),
+                None => (0..=pages - len).find(|&at| fits(at)).ok_or(libc::ENOSPC),
+            };
+            match (answer, expected) {
+                (Ok((fd, got)), Ok(at)) => {
+                    assert_eq!(got, at as u64 * PAGE);
+                    model[at..at + len].fill(true);
+                    held.push((fd, at, len));
+                }
+                (Err(e), Err(code)) => {
+                    assert_eq!(e.raw_os_error(), Some(code));
+                    refused += 1;
+                }
+                (got, expected) => panic!("{got:?}, the model says {expected:?}"),
+            }
+        }
+        let bar = node.bar2();
+        assert_eq!(bar.exports as usize, held.len());
+        let free = model.iter().filter(|taken| !**taken).count();
+        assert_eq!(bar.free, free as u64 * PAGE);
+        let longest = model
+            .split(|taken| *taken)
+            .map(<[bool]>::len)
+            .max()
+            .unwrap();
+        assert_eq!(bar.largest_free, longest as u64 * PAGE);
+    }
+    assert!(refused > 50, "the walk must also hit refusals: {refused}");
+    drop(held);
+    assert_all_free(&node);
+}
+
+#[test]
+fn bad_requests_get_their_errno_and_change_nothing() {
+    let node = Node::largest();
+    let size = node.bar2().size;
+    let good = Node::request(None, MIB);
+    let at = |offset, length| Node::request(Some(offset), length);
+    let cases: Vec<(&str, abi::Export, i32)> = vec![
+        (
+            "a size of zero",
+            abi::Export { size: 0, ..good },
+            libc::EINVAL,
+        ),
+        (
+            "a short size",
+            abi::Export {
+                size: good.size - 1,
+                ..good
+            },
+            libc::EINVAL,
+        ),
+        (
+            "a huge size",
+            abi::Export {
+                size: u32::MAX,
+                ..good
+            },
+            libc::E2BIG,
+        ),
+        (
+            "an unknown flag",
+            abi::Export {
+                flags: good.flags | 2,
+                ..good
+            },
+            libc::EINVAL,
+        ),
+        (
+            "every flag",
+            abi::Export {
+                flags: u32::MAX,
+                ..good
+            },
+            libc::EINVAL,
+        ),
+        (
+            "any offset, and an offset",
+            abi::Export {
+                offset: PAGE,
+                ..good
+            },
+            libc::EINVAL,
+        ),
+        (
+            "padding",
+            abi::Export {
+                reserved: 1,
+                ..good
+            },
+            libc::EINVAL,
+        ),
+        (
+            "a descriptor on entry",
+            abi::Export { fd: 3, ..good },
+            libc::EINVAL,
+        ),
+        (
+            "a write-only descriptor",
+            abi::Export {
+                fd_flags: libc::O_WRONLY as u32,
+                ..good
+            },
+            libc::EINVAL,
+        ),
+        (
+            "access mode 3",
+            abi::Export {
+                fd_flags: 3,
+                ..good
+            },
+            libc::EINVAL,
+        ),
+        (
+            "an open flag that makes no sense",
+            abi::Export {
+                fd_flags: (libc::O_RDWR | libc::O_APPEND) as u32,
+                ..good
+            },
+            libc::EINVAL,
+        ),
+        ("BAR 6", abi::Export { bar: 6, ..good }, libc::EINVAL),
+        (
+            "BAR 2^32-1",
+            abi::Export {
+                bar: u32::MAX,
+                ..good
+            },
+            libc::EINVAL,
+        ),
+        (
+            "a BAR that is absent",
+            abi::Export { bar: 5, ..good },
+            libc::EINVAL,
+        ),
+        (
+            "a BAR below a page",
+            abi::Export {
+                bar: 0,
+                length: PAGE,
+                ..good
+            },
+            libc::EOPNOTSUPP,
+        ),
+        ("no bytes", abi::Export { length: 0, ..good }, libc::EINVAL),
+        (
+            "half a page",
+            abi::Export {
+                length: PAGE / 2,
+                ..good
+            },
+            libc::EINVAL,
+        ),
+        (
+            "more than the BAR",
+            abi::Export {
+                length: size + PAGE,
+                ..good
+            },
+            libc::EINVAL,
+        ),
+        (
+            "2^64 bytes less a page",
+            abi::Export {
+                length: 0u64.wrapping_sub(PAGE),
+                ..good
+            },
+            libc::EINVAL,
+        ),
+        ("an offset within a page", at(PAGE / 2, PAGE), libc::EINVAL),
+        (
+            "the end beyond the BAR",
+            at(size - PAGE, 2 * PAGE),
+            libc::EINVAL,
+        ),
+        ("the start beyond the BAR", at(size, PAGE), libc::EINVAL),
+        (
+            "an end of 2^64",
+            at(0u64.wrapping_sub(PAGE), PAGE),
+            libc::EOVERFLOW,
+        ),
+        (
+            "an end that wraps",
+            at(0u64.wrapping_sub(PAGE), 4 * PAGE),
+            libc::EOVERFLOW,
+        ),
+    ];
+    let before = node.query().unwrap();
+    let descriptors = || fs::read_dir("/proc/self/fd").unwrap().count();
+    let open = descriptors();
+    for (what, request, expected) in cases {
+        let mut sent = request;
+        assert_eq!(
+            errno(node.call(abi::IOC_EXPORT, &mut sent)),
+            expected,
+            "{what}"
+        );
+        assert_eq!(sent, request, "{what}: nothing is written back");
+        assert_eq!(node.query().unwrap(), before, "{what}");
+        assert_eq!(descriptors(), open, "{what}");
+    }
+
+    let mut query = abi::Query {
+        size: size_of::<abi::Query>() as u32,
+        ..Zeroable::zeroed()
+    };
+    query.flags = 1;
+    assert_eq!(errno(node.call(abi::IOC_QUERY, &mut query)), libc::EINVAL);
+    query.flags = 0;
+    query.reserved = 1;
+    assert_eq!(errno(node.call(abi::IOC_QUERY, &mut query)), libc::EINVAL);
+    query.reserved = 0;
+    query.size -= 1;
+    assert_eq!(errno(node.call(abi::IOC_QUERY, &mut query)), libc::EINVAL);
+    for number in [0u32, 0xBB02, 0xBBFF, 0xBA00, 0x4004_BB00, u32::MAX] {
+        assert_eq!(
+            errno(node.call(number, &mut query)),
+            libc::ENOTTY,
+            "{number:#x}"
+        );
+    }
+}
+
+#[test]
+fn longer_structs_of_a_later_version_are_taken_if_the_rest_is_zero() {
+    #[repr(C)]
+    #[derive(Clone, Copy, Zeroable, bytemuck::Pod)]
+    struct Longer {
+        export: abi::Export,
+        more: [u64; 2],
+    }
+    let node = Node::largest();
+    let mut longer = Longer {
+        export: abi::Export {
+            size: size_of::<Longer>() as u32,
+            ..Node::request(None, MIB)
+        },
+        more: [0, 1],
+    };
+    assert_eq!(errno(node.call(abi::IOC_EXPORT, &mut longer)), libc::E2BIG);
+    assert_all_free(&node);
+    longer.more = [0, 0];
+    node.call(abi::IOC_EXPORT, &mut longer).unwrap();
+    assert_eq!(node.bar2().exports, 1);
+    // SAFETY: The ioctl has just made this descriptor.
+    drop(unsafe { OwnedFd::from_raw_fd(longer.export.fd) });
+    assert_all_free(&node);
+}
+
+#[test]
+fn an_answer_that_cannot_be_delivered_leaves_nothing_behind() {
+    let node = Node::largest();
+    let descriptors = || fs::read_dir("/proc/self/fd").unwrap().count();
+    let open = descriptors();
+    for number in [abi::IOC_QUERY, abi::IOC_EXPORT] {
+        for bad in [0usize, 1, 0xffff_8000_0000_0000, usize::MAX] {
+            assert_eq!(
+                errno(ioctl(node.file.as_fd(), number, bad as *mut _)),
+                libc::EFAULT
+            );
+        }
+    }
+    // A request that can be read and not written.
+    let memory = tempfile::tempfile().unwrap();
+    (&memory)
+        .write_all(bytemuck::bytes_of(&Node::request(None, MIB)))
+        .unwrap();
+    memory.set_len(PAGE).unwrap();
+    let map = Map::new(memory.as_fd(), PAGE as usize, false).unwrap();
+    assert_eq!(
+        errno(ioctl(node.file.as_fd(), abi::IOC_EXPORT, map.as_ptr())),
+        libc::EFAULT
+    );
+    assert_all_free(&node);
+    assert_eq!(descriptors(), open + 1, "the temporary file only");
+}
+
+#[test]
+fn running_out_of_descriptors_leaves_nothing_behind() {
+    let node = Node::largest();
+    let status = in_child(|| {
+        let limit = libc::rlimit {
+            rlim_cur: 24,
+            rlim_max: 24,
+        };
+        // SAFETY: The struct is valid.
+        assert_eq!(
+            unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) },
+            0
+        );
+        let mut held = Vec::new();
+        loop {
+            match node.export(None, PAGE) {
+                Ok(export) => held.push(export),
+                Err(e) => {
+                    assert_eq!(e.raw_os_error(), Some(libc::EMFILE));
+                    assert_eq!(node.bar2().exports as usize, held.len());
+                    return i32::from(held.is_empty());
+                }
+            }
+        }
+    })
+    .wait();
+    assert_eq!(status, Ok(0));
+    assert_all_free(&node);
+}
+
+#[test]
+fn read_only_exports_cannot_be_written() {
+    let node = Node::largest();
+    let request = abi::Export {
+        fd_flags: (libc::O_RDONLY | libc::O_CLOEXEC) as u32,
+        ..Node::request(Some(0), MIB)
+    };
+    let (fd, _) = node.export_request(request).unwrap();
+    assert_eq!(
+        errno(Map::new(fd.as_fd(), MIB as usize, true)),
+        libc::EACCES
+    );
+    let map = Map::new(fd.as_fd(), MIB as usize, false).unwrap();
+    // SAFETY: The protection of a mapping that is not referred to otherwise.
+    let raised =
+        unsafe { libc::mprotect(map.as_ptr(), map.len, libc::PROT_READ | libc::PROT_WRITE) };
+    assert_eq!(
+        (raised, std::io::Error::last_os_error().raw_os_error()),
+        (-1, Some(libc::EACCES))
+    );
+    let disk = disk::open_direct(SCRATCH).unwrap();
+    assert_eq!(
+        errno(disk::read_into(&disk, &map, 0, 65536, 0)),
+        libc::EFAULT
+    );
+    map.read(0);
+}
+
+#[test]
+fn mappings_stay_within_the_buffer() {
+    let node = Node::largest();
+    let (fd, _) = node.export(None, MIB).unwrap();
+    let len = MIB as usize;
+    let private = Map::with(fd.as_fd(), len, 0, true, libc::MAP_PRIVATE);
+    assert_eq!(errno(private), libc::EINVAL);
+    assert_eq!(
+        errno(Map::new(fd.as_fd(), len + PAGE as usize, true)),
+        libc::EINVAL
+    );
+    let beyond = Map::with(fd.as_fd(), len, PAGE as i64, true, libc::MAP_SHARED);
+    assert_eq!(errno(beyond), libc::EINVAL);
+    let map = Map::new(fd.as_fd(), len, true).unwrap();
+    // SAFETY: It is expected to fail; if not, the mapping would still be valid.
+    let grown = unsafe { libc::mremap(map.as_ptr(), len, 2 * len, libc::MREMAP_MAYMOVE) };
+    assert_eq!(grown, libc::MAP_FAILED);
+    // Parts of the buffer, mapped apart, are the same bytes.
+    fill(&map, 0, len, 1);
+    let half = Map::with(
+        fd.as_fd(),
+        len / 2,
+        (len / 2) as i64,
+        false,
+        libc::MAP_SHARED,
+    )
+    .unwrap();
+    for i in (0..len / 2).step_by(8) {
+        assert_eq!(half.read(i), pattern(1, len / 2 + i));
+    }
+}
+
+#[test]
+fn two_exports_never_share_a_byte() {
+    let node = Node::largest();
+    let (low_fd, a) = node.export(None, MIB).unwrap();
+    let (high_fd, b) = node.export(None, MIB).unwrap();
+    assert_eq!((a, b), (0, MIB));
+    let low = Map::new(low_fd.as_fd(), MIB as usize, true).unwrap();
+    let high = Map::new(high_fd.as_fd(), MIB as usize, true).unwrap();
+    fill(&low, 0, MIB as usize, 11);
+    fill(&high, 0, MIB as usize, 22);
+    assert_eq!(differs(&low, 0, MIB as usize, 11), None);
+    assert_eq!(differs(&high, 0, MIB as usize, 22), None);
+    drop((low, high, low_fd, high_fd));
+    // The same bytes, at the same offsets, in one export over both.
+    let (both, _) = node.export(Some(0), 2 * MIB).unwrap();
+    let both = Map::new(both.as_fd(), 2 * MIB as usize, false).unwrap();
+    assert_eq!(differs(&both, 0, MIB as usize, 11), None);
+    for i in (0..MIB as usize).step_by(8) {
+        assert_eq!(both.read(MIB as usize + i), pattern(22, i));
+    }
+}
+
+#[test]
+fn direct_io_moves_every_byte_both_ways() {
+    let disk = disk::open_direct(SCRATCH).unwrap();
+    for node in Node::all().iter().take(2) {
+        let (fd, _) = node.export(Some(3 * PAGE), 4 * MIB).unwrap();
+        let map = Map::new(fd.as_fd(), 4 * MIB as usize, true).unwrap();
+        // Page-aligned and not, short and long.
+        for (at, len) in [
+            (0, 512),
+            (512, 4096),
+            (4096, 65536),
+            (1536, 1 << 20),
+            (0, 4 << 20),
+        ] {
+            sync(&fd, SYNC_WRITE).unwrap();
+            fill(&map, at, len, len as u64);
+            sync(&fd, SYNC_WRITE | SYNC_END).unwrap();
+            assert_eq!(disk::write_from(&disk, &map, at, len, 0).unwrap(), len);
+            fill(&map, at, len, 99);
+            sync(&fd, SYNC_WRITE).unwrap();
+            sync(&fd, SYNC_WRITE | SYNC_END).unwrap();
+            assert_eq!(disk::read_into(&disk, &map, at, len, 0).unwrap(), len);
+            sync(&fd, SYNC_READ).unwrap();
+            assert_eq!(differs(&map, at, len, len as u64), None, "{at} {len}");
+            sync(&fd, SYNC_READ | SYNC_END).unwrap();
+        }
+        drop((fd, map));
+        assert_all_free(node);
+    }
+}
+
+#[test]
+fn direct_io_that_outlives_its_descriptor_keeps_the_range() {
+    use io_uring::{IoUring, opcode, types};
+    let node = Node::largest();
+    let disk = disk::open_direct(SCRATCH).unwrap();
+    let _slow = Slow::new(MIB);
+    let mut ring = IoUring::new(4).unwrap();
+
+    let (fd, at) = node.export(None, 2 * MIB).unwrap();
+    let map = Map::new(fd.as_fd(), 2 * MIB as usize, true).unwrap();
+    let read = opcode::Read::new(types::Fd(disk.as_raw_fd()), map.as_ptr().cast(), 2 << 20)
+        .offset(0)
+        .build();
+    // SAFETY: The kernel holds the pages of the request by itself: that is what is tested.
+    unsafe { ring.submission().push(&read).unwrap() };
+    ring.submit().unwrap();
+    thread::sleep(Duration::from_millis(300));
+    assert!(ring.completion().is_empty(), "the disk is meant to be slow");
+
+    drop((fd, map));
+    let bar = node.bar2();
+    assert_eq!(
+        (bar.exports, bar.free),
+        (1, bar.size - 2 * MIB),
+        "still in use by the disk"
+    );
+    assert_eq!(errno(node.export(Some(at), PAGE)), libc::EBUSY);
+    ring.submit_and_wait(1).unwrap();
+    assert_eq!(ring.completion().next().unwrap().result(), 2 << 20);
+    assert_all_free(&node);
+    drop(node.export(Some(at), PAGE).unwrap());
+}
+
+#[test]
+fn a_killed_process_leaves_nothing_behind() {
+    let node = Node::largest();
+    for round in 0..20 {
+        let child = in_child(|| {
+            let (fd, _) = node.export(None, MIB).unwrap();
+            let map = Map::new(fd.as_fd(), MIB as usize, true).unwrap();
+            let disk = disk::open_direct(SCRATCH).unwrap();
+            loop {
+                disk::read_into(&disk, &map, 0, 1 << 20, 0).unwrap();
+                disk::write_from(&disk, &map, 0, 1 << 20, MIB as i64).unwrap();
+            }
+        });
+        thread::sleep(Duration::from_millis(7 * round));
+        child.kill(libc::SIGKILL);
+        assert_eq!(child.wait(), Err(libc::SIGKILL));
+        assert_all_free(&node);
+    }
+}
+
+#[test]
+fn a_child_keeps_the_buffer_of_its_parent() {
+    let node = Node::largest();
+    let (fd, _) = node.export(None, MIB).unwrap();
+    let map = Map::new(fd.as_fd(), MIB as usize, true).unwrap();
+    map.write(0, 1);
+    let child = in_child(|| {
+        while map.read(0) != 2 {
+            thread::yield_now();
+        }
+        map.write(8, 3);
+        0
+    });
+    drop(fd);
+    assert_eq!(node.bar2().exports, 1);
+    map.write(0, 2);
+    assert_eq!(child.wait(), Ok(0));
+    assert_eq!(map.read(8), 3);
+    drop(map);
+    assert_all_free(&node);
+}
+
+#[test]
+fn the_module_cannot_be_unloaded_under_a_buffer() {
+    let node = Node::largest();
+    let (fd, _) = node.export(None, MIB).unwrap();
+    let bdf = node.bdf.clone();
+    drop(node);
+    let refused = Command::new("rmmod").arg("peerbuf").output().unwrap();
+    assert!(!refused.status.success(), "a dma-buf holds the module");
+    let map = Map::new(fd.as_fd(), MIB as usize, true).unwrap();
+    map.write(0, 5);
+    assert_eq!(map.read(0), 5);
+    drop((fd, map));
+    assert_all_free(&Node::open(&bdf).unwrap());
+}
+
+#[test]
+fn importers_get_peer_memory_or_a_refusal() {
+    let node = Node::largest();
+    let nvme = nvme_bdf();
+    let (fd, _) = node.export(Some(5 * PAGE), 3 * MIB).unwrap();
+    // Nothing to fall back to yet: those that cannot have a BAR address are refused.
+    for flags in [0, DYNAMIC, PEER] {
+        let refused = Importer::attach(fd.as_fd(), &nvme, flags, 0).map(|_| ());
+        assert_eq!(errno(refused), libc::EOPNOTSUPP, "flags {flags}");
+    }
+    let importer = Importer::attach(fd.as_fd(), &nvme, DYNAMIC | PEER, 0).unwrap();
+    let mapping = importer.map().unwrap();
+    assert_eq!((mapping.segments, mapping.bytes), (1, 3 * MIB));
+    // Under one switch and without an IOMMU the address is the bus address.
+    let resource =
+        fs::read_to_string(format!("/sys/bus/pci/devices/{}/resource", node.bdf)).unwrap();
+    let start = resource
+        .lines()
+        .nth(2)
+        .unwrap()
+        .split_whitespace()
+        .next()
+        .unwrap();
+    let start = u64::from_str_radix(start.trim_start_matches("0x"), 16).unwrap();
+    assert_eq!(mapping.first, start + 5 * PAGE);
+    importer.unmap();
+    assert_eq!(
+        importer.map().unwrap(),
+        mapping,
+        "a fresh table, the same memory"
+    );
+    assert_eq!(
+        importer.state(),
+        State {
+            invalidations: 0,
+            mapped: 1
+        }
+    );
+    // The attachment keeps the buffer.
+    drop(fd);
+    assert_eq!(node.bar2().exports, 1);
+    drop(importer);
+    assert_all_free(&node);
+}
+
+#[test]
+fn unbinding_revokes_what_was_given_out() {
+    let node = Node::largest();
+    let bdf = node.bdf.clone();
+    let (fd, _) = node.export(None, MIB).unwrap();
+    let map = Map::new(fd.as_fd(), MIB as usize, true).unwrap();
+    let untouched = Map::new(fd.as_fd(), MIB as usize, true).unwrap();
+    fill(&map, 0, MIB as usize, 3);
+    let importer = Importer::attach(fd.as_fd(), &nvme_bdf(), DYNAMIC | PEER, 0).unwrap();
+    importer.map().unwrap();
+    // Its scatter table comes back only after a while, and unbinding waits for it.
+    let late = Importer::attach(fd.as_fd(), &nvme_bdf(), DYNAMIC | PEER, 700).unwrap();
+    late.map().unwrap();
+
+    let started = Instant::now();
+    Node::unbind(&bdf);
+    assert!(
+        started.elapsed() >= Duration::from_millis(650),
+        "{:?}",
+        started.elapsed()
+    );
+    assert_eq!(
+        importer.state(),
+        State {
+            invalidations: 1,
+            mapped: 0
+        }
+    );
+    assert_eq!(
+        late.state(),
+        State {
+            invalidations: 1,
+            mapped: 0
+        }
+    );
+
+    assert!(!fs::exists(format!("/dev/peerbuf/{bdf}")).unwrap());
+    assert_eq!(errno(node.query()), libc::ENODEV);
+    assert_eq!(errno(node.export(None, PAGE)), libc::ENODEV);
+    assert_eq!(errno(importer.map()), libc::ENODEV);
+    let again = Importer::attach(fd.as_fd(), &nvme_bdf(), DYNAMIC | PEER, 0).map(|_| ());
+    assert_eq!(errno(again), libc::ENODEV);
+    assert_eq!(errno(sync(&fd, SYNC_READ)), libc::ENODEV);
+    assert_eq!(errno(sync(&fd, SYNC_WRITE | SYNC_END)), libc::ENODEV);
+    assert_eq!(
+        errno(Map::new(fd.as_fd(), MIB as usize, true)),
+        libc::ENODEV
+    );
+    for map in [&map, &untouched] {
+        assert_eq!(in_child(|| map.read(0) as i32).wait(), Err(libc::SIGBUS));
+        assert_eq!(
+            in_child(|| {
+                map.write(0, 0);
+                0
+            })
+            .wait(),
+            Err(libc::SIGBUS)
+        );
+    }
+    let disk = disk::open_direct(SCRATCH).unwrap();
+    assert_eq!(
+        errno(disk::read_into(&disk, &map, 0, 65536, 0)),
+        libc::EFAULT
+    );
+    assert_eq!(
+        errno(disk::write_from(&disk, &map, 0, 65536, 0)),
+        libc::EFAULT
+    );
+
+    // Bound again, it is whole; what was revoked stays so.
+    Node::bind(&bdf);
+    let fresh = Node::open(&bdf).unwrap();
+    assert_all_free(&fresh);
+    assert_eq!(errno(node.query()), libc::ENODEV);
+    assert_eq!(errno(sync(&fd, SYNC_READ)), libc::ENODEV);
+    let (new_fd, _) = fresh.export(None, MIB).unwrap();
+    let new = Map::new(new_fd.as_fd(), MIB as usize, true).unwrap();
+    fill(&new, 0, MIB as usize, 4);
+    drop((fd, map, untouched, importer, late, node));
+    assert_eq!(differs(&new, 0, MIB as usize, 4), None);
+    drop((new, new_fd));
+    assert_all_free(&fresh);
+}
+
+#[test]
+fn unbinding_waits_for_direct_io_in_flight() {
+    let node = Node::largest();
+    let bdf = node.bdf.clone();
+    let (fd, _) = node.export(None, 2 * MIB).unwrap();
+    let map = Map::new(fd.as_fd(), 2 * MIB as usize, true).unwrap();
+    let slow = Slow::new(MIB);
+    let reader = in_child(|| {
+        let disk = disk::open_direct(SCRATCH).unwrap();
+        let count = disk::read_into(&disk, &map, 0, 2 << 20, 0).unwrap();
+        i32::from(count != 2 << 20)
+    });
+    thread::sleep(Duration::from_millis(300));
+    let started = Instant::now();
+    Node::unbind(&bdf);
+    let took = started.elapsed();
+    assert!(
+        took >= Duration::from_millis(500),
+        "there was I/O to wait for: {took:?}"
+    );
+    assert!(took < Duration::from_secs(20), "{took:?}");
+    // Accepted before, so it was carried out whole.
+    assert_eq!(reader.wait(), Ok(0));
+    drop(slow);
+    Node::bind(&bdf);
+    drop((fd, map, node));
+    assert_all_free(&Node::open(&bdf).unwrap());
+}
+
+#[test]
+fn unbinding_races_with_everything() {
+    let bdf = Node::largest().bdf;
+    let stop = AtomicBool::new(false);
+    // Threads that export, map, attach and do I/O without end. A load or store in a revoked mapping
+    // would end the process, so only the kernel touches the bytes: its I/O answers EFAULT instead.
+    thread::scope(|scope| {
+        let work = |salt: u64| {
+            let mut rng = StdRng::seed_from_u64(salt);
+            let disk = disk::open_direct(SCRATCH).unwrap();
+            let mut done = 0u32;
+            while !stop.load(Ordering::Relaxed) {
+                let Ok(node) = Node::open(&bdf) else { continue };
+                let len = PAGE * rng.random_range(1..128);
+                let Ok((fd, _)) = node.export(None, len) else {
+                    continue;
+                };
+                let Ok(map) = Map::new(fd.as_fd(), len as usize, true) else {
+                    continue;
+                };
+                let importer = Importer::attach(fd.as_fd(), &nvme_bdf(), DYNAMIC | PEER, 0);
+                if let Ok(importer) = &importer {
+                    let _ = importer.map();
+                }
+                let _ = disk::read_into(&disk, &map, 0, len as usize, 0);
+                let _ = sync(&fd, SYNC_WRITE);
+                let _ = disk::write_from(&disk, &map, 0, len as usize, 0);
+                let _ = sync(&fd, SYNC_WRITE | SYNC_END);
+                let _ = node.query();
+                done += 1;
+            }
+            done
+        };
+        let workers: Vec<_> = (0..4).map(|salt| scope.spawn(move || work(salt))).collect();
+        let mut rng = StdRng::seed_from_u64(99);
+        for _ in 0..25 {
+            thread::sleep(Duration::from_millis(rng.random_range(5..120)));
+            Node::unbind(&bdf);
+            Node::bind(&bdf);
+        }
+        stop.store(true, Ordering::Relaxed);
+        for worker in workers {
+            assert!(worker.join().unwrap() > 20, "each worker got work done");
+        }
+    });
+    assert_all_free(&Node::open(&bdf).unwrap());
+}
+
+#[test]
+fn a_c_program_with_only_the_header_does_it_all() {
+    for node in Node::all().iter().take(2) {
+        for program in ["direct_io", "direct_io-static"] {
+            let run = Command::new(format!("/opt/peerbuf/fixtures/{program}"))
+                .args([
+                    &format!("/dev/peerbuf/{}", node.bdf),
+                    "2",
+                    "/mnt/nvme/from-c",
+                ])
+                .output()
+                .unwrap();
+            assert!(
+                run.status.success(),
+                "{}",
+                String::from_utf8_lossy(&run.stdout)
+            );
+        }
+        assert_all_free(node);
+    }
+    File::open("/mnt/nvme/from-c").unwrap();
+    fs::remove_file("/mnt/nvme/from-c").unwrap();
+}
