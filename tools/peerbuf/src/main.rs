@@ -1,2 +1,64 @@
-//! The command `peerbuf`.
-fn main() {}
+//! The command `peerbuf`: shows, exports and demonstrates shared buffers.
+
+mod demo;
+mod export;
+mod info;
+mod places;
+mod progress;
+mod size;
+mod table;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Share one buffer between devices through dma-buf, and see how its bytes travel.
+///
+/// Start with `peerbuf info`, which says what this machine has and what it lacks, and then
+/// `peerbuf demo`, which moves a file's bytes through each kind of buffer and checks them.
+#[derive(Parser)]
+#[command(name = "peerbuf", version, after_help = AFTER_HELP)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+const AFTER_HELP: &str = "\
+Exit status: 0 it worked, 1 it failed (the reason is on standard error), 2 wrong usage.
+
+Paths, best first:
+  peer-to-peer        the disk reads and writes the device's memory itself
+  shared-host-memory  disk and device use the same pages of system memory
+  staged-copy         the CPU carries the bytes";
+
+#[derive(Subcommand)]
+enum Command {
+    /// Move a file's bytes disk -> buffer -> disk between two processes, and check each byte
+    Demo(demo::Arguments),
+    /// Export part of a device's BAR and hand it to a command or to other processes
+    Export(export::Arguments),
+    /// Show the devices, what can be exported, and what is missing
+    Info(info::Arguments),
+    /// The second process of the demo, started by the first
+    #[command(hide = true)]
+    DemoWorker,
+}
+
+fn main() -> ExitCode {
+    let result = match Arguments::parse().command {
+        Command::Demo(arguments) => demo::run(&arguments),
+        Command::Export(arguments) => export::run(&arguments),
+        Command::Info(arguments) => info::run(&arguments),
+        Command::DemoWorker => demo::worker::run(),
+    };
+    match result {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("peerbuf: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Any error, for `main` to print: each says what failed and on what.
+type Failure = Box<dyn std::error::Error>;

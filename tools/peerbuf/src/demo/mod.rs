@@ -1,0 +1,301 @@
+//! `peerbuf demo`: a file's bytes go from the disk into a buffer and back, between two processes.
+//!
+//! This is the first process. It exports the buffers, hands them over, and checks; it moves no
+//! data. The second ([`worker`]) moves the data; it exports nothing. No file has a name, and every
+//! buffer ends with its last descriptor, so nothing is left however either of them ends.
+
+mod files;
+mod protocol;
+mod report;
+pub mod worker;
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
+
+use peerbuf::error::{ExportError, ShareError};
+use peerbuf::export::{memfd, peerbuf as module, udmabuf};
+use peerbuf::import::file::unnamed_file;
+use peerbuf::plan::topology::PciAddress;
+use peerbuf::share::Channel;
+use peerbuf::{Access, Buffer, BufferRange};
+
+use crate::progress::Progress;
+use crate::{Failure, places, size};
+use files::RandomFile;
+use protocol::{Account, MAX_MESSAGE, Request, Response};
+use report::Transfer;
+
+/// Arguments of `peerbuf demo`.
+#[derive(clap::Args)]
+#[command(after_help = AFTER_HELP)]
+pub struct Arguments {
+    /// Where the files are made; nothing is left there [default: a filesystem on an NVMe disk]
+    #[arg(long, value_name = "DIRECTORY")]
+    dir: Option<PathBuf>,
+
+    /// How many bytes each transfer moves
+    #[arg(long, value_name = "SIZE", default_value = "8M", value_parser = size::parse)]
+    size: u64,
+
+    /// The device whose BAR is used [default: the first one with a BAR that files can reach]
+    #[arg(long, value_name = "DDDD:BB:DD.F")]
+    device: Option<PciAddress>,
+
+    /// One JSON object per transfer and line, instead of the table
+    #[arg(long)]
+    json: bool,
+}
+
+const AFTER_HELP: &str = "\
+The first process exports a buffer in the BAR of a device and sends it to the second. The second
+reads a file of random bytes into it. The first checks every byte through its own mapping, changes
+each and asks for them to be written to a second file; then both files are read ordinarily and
+their checksums compared. After that the same with a udmabuf.
+
+What the machine lacks is named on standard error, and plain memory (memfd) stands in for it.
+
+JSON: buffer, source, sink, path (peer-to-peer, shared-host-memory, staged-copy), reasons (why not
+a better path: a list of path, code, evidence), bytes, host_bytes (bytes that were in system memory
+on their way), verified.";
+
+/// Runs the demo. `Ok` holds the failure status when a byte was wrong.
+pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
+    let directory = match &arguments.dir {
+        Some(directory) => directory.clone(),
+        None => places::working_directory(),
+    };
+    let buffers = export_buffers(arguments)?;
+    let mut worker = Worker::start()?;
+    let mut transfers = Vec::new();
+    for buffer in buffers {
+        let range = buffer.range(0, arguments.size)?;
+        for transfer in round_trip(&mut worker, &range, &directory)? {
+            if arguments.json {
+                println!("{}", serde_json::to_string(&transfer)?);
+            }
+            transfers.push(transfer);
+        }
+    }
+    worker.finish()?;
+    if !arguments.json {
+        print!("{}", report::table(&transfers));
+    }
+    let wrong = transfers
+        .iter()
+        .filter(|transfer| !transfer.verified)
+        .count();
+    if wrong > 0 {
+        return Err(format!(
+            "{wrong} of {} transfers brought wrong bytes",
+            transfers.len()
+        )
+        .into());
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The two buffers, or what stands in for them.
+fn export_buffers(arguments: &Arguments) -> Result<[Buffer; 2], Failure> {
+    let page = rustix::param::page_size() as u64;
+    let length = arguments.size.max(1).next_multiple_of(page);
+    let bar = match export_bar(arguments.device, length) {
+        Ok(buffer) => buffer,
+        // A device that was asked for by name has no stand-in.
+        Err(error) if arguments.device.is_some() => return Err(error.into()),
+        Err(error) => stand_in("a BAR", length, error)?,
+    };
+    let host = match udmabuf::export("udmabuf", length) {
+        Ok(buffer) => buffer,
+        Err(error) => stand_in("a udmabuf", length, error)?,
+    };
+    Ok([bar, host])
+}
+
+/// Memory instead of an exporter that the machine lacks. An exporter that is there and fails is
+/// an error.
+fn stand_in(for_what: &str, length: u64, error: ExportError) -> Result<Buffer, ExportError> {
+    if !matches!(error, ExportError::Unavailable { .. }) {
+        return Err(error);
+    }
+    eprintln!("missing: {error}");
+    memfd::export(&format!("memfd (stand-in for {for_what})"), length)
+}
+
+fn export_bar(device: Option<PciAddress>, length: u64) -> Result<Buffer, ExportError> {
+    let device = match device {
+        Some(address) => module::Device::open(address)?,
+        None => {
+            let mut nodes = module::probe()?.into_iter();
+            // The first node decides what is said when none can be used.
+            let mut first = None;
+            loop {
+                let Some(node) = nodes.next() else {
+                    return Err(first.map_or_else(|| module::probe().unwrap_err(), |error| error));
+                };
+                match module::Device::open_node(node) {
+                    Ok(device) if has_reachable_bar(&device, length)? => break device,
+                    Ok(device) if nodes.len() == 0 => break device,
+                    Ok(_) => {}
+                    Err(error) => {
+                        first.get_or_insert(error);
+                    }
+                }
+            }
+        }
+    };
+    // The BAR with the most room, among those that files can reach where there is one.
+    let info = device.query()?;
+    let best = info.bars.iter().filter(|bar| bar.exportable);
+    let bar = best
+        .max_by_key(|bar| (bar.pages, bar.largest_free))
+        .map_or(0, |bar| bar.index);
+    device.export(module::Request {
+        bar,
+        offset: None,
+        length,
+        access: Access::ReadWrite,
+    })
+}
+
+fn has_reachable_bar(device: &module::Device, length: u64) -> Result<bool, ExportError> {
+    let bars = device.query()?.bars;
+    Ok(bars
+        .iter()
+        .any(|bar| bar.exportable && bar.pages && bar.largest_free >= length))
+}
+
+/// Disk to buffer, check, change, buffer to disk, check.
+fn round_trip(
+    worker: &mut Worker,
+    range: &BufferRange,
+    directory: &Path,
+) -> Result<[Transfer; 2], Failure> {
+    let place = places::describe(directory);
+    let name = range.buffer().name();
+    let (source, sink) = (
+        format!("first file in {place}"),
+        format!("second file in {place}"),
+    );
+
+    let progress = Progress::start(format!("writing {} bytes to {source}", range.len()));
+    let file = RandomFile::make(directory, range.len())?;
+    drop(progress);
+
+    let progress = Progress::start(format!("{source} -> {name}"));
+    worker.ask(&Request::TakeBuffer, None)?;
+    worker.hand_over(range)?;
+    let read = worker.transfer(
+        &Request::Read {
+            name: source.clone(),
+        },
+        file.as_fd(),
+    )?;
+    drop(progress);
+
+    let progress = Progress::start(format!("checking and changing {name}"));
+    let mut mapping = range.map(Access::ReadWrite)?;
+    let arrived = file.check_and_change(&mut mapping)?;
+    let source_is_whole = file.is_unchanged()?;
+    drop(progress);
+
+    let progress = Progress::start(format!("{name} -> {sink}"));
+    let second = unnamed_file(directory)?;
+    let written = worker.transfer(&Request::Write { name: sink.clone() }, second.as_fd())?;
+    let sink_is_right = file.is_changed_copy(&second)?;
+    drop(progress);
+
+    let full = |account: &Account| account.bytes == range.len();
+    let read_is_right = full(&read) && arrived && source_is_whole;
+    let write_is_right = full(&written) && sink_is_right;
+    Ok([
+        Transfer::new(name, &source, name, read, read_is_right),
+        Transfer::new(name, name, &sink, written, write_is_right),
+    ])
+}
+
+/// The second process, and the socket to it. It is killed when this is dropped.
+struct Worker {
+    channel: Channel,
+    child: Child,
+}
+
+impl Worker {
+    fn start() -> Result<Worker, Failure> {
+        let (channel, theirs) = Channel::pair()?;
+        // The socket becomes its standard input: the one descriptor that needs no agreement on
+        // a number.
+        let child = Command::new(std::env::current_exe()?)
+            .arg("demo-worker")
+            .stdin(Stdio::from(OwnedFd::from(theirs)))
+            .stdout(Stdio::null())
+            .spawn()?;
+        Ok(Worker { channel, child })
+    }
+
+    fn ask(
+        &mut self,
+        request: &Request,
+        file: Option<std::os::fd::BorrowedFd<'_>>,
+    ) -> Result<(), Failure> {
+        let message = serde_json::to_vec(request)?;
+        let sent = self.channel.send_message(&message, file.as_slice());
+        sent.map_err(|error| self.explain(error))
+    }
+
+    fn hand_over(&mut self, range: &BufferRange) -> Result<(), Failure> {
+        let sent = self.channel.send_buffer(range);
+        sent.map_err(|error| self.explain(error))
+    }
+
+    fn transfer(
+        &mut self,
+        request: &Request,
+        file: std::os::fd::BorrowedFd<'_>,
+    ) -> Result<Account, Failure> {
+        self.ask(request, Some(file))?;
+        let received = self.channel.receive_message(MAX_MESSAGE);
+        let (message, _) = received.map_err(|error| self.explain(error))?;
+        match serde_json::from_slice(&message)? {
+            Response::Done(account) => Ok(account),
+            Response::Failed(error) => Err(format!("the second process: {error}").into()),
+        }
+    }
+
+    fn finish(mut self) -> Result<(), Failure> {
+        self.ask(&Request::Finish, None)?;
+        let status = self.child.wait()?;
+        if !status.success() {
+            return Err(format!("the second process {}", describe(status)).into());
+        }
+        Ok(())
+    }
+
+    /// Says how the second process ended, when it has.
+    fn explain(&mut self, error: ShareError) -> Failure {
+        if error != ShareError::PeerGone {
+            return error.into();
+        }
+        match self.child.wait() {
+            Ok(status) => format!("the second process {}", describe(status)).into(),
+            Err(wait) => format!("the second process has gone: {wait}").into(),
+        }
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        // Both fail only for a process that has ended and been waited for.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn describe(status: ExitStatus) -> String {
+    match (status.signal(), status.code()) {
+        (Some(signal), _) => format!("was killed by signal {signal}"),
+        (None, Some(code)) => format!("ended with status {code}"),
+        (None, None) => "ended".into(),
+    }
+}

@@ -1,0 +1,90 @@
+//! What the demo tells: a table for people, objects for programs.
+
+use serde::Serialize;
+
+use super::protocol::{Account, Reason};
+use crate::{size, table};
+
+/// One transfer, with the fields of `--json`.
+#[derive(Debug, Serialize)]
+pub struct Transfer {
+    buffer: String,
+    source: String,
+    sink: String,
+    path: String,
+    reasons: Vec<Reason>,
+    bytes: u64,
+    host_bytes: u64,
+    /// Every byte was compared and right.
+    pub verified: bool,
+}
+
+impl Transfer {
+    pub fn new(
+        buffer: &str,
+        source: &str,
+        sink: &str,
+        account: Account,
+        verified: bool,
+    ) -> Transfer {
+        Transfer {
+            buffer: buffer.into(),
+            source: source.into(),
+            sink: sink.into(),
+            path: account.path,
+            reasons: account.reasons,
+            bytes: account.bytes,
+            host_bytes: account.host_bytes,
+            verified,
+        }
+    }
+}
+
+/// The table, with the evidence below it: there it has room.
+pub fn table(transfers: &[Transfer]) -> String {
+    let mut table = table::new(&[
+        "buffer",
+        "from",
+        "to",
+        "path used",
+        "why not a better one",
+        "bytes",
+        "through system memory",
+        "checked",
+    ]);
+    let mut notes: Vec<&Reason> = Vec::new();
+    for transfer in transfers {
+        let mut why = Vec::new();
+        for reason in &transfer.reasons {
+            let known = notes.iter().position(|note| *note == reason);
+            let number = known.unwrap_or_else(|| {
+                notes.push(reason);
+                notes.len() - 1
+            });
+            why.push(format!("{}: {} [{}]", reason.path, reason.code, number + 1));
+        }
+        table.add_row([
+            transfer.buffer.clone(),
+            transfer.source.clone(),
+            transfer.sink.clone(),
+            transfer.path.clone(),
+            if why.is_empty() {
+                "it is the best".into()
+            } else {
+                why.join("\n")
+            },
+            size::show(transfer.bytes),
+            size::show(transfer.host_bytes),
+            if transfer.verified {
+                "every byte right".into()
+            } else {
+                "WRONG BYTES".to_string()
+            },
+        ]);
+    }
+    let mut text = format!("{table}\n");
+    for (number, note) in notes.iter().enumerate() {
+        text += &format!("[{}] not {}: {}\n", number + 1, note.path, note.evidence);
+    }
+    text
+}

@@ -1,0 +1,287 @@
+//! `peerbuf info`: what this machine has, and what it lacks.
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use peerbuf::export::{peerbuf as module, udmabuf};
+use peerbuf::plan::topology::{PciAddress, Sysfs};
+use serde::Serialize;
+
+use crate::{Failure, places, size, table};
+
+/// Arguments of `peerbuf info`.
+#[derive(clap::Args)]
+pub struct Arguments {
+    /// One JSON object instead of tables
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Serialize)]
+struct Info {
+    kernel: String,
+    /// The version of the peerbuf.ko that is loaded.
+    module: Option<String>,
+    devices: Vec<Device>,
+    udmabuf: bool,
+    disks: Vec<Disk>,
+    missing: Vec<Missing>,
+}
+
+#[derive(Serialize)]
+struct Device {
+    address: String,
+    /// Vendor and device id, as `lspci -n` writes them.
+    id: String,
+    node: String,
+    bars: Vec<Bar>,
+}
+
+#[derive(Serialize)]
+struct Bar {
+    index: u8,
+    size: u64,
+    free: u64,
+    largest_free: u64,
+    exports: u32,
+    prefetchable: bool,
+    is_64bit: bool,
+    exportable: bool,
+    pages: bool,
+}
+
+#[derive(Serialize)]
+struct Disk {
+    name: String,
+    functions: Vec<String>,
+    logical_block: u32,
+    nvme: bool,
+    mounts: Vec<String>,
+    /// For each device, the bridge closest to both, if there is one below the host bridge.
+    common_bridges: Vec<CommonBridge>,
+}
+
+#[derive(Serialize)]
+struct CommonBridge {
+    device: String,
+    bridge: Option<String>,
+}
+
+#[derive(Serialize)]
+struct Missing {
+    what: String,
+    remedy: String,
+}
+
+/// Shows it. A machine that lacks everything is no failure.
+pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
+    let info = collect();
+    if arguments.json {
+        println!("{}", serde_json::to_string(&info)?);
+    } else {
+        print!("{}", show(&info));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn collect() -> Info {
+    let mut missing = Vec::new();
+    let mut devices = Vec::new();
+    let mut addresses = Vec::new();
+    match module::probe() {
+        Ok(nodes) => {
+            for node in nodes {
+                let opened = module::Device::open_node(&node);
+                match opened.and_then(|device| Ok((device.query()?, device))) {
+                    Ok((info, device)) => {
+                        addresses.push(info.address);
+                        devices.push(describe_device(&info, device.path()));
+                    }
+                    Err(error) => missing.push(lack(&error)),
+                }
+            }
+        }
+        Err(error) => missing.push(lack(&error)),
+    }
+    let udmabuf = match udmabuf::probe() {
+        Ok(()) => true,
+        Err(error) => {
+            missing.push(lack(&error));
+            false
+        }
+    };
+    let disks = describe_disks(&addresses);
+    if !disks.iter().any(|disk| disk.nvme) {
+        missing.push(Missing {
+            what: "no NVMe disk".into(),
+            remedy: "only an NVMe disk does peer-to-peer DMA; others get staged copies".into(),
+        });
+    }
+    let line = |path| {
+        std::fs::read_to_string(path)
+            .ok()
+            .map(|text| text.trim().to_owned())
+    };
+    let loaded = Path::new("/sys/module/peerbuf").exists();
+    Info {
+        kernel: line("/proc/sys/kernel/osrelease").unwrap_or_else(|| "unknown".into()),
+        module: loaded.then(|| line("/sys/module/peerbuf/version").unwrap_or("loaded".into())),
+        devices,
+        udmabuf,
+        disks,
+        missing,
+    }
+}
+
+fn lack(error: &peerbuf::error::ExportError) -> Missing {
+    use peerbuf::error::ExportError::Unavailable;
+    match error {
+        Unavailable {
+            exporter,
+            cause,
+            remedy,
+        } => Missing {
+            what: format!("{exporter}: {cause}"),
+            remedy: remedy.clone(),
+        },
+        other => Missing {
+            what: other.to_string(),
+            remedy: String::new(),
+        },
+    }
+}
+
+fn describe_device(info: &module::DeviceInfo, node: &Path) -> Device {
+    let bars = info.bars.iter().map(|bar| Bar {
+        index: bar.index,
+        size: bar.size,
+        free: bar.free,
+        largest_free: bar.largest_free,
+        exports: bar.exports,
+        prefetchable: bar.prefetchable,
+        is_64bit: bar.is_64bit,
+        exportable: bar.exportable,
+        pages: bar.pages,
+    });
+    Device {
+        address: info.address.to_string(),
+        id: format!("{:04x}:{:04x}", info.vendor, info.device),
+        node: node.display().to_string(),
+        bars: bars.collect(),
+    }
+}
+
+fn describe_disks(devices: &[PciAddress]) -> Vec<Disk> {
+    let sysfs = Sysfs::default();
+    let mounts = places::mounts();
+    let disks = sysfs.block_devices();
+    let describe = |disk: &peerbuf::plan::topology::BlockDevice| {
+        // A partition's name begins with its disk's.
+        let is_on = |mount: &&places::Mount| {
+            mount
+                .disk
+                .as_ref()
+                .is_some_and(|on| on.name.starts_with(&disk.name))
+        };
+        let bridge = |function: PciAddress, device: &PciAddress| CommonBridge {
+            device: device.to_string(),
+            bridge: sysfs
+                .common_bridge(function, *device)
+                .map(|bridge| bridge.to_string()),
+        };
+        let function = disk.functions.first();
+        Disk {
+            name: disk.name.clone(),
+            functions: disk.functions.iter().map(ToString::to_string).collect(),
+            logical_block: disk.logical_block,
+            nvme: disk.name.starts_with("nvme"),
+            mounts: mounts
+                .iter()
+                .filter(is_on)
+                .map(|m| m.at.display().to_string())
+                .collect(),
+            common_bridges: function
+                .into_iter()
+                .flat_map(|function| devices.iter().map(move |device| bridge(*function, device)))
+                .collect(),
+        }
+    };
+    disks.iter().map(describe).collect()
+}
+
+fn show(info: &Info) -> String {
+    let mut text = format!("kernel {}", info.kernel);
+    match &info.module {
+        Some(version) => text += &format!(", peerbuf.ko {version}\n"),
+        None => text += ", peerbuf.ko not loaded\n",
+    }
+    if !info.devices.is_empty() {
+        let mut table = table::new(&[
+            "device",
+            "id",
+            "BAR",
+            "size",
+            "free",
+            "largest export",
+            "exports",
+            "can be exported",
+            "files can reach it",
+        ]);
+        for device in &info.devices {
+            for bar in &device.bars {
+                table.add_row([
+                    device.address.clone(),
+                    device.id.clone(),
+                    bar.index.to_string(),
+                    size::show(bar.size),
+                    size::show(bar.free),
+                    size::show(bar.largest_free),
+                    bar.exports.to_string(),
+                    yes_no(bar.exportable).into(),
+                    yes_no(bar.pages).into(),
+                ]);
+            }
+        }
+        text += &format!("\n{table}\n");
+    }
+    if !info.disks.is_empty() {
+        let mut table = table::new(&[
+            "disk",
+            "PCI function",
+            "block",
+            "mounted at",
+            "bridge shared with",
+        ]);
+        for disk in &info.disks {
+            let bridges: Vec<String> = disk
+                .common_bridges
+                .iter()
+                .map(|common| match &common.bridge {
+                    Some(bridge) => format!("{}: {bridge}", common.device),
+                    None => format!("{}: none, only a host bridge", common.device),
+                })
+                .collect();
+            table.add_row([
+                disk.name.clone(),
+                disk.functions.join("\n"),
+                disk.logical_block.to_string(),
+                disk.mounts.join("\n"),
+                bridges.join("\n"),
+            ]);
+        }
+        text += &format!("\n{table}\n");
+    }
+    text += &format!("\nudmabuf: {}\n", yes_no(info.udmabuf));
+    for missing in &info.missing {
+        text += &format!("missing: {}", missing.what);
+        if !missing.remedy.is_empty() {
+            text += &format!("\n    {}", missing.remedy);
+        }
+        text.push('\n');
+    }
+    text
+}
+
+fn yes_no(yes: bool) -> &'static str {
+    if yes { "yes" } else { "no" }
+}
