@@ -19,12 +19,17 @@ pub const ABI_VERSION: u32 = 1;
 /// The ioctl type byte, shared by all of peerbuf's ioctls.
 pub const IOC_MAGIC: u8 = 0xBB;
 
+/// `_IO(IOC_MAGIC, number)`.
+const fn io(number: u32) -> u32 {
+    ((IOC_MAGIC as u32) << 8) | number
+}
+
 /// `_IO(0xBB, 0x00)`: fills a [`Query`]. On a `/dev/peerbuf/<BDF>` node.
-pub const IOC_QUERY: u32 = ((IOC_MAGIC as u32) << 8) | 0x00;
+pub const IOC_QUERY: u32 = io(0x00);
 
 /// `_IO(0xBB, 0x01)`: exports part of a BAR as a dma-buf, by [`Export`]. On a
 /// `/dev/peerbuf/<BDF>` node.
-pub const IOC_EXPORT: u32 = ((IOC_MAGIC as u32) << 8) | 0x01;
+pub const IOC_EXPORT: u32 = io(0x01);
 
 /// The number of base address registers that a PCI function has.
 pub const NUM_BARS: usize = 6;
@@ -95,10 +100,11 @@ pub struct Query {
 /// [`IOC_EXPORT`]: makes a dma-buf of `length` bytes of a BAR.
 ///
 /// Errors: EINVAL (size, flags, padding, no such BAR, not a memory BAR, a length of zero, an
-/// offset or length that is not a multiple of the page size, a range that overflows or ends
-/// beyond the BAR), E2BIG (trailing bytes that are not zero), EOPNOTSUPP (the BAR cannot be
-/// exported), EBUSY (another export holds part of the range), ENOSPC (no free run is that long),
-/// ENODEV (the device is gone), EMFILE, ENFILE, ENOMEM, EFAULT.
+/// offset or length that is not a multiple of the page size, a range that ends beyond the BAR),
+/// EOVERFLOW (offset and length together exceed 64 bits), E2BIG (trailing bytes that are not
+/// zero), EOPNOTSUPP (the BAR is below a page), EBUSY (another export, or I/O that outlived one,
+/// holds part of the range), ENOSPC (no free run is that long), ENODEV (the device is gone),
+/// EMFILE, ENFILE, ENOMEM, EFAULT.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "bytemuck", derive(bytemuck::Pod, bytemuck::Zeroable))]

@@ -87,7 +87,7 @@ impl Importer {
         ioctl(
             file.as_fd(),
             number(1, 0, size_of::<Attach>()),
-            (&raw mut ask).cast(),
+            (&raw mut ask).addr(),
         )?;
         Ok(Self(file))
     }
@@ -103,20 +103,20 @@ impl Importer {
             ..Mapping::default()
         };
         let ioc = number(3, 1, size_of::<Mapping>());
-        ioctl(self.0.as_fd(), ioc, (&raw mut mapping).cast())?;
+        ioctl(self.0.as_fd(), ioc, (&raw mut mapping).addr())?;
         Ok(mapping)
     }
 
     /// Unmaps it, if it is mapped.
     pub fn unmap(&self) {
-        ioctl(self.0.as_fd(), number(0, 2, 0), std::ptr::null_mut()).expect("unmap");
+        ioctl(self.0.as_fd(), number(0, 2, 0), 0).expect("unmap");
     }
 
     /// What became of it.
     pub fn state(&self) -> State {
         let mut state = State::default();
         let ioc = number(2, 3, size_of::<State>());
-        ioctl(self.0.as_fd(), ioc, (&raw mut state).cast()).expect("state");
+        ioctl(self.0.as_fd(), ioc, (&raw mut state).addr()).expect("state");
         state
     }
 }

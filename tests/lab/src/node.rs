@@ -10,16 +10,16 @@ use std::path::{Path, PathBuf};
 use bytemuck::Zeroable;
 use peerbuf_uapi as abi;
 
-/// Calls `ioctl` with a raw number and pointer.
+/// Calls `ioctl` with a raw number and address.
 ///
 /// # Errors
 ///
 /// What the kernel answers.
-pub fn ioctl(fd: BorrowedFd<'_>, number: u32, argument: *mut c_void) -> io::Result<i32> {
+pub fn ioctl(fd: BorrowedFd<'_>, number: u32, address: usize) -> io::Result<i32> {
     // SAFETY: The numbers used here are those of peerbuf.ko, dma-buf and the lab's importer, whose
-    // kernel side checks each user pointer; callers pass one to memory of the struct's size, or
-    // one that is meant to be refused.
-    match unsafe { libc::ioctl(fd.as_raw_fd(), libc::c_ulong::from(number), argument) } {
+    // kernel side checks each user address; callers pass that of a struct of the size in question,
+    // or one that is meant to be refused.
+    match unsafe { libc::ioctl(fd.as_raw_fd(), libc::c_ulong::from(number), address) } {
         -1 => Err(io::Error::last_os_error()),
         answer => Ok(answer),
     }
@@ -80,7 +80,7 @@ impl Node {
         ioctl(
             self.file.as_fd(),
             number,
-            std::ptr::from_mut(argument).cast(),
+            std::ptr::from_mut(argument).addr(),
         )
     }
 

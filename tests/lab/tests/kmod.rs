@@ -43,7 +43,7 @@ fn differs(map: &Map, at: usize, len: usize, salt: u64) -> Option<usize> {
 /// `DMA_BUF_IOCTL_SYNC`.
 fn sync(fd: &OwnedFd, mut flags: u64) -> std::io::Result<i32> {
     const DMA_BUF_IOCTL_SYNC: u32 = 0x4008_6200;
-    ioctl(fd.as_fd(), DMA_BUF_IOCTL_SYNC, (&raw mut flags).cast())
+    ioctl(fd.as_fd(), DMA_BUF_IOCTL_SYNC, (&raw mut flags).addr())
 }
 
 const SYNC_READ: u64 = 1;
@@ -432,10 +432,7 @@ fn an_answer_that_cannot_be_delivered_leaves_nothing_behind() {
     let open = descriptors();
     for number in [abi::IOC_QUERY, abi::IOC_EXPORT] {
         for bad in [0usize, 1, 0xffff_8000_0000_0000, usize::MAX] {
-            assert_eq!(
-                errno(ioctl(node.file.as_fd(), number, bad as *mut _)),
-                libc::EFAULT
-            );
+            assert_eq!(errno(ioctl(node.file.as_fd(), number, bad)), libc::EFAULT);
         }
     }
     // A request that can be read and not written.
@@ -446,7 +443,11 @@ fn an_answer_that_cannot_be_delivered_leaves_nothing_behind() {
     memory.set_len(PAGE).unwrap();
     let map = Map::new(memory.as_fd(), PAGE as usize, false).unwrap();
     assert_eq!(
-        errno(ioctl(node.file.as_fd(), abi::IOC_EXPORT, map.as_ptr())),
+        errno(ioctl(
+            node.file.as_fd(),
+            abi::IOC_EXPORT,
+            map.as_ptr().addr()
+        )),
         libc::EFAULT
     );
     assert_all_free(&node);
@@ -462,10 +463,8 @@ fn running_out_of_descriptors_leaves_nothing_behind() {
             rlim_max: 24,
         };
         // SAFETY: The struct is valid.
-        assert_eq!(
-            unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) },
-            0
-        );
+        let set = unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) };
+        assert_eq!(set, 0);
         let mut held = Vec::new();
         loop {
             match node.export(None, PAGE) {
