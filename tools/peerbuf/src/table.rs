@@ -2,6 +2,10 @@
 
 use comfy_table::{ContentArrangement, Table, presets};
 
+/// Narrower than this no table can be read. A serial console, whose width is unknown, and a file
+/// get it too.
+const LEAST_WIDTH: u16 = 132;
+
 /// A table with these headings, as wide as the terminal.
 pub fn new(headings: &[&str]) -> Table {
     let mut table = Table::new();
@@ -9,9 +13,8 @@ pub fn new(headings: &[&str]) -> Table {
         .load_preset(presets::UTF8_FULL_CONDENSED)
         .set_content_arrangement(ContentArrangement::Dynamic)
         .set_header(headings);
-    // In a file or a pipe there is no width to go by.
-    if !table.is_tty() {
-        table.set_width(140);
+    if !table.is_tty() || table.width().is_none_or(|width| width < LEAST_WIDTH) {
+        table.set_width(LEAST_WIDTH);
     }
     table
 }

@@ -80,7 +80,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     }
     worker.finish()?;
     if !arguments.json {
-        print!("{}", report::table(&transfers));
+        print!("{}", report::table(&transfers, &places::describe(&directory)));
     }
     let wrong = transfers
         .iter()

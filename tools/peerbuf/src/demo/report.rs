@@ -1,5 +1,6 @@
 //! What the demo tells: a table for people, objects for programs.
 
+use comfy_table::{ColumnConstraint, Width};
 use serde::Serialize;
 
 use super::protocol::{Account, Reason};
@@ -40,8 +41,8 @@ impl Transfer {
     }
 }
 
-/// The table, with the evidence below it: there it has room.
-pub fn table(transfers: &[Transfer]) -> String {
+/// The table, with the evidence below it: there it has room. `place` is where the files are.
+pub fn table(transfers: &[Transfer], place: &str) -> String {
     let mut table = table::new(&[
         "buffer",
         "from",
@@ -52,8 +53,20 @@ pub fn table(transfers: &[Transfer]) -> String {
         "through system memory",
         "checked",
     ]);
+    // Paths and codes have hyphens, at which they must not be broken.
+    for (column, width) in [(3, 20), (4, 26)] {
+        if let Some(column) = table.column_mut(column) {
+            column.set_constraint(ColumnConstraint::LowerBoundary(Width::Fixed(width)));
+        }
+    }
+    // Every row would repeat where the files are.
+    let suffix = format!(" in {place}");
     let mut notes: Vec<&Reason> = Vec::new();
     for transfer in transfers {
+        let end = |name: &str| match name.strip_suffix(&suffix) {
+            Some(file) => file.to_owned(),
+            None => "the buffer".to_owned(),
+        };
         let mut why = Vec::new();
         for reason in &transfer.reasons {
             let known = notes.iter().position(|note| *note == reason);
@@ -61,28 +74,20 @@ pub fn table(transfers: &[Transfer]) -> String {
                 notes.push(reason);
                 notes.len() - 1
             });
-            why.push(format!("{}: {} [{}]", reason.path, reason.code, number + 1));
+            why.push(format!("{}:\n  {} [{}]", reason.path, reason.code, number + 1));
         }
         table.add_row([
             transfer.buffer.clone(),
-            transfer.source.clone(),
-            transfer.sink.clone(),
+            end(&transfer.source),
+            end(&transfer.sink),
             transfer.path.clone(),
-            if why.is_empty() {
-                "it is the best".into()
-            } else {
-                why.join("\n")
-            },
+            if why.is_empty() { "it is the best".into() } else { why.join("\n") },
             size::show(transfer.bytes),
             size::show(transfer.host_bytes),
-            if transfer.verified {
-                "every byte right".into()
-            } else {
-                "WRONG BYTES".to_string()
-            },
+            if transfer.verified { "every byte".into() } else { "WRONG BYTES".to_string() },
         ]);
     }
-    let mut text = format!("{table}\n");
+    let mut text = format!("files in {place}, of random bytes\n{table}\n");
     for (number, note) in notes.iter().enumerate() {
         text += &format!("[{}] not {}: {}\n", number + 1, note.path, note.evidence);
     }
