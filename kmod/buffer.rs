@@ -11,7 +11,7 @@ use kernel::{
     prelude::*,
     sync::{
         atomic::{Atomic, Relaxed},
-        Arc, Completion,
+        Arc,
     },
     types::Opaque,
 };
@@ -37,9 +37,10 @@ pub(crate) struct Buffer {
     revoked: Atomic<i32>,
     /// Scatter tables that importers have. Read and written with the reservation lock held.
     mapped: Atomic<i32>,
-    /// Done once the buffer is revoked and no scatter table is left.
+    /// Done once the buffer is revoked and no scatter table is left. (`kernel::sync::Completion`
+    /// cannot be waited for with a limit.)
     #[pin]
-    pub(crate) unmapped: Completion,
+    unmapped: Opaque<bindings::completion>,
     /// A CPU mapping was made at some time, so pages may be in use after the last descriptor.
     cpu_mapped: Atomic<i32>,
 }
@@ -65,7 +66,10 @@ impl Buffer {
                 phys: Opaque::new(phys),
                 revoked: Atomic::new(0),
                 mapped: Atomic::new(0),
-                unmapped <- Completion::new(),
+                unmapped <- Opaque::ffi_init(|slot: *mut bindings::completion| {
+                    // SAFETY: `slot` is valid for writes, and pinned.
+                    unsafe { bindings::init_completion(slot) };
+                }),
                 cpu_mapped: Atomic::new(0),
             }),
             GFP_KERNEL,
@@ -80,9 +84,7 @@ impl Buffer {
     /// Takes access away. The reservation lock is held.
     pub(crate) fn set_revoked(&self) {
         self.revoked.store(1, Relaxed);
-        if self.mapped.load(Relaxed) == 0 {
-            self.unmapped.complete_all();
-        }
+        self.complete_if_unmapped();
     }
 
     /// Counts a scatter table given to an importer. The reservation lock is held.
@@ -92,11 +94,26 @@ impl Buffer {
 
     /// Counts a scatter table that came back. The reservation lock is held.
     pub(crate) fn mapping_gone(&self) {
-        let left = self.mapped.load(Relaxed) - 1;
-        self.mapped.store(left, Relaxed);
-        if left == 0 && self.revoked() {
-            self.unmapped.complete_all();
+        self.mapped.store(self.mapped.load(Relaxed) - 1, Relaxed);
+        self.complete_if_unmapped();
+    }
+
+    fn complete_if_unmapped(&self) {
+        if self.revoked() && self.mapped.load(Relaxed) == 0 {
+            // SAFETY: Initialised with the buffer.
+            unsafe { bindings::complete_all(self.unmapped.get()) };
         }
+    }
+
+    /// Waits until a revoked buffer has no scatter table left, or for `seconds`; whether it has
+    /// none. The reservation lock is not held.
+    pub(crate) fn wait_unmapped(&self, seconds: u32) -> bool {
+        // SAFETY: Initialised with the buffer; the caller may sleep.
+        let left = unsafe {
+            let jiffies = bindings::__msecs_to_jiffies(seconds * 1000);
+            bindings::wait_for_completion_timeout(self.unmapped.get(), jiffies)
+        };
+        left != 0
     }
 
     /// Notes that a process has mapped the buffer.

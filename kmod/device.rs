@@ -154,9 +154,7 @@ impl Device {
         // calls that follow.
         to_result(unsafe { bindings::pcim_enable_device(raw) })?;
         // SAFETY: As above; the name is static.
-        to_result(unsafe {
-            bindings::pcim_request_all_regions(raw, c"peerbuf".as_char_ptr())
-        })?;
+        to_result(unsafe { bindings::pcim_request_all_regions(raw, c"peerbuf".as_char_ptr()) })?;
         // SAFETY: As above.
         to_result(unsafe { bindings::pcim_p2pdma_init(raw) })?;
 

@@ -12,7 +12,7 @@
 use core::ptr;
 
 use kernel::{
-    bindings,
+    bindings, container_of,
     error::{from_err_ptr, from_result, to_result},
     ffi::*,
     mm::virt::{flags, VmaNew},
@@ -99,10 +99,39 @@ pub(crate) unsafe fn revoke(dmabuf: *mut bindings::dma_buf) {
         };
         // Importers need the lock to unmap, so it is given up before that is waited for.
     }
-    buffer.unmapped.wait_for_completion();
+    while !buffer.wait_unmapped(10) {
+        // SAFETY: As above.
+        unsafe { name_importers(dmabuf) };
+    }
     // After the mark no fault puts in another page, so what is zapped here stays so.
     // SAFETY: The file is valid, and its mapping with it; the whole of it is zapped.
     unsafe { bindings::unmap_mapping_range((*(*dmabuf).file).f_mapping, 0, 0, 1) };
+}
+
+/// Says in the log who has attached a dma-buf that a revoke waits for.
+///
+/// # Safety
+///
+/// As for [`revoke`].
+unsafe fn name_importers(dmabuf: *mut bindings::dma_buf) {
+    // SAFETY: By the caller's promise. The lock keeps the list of attachments as it is, and an
+    // attachment keeps its importer's device.
+    unsafe {
+        let _resv = Resv::lock(dmabuf);
+        let exporter = buffer(dmabuf).device.name();
+        let head = &raw mut (*dmabuf).attachments;
+        let mut node = (*head).next;
+        while node != head {
+            let attachment = container_of!(node, bindings::dma_buf_attachment, node);
+            let importer: &kernel::device::Device =
+                kernel::device::Device::from_raw((*attachment).dev);
+            pr_warn!(
+                "{exporter}: revoked, and waiting for {} to unmap it\n",
+                importer.name()
+            );
+            node = (*node).next;
+        }
+    }
 }
 
 /// The buffer behind one of our dma-bufs.
@@ -239,8 +268,7 @@ unsafe extern "C" fn end_cpu_access(
     let bar = &buffer.device.bars[buffer.bar];
     // A peer may reach the memory by a path that the processor's posted writes do not take. A
     // read has no side effects where the BAR is prefetchable, and only there.
-    if dir != bindings::dma_data_direction_DMA_FROM_DEVICE
-        && bar.flags & abi::BAR_PREFETCHABLE != 0
+    if dir != bindings::dma_data_direction_DMA_FROM_DEVICE && bar.flags & abi::BAR_PREFETCHABLE != 0
     {
         if let Some(pages) = &bar.pages {
             pages.flush(buffer.offset);
@@ -308,7 +336,11 @@ unsafe extern "C" fn fault(vmf: *mut bindings::vm_fault) -> bindings::vm_fault_t
     // SAFETY: As above.
     let (buffer, vma_start, vma_end) = unsafe {
         let bounds = &(*vma).__bindgen_anon_1.__bindgen_anon_1;
-        (buffer(dmabuf), bounds.vm_start as usize, bounds.vm_end as usize)
+        (
+            buffer(dmabuf),
+            bounds.vm_start as usize,
+            bounds.vm_end as usize,
+        )
     };
     // Held until the pages are in: a revoke marks under this lock and zaps after, so a page put
     // in before the mark is zapped, and after the mark none is put in.
@@ -338,7 +370,8 @@ unsafe extern "C" fn fault(vmf: *mut bindings::vm_fault) -> bindings::vm_fault_t
         };
         // SAFETY: The VMA is VM_MIXEDMAP since `mmap`, the address lies in it, and the page has a
         // count of at least one.
-        let inserted = unsafe { bindings::vm_insert_page(vma, (address - before + at) as c_ulong, page) };
+        let inserted =
+            unsafe { bindings::vm_insert_page(vma, (address - before + at) as c_ulong, page) };
         match to_result(inserted) {
             // Another thread's fault on the window may have been first.
             Ok(()) => {}

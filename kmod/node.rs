@@ -114,7 +114,9 @@ unsafe extern "C" fn open(_inode: *mut bindings::inode, file: *mut bindings::fil
     unsafe {
         let misc = (*file).private_data.cast::<bindings::miscdevice>();
         let registration: *mut Registration = container_of!(misc, Registration, misc);
-        (*file).private_data = Arc::into_raw((*registration).device.clone()).cast_mut().cast();
+        (*file).private_data = Arc::into_raw((*registration).device.clone())
+            .cast_mut()
+            .cast();
     }
     0
 }
@@ -190,7 +192,9 @@ impl Fd {
     fn reserve(flags: u32) -> Result<Self> {
         // SAFETY: Called by a task on its own behalf.
         let fd = unsafe { bindings::get_unused_fd_flags(flags & bindings::O_CLOEXEC) };
-        u32::try_from(fd).map(Self).map_err(|_| Error::from_errno(fd))
+        u32::try_from(fd)
+            .map(Self)
+            .map_err(|_| Error::from_errno(fd))
     }
 }
 
@@ -206,7 +210,9 @@ impl Drop for Fd {
 /// Errors: EFAULT; EINVAL for a size below the struct's, which so far has only had one; E2BIG for
 /// one above it with bytes that are not zero, or above a page.
 fn read_struct<T: FromBytes>(arg: UserPtr) -> Result<T> {
-    let size = UserSlice::new(arg, size_of::<u32>()).reader().read::<u32>()? as usize;
+    let size = UserSlice::new(arg, size_of::<u32>())
+        .reader()
+        .read::<u32>()? as usize;
     if size < size_of::<T>() {
         return Err(EINVAL);
     }

@@ -10,7 +10,9 @@
 //! away the counts go back to zero and the chunk to the pool, as it was taken: without that,
 //! `devm_memunmap_pages` would wait for ever.
 
-use kernel::{bindings, device::Core, devres, error::to_result, ffi::*, page::PAGE_SIZE, pci, prelude::*};
+use kernel::{
+    bindings, device::Core, devres, error::to_result, ffi::*, page::PAGE_SIZE, pci, prelude::*,
+};
 
 use crate::{device, ffi};
 
@@ -72,7 +74,14 @@ impl Pages {
         this.set_counts(1);
         // On an error the chunk is dropped, and so goes back, at once. Devres is released last
         // in, first out: the chunk goes back before the P2PDMA core unmaps the pages.
-        devres::register(pdev.as_ref(), Chunk { pdev: raw, pages: this }, GFP_KERNEL)?;
+        devres::register(
+            pdev.as_ref(),
+            Chunk {
+                pdev: raw,
+                pages: this,
+            },
+            GFP_KERNEL,
+        )?;
         Ok(this)
     }
 

@@ -86,9 +86,8 @@ impl Regions {
                 if end > self.size {
                     return Err(EINVAL);
                 }
-                let fits = |&(_, first, gap): &(usize, u64, u64)| {
-                    first <= start && end <= first + gap
-                };
+                let fits =
+                    |&(_, first, gap): &(usize, u64, u64)| first <= start && end <= first + gap;
                 let (index, _, _) = self.gaps().find(fits).ok_or(EBUSY)?;
                 (index, start)
             }

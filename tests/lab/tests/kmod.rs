@@ -815,6 +815,26 @@ fn unbinding_revokes_what_was_given_out() {
 }
 
 #[test]
+fn unbinding_names_the_importer_that_it_waits_for() {
+    let node = Node::largest();
+    let bdf = node.bdf.clone();
+    let nvme = nvme_bdf();
+    let (fd, _) = node.export(None, MIB).unwrap();
+    let late = Importer::attach(fd.as_fd(), &nvme, DYNAMIC | PEER, 11_000).unwrap();
+    late.map().unwrap();
+    Node::unbind(&bdf);
+    let log = Command::new("dmesg").output().unwrap();
+    let expected = format!("{bdf}: revoked, and waiting for {nvme} to unmap it");
+    assert!(
+        String::from_utf8_lossy(&log.stdout).contains(&expected),
+        "{expected}"
+    );
+    Node::bind(&bdf);
+    drop((fd, late, node));
+    assert_all_free(&Node::open(&bdf).unwrap());
+}
+
+#[test]
 fn unbinding_waits_for_direct_io_in_flight() {
     let node = Node::largest();
     let bdf = node.bdf.clone();
