@@ -1,0 +1,43 @@
+# Makes, in /lab/out/linux, the tree that modules for the kernel package $1 are built against.
+# Runs in the distribution tree. The distribution's headers package carries no Rust metadata, so
+# the tree is prepared from the distribution's own source package with the kernel's own .config.
+set -eu
+V=$1
+cd /lab/out
+mkdir debs x
+
+apt-get -q update
+apt-cache show --no-all-versions "linux-headers-$V" >/dev/null 2>&1 || exit 100
+series=$(echo "$V" | cut -d. -f1,2)
+(cd debs && apt-get -q -o APT::Sandbox::User=root download "linux-headers-$V" "linux-source-$series")
+for deb in debs/*.deb; do dpkg-deb -x "$deb" x; done
+rm -r debs
+headers=x/usr/src/linux-headers-$V
+# 101: this kernel cannot load Rust modules.
+grep -q '^CONFIG_RUST=y' "$headers/.config" || exit 101
+
+mv x/usr/src/linux-source-*.tar.xz linux-source.tar.xz
+# All but what no build of another module can want; the tarball stays for who does.
+tar -xf linux-source.tar.xz --exclude='*/Documentation/*' --exclude='*/tools/testing/*' \
+    --exclude='*/tools/perf/*' --exclude='*/samples/*' --exclude='*/arch/[!x]*/*'
+mv linux-source-*/ linux
+mount --bind /lab/out/linux /lab/linux
+cp "$headers/.config" linux/.config
+cd /lab/linux
+scripts/config --set-str MODULE_SIG_KEY "" --set-str SYSTEM_TRUSTED_KEYS ""
+version=$(make -s kernelversion)
+case $V in
+    "$version"*) ;;
+    *) echo "linux-source-$series is $version, which is not the source of $V"; exit 102 ;;
+esac
+make -s -j"$(nproc)" CC=gcc-14 HOSTCC=gcc-14 LOCALVERSION="${V#"$version"}" olddefconfig prepare modules_prepare
+cp "/lab/out/$headers/Module.symvers" .
+[ "$(cat include/config/kernel.release)" = "$V" ]
+
+# The sources of the kernel itself are not needed to build against it.
+for d in block certs crypto drivers fs init io_uring ipc kernel lib mm net security sound usr virt; do
+    find "$d" -type f ! -name 'Kconfig*' ! -name 'Makefile*' ! -name Kbuild ! -name '*.h' -delete
+done
+cd /lab/out
+umount /lab/linux
+rm -r x

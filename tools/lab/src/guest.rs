@@ -1,0 +1,332 @@
+//! The machine: which devices each topology has, and the QEMU command line that makes them.
+//!
+//! Nothing here touches the host; a [`Machine`] is a description, and its arguments name paths as
+//! QEMU sees them inside the sandbox (the constants below).
+
+use std::path::Path;
+
+use clap::ValueEnum;
+
+/// The root that the guest shares, as QEMU sees it.
+pub const GUEST_ROOT: &str = "/run/guest";
+/// The run's own directory.
+pub const RUN: &str = "/run/vm";
+/// The kernel's directory in the cache.
+pub const KERNEL: &str = "/run/kernel";
+/// The disk image's directory in the cache.
+pub const DISK: &str = "/run/disk";
+/// The directory of `--share`.
+pub const SHARE: &str = "/run/share";
+
+/// Size of the BAR that stands for device memory.
+pub const BAR_MIB: u32 = 64;
+/// Size of the second device's BAR.
+pub const SECOND_BAR_MIB: u32 = 16;
+/// Size of the NVMe disk's controller memory buffer.
+pub const CMB_MIB: u32 = 16;
+/// Size of the NVMe disk's second, empty namespace.
+pub const SCRATCH_MIB: u32 = 128;
+
+/// How the devices hang together, and so what the kernel says to traffic between them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Topology {
+    /// NVMe and BARs under one PCIe switch, no IOMMU: peer-to-peer works
+    Switch,
+    /// Each under its own root port, on a host bridge the kernel trusts: works through it
+    HostBridge,
+    /// Each under its own root port, on a host bridge the kernel does not trust: it refuses
+    Refused,
+    /// Switch and a translating IOMMU: the kernel says yes and the data is lost
+    Lying,
+}
+
+impl Topology {
+    /// All, in the order of the demo.
+    pub const ALL: [Topology; 4] = [Self::Switch, Self::HostBridge, Self::Refused, Self::Lying];
+
+    /// Its name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Switch => "switch",
+            Self::HostBridge => "host-bridge",
+            Self::Refused => "refused",
+            Self::Lying => "lying",
+        }
+    }
+
+    fn under_one_switch(self) -> bool {
+        matches!(self, Self::Switch | Self::Lying)
+    }
+
+    /// The emulated processor decides whether the kernel trusts the host bridge. Under a switch
+    /// it is one that is not trusted, so that the switch alone makes the path.
+    fn cpu(self) -> &'static str {
+        match self {
+            Self::HostBridge => "EPYC",
+            Self::Switch | Self::Refused | Self::Lying => "Skylake-Server",
+        }
+    }
+}
+
+/// How the guest's instructions are executed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Accelerator {
+    /// Emulation, two processors.
+    Emulation,
+    /// Emulation of one processor whose clock counts instructions.
+    CountingEmulation,
+    /// The host's virtualisation, where it was seen to work.
+    Kvm,
+}
+
+/// What a guest is to have.
+#[derive(Debug, Clone)]
+pub struct Machine {
+    /// Where the devices are.
+    pub topology: Topology,
+    /// A translating IOMMU besides (a matter of course in `lying`).
+    pub iommu: bool,
+    /// How it runs.
+    pub accelerator: Accelerator,
+    /// Main memory.
+    pub memory_mib: u32,
+    /// Whether a host directory is shared.
+    pub share: bool,
+    /// A terminal instead of separate streams.
+    pub shell: bool,
+}
+
+impl Machine {
+    fn has_iommu(&self) -> bool {
+        self.iommu || self.topology == Topology::Lying
+    }
+
+    /// The kernel's command line.
+    pub fn kernel_command_line(&self) -> String {
+        let mut words = vec![
+            // Errors only on the serial line, which is slow; the whole log is read at the end.
+            "console=ttyS0 loglevel=4 log_buf_len=8M printk.devkmsg=on",
+            // A guest that is in trouble ends, and says so on the console.
+            "panic=-1 oops=panic sysctl.vm.panic_on_oom=1 softlockup_panic=1",
+            "sysctl.kernel.hung_task_panic=1 sysctl.kernel.hung_task_timeout_secs=60",
+            // Nobody attacks this guest, and the mitigations are a third of its boot time.
+            "mitigations=off",
+        ];
+        if self.has_iommu() {
+            // QEMU's IOMMU remaps no interrupts here, which VFIO would take for unsafe.
+            words.push("intel_iommu=on vfio_iommu_type1.allow_unsafe_interrupts=1");
+        }
+        words.join(" ")
+    }
+
+    /// QEMU's arguments.
+    pub fn arguments(&self) -> Vec<String> {
+        let mut args = Arguments::default();
+        args.flag("-nodefaults");
+        args.flag("-no-user-config");
+        args.flag("-no-reboot");
+        args.add("-display", "none");
+        args.add("-M", "q35");
+        args.add("-m", format!("{}M", self.memory_mib));
+        match self.accelerator {
+            Accelerator::Emulation => {
+                args.add("-accel", "tcg,thread=multi");
+                args.add("-smp", "2");
+            }
+            Accelerator::CountingEmulation => {
+                args.add("-accel", "tcg,thread=single");
+                args.add("-icount", "shift=0,sleep=off");
+                args.add("-smp", "1");
+            }
+            Accelerator::Kvm => {
+                args.add("-accel", "kvm");
+                args.add("-smp", "2");
+            }
+        }
+        args.add("-cpu", self.topology.cpu());
+        args.add("-kernel", format!("{KERNEL}/vmlinuz"));
+        args.add("-initrd", format!("{KERNEL}/initramfs"));
+        args.add("-append", self.kernel_command_line());
+        args.add("-serial", format!("file:{RUN}/console"));
+        if self.has_iommu() {
+            args.device("intel-iommu,intremap=off");
+        }
+        self.file_systems(&mut args);
+        self.test_devices(&mut args);
+        self.ports(&mut args);
+        args.0
+    }
+
+    fn file_systems(&self, args: &mut Arguments) {
+        args.add(
+            "-fsdev",
+            format!("local,id=root,path={GUEST_ROOT},security_model=none,readonly=on,multidevs=remap"),
+        );
+        args.device("virtio-9p-pci,fsdev=root,mount_tag=root");
+        if self.share {
+            args.add("-fsdev", format!("local,id=share,path={SHARE},security_model=none,multidevs=remap"));
+            args.device("virtio-9p-pci,fsdev=share,mount_tag=share");
+        }
+    }
+
+    /// The devices that this is all about. Their addresses do not depend on other options.
+    fn test_devices(&self, args: &mut Arguments) {
+        args.device("pcie-root-port,id=port0,bus=pcie.0,addr=0x10,chassis=1,slot=1");
+        let slots = if self.topology.under_one_switch() {
+            args.device("x3130-upstream,id=switch,bus=port0");
+            ["down0", "down1", "down2"].map(|slot| {
+                let n = 2 + slot.as_bytes()[4] - b'0';
+                args.device(format!("xio3130-downstream,id={slot},bus=switch,chassis={n},slot={n}"));
+                slot
+            })
+        } else {
+            args.device("pcie-root-port,id=port1,bus=pcie.0,addr=0x11,chassis=2,slot=2");
+            args.device("pcie-root-port,id=port2,bus=pcie.0,addr=0x12,chassis=3,slot=3");
+            ["port0", "port1", "port2"]
+        };
+        // The image itself stays as it is: 'snapshot' puts what is written into a temporary file.
+        args.add("-drive", format!("if=none,id=disk,format=raw,cache=unsafe,snapshot=on,file={DISK}/nvme.ext4"));
+        args.add("-drive", format!("if=none,id=scratch,format=raw,cache=unsafe,file={RUN}/scratch"));
+        args.device(format!("nvme,id=nvme,serial=peerbuf-lab,bus={},cmb_size_mb={CMB_MIB}", slots[0]));
+        args.device("nvme-ns,drive=disk,bus=nvme,nsid=1");
+        args.device("nvme-ns,drive=scratch,bus=nvme,nsid=2");
+        for (n, (size, slot)) in [(BAR_MIB, slots[1]), (SECOND_BAR_MIB, slots[2])].into_iter().enumerate() {
+            args.add("-object", format!("memory-backend-ram,id=bar{n},size={size}M"));
+            args.device(format!("ivshmem-plain,memdev=bar{n},bus={slot}"));
+        }
+        args.add("-netdev", "user,id=net");
+        args.device("virtio-net-pci,netdev=net,romfile=");
+    }
+
+    /// The ports by which the lab talks with the guest; a socket in the run's directory for each.
+    fn ports(&self, args: &mut Arguments) {
+        args.device("virtio-serial-pci");
+        let mut socket = |name: &str, device: &str| {
+            args.add("-chardev", format!("socket,id={name},path={RUN}/{name}"));
+            args.device(format!("{device},chardev={name},name=peerbuf.{name}"));
+        };
+        for name in ports(self.shell) {
+            socket(name, if *name == "terminal" { "virtconsole" } else { "virtserialport" });
+        }
+    }
+}
+
+/// The ports of a guest, by name.
+pub fn ports(shell: bool) -> &'static [&'static str] {
+    if shell { &["terminal", "control"] } else { &["stdin", "stdout", "stderr", "control"] }
+}
+
+/// Why these options do not go together, if they do not.
+pub fn conflict(topology: Topology, iommu: bool) -> Option<String> {
+    (iommu && topology.under_one_switch()).then(|| {
+        let why = match topology {
+            Topology::Lying => "it has a translating IOMMU as it is",
+            _ => "a switch with a translating IOMMU is the topology `lying`, where data is lost",
+        };
+        format!("--iommu does not go with --topology {}: {why}; it goes with host-bridge and refused", topology.name())
+    })
+}
+
+/// Makes the empty second namespace's image.
+///
+/// # Errors
+/// Those of the file system.
+pub fn make_scratch(run: &Path) -> std::io::Result<()> {
+    std::fs::File::create(run.join("scratch"))?.set_len(u64::from(SCRATCH_MIB) << 20)
+}
+
+#[derive(Default)]
+struct Arguments(Vec<String>);
+
+impl Arguments {
+    fn flag(&mut self, name: &str) {
+        self.0.push(name.into());
+    }
+
+    fn add(&mut self, name: &str, value: impl Into<String>) {
+        self.0.extend([name.into(), value.into()]);
+    }
+
+    fn device(&mut self, value: impl Into<String>) {
+        self.add("-device", value);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn machine(topology: Topology) -> Machine {
+        Machine {
+            topology,
+            iommu: false,
+            accelerator: Accelerator::Emulation,
+            memory_mib: 2048,
+            share: false,
+            shell: false,
+        }
+    }
+
+    fn line(machine: &Machine) -> String {
+        machine.arguments().join(" ")
+    }
+
+    #[test]
+    fn every_topology_has_the_disk_with_a_buffer_two_bars_and_a_network_card() {
+        for topology in Topology::ALL {
+            let line = line(&machine(topology));
+            for device in [
+                "nvme,id=nvme,serial=peerbuf-lab,bus=", "cmb_size_mb=16", "nvme-ns,drive=disk,bus=nvme,nsid=1",
+                "id=bar0,size=64M", "ivshmem-plain,memdev=bar0", "id=bar1,size=16M",
+                "ivshmem-plain,memdev=bar1", "virtio-net-pci",
+            ] {
+                assert!(line.contains(device), "{device} in {line}");
+            }
+        }
+    }
+
+    #[test]
+    fn switch_and_lying_put_all_three_devices_under_one_switch() {
+        for topology in [Topology::Switch, Topology::Lying] {
+            let line = line(&machine(topology));
+            assert_eq!(line.matches("xio3130-downstream").count(), 3);
+            assert_eq!(line.matches("pcie-root-port").count(), 1);
+            for device in ["buffer", "cmb_size_mb"].iter().skip(1) {
+                assert!(line.contains(device));
+            }
+            assert!(line.contains("bus=down0,cmb_size_mb") && line.contains("bar0,bus=down1"));
+        }
+    }
+
+    #[test]
+    fn host_bridge_and_refused_differ_in_the_processor_only() {
+        let (a, b) = (machine(Topology::HostBridge), machine(Topology::Refused));
+        assert_eq!(line(&a).replace("EPYC", "Skylake-Server"), line(&b));
+        assert_eq!(line(&a).matches("pcie-root-port").count(), 3);
+        assert!(!line(&a).contains("iommu"));
+    }
+
+    #[test]
+    fn an_iommu_is_there_when_asked_for_and_in_lying() {
+        let with = Machine { iommu: true, ..machine(Topology::HostBridge) };
+        for machine in [with, machine(Topology::Lying)] {
+            assert!(line(&machine).contains("intel-iommu,intremap=off"));
+            assert!(machine.kernel_command_line().contains("intel_iommu=on"));
+        }
+        assert!(!line(&machine(Topology::Switch)).contains("intel"));
+    }
+
+    #[test]
+    fn an_iommu_beside_a_switch_is_refused_with_the_reason() {
+        assert!(conflict(Topology::Switch, true).unwrap().contains("`lying`"));
+        assert!(conflict(Topology::Lying, true).unwrap().contains("as it is"));
+        assert_eq!(conflict(Topology::HostBridge, true), None);
+        assert_eq!(conflict(Topology::Switch, false), None);
+    }
+
+    #[test]
+    fn counting_runs_one_processor_on_one_thread() {
+        let line = line(&Machine { accelerator: Accelerator::CountingEmulation, ..machine(Topology::Switch) });
+        assert!(line.contains("tcg,thread=single -icount shift=0,sleep=off -smp 1"));
+    }
+}

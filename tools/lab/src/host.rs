@@ -1,0 +1,191 @@
+//! What the lab needs of the host: the right to mount, and mmdebstrap. Nothing else.
+
+use std::{
+    ffi::OsString,
+    fs,
+    os::unix::process::CommandExt,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
+
+use anyhow::{Context, Result, bail};
+
+use crate::{progress::Step, sandbox};
+
+/// Set in the environment once the lab has entered a user namespace of its own.
+const IN_USER_NAMESPACE: &str = "PEERBUF_LAB_IN_USER_NAMESPACE";
+
+/// Without root: starts the lab again in a user namespace where it is root, and does not return.
+///
+/// # Errors
+/// When that fails, with what the person can do.
+pub fn become_root() -> Result<()> {
+    if nix::unistd::geteuid().is_root() {
+        return Ok(());
+    }
+    if std::env::var_os(IN_USER_NAMESPACE).is_some() {
+        bail!("in its own user namespace the lab is not root; run `cargo lab` as root instead");
+    }
+    // mmdebstrap and uidmap come first: inside, there is no way to install anything.
+    if find("mmdebstrap").is_none() || find("newuidmap").is_none() {
+        install(&["mmdebstrap", "uidmap"])?;
+    }
+    let exe = std::env::current_exe().context("finding the lab's own program")?;
+    let mut args: Vec<OsString> =
+        ["--user", "--map-root-user", "--map-auto", "--"].into_iter().map(Into::into).collect();
+    args.push(exe.into_os_string());
+    let probe = Command::new("unshare")
+        .args(["--user", "--map-root-user", "--map-auto", "--mount", "true"])
+        .stdin(Stdio::null())
+        .output()
+        .context("starting unshare (package util-linux)")?;
+    if !probe.status.success() {
+        bail!(
+            "the lab needs root, or a user namespace with a range of user ids, to make and enter \
+             its distribution tree.\n  tried: unshare --user --map-root-user --map-auto --mount true\n  \
+             result: {}\n  so either run it as root (`sudo -E cargo lab ...`), or give this user a \
+             range: `sudo usermod --add-subuids 100000-165535 --add-subgids 100000-165535 $USER`",
+            String::from_utf8_lossy(&probe.stderr).trim()
+        );
+    }
+    let error = Command::new("unshare")
+        .args(args)
+        .args(std::env::args_os().skip(1))
+        .env(IN_USER_NAMESPACE, "1")
+        .exec();
+    Err(error).context("starting the lab in a user namespace")
+}
+
+/// Makes sure that mmdebstrap is there.
+///
+/// # Errors
+/// When it is not and cannot be installed; names the one command to run.
+pub fn need_mmdebstrap() -> Result<()> {
+    if find("mmdebstrap").is_none() { install(&["mmdebstrap"]) } else { Ok(()) }
+}
+
+fn find(program: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path)
+        .chain([PathBuf::from("/usr/sbin"), PathBuf::from("/usr/bin")])
+        .map(|dir| dir.join(program))
+        .find(|file| file.is_file())
+}
+
+fn install(packages: &[&str]) -> Result<()> {
+    let by_hand = format!("sudo apt-get install {}", packages.join(" "));
+    if find("apt-get").is_none() {
+        bail!(
+            "the lab needs {} on the host, and this host has no apt-get to install it with; \
+             install it with your own package manager and call again",
+            packages.join(" and ")
+        );
+    }
+    let root = nix::unistd::geteuid().is_root();
+    if !root && (find("sudo").is_none() || std::env::var_os(IN_USER_NAMESPACE).is_some()) {
+        bail!("the lab needs {}; as root, run: apt-get install {}", packages.join(" and "), packages.join(" "));
+    }
+    let apt = |args: &[&str]| -> Result<std::process::Output> {
+        let mut command = if root { Command::new("apt-get") } else { Command::new("sudo") };
+        if !root {
+            command.arg("apt-get");
+        }
+        let command = command.args(["-q", "-y"]).args(args).env("DEBIAN_FRONTEND", "noninteractive");
+        // sudo may have to ask for a password: it does so on the terminal itself.
+        command.stdin(Stdio::null()).output().context("starting apt-get")
+    };
+    let step = Step::start(format!("installing {} on the host", packages.join(" and ")));
+    let mut args = vec!["install", "--no-install-recommends"];
+    args.extend(packages);
+    let mut output = apt(&args)?;
+    if !output.status.success() {
+        // A bare machine has no package lists yet. Third-party sources may fail: the install says.
+        apt(&["update"])?;
+        output = apt(&args)?;
+    }
+    if !output.status.success() {
+        bail!(
+            "installing {} with apt-get ended with {}; the end of its output:\n{}run this by hand and \
+             call again: {by_hand}",
+            packages.join(" and "),
+            output.status,
+            sandbox::tail(&String::from_utf8_lossy(&output.stderr), 20)
+        );
+    }
+    step.done();
+    Ok(())
+}
+
+/// The mirror of the distribution that the host's own apt sources name, if it is a Debian host.
+pub fn debian_mirror() -> Option<String> {
+    let os = fs::read_to_string("/etc/os-release").ok()?;
+    let codename = os.lines().find_map(|l| l.strip_prefix("VERSION_CODENAME="))?.trim_matches('"').to_owned();
+    if !os.lines().any(|l| l.trim() == "ID=debian") {
+        return None;
+    }
+    let mut files = vec![PathBuf::from("/etc/apt/sources.list")];
+    if let Ok(dir) = fs::read_dir("/etc/apt/sources.list.d") {
+        files.extend(dir.flatten().map(|e| e.path()));
+    }
+    files.sort();
+    files.iter().find_map(|file| mirror_in(&fs::read_to_string(file).ok()?, file, &codename))
+}
+
+fn mirror_in(text: &str, file: &Path, codename: &str) -> Option<String> {
+    let http = |uri: &&str| uri.starts_with("http://") || uri.starts_with("https://");
+    if file.extension().is_some_and(|e| e == "sources") {
+        return text.split("\n\n").find_map(|stanza| {
+            let field = |name: &str| {
+                stanza.lines().find_map(|l| l.strip_prefix(name)).map(|v| v.split_whitespace().collect::<Vec<_>>())
+            };
+            let fits = field("Types:")?.contains(&"deb")
+                && field("Suites:")?.contains(&codename)
+                && field("Components:")?.contains(&"main");
+            fits.then(|| field("URIs:")?.into_iter().find(|u| http(u)).map(str::to_owned)).flatten()
+        });
+    }
+    text.lines().find_map(|line| {
+        let line = line.trim().strip_prefix("deb ")?;
+        // Options in brackets may hold spaces.
+        let line = match line.trim_start().strip_prefix('[') {
+            Some(rest) => rest.split_once(']')?.1,
+            None => line,
+        };
+        let mut words = line.split_whitespace();
+        let uri = words.next().filter(http)?;
+        let fits = words.next()? == codename && words.any(|w| w == "main");
+        fits.then(|| uri.to_owned())
+    })
+}
+
+/// apt's proxy settings on the host, as lines of an apt configuration.
+pub fn apt_proxy() -> Vec<String> {
+    let Ok(output) = Command::new("apt-config").arg("dump").stderr(Stdio::null()).output() else {
+        return Vec::new();
+    };
+    String::from_utf8_lossy(&output.stdout)
+        .lines()
+        .filter(|l| l.starts_with("Acquire::http") && l.contains("::Proxy") && !l.contains("\"\""))
+        .map(str::to_owned)
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_mirror_is_the_one_that_serves_the_hosts_own_suite() {
+        let list = "# deb http://no.example/debian bookworm main\n\
+                    deb http://other.example/tool stable main\n\
+                    deb [arch=amd64 signed-by=/k x] https://m.example/debian bookworm main contrib\n";
+        let at = |text, file| mirror_in(text, Path::new(file), "bookworm");
+        assert_eq!(at(list, "sources.list").as_deref(), Some("https://m.example/debian"));
+        let sources = "Types: deb\nURIs: http://t.example/x\nSuites: stable\nComponents: main\n\n\
+                       Types: deb deb-src\nURIs: http://m.example/debian\nSuites: bookworm bookworm-updates\n\
+                       Components: main\n";
+        assert_eq!(at(sources, "debian.sources").as_deref(), Some("http://m.example/debian"));
+        assert_eq!(at("", "debian.sources"), None);
+        assert_eq!(at("deb cdrom:[x]/ bookworm main", "sources.list"), None);
+    }
+}

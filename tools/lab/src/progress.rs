@@ -1,0 +1,83 @@
+//! Says on standard error what takes long.
+//!
+//! A step that ends within two seconds says nothing. A longer one shows a spinner with the time
+//! elapsed on a terminal, and otherwise prints one line when the two seconds are over and one at
+//! its end, so that a log stays readable and a warm `cargo lab run` adds no byte to CMD's own.
+
+use std::{
+    io::{IsTerminal, stderr},
+    sync::mpsc::{RecvTimeoutError, Sender, channel},
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
+
+use indicatif::{ProgressBar, ProgressStyle};
+
+const QUIET: Duration = Duration::from_secs(2);
+
+/// A piece of work under way; ends when dropped or [`done`](Step::done).
+pub struct Step {
+    shown: Option<(Sender<bool>, JoinHandle<()>)>,
+}
+
+impl Step {
+    /// Begins a step; `what` reads like 'making the distribution tree'.
+    pub fn start(what: impl Into<String>) -> Self {
+        let what = what.into();
+        let (tell, told) = channel();
+        let thread = std::thread::spawn(move || {
+            let began = Instant::now();
+            let mut ended = told.recv_timeout(QUIET);
+            if !matches!(ended, Err(RecvTimeoutError::Timeout)) {
+                return;
+            }
+            let bar = stderr().is_terminal().then(|| spinner(&what, began));
+            if bar.is_none() {
+                eprintln!("peerbuf-lab: {what} ...");
+            }
+            ended = told.recv().map_err(|_| RecvTimeoutError::Disconnected);
+            match bar {
+                Some(bar) => bar.finish_and_clear(),
+                None => {
+                    let how = if ended == Ok(true) { "done" } else { "ended" };
+                    eprintln!("peerbuf-lab: {what}: {how} in {:.0} s", began.elapsed().as_secs_f64());
+                }
+            }
+        });
+        Self { shown: Some((tell, thread)) }
+    }
+
+    /// A step shown on a terminal only, for what every warm call does, such as booting.
+    pub fn start_on_terminal(what: impl Into<String>) -> Self {
+        if stderr().is_terminal() { Self::start(what) } else { Self { shown: None } }
+    }
+
+    /// Ends the step with success.
+    pub fn done(mut self) {
+        self.end(true);
+    }
+
+    fn end(&mut self, good: bool) {
+        if let Some((tell, thread)) = self.shown.take() {
+            let _ = tell.send(good);
+            drop(tell);
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for Step {
+    fn drop(&mut self) {
+        self.end(false);
+    }
+}
+
+fn spinner(what: &str, began: Instant) -> ProgressBar {
+    let bar = ProgressBar::new_spinner().with_elapsed(began.elapsed());
+    if let Ok(style) = ProgressStyle::with_template("{spinner} {msg} [{elapsed}]") {
+        bar.set_style(style);
+    }
+    bar.set_message(what.to_owned());
+    bar.enable_steady_tick(Duration::from_millis(120));
+    bar
+}

@@ -1,0 +1,258 @@
+//! The checkout: where its parts are, and how its programs and the module are built.
+
+use std::{
+    fs,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
+
+use anyhow::{Context, Result, bail};
+use walkdir::WalkDir;
+
+use crate::{kernel::Source, progress::Step, sandbox, tree::Tree};
+
+/// The checkout that this program was built from.
+pub struct Project {
+    root: PathBuf,
+    target: PathBuf,
+}
+
+impl Project {
+    /// Finds the checkout.
+    ///
+    /// # Errors
+    /// When it is gone, or cargo cannot read it.
+    pub fn find() -> Result<Self> {
+        // cargo sets it at run time too, so a checkout may move after it was built.
+        let here = std::env::var_os("CARGO_MANIFEST_DIR").map_or(PathBuf::from(env!("CARGO_MANIFEST_DIR")), PathBuf::from);
+        let root = here
+            .ancestors()
+            .find(|dir| dir.join("tools/lab/Cargo.toml").is_file())
+            .or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2))
+            .map(Path::to_owned)
+            .context("finding peerbuf's checkout; call the lab through `cargo lab` in it")?;
+        let output = cargo(&root).args(["metadata", "--no-deps", "--offline", "--format-version=1"]).output()?;
+        if !output.status.success() {
+            let text = String::from_utf8_lossy(&output.stderr);
+            bail!("reading the workspace at {} with cargo failed:\n{}", root.display(), sandbox::tail(&text, 20));
+        }
+        let json: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+        let target = json["target_directory"].as_str().context("cargo metadata names no target directory")?;
+        Ok(Self { root, target: target.into() })
+    }
+
+    /// Its root directory.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// A directory of the lab's own among the build products.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn work_dir(&self, name: &str) -> Result<PathBuf> {
+        let dir = self.target.join("lab").join(name);
+        fs::create_dir_all(&dir).with_context(|| format!("making {}", dir.display()))?;
+        Ok(dir)
+    }
+
+    /// The command `peerbuf`, built if need be.
+    ///
+    /// # Errors
+    /// When it does not compile; holds the compiler's messages.
+    pub fn peerbuf(&self) -> Result<Vec<PathBuf>> {
+        let step = Step::start("building the command peerbuf");
+        let built = self.cargo_build(&["build", "--package=peerbuf-cli", "--bins"])?;
+        step.done();
+        Ok(built.into_iter().map(|p| p.file).collect())
+    }
+
+    /// Builds with cargo and returns the programs made.
+    ///
+    /// # Errors
+    /// When something does not compile; holds the compiler's messages.
+    pub fn cargo_build(&self, args: &[&str]) -> Result<Vec<Program>> {
+        let output = cargo(&self.root)
+            .args(args)
+            .args(["--message-format=json-render-diagnostics", "--quiet"])
+            .stdin(Stdio::null())
+            .output()
+            .context("starting cargo")?;
+        if !output.status.success() {
+            let text = String::from_utf8_lossy(&output.stderr);
+            bail!("`cargo {}` failed:\n{}", args.join(" "), sandbox::tail(&text, 60));
+        }
+        let mut programs = Vec::new();
+        for line in output.stdout.split(|b| *b == b'\n').filter(|l| !l.is_empty()) {
+            let message: serde_json::Value = serde_json::from_slice(line)?;
+            let target = &message["target"];
+            if let (Some(file), Some(name)) = (message["executable"].as_str(), target["name"].as_str()) {
+                programs.push(Program { name: name.into(), file: file.into() });
+            }
+        }
+        Ok(programs)
+    }
+
+    /// Builds `peerbuf.ko` for one kernel, outside the sources, and returns its path; `None`
+    /// while there is no module to build.
+    ///
+    /// # Errors
+    /// When it does not compile; holds the compiler's messages.
+    pub fn module(&self, tree: &Tree, source: &Source, release: &str) -> Result<Option<PathBuf>> {
+        if !["Kbuild", "Makefile"].iter().any(|f| self.root.join("kmod").join(f).is_file()) {
+            return Ok(None);
+        }
+        let work = self.work_dir(&format!("kmod-{release}"))?;
+        let _lock = lock(&work)?;
+        for part in ["kmod", "uapi"] {
+            mirror(&self.root.join(part), &work.join(part))?;
+        }
+        let step = Step::start("building peerbuf.ko");
+        // Built for another prepared tree, the objects there are of no use.
+        let stamp = work.join("built-against");
+        let against = source.dir().display().to_string();
+        if fs::read_to_string(&stamp).ok().as_deref() != Some(&against) {
+            make(tree, source, &work, "kmod", "clean")?;
+            fs::write(&stamp, against)?;
+        }
+        make(tree, source, &work, "kmod", "modules")?;
+        step.done();
+        let module = work.join("kmod/peerbuf.ko");
+        if !module.is_file() {
+            bail!("building kmod/ made no peerbuf.ko");
+        }
+        Ok(Some(module))
+    }
+}
+
+/// A program that cargo made.
+pub struct Program {
+    /// The target's name in its manifest.
+    pub name: String,
+    /// The file.
+    pub file: PathBuf,
+}
+
+/// Builds the external module in `dir`, in place, for the kernel of `source`.
+///
+/// # Errors
+/// When it does not compile; holds the compiler's messages.
+pub fn build_module(tree: &Tree, source: &Source, dir: &Path) -> Result<()> {
+    let dir = fs::canonicalize(dir).with_context(|| format!("finding {}", dir.display()))?;
+    if !["Kbuild", "Makefile"].iter().any(|f| dir.join(f).is_file()) {
+        bail!(
+            "{} has no Kbuild or Makefile; an external module needs one, such as a Kbuild with `obj-m := NAME.o`",
+            dir.display()
+        );
+    }
+    let step = Step::start(format!("building the module in {}", dir.display()));
+    make(tree, source, &dir, "", "modules")?;
+    step.done();
+    Ok(())
+}
+
+/// `make` of the kernel's build system on the directory `sub` below `work`, in the tree.
+fn make(tree: &Tree, source: &Source, work: &Path, sub: &str, target: &str) -> Result<()> {
+    tree.sandbox("/usr/bin/make")
+        .own_processes()
+        .bind_read_only(source.dir(), "/lab/linux")
+        .bind(work, "/lab/build")
+        .mount(sandbox::Mount::Tmpfs { at: "/tmp".into() })
+        .args(["-C", "/lab/linux", "CC=gcc-14", "HOSTCC=gcc-14"])
+        .arg(format!("-j{}", std::thread::available_parallelism().map_or(1, |n| n.get())))
+        .arg(format!("M=/lab/build/{sub}").trim_end_matches('/'))
+        .arg(target)
+        .run("building the module")
+        .map(drop)
+}
+
+fn cargo(root: &Path) -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.current_dir(root);
+    // What cargo sets for this program is not meant for the next cargo.
+    for name in ["CARGO_MANIFEST_DIR", "CARGO_MANIFEST_PATH", "CARGO_PKG_NAME"] {
+        command.env_remove(name);
+    }
+    command
+}
+
+/// Holds off another call that builds in the same directory.
+///
+/// # Errors
+/// Those of the file system.
+pub fn lock(dir: &Path) -> Result<fs::File> {
+    let file = fs::File::options().create(true).truncate(false).write(true).open(dir.join("lock"))?;
+    if file.try_lock().is_err() {
+        let _step = Step::start(format!("waiting for another call that builds in {}", dir.display()));
+        file.lock()?;
+    }
+    Ok(file)
+}
+
+/// Makes the sources in `to` those of `from`, touching only what differs, so that make does only
+/// what is needed. Products of a build in either are left alone.
+///
+/// # Errors
+/// Those of the file system.
+pub fn mirror(from: &Path, to: &Path) -> Result<()> {
+    for entry in WalkDir::new(from).into_iter().filter_entry(|e| is_source(e.path())) {
+        let entry = entry?;
+        let target = to.join(entry.path().strip_prefix(from)?);
+        if entry.file_type().is_dir() {
+            fs::create_dir_all(&target)?;
+        } else {
+            let new = fs::read(entry.path()).with_context(|| format!("reading {}", entry.path().display()))?;
+            if fs::read(&target).ok().as_ref() != Some(&new) {
+                fs::write(&target, new).with_context(|| format!("writing {}", target.display()))?;
+                let mode = entry.metadata()?.permissions().mode();
+                fs::set_permissions(&target, fs::Permissions::from_mode(mode))?;
+            }
+        }
+    }
+    for entry in WalkDir::new(to).into_iter().filter_entry(|e| is_source(e.path())).flatten() {
+        let source = from.join(entry.path().strip_prefix(to)?);
+        if entry.file_type().is_file() && !source.exists() {
+            fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether a file is written by people, going by its name.
+fn is_source(path: &Path) -> bool {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let product = [".o", ".ko", ".mod", ".mod.c", ".cmd", ".a", ".order", ".symvers", ".rmeta", ".d"];
+    let hidden = name.starts_with('.') && name.len() > 1;
+    !hidden && !product.iter().any(|p| name.ends_with(p)) && name != "target"
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mirroring_copies_changes_removes_the_gone_and_leaves_products() {
+        let dir = tempfile::tempdir().unwrap();
+        let (from, to) = (dir.path().join("a"), dir.path().join("b"));
+        fs::create_dir_all(from.join("src")).unwrap();
+        for (file, text) in [("src/x.rs", "1"), ("Kbuild", "k"), ("junk.o", "o"), (".x.cmd", "c")] {
+            fs::write(from.join(file), text).unwrap();
+        }
+        mirror(&from, &to).unwrap();
+        assert_eq!(fs::read(to.join("src/x.rs")).unwrap(), b"1");
+        assert!(!to.join("junk.o").exists() && !to.join(".x.cmd").exists());
+
+        fs::write(to.join("peerbuf.ko"), "built").unwrap();
+        let before = fs::metadata(to.join("Kbuild")).unwrap().modified().unwrap();
+        fs::write(from.join("src/x.rs"), "2").unwrap();
+        fs::write(from.join("src/y.rs"), "3").unwrap();
+        mirror(&from, &to).unwrap();
+        fs::remove_file(from.join("src/y.rs")).unwrap();
+        mirror(&from, &to).unwrap();
+        assert_eq!(fs::read(to.join("src/x.rs")).unwrap(), b"2");
+        assert!(!to.join("src/y.rs").exists());
+        assert!(to.join("peerbuf.ko").exists());
+        assert_eq!(fs::metadata(to.join("Kbuild")).unwrap().modified().unwrap(), before);
+    }
+}

@@ -1,0 +1,497 @@
+//! One guest's life: stage what it needs, start it, carry the command's streams, judge its end.
+
+use std::{
+    ffi::OsString,
+    fs,
+    io::{BufRead, BufReader, ErrorKind, Read, Write},
+    net::Shutdown,
+    os::{
+        fd::AsRawFd,
+        unix::{ffi::OsStrExt, net::UnixListener, net::UnixStream},
+    },
+    path::{Path, PathBuf},
+    process::{Child, Stdio},
+    sync::mpsc::{Receiver, RecvTimeoutError, channel},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail};
+
+use crate::{
+    cache::{Cache, Entry, RunDir},
+    guest::{self, Machine},
+    kernel::Kernel,
+    klog::{self, Complaint},
+    progress::Step,
+    sandbox::{self, Mount},
+    tree::Tree,
+};
+
+const INIT: &str = include_str!("../../../tests/lab/init/init");
+
+/// From start to CMD. Ten times what a boot takes on two idle cores.
+const BOOT_LIMIT: Duration = Duration::from_secs(120);
+/// For the kernel log, once CMD has ended.
+const LOG_LIMIT: Duration = Duration::from_secs(60);
+
+/// Everything a guest is started from. Holding it keeps the cache entries.
+pub struct Ground {
+    /// Where the run's directory is made.
+    pub cache: Cache,
+    /// The root, and QEMU.
+    pub tree: Tree,
+    /// What boots.
+    pub kernel: Kernel,
+    /// The NVMe disk's image.
+    pub disk: Entry,
+    /// Further packages.
+    pub layer: Option<Entry>,
+}
+
+/// What to run, and in which machine.
+pub struct Job {
+    /// The machine.
+    pub machine: Machine,
+    /// The command and its arguments; for a shell, none.
+    pub command: Vec<OsString>,
+    /// The directory shared at `/mnt/share`.
+    pub share: Option<PathBuf>,
+    /// Programs for `/opt/peerbuf/bin`.
+    pub programs: Vec<PathBuf>,
+    /// peerbuf.ko, to be loaded before the command.
+    pub module: Option<PathBuf>,
+    /// A directory whose files appear in `/opt/peerbuf/fixtures`.
+    pub fixtures: Option<PathBuf>,
+    /// For the command; the boot has a limit of its own.
+    pub timeout: Option<Duration>,
+}
+
+/// Where the command's streams go on the host.
+pub struct Streams {
+    /// Read to its end, or as far as the command wants it.
+    pub stdin: Option<Box<dyn Read + Send>>,
+    /// Gets the command's standard output.
+    pub stdout: Box<dyn Write + Send>,
+    /// Gets its standard error.
+    pub stderr: Box<dyn Write + Send>,
+}
+
+/// How a run ended.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// The command ended with this status.
+    Exit(i32),
+    /// It did not end in time, and the guest was ended.
+    TimedOut(Duration),
+    /// The guest ended, or never got as far as the command; why, in words.
+    Died(String),
+}
+
+/// What is known after a run.
+#[derive(Debug)]
+pub struct Outcome {
+    /// How it ended.
+    pub ending: Ending,
+    /// What the kernel complained of unannounced.
+    pub complaints: Vec<Complaint>,
+    /// The kernel's console, whole.
+    pub console: String,
+    /// The kernel's log, if the guest lived to give it.
+    pub log: Vec<String>,
+    /// From the start of the guest to the start of the command.
+    pub boot: Duration,
+}
+
+impl Outcome {
+    /// The exit status of `cargo lab run`: the command's, 124 for out of time, 125 for a guest
+    /// that died or whose kernel complained.
+    pub fn status(&self) -> i32 {
+        match &self.ending {
+            Ending::Exit(_) if !self.complaints.is_empty() => 125,
+            Ending::Exit(status) => *status,
+            Ending::TimedOut(_) => 124,
+            Ending::Died(_) => 125,
+        }
+    }
+
+    /// What to tell the person beyond the command's own output; nothing after a good run.
+    pub fn report(&self) -> String {
+        let mut text = String::new();
+        match &self.ending {
+            Ending::Exit(_) => {}
+            Ending::TimedOut(limit) => {
+                text += &format!(
+                    "peerbuf-lab: the command did not end within {} s (--timeout); the guest was ended\n",
+                    limit.as_secs()
+                );
+            }
+            Ending::Died(why) => {
+                text += &format!(
+                    "peerbuf-lab: {why}; the last lines of its console:\n{}",
+                    sandbox::tail(&self.console.replace('\r', ""), 50)
+                );
+            }
+        }
+        if !self.complaints.is_empty() {
+            let status = match self.ending {
+                Ending::Exit(n) => format!(" (the command itself ended with {n})"),
+                _ => String::new(),
+            };
+            text += &format!(
+                "peerbuf-lab: the guest's kernel complained, and nobody had announced it{status}:\n"
+            );
+            for complaint in &self.complaints {
+                text += &complaint.to_string();
+            }
+        }
+        text
+    }
+}
+
+/// A guest that has been started and its connections.
+struct Guest {
+    child: Child,
+    dir: RunDir,
+    ports: Vec<(&'static str, UnixStream)>,
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Runs `job` to its end.
+///
+/// # Errors
+/// When the guest could not even be started. A guest that dies is an outcome, not an error.
+pub fn run(ground: &Ground, job: &Job, streams: Streams) -> Result<Outcome> {
+    let began = Instant::now();
+    let step = Step::start_on_terminal("starting a guest");
+    let mut guest = start(ground, job)?;
+    let control = guest.take_port("control")?;
+    let events = listen(control);
+    let mut outputs = Vec::new();
+    let mut stdin = None;
+    if job.machine.shell {
+        let terminal = guest.take_port("terminal")?;
+        let back = terminal.try_clone()?;
+        outputs.push(carry_out(terminal, streams.stdout));
+        stdin = streams.stdin.map(|from| (from, back));
+    } else {
+        outputs.push(carry_out(guest.take_port("stdout")?, streams.stdout));
+        outputs.push(carry_out(guest.take_port("stderr")?, streams.stderr));
+        let port = guest.take_port("stdin")?;
+        match streams.stdin {
+            Some(from) => stdin = Some((from, port)),
+            None => port.shutdown(Shutdown::Both)?,
+        }
+    }
+
+    let mut boot = began.elapsed();
+    let mut log = Vec::new();
+    let mut ending = match events.recv_timeout(BOOT_LIMIT) {
+        Ok(Event::Start) => {
+            boot = began.elapsed();
+            step.done();
+            if let Some((from, to)) = stdin {
+                carry_in(from, to);
+            }
+            wait_for_exit(&events, job.timeout)
+        }
+        Ok(_) | Err(RecvTimeoutError::Disconnected) => Ending::Died("the guest ended before the command began".into()),
+        Err(RecvTimeoutError::Timeout) => {
+            Ending::Died(format!("the guest did not come to the command within {} s", BOOT_LIMIT.as_secs()))
+        }
+    };
+    if let Ending::Exit(status) = ending {
+        match events.recv_timeout(LOG_LIMIT) {
+            Ok(Event::Log(raw)) => log = klog::messages(&raw),
+            _ => {
+                ending = Ending::Died(format!(
+                    "the command ended with {status}, and then the guest ended before its kernel log was read"
+                ));
+            }
+        }
+    }
+    // Its end closes the connections, and so ends the threads.
+    guest.child.kill()?;
+    guest.child.wait()?;
+    for output in outputs {
+        let _ = output.join();
+    }
+    let mut console = read_lossy(&guest.dir.path().join("console"));
+    if console.is_empty() && matches!(ending, Ending::Died(_)) {
+        console = read_lossy(&guest.dir.path().join("qemu"));
+    }
+    let complaints = klog::complaints(&log);
+    Ok(Outcome { ending, complaints, console, log, boot })
+}
+
+fn read_lossy(path: &Path) -> String {
+    String::from_utf8_lossy(&fs::read(path).unwrap_or_default()).into_owned()
+}
+
+fn wait_for_exit(events: &Receiver<Event>, timeout: Option<Duration>) -> Ending {
+    let event = match timeout {
+        Some(limit) => events.recv_timeout(limit),
+        None => events.recv().map_err(|_| RecvTimeoutError::Disconnected),
+    };
+    match (event, timeout) {
+        (Ok(Event::Exit(status)), _) => Ending::Exit(status),
+        (Err(RecvTimeoutError::Timeout), Some(limit)) => Ending::TimedOut(limit),
+        _ => Ending::Died("the guest ended before the command did".into()),
+    }
+}
+
+/// What the guest's init tells over the control port.
+enum Event {
+    Start,
+    Exit(i32),
+    Log(String),
+}
+
+fn listen(port: UnixStream) -> Receiver<Event> {
+    let (tell, told) = channel();
+    thread::spawn(move || {
+        let mut log: Option<String> = None;
+        let mut reader = BufReader::new(port);
+        let mut line = Vec::new();
+        while let Ok(1..) = reader.read_until(b'\n', &mut line) {
+            let text = String::from_utf8_lossy(&line).into_owned();
+            line.clear();
+            let event = match (&mut log, text.trim_end()) {
+                (None, "start") => Event::Start,
+                (None, "klog") => {
+                    log = Some(String::new());
+                    continue;
+                }
+                (Some(log), "end") => Event::Log(std::mem::take(log)),
+                (Some(log), _) => {
+                    log.push_str(&text);
+                    continue;
+                }
+                (None, other) => match other.strip_prefix("exit ").and_then(|n| n.parse().ok()) {
+                    Some(status) => Event::Exit(status),
+                    None => continue,
+                },
+            };
+            if tell.send(event).is_err() {
+                return;
+            }
+        }
+    });
+    told
+}
+
+fn carry_out(mut from: UnixStream, mut to: Box<dyn Write + Send>) -> thread::JoinHandle<()> {
+    thread::spawn(move || {
+        let mut buffer = vec![0; 1 << 16];
+        let mut open = true;
+        // Reads on when nobody wants it any more, so that the guest does not block.
+        while let Ok(n @ 1..) = from.read(&mut buffer) {
+            open = open && to.write_all(&buffer[..n]).and_then(|()| to.flush()).is_ok();
+        }
+    })
+}
+
+/// Not joined: a read from a terminal cannot be interrupted.
+fn carry_in(mut from: Box<dyn Read + Send>, mut to: UnixStream) {
+    thread::spawn(move || {
+        let mut buffer = vec![0; 1 << 14];
+        loop {
+            match from.read(&mut buffer) {
+                Ok(n @ 1..) if to.write_all(&buffer[..n]).is_ok() => {}
+                Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                _ => break,
+            }
+        }
+        let _ = to.shutdown(Shutdown::Both);
+    });
+}
+
+impl Guest {
+    fn take_port(&mut self, name: &str) -> Result<UnixStream> {
+        match self.ports.iter().position(|(n, _)| *n == name) {
+            Some(at) => Ok(self.ports.swap_remove(at).1),
+            None => bail!("the guest has no port {name}"),
+        }
+    }
+}
+
+fn start(ground: &Ground, job: &Job) -> Result<Guest> {
+    let dir = ground.cache.run_dir()?;
+    let path = dir.path().to_owned();
+    stage(job, &path.join("opt")).context("staging what the guest needs")?;
+    guest::make_scratch(&path)?;
+    let names = guest::ports(job.machine.shell);
+    let mut waiting = Vec::new();
+    for name in names {
+        waiting.push((*name, listener(&path, name)?));
+    }
+
+    let tree = ground.tree.root();
+    let mut qemu = ground
+        .tree
+        .sandbox("/usr/bin/qemu-system-x86_64")
+        .args(job.machine.arguments())
+        .env("TMPDIR", guest::RUN)
+        .mount(Mount::Tmpfs { at: "/run".into() });
+    qemu = match &ground.layer {
+        None => qemu.bind(&tree, guest::GUEST_ROOT),
+        Some(layer) => qemu.mount(Mount::Overlay {
+            lower: vec![layer.path().join("upper"), tree],
+            upper: None,
+            at: guest::GUEST_ROOT.into(),
+        }),
+    };
+    let in_guest = |at: &str| format!("{}{at}", guest::GUEST_ROOT);
+    qemu = qemu
+        .bind_read_only(ground.kernel.dir().join("lib/modules"), in_guest("/usr/lib/modules"))
+        .bind_read_only(path.join("opt"), in_guest("/opt/peerbuf"))
+        .bind_read_only(ground.kernel.dir(), guest::KERNEL)
+        .bind_read_only(ground.disk.path(), guest::DISK)
+        .bind(&path, guest::RUN);
+    if let Some(share) = &job.share {
+        qemu = qemu.bind(share, guest::SHARE);
+    }
+    let said = fs::File::create(path.join("qemu"))?;
+    let child = qemu
+        .command()?
+        .stdin(Stdio::null())
+        .stdout(said.try_clone()?)
+        .stderr(said)
+        .spawn()
+        .context("starting QEMU")?;
+    let mut guest = Guest { child, dir, ports: Vec::new() };
+
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while let Some((name, listener)) = waiting.pop() {
+        match listener.accept() {
+            Ok((stream, _)) => {
+                stream.set_nonblocking(false)?;
+                guest.ports.push((name, stream));
+            }
+            Err(e) if e.kind() == ErrorKind::WouldBlock => {
+                if guest.child.try_wait()?.is_some() || Instant::now() > deadline {
+                    let said = read_lossy(&path.join("qemu"));
+                    bail!("QEMU did not start a guest; it said:\n{}", sandbox::tail(&said, 30));
+                }
+                waiting.push((name, listener));
+                thread::sleep(Duration::from_millis(5));
+            }
+            Err(e) => return Err(e.into()),
+        }
+    }
+    Ok(guest)
+}
+
+/// A socket in the run's directory, whose path may be longer than a socket's address can be.
+fn listener(dir: &Path, name: &str) -> Result<UnixListener> {
+    let handle = fs::File::open(dir)?;
+    let path = format!("/proc/self/fd/{}/{name}", handle.as_raw_fd());
+    let listener = UnixListener::bind(path).with_context(|| format!("making the socket {name}"))?;
+    listener.set_nonblocking(true)?;
+    Ok(listener)
+}
+
+/// Fills what the guest sees as `/opt/peerbuf`.
+fn stage(job: &Job, opt: &Path) -> Result<()> {
+    for dir in ["bin", "fixtures", "init", "modules", "run"] {
+        fs::create_dir_all(opt.join(dir))?;
+    }
+    fs::write(opt.join("init/init"), INIT)?;
+    for program in &job.programs {
+        copy_into(program, &opt.join("bin"))?;
+    }
+    if let Some(module) = &job.module {
+        copy_into(module, &opt.join("modules"))?;
+    }
+    if let Some(fixtures) = &job.fixtures {
+        for file in fs::read_dir(fixtures)? {
+            copy_into(&file?.path(), &opt.join("fixtures"))?;
+        }
+    }
+    let yes = |on: bool| if on { "1" } else { "" };
+    let settings = format!(
+        "PEERBUF_LAB_TOPOLOGY={}\nSHARE={}\nMODULE={}\nSHELL_WANTED={}\n",
+        job.machine.topology.name(),
+        yes(job.share.is_some()),
+        yes(job.module.is_some()),
+        yes(job.machine.shell),
+    );
+    fs::write(opt.join("run/settings"), settings)?;
+    fs::write(opt.join("run/command"), command_script(&job.command, job.machine.shell))?;
+    Ok(())
+}
+
+fn copy_into(file: &Path, dir: &Path) -> Result<()> {
+    let name = file.file_name().with_context(|| format!("{} is no file", file.display()))?;
+    fs::copy(file, dir.join(name)).with_context(|| format!("copying {}", file.display()))?;
+    Ok(())
+}
+
+fn command_script(command: &[OsString], shell: bool) -> Vec<u8> {
+    if shell && command.is_empty() {
+        let size = terminal_size().map_or(String::new(), |(rows, cols)| format!("stty rows {rows} cols {cols}\n"));
+        let term = std::env::var("TERM").unwrap_or_else(|_| "linux".into());
+        let term: String = term.chars().filter(|c| c.is_ascii_alphanumeric() || "-_.+".contains(*c)).collect();
+        return format!("export TERM={term}\n{size}exec bash\n").into_bytes();
+    }
+    let mut script = b"exec".to_vec();
+    for word in command {
+        script.extend_from_slice(b" '");
+        for byte in word.as_bytes() {
+            match byte {
+                b'\'' => script.extend_from_slice(b"'\\''"),
+                other => script.push(*other),
+            }
+        }
+        script.push(b'\'');
+    }
+    script.push(b'\n');
+    script
+}
+
+fn terminal_size() -> Option<(String, String)> {
+    let output = std::process::Command::new("stty").arg("size").stderr(Stdio::null()).output().ok()?;
+    let text = String::from_utf8(output.stdout).ok()?;
+    let (rows, cols) = text.trim().split_once(' ')?;
+    Some((rows.into(), cols.into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_commands_words_reach_the_guest_as_they_are() {
+        let words = ["sh", "-c", "echo 'a b' \"$HOME\" \\ \n x"].map(OsString::from);
+        let script = String::from_utf8(command_script(&words, false)).unwrap();
+        assert_eq!(script, "exec 'sh' '-c' 'echo '\\''a b'\\'' \"$HOME\" \\ \n x'\n");
+    }
+
+    fn outcome(ending: Ending) -> Outcome {
+        Outcome { ending, complaints: vec![], console: "one\r\ntwo\r\n".into(), log: vec![], boot: Duration::ZERO }
+    }
+
+    #[test]
+    fn the_status_is_the_commands_own_unless_the_guest_was_in_trouble() {
+        assert_eq!(outcome(Ending::Exit(7)).status(), 7);
+        assert_eq!(outcome(Ending::Exit(7)).report(), "");
+        assert_eq!(outcome(Ending::TimedOut(Duration::from_secs(3))).status(), 124);
+        assert_eq!(outcome(Ending::Died("it died".into())).status(), 125);
+        let mut complained = outcome(Ending::Exit(0));
+        complained.complaints.push(Complaint { lines: vec!["BUG: x".into()] });
+        assert_eq!(complained.status(), 125);
+        assert!(complained.report().contains("BUG: x"));
+    }
+
+    #[test]
+    fn a_dead_guests_report_ends_with_its_console() {
+        let report = outcome(Ending::Died("the guest died".into())).report();
+        assert!(report.ends_with("    one\n    two\n"), "{report}");
+    }
+}

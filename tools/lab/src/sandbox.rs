@@ -1,0 +1,344 @@
+//! Runs a program inside the distribution tree: the only way the lab starts QEMU, apt and make.
+//!
+//! A [`Sandbox`] is a description (a root, what is mounted where, a program). Starting it starts
+//! this same binary again, which takes mount (and, where asked, process) namespaces of its own,
+//! mounts, changes root and executes. Two promises follow: nothing stays mounted on the host,
+//! however the lab ends, and everything started dies with the lab, even if the lab is killed with
+//! SIGKILL (each link of the chain asks the kernel for a parent-death signal).
+
+use std::{
+    ffi::{OsStr, OsString},
+    fs,
+    os::unix::{ffi::OsStrExt, fs::PermissionsExt, process::CommandExt},
+    path::{Path, PathBuf},
+    process::{Command, ExitStatus},
+};
+
+use anyhow::{Context, Result, bail};
+use nix::{
+    mount::{MsFlags, mount},
+    sched::{CloneFlags, unshare},
+    sys::{prctl::set_pdeathsig, signal::Signal},
+    unistd::{chroot, getppid},
+};
+use serde::{Deserialize, Serialize};
+
+/// The hidden first argument that turns the binary into the outer half of a sandbox.
+pub const ENTER: &str = "__sandbox";
+/// The same for the half that runs as the first process of a fresh process namespace.
+const INSIDE: &str = "__sandbox-inside";
+
+/// One thing mounted in the sandbox, in the order given.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Mount {
+    /// A host directory or file appears at `at`.
+    Bind {
+        /// What, on the host.
+        from: PathBuf,
+        /// Where, below the sandbox's root.
+        at: PathBuf,
+        /// Refuse writes.
+        read_only: bool,
+    },
+    /// An empty file system in memory, writable for all like /tmp.
+    Tmpfs {
+        /// Where, below the sandbox's root.
+        at: PathBuf,
+    },
+    /// Layers merged; the first is the topmost. Writable only with `upper`.
+    Overlay {
+        /// The read-only layers, topmost first.
+        lower: Vec<PathBuf>,
+        /// The directory that takes the writes, and overlayfs's scratch directory beside it.
+        upper: Option<(PathBuf, PathBuf)>,
+        /// Where, below the sandbox's root.
+        at: PathBuf,
+    },
+}
+
+/// A program and the file system it sees.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Sandbox {
+    root: PathBuf,
+    layers: Option<Mount>,
+    mounts: Vec<Mount>,
+    own_processes: bool,
+    program: PathBuf,
+    args: Vec<PathBuf>,
+    env: Vec<(String, PathBuf)>,
+    dir: PathBuf,
+}
+
+impl Sandbox {
+    /// `program` below `root`, with `/dev` and `/proc` of the host and a clean environment.
+    pub fn new(root: &Path, program: impl AsRef<OsStr>) -> Self {
+        let mut env = vec![
+            ("PATH".into(), "/usr/sbin:/usr/bin:/sbin:/bin".into()),
+            ("HOME".into(), "/root".into()),
+            ("LC_ALL".into(), "C.UTF-8".into()),
+            ("DEBIAN_FRONTEND".into(), "noninteractive".into()),
+        ];
+        for name in ["http_proxy", "https_proxy", "no_proxy"] {
+            if let Some(value) = std::env::var_os(name) {
+                env.push((name.into(), value.into()));
+            }
+        }
+        Self {
+            root: root.into(),
+            layers: None,
+            mounts: Vec::new(),
+            own_processes: false,
+            program: program.as_ref().into(),
+            args: Vec::new(),
+            env,
+            dir: "/".into(),
+        }
+    }
+
+    /// Adds one argument.
+    pub fn arg(mut self, arg: impl AsRef<OsStr>) -> Self {
+        self.args.push(arg.as_ref().into());
+        self
+    }
+
+    /// Adds arguments.
+    pub fn args<A: AsRef<OsStr>>(mut self, args: impl IntoIterator<Item = A>) -> Self {
+        self.args.extend(args.into_iter().map(|a| a.as_ref().into()));
+        self
+    }
+
+    /// Sets one variable of the program's environment.
+    pub fn env(mut self, name: &str, value: impl AsRef<OsStr>) -> Self {
+        self.env.push((name.into(), value.as_ref().into()));
+        self
+    }
+
+    /// The program's working directory, inside.
+    pub fn dir(mut self, dir: impl Into<PathBuf>) -> Self {
+        self.dir = dir.into();
+        self
+    }
+
+    /// Adds a mount after those already there.
+    pub fn mount(mut self, mount: Mount) -> Self {
+        self.mounts.push(mount);
+        self
+    }
+
+    /// Shows the host's `from` at `at`, writable.
+    pub fn bind(self, from: impl Into<PathBuf>, at: impl Into<PathBuf>) -> Self {
+        self.mount(Mount::Bind { from: from.into(), at: at.into(), read_only: false })
+    }
+
+    /// Shows the host's `from` at `at`, read-only.
+    pub fn bind_read_only(self, from: impl Into<PathBuf>, at: impl Into<PathBuf>) -> Self {
+        self.mount(Mount::Bind { from: from.into(), at: at.into(), read_only: true })
+    }
+
+    /// Makes the root itself a merger of layers, mounted at what was given as root.
+    pub fn overlay_root(mut self, lower: Vec<PathBuf>, upper: Option<(PathBuf, PathBuf)>) -> Self {
+        self.layers = Some(Mount::Overlay { lower, upper, at: "/".into() });
+        self
+    }
+
+    /// Lets the program reach the network by name: the host's resolver files.
+    pub fn network(mut self) -> Self {
+        for file in ["/etc/resolv.conf", "/etc/hosts"] {
+            if let Ok(real) = fs::canonicalize(file) {
+                self = self.bind_read_only(real, file);
+            }
+        }
+        self
+    }
+
+    /// Gives the program a process namespace, so that all it starts ends with it.
+    pub fn own_processes(mut self) -> Self {
+        self.own_processes = true;
+        self
+    }
+
+    /// The command that enters the sandbox; the caller sets its standard streams.
+    ///
+    /// # Errors
+    /// A path that is not UTF-8 cannot be handed on.
+    pub fn command(&self) -> Result<Command> {
+        let json = serde_json::to_string(self)
+            .context("a path or argument for the lab's tree is not UTF-8; move it to one that is")?;
+        // Not current_exe(): cargo may have replaced the file meanwhile.
+        let mut command = Command::new("/proc/self/exe");
+        command.arg(ENTER).arg(std::process::id().to_string()).arg(json);
+        Ok(command)
+    }
+
+    /// Runs to the end, keeping the output for the error message.
+    ///
+    /// # Errors
+    /// When it cannot be started or ends with another status than 0; names the program and the
+    /// end of its output.
+    pub fn run(&self, what: &str) -> Result<String> {
+        let output = self.command()?.stdin(std::process::Stdio::null()).output()?;
+        let out = String::from_utf8_lossy(&output.stdout).into_owned();
+        if !output.status.success() {
+            let all = format!("{out}{}", String::from_utf8_lossy(&output.stderr));
+            bail!(failure(what, &self.program, &self.args, output.status, &all));
+        }
+        Ok(out)
+    }
+}
+
+/// The message for a program that failed: what for, which, how, and the last it said.
+pub fn failure<A: AsRef<OsStr>>(
+    what: &str,
+    program: &Path,
+    args: &[A],
+    status: ExitStatus,
+    output: &str,
+) -> String {
+    let line = args.iter().fold(OsString::from(program), |mut line, arg| {
+        line.push(" ");
+        line.push(arg);
+        line
+    });
+    format!("{what} failed: `{}` ended with {status}; the end of its output:\n{}", line.display(), tail(output, 40))
+}
+
+/// The last `lines` lines of `text`, indented.
+pub fn tail(text: &str, lines: usize) -> String {
+    let all: Vec<_> = text.lines().collect();
+    let from = all.len().saturating_sub(lines);
+    all[from..].iter().map(|l| format!("    {l}\n")).collect()
+}
+
+/// Entry point of the hidden first arguments; returns only where it fails or has waited.
+pub fn main_if_called(args: &[OsString]) -> Option<Result<i32>> {
+    let inside = match args.get(1)?.to_str()? {
+        ENTER => false,
+        INSIDE => true,
+        _ => return None,
+    };
+    Some(match (args.get(2), args.get(3)) {
+        (Some(parent), Some(json)) => enter(inside, parent, json),
+        _ => Err(anyhow::anyhow!("this entry point is the lab's own")),
+    })
+}
+
+fn enter(inside: bool, parent: &OsStr, json: &OsStr) -> Result<i32> {
+    set_pdeathsig(Signal::SIGKILL).context("asking for a parent-death signal")?;
+    // The parent may have died before the request; inside a fresh process namespace it is pid 0.
+    if !inside && parent.as_bytes() != getppid().to_string().as_bytes() {
+        return Ok(125);
+    }
+    let sandbox: Sandbox = serde_json::from_slice(json.as_bytes())?;
+    if !inside {
+        let mut flags = CloneFlags::CLONE_NEWNS;
+        if sandbox.own_processes {
+            flags |= CloneFlags::CLONE_NEWPID;
+        }
+        unshare(flags).context(
+            "taking a mount namespace (unshare); this needs root, or user namespaces for this user",
+        )?;
+        change_mount(Path::new("/"), MsFlags::MS_REC | MsFlags::MS_PRIVATE)?;
+        if sandbox.own_processes {
+            let status = Command::new("/proc/self/exe").args([OsStr::new(INSIDE), parent, json]).status()?;
+            return Ok(exit_code(status));
+        }
+    }
+    sandbox.mount_all(inside)?;
+    chroot(&sandbox.root).with_context(|| format!("changing root to {}", sandbox.root.display()))?;
+    std::env::set_current_dir(&sandbox.dir)
+        .with_context(|| format!("entering {} in the lab's tree", sandbox.dir.display()))?;
+    let error = Command::new(&sandbox.program)
+        .args(&sandbox.args)
+        .env_clear()
+        .envs(sandbox.env.iter().map(|(k, v)| (k, v)))
+        .exec();
+    Err(error).with_context(|| format!("starting {} in the lab's tree", sandbox.program.display()))
+}
+
+/// A process's status as a shell would give it.
+pub fn exit_code(status: ExitStatus) -> i32 {
+    use std::os::unix::process::ExitStatusExt;
+    status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0))
+}
+
+fn change_mount(at: &Path, flags: MsFlags) -> Result<()> {
+    mount(None::<&Path>, at, None::<&Path>, flags, None::<&Path>)
+        .with_context(|| format!("changing the mount at {}", at.display()))
+}
+
+impl Sandbox {
+    fn below(&self, at: &Path) -> PathBuf {
+        self.root.join(at.strip_prefix("/").unwrap_or(at))
+    }
+
+    fn mount_all(&self, fresh_proc: bool) -> Result<()> {
+        if let Some(layers) = &self.layers {
+            self.mount_one(layers)?;
+        }
+        if self.root == Path::new("/") && !fresh_proc {
+            return self.mounts.iter().try_for_each(|m| self.mount_one(m));
+        }
+        if self.root != Path::new("/") {
+            bind(Path::new("/dev"), &self.below(Path::new("/dev")), true)?;
+        }
+        let proc = self.below(Path::new("/proc"));
+        let mounted = fresh_proc
+            && mount(Some("proc"), &proc, Some("proc"), MsFlags::empty(), None::<&Path>).is_ok();
+        if !mounted {
+            bind(Path::new("/proc"), &proc, true)?;
+        }
+        for entry in &self.mounts {
+            self.mount_one(entry)?;
+        }
+        Ok(())
+    }
+
+    fn mount_one(&self, entry: &Mount) -> Result<()> {
+        match entry {
+            Mount::Bind { from, at, read_only } => {
+                let at = self.below(at);
+                make_mount_point(from, &at)?;
+                bind(from, &at, false)?;
+                if *read_only {
+                    change_mount(&at, MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY)?;
+                }
+            }
+            Mount::Tmpfs { at } => {
+                let at = self.below(at);
+                mount(Some("tmpfs"), &at, Some("tmpfs"), MsFlags::empty(), Some("mode=1777"))
+                    .with_context(|| format!("mounting a tmpfs at {}", at.display()))?;
+            }
+            Mount::Overlay { lower, upper, at } => {
+                let at = self.below(at);
+                fs::create_dir_all(&at)?;
+                let lower: Vec<_> = lower.iter().map(|l| l.display().to_string()).collect();
+                let mut options = format!("lowerdir={}", lower.join(":"));
+                if let Some((upper, work)) = upper {
+                    options += &format!(",upperdir={},workdir={}", upper.display(), work.display());
+                }
+                mount(Some("overlay"), &at, Some("overlay"), MsFlags::empty(), Some(options.as_str()))
+                    .with_context(|| format!("mounting an overlay at {} ({options})", at.display()))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn bind(from: &Path, at: &Path, recursive: bool) -> Result<()> {
+    let rec = if recursive { MsFlags::MS_REC } else { MsFlags::empty() };
+    mount(Some(from), at, None::<&Path>, MsFlags::MS_BIND | rec, None::<&Path>)
+        .with_context(|| format!("showing {} at {}", from.display(), at.display()))
+}
+
+fn make_mount_point(from: &Path, at: &Path) -> Result<()> {
+    if fs::symlink_metadata(at).is_ok() {
+        return Ok(());
+    }
+    let is_dir = fs::metadata(from).with_context(|| format!("looking at {}", from.display()))?.is_dir();
+    if is_dir {
+        fs::create_dir_all(at)
+    } else {
+        fs::File::create(at).and_then(|f| f.set_permissions(fs::Permissions::from_mode(0o644)))
+    }
+    .with_context(|| format!("making the mount point {}", at.display()))
+}
