@@ -28,7 +28,7 @@ pub fn export(name: &str, length: u64) -> Result<Buffer, ExportError> {
 
 /// A memfd of `length` bytes that keeps that size for ever, so that no holder of it can make the
 /// others' mappings fault.
-pub(super) fn sealed(name: &str, length: u64) -> Result<OwnedFd, ExportError> {
+pub(crate) fn sealed(name: &str, length: u64) -> Result<OwnedFd, ExportError> {
     let system = |call: &'static str, errno: i32| ExportError::System {
         cause: SystemError::new(call, name, Errno(errno)),
         hint: String::new(),

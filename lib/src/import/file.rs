@@ -275,7 +275,7 @@ impl Attachment<'_> {
     ) -> Result<Plan, TransferError> {
         let kind = self.mapping.range().buffer().provenance().kind;
         // The best path that the buffer's memory can have, and why not a better one.
-        let (best, mut reasons) = if self.mapping.range().buffer().host_memory().is_some() {
+        let (best, mut reasons) = if kind.is_host_memory() {
             let what = if kind == Kind::Udmabuf {
                 "a udmabuf"
             } else {
@@ -378,3 +378,6 @@ fn direct_io<'f>(
     }
     Ok(direct)
 }
+
+#[cfg(test)]
+mod tests;

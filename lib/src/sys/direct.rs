@@ -57,3 +57,100 @@ fn retry(mut call: impl FnMut() -> isize) -> Result<usize, Errno> {
         }
     }
 }
+
+/// Kernels that refuse, lie or fail, for tests of what is built on [`DirectIo`].
+#[cfg(test)]
+pub(crate) mod fake {
+    use super::*;
+    use std::cell::Cell;
+
+    use crate::plan::Direction;
+
+    /// What happens to I/O on device memory. I/O on system memory always works.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+    pub(crate) enum Behaviour {
+        /// It works too.
+        Works,
+        /// The call fails.
+        Fails(Errno),
+        /// The call reports success and nothing moves.
+        Loses(Direction),
+        /// The call reports success, and of each the first bytes, so many of them, arrive.
+        Cuts(Direction, usize),
+        /// Writes report success and write this byte, as a bus does that answers with ones.
+        WritesOnly(u8),
+        /// So many calls work, and those after them fail.
+        FailsAfter(u32, Errno),
+    }
+
+    #[derive(Debug)]
+    pub(crate) struct Fake {
+        behaviour: Behaviour,
+        /// Calls on device memory so far.
+        pub(crate) calls: Cell<u32>,
+    }
+
+    impl Fake {
+        pub(crate) fn new(behaviour: Behaviour) -> Fake {
+            Fake {
+                behaviour,
+                calls: Cell::new(0),
+            }
+        }
+
+        fn device_call<'w>(
+            &self,
+            window: Window<'w>,
+            direction: Direction,
+            call: impl Fn(Window<'w>) -> Result<usize, Errno>,
+        ) -> Result<usize, Errno> {
+            let calls = self.calls.get();
+            self.calls.set(calls + 1);
+            match self.behaviour {
+                Behaviour::Fails(errno) => Err(errno),
+                Behaviour::FailsAfter(works, errno) if calls >= works => Err(errno),
+                Behaviour::Loses(lost) if lost == direction => Ok(window.length),
+                Behaviour::Cuts(cut, kept) if cut == direction => {
+                    let mut first = window;
+                    first.length = kept.min(window.length);
+                    call(first)?;
+                    Ok(window.length)
+                }
+                _ => call(window),
+            }
+        }
+    }
+
+    impl DirectIo for Fake {
+        fn read(
+            &self,
+            file: BorrowedFd<'_>,
+            into: Window<'_>,
+            offset: u64,
+        ) -> Result<usize, Errno> {
+            if !into.is_shared {
+                return Kernel.read(file, into, offset);
+            }
+            let call = |window| Kernel.read(file, window, offset);
+            self.device_call(into, Direction::DiskToBuffer, call)
+        }
+
+        fn write(
+            &self,
+            file: BorrowedFd<'_>,
+            from: Window<'_>,
+            offset: u64,
+        ) -> Result<usize, Errno> {
+            if !from.is_shared {
+                return Kernel.write(file, from, offset);
+            }
+            if let Behaviour::WritesOnly(byte) = self.behaviour {
+                let mut memory = crate::sys::memory::HostMemory::new(from.length)?;
+                memory.bytes_mut().fill(byte);
+                return Kernel.write(file, memory.window(from.length), offset);
+            }
+            let call = |window| Kernel.write(file, window, offset);
+            self.device_call(from, Direction::BufferToDisk, call)
+        }
+    }
+}

@@ -93,6 +93,8 @@ impl Map {
             address,
             length,
             writable: self.writable,
+            #[cfg(test)]
+            is_shared: true,
             map: PhantomData,
         }
     }
@@ -207,6 +209,9 @@ pub(crate) struct Window<'m> {
     pub(super) address: *mut u8,
     pub(super) length: usize,
     pub(super) writable: bool,
+    /// In a [`Map`], for tests that treat device memory and system memory differently.
+    #[cfg(test)]
+    pub(crate) is_shared: bool,
     map: PhantomData<&'m ()>,
 }
 
@@ -259,6 +264,8 @@ impl HostMemory {
             address: self.base.as_ptr(),
             length,
             writable: true,
+            #[cfg(test)]
+            is_shared: false,
             map: PhantomData,
         }
     }

@@ -1,0 +1,536 @@
+//! What a transfer promises, on memory that plays a device's, under kernels that refuse and lie.
+//!
+//! They need a directory with direct I/O, and say so where the one they are built in has none.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::rc::Rc;
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use super::*;
+use crate::buffer::{Buffer, Provenance};
+use crate::errno::Errno;
+use crate::export::memfd;
+use crate::sys::direct::fake::{Behaviour, Fake};
+use crate::sys::memory::Window;
+
+/// Keeps the fake's counters readable after the importer took it.
+struct Shared(Rc<Fake>);
+
+impl DirectIo for Shared {
+    fn read(
+        &self,
+        file: std::os::fd::BorrowedFd<'_>,
+        into: Window<'_>,
+        offset: u64,
+    ) -> Result<usize, Errno> {
+        self.0.read(file, into, offset)
+    }
+
+    fn write(
+        &self,
+        file: std::os::fd::BorrowedFd<'_>,
+        from: Window<'_>,
+        offset: u64,
+    ) -> Result<usize, Errno> {
+        self.0.write(file, from, offset)
+    }
+}
+
+fn directory() -> Option<PathBuf> {
+    let directory = std::env::current_exe()
+        .unwrap()
+        .parent()
+        .unwrap()
+        .to_owned();
+    let file = unnamed_file(&directory).unwrap();
+    if FileImporter::from_fd(file.into(), "")
+        .unwrap()
+        .alignment()
+        .is_none()
+    {
+        eprintln!("skipped: {} has no direct I/O", directory.display());
+        return None;
+    }
+    Some(directory)
+}
+
+fn file_with(bytes: &[u8]) -> Option<File> {
+    let file = unnamed_file(&directory()?).unwrap();
+    file.write_all_at(bytes, 0).unwrap();
+    Some(file)
+}
+
+fn importer(file: &File, behaviour: Behaviour) -> (FileImporter, Rc<Fake>) {
+    let fake = Rc::new(Fake::new(behaviour));
+    let file = file.try_clone().unwrap();
+    let mut importer = FileImporter::from_fd(file.into(), "the file").unwrap();
+    importer.io = Box::new(Shared(fake.clone()));
+    (importer, fake)
+}
+
+/// Memory that says it is a BAR of a device that no other test uses, so that no proof is shared.
+fn device_memory(length: u64) -> Buffer {
+    static NEXT: AtomicU8 = AtomicU8::new(0);
+    let bus = NEXT.fetch_add(1, Ordering::Relaxed);
+    let memory = memfd::sealed("a BAR", length).unwrap();
+    let device = Some(PciAddress {
+        domain: 0xffff,
+        bus,
+        device: 0,
+        function: 0,
+    });
+    let provenance = Provenance {
+        kind: Kind::Bar,
+        device,
+        bar: Some(2),
+        name: "a BAR".into(),
+    };
+    Buffer::from_host_memory(memory, None, provenance).unwrap()
+}
+
+fn random(length: usize) -> Vec<u8> {
+    let mut bytes = vec![0; length];
+    rand::fill(&mut bytes[..]);
+    bytes
+}
+
+fn get(range: &BufferRange) -> Vec<u8> {
+    let mut bytes = vec![0; range.len() as usize];
+    let mut mapping = range.map(Access::Read).unwrap();
+    mapping
+        .begin_cpu_access(Access::Read)
+        .unwrap()
+        .read_at(0, &mut bytes)
+        .unwrap();
+    bytes
+}
+
+fn put(range: &BufferRange, bytes: &[u8]) {
+    let mut mapping = range.map(Access::Write).unwrap();
+    mapping
+        .begin_cpu_access(Access::Write)
+        .unwrap()
+        .write_at(0, bytes)
+        .unwrap();
+}
+
+fn content(file: &File) -> Vec<u8> {
+    let mut bytes = vec![0; file.metadata().unwrap().len() as usize];
+    file.read_exact_at(&mut bytes, 0).unwrap();
+    bytes
+}
+
+fn codes(plan: &Plan) -> Vec<(Path, ReasonCode)> {
+    plan.reasons
+        .iter()
+        .map(|reason| (reason.path, reason.code))
+        .collect()
+}
+
+const SIZES: &[usize] = &[
+    0,
+    1,
+    511,
+    512,
+    513,
+    4095,
+    4096,
+    4097,
+    70_001,
+    (4 << 20) + 4097,
+];
+
+#[test]
+fn every_size_arrives_whole_on_every_path_and_touches_nothing_else() {
+    for &size in SIZES {
+        let bytes = random(size);
+        let Some(source) = file_with(&bytes) else {
+            return;
+        };
+        let host = memfd::export("memory", (size + 8192) as u64).unwrap();
+        let refused = Behaviour::Fails(Errno::INVAL);
+        for (buffer, behaviour) in [
+            (device_memory((size + 8192) as u64), Behaviour::Works),
+            (device_memory((size + 8192) as u64), refused),
+            (host, Behaviour::Works),
+        ] {
+            // More room than the file has bytes, and a guard behind it.
+            put(&buffer.whole(), &vec![0xaa; size + 8192]);
+            let (importer, _) = importer(&source, behaviour);
+            let block = u64::from(importer.alignment().unwrap().1);
+            let range = buffer.range(0, size as u64 + 100).unwrap();
+            let receipt = importer.attach(&range).unwrap().read(0).unwrap();
+            assert_eq!(receipt.bytes, size as u64);
+            let all = get(&buffer.whole());
+            assert!(all[..size] == bytes, "{size} bytes, {}", receipt.plan);
+            assert!(
+                all[size..].iter().all(|&byte| byte == 0xaa),
+                "{size} bytes, {}",
+                receipt.plan
+            );
+            check_account(&receipt, &buffer, behaviour, size as u64, block);
+
+            let sink = file_with(&[]).unwrap();
+            let (importer, _) = self::importer(&sink, behaviour);
+            let range = buffer.range(0, size as u64).unwrap();
+            let receipt = importer.attach(&range).unwrap().write(0).unwrap();
+            assert!(content(&sink) == bytes, "{size} bytes, {}", receipt.plan);
+            check_account(&receipt, &buffer, behaviour, size as u64, block);
+        }
+    }
+}
+
+fn check_account(receipt: &Receipt, buffer: &Buffer, behaviour: Behaviour, size: u64, block: u64) {
+    let is_device = buffer.provenance().kind == Kind::Bar;
+    let (path, host_bytes) = match behaviour {
+        _ if size < block => (Path::StagedCopy, size),
+        Behaviour::Works if is_device => (Path::PeerToPeer, size % block),
+        Behaviour::Works => (Path::SharedHostMemory, size),
+        _ => (Path::StagedCopy, size),
+    };
+    assert_eq!(
+        (receipt.plan.path, receipt.host_bytes),
+        (path, host_bytes),
+        "{size} bytes"
+    );
+    assert_eq!(receipt.bytes, size);
+    // Each path that is better than the one taken has a reason against it.
+    let better = match path {
+        Path::PeerToPeer => 0,
+        Path::SharedHostMemory => 1,
+        Path::StagedCopy => 2,
+    };
+    assert_eq!(receipt.plan.reasons.len(), better, "{}", receipt.plan);
+}
+
+#[test]
+fn a_write_into_the_middle_of_a_file_leaves_the_rest() {
+    let Some(file) = file_with(&[1; 20_000]) else {
+        return;
+    };
+    let buffer = device_memory(8192);
+    put(&buffer.whole(), &[2; 8192]);
+    let (importer, _) = importer(&file, Behaviour::Works);
+    let range = buffer.range(0, 5000).unwrap();
+    importer.attach(&range).unwrap().write(4096).unwrap();
+    let mut expected = vec![1; 20_000];
+    expected[4096..9096].fill(2);
+    assert!(content(&file) == expected);
+}
+
+#[test]
+fn a_refusal_by_the_kernel_is_told_from_other_errors() {
+    let Some(file) = file_with(&random(100_000)) else {
+        return;
+    };
+    for (errno, code) in [
+        (Errno::INVAL, ReasonCode::KernelRefused),
+        (Errno::REMOTEIO, ReasonCode::KernelRefused),
+        (Errno::NOTSUPP, ReasonCode::KernelRefused),
+        (Errno::FAULT, ReasonCode::NoStructPages),
+        (Errno::IO, ReasonCode::DeviceError),
+    ] {
+        let buffer = device_memory(65536);
+        let (importer, _) = importer(&file, Behaviour::Fails(errno));
+        let mut attachment = importer.attach(&buffer.whole()).unwrap();
+        for direction in [Direction::DiskToBuffer, Direction::BufferToDisk] {
+            let plan = attachment.plan(direction, 0).unwrap();
+            let expected = [
+                (Path::PeerToPeer, code),
+                (Path::SharedHostMemory, ReasonCode::NotHostMemory),
+            ];
+            assert_eq!(codes(&plan), expected);
+            let evidence = &plan.reasons[0].evidence;
+            let device = buffer.provenance().device.unwrap().to_string();
+            for word in [errno.name().unwrap(), &direction.to_string(), &device] {
+                assert!(
+                    evidence.contains(word),
+                    "{evidence:?} does not say {word:?}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn bytes_that_do_not_arrive_are_caught_in_the_direction_that_loses_them() {
+    let bytes = random(200_000);
+    let Some(source) = file_with(&bytes) else {
+        return;
+    };
+    for lost in [Direction::DiskToBuffer, Direction::BufferToDisk] {
+        for behaviour in [Behaviour::Loses(lost), Behaviour::Cuts(lost, 512)] {
+            let buffer = device_memory(200_000);
+            let (importer, _) = importer(&source, behaviour);
+            let mut attachment = importer.attach(&buffer.whole()).unwrap();
+            for direction in [Direction::DiskToBuffer, Direction::BufferToDisk] {
+                let plan = attachment.plan(direction, 0).unwrap();
+                if direction != lost {
+                    assert_eq!(plan.path, Path::PeerToPeer, "{behaviour:?}: {plan}");
+                    continue;
+                }
+                assert_eq!(
+                    plan.reasons[0].code,
+                    ReasonCode::ProofFailed,
+                    "{behaviour:?}"
+                );
+                assert!(plan.reasons[0].evidence.contains(&lost.to_string()));
+                let first = if behaviour == Behaviour::Loses(lost) {
+                    "byte 0 "
+                } else {
+                    "byte 512 "
+                };
+                assert!(plan.reasons[0].evidence.contains(first), "{plan}");
+            }
+            // And the data still arrive.
+            let receipt = attachment.read(0).unwrap();
+            assert_eq!(receipt.bytes, 200_000);
+            assert!(get(&buffer.whole()) == bytes);
+        }
+    }
+}
+
+#[test]
+fn a_bus_that_answers_with_a_constant_proves_nothing() {
+    let Some(file) = file_with(&random(70_000)) else {
+        return;
+    };
+    for byte in [0, 0xff] {
+        let buffer = device_memory(65536);
+        // What the buffer holds must not make the answer look right.
+        put(&buffer.whole(), &[byte; 65536]);
+        let (importer, _) = importer(&file, Behaviour::WritesOnly(byte));
+        let plan = importer
+            .attach(&buffer.whole())
+            .unwrap()
+            .plan(Direction::BufferToDisk, 0);
+        assert_eq!(plan.unwrap().reasons[0].code, ReasonCode::ProofFailed);
+    }
+}
+
+#[test]
+fn a_proof_changes_neither_the_buffer_nor_the_file() {
+    let bytes = random(300_000);
+    let Some(file) = file_with(&bytes) else {
+        return;
+    };
+    for behaviour in [
+        Behaviour::Works,
+        Behaviour::Fails(Errno::INVAL),
+        Behaviour::Loses(Direction::DiskToBuffer),
+        Behaviour::Loses(Direction::BufferToDisk),
+    ] {
+        let buffer = device_memory(300_000);
+        let held = random(300_000);
+        put(&buffer.whole(), &held);
+        let (importer, fake) = importer(&file, behaviour);
+        let mut attachment = importer.attach(&buffer.whole()).unwrap();
+        attachment.plan(Direction::DiskToBuffer, 0).unwrap();
+        attachment.plan(Direction::BufferToDisk, 0).unwrap();
+        assert!(fake.calls.get() >= 2, "nothing was tried");
+        assert!(get(&buffer.whole()) == held, "{behaviour:?}");
+        assert!(content(&file) == bytes, "{behaviour:?}");
+    }
+}
+
+#[test]
+fn a_pair_is_proved_once_for_each_direction_until_the_proofs_are_forgotten() {
+    let Some(file) = file_with(&random(65536)) else {
+        return;
+    };
+    let buffer = device_memory(65536);
+    let (importer, fake) = importer(&file, Behaviour::Works);
+    let mut attachment = importer.attach(&buffer.whole()).unwrap();
+    attachment.plan(Direction::DiskToBuffer, 0).unwrap();
+    assert_eq!(fake.calls.get(), 1);
+    attachment.plan(Direction::DiskToBuffer, 0).unwrap();
+    assert_eq!(fake.calls.get(), 1);
+    attachment.plan(Direction::BufferToDisk, 0).unwrap();
+    assert_eq!(fake.calls.get(), 2);
+}
+
+#[test]
+fn a_device_named_by_another_process_gets_no_credit_for_what_was_proved_of_it() {
+    let Some(file) = file_with(&random(65536)) else {
+        return;
+    };
+    let honest = device_memory(65536);
+    let (importer, fake) = importer(&file, Behaviour::Works);
+    importer
+        .attach(&honest.whole())
+        .unwrap()
+        .plan(Direction::DiskToBuffer, 0)
+        .unwrap();
+    let calls = fake.calls.get();
+    let memory = memfd::sealed("claims to be the BAR", 65536).unwrap();
+    let claimed = Buffer::from_host_memory(memory, None, honest.provenance().clone()).unwrap();
+    let claimed = claimed.from_peer().whole();
+    importer
+        .attach(&claimed)
+        .unwrap()
+        .plan(Direction::DiskToBuffer, 0)
+        .unwrap();
+    assert!(
+        fake.calls.get() > calls,
+        "the proof of another buffer was believed"
+    );
+}
+
+#[test]
+fn holes_and_zeros_do_not_count_as_bytes_that_arrived() {
+    // A hole is filled by the CPU, so a path that loses everything would seem to work.
+    let Some(file) = file_with(&[]) else { return };
+    file.set_len(1 << 20).unwrap();
+    let buffer = device_memory(65536);
+    let (importer, _) = importer(&file, Behaviour::Loses(Direction::DiskToBuffer));
+    let plan = importer
+        .attach(&buffer.whole())
+        .unwrap()
+        .plan(Direction::DiskToBuffer, 0)
+        .unwrap();
+    assert_eq!(plan.reasons[0].code, ReasonCode::ProofFailed, "{plan}");
+    let (importer, _) = self::importer(&file, Behaviour::Works);
+    let buffer = device_memory(65536);
+    let receipt = importer.attach(&buffer.whole()).unwrap().read(0).unwrap();
+    assert_eq!(
+        (receipt.plan.path, receipt.bytes),
+        (Path::PeerToPeer, 65536)
+    );
+}
+
+#[test]
+fn a_path_that_stops_working_is_left_and_the_bytes_arrive_all_the_same() {
+    let bytes = random(9 << 20);
+    let Some(file) = file_with(&bytes) else {
+        return;
+    };
+    let buffer = device_memory(9 << 20);
+    // Three calls prove it, one carries 4 MiB, the next one fails.
+    let (importer, _) = importer(&file, Behaviour::FailsAfter(4, Errno::REMOTEIO));
+    let receipt = importer.attach(&buffer.whole()).unwrap().read(0).unwrap();
+    assert_eq!(receipt.plan.path, Path::StagedCopy);
+    assert_eq!((receipt.bytes, receipt.host_bytes), (9 << 20, 5 << 20));
+    assert!(receipt.plan.reasons[0].evidence.contains("EREMOTEIO"));
+    assert!(get(&buffer.whole()) == bytes);
+}
+
+#[test]
+fn a_misaligned_transfer_names_the_alignment_and_arrives() {
+    let bytes = random(100_000);
+    let Some(file) = file_with(&bytes) else {
+        return;
+    };
+    for buffer in [
+        device_memory(65536),
+        memfd::export("memory", 65536).unwrap(),
+    ] {
+        let (importer, _) = importer(&file, Behaviour::Works);
+        let (memory, block) = importer.alignment().unwrap();
+        let range = buffer.range(0, 10_000).unwrap();
+        let receipt = importer.attach(&range).unwrap().read(7).unwrap();
+        let reason = receipt
+            .plan
+            .reasons
+            .iter()
+            .find(|r| r.code == ReasonCode::Misaligned);
+        let evidence = &reason.unwrap().evidence;
+        assert!(evidence.contains("offset 7 ") && evidence.contains(&block.to_string()));
+        assert!(get(&range) == bytes[7..10_007]);
+
+        if memory > 1 {
+            let range = buffer.range(1, 10_000).unwrap();
+            let receipt = importer.attach(&range).unwrap().read(0).unwrap();
+            let reason = receipt
+                .plan
+                .reasons
+                .iter()
+                .find(|r| r.code == ReasonCode::Misaligned);
+            assert!(reason.unwrap().evidence.contains(&memory.to_string()));
+            assert!(get(&range) == bytes[..10_000]);
+        }
+    }
+}
+
+#[test]
+fn a_caller_who_insists_on_a_path_is_told_why_it_is_not_possible() {
+    let Some(file) = file_with(&random(65536)) else {
+        return;
+    };
+    let buffer = device_memory(65536);
+    let (importer, _) = importer(&file, Behaviour::Fails(Errno::INVAL));
+    let mut attachment = importer
+        .attach(&buffer.whole())
+        .unwrap()
+        .require(Path::PeerToPeer);
+    let error = attachment.read(0).unwrap_err();
+    assert!(matches!(error, TransferError::PathTooPoor { .. }));
+    assert!(error.to_string().contains("EINVAL"), "{error}");
+}
+
+#[test]
+fn reading_at_and_after_the_end_of_a_file_gives_what_there_is() {
+    let bytes = random(6000);
+    let Some(file) = file_with(&bytes) else {
+        return;
+    };
+    let (importer, _) = importer(&file, Behaviour::Works);
+    let buffer = memfd::export("memory", 8192).unwrap();
+    let mut attachment = importer.attach(&buffer.whole()).unwrap();
+    for (offset, left) in [(0, 6000), (4096, 1904), (6000, 0), (1 << 40, 0)] {
+        assert_eq!(
+            attachment.read(offset).unwrap().bytes,
+            left,
+            "from {offset}"
+        );
+    }
+}
+
+#[test]
+fn a_file_that_is_open_for_reading_is_not_written() {
+    let Some(directory) = directory() else { return };
+    let path = directory.join(format!("read-only-{}", std::process::id()));
+    std::fs::write(&path, random(10_000)).unwrap();
+    let file = File::open(&path).unwrap();
+    std::fs::remove_file(&path).unwrap();
+    let importer = FileImporter::from_fd(file.into(), "the file").unwrap();
+    let buffer = memfd::export("memory", 8192).unwrap();
+    let mut attachment = importer.attach(&buffer.whole()).unwrap();
+    assert_eq!(attachment.read(0).unwrap().bytes, 8192);
+    assert!(matches!(
+        attachment.write(0),
+        Err(TransferError::ReadOnly { .. })
+    ));
+}
+
+#[test]
+fn a_file_without_direct_io_is_staged_and_says_so() {
+    let memory = memfd::sealed("a file in memory", 10_000).unwrap();
+    let importer = FileImporter::from_fd(memory, "a file in memory").unwrap();
+    let buffer = memfd::export("memory", 8192).unwrap();
+    let receipt = importer.attach(&buffer.whole()).unwrap().read(0).unwrap();
+    assert_eq!(receipt.plan.path, Path::StagedCopy);
+    let expected = [
+        (Path::PeerToPeer, ReasonCode::NotDeviceMemory),
+        (Path::SharedHostMemory, ReasonCode::NoDirectIo),
+    ];
+    assert_eq!(codes(&receipt.plan), expected);
+    assert_eq!((receipt.bytes, receipt.host_bytes), (8192, 8192));
+}
+
+#[test]
+fn what_is_no_file_is_refused() {
+    assert!(matches!(
+        FileImporter::open("/dev/null"),
+        Err(TransferError::NotAFile { .. })
+    ));
+    assert!(matches!(
+        FileImporter::open("/"),
+        Err(TransferError::System(_))
+    ));
+    let error = FileImporter::open("/nonexistent").unwrap_err().to_string();
+    assert_eq!(
+        error,
+        "open on /nonexistent: ENOENT (No such file or directory)"
+    );
+}
