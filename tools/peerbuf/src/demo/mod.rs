@@ -80,7 +80,10 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     }
     worker.finish()?;
     if !arguments.json {
-        print!("{}", report::table(&transfers, &places::describe(&directory)));
+        print!(
+            "{}",
+            report::table(&transfers, &places::describe(&directory))
+        );
     }
     let wrong = transfers
         .iter()

@@ -74,17 +74,30 @@ pub fn table(transfers: &[Transfer], place: &str) -> String {
                 notes.push(reason);
                 notes.len() - 1
             });
-            why.push(format!("{}:\n  {} [{}]", reason.path, reason.code, number + 1));
+            why.push(format!(
+                "{}:\n  {} [{}]",
+                reason.path,
+                reason.code,
+                number + 1
+            ));
         }
         table.add_row([
             transfer.buffer.clone(),
             end(&transfer.source),
             end(&transfer.sink),
             transfer.path.clone(),
-            if why.is_empty() { "it is the best".into() } else { why.join("\n") },
+            if why.is_empty() {
+                "it is the best".into()
+            } else {
+                why.join("\n")
+            },
             size::show(transfer.bytes),
             size::show(transfer.host_bytes),
-            if transfer.verified { "every byte".into() } else { "WRONG BYTES".to_string() },
+            if transfer.verified {
+                "every byte".into()
+            } else {
+                "WRONG BYTES".to_string()
+            },
         ]);
     }
     let mut text = format!("files in {place}, of random bytes\n{table}\n");

@@ -1,0 +1,180 @@
+//! The command as a user meets it, on any machine: no root, no module, no device.
+
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+fn peerbuf(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_peerbuf"))
+        .args(arguments)
+        .output()
+        .unwrap()
+}
+
+fn json_lines(output: &Output) -> Vec<Value> {
+    let text = std::str::from_utf8(&output.stdout).unwrap();
+    text.lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect()
+}
+
+fn directory() -> &'static str {
+    env!("CARGO_TARGET_TMPDIR")
+}
+
+#[test]
+fn the_demo_moves_every_byte_whatever_the_size() {
+    for size in ["0", "1", "4095", "4097", "65536", "1000001"] {
+        let output = peerbuf(&["demo", "--json", "--size", size, "--dir", directory()]);
+        assert!(output.status.success(), "{output:?}");
+        let transfers = json_lines(&output);
+        assert_eq!(transfers.len(), 4, "{output:?}");
+        for transfer in &transfers {
+            assert_eq!(transfer["verified"], true, "{transfer}");
+            assert_eq!(transfer["bytes"].to_string(), size, "{transfer}");
+            let mut fields: Vec<&str> = transfer
+                .as_object()
+                .unwrap()
+                .keys()
+                .map(String::as_str)
+                .collect();
+            fields.sort_unstable();
+            let promised = [
+                "buffer",
+                "bytes",
+                "host_bytes",
+                "path",
+                "reasons",
+                "sink",
+                "source",
+                "verified",
+            ];
+            assert_eq!(fields, promised);
+            for reason in transfer["reasons"].as_array().unwrap() {
+                for field in ["path", "code", "evidence"] {
+                    assert!(!reason[field].as_str().unwrap().is_empty(), "{transfer}");
+                }
+            }
+        }
+        // Each buffer is filled from a file, and then written to another.
+        for pair in transfers.chunks(2) {
+            assert_eq!(pair[0]["sink"], pair[0]["buffer"]);
+            assert_eq!(pair[1]["source"], pair[1]["buffer"]);
+            assert_ne!(pair[0]["source"], pair[1]["sink"]);
+        }
+    }
+}
+
+#[test]
+fn a_machine_without_exporters_runs_on_stand_ins_and_names_what_is_missing() {
+    if std::path::Path::new("/dev/peerbuf").exists()
+        || std::path::Path::new("/dev/udmabuf").exists()
+    {
+        eprintln!("skipped: this machine has an exporter");
+        return;
+    }
+    let output = peerbuf(&["demo", "--json", "--size", "64K", "--dir", directory()]);
+    assert!(output.status.success());
+    let transfers = json_lines(&output);
+    assert_eq!(transfers[0]["buffer"], "memfd (stand-in for a BAR)");
+    assert_eq!(transfers[2]["buffer"], "memfd (stand-in for a udmabuf)");
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(
+        said.contains("missing: peerbuf.ko: open on /dev/peerbuf: ENOENT"),
+        "{said}"
+    );
+    assert!(
+        said.contains("missing: udmabuf: open on /dev/udmabuf: ENOENT"),
+        "{said}"
+    );
+}
+
+#[test]
+fn the_demo_leaves_no_file() {
+    let directory = std::path::Path::new(directory()).join("empty");
+    std::fs::create_dir_all(&directory).unwrap();
+    let path = directory.to_str().unwrap();
+    assert!(
+        peerbuf(&["demo", "--size", "64K", "--dir", path])
+            .status
+            .success()
+    );
+    assert_eq!(std::fs::read_dir(&directory).unwrap().count(), 0);
+}
+
+#[test]
+fn the_table_has_each_transfer_and_the_evidence() {
+    let output = peerbuf(&["demo", "--size", "64K", "--dir", directory()]);
+    let text = String::from_utf8(output.stdout).unwrap();
+    for words in [
+        "path used",
+        "through system memory",
+        "second file",
+        "every byte",
+        "[1] not ",
+    ] {
+        assert!(text.contains(words), "no {words:?} in\n{text}");
+    }
+}
+
+#[test]
+fn failures_end_with_1_and_wrong_usage_with_2() {
+    let missing = peerbuf(&["demo", "--size", "4K", "--dir", "/nonexistent"]);
+    assert_eq!(missing.status.code(), Some(1));
+    let said = String::from_utf8(missing.stderr).unwrap();
+    assert!(said.contains("/nonexistent: ENOENT"), "{said}");
+
+    let no_device = peerbuf(&["export", "ffff:ff:1f.7", "--bar", "2", "--length", "4K"]);
+    assert_eq!(no_device.status.code(), Some(1));
+    let said = String::from_utf8(no_device.stderr).unwrap();
+    assert!(said.contains("/dev/peerbuf/ffff:ff:1f.7"), "{said}");
+
+    for usage in [
+        &["nonsense"][..],
+        &[],
+        &["demo", "--size", "8X"],
+        &["demo", "--device", "01:00.0"],
+        &["export", "0000:01:00.0", "--bar", "6", "--length", "4K"],
+        &["export", "0000:01:00.0", "--bar", "2"],
+    ] {
+        assert_eq!(peerbuf(usage).status.code(), Some(2), "{usage:?}");
+    }
+}
+
+#[test]
+fn info_works_on_any_machine_as_text_and_as_json() {
+    let output = peerbuf(&["info", "--json"]);
+    assert!(output.status.success());
+    let info = &json_lines(&output)[0];
+    assert!(
+        info["kernel"]
+            .as_str()
+            .is_some_and(|kernel| !kernel.is_empty())
+    );
+    for list in ["devices", "disks", "missing"] {
+        assert!(info[list].is_array(), "{info}");
+    }
+    let text = String::from_utf8(peerbuf(&["info"]).stdout).unwrap();
+    assert!(text.starts_with("kernel "), "{text}");
+    assert!(text.contains("\nudmabuf: "), "{text}");
+}
+
+#[test]
+fn help_names_each_command_the_paths_and_the_exit_status() {
+    let text = String::from_utf8(peerbuf(&["--help"]).stdout).unwrap();
+    for words in ["demo", "export", "info", "peer-to-peer", "Exit status"] {
+        assert!(text.contains(words), "no {words:?} in\n{text}");
+    }
+    assert!(!text.contains("demo-worker"));
+}
+
+#[test]
+fn the_second_process_started_by_hand_says_what_it_is_for() {
+    let output = peerbuf(&["demo-worker"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(
+        String::from_utf8(output.stderr)
+            .unwrap()
+            .contains("peerbuf demo")
+    );
+}
