@@ -17,9 +17,7 @@ headers=x/usr/src/linux-headers-$V
 grep -q '^CONFIG_RUST=y' "$headers/.config" || exit 101
 
 mv x/usr/src/linux-source-*.tar.xz linux-source.tar.xz
-# All but what no build of another module can want; the tarball stays for who does.
-tar -xf linux-source.tar.xz --exclude='*/Documentation/*' --exclude='*/tools/testing/*' \
-    --exclude='*/tools/perf/*' --exclude='*/samples/*' --exclude='*/arch/[!x]*/*'
+tar -xf linux-source.tar.xz
 mv linux-source-*/ linux
 mount --bind /lab/out/linux /lab/linux
 cp "$headers/.config" linux/.config
@@ -33,10 +31,19 @@ esac
 make -s -j"$(nproc)" CC=gcc-14 HOSTCC=gcc-14 LOCALVERSION="${V#"$version"}" olddefconfig prepare modules_prepare
 cp "/lab/out/$headers/Module.symvers" .
 [ "$(cat include/config/kernel.release)" = "$V" ]
+# A tool that is missing or of another version switches options off without a word, and the
+# module's structures are then no longer the kernel's.
+if diff "/lab/out/$headers/.config" .config | grep '^[<>]' | grep -v -e CONFIG_CC_VERSION_TEXT -e CONFIG_MODULE_SIG_KEY=; then
+    echo "the lab's tool chain does not reproduce the kernel's configuration (above: < the kernel's, > the lab's)"
+    exit 103
+fi
 
-# The sources of the kernel itself are not needed to build against it.
+# The sources of the kernel itself are not needed to build against it; the tarball stays for who
+# does need one.
+rm -rf Documentation/* samples/* tools/testing tools/perf
+for d in arch/*/; do [ "$d" = arch/x86/ ] || rm -r "$d"; done
 for d in block certs crypto drivers fs init io_uring ipc kernel lib mm net security sound usr virt; do
-    find "$d" -type f ! -name 'Kconfig*' ! -name 'Makefile*' ! -name Kbuild ! -name '*.h' -delete
+    find "$d" -type f ! -name 'Kconfig*' ! -name 'Makefile*' ! -name Kbuild -delete
 done
 cd /lab/out
 umount /lab/linux

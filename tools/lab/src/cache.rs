@@ -10,6 +10,7 @@ use std::{
     fs::{self, File, TryLockError},
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
+    sync::Mutex,
     time::SystemTime,
 };
 
@@ -193,6 +194,9 @@ impl Cache {
             remove_tree(&path)?;
             fs::create_dir(&path)?;
             let lock_path = self.dir.join("locks").join(format!("run-{name}"));
+            if let Ok(mut alive) = ALIVE.lock() {
+                alive.push((path.clone(), lock_path.clone()));
+            }
             return Ok(RunDir { path, lock_path, _lock: lock });
         }
         unreachable!("the numbers do not end")
@@ -212,11 +216,6 @@ impl Cache {
             held.push(Held { name, bytes, removed });
         }
         Ok(held)
-    }
-
-    /// Bytes on disk, all entries together.
-    pub fn size(&self) -> u64 {
-        disk_usage(&self.dir)
     }
 
     fn names(&self) -> Result<Vec<String>> {
@@ -300,8 +299,24 @@ impl RunDir {
     }
 }
 
+/// The directories of this process's runs, for [`abandon_runs`].
+static ALIVE: Mutex<Vec<(PathBuf, PathBuf)>> = Mutex::new(Vec::new());
+
+/// Removes the directories of this process's runs; for a process that is about to end.
+pub fn abandon_runs() {
+    if let Ok(alive) = ALIVE.lock() {
+        for (path, lock) in &*alive {
+            let _ = remove_tree(path);
+            let _ = fs::remove_file(lock);
+        }
+    }
+}
+
 impl Drop for RunDir {
     fn drop(&mut self) {
+        if let Ok(mut alive) = ALIVE.lock() {
+            alive.retain(|(path, _)| *path != self.path);
+        }
         let _ = remove_tree(&self.path);
         let _ = fs::remove_file(&self.lock_path);
     }

@@ -4,7 +4,7 @@ use std::{ffi::OsString, path::PathBuf};
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::guest::Topology;
+use crate::guest::{Machine, Topology};
 
 /// A machine with a stock kernel and emulated devices, made out of distribution packages and
 /// QEMU, and what can be done in it.
@@ -111,6 +111,23 @@ pub struct GuestArgs {
     /// Main memory of the guest in MiB
     #[arg(long, value_name = "MIB", default_value_t = 2048, value_parser = clap::value_parser!(u32).range(256..))]
     pub memory: u32,
+}
+
+impl GuestArgs {
+    /// As if no option but the kernel had been given.
+    pub fn plain(kernel: &KernelArgs) -> Self {
+        Self {
+            topology: Topology::Switch,
+            iommu: false,
+            kernel: kernel.clone(),
+            icount: false,
+            share: None,
+            with: Vec::new(),
+            timeout: None,
+            bare: false,
+            memory: Machine::default().memory_mib,
+        }
+    }
 }
 
 #[cfg(test)]

@@ -97,7 +97,6 @@ impl Source {
         let recipe = Recipe::new(format!("linux-{release}")).with(tree.name()).with(SOURCE_RECIPE);
         let what = format!("preparing the source of {release} for building modules (about two minutes)");
         let entry = cache.entry(recipe, &what, |dir| {
-            std::fs::create_dir(dir.join("linux"))?;
             let result = run(tree.recipe(SOURCE_RECIPE, dir).arg(release), "preparing the kernel's source");
             match result {
                 Err(e) if is_status(&e, NO_RUST) => {

@@ -2,40 +2,63 @@
 //! and QEMU, and runs things in it.
 //!
 //! From the bottom up: [`sandbox`] starts programs in the distribution tree, [`cache`] keeps what
-//! is made, [`tree`], [`kernel`] and [`disk`] make the machine's parts, [`project`] builds what is
-//! in the checkout, [`guest`] describes the machine, [`run`] lives through one guest's life and
-//! [`klog`] judges its kernel log. What the guest itself executes is in `tests/lab/init`.
+//! is made, [`tree`], [`kernel`] and [`disk`] make the machine's parts, [`project`] and
+//! [`fixtures`] build what is in the checkout, [`guest`] describes the machine, [`run`] lives
+//! through one guest's life, [`klog`] judges its kernel log, and [`lab`] puts these together for
+//! [`suite`] and the commands here. What the guest itself executes is in `tests/lab/init`.
 
+mod accel;
 mod cache;
 mod cli;
 mod disk;
+mod fixtures;
 mod guest;
 mod host;
 mod kernel;
 mod klog;
+mod lab;
 mod progress;
 mod project;
 mod run;
 mod sandbox;
+mod suite;
+mod terminal;
 mod tree;
 
-use std::{ffi::OsString, process::exit, time::Duration};
+use std::{
+    collections::HashMap,
+    ffi::OsString,
+    io::{self, Write},
+    path::{Path, PathBuf},
+    process::exit,
+    sync::{Arc, Mutex},
+};
 
-use anyhow::Result;
+use anyhow::{Context, Result, anyhow, bail};
 use clap::Parser;
+use signal_hook::{
+    consts::{SIGHUP, SIGINT, SIGTERM},
+    iterator::Signals,
+};
 
 use crate::{
     cache::Cache,
     cli::{Cli, Command, GuestArgs, KernelArgs},
-    guest::{Accelerator, Machine},
+    guest::Topology,
     kernel::{Kernel, Source},
+    lab::Parts,
     project::Project,
-    run::{Ground, Job, Streams},
+    run::{Job, Outcome, Streams},
+    suite::Finished,
     tree::Tree,
 };
 
 /// The exit status of a lab that could not do what it was asked.
 const LAB_FAILED: i32 = 125;
+
+/// Guests that run at a time where there are several to run. A guest has two processors, of which
+/// it mostly uses one.
+const AT_ONCE: usize = 2;
 
 fn main() {
     let args: Vec<OsString> = std::env::args_os().collect();
@@ -57,64 +80,158 @@ fn command(cli: Cli) -> Result<i32> {
         return Ok(2);
     }
     host::become_root()?;
+    end_well_on_signals()?;
     let cache = Cache::open()?;
     match cli.command {
-        Command::Run { guest, command } => run_command(cache, &guest, command),
+        Command::Demo { kernel } => demo(&cache, &kernel),
+        Command::Test { filter, kernel } => test(&cache, filter.as_deref(), &kernel),
+        Command::Run { guest, command } => run_command(&cache, &guest, command),
+        Command::Shell { guest } => shell(&cache, &guest),
         Command::Kmod { kernel } => kmod(&cache, &kernel),
-        Command::Kbuild { dir, kernel } => {
-            let tree = Tree::get(&cache)?;
-            let kernel = Kernel::get(&cache, &tree, &kernel.kernel)?;
-            let source = Source::get(&cache, &tree, kernel.release())?;
-            project::build_module(&tree, &source, &dir)?;
-            Ok(0)
-        }
+        Command::Kbuild { dir, kernel } => kbuild(&cache, &dir, &kernel),
         Command::Clean => clean(&cache),
-        Command::Demo { .. } | Command::Test { .. } | Command::Shell { .. } => anyhow::bail!("not there yet"),
     }
 }
 
-fn run_command(cache: Cache, args: &GuestArgs, command: Vec<OsString>) -> Result<i32> {
-    let tree = Tree::get(&cache)?;
-    let kernel = Kernel::get(&cache, &tree, &args.kernel.kernel)?;
-    let disk = disk::get(&cache, &tree)?;
-    let layer = if args.with.is_empty() { None } else { Some(tree.layer(&cache, &args.with)?) };
-    let (mut module, mut programs) = (None, Vec::new());
-    if !args.bare {
-        let project = Project::find()?;
-        let source = Source::get(&cache, &tree, kernel.release())?;
-        module = project.module(&tree, &source, kernel.release())?;
-        if module.is_none() {
-            eprintln!("peerbuf-lab: kmod/ has no Makefile yet, so there is no peerbuf.ko in the guest");
+/// Ctrl-C and its like end the lab. Guests and builds die with it by themselves; what is left to
+/// do is to give the terminal back and to remove the runs' directories.
+fn end_well_on_signals() -> Result<()> {
+    let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).context("listening for signals")?;
+    std::thread::spawn(move || {
+        if let Some(signal) = signals.forever().next() {
+            terminal::restore();
+            cache::abandon_runs();
+            exit(128 + signal);
         }
-        programs = project.peerbuf()?;
-    }
-    let share = args.share.as_ref().map(std::fs::canonicalize).transpose()?;
-    let accelerator = if args.icount { Accelerator::CountingEmulation } else { Accelerator::Emulation };
-    let job = Job {
-        machine: Machine {
-            topology: args.topology,
-            iommu: args.iommu,
-            accelerator,
-            memory_mib: args.memory,
-            share: share.is_some(),
-            shell: false,
-        },
-        command,
-        share,
-        programs,
-        module,
-        fixtures: None,
-        timeout: Some(Duration::from_secs(args.timeout.unwrap_or(600))),
-    };
-    let streams = Streams {
-        stdin: Some(Box::new(std::io::stdin())),
-        stdout: Box::new(std::io::stdout()),
-        stderr: Box::new(std::io::stderr()),
-    };
-    let ground = Ground { cache, tree, kernel, disk, layer };
-    let outcome = run::run(&ground, &job, streams)?;
+    });
+    Ok(())
+}
+
+fn ready(cache: &Cache, args: &GuestArgs) -> Result<(run::Ground, Job)> {
+    let ground = lab::ground(cache, args)?;
+    let parts = if args.bare { Parts::default() } else { lab::parts(&Project::find()?, &ground)? };
+    let job = lab::job(&ground, args, parts)?;
+    Ok((ground, job))
+}
+
+fn person() -> Streams {
+    Streams { stdin: Some(Box::new(io::stdin())), stdout: Box::new(io::stdout()), stderr: Box::new(io::stderr()) }
+}
+
+fn run_command(cache: &Cache, args: &GuestArgs, command: Vec<OsString>) -> Result<i32> {
+    let (ground, mut job) = ready(cache, args)?;
+    job.command = command;
+    let outcome = run::run(&ground, &job, person())?;
     eprint!("{}", outcome.report());
     Ok(outcome.status())
+}
+
+fn shell(cache: &Cache, args: &GuestArgs) -> Result<i32> {
+    let (ground, mut job) = ready(cache, args)?;
+    job.machine.shell = true;
+    if args.timeout.is_none() {
+        job.timeout = None;
+    }
+    let outcome = run::run(&ground, &job, person())?;
+    eprint!("{}", outcome.report());
+    Ok(outcome.status())
+}
+
+/// Standard output or error of a guest, kept.
+#[derive(Clone, Default)]
+struct Kept(Arc<Mutex<Vec<u8>>>);
+
+impl Write for Kept {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().map_err(|_| io::ErrorKind::Other)?.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Kept {
+    fn text(&self) -> String {
+        self.0.lock().map(|b| String::from_utf8_lossy(&b).into_owned()).unwrap_or_default()
+    }
+}
+
+fn run_and_keep(ground: &run::Ground, job: &Job) -> Result<(Outcome, String, String)> {
+    let (out, err) = (Kept::default(), Kept::default());
+    let streams = Streams { stdin: None, stdout: Box::new(out.clone()), stderr: Box::new(err.clone()) };
+    let outcome = run::run(ground, job, streams)?;
+    Ok((outcome, out.text(), err.text()))
+}
+
+fn demo(cache: &Cache, kernel: &KernelArgs) -> Result<i32> {
+    let args = |topology| GuestArgs { topology, ..GuestArgs::plain(kernel) };
+    let parts = lab::parts(&Project::find()?, &lab::ground(cache, &args(Topology::Switch))?)?;
+    let one = |topology| -> Result<(Outcome, String, String)> {
+        let args = args(topology);
+        let ground = lab::ground(cache, &args)?;
+        let mut job = lab::job(&ground, &args, parts.clone())?;
+        job.command = vec!["peerbuf".into(), "demo".into()];
+        run_and_keep(&ground, &job)
+    };
+    let mut failed = 0;
+    for pair in Topology::ALL.chunks(AT_ONCE) {
+        let results = std::thread::scope(|scope| {
+            let started: Vec<_> = pair.iter().map(|t| (*t, scope.spawn(|| one(*t)))).collect();
+            started.into_iter().map(|(t, s)| (t, s.join())).collect::<Vec<_>>()
+        });
+        for (topology, result) in results {
+            let (outcome, out, err) = result.map_err(|_| anyhow!("the lab itself failed on {}", topology.name()))??;
+            println!("== {} ==\n{out}", topology.name());
+            io::stdout().flush()?;
+            eprint!("{err}{}", outcome.report());
+            if outcome.status() != 0 {
+                eprintln!("peerbuf-lab: `peerbuf demo` on {} ended with {}", topology.name(), outcome.status());
+                failed += 1;
+            }
+        }
+    }
+    Ok(i32::from(failed > 0))
+}
+
+fn test(cache: &Cache, filter: Option<&str>, kernel: &KernelArgs) -> Result<i32> {
+    let project = Project::find()?;
+    // The parts for each kernel are built once, before the first guest that needs them.
+    let built: Mutex<HashMap<String, Parts>> = Mutex::default();
+    let parts_for = |ground: &run::Ground| -> Result<Parts> {
+        let mut built = built.lock().map_err(|_| anyhow!("another run failed in the middle of a build"))?;
+        let release = ground.kernel.release();
+        if let Some(parts) = built.get(release) {
+            return Ok(parts.clone());
+        }
+        let parts = lab::parts(&project, ground)?;
+        built.insert(release.to_owned(), parts.clone());
+        Ok(parts)
+    };
+    // What does not compile is said before anything runs.
+    parts_for(&lab::ground(cache, &GuestArgs::plain(kernel))?)?;
+    let in_guest = |args: &GuestArgs, file: PathBuf, arguments: Vec<OsString>| -> Result<Finished> {
+        let mut args = args.clone();
+        if args.kernel.kernel == "stock" {
+            args.kernel = kernel.clone();
+        }
+        if let Some(why) = guest::conflict(args.topology, args.iommu) {
+            bail!(why);
+        }
+        let ground = lab::ground(cache, &args)?;
+        let parts = if args.bare { Parts::default() } else { parts_for(&ground)? };
+        let mut job = lab::job(&ground, &args, parts)?;
+        let name = file.file_name().context("a test program without a name")?;
+        job.command = vec![Path::new("/opt/peerbuf/bin").join(name).into_os_string()];
+        job.command.extend(arguments);
+        job.programs.push(file);
+        let (outcome, out, err) = run_and_keep(&ground, &job)?;
+        Ok(Finished { output: out + &err, trouble: outcome.report() })
+    };
+    let (passed, failed) = suite::run(&project, filter, AT_ONCE, &in_guest)?;
+    println!("{passed} passed, {failed} failed");
+    Ok(i32::from(failed > 0))
 }
 
 fn kmod(cache: &Cache, args: &KernelArgs) -> Result<i32> {
@@ -123,19 +240,27 @@ fn kmod(cache: &Cache, args: &KernelArgs) -> Result<i32> {
     let source = Source::get(cache, &tree, kernel.release())?;
     match Project::find()?.module(&tree, &source, kernel.release())? {
         Some(path) => println!("{}", path.display()),
-        None => anyhow::bail!("kmod/ has no Kbuild or Makefile, so there is no module to build"),
+        None => bail!("kmod/ has no Makefile, so there is no module to build"),
     }
+    Ok(0)
+}
+
+fn kbuild(cache: &Cache, dir: &Path, args: &KernelArgs) -> Result<i32> {
+    let tree = Tree::get(cache)?;
+    let kernel = Kernel::get(cache, &tree, &args.kernel)?;
+    let source = Source::get(cache, &tree, kernel.release())?;
+    project::build_module(&tree, &source, dir)?;
     Ok(0)
 }
 
 fn clean(cache: &Cache) -> Result<i32> {
     let held = cache.clean()?;
-    let gib = |bytes: u64| format!("{:8.1} MiB", bytes as f64 / f64::from(1 << 20));
+    let mib = |bytes: u64| format!("{:8.1} MiB", bytes as f64 / f64::from(1 << 20));
     println!("{}:", cache.dir().display());
     for entry in &held {
-        let kept = if entry.removed { "" } else { "  (in use, kept)" };
-        println!("{}  {}{kept}", gib(entry.bytes), entry.name);
+        let what = if entry.removed { "removed" } else { "in use, kept" };
+        println!("{}  {}  ({what})", mib(entry.bytes), entry.name);
     }
-    println!("{}  in all", gib(held.iter().map(|e| e.bytes).sum()));
+    println!("{}  in all", mib(held.iter().map(|e| e.bytes).sum()));
     Ok(0)
 }

@@ -16,6 +16,7 @@ use crate::{kernel::Source, progress::Step, sandbox, tree::Tree};
 pub struct Project {
     root: PathBuf,
     target: PathBuf,
+    metadata: serde_json::Value,
 }
 
 impl Project {
@@ -39,7 +40,22 @@ impl Project {
         }
         let json: serde_json::Value = serde_json::from_slice(&output.stdout)?;
         let target = json["target_directory"].as_str().context("cargo metadata names no target directory")?;
-        Ok(Self { root, target: target.into() })
+        let target = PathBuf::from(target);
+        Ok(Self { root, target, metadata: json })
+    }
+
+    /// `[package.metadata]` of one package of the workspace.
+    ///
+    /// # Errors
+    /// When there is no such package.
+    pub fn package_metadata(&self, package: &str) -> Result<&serde_json::Value> {
+        let packages = self.metadata["packages"].as_array();
+        packages
+            .into_iter()
+            .flatten()
+            .find(|p| p["name"] == package)
+            .map(|p| &p["metadata"])
+            .with_context(|| format!("the workspace has no package {package}"))
     }
 
     /// Its root directory.
@@ -88,7 +104,8 @@ impl Project {
             let message: serde_json::Value = serde_json::from_slice(line)?;
             let target = &message["target"];
             if let (Some(file), Some(name)) = (message["executable"].as_str(), target["name"].as_str()) {
-                programs.push(Program { name: name.into(), file: file.into() });
+                let is_test = target["kind"].as_array().is_some_and(|k| k.iter().any(|k| k == "test"));
+                programs.push(Program { name: name.into(), file: file.into(), is_test });
             }
         }
         Ok(programs)
@@ -100,7 +117,7 @@ impl Project {
     /// # Errors
     /// When it does not compile; holds the compiler's messages.
     pub fn module(&self, tree: &Tree, source: &Source, release: &str) -> Result<Option<PathBuf>> {
-        if !["Kbuild", "Makefile"].iter().any(|f| self.root.join("kmod").join(f).is_file()) {
+        if !self.root.join("kmod/Makefile").is_file() {
             return Ok(None);
         }
         let work = self.work_dir(&format!("kmod-{release}"))?;
@@ -113,10 +130,10 @@ impl Project {
         let stamp = work.join("built-against");
         let against = source.dir().display().to_string();
         if fs::read_to_string(&stamp).ok().as_deref() != Some(&against) {
-            make(tree, source, &work, "kmod", "clean")?;
+            make(tree, source, &work, &["-C", "/lab/build/kmod", "KDIR=/lab/linux", "clean"])?;
             fs::write(&stamp, against)?;
         }
-        make(tree, source, &work, "kmod", "modules")?;
+        make(tree, source, &work, &["-C", "/lab/build/kmod", "KDIR=/lab/linux", "modules"])?;
         step.done();
         let module = work.join("kmod/peerbuf.ko");
         if !module.is_file() {
@@ -132,6 +149,8 @@ pub struct Program {
     pub name: String,
     /// The file.
     pub file: PathBuf,
+    /// Whether it is a test program.
+    pub is_test: bool,
 }
 
 /// Builds the external module in `dir`, in place, for the kernel of `source`.
@@ -147,22 +166,21 @@ pub fn build_module(tree: &Tree, source: &Source, dir: &Path) -> Result<()> {
         );
     }
     let step = Step::start(format!("building the module in {}", dir.display()));
-    make(tree, source, &dir, "", "modules")?;
+    make(tree, source, &dir, &["-C", "/lab/linux", "M=/lab/build", "modules"])?;
     step.done();
     Ok(())
 }
 
-/// `make` of the kernel's build system on the directory `sub` below `work`, in the tree.
-fn make(tree: &Tree, source: &Source, work: &Path, sub: &str, target: &str) -> Result<()> {
+/// `make` in the tree, with `work` at `/lab/build` and the kernel's at `/lab/linux`.
+fn make(tree: &Tree, source: &Source, work: &Path, args: &[&str]) -> Result<()> {
     tree.sandbox("/usr/bin/make")
         .own_processes()
         .bind_read_only(source.dir(), "/lab/linux")
         .bind(work, "/lab/build")
         .mount(sandbox::Mount::Tmpfs { at: "/tmp".into() })
-        .args(["-C", "/lab/linux", "CC=gcc-14", "HOSTCC=gcc-14"])
+        .args(["CC=gcc-14", "HOSTCC=gcc-14"])
         .arg(format!("-j{}", std::thread::available_parallelism().map_or(1, |n| n.get())))
-        .arg(format!("M=/lab/build/{sub}").trim_end_matches('/'))
-        .arg(target)
+        .args(args)
         .run("building the module")
         .map(drop)
 }
@@ -220,7 +238,7 @@ pub fn mirror(from: &Path, to: &Path) -> Result<()> {
 }
 
 /// Whether a file is written by people, going by its name.
-fn is_source(path: &Path) -> bool {
+pub fn is_source(path: &Path) -> bool {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let product = [".o", ".ko", ".mod", ".mod.c", ".cmd", ".a", ".order", ".symvers", ".rmeta", ".d"];
     let hidden = name.starts_with('.') && name.len() > 1;

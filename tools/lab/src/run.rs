@@ -25,6 +25,7 @@ use crate::{
     klog::{self, Complaint},
     progress::Step,
     sandbox::{self, Mount},
+    terminal::Raw,
     tree::Tree,
 };
 
@@ -32,6 +33,8 @@ const INIT: &str = include_str!("../../../tests/lab/init/init");
 
 /// From start to CMD. Ten times what a boot takes on two idle cores.
 const BOOT_LIMIT: Duration = Duration::from_secs(120);
+/// For a command whose caller sets no limit: a hang must end some time.
+pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(600);
 /// For the kernel log, once CMD has ended.
 const LOG_LIMIT: Duration = Duration::from_secs(60);
 
@@ -63,8 +66,25 @@ pub struct Job {
     pub module: Option<PathBuf>,
     /// A directory whose files appear in `/opt/peerbuf/fixtures`.
     pub fixtures: Option<PathBuf>,
-    /// For the command; the boot has a limit of its own.
+    /// From start to command.
+    pub boot_limit: Duration,
+    /// For the command.
     pub timeout: Option<Duration>,
+}
+
+impl Default for Job {
+    fn default() -> Self {
+        Self {
+            machine: Machine::default(),
+            command: Vec::new(),
+            share: None,
+            programs: Vec::new(),
+            module: None,
+            fixtures: None,
+            boot_limit: BOOT_LIMIT,
+            timeout: Some(DEFAULT_TIMEOUT),
+        }
+    }
 }
 
 /// Where the command's streams go on the host.
@@ -192,10 +212,11 @@ pub fn run(ground: &Ground, job: &Job, streams: Streams) -> Result<Outcome> {
 
     let mut boot = began.elapsed();
     let mut log = Vec::new();
-    let mut ending = match events.recv_timeout(BOOT_LIMIT) {
+    let mut ending = match events.recv_timeout(job.boot_limit) {
         Ok(Event::Start) => {
             boot = began.elapsed();
             step.done();
+            let _raw = job.machine.shell.then(Raw::enter);
             if let Some((from, to)) = stdin {
                 carry_in(from, to);
             }
@@ -203,7 +224,7 @@ pub fn run(ground: &Ground, job: &Job, streams: Streams) -> Result<Outcome> {
         }
         Ok(_) | Err(RecvTimeoutError::Disconnected) => Ending::Died("the guest ended before the command began".into()),
         Err(RecvTimeoutError::Timeout) => {
-            Ending::Died(format!("the guest did not come to the command within {} s", BOOT_LIMIT.as_secs()))
+            Ending::Died(format!("the guest did not come to the command within {} s", job.boot_limit.as_secs()))
         }
     };
     if let Ending::Exit(status) = ending {
@@ -273,8 +294,10 @@ fn listen(port: UnixStream) -> Receiver<Event> {
                     log.push_str(&text);
                     continue;
                 }
-                (None, other) => match other.strip_prefix("exit ").and_then(|n| n.parse().ok()) {
-                    Some(status) => Event::Exit(status),
+                (None, other) => match other.strip_prefix("exit ").map(str::parse) {
+                    Some(Ok(status)) => Event::Exit(status),
+                    // Not even the status came out of the guest's init: as good as dead.
+                    Some(Err(_)) => return,
                     None => continue,
                 },
             };

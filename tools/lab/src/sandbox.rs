@@ -66,7 +66,6 @@ pub struct Sandbox {
     program: PathBuf,
     args: Vec<PathBuf>,
     env: Vec<(String, PathBuf)>,
-    dir: PathBuf,
 }
 
 impl Sandbox {
@@ -91,7 +90,6 @@ impl Sandbox {
             program: program.as_ref().into(),
             args: Vec::new(),
             env,
-            dir: "/".into(),
         }
     }
 
@@ -110,12 +108,6 @@ impl Sandbox {
     /// Sets one variable of the program's environment.
     pub fn env(mut self, name: &str, value: impl AsRef<OsStr>) -> Self {
         self.env.push((name.into(), value.as_ref().into()));
-        self
-    }
-
-    /// The program's working directory, inside.
-    pub fn dir(mut self, dir: impl Into<PathBuf>) -> Self {
-        self.dir = dir.into();
         self
     }
 
@@ -245,8 +237,7 @@ fn enter(inside: bool, parent: &OsStr, json: &OsStr) -> Result<i32> {
     }
     sandbox.mount_all(inside)?;
     chroot(&sandbox.root).with_context(|| format!("changing root to {}", sandbox.root.display()))?;
-    std::env::set_current_dir(&sandbox.dir)
-        .with_context(|| format!("entering {} in the lab's tree", sandbox.dir.display()))?;
+    std::env::set_current_dir("/").context("entering the lab's tree")?;
     let error = Command::new(&sandbox.program)
         .args(&sandbox.args)
         .env_clear()

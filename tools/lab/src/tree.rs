@@ -24,7 +24,7 @@ const MORE_SUITES: [&str; 2] = ["trixie-updates", "trixie-backports"];
 
 const PACKAGES: &[&str] = &[
     // the kernel's tool chain
-    "bc", "bindgen", "bison", "clang", "cpio", "flex", "gcc-14", "libc6-dev", "libelf-dev", "libssl-dev",
+    "bc", "bindgen", "bison", "clang", "cpio", "dwarves", "flex", "gcc-14", "libc6-dev", "libelf-dev", "libssl-dev",
     "lld", "llvm", "make", "perl", "rust-src", "rustc", "xz-utils", "zstd",
     // the machine
     "busybox-static", "qemu-system-x86", "kmod",
@@ -130,7 +130,9 @@ impl Tree {
                 .args(&packages)
                 .run("installing the packages of --with")?;
             remove_tree(&work)?;
-            remove_tree(&merged)
+            remove_tree(&merged)?;
+            // For people who look into the cache.
+            Ok(fs::write(dir.join("packages"), packages.join("\n") + "\n")?)
         })
     }
 }

@@ -1,0 +1,242 @@
+//! The lab keeps its promises about `cargo lab run`. Runs on the host and calls the lab.
+
+use std::{
+    fs,
+    io::Write,
+    path::PathBuf,
+    process::{Command, Output, Stdio},
+    time::{Duration, Instant},
+};
+
+fn lab(args: &[&str]) -> Command {
+    let program = std::env::var_os("PEERBUF_LAB").expect("run this through `cargo lab test`");
+    let mut command = Command::new(program);
+    command.args(args).stdin(Stdio::null());
+    command
+}
+
+/// `cargo lab run --bare OPTIONS -- COMMAND`: most promises need neither module nor tools.
+fn bare(options: &[&str], command: &[&str]) -> Output {
+    lab(&[&["run", "--bare"], options, &["--"], command].concat()).output().unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+fn fixture(name: &str) -> String {
+    format!("/opt/peerbuf/fixtures/{name}")
+}
+
+#[test]
+fn output_error_and_status_are_the_commands_own_byte_for_byte() {
+    let script = "import os, sys\n\
+                  os.write(1, bytes(range(256)) * 2048)\n\
+                  os.write(2, b'\\x00err\\xff\\r\\n')\n\
+                  sys.exit(42)";
+    let output = bare(&[], &["python3", "-c", script]);
+    let expected: Vec<u8> = (0..=255).cycle().take(256 * 2048).collect();
+    assert_eq!(output.status.code(), Some(42), "{}", text(&output.stderr));
+    assert!(output.stdout == expected, "{} bytes came", output.stdout.len());
+    assert_eq!(output.stderr, b"\x00err\xff\r\n");
+}
+
+#[test]
+fn standard_input_reaches_the_command_and_ends() {
+    let mut child = lab(&["run", "--bare", "--", "sha256sum"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(b"abc").unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert!(text(&output.stdout).starts_with("ba7816bf8f01cfea414140de5dae2223"), "{}", text(&output.stdout));
+}
+
+#[test]
+fn a_command_that_hangs_ends_with_124_and_a_line_that_says_so() {
+    let output = bare(&["--timeout", "2"], &["sleep", "1000"]);
+    assert_eq!(output.status.code(), Some(124));
+    assert!(text(&output.stderr).contains("within 2 s (--timeout)"), "{}", text(&output.stderr));
+}
+
+#[test]
+fn a_panic_ends_with_125_and_the_end_of_the_console() {
+    let output = bare(&["--timeout", "60"], &["sh", "-c", "echo c >/proc/sysrq-trigger"]);
+    let error = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(125), "{error}");
+    assert!(error.contains("Kernel panic - not syncing: sysrq triggered crash"), "{error}");
+    assert!(error.lines().count() <= 52, "{error}");
+}
+
+#[test]
+fn a_guest_out_of_memory_ends_with_125_and_the_end_of_the_console() {
+    let output = bare(&["--memory", "512", "--timeout", "120"], &["python3", "-c", "b'x' * (1 << 33)"]);
+    let error = text(&output.stderr);
+    // An allocation that overcommit refuses at once would prove nothing.
+    assert!(!error.contains("MemoryError"), "{error}");
+    assert_eq!(output.status.code(), Some(125), "{error}");
+    assert!(error.contains("Out of memory"), "{error}");
+}
+
+#[test]
+fn a_warning_that_nobody_announced_fails_the_run_and_an_announced_one_does_not() {
+    let load = format!("insmod {}", fixture("warn.ko"));
+    let output = lab(&["run", "--", "sh", "-c", &load]).output().unwrap();
+    let error = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(125), "{error}");
+    assert!(error.contains("WARNING:") && error.contains("(the command itself ended with 0)"), "{error}");
+
+    let announced = format!("echo 'peerbuf-lab: expect: warn_init' >/dev/kmsg; {load}");
+    let output = lab(&["run", "--", "sh", "-c", &announced]).output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+}
+
+#[test]
+fn a_shared_directory_runs_static_and_dynamic_programs_loads_a_module_and_is_writable() {
+    let dir = tempfile::tempdir().unwrap();
+    let script = format!(
+        "cp {} {} {} /mnt/share",
+        fixture("hello"),
+        fixture("hello-static"),
+        fixture("hello.ko")
+    );
+    let share = dir.path().to_str().unwrap();
+    let output = lab(&["run", "--share", share, "--", "sh", "-c", &script]).output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+
+    let script = "/mnt/share/hello a; echo $?; /mnt/share/hello-static b c; echo $?; \
+                  insmod /mnt/share/hello.ko && rmmod hello && echo written >/mnt/share/out";
+    let output = bare(&["--share", share], &["sh", "-c", script]);
+    assert_eq!(text(&output.stdout), "a\n1\nb\nc\n2\n", "{}", text(&output.stderr));
+    assert_eq!(fs::read(dir.path().join("out")).unwrap(), b"written\n");
+}
+
+#[test]
+fn kbuild_builds_a_module_in_place() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("fixtures/modules/hello");
+    for file in ["hello.c", "Kbuild"] {
+        fs::copy(source.join(file), dir.path().join(file)).unwrap();
+    }
+    let output = lab(&["kbuild", dir.path().to_str().unwrap()]).output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    assert!(dir.path().join("hello.ko").is_file());
+
+    fs::write(dir.path().join("hello.c"), "#error no\n").unwrap();
+    let output = lab(&["kbuild", dir.path().to_str().unwrap()]).output().unwrap();
+    assert_eq!(output.status.code(), Some(125));
+    assert!(text(&output.stderr).contains("#error no"), "{}", text(&output.stderr));
+}
+
+#[test]
+fn two_guests_at_once_do_not_see_each_others_writes() {
+    let script = "test ! -e /usr/mark && echo 1 >/usr/mark && echo 1 >/mnt/nvme/mark && sleep 3 && cat /usr/mark";
+    let start = || {
+        lab(&["run", "--bare", "--", "sh", "-c", script]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+    };
+    let both = [start(), start()];
+    for child in both {
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+        assert_eq!(output.stdout, b"1\n");
+    }
+}
+
+#[test]
+fn ending_the_lab_ends_the_guest() {
+    for signal in ["-KILL", "-INT"] {
+        let child = lab(&["run", "--bare", "--", "sleep", "1000"]).spawn();
+        let mut child = child.unwrap();
+        let id = child.id();
+        let began = Instant::now();
+        let guest = loop {
+            let found = children_of(id);
+            match found.first() {
+                Some(pid) if command_of(*pid).contains("qemu") => break *pid,
+                _ => std::thread::sleep(Duration::from_millis(20)),
+            }
+            assert!(began.elapsed() < Duration::from_secs(60), "no guest was started");
+        };
+        Command::new("kill").args([signal, &id.to_string()]).status().unwrap();
+        child.wait().unwrap();
+        let began = Instant::now();
+        while command_of(guest).contains("qemu") {
+            assert!(began.elapsed() < Duration::from_secs(5), "the guest outlived the lab");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+#[test]
+fn a_layer_whose_making_was_killed_is_made_again_and_its_package_is_in_the_guest() {
+    let cache = cache_dir();
+    let made = || {
+        let entries = fs::read_dir(&cache).unwrap().flatten();
+        entries.map(|e| e.path()).find(|p| {
+            fs::read_to_string(p.join("packages")).is_ok_and(|packages| packages == "hello\n")
+        })
+    };
+    if let Some(old) = made() {
+        fs::remove_dir_all(old).unwrap();
+    }
+    let args = ["run", "--bare", "--with", "hello", "--", "hello", "--greeting=from a package"];
+    let mut child = lab(&args).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let began = Instant::now();
+    let making = || {
+        let entries = fs::read_dir(cache.join("tmp")).unwrap().flatten();
+        entries.map(|e| e.path()).find(|p| p.file_name().unwrap().to_string_lossy().starts_with("with-"))
+    };
+    while making().is_none_or(|tmp| !tmp.join("upper/var").exists()) {
+        assert!(began.elapsed() < Duration::from_secs(60), "the layer was never begun");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert_eq!(made(), None);
+
+    let output = lab(&args).output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    assert_eq!(text(&output.stdout), "from a package\n");
+    assert!(made().is_some());
+    assert_eq!(making(), None);
+}
+
+#[test]
+fn what_cannot_be_is_refused_with_the_reason() {
+    let output = bare(&["--iommu"], &["true"]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(text(&output.stderr).contains("lying"), "{}", text(&output.stderr));
+
+    let output = bare(&["--kernel", "1.2.3"], &["true"]);
+    assert_eq!(output.status.code(), Some(125));
+    assert!(text(&output.stderr).contains("the suites offer"), "{}", text(&output.stderr));
+
+    let output = bare(&["--share", "/nowhere/at/all"], &["true"]);
+    assert_eq!(output.status.code(), Some(125));
+    assert!(text(&output.stderr).contains("/nowhere/at/all"), "{}", text(&output.stderr));
+
+    let output = bare(&[], &["no-such-command"]);
+    assert_eq!(output.status.code(), Some(127));
+}
+
+fn cache_dir() -> PathBuf {
+    let set = |name| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+    set("PEERBUF_LAB_CACHE")
+        .or_else(|| set("XDG_CACHE_HOME").map(|d| d.join("peerbuf-lab")))
+        .or_else(|| set("HOME").map(|d| d.join(".cache/peerbuf-lab")))
+        .unwrap()
+}
+
+fn children_of(pid: u32) -> Vec<u32> {
+    let mut children = Vec::new();
+    for task in fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten() {
+        let list = fs::read_to_string(task.path().join("children")).unwrap_or_default();
+        children.extend(list.split_whitespace().filter_map(|p| p.parse::<u32>().ok()));
+    }
+    children
+}
+
+fn command_of(pid: u32) -> String {
+    text(&fs::read(format!("/proc/{pid}/comm")).unwrap_or_default())
+}

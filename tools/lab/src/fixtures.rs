@@ -1,0 +1,83 @@
+//! Programs and modules that only tests want, built in the distribution tree.
+//!
+//! Each `tests/lab/fixtures/c/NAME.c` becomes the programs NAME and NAME-static, and each
+//! directory below `tests/lab/fixtures/modules` its modules. In a guest they are in
+//! `/opt/peerbuf/fixtures`.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, Result};
+use walkdir::WalkDir;
+
+use crate::{
+    cache::Recipe,
+    kernel::Source,
+    progress::Step,
+    project::{self, Project},
+    sandbox::Mount,
+    tree::Tree,
+};
+
+const COMPILE: &str = "set -eu; cd /lab/build/fixtures/c; for c in *.c; do [ -e \"$c\" ] || continue; \
+    gcc-14 -O2 -Wall -Wextra -Werror -I/lab/build/uapi/include -o \"/lab/build/out/${c%.c}\" \"$c\"; \
+    gcc-14 -O2 -static -I/lab/build/uapi/include -o \"/lab/build/out/${c%.c}-static\" \"$c\"; done";
+
+/// Builds what changed and returns the directory with all of it, for the kernel of `source`.
+///
+/// # Errors
+/// When something does not compile; holds the compiler's messages.
+pub fn build(project: &Project, tree: &Tree, source: &Source, release: &str) -> Result<PathBuf> {
+    let work = project.work_dir(&format!("fixtures-{release}"))?;
+    let _lock = project::lock(&work)?;
+    let out = work.join("out");
+    for dir in ["fixtures/c", "fixtures/modules", "out"] {
+        fs::create_dir_all(work.join(dir))?;
+    }
+    project::mirror(&project.root().join("tests/lab/fixtures"), &work.join("fixtures"))?;
+    project::mirror(&project.root().join("uapi/include"), &work.join("uapi/include"))?;
+    let made_of = ingredients(&work, &source.dir())?;
+    let stamp = work.join("made-of");
+    if fs::read_to_string(&stamp).ok().as_deref() == Some(&made_of) {
+        return Ok(out);
+    }
+    let step = Step::start("building the tests' fixtures");
+    crate::cache::remove_tree(&out)?;
+    fs::create_dir(&out)?;
+    tree.sandbox("/bin/sh")
+        .own_processes()
+        .bind(&work, "/lab/build")
+        .mount(Mount::Tmpfs { at: "/tmp".into() })
+        .args(["-c", COMPILE])
+        .run("compiling tests/lab/fixtures/c")?;
+    for dir in fs::read_dir(work.join("fixtures/modules"))? {
+        let dir = dir?.path();
+        project::build_module(tree, source, &dir)?;
+        for file in fs::read_dir(&dir)? {
+            let file = file?.path();
+            if let (Some("ko"), Some(name)) = (file.extension().and_then(|e| e.to_str()), file.file_name()) {
+                fs::copy(&file, out.join(name)).with_context(|| format!("copying {}", file.display()))?;
+            }
+        }
+    }
+    fs::write(&stamp, made_of)?;
+    step.done();
+    Ok(out)
+}
+
+/// A text that changes with anything the fixtures are made of.
+fn ingredients(work: &Path, source: &Path) -> Result<String> {
+    let mut recipe = Recipe::new("fixtures").with(COMPILE).with(source.display().to_string());
+    for part in ["fixtures", "uapi"] {
+        let sources = WalkDir::new(work.join(part)).sort_by_file_name();
+        for entry in sources.into_iter().filter_entry(|e| project::is_source(e.path())) {
+            let entry = entry?;
+            if entry.file_type().is_file() {
+                recipe = recipe.with(entry.path().display().to_string()).with(fs::read(entry.path())?);
+            }
+        }
+    }
+    Ok(recipe.name())
+}
