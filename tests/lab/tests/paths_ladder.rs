@@ -1,0 +1,355 @@
+//! Each rung of the ladder, by the crate: which is taken for which file and buffer, and that the
+//! bytes arrive. Runs in the guest, in each topology.
+
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::FileExt;
+use std::path::Path as FilePath;
+
+use peerbuf::error::{ExportError, TransferError};
+use peerbuf::export::peerbuf::{Device, Request};
+use peerbuf::export::udmabuf;
+use peerbuf::import::file::{FileImporter, unnamed_file};
+use peerbuf::plan::{Direction, Path, Plan, ReasonCode};
+use peerbuf::{Access, Buffer, BufferRange};
+use peerbuf_lab_suite::demo::topology;
+use peerbuf_lab_suite::node::Node;
+
+const NVME: &str = "/mnt/nvme";
+/// The raw namespace that tests may overwrite. Each test keeps to a part of its own.
+const RAW: &str = "/dev/nvme0n2";
+const MIB: u64 = 1 << 20;
+
+fn device_memory(length: u64) -> Buffer {
+    let device = Device::open(Node::largest().bdf.parse().unwrap()).unwrap();
+    let access = Access::ReadWrite;
+    device
+        .export(Request {
+            bar: 2,
+            offset: None,
+            length,
+            access,
+        })
+        .unwrap()
+}
+
+fn random(length: u64) -> Vec<u8> {
+    let mut bytes = vec![0; length as usize];
+    rand::fill(&mut bytes[..]);
+    bytes
+}
+
+fn put(range: &BufferRange, bytes: &[u8]) {
+    let mut mapping = range.map(Access::Write).unwrap();
+    mapping
+        .begin_cpu_access(Access::Write)
+        .unwrap()
+        .write_at(0, bytes)
+        .unwrap();
+}
+
+fn get(range: &BufferRange) -> Vec<u8> {
+    let mut bytes = vec![0; range.len() as usize];
+    let mut mapping = range.map(Access::Read).unwrap();
+    mapping
+        .begin_cpu_access(Access::Read)
+        .unwrap()
+        .read_at(0, &mut bytes)
+        .unwrap();
+    bytes
+}
+
+fn file_with(bytes: &[u8]) -> File {
+    let file = unnamed_file(FilePath::new(NVME)).unwrap();
+    file.write_all_at(bytes, 0).unwrap();
+    file.sync_all().unwrap();
+    file
+}
+
+fn importer(file: &File) -> FileImporter {
+    FileImporter::from_fd(file.try_clone().unwrap().into(), "the file").unwrap()
+}
+
+/// What a file on the disk, or the disk itself once it is proved, must give here.
+fn expected() -> (Path, Option<ReasonCode>) {
+    match topology().as_str() {
+        "switch" | "host-bridge" => (Path::PeerToPeer, None),
+        "refused" => (Path::StagedCopy, Some(ReasonCode::KernelRefused)),
+        "lying" => (Path::StagedCopy, Some(ReasonCode::ProofFailed)),
+        other => panic!("what does {other} promise?"),
+    }
+}
+
+fn check(plan: &Plan, direction: Direction) {
+    let (path, code) = expected();
+    assert_eq!(plan.path, path, "{plan}");
+    assert_eq!(
+        plan.reasons.first().map(|reason| reason.code),
+        code,
+        "{plan}"
+    );
+    if code.is_some() {
+        assert!(
+            plan.reasons[0].evidence.contains(&direction.to_string()),
+            "{plan}"
+        );
+    }
+}
+
+#[test]
+fn each_direction_is_judged_by_itself() {
+    for direction in [Direction::BufferToDisk, Direction::DiskToBuffer] {
+        peerbuf::plan::forget_proofs();
+        let file = file_with(&random(MIB));
+        let buffer = device_memory(MIB);
+        let importer = importer(&file);
+        check(
+            &importer
+                .attach(&buffer.whole())
+                .unwrap()
+                .plan(direction, 0)
+                .unwrap(),
+            direction,
+        );
+    }
+}
+
+#[test]
+fn bytes_at_an_offset_in_the_buffer_and_the_file_arrive() {
+    let bytes = random(3 * MIB);
+    let file = file_with(&bytes);
+    let buffer = device_memory(4 * MIB);
+    put(&buffer.whole(), &vec![0xaa; 4 << 20]);
+    let range = buffer.range(MIB + 4096, MIB + 1000).unwrap();
+    let receipt = importer(&file).attach(&range).unwrap().read(8192).unwrap();
+    check(&receipt.plan, Direction::DiskToBuffer);
+    let all = get(&buffer.whole());
+    let (from, to) = ((MIB + 4096) as usize, (2 * MIB + 5096) as usize);
+    assert!(all[from..to] == bytes[8192..8192 + (MIB + 1000) as usize]);
+    assert!(
+        all[..from]
+            .iter()
+            .chain(&all[to..])
+            .all(|&byte| byte == 0xaa)
+    );
+
+    let sink = file_with(&[]);
+    let receipt = importer(&sink).attach(&range).unwrap().write(4096).unwrap();
+    check(&receipt.plan, Direction::BufferToDisk);
+    let mut found = vec![0; (MIB + 1000) as usize];
+    sink.read_exact_at(&mut found, 4096).unwrap();
+    assert!(found == all[from..to]);
+    assert_eq!(sink.metadata().unwrap().len(), 4096 + MIB + 1000);
+}
+
+#[test]
+fn writing_a_raw_device_stays_staged_unless_a_scratch_range_is_named() {
+    peerbuf::plan::forget_proofs();
+    let (at, length) = (16 * MIB, MIB);
+    let bytes = random(length);
+    let buffer = device_memory(length);
+    put(&buffer.whole(), &bytes);
+    let raw = || FileImporter::open(RAW).unwrap();
+    let on_disk = || {
+        let mut found = vec![0; length as usize];
+        File::open(RAW)
+            .unwrap()
+            .read_exact_at(&mut found, at)
+            .unwrap();
+        found
+    };
+    let around = |offset| {
+        let mut found = vec![0; 4096];
+        File::open(RAW)
+            .unwrap()
+            .read_exact_at(&mut found, offset)
+            .unwrap();
+        found
+    };
+    let before = [around(at - 4096), around(at + length), around(0)];
+
+    let receipt = raw().attach(&buffer.whole()).unwrap().write(at).unwrap();
+    assert_eq!(receipt.plan.path, Path::StagedCopy);
+    assert_eq!(
+        receipt.plan.reasons[0].code,
+        ReasonCode::WriteUnproved,
+        "{}",
+        receipt.plan
+    );
+    assert!(on_disk() == bytes);
+
+    let bytes = random(length);
+    put(&buffer.whole(), &bytes);
+    let scratch = raw().with_scratch_range(24 * MIB..25 * MIB);
+    let receipt = scratch.attach(&buffer.whole()).unwrap().write(at).unwrap();
+    check(&receipt.plan, Direction::BufferToDisk);
+    scratch.sync().unwrap();
+    assert!(on_disk() == bytes);
+    assert_eq!([around(at - 4096), around(at + length), around(0)], before);
+}
+
+#[test]
+fn reading_a_raw_device_is_proved_with_what_is_on_it() {
+    peerbuf::plan::forget_proofs();
+    let at = 32 * MIB;
+    let bytes = random(MIB);
+    let raw = OpenOptions::new().write(true).open(RAW).unwrap();
+    raw.write_all_at(&bytes, at).unwrap();
+    raw.sync_all().unwrap();
+    let buffer = device_memory(MIB);
+    let receipt = FileImporter::open(RAW)
+        .unwrap()
+        .attach(&buffer.whole())
+        .unwrap()
+        .read(at)
+        .unwrap();
+    check(&receipt.plan, Direction::DiskToBuffer);
+    assert!(get(&buffer.whole()) == bytes);
+}
+
+#[test]
+fn a_file_that_is_all_hole_is_no_proof_and_arrives() {
+    peerbuf::plan::forget_proofs();
+    let file = file_with(&[]);
+    file.set_len(MIB).unwrap();
+    let buffer = device_memory(MIB);
+    put(&buffer.whole(), &random(MIB));
+    let receipt = importer(&file)
+        .attach(&buffer.whole())
+        .unwrap()
+        .read(0)
+        .unwrap();
+    check(&receipt.plan, Direction::DiskToBuffer);
+    assert!(get(&buffer.whole()).iter().all(|&byte| byte == 0));
+}
+
+#[test]
+fn a_proof_puts_back_what_the_buffer_held() {
+    let file = file_with(&random(MIB));
+    let buffer = device_memory(MIB);
+    let bytes = random(MIB);
+    put(&buffer.whole(), &bytes);
+    let importer = importer(&file);
+    let mut attachment = importer.attach(&buffer.whole()).unwrap();
+    for direction in [Direction::DiskToBuffer, Direction::BufferToDisk] {
+        peerbuf::plan::forget_proofs();
+        attachment.plan(direction, 0).unwrap();
+        assert!(get(&buffer.whole()) == bytes, "{direction}");
+    }
+}
+
+#[test]
+fn a_filesystem_in_memory_gets_staged_copies() {
+    let file = unnamed_file(FilePath::new("/dev/shm")).unwrap();
+    let bytes = random(MIB);
+    file.write_all_at(&bytes, 0).unwrap();
+    let buffer = device_memory(MIB);
+    let receipt = importer(&file)
+        .attach(&buffer.whole())
+        .unwrap()
+        .read(0)
+        .unwrap();
+    assert_eq!(receipt.plan.path, Path::StagedCopy);
+    assert_eq!(
+        receipt.plan.reasons[0].code,
+        ReasonCode::NoDirectIo,
+        "{}",
+        receipt.plan
+    );
+    assert!(get(&buffer.whole()) == bytes);
+}
+
+#[test]
+fn a_udmabuf_shares_its_pages_with_the_disk() {
+    let bytes = random(MIB + 100);
+    let file = file_with(&bytes);
+    let buffer = udmabuf::export("memory", 2 * MIB).unwrap();
+    assert_eq!(buffer.dmabuf().unwrap().exporter(), "udmabuf");
+    let range = buffer.range(4096, MIB + 100).unwrap();
+    let receipt = importer(&file).attach(&range).unwrap().read(0).unwrap();
+    assert_eq!(receipt.plan.path, Path::SharedHostMemory);
+    // The same bytes by the dma-buf alone, as a device would find them.
+    let dmabuf = buffer.dmabuf().unwrap().try_clone().unwrap();
+    let other = Buffer::from_dmabuf(dmabuf, buffer.provenance().clone());
+    assert!(get(&other.range(4096, MIB + 100).unwrap()) == bytes);
+}
+
+#[test]
+fn a_dma_buf_without_pages_is_staged_and_says_why() {
+    // A udmabuf without its memfd: its own mapping has no struct pages.
+    let bytes = random(MIB);
+    let file = file_with(&bytes);
+    let whole = udmabuf::export("memory", MIB).unwrap();
+    let dmabuf = whole.dmabuf().unwrap().try_clone().unwrap();
+    let mut provenance = whole.provenance().clone();
+    provenance.kind = peerbuf::buffer::Kind::Other;
+    let buffer = Buffer::from_dmabuf(dmabuf, provenance);
+    let receipt = importer(&file)
+        .attach(&buffer.whole())
+        .unwrap()
+        .read(0)
+        .unwrap();
+    assert_eq!(receipt.plan.path, Path::StagedCopy);
+    assert_eq!(
+        receipt.plan.reasons[0].code,
+        ReasonCode::NoStructPages,
+        "{}",
+        receipt.plan
+    );
+    assert!(get(&whole.whole()) == bytes);
+}
+
+#[test]
+fn a_udmabuf_beyond_the_limit_or_off_a_page_says_which() {
+    let error = udmabuf::export("memory", 4 << 30).unwrap_err().to_string();
+    assert!(error.contains("size_limit_mb"), "{error}");
+    let error = udmabuf::export("memory", 1000).unwrap_err();
+    assert!(matches!(error, ExportError::Unsuitable { value: 1000, .. }));
+    assert!(udmabuf::export("memory", 0).is_err());
+}
+
+#[test]
+fn a_refused_export_says_what_there_is() {
+    let device = Device::open(Node::largest().bdf.parse().unwrap()).unwrap();
+    let export = |bar, offset, length| {
+        let access = Access::ReadWrite;
+        device
+            .export(Request {
+                bar,
+                offset,
+                length,
+                access,
+            })
+            .unwrap_err()
+            .to_string()
+    };
+    assert!(export(2, None, 1 << 40).contains("the BAR has 67108864 bytes"));
+    let held = device_memory(4096);
+    assert!(export(2, None, 64 << 20).contains("ENOSPC"));
+    drop(held);
+    assert!(export(2, Some(0), 1000).contains("multiples of 4096"));
+    assert!(export(2, Some(64 << 20), 4096).contains("the BAR has 67108864 bytes"));
+    assert!(export(5, None, 4096).contains("the memory BARs of this device are"));
+    assert!(export(2, None, 0).contains("the length is 0"));
+}
+
+#[test]
+fn a_read_only_export_can_be_written_to_disk_and_not_overwritten() {
+    let device = Device::open(Node::largest().bdf.parse().unwrap()).unwrap();
+    let request = Request {
+        bar: 2,
+        offset: None,
+        length: MIB,
+        access: Access::Read,
+    };
+    let buffer = device.export(request).unwrap();
+    assert!(!buffer.is_writable());
+    assert!(buffer.whole().map(Access::ReadWrite).is_err());
+    let file = file_with(&random(MIB));
+    let importer = importer(&file);
+    let mut attachment = importer.attach(&buffer.whole()).unwrap();
+    assert!(matches!(attachment.read(0), Err(TransferError::Buffer(_))));
+    attachment.write(0).unwrap();
+    let mut found = vec![0; MIB as usize];
+    file.read_exact_at(&mut found, 0).unwrap();
+    assert!(found == get(&buffer.whole()));
+}
