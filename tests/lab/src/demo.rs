@@ -13,7 +13,11 @@ pub fn topology() -> String {
 /// Runs `peerbuf demo --json` with these further arguments; one object per transfer.
 pub fn transfers(arguments: &[&str]) -> Vec<Value> {
     let mut command = Command::new("peerbuf");
-    let output = command.args(["demo", "--json"]).args(arguments).output().unwrap();
+    let output = command
+        .args(["demo", "--json"])
+        .args(arguments)
+        .output()
+        .unwrap();
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{said}");
     // Nothing may stand in for what the lab has.

@@ -8,7 +8,10 @@ use std::{
 };
 
 fn read(path: impl AsRef<Path>) -> String {
-    fs::read_to_string(&path).unwrap_or_default().trim().to_owned()
+    fs::read_to_string(&path)
+        .unwrap_or_default()
+        .trim()
+        .to_owned()
 }
 
 fn topology() -> String {
@@ -48,11 +51,22 @@ fn the_disk_has_a_buffer_a_file_system_and_a_scratch_namespace() {
     assert_eq!(read(nvme().join("p2pmem/size")), (16u32 << 20).to_string());
     for (name, nsid, mib) in [("nvme0n1", "1", 512), ("nvme0n2", "2", 128)] {
         assert_eq!(read(format!("/sys/block/{name}/nsid")), nsid);
-        assert_eq!(read(format!("/sys/block/{name}/size")), (mib * 2048).to_string());
-        assert!(fs::metadata(format!("/dev/{name}")).unwrap().file_type().is_block_device());
+        assert_eq!(
+            read(format!("/sys/block/{name}/size")),
+            (mib * 2048).to_string()
+        );
+        assert!(
+            fs::metadata(format!("/dev/{name}"))
+                .unwrap()
+                .file_type()
+                .is_block_device()
+        );
     }
     let mounts = read("/proc/mounts");
-    assert!(mounts.contains("/dev/nvme0n1 /mnt/nvme ext4 rw"), "{mounts}");
+    assert!(
+        mounts.contains("/dev/nvme0n1 /mnt/nvme ext4 rw"),
+        "{mounts}"
+    );
     fs::write("/mnt/nvme/x", "x").unwrap();
 }
 
@@ -60,13 +74,22 @@ fn the_disk_has_a_buffer_a_file_system_and_a_scratch_namespace() {
 fn the_devices_hang_together_as_the_topology_says() {
     let parents = |device: &Path| {
         let real = fs::canonicalize(device).unwrap();
-        real.ancestors().skip(1).map(Path::to_owned).collect::<Vec<_>>()
+        real.ancestors()
+            .skip(1)
+            .map(Path::to_owned)
+            .collect::<Vec<_>>()
     };
-    let is_switch = |d: &PathBuf| read(d.join("vendor")) == "0x104c" && read(d.join("device")) == "0x8232";
+    let is_switch =
+        |d: &PathBuf| read(d.join("vendor")) == "0x104c" && read(d.join("device")) == "0x8232";
     let switch_of = |device: &Path| parents(device).into_iter().find(is_switch);
     let under_one = matches!(topology().as_str(), "switch" | "lying");
     for device in devices(IVSHMEM) {
-        assert_eq!(switch_of(&device).is_some(), under_one, "{}", device.display());
+        assert_eq!(
+            switch_of(&device).is_some(),
+            under_one,
+            "{}",
+            device.display()
+        );
         assert_eq!(switch_of(&device), switch_of(&nvme()));
     }
     let iommu = fs::read_dir("/sys/class/iommu").is_ok_and(|mut d| d.next().is_some());
@@ -87,7 +110,9 @@ fn a_network_card_carries_soft_roce() {
     assert!(String::from_utf8_lossy(&output.stdout).contains("rxe0"));
     let pingpong = |more: &[&str]| {
         let mut command = Command::new("ibv_rc_pingpong");
-        command.args(["-d", "rxe0", "-g", "1", "-n", "10"]).args(more);
+        command
+            .args(["-d", "rxe0", "-g", "1", "-n", "10"])
+            .args(more);
         command
     };
     let mut server = pingpong(&[]).spawn().unwrap();
@@ -103,7 +128,12 @@ fn peerbuf_is_loaded_and_has_a_node_for_each_bar_and_for_root_alone() {
         let node = Path::new("/dev/peerbuf").join(device.file_name().unwrap());
         let metadata = fs::metadata(&node).unwrap();
         assert!(metadata.file_type().is_char_device());
-        assert_eq!(metadata.permissions().mode() & 0o777, 0o600, "{}", node.display());
+        assert_eq!(
+            metadata.permissions().mode() & 0o777,
+            0o600,
+            "{}",
+            node.display()
+        );
     }
 }
 
@@ -117,7 +147,14 @@ fn the_distributions_programs_run() {
         &["lspci"],
         &["peerbuf", "--help"],
     ] {
-        let output = Command::new(command[0]).args(&command[1..]).output().unwrap();
-        assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+        let output = Command::new(command[0])
+            .args(&command[1..])
+            .output()
+            .unwrap();
+        assert!(
+            output.status.success(),
+            "{command:?}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
     }
 }

@@ -17,7 +17,9 @@ fn lab(args: &[&str]) -> Command {
 
 /// `cargo lab run --bare OPTIONS -- COMMAND`: most promises need neither module nor tools.
 fn bare(options: &[&str], command: &[&str]) -> Output {
-    lab(&[&["run", "--bare"], options, &["--"], command].concat()).output().unwrap()
+    lab(&[&["run", "--bare"], options, &["--"], command].concat())
+        .output()
+        .unwrap()
 }
 
 fn text(bytes: &[u8]) -> String {
@@ -37,7 +39,11 @@ fn output_error_and_status_are_the_commands_own_byte_for_byte() {
     let output = bare(&[], &["python3", "-c", script]);
     let expected: Vec<u8> = (0..=255).cycle().take(256 * 2048).collect();
     assert_eq!(output.status.code(), Some(42), "{}", text(&output.stderr));
-    assert!(output.stdout == expected, "{} bytes came", output.stdout.len());
+    assert!(
+        output.stdout == expected,
+        "{} bytes came",
+        output.stdout.len()
+    );
     assert_eq!(output.stderr, b"\x00err\xff\r\n");
 }
 
@@ -50,28 +56,45 @@ fn standard_input_reaches_the_command_and_ends() {
         .unwrap();
     child.stdin.take().unwrap().write_all(b"abc").unwrap();
     let output = child.wait_with_output().unwrap();
-    assert!(text(&output.stdout).starts_with("ba7816bf8f01cfea414140de5dae2223"), "{}", text(&output.stdout));
+    assert!(
+        text(&output.stdout).starts_with("ba7816bf8f01cfea414140de5dae2223"),
+        "{}",
+        text(&output.stdout)
+    );
 }
 
 #[test]
 fn a_command_that_hangs_ends_with_124_and_a_line_that_says_so() {
     let output = bare(&["--timeout", "2"], &["sleep", "1000"]);
     assert_eq!(output.status.code(), Some(124));
-    assert!(text(&output.stderr).contains("within 2 s (--timeout)"), "{}", text(&output.stderr));
+    assert!(
+        text(&output.stderr).contains("within 2 s (--timeout)"),
+        "{}",
+        text(&output.stderr)
+    );
 }
 
 #[test]
 fn a_panic_ends_with_125_and_the_end_of_the_console() {
-    let output = bare(&["--timeout", "60"], &["sh", "-c", "echo c >/proc/sysrq-trigger"]);
+    let output = bare(
+        &["--timeout", "60"],
+        &["sh", "-c", "echo c >/proc/sysrq-trigger"],
+    );
     let error = text(&output.stderr);
     assert_eq!(output.status.code(), Some(125), "{error}");
-    assert!(error.contains("Kernel panic - not syncing: sysrq triggered crash"), "{error}");
+    assert!(
+        error.contains("Kernel panic - not syncing: sysrq triggered crash"),
+        "{error}"
+    );
     assert!(error.lines().count() <= 52, "{error}");
 }
 
 #[test]
 fn a_guest_out_of_memory_ends_with_125_and_the_end_of_the_console() {
-    let output = bare(&["--memory", "512", "--timeout", "120"], &["python3", "-c", "b'x' * (1 << 33)"]);
+    let output = bare(
+        &["--memory", "512", "--timeout", "120"],
+        &["python3", "-c", "b'x' * (1 << 33)"],
+    );
     let error = text(&output.stderr);
     // An allocation that overcommit refuses at once would prove nothing.
     assert!(!error.contains("MemoryError"), "{error}");
@@ -85,10 +108,15 @@ fn a_warning_that_nobody_announced_fails_the_run_and_an_announced_one_does_not()
     let output = lab(&["run", "--", "sh", "-c", &load]).output().unwrap();
     let error = text(&output.stderr);
     assert_eq!(output.status.code(), Some(125), "{error}");
-    assert!(error.contains("WARNING:") && error.contains("(the command itself ended with 0)"), "{error}");
+    assert!(
+        error.contains("WARNING:") && error.contains("(the command itself ended with 0)"),
+        "{error}"
+    );
 
     let announced = format!("echo 'peerbuf-lab: expect: warn_init' >/dev/kmsg; {load}");
-    let output = lab(&["run", "--", "sh", "-c", &announced]).output().unwrap();
+    let output = lab(&["run", "--", "sh", "-c", &announced])
+        .output()
+        .unwrap();
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
 }
 
@@ -102,13 +130,20 @@ fn a_shared_directory_runs_static_and_dynamic_programs_loads_a_module_and_is_wri
         fixture("hello.ko")
     );
     let share = dir.path().to_str().unwrap();
-    let output = lab(&["run", "--share", share, "--", "sh", "-c", &script]).output().unwrap();
+    let output = lab(&["run", "--share", share, "--", "sh", "-c", &script])
+        .output()
+        .unwrap();
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
 
     let script = "/mnt/share/hello a; echo $?; /mnt/share/hello-static b c; echo $?; \
                   insmod /mnt/share/hello.ko && rmmod hello && echo written >/mnt/share/out";
     let output = bare(&["--share", share], &["sh", "-c", script]);
-    assert_eq!(text(&output.stdout), "a\n1\nb\nc\n2\n", "{}", text(&output.stderr));
+    assert_eq!(
+        text(&output.stdout),
+        "a\n1\nb\nc\n2\n",
+        "{}",
+        text(&output.stderr)
+    );
     assert_eq!(fs::read(dir.path().join("out")).unwrap(), b"written\n");
 }
 
@@ -119,21 +154,33 @@ fn kbuild_builds_a_module_in_place() {
     for file in ["hello.c", "Kbuild"] {
         fs::copy(source.join(file), dir.path().join(file)).unwrap();
     }
-    let output = lab(&["kbuild", dir.path().to_str().unwrap()]).output().unwrap();
+    let output = lab(&["kbuild", dir.path().to_str().unwrap()])
+        .output()
+        .unwrap();
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
     assert!(dir.path().join("hello.ko").is_file());
 
     fs::write(dir.path().join("hello.c"), "#error no\n").unwrap();
-    let output = lab(&["kbuild", dir.path().to_str().unwrap()]).output().unwrap();
+    let output = lab(&["kbuild", dir.path().to_str().unwrap()])
+        .output()
+        .unwrap();
     assert_eq!(output.status.code(), Some(125));
-    assert!(text(&output.stderr).contains("#error no"), "{}", text(&output.stderr));
+    assert!(
+        text(&output.stderr).contains("#error no"),
+        "{}",
+        text(&output.stderr)
+    );
 }
 
 #[test]
 fn two_guests_at_once_do_not_see_each_others_writes() {
     let script = "test ! -e /usr/mark && echo 1 >/usr/mark && echo 1 >/mnt/nvme/mark && sleep 3 && cat /usr/mark";
     let start = || {
-        lab(&["run", "--bare", "--", "sh", "-c", script]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+        lab(&["run", "--bare", "--", "sh", "-c", script])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap()
     };
     let both = [start(), start()];
     for child in both {
@@ -156,13 +203,22 @@ fn ending_the_lab_ends_the_guest() {
                 Some(pid) if command_of(*pid).contains("qemu") => break *pid,
                 _ => std::thread::sleep(Duration::from_millis(20)),
             }
-            assert!(began.elapsed() < Duration::from_secs(60), "no guest was started");
+            assert!(
+                began.elapsed() < Duration::from_secs(60),
+                "no guest was started"
+            );
         };
-        Command::new("kill").args([signal, &id.to_string()]).status().unwrap();
+        Command::new("kill")
+            .args([signal, &id.to_string()])
+            .status()
+            .unwrap();
         child.wait().unwrap();
         let began = Instant::now();
         while command_of(guest).contains("qemu") {
-            assert!(began.elapsed() < Duration::from_secs(5), "the guest outlived the lab");
+            assert!(
+                began.elapsed() < Duration::from_secs(5),
+                "the guest outlived the lab"
+            );
             std::thread::sleep(Duration::from_millis(20));
         }
     }
@@ -180,15 +236,35 @@ fn a_layer_whose_making_was_killed_is_made_again_and_its_package_is_in_the_guest
     if let Some(old) = made() {
         fs::remove_dir_all(old).unwrap();
     }
-    let args = ["run", "--bare", "--with", "hello", "--", "hello", "--greeting=from a package"];
-    let mut child = lab(&args).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let args = [
+        "run",
+        "--bare",
+        "--with",
+        "hello",
+        "--",
+        "hello",
+        "--greeting=from a package",
+    ];
+    let mut child = lab(&args)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
     let began = Instant::now();
     let making = || {
         let entries = fs::read_dir(cache.join("tmp")).unwrap().flatten();
-        entries.map(|e| e.path()).find(|p| p.file_name().unwrap().to_string_lossy().starts_with("with-"))
+        entries.map(|e| e.path()).find(|p| {
+            p.file_name()
+                .unwrap()
+                .to_string_lossy()
+                .starts_with("with-")
+        })
     };
     while making().is_none_or(|tmp| !tmp.join("upper/var").exists()) {
-        assert!(began.elapsed() < Duration::from_secs(60), "the layer was never begun");
+        assert!(
+            began.elapsed() < Duration::from_secs(60),
+            "the layer was never begun"
+        );
         std::thread::sleep(Duration::from_millis(5));
     }
     child.kill().unwrap();
@@ -206,22 +282,38 @@ fn a_layer_whose_making_was_killed_is_made_again_and_its_package_is_in_the_guest
 fn what_cannot_be_is_refused_with_the_reason() {
     let output = bare(&["--iommu"], &["true"]);
     assert_eq!(output.status.code(), Some(2));
-    assert!(text(&output.stderr).contains("lying"), "{}", text(&output.stderr));
+    assert!(
+        text(&output.stderr).contains("lying"),
+        "{}",
+        text(&output.stderr)
+    );
 
     let output = bare(&["--kernel", "1.2.3"], &["true"]);
     assert_eq!(output.status.code(), Some(125));
-    assert!(text(&output.stderr).contains("the suites offer"), "{}", text(&output.stderr));
+    assert!(
+        text(&output.stderr).contains("the suites offer"),
+        "{}",
+        text(&output.stderr)
+    );
 
     let output = bare(&["--share", "/nowhere/at/all"], &["true"]);
     assert_eq!(output.status.code(), Some(125));
-    assert!(text(&output.stderr).contains("/nowhere/at/all"), "{}", text(&output.stderr));
+    assert!(
+        text(&output.stderr).contains("/nowhere/at/all"),
+        "{}",
+        text(&output.stderr)
+    );
 
     let output = bare(&[], &["no-such-command"]);
     assert_eq!(output.status.code(), Some(127));
 }
 
 fn cache_dir() -> PathBuf {
-    let set = |name| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+    let set = |name| {
+        std::env::var_os(name)
+            .filter(|v| !v.is_empty())
+            .map(PathBuf::from)
+    };
     set("PEERBUF_LAB_CACHE")
         .or_else(|| set("XDG_CACHE_HOME").map(|d| d.join("peerbuf-lab")))
         .or_else(|| set("HOME").map(|d| d.join(".cache/peerbuf-lab")))
@@ -230,9 +322,16 @@ fn cache_dir() -> PathBuf {
 
 fn children_of(pid: u32) -> Vec<u32> {
     let mut children = Vec::new();
-    for task in fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten() {
+    for task in fs::read_dir(format!("/proc/{pid}/task"))
+        .into_iter()
+        .flatten()
+        .flatten()
+    {
         let list = fs::read_to_string(task.path().join("children")).unwrap_or_default();
-        children.extend(list.split_whitespace().filter_map(|p| p.parse::<u32>().ok()));
+        children.extend(
+            list.split_whitespace()
+                .filter_map(|p| p.parse::<u32>().ok()),
+        );
     }
     children
 }

@@ -1,0 +1,106 @@
+//! What each topology makes of an export: the addresses that an importer gets, and what direct I/O
+//! on a mapping does. Runs in the guest, once for each topology.
+
+use std::fs;
+use std::io;
+use std::os::fd::AsFd;
+use std::process::Command;
+
+use peerbuf_lab_suite::disk::{self, SCRATCH};
+use peerbuf_lab_suite::importer::{DYNAMIC, Importer, PEER};
+use peerbuf_lab_suite::node::{Map, Node, errno, nvme_bdf};
+
+const MIB: u64 = 1 << 20;
+const OFFSET: u64 = 5 << 12;
+
+fn topology() -> String {
+    std::env::var("PEERBUF_LAB_TOPOLOGY").expect("runs in the lab")
+}
+
+fn has_iommu() -> bool {
+    fs::read_dir("/sys/class/iommu").is_ok_and(|mut units| units.next().is_some())
+}
+
+/// Where BAR 2 begins, as the processor sees it; under QEMU as the bus sees it, too.
+fn bar_start(node: &Node) -> u64 {
+    let path = format!("/sys/bus/pci/devices/{}/resource", node.bdf);
+    let resources = fs::read_to_string(path).unwrap();
+    let start = resources.lines().nth(2).unwrap().split(' ').next().unwrap();
+    u64::from_str_radix(start.trim_start_matches("0x"), 16).unwrap()
+}
+
+#[test]
+fn importers_get_the_address_of_the_route() {
+    let node = Node::largest();
+    let (fd, _) = node.export(Some(OFFSET), 3 * MIB).unwrap();
+    let importer = Importer::attach(fd.as_fd(), &nvme_bdf(), DYNAMIC | PEER, 0).unwrap();
+    let answer = importer.map();
+    if topology() == "refused" {
+        assert_eq!(errno(answer), libc::EINVAL);
+        return;
+    }
+    let mapping = answer.unwrap();
+    assert_eq!((mapping.segments, mapping.bytes), (1, 3 * MIB));
+    let address = bar_start(&node) + OFFSET;
+    if topology() == "host-bridge" && has_iommu() {
+        assert_ne!(mapping.first, address, "an I/O virtual address");
+    } else {
+        // Under the switch also where there is an IOMMU: the kernel takes the short way.
+        assert_eq!(mapping.first, address);
+    }
+    importer.unmap();
+    assert_eq!(importer.map().unwrap(), mapping, "the same memory again");
+}
+
+#[test]
+fn direct_io_does_what_the_topology_is_known_for() {
+    const LEN: usize = MIB as usize;
+    let node = Node::largest();
+    let disk = disk::open_direct(SCRATCH).unwrap();
+    let (fd, _) = node.export(Some(OFFSET), MIB).unwrap();
+    let map = Map::new(fd.as_fd(), LEN, true).unwrap();
+    let pattern = |i: usize| (i as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let fill = |word: &dyn Fn(usize) -> u64| {
+        for i in (0..LEN).step_by(8) {
+            map.write(i, word(i));
+        }
+        map.read(0);
+    };
+    let is_pattern = || (0..LEN).step_by(8).all(|i| map.read(i) == pattern(i));
+
+    fill(&pattern);
+    let wrote = disk::write_from(&disk, &map, 0, LEN, 0);
+    fill(&|_| 0);
+    let read = disk::read_into(&disk, &map, 0, LEN, 0);
+    let count = |result: io::Result<usize>| result.map_err(|e| e.raw_os_error().unwrap());
+    match topology().as_str() {
+        "switch" | "host-bridge" => {
+            assert_eq!((count(wrote), count(read)), (Ok(LEN), Ok(LEN)));
+            assert!(is_pattern(), "the bytes came back");
+        }
+        "refused" => {
+            assert_eq!(count(wrote), Err(libc::EINVAL));
+            assert_eq!(count(read), Err(libc::EINVAL));
+            let log = Command::new("dmesg").output().unwrap().stdout;
+            let log = String::from_utf8_lossy(&log).into_owned();
+            let reason = "do not share an upstream bridge or whitelisted host bridge";
+            let line = log
+                .lines()
+                .find(|line| line.contains(reason))
+                .expect(reason);
+            assert!(
+                line.contains(&nvme_bdf()) && line.contains(&node.bdf),
+                "{line}"
+            );
+        }
+        "lying" => {
+            // The model of a platform that must not be believed: full counts, no bytes.
+            assert_eq!((count(wrote), count(read)), (Ok(LEN), Ok(LEN)));
+            assert!(
+                !is_pattern(),
+                "if this ever works the topology models nothing"
+            );
+        }
+        other => panic!("topology {other}?"),
+    }
+}
