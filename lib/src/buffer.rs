@@ -272,7 +272,7 @@ impl Buffer {
     }
 
     /// Marks the provenance as hearsay. For a buffer that nobody shares yet.
-    pub(crate) fn from_peer(mut self) -> Buffer {
+    pub(crate) fn without_voucher(mut self) -> Buffer {
         if let Some(inner) = Arc::get_mut(&mut self.inner) {
             inner.vouched = false;
         }

@@ -127,12 +127,9 @@ fn a_message_that_is_too_long_is_refused() {
 fn more_descriptors_than_a_message_holds_are_not_sent() {
     let (ours, _theirs) = Channel::pair().unwrap();
     let socket = ours.as_fd();
+    assert!(ours.send_message(b"x", &[socket; MAX_DESCRIPTORS]).is_ok());
     assert!(
-        ours.send_message(b"x", &vec![socket; MAX_DESCRIPTORS])
-            .is_ok()
-    );
-    assert!(
-        ours.send_message(b"x", &vec![socket; MAX_DESCRIPTORS + 1])
+        ours.send_message(b"x", &[socket; MAX_DESCRIPTORS + 1])
             .is_err()
     );
     assert!(ours.send_message(b"", &[]).is_err());
@@ -183,7 +180,10 @@ fn a_socket_file_is_replaced_only_when_nobody_listens_there() {
     drop(listener);
     // What a process that was killed leaves behind: a file without a listener.
     let stream = std::os::unix::net::UnixListener::bind(&path).unwrap();
-    assert!(Listener::bind(&path).is_err(), "a socket of another kind in use was replaced");
+    assert!(
+        Listener::bind(&path).is_err(),
+        "a socket of another kind in use was replaced"
+    );
     drop(stream);
     assert!(path.exists());
     drop(Listener::bind(&path).unwrap());

@@ -265,7 +265,7 @@ fn explain(errno: Errno, info: &DeviceInfo, request: &Request) -> String {
             bar.free, bar.size, bar.largest_free
         ),
         Errno::INVAL if request.length == 0 => ": the length is 0".into(),
-        Errno::INVAL if page > 0 && (offset % page != 0 || request.length % page != 0) => {
+        Errno::INVAL if !(offset | request.length).is_multiple_of(page) => {
             format!(": offset and length must be multiples of {page}")
         }
         Errno::INVAL

@@ -31,7 +31,7 @@ pub fn probe() -> Result<(), ExportError> {
 pub fn export(name: &str, length: u64) -> Result<Buffer, ExportError> {
     let udmabuf = open()?;
     let page = rustix::param::page_size() as u64;
-    if length == 0 || length % page != 0 {
+    if length == 0 || !length.is_multiple_of(page) {
         let must = format!("a multiple of the page size, {page}, and not 0");
         return Err(ExportError::Unsuitable {
             what: "the length",

@@ -351,7 +351,7 @@ fn direct_io<'f>(
         block,
         ..
     } = *direct;
-    if file_offset % u64::from(block) != 0 {
+    if !file_offset.is_multiple_of(u64::from(block)) {
         let evidence = format!(
             "offset {file_offset} of {} is not a multiple of {block} bytes",
             file.name

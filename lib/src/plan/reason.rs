@@ -47,8 +47,6 @@ pub enum ReasonCode {
     NoStructPages,
     /// The file cannot be read and written around the page cache.
     NoDirectIo,
-    /// The kernel served direct I/O through the page cache: the CPU copied.
-    PageCacheUsed,
     /// An offset that is not a multiple of what direct I/O needs.
     Misaligned,
     /// The transfer is shorter than one block of the disk.
@@ -68,7 +66,6 @@ impl ReasonCode {
             ReasonCode::NotHostMemory => "not-host-memory",
             ReasonCode::NoStructPages => "no-struct-pages",
             ReasonCode::NoDirectIo => "no-direct-io",
-            ReasonCode::PageCacheUsed => "page-cache-used",
             ReasonCode::Misaligned => "misaligned",
             ReasonCode::BelowBlockSize => "below-block-size",
         }

@@ -143,7 +143,7 @@ impl Channel {
                 size: buffer.size(),
             }));
         }
-        Ok(buffer.from_peer().range(offer.offset, offer.length)?)
+        Ok(buffer.without_voucher().range(offer.offset, offer.length)?)
     }
 
     /// Sends a message of the application's own, with descriptors. It must not be empty.

@@ -44,7 +44,7 @@ pub(crate) fn direct(
     direction: Direction,
 ) -> (Carried, Result<(), Errno>) {
     let block = u64::from(direct.block);
-    debug_assert!(length % block == 0 && file_offset % block == 0);
+    debug_assert!(length.is_multiple_of(block) && file_offset.is_multiple_of(block));
     let mut carried = Carried::default();
     while carried.bytes < length {
         let chunk = (length - carried.bytes).min(DIRECT_CHUNK.next_multiple_of(block));
@@ -194,7 +194,7 @@ pub(crate) fn write_host(
 fn direct_whole_blocks(file: &Endpoint, offset: u64, length: u64) -> Option<&Direct> {
     let direct = file.direct().ok()?;
     let block = u64::from(direct.block);
-    (length > 0 && offset % block == 0 && length % block == 0).then_some(direct)
+    (length > 0 && offset.is_multiple_of(block) && length.is_multiple_of(block)).then_some(direct)
 }
 
 fn call(

@@ -1,6 +1,6 @@
 //! Moving bytes between a file and a mapped buffer.
 //!
-//! [`engine`] has the loops, [`file`] is the file's end of them.
+//! `engine.rs` has the loops, `file.rs` is the file's end of them.
 
 pub(crate) mod engine;
 pub(crate) mod file;

@@ -25,7 +25,7 @@ pub fn parse(text: &str) -> Result<u64, String> {
 /// Writes a number of bytes so that it can be read, and exactly.
 pub fn show(bytes: u64) -> String {
     for (shift, unit) in [(40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")] {
-        if bytes >> shift > 0 && bytes % (1 << shift) == 0 {
+        if bytes >> shift > 0 && bytes.is_multiple_of(1 << shift) {
             return format!("{} {unit}", bytes >> shift);
         }
     }

@@ -365,7 +365,7 @@ fn a_device_named_by_another_process_gets_no_credit_for_what_was_proved_of_it() 
     let calls = fake.calls.get();
     let memory = memfd::sealed("claims to be the BAR", 65536).unwrap();
     let claimed = Buffer::from_host_memory(memory, None, honest.provenance().clone()).unwrap();
-    let claimed = claimed.from_peer().whole();
+    let claimed = claimed.without_voucher().whole();
     importer
         .attach(&claimed)
         .unwrap()

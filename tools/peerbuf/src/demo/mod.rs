@@ -127,33 +127,26 @@ fn stand_in(for_what: &str, length: u64, error: ExportError) -> Result<Buffer, E
 }
 
 fn export_bar(device: Option<PciAddress>, length: u64) -> Result<Buffer, ExportError> {
-    let device = match device {
-        Some(address) => module::Device::open(address)?,
-        None => {
-            let mut nodes = module::probe()?.into_iter();
-            // The first node decides what is said when none can be used.
-            let mut first = None;
-            loop {
-                let Some(node) = nodes.next() else {
-                    return Err(first.map_or_else(|| module::probe().unwrap_err(), |error| error));
-                };
-                match module::Device::open_node(node) {
-                    Ok(device) if has_reachable_bar(&device, length)? => break device,
-                    Ok(device) if nodes.len() == 0 => break device,
-                    Ok(_) => {}
-                    Err(error) => {
-                        first.get_or_insert(error);
-                    }
-                }
-            }
-        }
+    let devices = match device {
+        Some(address) => vec![module::Device::open(address)?],
+        None => open_devices()?,
     };
-    // The BAR with the most room, among those that files can reach where there is one.
-    let info = device.query()?;
-    let best = info.bars.iter().filter(|bar| bar.exportable);
-    let bar = best
-        .max_by_key(|bar| (bar.pages, bar.largest_free))
-        .map_or(0, |bar| bar.index);
+    let mut candidates = Vec::new();
+    for device in &devices {
+        let bars = device
+            .query()?
+            .bars
+            .into_iter()
+            .filter(|bar| bar.exportable);
+        candidates.extend(bars.map(|bar| (device, bar)));
+    }
+    // One that files can reach, and of those the one with the most room; of equals the first.
+    candidates.sort_by_key(|(_, bar)| std::cmp::Reverse((bar.pages, bar.largest_free)));
+    let (device, bar) = match candidates.first() {
+        Some((device, bar)) => (*device, bar.index),
+        // The module says why nothing can be exported.
+        None => (&devices[0], 0),
+    };
     device.export(module::Request {
         bar,
         offset: None,
@@ -162,11 +155,20 @@ fn export_bar(device: Option<PciAddress>, length: u64) -> Result<Buffer, ExportE
     })
 }
 
-fn has_reachable_bar(device: &module::Device, length: u64) -> Result<bool, ExportError> {
-    let bars = device.query()?.bars;
-    Ok(bars
-        .iter()
-        .any(|bar| bar.exportable && bar.pages && bar.largest_free >= length))
+/// Every device that this user may open; the first refusal when there is none. Never empty.
+fn open_devices() -> Result<Vec<module::Device>, ExportError> {
+    let mut devices = Vec::new();
+    let mut refusal = None;
+    for node in module::probe()? {
+        match module::Device::open_node(node) {
+            Ok(device) => devices.push(device),
+            Err(error) => refusal = refusal.or(Some(error)),
+        }
+    }
+    match refusal {
+        Some(error) if devices.is_empty() => Err(error),
+        _ => Ok(devices),
+    }
 }
 
 /// Disk to buffer, check, change, buffer to disk, check.
