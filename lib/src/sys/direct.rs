@@ -77,6 +77,8 @@ pub(crate) mod fake {
         Loses(Direction),
         /// The call reports success, and of each the first bytes, so many of them, arrive.
         Cuts(Direction, usize),
+        /// Reads report success, and only those of a hole, which the CPU fills, arrive.
+        LosesAllButHoles,
         /// Writes report success and write this byte, as a bus does that answers with ones.
         WritesOnly(u8),
         /// So many calls work, and those after them fail.
@@ -130,6 +132,13 @@ pub(crate) mod fake {
         ) -> Result<usize, Errno> {
             if !into.is_shared {
                 return Kernel.read(file, into, offset);
+            }
+            if self.behaviour == Behaviour::LosesAllButHoles {
+                let mut memory = crate::sys::memory::HostMemory::new(into.length)?;
+                let moved = Kernel.read(file, memory.window(into.length), offset)?;
+                if memory.bytes().iter().any(|&byte| byte != 0) {
+                    return Ok(moved);
+                }
             }
             let call = |window| Kernel.read(file, window, offset);
             self.device_call(into, Direction::DiskToBuffer, call)

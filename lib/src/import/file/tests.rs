@@ -383,7 +383,7 @@ fn holes_and_zeros_do_not_count_as_bytes_that_arrived() {
     let Some(file) = file_with(&[]) else { return };
     file.set_len(1 << 20).unwrap();
     let buffer = device_memory(65536);
-    let (importer, _) = importer(&file, Behaviour::Loses(Direction::DiskToBuffer));
+    let (importer, _) = importer(&file, Behaviour::LosesAllButHoles);
     let plan = importer
         .attach(&buffer.whole())
         .unwrap()
