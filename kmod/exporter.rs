@@ -226,6 +226,10 @@ unsafe extern "C" fn unmap(
     // SAFETY: The dma-buf core calls with a valid attachment of one of our dma-bufs, and a table
     // that `map` made for it.
     unsafe {
+        // `dma_buf_phys_vec_to_sgt` of Linux 7.2 sets `orig_nents` to zero, to say that there is
+        // no CPU list, and `dma_buf_free_sgt` frees as many entries as that says: every mapping
+        // leaks its list. With the number put back, as here, it is freed.
+        (*sgt).orig_nents = (*sgt).nents;
         ffi::dma_buf_free_sgt(attachment, sgt, dir);
         // Counted after the table is gone: removal may go on from here.
         buffer((*attachment).dmabuf).mapping_gone();

@@ -719,6 +719,39 @@ fn importers_get_peer_memory_or_a_refusal() {
 }
 
 #[test]
+fn mapping_and_unmapping_leaks_nothing() {
+    // Objects in use in the caches that a scatter list of one entry comes from.
+    let objects = || -> u64 {
+        fs::read_to_string("/proc/slabinfo")
+            .unwrap()
+            .lines()
+            .filter(|line| line.starts_with("kmalloc"))
+            .filter_map(|line| {
+                let mut field = line.split_whitespace();
+                let name = field.next()?;
+                let active = field.next()?.parse::<u64>().ok()?;
+                name.ends_with("-32").then_some(active)
+            })
+            .sum()
+    };
+    const ROUNDS: u64 = 20_000;
+    let node = Node::largest();
+    let (fd, _) = node.export(None, MIB).unwrap();
+    let importer = Importer::attach(fd.as_fd(), &nvme_bdf(), DYNAMIC | PEER, 0).unwrap();
+    let before = objects();
+    assert!(before > 0, "no kmalloc caches of 32 bytes?");
+    for _ in 0..ROUNDS {
+        importer.map().unwrap();
+        importer.unmap();
+    }
+    let more = objects().saturating_sub(before);
+    assert!(
+        more < ROUNDS / 4,
+        "{more} objects more after {ROUNDS} mappings"
+    );
+}
+
+#[test]
 fn unbinding_revokes_what_was_given_out() {
     let node = Node::largest();
     let bdf = node.bdf.clone();
