@@ -69,7 +69,9 @@ impl Endpoint {
         let number = (rustix::fs::major(number), rustix::fs::minor(number));
         let flags = rustix::fs::fcntl_getfl(&fd).map_err(failed("fcntl(F_GETFL)"))?;
         let disk = Sysfs::default().block_device(number.0, number.1);
-        let direct = open_direct(fd.as_fd(), flags & OFlags::RWMODE, disk.as_ref());
+        // A raw device has no page cache of a filesystem in between, so its block size will do.
+        let raw = disk.as_ref().filter(|_| is_block_device);
+        let direct = open_direct(fd.as_fd(), flags & OFlags::RWMODE, raw);
         let writable = flags & OFlags::RWMODE != OFlags::RDONLY;
         // The descriptor that we were given may itself be open with O_DIRECT.
         let ordinary = if flags.contains(OFlags::DIRECT) {
@@ -132,21 +134,24 @@ fn reopen(fd: BorrowedFd<'_>, flags: OFlags) -> Result<OwnedFd, rustix::io::Errn
 fn open_direct(
     fd: BorrowedFd<'_>,
     mode: OFlags,
-    disk: Option<&BlockDevice>,
+    raw: Option<&BlockDevice>,
 ) -> Result<Direct, String> {
     let direct = reopen(fd, mode | OFlags::DIRECT)
         .map_err(|errno| format!("open with O_DIRECT: {}", Errno::from(errno)))?;
     let statx = rustix::fs::statx(&direct, c"", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN);
-    let (memory_align, block) = match (statx, disk) {
+    let (memory_align, block) = match (statx, raw) {
         (Ok(statx), _) if statx.stx_mask & StatxFlags::DIOALIGN.bits() != 0 => {
             (statx.stx_dio_mem_align, statx.stx_dio_offset_align)
         }
-        // Kernels before 6.1, and filesystems that do not answer.
         (_, Some(disk)) => (disk.logical_block, disk.logical_block),
-        // A tmpfs, for one, accepts O_DIRECT and goes through the page cache all the same.
+        // Some filesystems accept O_DIRECT and copy through the page cache all the same: a tmpfs
+        // always, a btrfs where it keeps checksums. One that does not say cannot be told from
+        // those, and a copy must not be taken for a device's DMA.
         (_, None) => {
             return Err(
-                "the filesystem has no block device, and accepts O_DIRECT in name only".into(),
+                "the filesystem does not say that O_DIRECT goes around the page cache \
+                 (statx with STATX_DIOALIGN, since Linux 6.1)"
+                    .into(),
             );
         }
     };
