@@ -4,7 +4,7 @@ use std::{
     fs,
     os::unix::fs::{FileTypeExt, PermissionsExt},
     path::{Path, PathBuf},
-    process::Command,
+    process::{Command, Stdio},
 };
 
 fn read(path: impl AsRef<Path>) -> String {
@@ -112,7 +112,8 @@ fn a_network_card_carries_soft_roce() {
         let mut command = Command::new("ibv_rc_pingpong");
         command
             .args(["-d", "rxe0", "-g", "1", "-n", "10"])
-            .args(more);
+            .args(more)
+            .stdout(Stdio::null());
         command
     };
     let mut server = pingpong(&[]).spawn().unwrap();

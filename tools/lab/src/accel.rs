@@ -16,40 +16,70 @@ const TRIAL: Duration = Duration::from_secs(20);
 
 /// KVM where a guest with this machine's processor was seen to boot with it, and else emulation.
 pub fn choose(ground: &Ground, machine: &Machine) -> Accelerator {
-    if fs::File::options().read(true).write(true).open("/dev/kvm").is_err() {
+    if fs::File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm")
+        .is_err()
+    {
         return Accelerator::Emulation;
     }
     let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    let kernel = ground.kernel.dir().file_name().unwrap_or_default().to_string_lossy();
+    let kernel = ground
+        .kernel
+        .dir()
+        .file_name()
+        .unwrap_or_default()
+        .to_string_lossy();
     let key = format!("{} {kernel} {}", boot.trim(), machine.topology.cpu());
     let memory = ground.cache.dir().join("locks/kvm-verdicts");
     let known = fs::read_to_string(&memory).unwrap_or_default();
-    let verdict = known.lines().rev().find_map(|line| line.strip_suffix(&key).map(str::trim));
+    let verdict = known
+        .lines()
+        .rev()
+        .find_map(|line| line.strip_suffix(&key).map(str::trim));
     let works = match verdict {
         Some(verdict) => verdict == "works",
         None => {
             let works = tried(ground, machine);
             let line = format!("{} {key}\n", if works { "works" } else { "fails" });
             // Only a memory: without it, it is tried again.
-            let _ = fs::File::options().create(true).append(true).open(&memory).and_then(|mut f| {
-                use std::io::Write;
-                f.write_all(line.as_bytes())
-            });
+            let _ = fs::File::options()
+                .create(true)
+                .append(true)
+                .open(&memory)
+                .and_then(|mut f| {
+                    use std::io::Write;
+                    f.write_all(line.as_bytes())
+                });
             works
         }
     };
-    if works { Accelerator::Kvm } else { Accelerator::Emulation }
+    if works {
+        Accelerator::Kvm
+    } else {
+        Accelerator::Emulation
+    }
 }
 
 fn tried(ground: &Ground, machine: &Machine) -> bool {
     let job = Job {
-        machine: Machine { accelerator: Accelerator::Kvm, share: false, shell: false, ..machine.clone() },
+        machine: Machine {
+            accelerator: Accelerator::Kvm,
+            share: false,
+            shell: false,
+            ..machine.clone()
+        },
         command: vec!["true".into()],
         boot_limit: TRIAL,
         timeout: Some(TRIAL),
         ..Job::default()
     };
     let nowhere = || Box::new(std::io::sink());
-    let streams = Streams { stdin: None, stdout: nowhere(), stderr: nowhere() };
+    let streams = Streams {
+        stdin: None,
+        stdout: nowhere(),
+        stderr: nowhere(),
+    };
     run::run(ground, &job, streams).is_ok_and(|outcome| outcome.ending == Ending::Exit(0))
 }

@@ -52,7 +52,10 @@ pub struct Recipe {
 impl Recipe {
     /// A recipe for a kind of thing; `kind` becomes part of a file name.
     pub fn new(kind: impl Into<String>) -> Self {
-        Self { kind: kind.into(), hash: Sha256::new() }
+        Self {
+            kind: kind.into(),
+            hash: Sha256::new(),
+        }
     }
 
     /// Adds an ingredient. The order and the borders between ingredients count.
@@ -65,7 +68,13 @@ impl Recipe {
 
     /// The entry's file name.
     pub fn name(self) -> String {
-        let hex: String = self.hash.finalize().iter().take(6).map(|b| format!("{b:02x}")).collect();
+        let hex: String = self
+            .hash
+            .finalize()
+            .iter()
+            .take(6)
+            .map(|b| format!("{b:02x}"))
+            .collect();
         format!("{}-{hex}", self.kind)
     }
 }
@@ -88,12 +97,18 @@ impl Cache {
     /// # Errors
     /// When the directory cannot be found out or made.
     pub fn open() -> Result<Self> {
-        let set = |name| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+        let set = |name| {
+            std::env::var_os(name)
+                .filter(|v| !v.is_empty())
+                .map(PathBuf::from)
+        };
         let dir = set("PEERBUF_LAB_CACHE")
             .or_else(|| set("XDG_CACHE_HOME").map(|d| d.join("peerbuf-lab")))
             .or_else(|| set("HOME").map(|d| d.join(".cache/peerbuf-lab")))
             .ok_or_else(|| {
-                anyhow!("no place for the lab's cache: set PEERBUF_LAB_CACHE or HOME to a directory")
+                anyhow!(
+                    "no place for the lab's cache: set PEERBUF_LAB_CACHE or HOME to a directory"
+                )
             })?;
         Self::at(dir)
     }
@@ -197,7 +212,11 @@ impl Cache {
             if let Ok(mut alive) = ALIVE.lock() {
                 alive.push((path.clone(), lock_path.clone()));
             }
-            return Ok(RunDir { path, lock_path, _lock: lock });
+            return Ok(RunDir {
+                path,
+                lock_path,
+                _lock: lock,
+            });
         }
         unreachable!("the numbers do not end")
     }
@@ -213,7 +232,11 @@ impl Cache {
             let bytes = disk_usage(&path);
             let lock = self.lock_file(&name)?;
             let removed = lock.try_lock().is_ok() && remove_tree(&path).is_ok();
-            held.push(Held { name, bytes, removed });
+            held.push(Held {
+                name,
+                bytes,
+                removed,
+            });
         }
         Ok(held)
     }
@@ -245,10 +268,14 @@ impl Cache {
     /// Removes what killed builds and runs left behind. Best effort: what is locked is alive.
     fn sweep(&self) {
         for (sub, prefix) in [("tmp", ""), ("runs", "run-")] {
-            let Ok(left) = fs::read_dir(self.dir.join(sub)) else { continue };
+            let Ok(left) = fs::read_dir(self.dir.join(sub)) else {
+                continue;
+            };
             for entry in left.flatten() {
                 let name = format!("{prefix}{}", entry.file_name().to_string_lossy());
-                let Ok(lock) = self.lock_file(&name) else { continue };
+                let Ok(lock) = self.lock_file(&name) else {
+                    continue;
+                };
                 if lock.try_lock().is_ok() {
                     let _ = remove_tree(&entry.path());
                     if sub == "runs" {
@@ -276,7 +303,9 @@ impl Cache {
             if total <= limit {
                 break;
             }
-            let Ok(lock) = self.lock_file(&name) else { continue };
+            let Ok(lock) = self.lock_file(&name) else {
+                continue;
+            };
             if lock.try_lock().is_ok() && remove_tree(&self.dir.join(&name)).is_ok() {
                 total -= bytes;
             }
@@ -380,8 +409,14 @@ mod tests {
     #[test]
     fn an_entry_is_built_once_and_found_again() {
         let (_dir, cache) = scratch();
-        let built = cache.entry(recipe(), "making a thing", |d| Ok(fs::write(d.join("x"), "1")?)).unwrap();
-        let again = cache.entry(recipe(), "making a thing", |_| panic!("built twice")).unwrap();
+        let built = cache
+            .entry(recipe(), "making a thing", |d| {
+                Ok(fs::write(d.join("x"), "1")?)
+            })
+            .unwrap();
+        let again = cache
+            .entry(recipe(), "making a thing", |_| panic!("built twice"))
+            .unwrap();
         assert_eq!(built.path(), again.path());
         assert_eq!(fs::read(again.path().join("x")).unwrap(), b"1");
     }
@@ -442,7 +477,11 @@ mod tests {
     fn clean_removes_what_is_free_and_names_what_is_in_use() {
         let (_dir, cache) = scratch();
         let kept = cache.entry(recipe(), "making a thing", |_| Ok(())).unwrap();
-        drop(cache.entry(recipe().with("2"), "making a thing", |_| Ok(())).unwrap());
+        drop(
+            cache
+                .entry(recipe().with("2"), "making a thing", |_| Ok(()))
+                .unwrap(),
+        );
         let held = cache.clean().unwrap();
         assert_eq!(held.len(), 2);
         assert_eq!(held.iter().filter(|h| h.removed).count(), 1);
@@ -454,10 +493,15 @@ mod tests {
         let (_dir, cache) = scratch();
         let make = |n: &str| {
             let fill = |d: &Path| Ok(fs::write(d.join("x"), vec![1; 1 << 20])?);
-            cache.entry(recipe().with(n), "making a thing", fill).unwrap()
+            cache
+                .entry(recipe().with(n), "making a thing", fill)
+                .unwrap()
         };
         let old = make("old").path().to_owned();
-        File::open(&old).unwrap().set_modified(SystemTime::UNIX_EPOCH).unwrap();
+        File::open(&old)
+            .unwrap()
+            .set_modified(SystemTime::UNIX_EPOCH)
+            .unwrap();
         let new = make("new").path().to_owned();
         cache.shrink(1 << 20 | 1 << 16);
         assert!(!old.exists());

@@ -169,8 +169,20 @@ mod tests {
 
     #[test]
     fn nonsense_is_a_usage_error() {
-        for line in ["lab run", "lab run --topology ring -- x", "lab run --timeout 0 -- x", "lab kbuild", "lab run x"] {
-            assert_eq!(Cli::try_parse_from(line.split(' ')).unwrap_err().exit_code(), 2, "{line}");
+        for line in [
+            "lab run",
+            "lab run --topology ring -- x",
+            "lab run --timeout 0 -- x",
+            "lab kbuild",
+            "lab run x",
+        ] {
+            assert_eq!(
+                Cli::try_parse_from(line.split(' '))
+                    .unwrap_err()
+                    .exit_code(),
+                2,
+                "{line}"
+            );
         }
     }
 }

@@ -16,6 +16,8 @@ const DISK_RECIPE: &str = include_str!("../recipes/disk.sh");
 pub fn get(cache: &Cache, tree: &Tree) -> Result<Entry> {
     let recipe = Recipe::new("disk").with(tree.name()).with(DISK_RECIPE);
     cache.entry(recipe, "making the NVMe disk's file system", |dir| {
-        tree.recipe(DISK_RECIPE, dir).run("making the disk's file system").map(drop)
+        tree.recipe(DISK_RECIPE, dir)
+            .run("making the disk's file system")
+            .map(drop)
     })
 }

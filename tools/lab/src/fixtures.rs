@@ -4,16 +4,11 @@
 //! directory below `tests/lab/fixtures/modules` its modules. In a guest they are in
 //! `/opt/peerbuf/fixtures`.
 
-use std::{
-    fs,
-    path::{Path, PathBuf},
-};
+use std::{fs, path::PathBuf};
 
 use anyhow::{Context, Result};
-use walkdir::WalkDir;
 
 use crate::{
-    cache::Recipe,
     kernel::Source,
     progress::Step,
     project::{self, Project},
@@ -36,9 +31,16 @@ pub fn build(project: &Project, tree: &Tree, source: &Source, release: &str) -> 
     for dir in ["fixtures/c", "fixtures/modules", "out"] {
         fs::create_dir_all(work.join(dir))?;
     }
-    project::mirror(&project.root().join("tests/lab/fixtures"), &work.join("fixtures"))?;
-    project::mirror(&project.root().join("uapi/include"), &work.join("uapi/include"))?;
-    let made_of = ingredients(&work, &source.dir())?;
+    project::mirror(
+        &project.root().join("tests/lab/fixtures"),
+        &work.join("fixtures"),
+    )?;
+    project::mirror(
+        &project.root().join("uapi/include"),
+        &work.join("uapi/include"),
+    )?;
+    let made_of =
+        project::made_of(&[&work.join("fixtures"), &work.join("uapi")], source)? + COMPILE;
     let stamp = work.join("made-of");
     if fs::read_to_string(&stamp).ok().as_deref() == Some(&made_of) {
         return Ok(out);
@@ -57,27 +59,15 @@ pub fn build(project: &Project, tree: &Tree, source: &Source, release: &str) -> 
         project::build_module(tree, source, &dir)?;
         for file in fs::read_dir(&dir)? {
             let file = file?.path();
-            if let (Some("ko"), Some(name)) = (file.extension().and_then(|e| e.to_str()), file.file_name()) {
-                fs::copy(&file, out.join(name)).with_context(|| format!("copying {}", file.display()))?;
+            if let (Some("ko"), Some(name)) =
+                (file.extension().and_then(|e| e.to_str()), file.file_name())
+            {
+                fs::copy(&file, out.join(name))
+                    .with_context(|| format!("copying {}", file.display()))?;
             }
         }
     }
     fs::write(&stamp, made_of)?;
     step.done();
     Ok(out)
-}
-
-/// A text that changes with anything the fixtures are made of.
-fn ingredients(work: &Path, source: &Path) -> Result<String> {
-    let mut recipe = Recipe::new("fixtures").with(COMPILE).with(source.display().to_string());
-    for part in ["fixtures", "uapi"] {
-        let sources = WalkDir::new(work.join(part)).sort_by_file_name();
-        for entry in sources.into_iter().filter_entry(|e| project::is_source(e.path())) {
-            let entry = entry?;
-            if entry.file_type().is_file() {
-                recipe = recipe.with(entry.path().display().to_string()).with(fs::read(entry.path())?);
-            }
-        }
-    }
-    Ok(recipe.name())
 }

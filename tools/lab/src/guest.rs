@@ -173,11 +173,16 @@ impl Machine {
     fn file_systems(&self, args: &mut Arguments) {
         args.add(
             "-fsdev",
-            format!("local,id=root,path={GUEST_ROOT},security_model=none,readonly=on,multidevs=remap"),
+            format!(
+                "local,id=root,path={GUEST_ROOT},security_model=none,readonly=on,multidevs=remap"
+            ),
         );
         args.device("virtio-9p-pci,fsdev=root,mount_tag=root");
         if self.share {
-            args.add("-fsdev", format!("local,id=share,path={SHARE},security_model=none,multidevs=remap"));
+            args.add(
+                "-fsdev",
+                format!("local,id=share,path={SHARE},security_model=none,multidevs=remap"),
+            );
             args.device("virtio-9p-pci,fsdev=share,mount_tag=share");
         }
     }
@@ -189,7 +194,9 @@ impl Machine {
             args.device("x3130-upstream,id=switch,bus=port0");
             ["down0", "down1", "down2"].map(|slot| {
                 let n = 2 + slot.as_bytes()[4] - b'0';
-                args.device(format!("xio3130-downstream,id={slot},bus=switch,chassis={n},slot={n}"));
+                args.device(format!(
+                    "xio3130-downstream,id={slot},bus=switch,chassis={n},slot={n}"
+                ));
                 slot
             })
         } else {
@@ -198,16 +205,31 @@ impl Machine {
             ["port0", "port1", "port2"]
         };
         // The image itself stays as it is: 'snapshot' puts what is written into a temporary file.
-        args.add("-drive", format!("if=none,id=disk,format=raw,cache=unsafe,snapshot=on,file={DISK}/nvme.ext4"));
-        args.add("-drive", format!("if=none,id=scratch,format=raw,cache=unsafe,file={RUN}/scratch"));
+        args.add(
+            "-drive",
+            format!("if=none,id=disk,format=raw,cache=unsafe,snapshot=on,file={DISK}/nvme.ext4"),
+        );
+        args.add(
+            "-drive",
+            format!("if=none,id=scratch,format=raw,cache=unsafe,file={RUN}/scratch"),
+        );
         // The kernel numbers namespaces in the order in which their scans happen to end, so the
         // second is attached by the guest's init when the first is there.
         args.device("nvme-subsys,id=subsys,nqn=peerbuf-lab");
-        args.device(format!("nvme,id=nvme,subsys=subsys,serial=peerbuf-lab,bus={},cmb_size_mb={CMB_MIB}", slots[0]));
+        args.device(format!(
+            "nvme,id=nvme,subsys=subsys,serial=peerbuf-lab,bus={},cmb_size_mb={CMB_MIB}",
+            slots[0]
+        ));
         args.device("nvme-ns,drive=disk,bus=nvme,nsid=1,shared=off");
         args.device("nvme-ns,drive=scratch,bus=nvme,nsid=2,shared=off,detached=on");
-        for (n, (size, slot)) in [(BAR_MIB, slots[1]), (SECOND_BAR_MIB, slots[2])].into_iter().enumerate() {
-            args.add("-object", format!("memory-backend-ram,id=bar{n},size={size}M"));
+        for (n, (size, slot)) in [(BAR_MIB, slots[1]), (SECOND_BAR_MIB, slots[2])]
+            .into_iter()
+            .enumerate()
+        {
+            args.add(
+                "-object",
+                format!("memory-backend-ram,id=bar{n},size={size}M"),
+            );
             args.device(format!("ivshmem-plain,memdev=bar{n},bus={slot}"));
         }
         args.add("-netdev", "user,id=net");
@@ -222,14 +244,25 @@ impl Machine {
             args.device(format!("{device},chardev={name},name=peerbuf.{name}"));
         };
         for name in ports(self.shell) {
-            socket(name, if *name == "terminal" { "virtconsole" } else { "virtserialport" });
+            socket(
+                name,
+                if *name == "terminal" {
+                    "virtconsole"
+                } else {
+                    "virtserialport"
+                },
+            );
         }
     }
 }
 
 /// The ports of a guest, by name.
 pub fn ports(shell: bool) -> &'static [&'static str] {
-    if shell { &["terminal", "control"] } else { &["stdin", "stdout", "stderr", "control"] }
+    if shell {
+        &["terminal", "control"]
+    } else {
+        &["stdin", "stdout", "stderr", "control"]
+    }
 }
 
 /// Why these options do not go together, if they do not.
@@ -239,7 +272,10 @@ pub fn conflict(topology: Topology, iommu: bool) -> Option<String> {
             Topology::Lying => "it has a translating IOMMU as it is",
             _ => "a switch with a translating IOMMU is the topology `lying`, where data is lost",
         };
-        format!("--iommu does not go with --topology {}: {why}; it goes with host-bridge and refused", topology.name())
+        format!(
+            "--iommu does not go with --topology {}: {why}; it goes with host-bridge and refused",
+            topology.name()
+        )
     })
 }
 
@@ -273,7 +309,10 @@ mod tests {
     use super::*;
 
     fn machine(topology: Topology) -> Machine {
-        Machine { topology, ..Machine::default() }
+        Machine {
+            topology,
+            ..Machine::default()
+        }
     }
 
     fn line(machine: &Machine) -> String {
@@ -285,9 +324,14 @@ mod tests {
         for topology in Topology::ALL {
             let line = line(&machine(topology));
             for device in [
-                "nvme,id=nvme,subsys=subsys,serial=peerbuf-lab,bus=", "cmb_size_mb=16", "nvme-ns,drive=disk,bus=nvme,nsid=1",
-                "id=bar0,size=64M", "ivshmem-plain,memdev=bar0", "id=bar1,size=16M",
-                "ivshmem-plain,memdev=bar1", "virtio-net-pci",
+                "nvme,id=nvme,subsys=subsys,serial=peerbuf-lab,bus=",
+                "cmb_size_mb=16",
+                "nvme-ns,drive=disk,bus=nvme,nsid=1",
+                "id=bar0,size=64M",
+                "ivshmem-plain,memdev=bar0",
+                "id=bar1,size=16M",
+                "ivshmem-plain,memdev=bar1",
+                "virtio-net-pci",
             ] {
                 assert!(line.contains(device), "{device} in {line}");
             }
@@ -314,7 +358,10 @@ mod tests {
 
     #[test]
     fn an_iommu_is_there_when_asked_for_and_in_lying() {
-        let with = Machine { iommu: true, ..machine(Topology::HostBridge) };
+        let with = Machine {
+            iommu: true,
+            ..machine(Topology::HostBridge)
+        };
         for machine in [with, machine(Topology::Lying)] {
             assert!(line(&machine).contains("intel-iommu,intremap=off"));
             assert!(machine.kernel_command_line().contains("intel_iommu=on"));
@@ -324,15 +371,26 @@ mod tests {
 
     #[test]
     fn an_iommu_beside_a_switch_is_refused_with_the_reason() {
-        assert!(conflict(Topology::Switch, true).unwrap().contains("`lying`"));
-        assert!(conflict(Topology::Lying, true).unwrap().contains("as it is"));
+        assert!(
+            conflict(Topology::Switch, true)
+                .unwrap()
+                .contains("`lying`")
+        );
+        assert!(
+            conflict(Topology::Lying, true)
+                .unwrap()
+                .contains("as it is")
+        );
         assert_eq!(conflict(Topology::HostBridge, true), None);
         assert_eq!(conflict(Topology::Switch, false), None);
     }
 
     #[test]
     fn counting_runs_one_processor_on_one_thread() {
-        let line = line(&Machine { accelerator: Accelerator::CountingEmulation, ..machine(Topology::Switch) });
+        let line = line(&Machine {
+            accelerator: Accelerator::CountingEmulation,
+            ..machine(Topology::Switch)
+        });
         assert!(line.contains("tcg,thread=single -icount shift=0,sleep=off -smp 1"));
     }
 }

@@ -31,8 +31,10 @@ pub fn become_root() -> Result<()> {
         install(&["mmdebstrap", "uidmap"])?;
     }
     let exe = std::env::current_exe().context("finding the lab's own program")?;
-    let mut args: Vec<OsString> =
-        ["--user", "--map-root-user", "--map-auto", "--"].into_iter().map(Into::into).collect();
+    let mut args: Vec<OsString> = ["--user", "--map-root-user", "--map-auto", "--"]
+        .into_iter()
+        .map(Into::into)
+        .collect();
     args.push(exe.into_os_string());
     let probe = Command::new("unshare")
         .args(["--user", "--map-root-user", "--map-auto", "--mount", "true"])
@@ -61,7 +63,11 @@ pub fn become_root() -> Result<()> {
 /// # Errors
 /// When it is not and cannot be installed; names the one command to run.
 pub fn need_mmdebstrap() -> Result<()> {
-    if find("mmdebstrap").is_none() { install(&["mmdebstrap"]) } else { Ok(()) }
+    if find("mmdebstrap").is_none() {
+        install(&["mmdebstrap"])
+    } else {
+        Ok(())
+    }
 }
 
 fn find(program: &str) -> Option<PathBuf> {
@@ -83,16 +89,30 @@ fn install(packages: &[&str]) -> Result<()> {
     }
     let root = nix::unistd::geteuid().is_root();
     if !root && (find("sudo").is_none() || std::env::var_os(IN_USER_NAMESPACE).is_some()) {
-        bail!("the lab needs {}; as root, run: apt-get install {}", packages.join(" and "), packages.join(" "));
+        bail!(
+            "the lab needs {}; as root, run: apt-get install {}",
+            packages.join(" and "),
+            packages.join(" ")
+        );
     }
     let apt = |args: &[&str]| -> Result<std::process::Output> {
-        let mut command = if root { Command::new("apt-get") } else { Command::new("sudo") };
+        let mut command = if root {
+            Command::new("apt-get")
+        } else {
+            Command::new("sudo")
+        };
         if !root {
             command.arg("apt-get");
         }
-        let command = command.args(["-q", "-y"]).args(args).env("DEBIAN_FRONTEND", "noninteractive");
+        let command = command
+            .args(["-q", "-y"])
+            .args(args)
+            .env("DEBIAN_FRONTEND", "noninteractive");
         // sudo may have to ask for a password: it does so on the terminal itself.
-        command.stdin(Stdio::null()).output().context("starting apt-get")
+        command
+            .stdin(Stdio::null())
+            .output()
+            .context("starting apt-get")
     };
     let step = Step::start(format!("installing {} on the host", packages.join(" and ")));
     let mut args = vec!["install", "--no-install-recommends"];
@@ -119,7 +139,11 @@ fn install(packages: &[&str]) -> Result<()> {
 /// The mirror of the distribution that the host's own apt sources name, if it is a Debian host.
 pub fn debian_mirror() -> Option<String> {
     let os = fs::read_to_string("/etc/os-release").ok()?;
-    let codename = os.lines().find_map(|l| l.strip_prefix("VERSION_CODENAME="))?.trim_matches('"').to_owned();
+    let codename = os
+        .lines()
+        .find_map(|l| l.strip_prefix("VERSION_CODENAME="))?
+        .trim_matches('"')
+        .to_owned();
     if !os.lines().any(|l| l.trim() == "ID=debian") {
         return None;
     }
@@ -128,7 +152,9 @@ pub fn debian_mirror() -> Option<String> {
         files.extend(dir.flatten().map(|e| e.path()));
     }
     files.sort();
-    files.iter().find_map(|file| mirror_in(&fs::read_to_string(file).ok()?, file, &codename))
+    files
+        .iter()
+        .find_map(|file| mirror_in(&fs::read_to_string(file).ok()?, file, &codename))
 }
 
 fn mirror_in(text: &str, file: &Path, codename: &str) -> Option<String> {
@@ -136,12 +162,21 @@ fn mirror_in(text: &str, file: &Path, codename: &str) -> Option<String> {
     if file.extension().is_some_and(|e| e == "sources") {
         return text.split("\n\n").find_map(|stanza| {
             let field = |name: &str| {
-                stanza.lines().find_map(|l| l.strip_prefix(name)).map(|v| v.split_whitespace().collect::<Vec<_>>())
+                stanza
+                    .lines()
+                    .find_map(|l| l.strip_prefix(name))
+                    .map(|v| v.split_whitespace().collect::<Vec<_>>())
             };
             let fits = field("Types:")?.contains(&"deb")
                 && field("Suites:")?.contains(&codename)
                 && field("Components:")?.contains(&"main");
-            fits.then(|| field("URIs:")?.into_iter().find(|u| http(u)).map(str::to_owned)).flatten()
+            fits.then(|| {
+                field("URIs:")?
+                    .into_iter()
+                    .find(|u| http(u))
+                    .map(str::to_owned)
+            })
+            .flatten()
         });
     }
     text.lines().find_map(|line| {
@@ -160,7 +195,11 @@ fn mirror_in(text: &str, file: &Path, codename: &str) -> Option<String> {
 
 /// apt's proxy settings on the host, as lines of an apt configuration.
 pub fn apt_proxy() -> Vec<String> {
-    let Ok(output) = Command::new("apt-config").arg("dump").stderr(Stdio::null()).output() else {
+    let Ok(output) = Command::new("apt-config")
+        .arg("dump")
+        .stderr(Stdio::null())
+        .output()
+    else {
         return Vec::new();
     };
     String::from_utf8_lossy(&output.stdout)
@@ -180,11 +219,17 @@ mod tests {
                     deb http://other.example/tool stable main\n\
                     deb [arch=amd64 signed-by=/k x] https://m.example/debian bookworm main contrib\n";
         let at = |text, file| mirror_in(text, Path::new(file), "bookworm");
-        assert_eq!(at(list, "sources.list").as_deref(), Some("https://m.example/debian"));
+        assert_eq!(
+            at(list, "sources.list").as_deref(),
+            Some("https://m.example/debian")
+        );
         let sources = "Types: deb\nURIs: http://t.example/x\nSuites: stable\nComponents: main\n\n\
                        Types: deb deb-src\nURIs: http://m.example/debian\nSuites: bookworm bookworm-updates\n\
                        Components: main\n";
-        assert_eq!(at(sources, "debian.sources").as_deref(), Some("http://m.example/debian"));
+        assert_eq!(
+            at(sources, "debian.sources").as_deref(),
+            Some("http://m.example/debian")
+        );
         assert_eq!(at("", "debian.sources"), None);
         assert_eq!(at("deb cdrom:[x]/ bookworm main", "sources.list"), None);
     }

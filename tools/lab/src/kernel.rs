@@ -63,13 +63,25 @@ impl Kernel {
             .with(tree.name())
             .with(KERNEL_RECIPE)
             .with(INITRAMFS);
-        let entry = cache.entry(recipe, &format!("fetching kernel {release} (about half a minute)"), |dir| {
-            let init = dir.join("init");
-            std::fs::write(&init, INITRAMFS)?;
-            run(tree.recipe(KERNEL_RECIPE, dir).bind_read_only(&init, "/lab/init").arg(release), "fetching the kernel")?;
-            remove_tree(&init)
-        })?;
-        Ok(Self { release: release.to_owned(), entry })
+        let entry = cache.entry(
+            recipe,
+            &format!("fetching kernel {release} (about half a minute)"),
+            |dir| {
+                let init = dir.join("init");
+                std::fs::write(&init, INITRAMFS)?;
+                run(
+                    tree.recipe(KERNEL_RECIPE, dir)
+                        .bind_read_only(&init, "/lab/init")
+                        .arg(release),
+                    "fetching the kernel",
+                )?;
+                remove_tree(&init)
+            },
+        )?;
+        Ok(Self {
+            release: release.to_owned(),
+            entry,
+        })
     }
 
     /// Its release string, as `uname -r` gives it.
@@ -94,8 +106,11 @@ impl Source {
     /// # Errors
     /// When the suites have no source for it, or the kernel was built without Rust.
     pub fn get(cache: &Cache, tree: &Tree, release: &str) -> Result<Self> {
-        let recipe = Recipe::new(format!("linux-{release}")).with(tree.name()).with(SOURCE_RECIPE);
-        let what = format!("preparing the source of {release} for building modules (about two minutes)");
+        let recipe = Recipe::new(format!("linux-{release}"))
+            .with(tree.name())
+            .with(SOURCE_RECIPE);
+        let what =
+            format!("preparing the source of {release} for building modules (about two minutes)");
         let entry = cache.entry(recipe, &what, |dir| {
             let result = run(tree.recipe(SOURCE_RECIPE, dir).arg(release), "preparing the kernel's source");
             match result {
@@ -135,7 +150,9 @@ fn choose<'a>(offered: &'a [String], wanted: &str) -> Option<&'a str> {
     let found = if name == "stock" {
         newest()
     } else {
-        offered.iter().find(|o| *o == name || o.strip_suffix("-amd64") == Some(name))
+        offered
+            .iter()
+            .find(|o| *o == name || o.strip_suffix("-amd64") == Some(name))
     };
     found.map(String::as_str)
 }
@@ -153,21 +170,33 @@ impl std::fmt::Display for RecipeFailed {
 impl std::error::Error for RecipeFailed {}
 
 fn run(sandbox: Sandbox, what: &str) -> Result<()> {
-    let output = sandbox.command()?.stdin(std::process::Stdio::null()).output()?;
+    let output = sandbox
+        .command()?
+        .stdin(std::process::Stdio::null())
+        .output()?;
     if output.status.success() {
         return Ok(());
     }
-    let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    let text = format!(
+        "{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
     let message = format!(
         "{what} in the distribution tree ended with {}; the end of its output:\n{}",
         output.status,
         sandbox::tail(&text, 30)
     );
-    Err(anyhow!(RecipeFailed(sandbox::exit_code(output.status), message)))
+    Err(anyhow!(RecipeFailed(
+        sandbox::exit_code(output.status),
+        message
+    )))
 }
 
 fn is_status(error: &anyhow::Error, status: i32) -> bool {
-    error.downcast_ref::<RecipeFailed>().is_some_and(|f| f.0 == status)
+    error
+        .downcast_ref::<RecipeFailed>()
+        .is_some_and(|f| f.0 == status)
 }
 
 #[cfg(test)]
@@ -179,7 +208,10 @@ mod tests {
         let offered = ["6.12.1+deb13-amd64", "7.2.12+deb13-amd64"].map(String::from);
         assert_eq!(choose(&offered, "stock"), Some("7.2.12+deb13-amd64"));
         assert_eq!(choose(&offered, "6.12.1+deb13"), Some("6.12.1+deb13-amd64"));
-        assert_eq!(choose(&offered, "linux-image-7.2.12+deb13-amd64"), Some("7.2.12+deb13-amd64"));
+        assert_eq!(
+            choose(&offered, "linux-image-7.2.12+deb13-amd64"),
+            Some("7.2.12+deb13-amd64")
+        );
         assert_eq!(choose(&offered, "7.2"), None);
         assert_eq!(choose(&[], "stock"), None);
     }

@@ -10,20 +10,53 @@
 
 use std::fmt;
 
-const BEGIN: &str = "peerbuf-lab: begin";
+/// The record from which on the log is judged.
+pub const BEGIN: &str = "peerbuf-lab: begin";
 const EXPECT: &str = "peerbuf-lab: expect: ";
 const ERROR: &str = "peerbuf-lab: ERROR: ";
 
 /// What a line that starts a report has in it.
 const COMPLAINTS: &[&str] = &[
-    "WARNING:", "BUG:", "BUG ", "kernel BUG at", "Oops", "general protection fault", "Kernel panic",
-    "possible circular locking", "possible recursive locking", "possible irq lock inversion",
-    "inconsistent lock state", "suspicious RCU usage", "INFO: task ", "INFO: rcu", "rcu: INFO:",
-    "INFO: trying to register", "soft lockup", "hard LOCKUP", "refcount_t:", "kmemleak:", "UBSAN:", "KASAN:",
-    "KCSAN:", "unable to handle", "stack-protector", "list_add corruption", "list_del corruption",
-    "Out of memory:", "oom-kill:", "Bad page state", "Bad rss-counter", "scheduling while atomic",
-    "sleeping function called", "rust_kernel: panicked", "DEBUG_LOCKS_WARN_ON", "ODEBUG:",
-    "double free", "use-after-free", "segfault at", ERROR,
+    "WARNING:",
+    "BUG:",
+    "BUG ",
+    "kernel BUG at",
+    "Oops",
+    "general protection fault",
+    "Kernel panic",
+    "possible circular locking",
+    "possible recursive locking",
+    "possible irq lock inversion",
+    "inconsistent lock state",
+    "suspicious RCU usage",
+    "INFO: task ",
+    "INFO: rcu",
+    "rcu: INFO:",
+    "INFO: trying to register",
+    "soft lockup",
+    "hard LOCKUP",
+    "refcount_t:",
+    "kmemleak:",
+    "UBSAN:",
+    "KASAN:",
+    "KCSAN:",
+    "unable to handle",
+    "stack-protector",
+    "list_add corruption",
+    "list_del corruption",
+    "Out of memory:",
+    "oom-kill:",
+    "Bad page state",
+    "Bad rss-counter",
+    "scheduling while atomic",
+    "sleeping function called",
+    "rust_kernel: panicked",
+    "DEBUG_LOCKS_WARN_ON",
+    "ODEBUG:",
+    "double free",
+    "use-after-free",
+    "segfault at",
+    ERROR,
 ];
 
 /// Lines that hold a word of the list and mean no harm.
@@ -31,10 +64,39 @@ const HARMLESS: &[&str] = &["lockdep: fixing recursive fault", "debug: unmapping
 
 /// Lines that go on with a report once it has begun.
 const CONTINUES: &[&str] = &[
-    "Call Trace:", "<TASK>", "</TASK>", "<IRQ>", "</IRQ>", "RIP:", "Code:", "RSP:", "RAX:", "RDX:", "RBP:",
-    "R10:", "R13:", "FS:", "CS:", "CR2:", "CR3:", "DR0:", "DR3:", "PKRU:", "Modules linked in:", "CPU:",
-    "Hardware name:", "Tainted:", "Workqueue:", "---[ end trace", "---[ cut here", "irq event stamp",
-    "hardirqs last", "softirqs last", "------------[ cut here", "other info that might help", "stack backtrace",
+    "Call Trace:",
+    "<TASK>",
+    "</TASK>",
+    "<IRQ>",
+    "</IRQ>",
+    "RIP:",
+    "Code:",
+    "RSP:",
+    "RAX:",
+    "RDX:",
+    "RBP:",
+    "R10:",
+    "R13:",
+    "FS:",
+    "CS:",
+    "CR2:",
+    "CR3:",
+    "DR0:",
+    "DR3:",
+    "PKRU:",
+    "Modules linked in:",
+    "CPU:",
+    "Hardware name:",
+    "Tainted:",
+    "Workqueue:",
+    "---[ end trace",
+    "---[ cut here",
+    "irq event stamp",
+    "hardirqs last",
+    "softirqs last",
+    "------------[ cut here",
+    "other info that might help",
+    "stack backtrace",
 ];
 
 /// A report of the kernel that nobody announced.
@@ -46,7 +108,9 @@ pub struct Complaint {
 
 impl fmt::Display for Complaint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.lines.iter().try_for_each(|line| writeln!(f, "    {line}"))
+        self.lines
+            .iter()
+            .try_for_each(|line| writeln!(f, "    {line}"))
     }
 }
 
@@ -57,7 +121,11 @@ pub fn messages(raw: &str) -> Vec<String> {
         .filter_map(|line| {
             let (head, text) = line.split_once(';')?;
             let micros: u64 = head.split(',').nth(2)?.parse().ok()?;
-            Some(format!("[{:5}.{:06}] {text}", micros / 1_000_000, micros % 1_000_000))
+            Some(format!(
+                "[{:5}.{:06}] {text}",
+                micros / 1_000_000,
+                micros % 1_000_000
+            ))
         })
         .collect()
 }
@@ -68,9 +136,15 @@ pub fn complaints(messages: &[String]) -> Vec<Complaint> {
     let mut expected: Vec<&str> = Vec::new();
     // Whether the report being read is one to keep; none while no report is being read.
     let mut report: Option<bool> = None;
-    let begin = messages.iter().position(|m| m.contains(BEGIN)).map_or(0, |n| n + 1);
-    for line in &messages[begin..] {
-        let text = line.split_once("] ").map_or(line.as_str(), |(_, text)| text);
+    let begin = messages
+        .iter()
+        .position(|m| m.contains(BEGIN))
+        .map_or(0, |n| n + 1);
+    let judged = &messages[begin..];
+    for (n, line) in judged.iter().enumerate() {
+        let text = line
+            .split_once("] ")
+            .map_or(line.as_str(), |(_, text)| text);
         if let Some(announced) = text.strip_prefix(EXPECT) {
             expected.push(announced.trim());
             report = None;
@@ -81,7 +155,9 @@ pub fn complaints(messages: &[String]) -> Vec<Complaint> {
             if keep && !inside_announced {
                 match (report, found.last_mut()) {
                     (Some(true), Some(last)) => last.lines.push(line.clone()),
-                    _ => found.push(Complaint { lines: vec![line.clone()] }),
+                    _ => found.push(Complaint {
+                        lines: with_lead(judged, n),
+                    }),
                 }
                 report = Some(true);
             } else {
@@ -101,6 +177,15 @@ pub fn complaints(messages: &[String]) -> Vec<Complaint> {
     found
 }
 
+/// The line that starts a report, after what WARN() itself was told to say: that stands before
+/// it, below the cut.
+fn with_lead(messages: &[String], at: usize) -> Vec<String> {
+    let before = &messages[at.saturating_sub(4)..at];
+    let cut = before.iter().rposition(|m| m.contains("[ cut here ]"));
+    let lead = cut.map_or(&[][..], |cut| &before[cut + 1..]);
+    lead.iter().chain([&messages[at]]).cloned().collect()
+}
+
 fn is_complaint(text: &str) -> bool {
     COMPLAINTS.iter().any(|c| text.contains(c)) && !HARMLESS.iter().any(|h| text.contains(h))
 }
@@ -115,8 +200,11 @@ mod tests {
     use super::*;
 
     fn log(lines: &[&str]) -> Vec<String> {
-        let raw: String =
-            lines.iter().enumerate().map(|(n, l)| format!("4,{n},{},-;{l}\n", n * 1000)).collect();
+        let raw: String = lines
+            .iter()
+            .enumerate()
+            .map(|(n, l)| format!("4,{n},{},-;{l}\n", n * 1000))
+            .collect();
         messages(&raw)
     }
 
@@ -131,8 +219,12 @@ mod tests {
 
     #[test]
     fn records_become_lines_with_their_time_and_continuations_are_left_out() {
-        let raw = "6,1,4111222,-;hello; world\n SUBSYSTEM=pci\n DEVICE=+pci:0000\n4,2,5000001,-;two\n";
-        assert_eq!(messages(raw), ["[    4.111222] hello; world", "[    5.000001] two"]);
+        let raw =
+            "6,1,4111222,-;hello; world\n SUBSYSTEM=pci\n DEVICE=+pci:0000\n4,2,5000001,-;two\n";
+        assert_eq!(
+            messages(raw),
+            ["[    4.111222] hello; world", "[    5.000001] two"]
+        );
         assert!(messages("rubbish\n").is_empty());
     }
 
@@ -142,6 +234,18 @@ mod tests {
         assert_eq!(found.len(), 1);
         assert_eq!(found[0].lines.len(), 5);
         assert!(found[0].lines[0].contains("hello_init"));
+    }
+
+    #[test]
+    fn what_the_warning_says_is_part_of_it() {
+        let mut lines = WARN.to_vec();
+        lines.insert(1, "the pages are gone");
+        let found = complaints(&log(&lines));
+        assert_eq!(found.len(), 1);
+        assert!(
+            found[0].lines[0].ends_with("the pages are gone")
+                && found[0].lines[1].contains("WARNING:")
+        );
     }
 
     #[test]
@@ -158,7 +262,11 @@ mod tests {
             "Out of memory: Killed process 99 (a)",
             "peerbuf-lab: ERROR: peerbuf.ko did not load",
         ] {
-            assert_eq!(complaints(&log(&["fine", line, "fine again"])).len(), 1, "{line}");
+            assert_eq!(
+                complaints(&log(&["fine", line, "fine again"])).len(),
+                1,
+                "{line}"
+            );
         }
     }
 

@@ -39,8 +39,18 @@ pub fn ground(cache: &Cache, args: &GuestArgs) -> Result<Ground> {
     let tree = Tree::get(cache)?;
     let kernel = Kernel::get(cache, &tree, &args.kernel.kernel)?;
     let disk = disk::get(cache, &tree)?;
-    let layer = if args.with.is_empty() { None } else { Some(tree.layer(cache, &args.with)?) };
-    Ok(Ground { cache: cache.clone(), tree, kernel, disk, layer })
+    let layer = if args.with.is_empty() {
+        None
+    } else {
+        Some(tree.layer(cache, &args.with)?)
+    };
+    Ok(Ground {
+        cache: cache.clone(),
+        tree,
+        kernel,
+        disk,
+        layer,
+    })
 }
 
 /// Builds the module, the command and the fixtures for the kernel of `ground`.
@@ -55,7 +65,11 @@ pub fn parts(project: &Project, ground: &Ground) -> Result<Parts> {
         eprintln!("peerbuf-lab: kmod/ has no Makefile, so there is no peerbuf.ko in the guest");
     }
     let fixtures = fixtures::build(project, &ground.tree, &source, release)?;
-    Ok(Parts { module, programs: project.peerbuf()?, fixtures: Some(fixtures) })
+    Ok(Parts {
+        module,
+        programs: project.peerbuf()?,
+        fixtures: Some(fixtures),
+    })
 }
 
 /// A guest with these options and parts; the command is still to be set.

@@ -109,13 +109,21 @@ fn end_well_on_signals() -> Result<()> {
 
 fn ready(cache: &Cache, args: &GuestArgs) -> Result<(run::Ground, Job)> {
     let ground = lab::ground(cache, args)?;
-    let parts = if args.bare { Parts::default() } else { lab::parts(&Project::find()?, &ground)? };
+    let parts = if args.bare {
+        Parts::default()
+    } else {
+        lab::parts(&Project::find()?, &ground)?
+    };
     let job = lab::job(&ground, args, parts)?;
     Ok((ground, job))
 }
 
 fn person() -> Streams {
-    Streams { stdin: Some(Box::new(io::stdin())), stdout: Box::new(io::stdout()), stderr: Box::new(io::stderr()) }
+    Streams {
+        stdin: Some(Box::new(io::stdin())),
+        stdout: Box::new(io::stdout()),
+        stderr: Box::new(io::stderr()),
+    }
 }
 
 fn run_command(cache: &Cache, args: &GuestArgs, command: Vec<OsString>) -> Result<i32> {
@@ -143,7 +151,10 @@ struct Kept(Arc<Mutex<Vec<u8>>>);
 
 impl Write for Kept {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.lock().map_err(|_| io::ErrorKind::Other)?.extend_from_slice(bytes);
+        self.0
+            .lock()
+            .map_err(|_| io::ErrorKind::Other)?
+            .extend_from_slice(bytes);
         Ok(bytes.len())
     }
 
@@ -154,20 +165,33 @@ impl Write for Kept {
 
 impl Kept {
     fn text(&self) -> String {
-        self.0.lock().map(|b| String::from_utf8_lossy(&b).into_owned()).unwrap_or_default()
+        self.0
+            .lock()
+            .map(|b| String::from_utf8_lossy(&b).into_owned())
+            .unwrap_or_default()
     }
 }
 
 fn run_and_keep(ground: &run::Ground, job: &Job) -> Result<(Outcome, String, String)> {
     let (out, err) = (Kept::default(), Kept::default());
-    let streams = Streams { stdin: None, stdout: Box::new(out.clone()), stderr: Box::new(err.clone()) };
+    let streams = Streams {
+        stdin: None,
+        stdout: Box::new(out.clone()),
+        stderr: Box::new(err.clone()),
+    };
     let outcome = run::run(ground, job, streams)?;
     Ok((outcome, out.text(), err.text()))
 }
 
 fn demo(cache: &Cache, kernel: &KernelArgs) -> Result<i32> {
-    let args = |topology| GuestArgs { topology, ..GuestArgs::plain(kernel) };
-    let parts = lab::parts(&Project::find()?, &lab::ground(cache, &args(Topology::Switch))?)?;
+    let args = |topology| GuestArgs {
+        topology,
+        ..GuestArgs::plain(kernel)
+    };
+    let parts = lab::parts(
+        &Project::find()?,
+        &lab::ground(cache, &args(Topology::Switch))?,
+    )?;
     let one = |topology| -> Result<(Outcome, String, String)> {
         let args = args(topology);
         let ground = lab::ground(cache, &args)?;
@@ -179,15 +203,23 @@ fn demo(cache: &Cache, kernel: &KernelArgs) -> Result<i32> {
     for pair in Topology::ALL.chunks(AT_ONCE) {
         let results = std::thread::scope(|scope| {
             let started: Vec<_> = pair.iter().map(|t| (*t, scope.spawn(|| one(*t)))).collect();
-            started.into_iter().map(|(t, s)| (t, s.join())).collect::<Vec<_>>()
+            started
+                .into_iter()
+                .map(|(t, s)| (t, s.join()))
+                .collect::<Vec<_>>()
         });
         for (topology, result) in results {
-            let (outcome, out, err) = result.map_err(|_| anyhow!("the lab itself failed on {}", topology.name()))??;
+            let (outcome, out, err) =
+                result.map_err(|_| anyhow!("the lab itself failed on {}", topology.name()))??;
             println!("== {} ==\n{out}", topology.name());
             io::stdout().flush()?;
             eprint!("{err}{}", outcome.report());
             if outcome.status() != 0 {
-                eprintln!("peerbuf-lab: `peerbuf demo` on {} ended with {}", topology.name(), outcome.status());
+                eprintln!(
+                    "peerbuf-lab: `peerbuf demo` on {} ended with {}",
+                    topology.name(),
+                    outcome.status()
+                );
                 failed += 1;
             }
         }
@@ -200,7 +232,9 @@ fn test(cache: &Cache, filter: Option<&str>, kernel: &KernelArgs) -> Result<i32>
     // The parts for each kernel are built once, before the first guest that needs them.
     let built: Mutex<HashMap<String, Parts>> = Mutex::default();
     let parts_for = |ground: &run::Ground| -> Result<Parts> {
-        let mut built = built.lock().map_err(|_| anyhow!("another run failed in the middle of a build"))?;
+        let mut built = built
+            .lock()
+            .map_err(|_| anyhow!("another run failed in the middle of a build"))?;
         let release = ground.kernel.release();
         if let Some(parts) = built.get(release) {
             return Ok(parts.clone());
@@ -211,24 +245,32 @@ fn test(cache: &Cache, filter: Option<&str>, kernel: &KernelArgs) -> Result<i32>
     };
     // What does not compile is said before anything runs.
     parts_for(&lab::ground(cache, &GuestArgs::plain(kernel))?)?;
-    let in_guest = |args: &GuestArgs, file: PathBuf, arguments: Vec<OsString>| -> Result<Finished> {
-        let mut args = args.clone();
-        if args.kernel.kernel == "stock" {
-            args.kernel = kernel.clone();
-        }
-        if let Some(why) = guest::conflict(args.topology, args.iommu) {
-            bail!(why);
-        }
-        let ground = lab::ground(cache, &args)?;
-        let parts = if args.bare { Parts::default() } else { parts_for(&ground)? };
-        let mut job = lab::job(&ground, &args, parts)?;
-        let name = file.file_name().context("a test program without a name")?;
-        job.command = vec![Path::new("/opt/peerbuf/bin").join(name).into_os_string()];
-        job.command.extend(arguments);
-        job.programs.push(file);
-        let (outcome, out, err) = run_and_keep(&ground, &job)?;
-        Ok(Finished { output: out + &err, trouble: outcome.report() })
-    };
+    let in_guest =
+        |args: &GuestArgs, file: PathBuf, arguments: Vec<OsString>| -> Result<Finished> {
+            let mut args = args.clone();
+            if args.kernel.kernel == "stock" {
+                args.kernel = kernel.clone();
+            }
+            if let Some(why) = guest::conflict(args.topology, args.iommu) {
+                bail!(why);
+            }
+            let ground = lab::ground(cache, &args)?;
+            let parts = if args.bare {
+                Parts::default()
+            } else {
+                parts_for(&ground)?
+            };
+            let mut job = lab::job(&ground, &args, parts)?;
+            let name = file.file_name().context("a test program without a name")?;
+            job.command = vec![Path::new("/opt/peerbuf/bin").join(name).into_os_string()];
+            job.command.extend(arguments);
+            job.programs.push(file);
+            let (outcome, out, err) = run_and_keep(&ground, &job)?;
+            Ok(Finished {
+                output: out + &err,
+                trouble: outcome.report(),
+            })
+        };
     let (passed, failed) = suite::run(&project, filter, AT_ONCE, &in_guest)?;
     println!("{passed} passed, {failed} failed");
     Ok(i32::from(failed > 0))
@@ -258,7 +300,11 @@ fn clean(cache: &Cache) -> Result<i32> {
     let mib = |bytes: u64| format!("{:8.1} MiB", bytes as f64 / f64::from(1 << 20));
     println!("{}:", cache.dir().display());
     for entry in &held {
-        let what = if entry.removed { "removed" } else { "in use, kept" };
+        let what = if entry.removed {
+            "removed"
+        } else {
+            "in use, kept"
+        };
         println!("{}  {}  ({what})", mib(entry.bytes), entry.name);
     }
     println!("{}  in all", mib(held.iter().map(|e| e.bytes).sum()));

@@ -40,16 +40,25 @@ impl Step {
                 Some(bar) => bar.finish_and_clear(),
                 None => {
                     let how = if ended == Ok(true) { "done" } else { "ended" };
-                    eprintln!("peerbuf-lab: {what}: {how} in {:.0} s", began.elapsed().as_secs_f64());
+                    eprintln!(
+                        "peerbuf-lab: {what}: {how} in {:.0} s",
+                        began.elapsed().as_secs_f64()
+                    );
                 }
             }
         });
-        Self { shown: Some((tell, thread)) }
+        Self {
+            shown: Some((tell, thread)),
+        }
     }
 
     /// A step shown on a terminal only, for what every warm call does, such as booting.
     pub fn start_on_terminal(what: impl Into<String>) -> Self {
-        if stderr().is_terminal() { Self::start(what) } else { Self { shown: None } }
+        if stderr().is_terminal() {
+            Self::start(what)
+        } else {
+            Self { shown: None }
+        }
     }
 
     /// Ends the step with success.

@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 use walkdir::WalkDir;
 
-use crate::{kernel::Source, progress::Step, sandbox, tree::Tree};
+use crate::{cache::Recipe, kernel::Source, progress::Step, sandbox, tree::Tree};
 
 /// The checkout that this program was built from.
 pub struct Project {
@@ -26,22 +26,35 @@ impl Project {
     /// When it is gone, or cargo cannot read it.
     pub fn find() -> Result<Self> {
         // cargo sets it at run time too, so a checkout may move after it was built.
-        let here = std::env::var_os("CARGO_MANIFEST_DIR").map_or(PathBuf::from(env!("CARGO_MANIFEST_DIR")), PathBuf::from);
+        let here = std::env::var_os("CARGO_MANIFEST_DIR")
+            .map_or(PathBuf::from(env!("CARGO_MANIFEST_DIR")), PathBuf::from);
         let root = here
             .ancestors()
             .find(|dir| dir.join("tools/lab/Cargo.toml").is_file())
             .or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2))
             .map(Path::to_owned)
             .context("finding peerbuf's checkout; call the lab through `cargo lab` in it")?;
-        let output = cargo(&root).args(["metadata", "--no-deps", "--offline", "--format-version=1"]).output()?;
+        let output = cargo(&root)
+            .args(["metadata", "--no-deps", "--offline", "--format-version=1"])
+            .output()?;
         if !output.status.success() {
             let text = String::from_utf8_lossy(&output.stderr);
-            bail!("reading the workspace at {} with cargo failed:\n{}", root.display(), sandbox::tail(&text, 20));
+            bail!(
+                "reading the workspace at {} with cargo failed:\n{}",
+                root.display(),
+                sandbox::tail(&text, 20)
+            );
         }
         let json: serde_json::Value = serde_json::from_slice(&output.stdout)?;
-        let target = json["target_directory"].as_str().context("cargo metadata names no target directory")?;
+        let target = json["target_directory"]
+            .as_str()
+            .context("cargo metadata names no target directory")?;
         let target = PathBuf::from(target);
-        Ok(Self { root, target, metadata: json })
+        Ok(Self {
+            root,
+            target,
+            metadata: json,
+        })
     }
 
     /// `[package.metadata]` of one package of the workspace.
@@ -97,15 +110,31 @@ impl Project {
             .context("starting cargo")?;
         if !output.status.success() {
             let text = String::from_utf8_lossy(&output.stderr);
-            bail!("`cargo {}` failed:\n{}", args.join(" "), sandbox::tail(&text, 60));
+            bail!(
+                "`cargo {}` failed:\n{}",
+                args.join(" "),
+                sandbox::tail(&text, 60)
+            );
         }
         let mut programs = Vec::new();
-        for line in output.stdout.split(|b| *b == b'\n').filter(|l| !l.is_empty()) {
+        for line in output
+            .stdout
+            .split(|b| *b == b'\n')
+            .filter(|l| !l.is_empty())
+        {
             let message: serde_json::Value = serde_json::from_slice(line)?;
             let target = &message["target"];
-            if let (Some(file), Some(name)) = (message["executable"].as_str(), target["name"].as_str()) {
-                let is_test = target["kind"].as_array().is_some_and(|k| k.iter().any(|k| k == "test"));
-                programs.push(Program { name: name.into(), file: file.into(), is_test });
+            if let (Some(file), Some(name)) =
+                (message["executable"].as_str(), target["name"].as_str())
+            {
+                let is_test = target["kind"]
+                    .as_array()
+                    .is_some_and(|k| k.iter().any(|k| k == "test"));
+                programs.push(Program {
+                    name: name.into(),
+                    file: file.into(),
+                    is_test,
+                });
             }
         }
         Ok(programs)
@@ -125,22 +154,50 @@ impl Project {
         for part in ["kmod", "uapi"] {
             mirror(&self.root.join(part), &work.join(part))?;
         }
+        let module = work.join("kmod/peerbuf.ko");
+        let stamp = work.join("made-of");
+        let made_of = made_of(&[&work.join("kmod"), &work.join("uapi")], source)?;
+        // Even a make that finds nothing to do takes seconds to find it.
+        if module.is_file() && fs::read_to_string(&stamp).ok().as_deref() == Some(&made_of) {
+            return Ok(Some(module));
+        }
         let step = Step::start("building peerbuf.ko");
         // Built for another prepared tree, the objects there are of no use.
-        let stamp = work.join("built-against");
-        let against = source.dir().display().to_string();
-        if fs::read_to_string(&stamp).ok().as_deref() != Some(&against) {
-            make(tree, source, &work, &["-C", "/lab/build/kmod", "KDIR=/lab/linux", "clean"])?;
-            fs::write(&stamp, against)?;
+        let against = work.join("built-against");
+        let tree_dir = source.dir().display().to_string();
+        let args = |target| ["-C", "/lab/build/kmod", "KDIR=/lab/linux", target];
+        if fs::read_to_string(&against).ok().as_deref() != Some(&tree_dir) {
+            make(tree, source, &work, &args("clean"))?;
+            fs::write(&against, tree_dir)?;
         }
-        make(tree, source, &work, &["-C", "/lab/build/kmod", "KDIR=/lab/linux", "modules"])?;
-        step.done();
-        let module = work.join("kmod/peerbuf.ko");
+        make(tree, source, &work, &args("modules"))?;
         if !module.is_file() {
             bail!("building kmod/ made no peerbuf.ko");
         }
+        fs::write(&stamp, made_of)?;
+        step.done();
         Ok(Some(module))
     }
+}
+
+/// A text that changes with any source below `dirs` and with the kernel they are built for.
+///
+/// # Errors
+/// When one cannot be read.
+pub fn made_of(dirs: &[&Path], source: &Source) -> Result<String> {
+    let mut recipe = Recipe::new("made-of").with(source.dir().display().to_string());
+    for dir in dirs {
+        let sources = WalkDir::new(dir).sort_by_file_name();
+        for entry in sources.into_iter().filter_entry(|e| is_source(e.path())) {
+            let entry = entry?;
+            if entry.file_type().is_file() {
+                let text = fs::read(entry.path())
+                    .with_context(|| format!("reading {}", entry.path().display()))?;
+                recipe = recipe.with(entry.path().display().to_string()).with(text);
+            }
+        }
+    }
+    Ok(recipe.name())
 }
 
 /// A program that cargo made.
@@ -166,7 +223,12 @@ pub fn build_module(tree: &Tree, source: &Source, dir: &Path) -> Result<()> {
         );
     }
     let step = Step::start(format!("building the module in {}", dir.display()));
-    make(tree, source, &dir, &["-C", "/lab/linux", "M=/lab/build", "modules"])?;
+    make(
+        tree,
+        source,
+        &dir,
+        &["-C", "/lab/linux", "M=/lab/build", "modules"],
+    )?;
     step.done();
     Ok(())
 }
@@ -179,7 +241,10 @@ fn make(tree: &Tree, source: &Source, work: &Path, args: &[&str]) -> Result<()> 
         .bind(work, "/lab/build")
         .mount(sandbox::Mount::Tmpfs { at: "/tmp".into() })
         .args(["CC=gcc-14", "HOSTCC=gcc-14"])
-        .arg(format!("-j{}", std::thread::available_parallelism().map_or(1, |n| n.get())))
+        .arg(format!(
+            "-j{}",
+            std::thread::available_parallelism().map_or(1, |n| n.get())
+        ))
         .args(args)
         .run("building the module")
         .map(drop)
@@ -189,7 +254,11 @@ fn cargo(root: &Path) -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.current_dir(root);
     // What cargo sets for this program is not meant for the next cargo.
-    for name in ["CARGO_MANIFEST_DIR", "CARGO_MANIFEST_PATH", "CARGO_PKG_NAME"] {
+    for name in [
+        "CARGO_MANIFEST_DIR",
+        "CARGO_MANIFEST_PATH",
+        "CARGO_PKG_NAME",
+    ] {
         command.env_remove(name);
     }
     command
@@ -200,9 +269,16 @@ fn cargo(root: &Path) -> Command {
 /// # Errors
 /// Those of the file system.
 pub fn lock(dir: &Path) -> Result<fs::File> {
-    let file = fs::File::options().create(true).truncate(false).write(true).open(dir.join("lock"))?;
+    let file = fs::File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(dir.join("lock"))?;
     if file.try_lock().is_err() {
-        let _step = Step::start(format!("waiting for another call that builds in {}", dir.display()));
+        let _step = Step::start(format!(
+            "waiting for another call that builds in {}",
+            dir.display()
+        ));
         file.lock()?;
     }
     Ok(file)
@@ -214,13 +290,17 @@ pub fn lock(dir: &Path) -> Result<fs::File> {
 /// # Errors
 /// Those of the file system.
 pub fn mirror(from: &Path, to: &Path) -> Result<()> {
-    for entry in WalkDir::new(from).into_iter().filter_entry(|e| is_source(e.path())) {
+    for entry in WalkDir::new(from)
+        .into_iter()
+        .filter_entry(|e| is_source(e.path()))
+    {
         let entry = entry?;
         let target = to.join(entry.path().strip_prefix(from)?);
         if entry.file_type().is_dir() {
             fs::create_dir_all(&target)?;
         } else {
-            let new = fs::read(entry.path()).with_context(|| format!("reading {}", entry.path().display()))?;
+            let new = fs::read(entry.path())
+                .with_context(|| format!("reading {}", entry.path().display()))?;
             if fs::read(&target).ok().as_ref() != Some(&new) {
                 fs::write(&target, new).with_context(|| format!("writing {}", target.display()))?;
                 let mode = entry.metadata()?.permissions().mode();
@@ -228,7 +308,11 @@ pub fn mirror(from: &Path, to: &Path) -> Result<()> {
             }
         }
     }
-    for entry in WalkDir::new(to).into_iter().filter_entry(|e| is_source(e.path())).flatten() {
+    for entry in WalkDir::new(to)
+        .into_iter()
+        .filter_entry(|e| is_source(e.path()))
+        .flatten()
+    {
         let source = from.join(entry.path().strip_prefix(to)?);
         if entry.file_type().is_file() && !source.exists() {
             fs::remove_file(entry.path())?;
@@ -238,9 +322,11 @@ pub fn mirror(from: &Path, to: &Path) -> Result<()> {
 }
 
 /// Whether a file is written by people, going by its name.
-pub fn is_source(path: &Path) -> bool {
+fn is_source(path: &Path) -> bool {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let product = [".o", ".ko", ".mod", ".mod.c", ".cmd", ".a", ".order", ".symvers", ".rmeta", ".d"];
+    let product = [
+        ".o", ".ko", ".mod", ".mod.c", ".cmd", ".a", ".order", ".symvers", ".rmeta", ".d",
+    ];
     let hidden = name.starts_with('.') && name.len() > 1;
     !hidden && !product.iter().any(|p| name.ends_with(p)) && name != "target"
 }
@@ -254,7 +340,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (from, to) = (dir.path().join("a"), dir.path().join("b"));
         fs::create_dir_all(from.join("src")).unwrap();
-        for (file, text) in [("src/x.rs", "1"), ("Kbuild", "k"), ("junk.o", "o"), (".x.cmd", "c")] {
+        for (file, text) in [
+            ("src/x.rs", "1"),
+            ("Kbuild", "k"),
+            ("junk.o", "o"),
+            (".x.cmd", "c"),
+        ] {
             fs::write(from.join(file), text).unwrap();
         }
         mirror(&from, &to).unwrap();
@@ -271,6 +362,9 @@ mod tests {
         assert_eq!(fs::read(to.join("src/x.rs")).unwrap(), b"2");
         assert!(!to.join("src/y.rs").exists());
         assert!(to.join("peerbuf.ko").exists());
-        assert_eq!(fs::metadata(to.join("Kbuild")).unwrap().modified().unwrap(), before);
+        assert_eq!(
+            fs::metadata(to.join("Kbuild")).unwrap().modified().unwrap(),
+            before
+        );
     }
 }

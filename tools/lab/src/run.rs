@@ -117,10 +117,6 @@ pub struct Outcome {
     pub complaints: Vec<Complaint>,
     /// The kernel's console, whole.
     pub console: String,
-    /// The kernel's log, if the guest lived to give it.
-    pub log: Vec<String>,
-    /// From the start of the guest to the start of the command.
-    pub boot: Duration,
 }
 
 impl Outcome {
@@ -174,6 +170,9 @@ struct Guest {
     child: Child,
     dir: RunDir,
     ports: Vec<(&'static str, UnixStream)>,
+    /// Connections that must not close before the guest ends: QEMU drops what it has not read
+    /// from one that closes, while the end of a stream reaches it after the data.
+    kept: Vec<UnixStream>,
 }
 
 impl Drop for Guest {
@@ -188,7 +187,6 @@ impl Drop for Guest {
 /// # Errors
 /// When the guest could not even be started. A guest that dies is an outcome, not an error.
 pub fn run(ground: &Ground, job: &Job, streams: Streams) -> Result<Outcome> {
-    let began = Instant::now();
     let step = Step::start_on_terminal("starting a guest");
     let mut guest = start(ground, job)?;
     let control = guest.take_port("control")?;
@@ -206,33 +204,39 @@ pub fn run(ground: &Ground, job: &Job, streams: Streams) -> Result<Outcome> {
         let port = guest.take_port("stdin")?;
         match streams.stdin {
             Some(from) => stdin = Some((from, port)),
-            None => port.shutdown(Shutdown::Both)?,
+            None => {
+                port.shutdown(Shutdown::Write)?;
+                guest.kept.push(port);
+            }
         }
     }
 
-    let mut boot = began.elapsed();
     let mut log = Vec::new();
     let mut ending = match events.recv_timeout(job.boot_limit) {
         Ok(Event::Start) => {
-            boot = began.elapsed();
             step.done();
             let _raw = job.machine.shell.then(Raw::enter);
             if let Some((from, to)) = stdin {
+                guest.kept.push(to.try_clone()?);
                 carry_in(from, to);
             }
             wait_for_exit(&events, job.timeout)
         }
-        Ok(_) | Err(RecvTimeoutError::Disconnected) => Ending::Died("the guest ended before the command began".into()),
-        Err(RecvTimeoutError::Timeout) => {
-            Ending::Died(format!("the guest did not come to the command within {} s", job.boot_limit.as_secs()))
+        Ok(_) | Err(RecvTimeoutError::Disconnected) => {
+            Ending::Died("the guest ended before the command began".into())
         }
+        Err(RecvTimeoutError::Timeout) => Ending::Died(format!(
+            "the guest did not come to the command within {} s",
+            job.boot_limit.as_secs()
+        )),
     };
     if let Ending::Exit(status) = ending {
         match events.recv_timeout(LOG_LIMIT) {
-            Ok(Event::Log(raw)) => log = klog::messages(&raw),
+            // A log without the record where judging begins would pass as a clean one.
+            Ok(Event::Log(raw)) if raw.contains(klog::BEGIN) => log = klog::messages(&raw),
             _ => {
                 ending = Ending::Died(format!(
-                    "the command ended with {status}, and then the guest ended before its kernel log was read"
+                    "the command ended with {status}, and then its guest's kernel log could not be read"
                 ));
             }
         }
@@ -248,7 +252,11 @@ pub fn run(ground: &Ground, job: &Job, streams: Streams) -> Result<Outcome> {
         console = read_lossy(&guest.dir.path().join("qemu"));
     }
     let complaints = klog::complaints(&log);
-    Ok(Outcome { ending, complaints, console, log, boot })
+    Ok(Outcome {
+        ending,
+        complaints,
+        console,
+    })
 }
 
 fn read_lossy(path: &Path) -> String {
@@ -331,7 +339,7 @@ fn carry_in(mut from: Box<dyn Read + Send>, mut to: UnixStream) {
                 _ => break,
             }
         }
-        let _ = to.shutdown(Shutdown::Both);
+        let _ = to.shutdown(Shutdown::Write);
     });
 }
 
@@ -372,7 +380,10 @@ fn start(ground: &Ground, job: &Job) -> Result<Guest> {
     };
     let in_guest = |at: &str| format!("{}{at}", guest::GUEST_ROOT);
     qemu = qemu
-        .bind_read_only(ground.kernel.dir().join("lib/modules"), in_guest("/usr/lib/modules"))
+        .bind_read_only(
+            ground.kernel.dir().join("lib/modules"),
+            in_guest("/usr/lib/modules"),
+        )
         .bind_read_only(path.join("opt"), in_guest("/opt/peerbuf"))
         .bind_read_only(ground.kernel.dir(), guest::KERNEL)
         .bind_read_only(ground.disk.path(), guest::DISK)
@@ -388,7 +399,12 @@ fn start(ground: &Ground, job: &Job) -> Result<Guest> {
         .stderr(said)
         .spawn()
         .context("starting QEMU")?;
-    let mut guest = Guest { child, dir, ports: Vec::new() };
+    let mut guest = Guest {
+        child,
+        dir,
+        ports: Vec::new(),
+        kept: Vec::new(),
+    };
 
     let deadline = Instant::now() + Duration::from_secs(60);
     while let Some((name, listener)) = waiting.pop() {
@@ -400,7 +416,10 @@ fn start(ground: &Ground, job: &Job) -> Result<Guest> {
             Err(e) if e.kind() == ErrorKind::WouldBlock => {
                 if guest.child.try_wait()?.is_some() || Instant::now() > deadline {
                     let said = read_lossy(&path.join("qemu"));
-                    bail!("QEMU did not start a guest; it said:\n{}", sandbox::tail(&said, 30));
+                    bail!(
+                        "QEMU did not start a guest; it said:\n{}",
+                        sandbox::tail(&said, 30)
+                    );
                 }
                 waiting.push((name, listener));
                 thread::sleep(Duration::from_millis(5));
@@ -446,21 +465,31 @@ fn stage(job: &Job, opt: &Path) -> Result<()> {
         yes(job.machine.shell),
     );
     fs::write(opt.join("run/settings"), settings)?;
-    fs::write(opt.join("run/command"), command_script(&job.command, job.machine.shell))?;
+    fs::write(
+        opt.join("run/command"),
+        command_script(&job.command, job.machine.shell),
+    )?;
     Ok(())
 }
 
 fn copy_into(file: &Path, dir: &Path) -> Result<()> {
-    let name = file.file_name().with_context(|| format!("{} is no file", file.display()))?;
+    let name = file
+        .file_name()
+        .with_context(|| format!("{} is no file", file.display()))?;
     fs::copy(file, dir.join(name)).with_context(|| format!("copying {}", file.display()))?;
     Ok(())
 }
 
 fn command_script(command: &[OsString], shell: bool) -> Vec<u8> {
     if shell && command.is_empty() {
-        let size = terminal_size().map_or(String::new(), |(rows, cols)| format!("stty rows {rows} cols {cols}\n"));
+        let size = terminal_size().map_or(String::new(), |(rows, cols)| {
+            format!("stty rows {rows} cols {cols}\n")
+        });
         let term = std::env::var("TERM").unwrap_or_else(|_| "linux".into());
-        let term: String = term.chars().filter(|c| c.is_ascii_alphanumeric() || "-_.+".contains(*c)).collect();
+        let term: String = term
+            .chars()
+            .filter(|c| c.is_ascii_alphanumeric() || "-_.+".contains(*c))
+            .collect();
         return format!("export TERM={term}\n{size}exec bash\n").into_bytes();
     }
     let mut script = b"exec".to_vec();
@@ -479,7 +508,11 @@ fn command_script(command: &[OsString], shell: bool) -> Vec<u8> {
 }
 
 fn terminal_size() -> Option<(String, String)> {
-    let output = std::process::Command::new("stty").arg("size").stderr(Stdio::null()).output().ok()?;
+    let output = std::process::Command::new("stty")
+        .arg("size")
+        .stderr(Stdio::null())
+        .output()
+        .ok()?;
     let text = String::from_utf8(output.stdout).ok()?;
     let (rows, cols) = text.trim().split_once(' ')?;
     Some((rows.into(), cols.into()))
@@ -493,21 +526,33 @@ mod tests {
     fn a_commands_words_reach_the_guest_as_they_are() {
         let words = ["sh", "-c", "echo 'a b' \"$HOME\" \\ \n x"].map(OsString::from);
         let script = String::from_utf8(command_script(&words, false)).unwrap();
-        assert_eq!(script, "exec 'sh' '-c' 'echo '\\''a b'\\'' \"$HOME\" \\ \n x'\n");
+        assert_eq!(
+            script,
+            "exec 'sh' '-c' 'echo '\\''a b'\\'' \"$HOME\" \\ \n x'\n"
+        );
     }
 
     fn outcome(ending: Ending) -> Outcome {
-        Outcome { ending, complaints: vec![], console: "one\r\ntwo\r\n".into(), log: vec![], boot: Duration::ZERO }
+        Outcome {
+            ending,
+            complaints: vec![],
+            console: "one\r\ntwo\r\n".into(),
+        }
     }
 
     #[test]
     fn the_status_is_the_commands_own_unless_the_guest_was_in_trouble() {
         assert_eq!(outcome(Ending::Exit(7)).status(), 7);
         assert_eq!(outcome(Ending::Exit(7)).report(), "");
-        assert_eq!(outcome(Ending::TimedOut(Duration::from_secs(3))).status(), 124);
+        assert_eq!(
+            outcome(Ending::TimedOut(Duration::from_secs(3))).status(),
+            124
+        );
         assert_eq!(outcome(Ending::Died("it died".into())).status(), 125);
         let mut complained = outcome(Ending::Exit(0));
-        complained.complaints.push(Complaint { lines: vec!["BUG: x".into()] });
+        complained.complaints.push(Complaint {
+            lines: vec!["BUG: x".into()],
+        });
         assert_eq!(complained.status(), 125);
         assert!(complained.report().contains("BUG: x"));
     }

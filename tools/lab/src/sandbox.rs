@@ -101,7 +101,8 @@ impl Sandbox {
 
     /// Adds arguments.
     pub fn args<A: AsRef<OsStr>>(mut self, args: impl IntoIterator<Item = A>) -> Self {
-        self.args.extend(args.into_iter().map(|a| a.as_ref().into()));
+        self.args
+            .extend(args.into_iter().map(|a| a.as_ref().into()));
         self
     }
 
@@ -119,17 +120,29 @@ impl Sandbox {
 
     /// Shows the host's `from` at `at`, writable.
     pub fn bind(self, from: impl Into<PathBuf>, at: impl Into<PathBuf>) -> Self {
-        self.mount(Mount::Bind { from: from.into(), at: at.into(), read_only: false })
+        self.mount(Mount::Bind {
+            from: from.into(),
+            at: at.into(),
+            read_only: false,
+        })
     }
 
     /// Shows the host's `from` at `at`, read-only.
     pub fn bind_read_only(self, from: impl Into<PathBuf>, at: impl Into<PathBuf>) -> Self {
-        self.mount(Mount::Bind { from: from.into(), at: at.into(), read_only: true })
+        self.mount(Mount::Bind {
+            from: from.into(),
+            at: at.into(),
+            read_only: true,
+        })
     }
 
     /// Makes the root itself a merger of layers, mounted at what was given as root.
     pub fn overlay_root(mut self, lower: Vec<PathBuf>, upper: Option<(PathBuf, PathBuf)>) -> Self {
-        self.layers = Some(Mount::Overlay { lower, upper, at: "/".into() });
+        self.layers = Some(Mount::Overlay {
+            lower,
+            upper,
+            at: "/".into(),
+        });
         self
     }
 
@@ -154,11 +167,15 @@ impl Sandbox {
     /// # Errors
     /// A path that is not UTF-8 cannot be handed on.
     pub fn command(&self) -> Result<Command> {
-        let json = serde_json::to_string(self)
-            .context("a path or argument for the lab's tree is not UTF-8; move it to one that is")?;
+        let json = serde_json::to_string(self).context(
+            "a path or argument for the lab's tree is not UTF-8; move it to one that is",
+        )?;
         // Not current_exe(): cargo may have replaced the file meanwhile.
         let mut command = Command::new("/proc/self/exe");
-        command.arg(ENTER).arg(std::process::id().to_string()).arg(json);
+        command
+            .arg(ENTER)
+            .arg(std::process::id().to_string())
+            .arg(json);
         Ok(command)
     }
 
@@ -168,11 +185,20 @@ impl Sandbox {
     /// When it cannot be started or ends with another status than 0; names the program and the
     /// end of its output.
     pub fn run(&self, what: &str) -> Result<String> {
-        let output = self.command()?.stdin(std::process::Stdio::null()).output()?;
+        let output = self
+            .command()?
+            .stdin(std::process::Stdio::null())
+            .output()?;
         let out = String::from_utf8_lossy(&output.stdout).into_owned();
         if !output.status.success() {
             let all = format!("{out}{}", String::from_utf8_lossy(&output.stderr));
-            bail!(failure(what, &self.program, &self.args, output.status, &all));
+            bail!(failure(
+                what,
+                &self.program,
+                &self.args,
+                output.status,
+                &all
+            ));
         }
         Ok(out)
     }
@@ -191,7 +217,11 @@ pub fn failure<A: AsRef<OsStr>>(
         line.push(arg);
         line
     });
-    format!("{what} failed: `{}` ended with {status}; the end of its output:\n{}", line.display(), tail(output, 40))
+    format!(
+        "{what} failed: `{}` ended with {status}; the end of its output:\n{}",
+        line.display(),
+        tail(output, 40)
+    )
 }
 
 /// The last `lines` lines of `text`, indented.
@@ -231,12 +261,15 @@ fn enter(inside: bool, parent: &OsStr, json: &OsStr) -> Result<i32> {
         )?;
         change_mount(Path::new("/"), MsFlags::MS_REC | MsFlags::MS_PRIVATE)?;
         if sandbox.own_processes {
-            let status = Command::new("/proc/self/exe").args([OsStr::new(INSIDE), parent, json]).status()?;
+            let status = Command::new("/proc/self/exe")
+                .args([OsStr::new(INSIDE), parent, json])
+                .status()?;
             return Ok(exit_code(status));
         }
     }
     sandbox.mount_all(inside)?;
-    chroot(&sandbox.root).with_context(|| format!("changing root to {}", sandbox.root.display()))?;
+    chroot(&sandbox.root)
+        .with_context(|| format!("changing root to {}", sandbox.root.display()))?;
     std::env::set_current_dir("/").context("entering the lab's tree")?;
     let error = Command::new(&sandbox.program)
         .args(&sandbox.args)
@@ -249,7 +282,9 @@ fn enter(inside: bool, parent: &OsStr, json: &OsStr) -> Result<i32> {
 /// A process's status as a shell would give it.
 pub fn exit_code(status: ExitStatus) -> i32 {
     use std::os::unix::process::ExitStatusExt;
-    status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0))
+    status
+        .code()
+        .unwrap_or_else(|| 128 + status.signal().unwrap_or(0))
 }
 
 fn change_mount(at: &Path, flags: MsFlags) -> Result<()> {
@@ -274,7 +309,14 @@ impl Sandbox {
         }
         let proc = self.below(Path::new("/proc"));
         let mounted = fresh_proc
-            && mount(Some("proc"), &proc, Some("proc"), MsFlags::empty(), None::<&Path>).is_ok();
+            && mount(
+                Some("proc"),
+                &proc,
+                Some("proc"),
+                MsFlags::empty(),
+                None::<&Path>,
+            )
+            .is_ok();
         if !mounted {
             bind(Path::new("/proc"), &proc, true)?;
         }
@@ -286,18 +328,31 @@ impl Sandbox {
 
     fn mount_one(&self, entry: &Mount) -> Result<()> {
         match entry {
-            Mount::Bind { from, at, read_only } => {
+            Mount::Bind {
+                from,
+                at,
+                read_only,
+            } => {
                 let at = self.below(at);
                 make_mount_point(from, &at)?;
                 bind(from, &at, false)?;
                 if *read_only {
-                    change_mount(&at, MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY)?;
+                    change_mount(
+                        &at,
+                        MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY,
+                    )?;
                 }
             }
             Mount::Tmpfs { at } => {
                 let at = self.below(at);
-                mount(Some("tmpfs"), &at, Some("tmpfs"), MsFlags::empty(), Some("mode=1777"))
-                    .with_context(|| format!("mounting a tmpfs at {}", at.display()))?;
+                mount(
+                    Some("tmpfs"),
+                    &at,
+                    Some("tmpfs"),
+                    MsFlags::empty(),
+                    Some("mode=1777"),
+                )
+                .with_context(|| format!("mounting a tmpfs at {}", at.display()))?;
             }
             Mount::Overlay { lower, upper, at } => {
                 let at = self.below(at);
@@ -307,8 +362,14 @@ impl Sandbox {
                 if let Some((upper, work)) = upper {
                     options += &format!(",upperdir={},workdir={}", upper.display(), work.display());
                 }
-                mount(Some("overlay"), &at, Some("overlay"), MsFlags::empty(), Some(options.as_str()))
-                    .with_context(|| format!("mounting an overlay at {} ({options})", at.display()))?;
+                mount(
+                    Some("overlay"),
+                    &at,
+                    Some("overlay"),
+                    MsFlags::empty(),
+                    Some(options.as_str()),
+                )
+                .with_context(|| format!("mounting an overlay at {} ({options})", at.display()))?;
             }
         }
         Ok(())
@@ -316,16 +377,28 @@ impl Sandbox {
 }
 
 fn bind(from: &Path, at: &Path, recursive: bool) -> Result<()> {
-    let rec = if recursive { MsFlags::MS_REC } else { MsFlags::empty() };
-    mount(Some(from), at, None::<&Path>, MsFlags::MS_BIND | rec, None::<&Path>)
-        .with_context(|| format!("showing {} at {}", from.display(), at.display()))
+    let rec = if recursive {
+        MsFlags::MS_REC
+    } else {
+        MsFlags::empty()
+    };
+    mount(
+        Some(from),
+        at,
+        None::<&Path>,
+        MsFlags::MS_BIND | rec,
+        None::<&Path>,
+    )
+    .with_context(|| format!("showing {} at {}", from.display(), at.display()))
 }
 
 fn make_mount_point(from: &Path, at: &Path) -> Result<()> {
     if fs::symlink_metadata(at).is_ok() {
         return Ok(());
     }
-    let is_dir = fs::metadata(from).with_context(|| format!("looking at {}", from.display()))?.is_dir();
+    let is_dir = fs::metadata(from)
+        .with_context(|| format!("looking at {}", from.display()))?
+        .is_dir();
     if is_dir {
         fs::create_dir_all(at)
     } else {

@@ -26,7 +26,10 @@ use std::{
 use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 
-use crate::{cli::GuestArgs, project::{Program, Project}};
+use crate::{
+    cli::GuestArgs,
+    project::{Program, Project},
+};
 
 /// Where a test program runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
@@ -87,14 +90,23 @@ pub type InGuest<'a> = &'a (dyn Fn(&GuestArgs, PathBuf, Vec<OsString>) -> Result
 ///
 /// # Errors
 /// When the suite does not compile, its list of runs is wrong or nothing was selected.
-pub fn run(project: &Project, filter: Option<&str>, at_once: usize, in_guest: InGuest<'_>) -> Result<(u32, u32)> {
+pub fn run(
+    project: &Project,
+    filter: Option<&str>,
+    at_once: usize,
+    in_guest: InGuest<'_>,
+) -> Result<(u32, u32)> {
     let runs = list(project)?;
     let step = crate::progress::Step::start("building the lab's suite");
-    let programs = project.cargo_build(&["test", "--no-run", "--package=peerbuf-lab-suite", "--tests"])?;
+    let programs =
+        project.cargo_build(&["test", "--no-run", "--package=peerbuf-lab-suite", "--tests"])?;
     step.done();
     for program in &programs {
         if program.is_test && !runs.iter().any(|r| r.test == program.name) {
-            bail!("tests/lab/tests/{}.rs has no run in tests/lab/Cargo.toml, so it would never run", program.name);
+            bail!(
+                "tests/lab/tests/{}.rs has no run in tests/lab/Cargo.toml, so it would never run",
+                program.name
+            );
         }
     }
     let mut work = Vec::new();
@@ -102,21 +114,31 @@ pub fn run(project: &Project, filter: Option<&str>, at_once: usize, in_guest: In
         let program = programs
             .iter()
             .find(|p| p.name == run.test)
-            .with_context(|| format!("tests/lab/Cargo.toml lists a run of {:?}, which is no test there", run.test))?;
+            .with_context(|| {
+                format!(
+                    "tests/lab/Cargo.toml lists a run of {:?}, which is no test there",
+                    run.test
+                )
+            })?;
         if let Some(tests) = select(&run, program, filter)? {
             let options = guest_args(&run)?;
             work.push((run, program.file.clone(), tests, options));
         }
     }
     if work.is_empty() {
-        bail!("no test and no run of the lab's suite has {:?} in its name", filter.unwrap_or_default());
+        bail!(
+            "no test and no run of the lab's suite has {:?} in its name",
+            filter.unwrap_or_default()
+        );
     }
     let next = AtomicUsize::new(0);
     let total = Arc::new(Mutex::new((0, 0)));
     std::thread::scope(|scope| {
         for _ in 0..at_once.min(work.len()) {
             scope.spawn(|| {
-                while let Some((run, file, tests, options)) = work.get(next.fetch_add(1, Ordering::SeqCst)) {
+                while let Some((run, file, tests, options)) =
+                    work.get(next.fetch_add(1, Ordering::SeqCst))
+                {
                     let finished = match run.place {
                         Place::Host => on_host(file, tests),
                         Place::Guest => in_guest(options, file.clone(), arguments(tests)),
@@ -141,7 +163,8 @@ fn list(project: &Project) -> Result<Vec<Run>> {
     if runs.is_null() {
         return Ok(Vec::new());
     }
-    serde_json::from_value(runs).context("reading [[package.metadata.lab.run]] in tests/lab/Cargo.toml")
+    serde_json::from_value(runs)
+        .context("reading [[package.metadata.lab.run]] in tests/lab/Cargo.toml")
 }
 
 fn guest_args(run: &Run) -> Result<GuestArgs> {
@@ -152,18 +175,27 @@ fn guest_args(run: &Run) -> Result<GuestArgs> {
         guest: GuestArgs,
     }
     let words = std::iter::once("run").chain(run.options.iter().map(String::as_str));
-    let options = Options::try_parse_from(words)
-        .map_err(|e| anyhow::anyhow!("the options of run {:?} in tests/lab/Cargo.toml: {e}", run.name()))?;
+    let options = Options::try_parse_from(words).map_err(|e| {
+        anyhow::anyhow!(
+            "the options of run {:?} in tests/lab/Cargo.toml: {e}",
+            run.name()
+        )
+    })?;
     Ok(options.guest)
 }
 
 /// The tests of a program that the filter selects; `None` for none, empty for all.
 fn select(run: &Run, program: &Program, filter: Option<&str>) -> Result<Option<Vec<String>>> {
-    let Some(filter) = filter else { return Ok(Some(Vec::new())) };
+    let Some(filter) = filter else {
+        return Ok(Some(Vec::new()));
+    };
     if run.name().contains(filter) {
         return Ok(Some(Vec::new()));
     }
-    let output = Command::new(&program.file).args(["--list", "--format=terse"]).stderr(Stdio::null()).output()?;
+    let output = Command::new(&program.file)
+        .args(["--list", "--format=terse"])
+        .stderr(Stdio::null())
+        .output()?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     let tests: Vec<_> = text
         .lines()
@@ -191,7 +223,10 @@ fn on_host(file: &PathBuf, tests: &[String]) -> Result<Finished> {
         .output()
         .with_context(|| format!("starting {}", file.display()))?;
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    Ok(Finished { output: text(&output.stdout) + &text(&output.stderr), trouble: String::new() })
+    Ok(Finished {
+        output: text(&output.stdout) + &text(&output.stderr),
+        trouble: String::new(),
+    })
 }
 
 /// Reads a test program's output.
@@ -212,7 +247,10 @@ fn judge(name: &str, finished: Result<Finished>) -> Verdict {
             verdict.passed += count(rest, " passed");
             verdict.failed += count(rest, " failed");
         } else if let Some(test) = line.strip_prefix("test ")
-            && [" ... ok", " ... FAILED"].iter().any(|end| test.ends_with(end)) | test.contains(" ... ignored")
+            && [" ... ok", " ... FAILED"]
+                .iter()
+                .any(|end| test.ends_with(end))
+                | test.contains(" ... ignored")
         {
             verdict.text += &format!("{name}: {test}\n");
         }
@@ -238,7 +276,11 @@ fn judge(name: &str, finished: Result<Finished>) -> Verdict {
 /// The number before `what` in libtest's summary.
 fn count(summary: &str, what: &str) -> u32 {
     let before = summary.split(what).next().unwrap_or_default();
-    before.rsplit(|c: char| !c.is_ascii_digit()).next().and_then(|n| n.parse().ok()).unwrap_or(0)
+    before
+        .rsplit(|c: char| !c.is_ascii_digit())
+        .next()
+        .and_then(|n| n.parse().ok())
+        .unwrap_or(0)
 }
 
 #[cfg(test)]
@@ -246,7 +288,10 @@ mod tests {
     use super::*;
 
     fn finished(output: &str, trouble: &str) -> Result<Finished> {
-        Ok(Finished { output: output.into(), trouble: trouble.into() })
+        Ok(Finished {
+            output: output.into(),
+            trouble: trouble.into(),
+        })
     }
 
     const GOOD: &str = "running 2 tests\ntest a ... ok\ntest b ... ok\n\n\
@@ -256,7 +301,10 @@ mod tests {
     fn a_good_run_is_one_line_per_test() {
         let verdict = judge("kmod [--icount]", finished(GOOD, ""));
         assert_eq!((verdict.passed, verdict.failed), (2, 0));
-        assert_eq!(verdict.text, "kmod [--icount]: a ... ok\nkmod [--icount]: b ... ok\n");
+        assert_eq!(
+            verdict.text,
+            "kmod [--icount]: a ... ok\nkmod [--icount]: b ... ok\n"
+        );
     }
 
     #[test]
@@ -265,7 +313,9 @@ mod tests {
                       test result: FAILED. 1 passed; 1 failed; 0 ignored\n";
         let verdict = judge("kmod", finished(output, ""));
         assert_eq!((verdict.passed, verdict.failed), (1, 1));
-        assert!(verdict.text.contains("kmod: b ... FAILED") && verdict.text.contains("b panicked: why"));
+        assert!(
+            verdict.text.contains("kmod: b ... FAILED") && verdict.text.contains("b panicked: why")
+        );
     }
 
     #[test]
@@ -288,9 +338,20 @@ mod tests {
         let run: Run = serde_json::from_str(json).unwrap();
         assert_eq!(run.place, Place::Host);
         assert_eq!(run.name(), "t [--topology lying]");
-        assert_eq!(guest_args(&run).unwrap().topology, crate::guest::Topology::Lying);
-        let wrong = Run { options: vec!["--ring".into()], ..run };
-        assert!(guest_args(&wrong).unwrap_err().to_string().contains("--ring"));
+        assert_eq!(
+            guest_args(&run).unwrap().topology,
+            crate::guest::Topology::Lying
+        );
+        let wrong = Run {
+            options: vec!["--ring".into()],
+            ..run
+        };
+        assert!(
+            guest_args(&wrong)
+                .unwrap_err()
+                .to_string()
+                .contains("--ring")
+        );
         assert!(serde_json::from_str::<Run>(r#"{"test": "t", "option": []}"#).is_err());
     }
 }

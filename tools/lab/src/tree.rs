@@ -24,21 +24,63 @@ const MORE_SUITES: [&str; 2] = ["trixie-updates", "trixie-backports"];
 
 const PACKAGES: &[&str] = &[
     // the kernel's tool chain
-    "bc", "bindgen", "bison", "clang", "cpio", "dwarves", "flex", "gcc-14", "libc6-dev", "libelf-dev", "libssl-dev",
-    "lld", "llvm", "make", "perl", "rust-src", "rustc", "xz-utils", "zstd",
+    "bc",
+    "bindgen",
+    "bison",
+    "clang",
+    "cpio",
+    "dwarves",
+    "flex",
+    "gcc-14",
+    "libc6-dev",
+    "libelf-dev",
+    "libssl-dev",
+    "lld",
+    "llvm",
+    "make",
+    "perl",
+    "rust-src",
+    "rustc",
+    "xz-utils",
+    "zstd",
     // the machine
-    "busybox-static", "qemu-system-x86", "kmod",
+    "busybox-static",
+    "qemu-system-x86",
+    "kmod",
     // what tests and people use in a guest
-    "bash", "ca-certificates", "e2fsprogs", "fio", "ibverbs-utils", "iproute2", "libibverbs-dev", "nvme-cli",
-    "pciutils", "procps", "python3", "rdma-core", "strace",
+    "bash",
+    "ca-certificates",
+    "e2fsprogs",
+    "fio",
+    "ibverbs-utils",
+    "iproute2",
+    "libibverbs-dev",
+    "nvme-cli",
+    "pciutils",
+    "procps",
+    "python3",
+    "rdma-core",
+    "strace",
 ];
 
 /// No guest reads these, and they are a sixth of the whole.
-const LEFT_OUT: &[&str] = &["/usr/share/doc/*", "/usr/share/man/*", "/usr/share/info/*", "/usr/share/locale/*"];
+const LEFT_OUT: &[&str] = &[
+    "/usr/share/doc/*",
+    "/usr/share/man/*",
+    "/usr/share/info/*",
+    "/usr/share/locale/*",
+];
 
 /// What the sandbox and the guest mount over.
 const MOUNT_POINTS: &[&str] = &[
-    "lab/build", "lab/linux", "lab/out", "lab/src", "mnt/nvme", "mnt/share", "opt/peerbuf", "usr/lib/modules",
+    "lab/build",
+    "lab/linux",
+    "lab/out",
+    "lab/src",
+    "mnt/nvme",
+    "mnt/share",
+    "opt/peerbuf",
+    "usr/lib/modules",
 ];
 
 /// Recipe and cache entry of the tree.
@@ -54,17 +96,27 @@ impl Tree {
     /// Without mmdebstrap, a network or room; says which.
     pub fn get(cache: &Cache) -> Result<Self> {
         let recipe = || {
-            let mut recipe = Recipe::new("tree").with("1").with(SUITE).with(std::env::consts::ARCH);
+            let mut recipe = Recipe::new("tree")
+                .with("1")
+                .with(SUITE)
+                .with(std::env::consts::ARCH);
             for part in [&MORE_SUITES[..], PACKAGES, LEFT_OUT, MOUNT_POINTS].concat() {
                 recipe = recipe.with(part);
             }
             recipe
         };
-        let entry = cache.entry(recipe(), "making the distribution tree (about two minutes)", |dir| {
-            host::need_mmdebstrap()?;
-            bootstrap(&dir.join("root"))
-        })?;
-        Ok(Self { entry, name: recipe().name() })
+        let entry = cache.entry(
+            recipe(),
+            "making the distribution tree (about two minutes)",
+            |dir| {
+                host::need_mmdebstrap()?;
+                bootstrap(&dir.join("root"))
+            },
+        )?;
+        Ok(Self {
+            entry,
+            name: recipe().name(),
+        })
     }
 
     /// Its root directory.
@@ -88,8 +140,12 @@ impl Tree {
         self.sandbox("/bin/sh")
             .own_processes()
             .network()
-            .mount(Mount::Tmpfs { at: "/var/lib/apt/lists".into() })
-            .mount(Mount::Tmpfs { at: "/var/cache/apt".into() })
+            .mount(Mount::Tmpfs {
+                at: "/var/lib/apt/lists".into(),
+            })
+            .mount(Mount::Tmpfs {
+                at: "/var/cache/apt".into(),
+            })
             .mount(Mount::Tmpfs { at: "/tmp".into() })
             .bind(out, "/lab/out")
             .args(["-c", text, "recipe"])
@@ -158,11 +214,18 @@ fn bootstrap(root: &Path) -> Result<()> {
 
     // Without a mirror of the host's, mmdebstrap chose one; the further suites come from there too.
     let sources = root.join("etc/apt/sources.list");
-    let text = fs::read_to_string(&sources).with_context(|| format!("reading {}", sources.display()))?;
+    let text =
+        fs::read_to_string(&sources).with_context(|| format!("reading {}", sources.display()))?;
     let backports = MORE_SUITES[1];
     if !text.contains(backports) {
-        let Some(line) = text.lines().find(|l| l.starts_with("deb ") && l.contains(&format!(" {SUITE} "))) else {
-            bail!("mmdebstrap wrote no line for {SUITE} into {}", sources.display());
+        let Some(line) = text
+            .lines()
+            .find(|l| l.starts_with("deb ") && l.contains(&format!(" {SUITE} ")))
+        else {
+            bail!(
+                "mmdebstrap wrote no line for {SUITE} into {}",
+                sources.display()
+            );
         };
         let more = line.replace(&format!(" {SUITE} "), &format!(" {backports} "));
         fs::write(&sources, format!("{text}{more}\n"))?;
@@ -185,7 +248,13 @@ fn run_in_own_namespace(command: Command) -> Result<()> {
     if !output.status.success() {
         let args: Vec<_> = command.get_args().collect();
         let text = String::from_utf8_lossy(&output.stderr);
-        bail!(sandbox::failure("making the tree", Path::new("mmdebstrap"), &args, output.status, &text));
+        bail!(sandbox::failure(
+            "making the tree",
+            Path::new("mmdebstrap"),
+            &args,
+            output.status,
+            &text
+        ));
     }
     Ok(())
 }
