@@ -71,7 +71,7 @@ fn node_is_for_root_only() {
 fn query_tells_what_the_device_is() {
     let nodes = Node::all();
     let sizes: Vec<u64> = nodes.iter().map(|node| node.bar2().size).collect();
-    assert_eq!(sizes[..2], [64 * MIB, 16 * MIB], "the lab's two devices");
+    assert_eq!(sizes, [64 * MIB, 16 * MIB, MIB], "the lab's devices");
     for node in &nodes {
         let query = node.query().unwrap();
         assert_eq!(query.abi_version, abi::ABI_VERSION);
@@ -593,6 +593,36 @@ fn direct_io_moves_every_byte_both_ways() {
         drop((fd, map));
         assert_all_free(node);
     }
+}
+
+#[test]
+fn a_bar_too_small_for_struct_pages_is_exported_without_them() {
+    let node = Node::all().pop().unwrap();
+    let bar = node.bar2();
+    assert_eq!((bar.size, bar.flags & abi::BAR_PAGES), (MIB, 0));
+    let bdf = node.bdf.clone();
+    let (fd, _) = node.export(Some(PAGE), 64 * PAGE).unwrap();
+    let len = 64 * PAGE as usize;
+    let map = Map::new(fd.as_fd(), len, true).unwrap();
+    sync(&fd, SYNC_WRITE).unwrap();
+    fill(&map, 0, len, 8);
+    sync(&fd, SYNC_WRITE | SYNC_END).unwrap();
+    let again = Map::new(fd.as_fd(), len, false).unwrap();
+    assert_eq!(differs(&again, 0, len, 8), None);
+    // The disk cannot have pages that are none; the bytes are untouched.
+    let disk = disk::open_direct(SCRATCH).unwrap();
+    assert_eq!(
+        errno(disk::write_from(&disk, &map, 0, len, 0)),
+        libc::EFAULT
+    );
+    assert_eq!(errno(disk::read_into(&disk, &map, 0, len, 0)), libc::EFAULT);
+    assert_eq!(differs(&map, 0, len, 8), None);
+
+    Node::unbind(&bdf);
+    assert_eq!(in_child(|| map.read(0) as i32).wait(), Err(libc::SIGBUS));
+    Node::bind(&bdf);
+    drop((fd, map, again, node));
+    assert_all_free(&Node::open(&bdf).unwrap());
 }
 
 #[test]

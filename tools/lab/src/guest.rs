@@ -22,6 +22,8 @@ pub const SHARE: &str = "/run/share";
 pub const BAR_MIB: u32 = 64;
 /// Size of the second device's BAR.
 pub const SECOND_BAR_MIB: u32 = 16;
+/// Size of the third device's BAR: too small for the kernel to make struct pages for it.
+pub const SMALL_BAR_MIB: u32 = 1;
 /// Size of the NVMe disk's controller memory buffer.
 pub const CMB_MIB: u32 = 16;
 /// Size of the NVMe disk's second, empty namespace.
@@ -232,6 +234,11 @@ impl Machine {
             );
             args.device(format!("ivshmem-plain,memdev=bar{n},bus={slot}"));
         }
+        args.add(
+            "-object",
+            format!("memory-backend-ram,id=bar2,size={SMALL_BAR_MIB}M"),
+        );
+        args.device("ivshmem-plain,memdev=bar2,bus=pcie.0,addr=0x13");
         args.add("-netdev", "user,id=net");
         args.device("virtio-net-pci,netdev=net,romfile=");
     }
@@ -331,6 +338,7 @@ mod tests {
                 "ivshmem-plain,memdev=bar0",
                 "id=bar1,size=16M",
                 "ivshmem-plain,memdev=bar1",
+                "id=bar2,size=1M",
                 "virtio-net-pci",
             ] {
                 assert!(line.contains(device), "{device} in {line}");
