@@ -95,3 +95,17 @@ fn the_files_are_on_the_nvme_disk_unless_told_otherwise() {
     let source = transfers[0]["source"].as_str().unwrap();
     assert!(source.contains(&nvme_bdf()), "{source}");
 }
+
+#[test]
+fn a_bar_without_struct_pages_is_carried_by_the_cpu_and_says_so() {
+    let _alone = alone();
+    let small = Node::all().pop().unwrap().bdf;
+    let transfers = transfers(&["--device", &small, "--size", "64K"]);
+    for transfer in &transfers[..2] {
+        assert_eq!(transfer["path"], "staged-copy", "{transfer}");
+        assert_eq!(transfer["verified"], true, "{transfer}");
+        assert_eq!(transfer["host_bytes"], 64 << 10, "{transfer}");
+        let why = reason(transfer, "peer-to-peer");
+        assert_eq!(why["code"], "no-struct-pages", "{transfer}");
+    }
+}

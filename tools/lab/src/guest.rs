@@ -126,6 +126,10 @@ impl Machine {
             "sysctl.kernel.hung_task_panic=1 sysctl.kernel.hung_task_timeout_secs=60",
             // Nobody attacks this guest, and the mitigations are a third of its boot time.
             "mitigations=off",
+            // On a busy host the watchdog finds the emulated TSC unstable and has the kernel patch
+            // its own clock code, which an emulated processor that runs it at that moment may not
+            // survive (an oops in sched_clock_cpu, seen once in some hundred guests).
+            "tsc=reliable",
         ];
         if self.has_iommu() {
             // QEMU's IOMMU remaps no interrupts here, which VFIO would take for unsafe.
