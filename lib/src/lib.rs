@@ -50,3 +50,8 @@ pub mod transfer;
 
 pub use buffer::{Access, Buffer, BufferRange, DmaBuf};
 pub use errno::Errno;
+
+/// The README's example compiles.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+pub struct Readme;
