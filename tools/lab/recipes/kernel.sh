@@ -6,8 +6,8 @@ cd /lab/out
 mkdir debs image ramfs
 
 apt-get -q update
-# A version that is not offered (any more) has an exit status of its own.
-apt-cache show --no-all-versions "linux-image-$V" >/dev/null 2>&1 || exit 100
+# 40: not offered, or not any more. (apt's own failures are 100.)
+apt-cache show --no-all-versions "linux-image-$V" >/dev/null 2>&1 || exit 40
 packages=linux-image-$V
 # The image was one package once, and is a metapackage over these two since 7.2.
 for p in "linux-binary-$V" "linux-modules-$V"; do

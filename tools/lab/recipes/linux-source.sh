@@ -7,14 +7,19 @@ cd /lab/out
 mkdir debs x
 
 apt-get -q update
-apt-cache show --no-all-versions "linux-headers-$V" >/dev/null 2>&1 || exit 100
+# The package's version in the archive, so that the source is this kernel's and not its successor's.
+version=$(apt-cache madison "linux-headers-$V" | awk '{ print $3; exit }')
 series=$(echo "$V" | cut -d. -f1,2)
-(cd debs && apt-get -q -o APT::Sandbox::User=root download "linux-headers-$V" "linux-source-$series")
+# 40: not offered, or not any more. (apt's own failures are 100.)
+[ -n "$version" ] || exit 40
+apt-cache madison "linux-source-$series" | awk '{ print $3 }' | grep -qxF "$version" || exit 40
+(cd debs && apt-get -q -o APT::Sandbox::User=root download \
+    "linux-headers-$V=$version" "linux-source-$series=$version")
 for deb in debs/*.deb; do dpkg-deb -x "$deb" x; done
 rm -r debs
 headers=x/usr/src/linux-headers-$V
-# 101: this kernel cannot load Rust modules.
-grep -q '^CONFIG_RUST=y' "$headers/.config" || exit 101
+# 41: this kernel cannot load Rust modules.
+grep -q '^CONFIG_RUST=y' "$headers/.config" || exit 41
 
 mv x/usr/src/linux-source-*.tar.xz linux-source.tar.xz
 tar -xf linux-source.tar.xz
@@ -26,7 +31,7 @@ scripts/config --set-str MODULE_SIG_KEY "" --set-str SYSTEM_TRUSTED_KEYS ""
 version=$(make -s kernelversion)
 case $V in
     "$version"*) ;;
-    *) echo "linux-source-$series is $version, which is not the source of $V"; exit 102 ;;
+    *) echo "linux-source-$series is $version, which is not the source of $V"; exit 42 ;;
 esac
 make -s -j"$(nproc)" CC=gcc-14 HOSTCC=gcc-14 LOCALVERSION="${V#"$version"}" olddefconfig prepare modules_prepare
 cp "/lab/out/$headers/Module.symvers" .
@@ -35,7 +40,7 @@ cp "/lab/out/$headers/Module.symvers" .
 # module's structures are then no longer the kernel's.
 if diff "/lab/out/$headers/.config" .config | grep '^[<>]' | grep -v -e CONFIG_CC_VERSION_TEXT -e CONFIG_MODULE_SIG_KEY=; then
     echo "the lab's tool chain does not reproduce the kernel's configuration (above: < the kernel's, > the lab's)"
-    exit 103
+    exit 43
 fi
 
 # The sources of the kernel itself are not needed to build against it; the tarball stays for who

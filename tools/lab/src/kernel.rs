@@ -15,15 +15,12 @@ const KERNEL_RECIPE: &str = include_str!("../recipes/kernel.sh");
 const SOURCE_RECIPE: &str = include_str!("../recipes/linux-source.sh");
 const INITRAMFS: &str = include_str!("../../../tests/lab/init/initramfs");
 
-/// Lists kernel packages, newest last; 'linux-image-' cut off.
-const LIST_RECIPE: &str = "set -eu; apt-get -q update >&2; \
-    apt-cache search --names-only '^linux-image-[0-9].*-amd64$' | cut -d' ' -f1 | cut -d- -f3- | \
-    grep -v -e cloud -e -rt- -e unsigned -e dbg | sort -V >/lab/out/versions";
+const LIST_RECIPE: &str = include_str!("../recipes/kernels.sh");
 
 /// The exit status by which a recipe says that the suites do not offer the version.
-const NOT_OFFERED: i32 = 100;
+const NOT_OFFERED: i32 = 40;
 /// The exit status by which a recipe says that the kernel was built without Rust.
-const NO_RUST: i32 = 101;
+const NO_RUST: i32 = 41;
 
 /// A kernel to boot: its release string and what was made of its packages.
 pub struct Kernel {
