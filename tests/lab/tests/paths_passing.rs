@@ -32,7 +32,7 @@ fn get(range: &BufferRange) -> Vec<u8> {
 #[test]
 fn a_range_of_a_bar_arrives_with_its_offset_and_keeps_the_memory_alive() {
     let _alone = alone();
-    let node = Node::all().pop().unwrap();
+    let node = Node::largest();
     let device = Device::open(node.bdf.parse().unwrap()).unwrap();
     let request = Request {
         bar: 2,

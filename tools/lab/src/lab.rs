@@ -62,7 +62,7 @@ pub fn parts(project: &Project, ground: &Ground) -> Result<Parts> {
     let source = Source::get(&ground.cache, &ground.tree, release)?;
     let module = project.module(&ground.tree, &source, release)?;
     if module.is_none() {
-        eprintln!("peerbuf-lab: kmod/ has no Makefile, so there is no peerbuf.ko in the guest");
+        crate::progress::note("kmod/ has no Makefile, so there is no peerbuf.ko in the guest");
     }
     let fixtures = fixtures::build(project, &ground.tree, &source, release)?;
     Ok(Parts {

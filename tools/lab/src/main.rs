@@ -47,6 +47,7 @@ use crate::{
     guest::Topology,
     kernel::{Kernel, Source},
     lab::Parts,
+    progress::note,
     project::Project,
     run::{Job, Outcome, Streams},
     suite::Finished,
@@ -66,7 +67,10 @@ fn main() {
     match result {
         Ok(status) => exit(status),
         Err(error) => {
-            eprintln!("peerbuf-lab: {error:#}");
+            let nobody_reads = |e: &io::Error| e.kind() == io::ErrorKind::BrokenPipe;
+            if !error.downcast_ref().is_some_and(nobody_reads) {
+                note(format_args!("{error:#}"));
+            }
             exit(LAB_FAILED);
         }
     }
@@ -76,7 +80,7 @@ fn command(cli: Cli) -> Result<i32> {
     if let Command::Run { guest, .. } | Command::Shell { guest } = &cli.command
         && let Some(why) = guest::conflict(guest.topology, guest.iommu)
     {
-        eprintln!("peerbuf-lab: {why}");
+        note(why);
         return Ok(2);
     }
     host::become_root()?;
@@ -130,7 +134,7 @@ fn run_command(cache: &Cache, args: &GuestArgs, command: Vec<OsString>) -> Resul
     let (ground, mut job) = ready(cache, args)?;
     job.command = command;
     let outcome = run::run(&ground, &job, person())?;
-    eprint!("{}", outcome.report());
+    let _ = write!(io::stderr(), "{}", outcome.report());
     Ok(outcome.status())
 }
 
@@ -141,7 +145,7 @@ fn shell(cache: &Cache, args: &GuestArgs) -> Result<i32> {
         job.timeout = None;
     }
     let outcome = run::run(&ground, &job, person())?;
-    eprint!("{}", outcome.report());
+    let _ = write!(io::stderr(), "{}", outcome.report());
     Ok(outcome.status())
 }
 
@@ -211,15 +215,15 @@ fn demo(cache: &Cache, kernel: &KernelArgs) -> Result<i32> {
         for (topology, result) in results {
             let (outcome, out, err) =
                 result.map_err(|_| anyhow!("the lab itself failed on {}", topology.name()))??;
-            println!("== {} ==\n{out}", topology.name());
+            writeln!(io::stdout(), "== {} ==\n{out}", topology.name())?;
             io::stdout().flush()?;
-            eprint!("{err}{}", outcome.report());
+            let _ = write!(io::stderr(), "{err}{}", outcome.report());
             if outcome.status() != 0 {
-                eprintln!(
-                    "peerbuf-lab: `peerbuf demo` on {} ended with {}",
+                note(format_args!(
+                    "`peerbuf demo` on {} ended with {}",
                     topology.name(),
                     outcome.status()
-                );
+                ));
                 failed += 1;
             }
         }
@@ -272,7 +276,7 @@ fn test(cache: &Cache, filter: Option<&str>, kernel: &KernelArgs) -> Result<i32>
             })
         };
     let (passed, failed) = suite::run(&project, filter, AT_ONCE, &in_guest)?;
-    println!("{passed} passed, {failed} failed");
+    writeln!(io::stdout(), "{passed} passed, {failed} failed")?;
     Ok(i32::from(failed > 0))
 }
 
@@ -281,7 +285,7 @@ fn kmod(cache: &Cache, args: &KernelArgs) -> Result<i32> {
     let kernel = Kernel::get(cache, &tree, &args.kernel)?;
     let source = Source::get(cache, &tree, kernel.release())?;
     match Project::find()?.module(&tree, &source, kernel.release())? {
-        Some(path) => println!("{}", path.display()),
+        Some(path) => writeln!(io::stdout(), "{}", path.display())?,
         None => bail!("kmod/ has no Makefile, so there is no module to build"),
     }
     Ok(0)
@@ -298,15 +302,16 @@ fn kbuild(cache: &Cache, dir: &Path, args: &KernelArgs) -> Result<i32> {
 fn clean(cache: &Cache) -> Result<i32> {
     let held = cache.clean()?;
     let mib = |bytes: u64| format!("{:8.1} MiB", bytes as f64 / f64::from(1 << 20));
-    println!("{}:", cache.dir().display());
+    let mut out = io::stdout().lock();
+    writeln!(out, "{}:", cache.dir().display())?;
     for entry in &held {
         let what = if entry.removed {
             "removed"
         } else {
             "in use, kept"
         };
-        println!("{}  {}  ({what})", mib(entry.bytes), entry.name);
+        writeln!(out, "{}  {}  ({what})", mib(entry.bytes), entry.name)?;
     }
-    println!("{}  in all", mib(held.iter().map(|e| e.bytes).sum()));
+    writeln!(out, "{}  in all", mib(held.iter().map(|e| e.bytes).sum()))?;
     Ok(0)
 }

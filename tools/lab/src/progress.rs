@@ -5,7 +5,8 @@
 //! its end, so that a log stays readable and a warm `cargo lab run` adds no byte to CMD's own.
 
 use std::{
-    io::{IsTerminal, stderr},
+    fmt::Display,
+    io::{IsTerminal, Write, stderr},
     sync::mpsc::{RecvTimeoutError, Sender, channel},
     thread::JoinHandle,
     time::{Duration, Instant},
@@ -14,6 +15,12 @@ use std::{
 use indicatif::{ProgressBar, ProgressStyle};
 
 const QUIET: Duration = Duration::from_secs(2);
+
+/// Says one thing on standard error. Nobody may be listening any more, and the standard macro
+/// would panic then.
+pub fn note(text: impl Display) {
+    let _ = writeln!(stderr(), "peerbuf-lab: {text}");
+}
 
 /// A piece of work under way; ends when dropped or [`done`](Step::done).
 pub struct Step {
@@ -33,17 +40,15 @@ impl Step {
             }
             let bar = stderr().is_terminal().then(|| spinner(&what, began));
             if bar.is_none() {
-                eprintln!("peerbuf-lab: {what} ...");
+                note(format_args!("{what} ..."));
             }
             ended = told.recv().map_err(|_| RecvTimeoutError::Disconnected);
             match bar {
                 Some(bar) => bar.finish_and_clear(),
                 None => {
                     let how = if ended == Ok(true) { "done" } else { "ended" };
-                    eprintln!(
-                        "peerbuf-lab: {what}: {how} in {:.0} s",
-                        began.elapsed().as_secs_f64()
-                    );
+                    let seconds = began.elapsed().as_secs_f64();
+                    note(format_args!("{what}: {how} in {seconds:.0} s"));
                 }
             }
         });

@@ -15,7 +15,7 @@ use peerbuf::share::Listener;
 use rustix::event::{PollFd, PollFlags};
 use serde::Serialize;
 
-use crate::{Failure, size};
+use crate::{Failure, say, size};
 
 /// Arguments of `peerbuf export`.
 #[derive(clap::Args)]
@@ -117,15 +117,16 @@ fn announce(arguments: &Arguments, buffer: &Buffer) -> Result<(), Failure> {
             writable: buffer.is_writable(),
             socket: arguments.socket.clone(),
         };
-        println!("{}", serde_json::to_string(&exported)?);
+        say::answer(serde_json::to_string(&exported)?)?;
     } else {
-        println!("exported {}, {}", buffer.name(), size::show(buffer.size()));
+        let size = size::show(buffer.size());
+        say::answer(format_args!("exported {}, {size}", buffer.name()))?;
         match &arguments.socket {
-            Some(socket) => println!(
+            Some(socket) => say::answer(format_args!(
                 "for those who connect to {}, until Ctrl-C",
                 socket.display()
-            ),
-            None => println!("held until Ctrl-C"),
+            ))?,
+            None => say::answer("held until Ctrl-C")?,
         }
     }
     Ok(())
@@ -166,12 +167,15 @@ fn serve(listener: Option<&Listener>, signals: &SignalFd, buffer: &Buffer) -> Re
             let peer = channel.peer()?;
             let ours = rustix::process::geteuid().as_raw();
             if peer.uid != ours && peer.uid != 0 {
-                eprintln!("process {} of user {} was refused", peer.pid, peer.uid);
+                say::remark(format_args!(
+                    "process {} of user {} was refused",
+                    peer.pid, peer.uid
+                ));
                 continue;
             }
             // One peer that goes away early is no reason to stop serving the others.
             if let Err(error) = channel.send_buffer(&buffer.whole()) {
-                eprintln!("process {}: {error}", peer.pid);
+                say::remark(format_args!("process {}: {error}", peer.pid));
             }
         }
     }

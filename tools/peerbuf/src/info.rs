@@ -7,7 +7,7 @@ use peerbuf::export::{peerbuf as module, udmabuf};
 use peerbuf::plan::topology::{PciAddress, Sysfs};
 use serde::Serialize;
 
-use crate::{Failure, places, size, table};
+use crate::{Failure, places, say, size, table};
 
 /// Arguments of `peerbuf info`.
 #[derive(clap::Args)]
@@ -77,9 +77,9 @@ struct Missing {
 pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     let info = collect();
     if arguments.json {
-        println!("{}", serde_json::to_string(&info)?);
+        say::answer(serde_json::to_string(&info)?)?;
     } else {
-        print!("{}", show(&info));
+        say::answer(show(&info).trim_end())?;
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -5,6 +5,7 @@ mod export;
 mod info;
 mod places;
 mod progress;
+mod say;
 mod size;
 mod table;
 
@@ -54,7 +55,9 @@ fn main() -> ExitCode {
     match result {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("peerbuf: {error}");
+            if !say::is_nobody_listening(&error) {
+                say::remark(format_args!("peerbuf: {error}"));
+            }
             ExitCode::FAILURE
         }
     }

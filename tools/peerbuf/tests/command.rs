@@ -172,3 +172,20 @@ fn the_second_process_started_by_hand_says_what_it_is_for() {
             .contains("peerbuf demo")
     );
 }
+
+#[test]
+fn a_reader_that_leaves_early_is_no_panic() {
+    for arguments in [&["info"][..], &["info", "--json"], &["demo", "--size", "1"]] {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let output = Command::new(env!("CARGO_BIN_EXE_peerbuf"))
+            .args(arguments)
+            .stdout(writer)
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        let complains = |line: &str| line.contains("panicked") || line.starts_with("peerbuf:");
+        assert!(!said.lines().any(complains), "{said}");
+    }
+}

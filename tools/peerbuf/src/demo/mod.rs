@@ -22,7 +22,7 @@ use peerbuf::share::Channel;
 use peerbuf::{Access, Buffer, BufferRange};
 
 use crate::progress::Progress;
-use crate::{Failure, places, size};
+use crate::{Failure, places, say, size};
 use files::RandomFile;
 use protocol::{Account, MAX_MESSAGE, Request, Response};
 use report::Transfer;
@@ -73,17 +73,14 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
         let range = buffer.range(0, arguments.size)?;
         for transfer in round_trip(&mut worker, &range, &directory)? {
             if arguments.json {
-                println!("{}", serde_json::to_string(&transfer)?);
+                say::answer(serde_json::to_string(&transfer)?)?;
             }
             transfers.push(transfer);
         }
     }
     worker.finish()?;
     if !arguments.json {
-        print!(
-            "{}",
-            report::table(&transfers, &places::describe(&directory))
-        );
+        say::answer(report::table(&transfers, &places::describe(&directory)).trim_end())?;
     }
     let wrong = transfers
         .iter()
@@ -122,7 +119,7 @@ fn stand_in(for_what: &str, length: u64, error: ExportError) -> Result<Buffer, E
     if !matches!(error, ExportError::Unavailable { .. }) {
         return Err(error);
     }
-    eprintln!("missing: {error}");
+    say::remark(format_args!("missing: {error}"));
     memfd::export(&format!("memfd (stand-in for {for_what})"), length)
 }
 

@@ -11,6 +11,7 @@ use rustix::event::{PollFd, PollFlags};
 
 use super::protocol::{MAX_MESSAGE, Request, Response};
 use crate::Failure;
+use crate::say;
 
 /// Serves the first process, whose socket is standard input.
 pub fn run() -> Result<ExitCode, Failure> {
@@ -69,7 +70,7 @@ fn leave_with_the_first_process(socket: OwnedFd) {
             let mut sockets = [PollFd::new(&socket, PollFlags::empty())];
             let polled = rustix::event::poll(&mut sockets, None);
             if polled.is_ok() && sockets[0].revents().contains(PollFlags::HUP) {
-                eprintln!("peerbuf: {GONE}");
+                say::remark(format_args!("peerbuf: {GONE}"));
                 std::process::exit(1);
             }
         }
