@@ -1,5 +1,6 @@
 //! What the suites in `tests/` share.
 
+pub mod bytes;
 pub mod demo;
 pub mod disk;
 pub mod importer;

@@ -10,7 +10,8 @@ use peerbuf::export::peerbuf::{Device, Request};
 use peerbuf::export::udmabuf;
 use peerbuf::import::file::{FileImporter, unnamed_file};
 use peerbuf::plan::{Direction, Path, Plan, ReasonCode};
-use peerbuf::{Access, Buffer, BufferRange};
+use peerbuf::{Access, Buffer};
+use peerbuf_lab_suite::bytes::{get, put};
 use peerbuf_lab_suite::demo::topology;
 use peerbuf_lab_suite::node::Node;
 
@@ -35,26 +36,6 @@ fn device_memory(length: u64) -> Buffer {
 fn random(length: u64) -> Vec<u8> {
     let mut bytes = vec![0; length as usize];
     rand::fill(&mut bytes[..]);
-    bytes
-}
-
-fn put(range: &BufferRange, bytes: &[u8]) {
-    let mut mapping = range.map(Access::Write).unwrap();
-    mapping
-        .begin_cpu_access(Access::Write)
-        .unwrap()
-        .write_at(0, bytes)
-        .unwrap();
-}
-
-fn get(range: &BufferRange) -> Vec<u8> {
-    let mut bytes = vec![0; range.len() as usize];
-    let mut mapping = range.map(Access::Read).unwrap();
-    mapping
-        .begin_cpu_access(Access::Read)
-        .unwrap()
-        .read_at(0, &mut bytes)
-        .unwrap();
     bytes
 }
 

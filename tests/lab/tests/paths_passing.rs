@@ -5,29 +5,10 @@ use std::process::Command;
 use peerbuf::export::peerbuf::{Device, Request};
 use peerbuf::export::udmabuf;
 use peerbuf::share::Channel;
-use peerbuf::{Access, BufferRange, DmaBuf};
+use peerbuf::{Access, DmaBuf};
+use peerbuf_lab_suite::bytes::{get, put};
 use peerbuf_lab_suite::demo::alone;
 use peerbuf_lab_suite::node::Node;
-
-fn put(range: &BufferRange, bytes: &[u8]) {
-    let mut mapping = range.map(Access::Write).unwrap();
-    mapping
-        .begin_cpu_access(Access::Write)
-        .unwrap()
-        .write_at(0, bytes)
-        .unwrap();
-}
-
-fn get(range: &BufferRange) -> Vec<u8> {
-    let mut bytes = vec![0; range.len() as usize];
-    let mut mapping = range.map(Access::Read).unwrap();
-    mapping
-        .begin_cpu_access(Access::Read)
-        .unwrap()
-        .read_at(0, &mut bytes)
-        .unwrap();
-    bytes
-}
 
 #[test]
 fn a_range_of_a_bar_arrives_with_its_offset_and_keeps_the_memory_alive() {
