@@ -99,13 +99,13 @@ pub(crate) unsafe fn revoke(dmabuf: *mut bindings::dma_buf) {
         };
         // Importers need the lock to unmap, so it is given up before that is waited for.
     }
+    // After the mark no fault puts in another page, so what is zapped here stays so.
+    // SAFETY: The file is valid, and its mapping with it; the whole of it is zapped.
+    unsafe { bindings::unmap_mapping_range((*(*dmabuf).file).f_mapping, 0, 0, 1) };
     while !buffer.wait_unmapped(10) {
         // SAFETY: As above.
         unsafe { name_importers(dmabuf) };
     }
-    // After the mark no fault puts in another page, so what is zapped here stays so.
-    // SAFETY: The file is valid, and its mapping with it; the whole of it is zapped.
-    unsafe { bindings::unmap_mapping_range((*(*dmabuf).file).f_mapping, 0, 0, 1) };
 }
 
 /// Says in the log who has attached a dma-buf that a revoke waits for.

@@ -873,7 +873,19 @@ fn unbinding_names_the_importer_that_it_waits_for() {
     let (fd, _) = node.export(None, MIB).unwrap();
     let late = Importer::attach(fd.as_fd(), &nvme, DYNAMIC | PEER, 11_000).unwrap();
     late.map().unwrap();
+    // The processor's access ends at once, however long an importer takes.
+    let map = Map::new(fd.as_fd(), MIB as usize, true).unwrap();
+    let reader = in_child(|| {
+        let end = Instant::now() + Duration::from_secs(8);
+        while Instant::now() < end {
+            map.read(0);
+            thread::sleep(Duration::from_millis(10));
+        }
+        0
+    });
     Node::unbind(&bdf);
+    assert_eq!(reader.wait(), Err(libc::SIGBUS));
+    drop(map);
     let log = Command::new("dmesg").output().unwrap();
     let expected = format!("{bdf}: revoked, and waiting for {nvme} to unmap it");
     assert!(
