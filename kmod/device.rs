@@ -291,8 +291,8 @@ impl Device {
     /// Takes all access away and returns when nobody can reach the BARs any more.
     ///
     /// The order is that of the kernel's own exporters: no new exports; each export revoked, its
-    /// importers told, their fences and then their unmapping waited for, CPU mappings zapped; and
-    /// then direct I/O on pages of those mappings waited for. The waits have no limit, since the
+    /// importers told, their fences waited for, CPU mappings zapped, the importers' unmapping
+    /// waited for; and then direct I/O on pages of those mappings. The waits have no limit, since the
     /// memory is gone when this returns; they are for the importers' drivers and for I/O that a
     /// disk has accepted, both of which end by themselves, and what is waited for is logged.
     fn remove(&self) {

@@ -70,7 +70,7 @@ pub(crate) fn export(buffer: Arc<Buffer>, fd_flags: u32) -> Result<*mut bindings
 }
 
 /// Takes access to an export away for good. When it returns no importer has a mapping, and no CPU
-/// mapping has a page.
+/// mapping has a page; direct I/O that was accepted before may still use pages.
 ///
 /// # Safety
 ///

@@ -19,6 +19,9 @@
 //!
 //! # Locks, outermost first
 //!
+//! The driver core holds the PCI device's lock around probe and removal; nothing else here runs
+//! under it or takes it.
+//!
 //! 1. `misc_mtx` of the misc core: opening a node, and unregistering it;
 //! 2. `Device::state`: the BARs' regions, the list of exports, whether the device is live;
 //! 3. `mmap_lock` of a process;
@@ -26,7 +29,7 @@
 //! 5. the importers' own locks, taken in their callbacks; `i_mmap_rwsem`, when zapping.
 //!
 //! `Device::state` and a reservation lock are never held together today; if they must be, in this
-//! order. No lock is held while unmapping or direct I/O is waited for.
+//! order. None of these is held while unmapping or direct I/O is waited for.
 //!
 //! # Lifetimes
 //!
