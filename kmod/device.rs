@@ -292,9 +292,9 @@ impl Device {
     ///
     /// The order is that of the kernel's own exporters: no new exports; each export revoked, its
     /// importers told, their fences waited for, CPU mappings zapped, the importers' unmapping
-    /// waited for; and then direct I/O on pages of those mappings. The waits have no limit, since the
-    /// memory is gone when this returns; they are for the importers' drivers and for I/O that a
-    /// disk has accepted, both of which end by themselves, and what is waited for is logged.
+    /// waited for; and then direct I/O on pages of those mappings. The waits have no limit, since
+    /// the memory is gone when this returns; they are for the importers' drivers and for I/O that
+    /// a disk has accepted, both of which end by themselves, and what is waited for is logged.
     fn remove(&self) {
         self.state.lock().live = false;
         while let Some(dmabuf) = self.take_export() {
