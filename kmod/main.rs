@@ -12,7 +12,8 @@
 //!
 //! # Rooms
 //!
-//! - `device.rs`: a bound device and going away; `node.rs`: its node and ioctls;
+//! - `device.rs`: a bound device and going away; `node.rs`: its node and ioctls; `misc.rs`: what
+//!   every node needs;
 //! - `region.rs`: who has which bytes of a BAR; `pages.rs`: a BAR's struct pages;
 //! - `buffer.rs`: what stands behind a dma-buf; `exporter.rs`: the dma-buf operations;
 //! - `abi.rs`: the interface to userspace; `ffi.rs`, `helpers.c`: what `bindings` lacks.
@@ -44,6 +45,7 @@ mod buffer;
 mod device;
 mod exporter;
 mod ffi;
+mod misc;
 mod node;
 mod pages;
 mod region;
@@ -82,7 +84,7 @@ impl pci::Driver for Driver {
         _info: &'bound Self::IdInfo,
     ) -> impl PinInit<Self::Data<'bound>, Error> + 'bound {
         let device = Device::probe(pdev)?;
-        let node = Node::new(device.device().clone())?;
+        let node = node::register(device.device())?;
         dev_info!(pdev, "/dev/peerbuf/{}\n", device.device().name());
         Ok(Bound {
             _node: node,
