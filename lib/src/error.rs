@@ -3,6 +3,8 @@
 //! Each names the call that failed and the object it failed on, and keeps the error number. All
 //! may grow variants.
 
+use std::time::Duration;
+
 use crate::errno::Errno;
 use crate::plan::Plan;
 
@@ -74,6 +76,34 @@ pub enum BufferError {
         /// What was asked for: `read` or `write`.
         wanted: &'static str,
     },
+    /// What was waited for did not come in time.
+    #[error("{object}: nothing happened within {limit:?}")]
+    TimedOut {
+        /// What was waited for.
+        object: String,
+        /// How long.
+        limit: Duration,
+    },
+    /// A name that the kernel does not take.
+    #[error("{name:?} cannot be a buffer's name: at most {limit} bytes, none of them NUL")]
+    Name {
+        /// The name.
+        name: String,
+        /// The most bytes that it may have.
+        limit: usize,
+    },
+}
+
+/// Something that this machine lacks: what was tried, what came back, and what would help.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{what}: {cause}; {remedy}")]
+pub struct Unavailable {
+    /// The exporter or importer that cannot be used, such as `udmabuf`.
+    pub what: &'static str,
+    /// What was tried, on what, and the answer.
+    pub cause: SystemError,
+    /// What would change it.
+    pub remedy: String,
 }
 
 /// Why a buffer could not be exported.
@@ -81,15 +111,8 @@ pub enum BufferError {
 #[non_exhaustive]
 pub enum ExportError {
     /// The machine lacks what this exporter needs.
-    #[error("{exporter}: {cause}; {remedy}")]
-    Unavailable {
-        /// The exporter.
-        exporter: &'static str,
-        /// What failed.
-        cause: SystemError,
-        /// What would change it.
-        remedy: String,
-    },
+    #[error(transparent)]
+    Unavailable(#[from] Unavailable),
     /// A call failed. `hint` says what usually causes it, and may be empty.
     #[error("{cause}{hint}")]
     System {

@@ -11,7 +11,7 @@ use rustix::fs::{Mode, OFlags};
 
 use crate::buffer::{Access, Buffer, DmaBuf, Kind, Provenance};
 use crate::errno::Errno;
-use crate::error::{ExportError, SystemError};
+use crate::error::{ExportError, SystemError, Unavailable};
 use crate::plan::topology::PciAddress;
 use crate::sys;
 
@@ -21,10 +21,10 @@ pub const NODES: &str = "/dev/peerbuf";
 /// The nodes that there are, in order of address. Opening one may still be refused.
 ///
 /// # Errors
-/// [`ExportError::Unavailable`] where the module is not loaded or has no device.
-pub fn probe() -> Result<Vec<PathBuf>, ExportError> {
-    let unavailable = |errno| ExportError::Unavailable {
-        exporter: "peerbuf.ko",
+/// [`Unavailable`] where the module is not loaded or has no device.
+pub fn probe() -> Result<Vec<PathBuf>, Unavailable> {
+    let unavailable = |errno| Unavailable {
+        what: "peerbuf.ko",
         cause: SystemError::new("open", NODES, errno),
         remedy: if Path::new("/sys/module/peerbuf").exists() {
             "the module is loaded, but no device is bound to it: write `peerbuf` to the device's \
@@ -119,8 +119,8 @@ impl Device {
     pub fn open_node(path: impl Into<PathBuf>) -> Result<Device, ExportError> {
         let path = path.into();
         let opened = rustix::fs::open(&path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty());
-        let fd = opened.map_err(|errno| ExportError::Unavailable {
-            exporter: "peerbuf.ko",
+        let fd = opened.map_err(|errno| Unavailable {
+            what: "peerbuf.ko",
             cause: SystemError::new("open", path.display().to_string(), errno),
             remedy: match errno {
                 rustix::io::Errno::ACCESS | rustix::io::Errno::PERM => {

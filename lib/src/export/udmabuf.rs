@@ -10,7 +10,7 @@ use rustix::fs::{Mode, OFlags};
 use super::memfd;
 use crate::buffer::{Buffer, DmaBuf, Kind, Provenance};
 use crate::errno::Errno;
-use crate::error::{ExportError, SystemError};
+use crate::error::{ExportError, SystemError, Unavailable};
 use crate::sys;
 
 const NODE: &str = "/dev/udmabuf";
@@ -18,8 +18,8 @@ const NODE: &str = "/dev/udmabuf";
 /// Tries to open `/dev/udmabuf`.
 ///
 /// # Errors
-/// [`ExportError::Unavailable`], with what would help.
-pub fn probe() -> Result<(), ExportError> {
+/// The error of `open`, with what would help.
+pub fn probe() -> Result<(), Unavailable> {
     open().map(drop)
 }
 
@@ -68,7 +68,7 @@ pub fn export(name: &str, length: u64) -> Result<Buffer, ExportError> {
     )?)
 }
 
-fn open() -> Result<OwnedFd, ExportError> {
+fn open() -> Result<OwnedFd, Unavailable> {
     rustix::fs::open(NODE, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).map_err(|errno| {
         let remedy = match errno {
             rustix::io::Errno::NOENT | rustix::io::Errno::NODEV => {
@@ -80,8 +80,8 @@ fn open() -> Result<OwnedFd, ExportError> {
             _ => "see the error",
         };
         let cause = SystemError::new("open", NODE, errno);
-        ExportError::Unavailable {
-            exporter: "udmabuf",
+        Unavailable {
+            what: "udmabuf",
             cause,
             remedy: remedy.into(),
         }

@@ -68,12 +68,7 @@ pub(super) fn encode(range: &BufferRange) -> Offer {
         message: OFFER,
         bytes: OFFER_SIZE as u32,
         descriptors: 0,
-        kind: match provenance.kind {
-            Kind::Bar => 1,
-            Kind::Udmabuf => 2,
-            Kind::Memfd => 3,
-            Kind::Other => 4,
-        },
+        kind: provenance.kind.number(),
         bar: provenance.bar.map_or(NO_BAR, u32::from),
         offset: range.offset(),
         length: range.len(),
@@ -123,21 +118,14 @@ pub(super) fn decode(message: &[u8]) -> Result<Checked, ShareError> {
             offer.bytes
         ));
     }
-    let kind = match offer.kind {
-        1 => Kind::Bar,
-        2 => Kind::Udmabuf,
-        3 => Kind::Memfd,
-        4 => Kind::Other,
-        unknown => return wrong(format!("the kind of buffer {unknown} is unknown")),
+    let Some(kind) = Kind::from_number(offer.kind) else {
+        return wrong(format!("the kind of buffer {} is unknown", offer.kind));
     };
     let has_dmabuf = offer.descriptors & HAS_DMABUF != 0;
     let has_host_memory = offer.descriptors & HAS_HOST_MEMORY != 0;
-    let expected = match kind {
-        Kind::Bar | Kind::Other => HAS_DMABUF,
-        Kind::Udmabuf => HAS_DMABUF | HAS_HOST_MEMORY,
-        Kind::Memfd => HAS_HOST_MEMORY,
-    };
-    if offer.descriptors != expected {
+    if kind.descriptors() != (has_dmabuf, has_host_memory)
+        || offer.descriptors & !(HAS_DMABUF | HAS_HOST_MEMORY) != 0
+    {
         return wrong(format!(
             "descriptors {:#x} do not go with {kind:?}",
             offer.descriptors
@@ -154,7 +142,7 @@ pub(super) fn decode(message: &[u8]) -> Result<Checked, ShareError> {
     }
     let bar = match offer.bar {
         NO_BAR => None,
-        bar @ 0..=5 if kind == Kind::Bar => Some(bar as u8),
+        bar @ 0..=5 if kind.is_device_memory() => Some(bar as u8),
         bar => return wrong(format!("BAR {bar} does not go with {kind:?}")),
     };
     let Some(device) = text(&offer.device) else {
@@ -167,7 +155,7 @@ pub(super) fn decode(message: &[u8]) -> Result<Checked, ShareError> {
             Err(error) => return wrong(error.to_string()),
         },
     };
-    if (kind == Kind::Bar) != device.is_some() {
+    if !kind.allows_device(device.is_some()) {
         return wrong(format!(
             "{kind:?} and a device's address do not go together"
         ));
@@ -308,7 +296,7 @@ mod tests {
                 "descriptors",
             ),
             (Offer { kind: 0, ..good }, "kind of buffer 0"),
-            (Offer { kind: 9, ..good }, "kind of buffer 9"),
+            (Offer { kind: 10, ..good }, "kind of buffer 10"),
             (Offer { bar: 3, ..good }, "BAR 3"),
             (
                 Offer {

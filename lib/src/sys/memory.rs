@@ -35,18 +35,22 @@ unsafe impl Send for Map {}
 
 impl Map {
     /// Maps `length` bytes of `fd` from `offset` on, which need not be page-aligned.
+    ///
+    /// A descriptor's pages may be huge, and its mappings are then in whole ones.
     pub(crate) fn shared(
         fd: BorrowedFd<'_>,
         offset: u64,
         length: u64,
         writable: bool,
     ) -> Result<Map, Errno> {
-        let page = rustix::param::page_size() as u64;
+        let unit = u64::try_from(rustix::fs::fstat(fd)?.st_blksize).unwrap_or(0);
+        let page = unit.max(rustix::param::page_size() as u64);
         let start = offset % page;
         let length = usize::try_from(length).map_err(|_| Errno(12))?;
         // An empty mapping cannot be made; one page keeps empty ranges ordinary.
         let mapped = (start as usize)
             .checked_add(length.max(1))
+            .and_then(|length| length.checked_next_multiple_of(page as usize))
             .ok_or(Errno(12))?;
         let protection = if writable {
             ProtFlags::READ | ProtFlags::WRITE
@@ -99,73 +103,63 @@ impl Map {
         }
     }
 
-    /// Copies bytes out, reading each exactly once. Panics when they are not all inside.
+    /// Copies bytes out, reading each exactly once, in the widest aligned accesses that fit.
+    /// Panics when they are not all inside.
     ///
     /// Memory of a device that has gone raises SIGBUS.
     pub(crate) fn copy_out(&self, offset: usize, into: &mut [u8]) {
         let window = self.window(offset, into.len());
-        let mut source = window.address.cast_const();
         // Nothing that was read before the caller's begin-access may be used instead.
         fence(Ordering::SeqCst);
-        let (mut head, body) = split_to_words(source, into.len());
-        head = head.min(into.len());
-        let (bytes, rest) = into.split_at_mut(head);
-        for byte in bytes {
-            // SAFETY: inside the window; the pointer advances once per byte copied.
-            unsafe {
-                *byte = source.read_volatile();
-                source = source.add(1);
+        let mut rest = into;
+        let mut source = window.address.cast_const();
+        while !rest.is_empty() {
+            let width = width_at(source, rest.len());
+            let words = if width == 8 { rest.len() / 8 } else { 1 };
+            let (now, later) = rest.split_at_mut(words * width);
+            for bytes in now.chunks_exact_mut(width) {
+                // SAFETY: inside the window and aligned; the pointer advances once per byte.
+                unsafe {
+                    match width {
+                        8 => bytes.copy_from_slice(&read::<u64>(source).to_ne_bytes()),
+                        4 => bytes.copy_from_slice(&read::<u32>(source).to_ne_bytes()),
+                        2 => bytes.copy_from_slice(&read::<u16>(source).to_ne_bytes()),
+                        _ => bytes.copy_from_slice(&read::<u8>(source).to_ne_bytes()),
+                    }
+                    source = source.add(width);
+                }
             }
-        }
-        let (words, bytes) = rest.split_at_mut(body);
-        for word in words.chunks_exact_mut(8) {
-            // SAFETY: inside the window and, after the head, aligned to a word.
-            unsafe {
-                word.copy_from_slice(&source.cast::<u64>().read_volatile().to_ne_bytes());
-                source = source.add(8);
-            }
-        }
-        for byte in bytes {
-            // SAFETY: inside the window, as above.
-            unsafe {
-                *byte = source.read_volatile();
-                source = source.add(1);
-            }
+            rest = later;
         }
     }
 
-    /// Copies bytes in, writing each exactly once. Panics when they are not all inside or the
-    /// mapping is read-only.
+    /// Copies bytes in, writing each exactly once, in the widest aligned accesses that fit.
+    /// Panics when they are not all inside or the mapping is read-only.
     ///
     /// Memory of a device that has gone raises SIGBUS.
     pub(crate) fn copy_in(&self, offset: usize, from: &[u8]) {
         assert!(self.writable);
         let window = self.window(offset, from.len());
+        let mut rest = from;
         let mut target = window.address;
-        let (head, body) = split_to_words(target, from.len());
-        let (bytes, rest) = from.split_at(head);
-        for &byte in bytes {
-            // SAFETY: inside the window, which is writable; the pointer advances once per byte.
-            unsafe {
-                target.write_volatile(byte);
-                target = target.add(1);
+        while !rest.is_empty() {
+            let width = width_at(target, rest.len());
+            let words = if width == 8 { rest.len() / 8 } else { 1 };
+            let (now, later) = rest.split_at(words * width);
+            for bytes in now.chunks_exact(width) {
+                // SAFETY: inside the window, which is writable, and aligned; the pointer
+                // advances once per byte.
+                unsafe {
+                    match width {
+                        8 => write(target, u64::from_ne_bytes(array(bytes))),
+                        4 => write(target, u32::from_ne_bytes(array(bytes))),
+                        2 => write(target, u16::from_ne_bytes(array(bytes))),
+                        _ => write(target, u8::from_ne_bytes(array(bytes))),
+                    }
+                    target = target.add(width);
+                }
             }
-        }
-        let (words, bytes) = rest.split_at(body);
-        for word in words.chunks_exact(8) {
-            let word = u64::from_ne_bytes(word.try_into().unwrap_or_default());
-            // SAFETY: inside the window and, after the head, aligned to a word.
-            unsafe {
-                target.cast::<u64>().write_volatile(word);
-                target = target.add(8);
-            }
-        }
-        for &byte in bytes {
-            // SAFETY: inside the window, as above.
-            unsafe {
-                target.write_volatile(byte);
-                target = target.add(1);
-            }
+            rest = later;
         }
     }
 
@@ -192,11 +186,32 @@ impl Drop for Map {
     }
 }
 
-/// How many of `length` bytes from `address` come before the first aligned word, and how many
-/// are in whole words after that.
-fn split_to_words(address: *const u8, length: usize) -> (usize, usize) {
-    let head = address.align_offset(8).min(length);
-    (head, (length - head) / 8 * 8)
+/// The widest access, in bytes, that `address` is aligned for and that `left` bytes fill.
+fn width_at(address: *const u8, left: usize) -> usize {
+    let aligned = 1 << (address as usize).trailing_zeros().min(3);
+    let fits = 1 << left.ilog2().min(3);
+    aligned.min(fits)
+}
+
+/// # Safety
+/// `source` is valid for reading a `T`, and aligned.
+unsafe fn read<T>(source: *const u8) -> T {
+    // SAFETY: the caller's word.
+    unsafe { source.cast::<T>().read_volatile() }
+}
+
+/// # Safety
+/// `target` is valid for writing a `T`, and aligned.
+unsafe fn write<T>(target: *mut u8, value: T) {
+    // SAFETY: the caller's word.
+    unsafe { target.cast::<T>().write_volatile(value) }
+}
+
+/// The bytes of one access; the caller has cut them to its width.
+fn array<const N: usize>(bytes: &[u8]) -> [u8; N] {
+    let mut array = [0; N];
+    array.copy_from_slice(bytes);
+    array
 }
 
 /// An address range for the kernel to read or write, valid while it exists.

@@ -5,6 +5,7 @@ pub(crate) mod direct;
 pub(crate) mod dmabuf;
 pub(crate) mod memory;
 pub(crate) mod peerbuf;
+pub(crate) mod sync_file;
 pub(crate) mod udmabuf;
 
 use crate::errno::Errno;

@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::process::ExitCode;
 
+use peerbuf::error::{ExportError, Unavailable};
 use peerbuf::export::{peerbuf as module, udmabuf};
 use peerbuf::plan::topology::{PciAddress, Sysfs};
 use serde::Serialize;
@@ -97,7 +98,11 @@ fn collect() -> Info {
                         addresses.push(info.address);
                         devices.push(describe_device(&info, device.path()));
                     }
-                    Err(error) => missing.push(lack(&error)),
+                    Err(ExportError::Unavailable(error)) => missing.push(lack(&error)),
+                    Err(other) => missing.push(Missing {
+                        what: other.to_string(),
+                        remedy: String::new(),
+                    }),
                 }
             }
         }
@@ -133,21 +138,10 @@ fn collect() -> Info {
     }
 }
 
-fn lack(error: &peerbuf::error::ExportError) -> Missing {
-    use peerbuf::error::ExportError::Unavailable;
-    match error {
-        Unavailable {
-            exporter,
-            cause,
-            remedy,
-        } => Missing {
-            what: format!("{exporter}: {cause}"),
-            remedy: remedy.clone(),
-        },
-        other => Missing {
-            what: other.to_string(),
-            remedy: String::new(),
-        },
+fn lack(error: &Unavailable) -> Missing {
+    Missing {
+        what: format!("{}: {}", error.what, error.cause),
+        remedy: error.remedy.clone(),
     }
 }
 

@@ -116,7 +116,7 @@ fn export_buffers(arguments: &Arguments) -> Result<[Buffer; 2], Failure> {
 /// Memory instead of an exporter that the machine lacks. An exporter that is there and fails is
 /// an error.
 fn stand_in(for_what: &str, length: u64, error: ExportError) -> Result<Buffer, ExportError> {
-    if !matches!(error, ExportError::Unavailable { .. }) {
+    if !matches!(error, ExportError::Unavailable(_)) {
         return Err(error);
     }
     say::remark(format_args!("missing: {error}"));

@@ -4,21 +4,27 @@
 //! machines without either) memory of the host alone. Its bytes may be device memory, and a
 //! device or another process may change them at any time, so they are never a `&[u8]`: a
 //! [`Mapping`] gives them to importers, and [`Mapping::begin_cpu_access`] lets the CPU copy them.
+//!
+//! `dmabuf.rs` has the descriptor, `fence.rs` the fences of work on it, `mapping.rs` the mapped
+//! bytes; here is what ties them together.
+
+mod dmabuf;
+mod fence;
+mod mapping;
 
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
-use rustix::fs::{OFlags, SealFlags, SeekFrom};
+use rustix::fs::{OFlags, SealFlags};
 
-use crate::errno::Errno;
+pub use dmabuf::{DmaBuf, Identity, Info};
+pub use fence::{FenceState, SyncFile};
+pub use mapping::{CpuAccess, Mapping};
+
 use crate::error::{BufferError, SystemError};
 use crate::plan::topology::PciAddress;
-use crate::sys::dmabuf::{SYNC_END, SYNC_READ, SYNC_WRITE, sync};
 use crate::sys::memory::Map;
-
-/// The type number of the filesystem that dma-bufs live on (`DMA_BUF_MAGIC`, linux/magic.h).
-const DMA_BUF_MAGIC: u64 = 0x444d_4142;
 
 /// What the CPU, or whoever holds the buffer, may do with its bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,108 +49,8 @@ impl Access {
     }
 }
 
-/// Tells one dma-buf from another: two descriptors of one buffer have the same identity, in
-/// whichever process they are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Identity {
-    device: u64,
-    inode: u64,
-}
-
-/// A descriptor that is known to be a dma-buf.
-#[derive(Debug)]
-pub struct DmaBuf {
-    fd: OwnedFd,
-    size: u64,
-    identity: Identity,
-    writable: bool,
-}
-
-impl DmaBuf {
-    /// Takes a descriptor, after a look at what it is.
-    ///
-    /// # Errors
-    /// [`BufferError::NotADmaBuf`], or the call that failed. The descriptor is closed then.
-    pub fn from_fd(fd: OwnedFd) -> Result<DmaBuf, BufferError> {
-        let failed = |call| move |errno| SystemError::new(call, "a descriptor", errno);
-        let filesystem = rustix::fs::fstatfs(&fd).map_err(failed("fstatfs"))?.f_type as u64;
-        if filesystem != DMA_BUF_MAGIC {
-            let object = "the descriptor".into();
-            return Err(BufferError::NotADmaBuf {
-                object,
-                found: filesystem,
-            });
-        }
-        let stat = rustix::fs::fstat(&fd).map_err(failed("fstat"))?;
-        // dma-bufs answer lseek with their size, and it is the only way to learn it.
-        let size = rustix::fs::seek(&fd, SeekFrom::End(0)).map_err(failed("lseek"))?;
-        let flags = rustix::fs::fcntl_getfl(&fd).map_err(failed("fcntl(F_GETFL)"))?;
-        Ok(DmaBuf {
-            identity: Identity {
-                device: stat.st_dev,
-                inode: stat.st_ino,
-            },
-            size,
-            writable: flags & OFlags::RWMODE == OFlags::RDWR,
-            fd,
-        })
-    }
-
-    /// The size in bytes.
-    pub fn size(&self) -> u64 {
-        self.size
-    }
-
-    /// Which dma-buf this is.
-    pub fn identity(&self) -> Identity {
-        self.identity
-    }
-
-    /// True when the descriptor was opened for writing, so that mappings may be written.
-    pub fn is_writable(&self) -> bool {
-        self.writable
-    }
-
-    /// The exporter's name as the kernel has it, such as `udmabuf`; empty where procfs does not
-    /// show it.
-    pub fn exporter(&self) -> String {
-        use std::os::fd::AsRawFd;
-        let path = format!("/proc/self/fdinfo/{}", self.fd.as_raw_fd());
-        let info = std::fs::read_to_string(path).unwrap_or_default();
-        let name = info.lines().find_map(|line| line.strip_prefix("exp_name:"));
-        name.map(str::trim).unwrap_or_default().to_owned()
-    }
-
-    /// Another descriptor of the same buffer.
-    ///
-    /// # Errors
-    /// The call that failed, with `EMFILE` where the process has too many descriptors.
-    pub fn try_clone(&self) -> Result<DmaBuf, BufferError> {
-        let fd = self.fd.try_clone().map_err(|error| {
-            SystemError::new(
-                "fcntl(F_DUPFD_CLOEXEC)",
-                "a dma-buf",
-                Errno(raw_errno(&error)),
-            )
-        })?;
-        Ok(DmaBuf { fd, ..*self })
-    }
-}
-
-impl AsFd for DmaBuf {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
-    }
-}
-
-impl From<DmaBuf> for OwnedFd {
-    fn from(dmabuf: DmaBuf) -> OwnedFd {
-        dmabuf.fd
-    }
-}
-
 /// What kind of exporter made a buffer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Kind {
     /// Part of a device's BAR, exported by peerbuf.ko.
@@ -155,12 +61,68 @@ pub enum Kind {
     Memfd,
     /// A dma-buf of an exporter that peerbuf knows nothing about.
     Other,
+    /// System memory of a dma-heap.
+    Heap,
+    /// A buffer of a graphics driver, in its device's memory or in the system's.
+    Drm,
+    /// Part of a device's BAR, exported by vfio-pci.
+    Vfio,
+    /// A frame of a video device.
+    V4l2,
+    /// Memory that another driver provides for peers, such as an NVMe controller memory buffer.
+    Provider,
 }
+
+/// Each kind and its number in messages, which never changes.
+const KINDS: [(u32, Kind); 9] = [
+    (1, Kind::Bar),
+    (2, Kind::Udmabuf),
+    (3, Kind::Memfd),
+    (4, Kind::Other),
+    (5, Kind::Heap),
+    (6, Kind::Drm),
+    (7, Kind::Vfio),
+    (8, Kind::V4l2),
+    (9, Kind::Provider),
+];
 
 impl Kind {
     /// True when the bytes are known to be in system memory.
     pub fn is_host_memory(self) -> bool {
-        matches!(self, Kind::Udmabuf | Kind::Memfd)
+        matches!(self, Kind::Udmabuf | Kind::Memfd | Kind::Heap | Kind::V4l2)
+    }
+
+    /// True when the bytes are known to be in a device's memory, at least when the buffer is made.
+    pub fn is_device_memory(self) -> bool {
+        matches!(self, Kind::Bar | Kind::Vfio | Kind::Provider)
+    }
+
+    pub(crate) fn number(self) -> u32 {
+        let entry = KINDS.iter().find(|(_, kind)| *kind == self);
+        entry.map_or(0, |(number, _)| *number)
+    }
+
+    pub(crate) fn from_number(number: u32) -> Option<Kind> {
+        let entry = KINDS.iter().find(|(known, _)| *known == number);
+        entry.map(|(_, kind)| *kind)
+    }
+
+    /// Whether a buffer of this kind comes with a dma-buf, and with the memfd behind it.
+    pub(crate) fn descriptors(self) -> (bool, bool) {
+        match self {
+            Kind::Udmabuf => (true, true),
+            Kind::Memfd => (false, true),
+            _ => (true, false),
+        }
+    }
+
+    /// Whether a buffer of this kind can, and must, name the device that has its memory.
+    pub(crate) fn allows_device(self, named: bool) -> bool {
+        match self {
+            Kind::Bar | Kind::Vfio | Kind::Provider => named,
+            Kind::Udmabuf | Kind::Memfd | Kind::Heap => !named,
+            Kind::Drm | Kind::V4l2 | Kind::Other => true,
+        }
     }
 }
 
@@ -171,7 +133,7 @@ pub struct Provenance {
     pub kind: Kind,
     /// The device that owns the memory; `None` for system memory, or where it is not known.
     pub device: Option<PciAddress>,
-    /// The BAR's index, for [`Kind::Bar`].
+    /// The BAR's index, for memory in a BAR.
     pub bar: Option<u8>,
     /// A name for people.
     pub name: String,
@@ -410,186 +372,8 @@ impl BufferRange {
         };
         let map = Map::shared(fd, self.offset, self.length, access.writes())
             .map_err(|errno| SystemError::new("mmap", self.buffer.name(), errno))?;
-        Ok(Mapping {
-            map,
-            range: self.clone(),
-            access,
-        })
+        Ok(Mapping::new(map, self.clone(), access))
     }
-}
-
-/// A mapped part of a buffer.
-///
-/// Importers give its addresses to the kernel. The CPU copies bytes within
-/// [`Mapping::begin_cpu_access`].
-///
-/// Device memory can go away: after its device was unbound or unplugged, a copy raises `SIGBUS`,
-/// as it does for a file that was cut off under a mapping. System calls on the mapping then fail
-/// with `EFAULT` instead.
-#[derive(Debug)]
-pub struct Mapping {
-    map: Map,
-    range: BufferRange,
-    access: Access,
-}
-
-impl Mapping {
-    /// What is mapped.
-    pub fn range(&self) -> &BufferRange {
-        &self.range
-    }
-
-    /// Its length in bytes.
-    pub fn len(&self) -> u64 {
-        self.range.len()
-    }
-
-    /// True when it has no bytes.
-    pub fn is_empty(&self) -> bool {
-        self.range.is_empty()
-    }
-
-    pub(crate) fn map(&self) -> &Map {
-        &self.map
-    }
-
-    /// Begins a time in which the CPU may copy bytes in or out (`DMA_BUF_IOCTL_SYNC`, which
-    /// makes caches agree where they do not by themselves, and waits for devices' fences).
-    ///
-    /// One at a time: the mapping is borrowed mutably until the guard is gone, so nesting does
-    /// not compile.
-    ///
-    /// ```compile_fail
-    /// # use peerbuf::{Access, export::memfd};
-    /// let buffer = memfd::export("example", 4096).unwrap();
-    /// let mut mapping = buffer.whole().map(Access::ReadWrite).unwrap();
-    /// let outer = mapping.begin_cpu_access(Access::Read).unwrap();
-    /// let inner = mapping.begin_cpu_access(Access::Write).unwrap();
-    /// outer.end().unwrap();
-    /// ```
-    ///
-    /// # Errors
-    /// [`BufferError::Access`] for access that the mapping was not made for, or the ioctl's
-    /// error.
-    pub fn begin_cpu_access(&mut self, access: Access) -> Result<CpuAccess<'_>, BufferError> {
-        if access.writes() && !self.access.writes() {
-            let object = self.range.buffer.name().to_owned();
-            return Err(BufferError::Access {
-                object,
-                wanted: "write",
-            });
-        }
-        let guard = CpuAccess {
-            mapping: self,
-            access,
-            last_write: None,
-            open: true,
-        };
-        if let Err(error) = guard.sync(0) {
-            // There is nothing to end: the access has not begun.
-            let mut guard = guard;
-            guard.open = false;
-            return Err(error);
-        }
-        Ok(guard)
-    }
-}
-
-/// The CPU's access to a mapping, from [`Mapping::begin_cpu_access`] until it is dropped or
-/// ended.
-#[derive(Debug)]
-pub struct CpuAccess<'m> {
-    mapping: &'m Mapping,
-    access: Access,
-    /// Where the last bytes were written, if any were.
-    last_write: Option<usize>,
-    open: bool,
-}
-
-impl CpuAccess<'_> {
-    /// Copies bytes out of the mapping, from `offset` on. Each byte is read once.
-    ///
-    /// # Errors
-    /// [`BufferError::Access`] for access that began for writing only, and
-    /// [`BufferError::OutOfRange`].
-    pub fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<(), BufferError> {
-        let offset = self.check(offset, into.len(), "read", self.access.reads())?;
-        self.mapping.map.copy_out(offset, into);
-        Ok(())
-    }
-
-    /// Copies bytes into the mapping, from `offset` on. Each byte is written once.
-    ///
-    /// # Errors
-    /// [`BufferError::Access`] for access that began for reading only, and
-    /// [`BufferError::OutOfRange`].
-    pub fn write_at(&mut self, offset: u64, from: &[u8]) -> Result<(), BufferError> {
-        let offset = self.check(offset, from.len(), "write", self.access.writes())?;
-        self.mapping.map.copy_in(offset, from);
-        if !from.is_empty() {
-            self.last_write = Some(offset + from.len() - 1);
-        }
-        Ok(())
-    }
-
-    /// Ends the access. What was written is then where a device sees it. Dropping the guard
-    /// does the same, but has nobody to tell about an error.
-    ///
-    /// # Errors
-    /// The ioctl's error.
-    pub fn end(mut self) -> Result<(), BufferError> {
-        self.finish()
-    }
-
-    fn finish(&mut self) -> Result<(), BufferError> {
-        self.open = false;
-        if let Some(offset) = self.last_write {
-            self.mapping.map.flush_writes(offset);
-        }
-        self.sync(SYNC_END)
-    }
-
-    fn sync(&self, when: u64) -> Result<(), BufferError> {
-        let Some(dmabuf) = self.mapping.range.buffer.dmabuf() else {
-            return Ok(());
-        };
-        let what = match self.access {
-            Access::Read => SYNC_READ,
-            Access::Write => SYNC_WRITE,
-            Access::ReadWrite => SYNC_READ | SYNC_WRITE,
-        };
-        let buffer = self.mapping.range.buffer.name();
-        sync(dmabuf.as_fd(), when | what)
-            .map_err(|errno| SystemError::new("ioctl(DMA_BUF_IOCTL_SYNC)", buffer, errno).into())
-    }
-
-    fn check(
-        &self,
-        offset: u64,
-        length: usize,
-        wanted: &'static str,
-        allowed: bool,
-    ) -> Result<usize, BufferError> {
-        if !allowed {
-            let object = self.mapping.range.buffer.name().to_owned();
-            return Err(BufferError::Access { object, wanted });
-        }
-        self.mapping.range.slice(offset, length as u64)?;
-        Ok(offset as usize)
-    }
-}
-
-impl Drop for CpuAccess<'_> {
-    fn drop(&mut self) {
-        if self.open {
-            // Nobody to tell; the kernel fails this only for a buffer that is gone.
-            let _ = self.finish();
-        }
-    }
-}
-
-fn raw_errno(error: &std::io::Error) -> i32 {
-    error.raw_os_error().unwrap_or(Errno::IO.0)
 }
 
 #[cfg(test)]
@@ -633,6 +417,24 @@ mod tests {
     }
 
     #[test]
+    fn values_cross_at_any_offset() {
+        let buffer = memfd::export("test", 4096).unwrap();
+        let mut mapping = buffer.whole().map(Access::ReadWrite).unwrap();
+        let mut cpu = mapping.begin_cpu_access(Access::ReadWrite).unwrap();
+        for offset in 0..17 {
+            cpu.write(offset, &0x0102_0304_0506_0708_u64).unwrap();
+            assert_eq!(cpu.read::<u64>(offset).unwrap(), 0x0102_0304_0506_0708);
+            let four: [u16; 4] = cpu.read(offset).unwrap();
+            let mut same = [0u16; 4];
+            cpu.read_slice(offset, &mut same).unwrap();
+            assert_eq!(four, same);
+        }
+        assert!(cpu.write(4089, &0u64).is_err());
+        assert!(cpu.read::<u32>(4093).is_err());
+        assert!(cpu.read::<[u8; 0]>(4096).is_ok());
+    }
+
+    #[test]
     fn bytes_outside_a_range_are_refused() {
         let buffer = memfd::export("test", 4096).unwrap();
         assert!(matches!(
@@ -664,15 +466,6 @@ mod tests {
                 wanted: "write",
                 ..
             })
-        ));
-    }
-
-    #[test]
-    fn what_is_not_a_dma_buf_is_named_as_such() {
-        let fd = rustix::fs::memfd_create("x", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
-        assert!(matches!(
-            DmaBuf::from_fd(fd),
-            Err(BufferError::NotADmaBuf { .. })
         ));
     }
 
