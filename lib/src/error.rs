@@ -173,6 +173,57 @@ pub enum ShareError {
     /// The socket is of the wrong kind.
     #[error("not a unix seqpacket socket")]
     WrongSocket,
+    /// The publisher closed the connection, and said why.
+    #[error("the publisher cut this subscriber off: {why}")]
+    CutOff {
+        /// Why, such as `too late to give a buffer back`.
+        why: &'static str,
+    },
+    /// Nothing came in time.
+    #[error("{what}: nothing came within {limit:?}")]
+    TimedOut {
+        /// What was waited for.
+        what: String,
+        /// How long.
+        limit: Duration,
+    },
+    /// There is no such buffer, or not any more.
+    #[error("no buffer is published as {name}")]
+    Unknown {
+        /// What was asked for.
+        name: String,
+    },
+    /// A buffer cannot be published as this.
+    #[error("{name:?} cannot be published: {why}")]
+    Name {
+        /// The name.
+        name: String,
+        /// The rule that it breaks.
+        why: &'static str,
+    },
+    /// The publisher itself still uses the generation that is to be given up.
+    #[error("{name} cannot move: this process still holds clones or mappings of it")]
+    StillInUse {
+        /// What it is published as.
+        name: String,
+    },
+    /// Nobody uses the generation any more but a device, which was not done in time.
+    #[error("{name} cannot move: a device was still at work on it after {limit:?}")]
+    DeviceBusy {
+        /// What it is published as.
+        name: String,
+        /// How long it was waited for.
+        limit: Duration,
+    },
+    /// A backing could not make the next generation.
+    #[error("{what}")]
+    Backing {
+        /// What was tried and what came back.
+        what: String,
+    },
+    /// The next generation could not be exported.
+    #[error(transparent)]
+    Export(#[from] ExportError),
     /// The buffer in the message could not be used, or the one to be sent cannot be.
     #[error(transparent)]
     Buffer(#[from] BufferError),

@@ -156,7 +156,13 @@ struct Inner {
     /// False when another process told us the provenance, so that what is known about the
     /// device it names must not be believed of this buffer.
     vouched: bool,
+    /// Dropped after the descriptors were closed; every mapping is gone by then. Last for that
+    /// reason.
+    _last: Option<Box<dyn LastHandle>>,
 }
+
+/// Something that is to be dropped when a buffer's last handle in this process is gone.
+pub(crate) trait LastHandle: fmt::Debug + Send + Sync {}
 
 impl Buffer {
     /// A buffer that is a dma-buf and nothing else.
@@ -170,6 +176,7 @@ impl Buffer {
             writable,
             provenance,
             vouched: true,
+            _last: None,
         };
         Buffer {
             inner: Arc::new(inner),
@@ -227,6 +234,7 @@ impl Buffer {
             writable,
             provenance,
             vouched: true,
+            _last: None,
         };
         Ok(Buffer {
             inner: Arc::new(inner),
@@ -239,6 +247,20 @@ impl Buffer {
             inner.vouched = false;
         }
         self
+    }
+
+    /// Has `last` dropped when the last clone, range, mapping and attachment of this buffer in
+    /// this process is gone and its descriptors are closed. For a buffer that nobody shares yet.
+    pub(crate) fn with_last_handle(mut self, last: Box<dyn LastHandle>) -> Buffer {
+        if let Some(inner) = Arc::get_mut(&mut self.inner) {
+            inner._last = Some(last);
+        }
+        self
+    }
+
+    /// How many handles there are in this process: clones, ranges, mappings, attachments.
+    pub(crate) fn handles(&self) -> usize {
+        Arc::strong_count(&self.inner)
     }
 
     /// The dma-buf; `None` for the memfd stand-in.

@@ -17,8 +17,8 @@ use crate::buffer::{Buffer, BufferRange, DmaBuf};
 use crate::errno::Errno;
 use crate::error::{BufferError, ShareError, SystemError};
 
-/// The most descriptors that one message may carry.
-pub const MAX_DESCRIPTORS: usize = 16;
+/// The most descriptors that one message may carry (`SCM_MAX_FD`, include/net/scm.h).
+pub const MAX_DESCRIPTORS: usize = 253;
 
 /// One end of a connection that buffers travel over.
 #[derive(Debug)]
@@ -94,16 +94,15 @@ impl Channel {
 
     /// Hands over a range. The other end can then use it for as long as it likes, whatever
     /// happens to this one; descriptors give access to the whole buffer, not to the range alone.
+    /// A [`Publisher`](super::Publisher) keeps a hold on what it hands over.
     ///
     /// # Errors
     /// [`ShareError::PeerGone`], or the call that failed.
     pub fn send_buffer(&self, range: &BufferRange) -> Result<(), ShareError> {
-        let offer = wire::encode(range);
-        let buffer = range.buffer();
-        let dmabuf = buffer.dmabuf().map(AsFd::as_fd);
-        let descriptors: Vec<BorrowedFd<'_>> =
-            dmabuf.into_iter().chain(buffer.host_memory()).collect();
-        self.send_message(bytemuck::bytes_of(&offer), &descriptors)
+        let description = wire::describe(range, super::Placement::Unknown);
+        let descriptors: Vec<BorrowedFd<'_>> = descriptors(range.buffer(), true).collect();
+        let message = wire::encode(wire::Message::HandOver, &[description]);
+        self.send_message(&message, &descriptors)
     }
 
     /// Waits for a range to be handed over.
@@ -112,38 +111,19 @@ impl Channel {
     /// [`ShareError::PeerGone`]; [`ShareError::Truncated`] or [`ShareError::Malformed`] for what
     /// is not an offer; [`ShareError::Buffer`] for descriptors that are not what the offer says.
     pub fn receive_buffer(&self) -> Result<BufferRange, ShareError> {
-        let (message, descriptors) = self.receive_message(wire::OFFER_SIZE)?;
-        let offer = wire::decode(&message)?;
-        if descriptors.len() != offer.descriptors() {
+        let (message, descriptors) = self.receive_message(wire::HAND_OVER_SIZE)?;
+        let what = wire::hand_over(&message)?;
+        if descriptors.len() != what.descriptors() {
             let what = format!(
                 "{} descriptors came with it, {} were announced",
                 descriptors.len(),
-                offer.descriptors()
+                what.descriptors()
             );
             return Err(ShareError::Malformed { what });
         }
-        let mut descriptors = descriptors.into_iter();
-        let dmabuf = offer.has_dmabuf.then(|| descriptors.next()).flatten();
-        let dmabuf = dmabuf.map(DmaBuf::from_fd).transpose()?;
-        let host = offer.has_host_memory.then(|| descriptors.next()).flatten();
-        let buffer = match (dmabuf, host) {
-            (dmabuf, Some(host)) => Buffer::from_host_memory(host, dmabuf, offer.provenance)?,
-            (Some(dmabuf), None) => Buffer::from_dmabuf(dmabuf, offer.provenance),
-            (None, None) => {
-                return Err(ShareError::Malformed {
-                    what: "it has no descriptor".into(),
-                });
-            }
-        };
-        if buffer.size() != offer.size {
-            return Err(ShareError::Buffer(BufferError::OutOfRange {
-                object: buffer.name().to_owned(),
-                offset: 0,
-                length: offer.size,
-                size: buffer.size(),
-            }));
-        }
-        Ok(buffer.without_voucher().range(offer.offset, offer.length)?)
+        let (offset, length) = (what.offset, what.length);
+        let buffer = open_buffer(what, &mut descriptors.into_iter())?;
+        Ok(buffer.range(offset, length)?)
     }
 
     /// Sends a message of the application's own, with descriptors. It must not be empty.
@@ -157,7 +137,29 @@ impl Channel {
         descriptors: &[BorrowedFd<'_>],
     ) -> Result<(), ShareError> {
         // An empty message looks like the end of the connection at the other end.
-        if message.is_empty() || descriptors.len() > MAX_DESCRIPTORS {
+        if message.is_empty() {
+            return Err(system("sendmsg")(rustix::io::Errno::INVAL).into());
+        }
+        self.send(message, descriptors, SendFlags::empty())
+            .map(drop)
+    }
+
+    /// Sends now or not at all: false when there is no room.
+    pub(super) fn try_send(
+        &self,
+        message: &[u8],
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<bool, ShareError> {
+        self.send(message, descriptors, SendFlags::DONTWAIT)
+    }
+
+    fn send(
+        &self,
+        message: &[u8],
+        descriptors: &[BorrowedFd<'_>],
+        flags: SendFlags,
+    ) -> Result<bool, ShareError> {
+        if descriptors.len() > MAX_DESCRIPTORS {
             return Err(system("sendmsg")(rustix::io::Errno::INVAL).into());
         }
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
@@ -167,13 +169,15 @@ impl Channel {
             debug_assert!(fits);
         }
         let data = [IoSlice::new(message)];
+        let flags = flags | SendFlags::NOSIGNAL;
         loop {
-            match rustix::net::sendmsg(&self.socket, &data, &mut control, SendFlags::NOSIGNAL) {
-                Ok(_) => return Ok(()),
+            match rustix::net::sendmsg(&self.socket, &data, &mut control, flags) {
+                Ok(_) => return Ok(true),
                 Err(rustix::io::Errno::INTR) => {}
                 Err(rustix::io::Errno::PIPE | rustix::io::Errno::CONNRESET) => {
                     return Err(ShareError::PeerGone);
                 }
+                Err(rustix::io::Errno::AGAIN) => return Ok(false),
                 Err(errno) => return Err(system("sendmsg")(errno).into()),
             }
         }
@@ -186,23 +190,48 @@ impl Channel {
     /// [`ShareError::PeerGone`], [`ShareError::Truncated`], or the call that failed.
     pub fn receive_message(&self, limit: usize) -> Result<(Vec<u8>, Vec<OwnedFd>), ShareError> {
         let mut message = vec![0; limit];
+        let mut descriptors = Vec::new();
+        let bytes = self.receive(&mut message, &mut descriptors, RecvFlags::empty())?;
+        message.truncate(bytes.unwrap_or(0));
+        Ok((message, descriptors))
+    }
+
+    /// Takes a message if one is there, and puts its descriptors behind those in `descriptors`.
+    /// Returns its length.
+    pub(super) fn try_receive(
+        &self,
+        message: &mut [u8],
+        descriptors: &mut Vec<OwnedFd>,
+    ) -> Result<Option<usize>, ShareError> {
+        self.receive(message, descriptors, RecvFlags::DONTWAIT)
+    }
+
+    fn receive(
+        &self,
+        message: &mut [u8],
+        descriptors: &mut Vec<OwnedFd>,
+        flags: RecvFlags,
+    ) -> Result<Option<usize>, ShareError> {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
+        let flags = flags | RecvFlags::CMSG_CLOEXEC;
         let received = loop {
-            let mut data = [IoSliceMut::new(&mut message)];
-            let flags = RecvFlags::CMSG_CLOEXEC;
+            let mut data = [IoSliceMut::new(message)];
             match rustix::net::recvmsg(&self.socket, &mut data, &mut control, flags) {
                 Ok(received) => break received,
                 Err(rustix::io::Errno::INTR) => {}
                 Err(rustix::io::Errno::CONNRESET) => return Err(ShareError::PeerGone),
+                Err(rustix::io::Errno::AGAIN) if flags.contains(RecvFlags::DONTWAIT) => {
+                    return Ok(None);
+                }
                 Err(errno) => return Err(system("recvmsg")(errno).into()),
             }
         };
         // Owned before anything is checked, so that every way out closes them.
-        let mut descriptors = Vec::new();
+        let mut arrived = Vec::new();
         for part in control.drain() {
             if let RecvAncillaryMessage::ScmRights(rights) = part {
-                descriptors.extend(rights);
+                arrived.extend(rights);
             }
         }
         if received.flags.contains(ReturnFlags::CTRUNC) {
@@ -218,9 +247,52 @@ impl Channel {
         if received.bytes == 0 {
             return Err(ShareError::PeerGone);
         }
-        message.truncate(received.bytes);
-        Ok((message, descriptors))
+        descriptors.append(&mut arrived);
+        Ok(Some(received.bytes))
     }
+
+    /// Ends the connection for both ends, even where another process holds this end too.
+    pub(super) fn shut_down(&self) {
+        // It fails only when the other end has gone, which is as good.
+        let _ = rustix::net::shutdown(&self.socket, rustix::net::Shutdown::Both);
+    }
+}
+
+/// A buffer's descriptors, in the order in which they travel.
+pub(super) fn descriptors(
+    buffer: &Buffer,
+    with_dmabuf: bool,
+) -> impl Iterator<Item = BorrowedFd<'_>> {
+    let dmabuf = buffer.dmabuf().filter(|_| with_dmabuf).map(AsFd::as_fd);
+    dmabuf.into_iter().chain(buffer.host_memory())
+}
+
+/// Makes a buffer of what was announced and of the descriptors that came, after a look at each.
+pub(super) fn open_buffer(
+    what: wire::Checked,
+    descriptors: &mut impl Iterator<Item = OwnedFd>,
+) -> Result<Buffer, ShareError> {
+    let dmabuf = what.has_dmabuf.then(|| descriptors.next()).flatten();
+    let dmabuf = dmabuf.map(DmaBuf::from_fd).transpose()?;
+    let host = what.has_host_memory.then(|| descriptors.next()).flatten();
+    let buffer = match (dmabuf, host) {
+        (dmabuf, Some(host)) => Buffer::from_host_memory(host, dmabuf, what.provenance)?,
+        (Some(dmabuf), None) => Buffer::from_dmabuf(dmabuf, what.provenance),
+        (None, None) => {
+            return Err(ShareError::Malformed {
+                what: "it has no descriptor".into(),
+            });
+        }
+    };
+    if buffer.size() != what.size {
+        return Err(ShareError::Buffer(BufferError::OutOfRange {
+            object: buffer.name().to_owned(),
+            offset: 0,
+            length: what.size,
+            size: buffer.size(),
+        }));
+    }
+    Ok(buffer.without_voucher())
 }
 
 impl AsFd for Channel {

@@ -1,37 +1,95 @@
-//! The message that hands over a buffer: one fixed layout, checked field by field.
+//! The messages: fixed layouts, each checked field by field.
 //!
 //! Both ends are on one machine, so numbers are in its byte order. A field that is not used is
 //! zero, and refused otherwise, so that a later version can give it a meaning.
+//!
+//! Every message is a [`Header`] and then `count` records of one kind, back to back. Descriptors
+//! come in the order of the records that they belong to.
 
 use bytemuck::{Pod, Zeroable};
 
-use crate::buffer::{BufferRange, Kind, Provenance};
+use super::{Grant, Placement};
+use crate::buffer::{Buffer, BufferRange, Kind, Provenance};
 use crate::error::ShareError;
 use crate::plan::topology::PciAddress;
 
 const MAGIC: [u8; 8] = *b"peerbuf\0";
 const VERSION: u32 = 1;
-/// The only type of message so far.
-const OFFER: u32 = 1;
 
-/// A dma-buf's descriptor comes with the message; it is the first.
+/// What a message says. Its number is in the header.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Message {
+    /// One range, handed over for good ([`Description`]).
+    HandOver,
+    /// Subscriber to publisher, first of all: no records.
+    Hello,
+    /// Publisher to subscriber: buffers it may use from now on ([`Entry`]).
+    Offer,
+    /// Publisher to subscriber: buffers to be given back ([`Note`]; the value is the time limit in
+    /// milliseconds).
+    Invalidate,
+    /// Publisher to subscriber: buffers to be given back, which will not be offered again
+    /// ([`Note`], as for `Invalidate`).
+    Withdraw,
+    /// Publisher to subscriber, last of all: it was cut off ([`Note`]; the value is a [`Farewell`]).
+    Farewell,
+    /// Subscriber to publisher: offers that arrived ([`Note`]).
+    Accepted,
+    /// Subscriber to publisher: nothing of these is used by it any more ([`Note`]; the value is
+    /// zero, or 1 when the offer could not be used at all).
+    Released,
+}
+
+const MESSAGES: [(u32, Message, usize); 8] = [
+    (1, Message::HandOver, size_of::<Description>()),
+    (2, Message::Hello, 0),
+    (3, Message::Offer, size_of::<Entry>()),
+    (4, Message::Invalidate, size_of::<Note>()),
+    (5, Message::Withdraw, size_of::<Note>()),
+    (6, Message::Farewell, size_of::<Note>()),
+    (7, Message::Accepted, size_of::<Note>()),
+    (8, Message::Released, size_of::<Note>()),
+];
+
+/// The most records in one message: each offer has a descriptor, and the kernel takes 253.
+pub(super) const MAX_RECORDS: usize = 253;
+
+/// The longest message.
+pub(super) const MAX_MESSAGE: usize = size_of::<Header>() + MAX_RECORDS * size_of::<Entry>();
+
+/// A dma-buf's descriptor comes with the message; it is the first of the record's.
 const HAS_DMABUF: u32 = 1 << 0;
 /// The descriptor of the memfd that holds the bytes comes with the message, after the dma-buf's.
 const HAS_HOST_MEMORY: u32 = 1 << 1;
 
 const NO_BAR: u32 = u32::MAX;
 
-/// `offset` and `length` are the range's, `size` is the whole buffer's, all in bytes.
+/// How every message begins, in this version and all later ones.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Pod, Zeroable)]
-pub(super) struct Offer {
+pub(super) struct Header {
     magic: [u8; 8],
     version: u32,
     message: u32,
+    /// The length of the whole message.
     bytes: u32,
+    /// How many records follow.
+    count: u32,
+}
+
+const HEADER_SIZE: usize = size_of::<Header>();
+
+/// The length of a [`Message::HandOver`].
+pub(super) const HAND_OVER_SIZE: usize = HEADER_SIZE + size_of::<Description>();
+
+/// `offset` and `length` are the range's, `size` is the whole buffer's, all in bytes.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Pod, Zeroable)]
+pub(super) struct Description {
     descriptors: u32,
     kind: u32,
     bar: u32,
+    placement: u32,
     offset: u64,
     length: u64,
     size: u64,
@@ -40,12 +98,69 @@ pub(super) struct Offer {
     name: [u8; 96],
 }
 
-pub(super) const OFFER_SIZE: usize = size_of::<Offer>();
+/// One buffer of an offer.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Pod, Zeroable)]
+pub(super) struct Entry {
+    pub(super) id: u64,
+    pub(super) generation: u64,
+    /// 1 for reading only, 2 for both.
+    access: u32,
+    reserved: u32,
+    /// What it was published as.
+    name: [u8; MAX_NAME],
+    description: Description,
+}
 
-/// An offer whose every field makes sense. Its descriptors are still to be looked at.
+/// The longest name that a buffer can be published as, in bytes.
+pub(super) const MAX_NAME: usize = 64;
+
+/// A word about one generation of one buffer.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
+pub(super) struct Note {
+    pub(super) id: u64,
+    pub(super) generation: u64,
+    pub(super) value: u32,
+    pub(super) reserved: u32,
+}
+
+/// Why a subscriber was cut off.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Farewell {
+    Late = 1,
+    Rubbish = 2,
+    Unreachable = 3,
+}
+
+impl Farewell {
+    /// Says it to the subscriber.
+    pub(super) fn explain(number: u32) -> &'static str {
+        match number {
+            n if n == Farewell::Late as u32 => "it did not give a buffer back in time",
+            n if n == Farewell::Rubbish as u32 => "it broke the protocol",
+            n if n == Farewell::Unreachable as u32 => "nothing could be sent to it",
+            _ => "for a reason that this library does not know",
+        }
+    }
+}
+
+impl Note {
+    pub(super) fn new(id: u64, generation: u64, value: u32) -> Note {
+        Note {
+            id,
+            generation,
+            value,
+            reserved: 0,
+        }
+    }
+}
+
+/// A description whose every field makes sense. Its descriptors are still to be looked at.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Checked {
     pub(super) provenance: Provenance,
+    pub(super) placement: Placement,
     pub(super) has_dmabuf: bool,
     pub(super) has_host_memory: bool,
     pub(super) offset: u64,
@@ -59,41 +174,48 @@ impl Checked {
     }
 }
 
-pub(super) fn encode(range: &BufferRange) -> Offer {
-    let buffer = range.buffer();
-    let provenance = buffer.provenance();
-    let mut offer = Offer {
-        magic: MAGIC,
-        version: VERSION,
-        message: OFFER,
-        bytes: OFFER_SIZE as u32,
-        descriptors: 0,
-        kind: provenance.kind.number(),
-        bar: provenance.bar.map_or(NO_BAR, u32::from),
-        offset: range.offset(),
-        length: range.len(),
-        size: buffer.size(),
-        device: [0; 16],
-        name: [0; 96],
-    };
-    if buffer.dmabuf().is_some() {
-        offer.descriptors |= HAS_DMABUF;
-    }
-    if buffer.host_memory().is_some() {
-        offer.descriptors |= HAS_HOST_MEMORY;
-    }
-    if let Some(device) = provenance.device {
-        put_text(&mut offer.device, &device.to_string());
-    }
-    put_text(&mut offer.name, &provenance.name);
-    offer
+/// One buffer of an offer, checked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct CheckedEntry {
+    pub(super) id: u64,
+    pub(super) generation: u64,
+    pub(super) grant: Grant,
+    pub(super) name: String,
+    pub(super) what: Checked,
 }
 
-pub(super) fn decode(message: &[u8]) -> Result<Checked, ShareError> {
-    let wrong = |what: String| Err(ShareError::Malformed { what });
+/// A message for people and machines: the header and `records`.
+pub(super) fn encode<R: Pod>(message: Message, records: &[R]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    encode_into(&mut bytes, message, records);
+    bytes
+}
+
+/// As [`encode`], into memory that is there already.
+pub(super) fn encode_into<R: Pod>(bytes: &mut Vec<u8>, message: Message, records: &[R]) {
+    let records_bytes: &[u8] = bytemuck::cast_slice(records);
+    let number = MESSAGES.iter().find(|(_, known, _)| *known == message);
+    let header = Header {
+        magic: MAGIC,
+        version: VERSION,
+        message: number.map_or(0, |(number, ..)| *number),
+        bytes: (HEADER_SIZE + records_bytes.len()) as u32,
+        count: records.len() as u32,
+    };
+    bytes.clear();
+    bytes.extend_from_slice(bytemuck::bytes_of(&header));
+    bytes.extend_from_slice(records_bytes);
+}
+
+fn wrong<T>(what: impl Into<String>) -> Result<T, ShareError> {
+    Err(ShareError::Malformed { what: what.into() })
+}
+
+/// Splits a message into what it is and its records, which have the right size and number.
+pub(super) fn open(message: &[u8]) -> Result<(Message, &[u8]), ShareError> {
     // The magic number and version come first: they are where every version has them.
     if message.get(..8) != Some(&MAGIC[..]) {
-        return wrong("it does not begin with peerbuf's magic number".into());
+        return wrong("it does not begin with peerbuf's magic number");
     }
     let version = message.get(8..12).map_or(0, |bytes| {
         u32::from_ne_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])
@@ -103,50 +225,195 @@ pub(super) fn decode(message: &[u8]) -> Result<Checked, ShareError> {
             "its version is {version}, this library speaks {VERSION}"
         ));
     }
-    let Ok(offer) = bytemuck::try_pod_read_unaligned::<Offer>(message) else {
+    let Some((header, records)) = message.split_at_checked(HEADER_SIZE) else {
         return wrong(format!(
-            "it has {} bytes, an offer has {OFFER_SIZE}",
+            "it has {} bytes, a header has {HEADER_SIZE}",
             message.len()
         ));
     };
-    if offer.message != OFFER {
-        return wrong(format!("its type {} is unknown", offer.message));
-    }
-    if offer.bytes as usize != OFFER_SIZE {
+    let header: Header = bytemuck::pod_read_unaligned(header);
+    let known = MESSAGES
+        .iter()
+        .find(|(number, ..)| *number == header.message);
+    let Some(&(_, kind, record)) = known else {
+        return wrong(format!("its type {} is unknown", header.message));
+    };
+    if header.bytes as usize != message.len() {
         return wrong(format!(
-            "it says it has {} bytes, and has {OFFER_SIZE}",
-            offer.bytes
+            "it says it has {} bytes, and has {}",
+            header.bytes,
+            message.len()
         ));
     }
-    let Some(kind) = Kind::from_number(offer.kind) else {
-        return wrong(format!("the kind of buffer {} is unknown", offer.kind));
+    let count = header.count as usize;
+    let right = match kind {
+        Message::HandOver | Message::Farewell => count == 1,
+        Message::Hello => count == 0,
+        _ => (1..=MAX_RECORDS).contains(&count),
     };
-    let has_dmabuf = offer.descriptors & HAS_DMABUF != 0;
-    let has_host_memory = offer.descriptors & HAS_HOST_MEMORY != 0;
-    if kind.descriptors() != (has_dmabuf, has_host_memory)
-        || offer.descriptors & !(HAS_DMABUF | HAS_HOST_MEMORY) != 0
-    {
+    if !right {
+        return wrong(format!("{count} records do not go with {kind:?}"));
+    }
+    if records.len() != count * record {
+        return wrong(format!(
+            "{} bytes of records, {count} of {kind:?} have {}",
+            records.len(),
+            count * record
+        ));
+    }
+    Ok((kind, records))
+}
+
+/// The notes of a message that has some.
+pub(super) fn notes(records: &[u8]) -> Result<Vec<Note>, ShareError> {
+    let notes = records.chunks_exact(size_of::<Note>());
+    let notes = notes.map(bytemuck::pod_read_unaligned::<Note>);
+    notes
+        .map(|note| match note.reserved {
+            0 => Ok(note),
+            _ => wrong("a reserved field is not zero"),
+        })
+        .collect()
+}
+
+/// The entries of an offer.
+pub(super) fn entries(records: &[u8]) -> Result<Vec<CheckedEntry>, ShareError> {
+    let entries = records.chunks_exact(size_of::<Entry>());
+    entries
+        .map(|entry| decode_entry(&bytemuck::pod_read_unaligned(entry)))
+        .collect()
+}
+
+/// The one range of a [`Message::HandOver`].
+pub(super) fn hand_over(message: &[u8]) -> Result<Checked, ShareError> {
+    match open(message)? {
+        (Message::HandOver, records) => decode(&bytemuck::pod_read_unaligned(records)),
+        (other, _) => wrong(format!("{other:?} where a buffer was expected")),
+    }
+}
+
+/// Says what one generation of a buffer is. With `grant` for reading only, a buffer in system
+/// memory goes without its dma-buf, which cannot be made read-only.
+pub(super) fn entry(
+    id: u64,
+    generation: u64,
+    grant: Grant,
+    placement: Placement,
+    name: &str,
+    buffer: &Buffer,
+) -> Entry {
+    let mut description = describe(&buffer.whole(), placement);
+    if grant == Grant::ReadOnly && buffer.host_memory().is_some() {
+        description.descriptors = HAS_HOST_MEMORY;
+    }
+    let mut field = [0; MAX_NAME];
+    put_text(&mut field, name);
+    Entry {
+        id,
+        generation,
+        name: field,
+        access: match grant {
+            Grant::ReadOnly => 1,
+            Grant::ReadWrite => 2,
+            Grant::Nothing => 0,
+        },
+        reserved: 0,
+        description,
+    }
+}
+
+fn decode_entry(entry: &Entry) -> Result<CheckedEntry, ShareError> {
+    let grant = match entry.access {
+        1 => Grant::ReadOnly,
+        2 => Grant::ReadWrite,
+        unknown => return wrong(format!("the access {unknown} is unknown")),
+    };
+    if entry.reserved != 0 {
+        return wrong("a reserved field is not zero");
+    }
+    let Some(name) = text(&entry.name) else {
+        return wrong("the name that it is published as is not text");
+    };
+    Ok(CheckedEntry {
+        id: entry.id,
+        generation: entry.generation,
+        grant,
+        name: name.to_owned(),
+        what: decode(&entry.description)?,
+    })
+}
+
+pub(super) fn describe(range: &BufferRange, placement: Placement) -> Description {
+    let buffer = range.buffer();
+    let provenance = buffer.provenance();
+    let mut description = Description {
+        descriptors: 0,
+        kind: provenance.kind.number(),
+        bar: provenance.bar.map_or(NO_BAR, u32::from),
+        placement: match placement {
+            Placement::Unknown => 0,
+            Placement::Device => 1,
+            Placement::System => 2,
+        },
+        offset: range.offset(),
+        length: range.len(),
+        size: buffer.size(),
+        device: [0; 16],
+        name: [0; 96],
+    };
+    if buffer.dmabuf().is_some() {
+        description.descriptors |= HAS_DMABUF;
+    }
+    if buffer.host_memory().is_some() {
+        description.descriptors |= HAS_HOST_MEMORY;
+    }
+    if let Some(device) = provenance.device {
+        put_text(&mut description.device, &device.to_string());
+    }
+    put_text(&mut description.name, &provenance.name);
+    description
+}
+
+pub(super) fn decode(description: &Description) -> Result<Checked, ShareError> {
+    let Some(kind) = Kind::from_number(description.kind) else {
+        return wrong(format!(
+            "the kind of buffer {} is unknown",
+            description.kind
+        ));
+    };
+    let placement = match description.placement {
+        0 => Placement::Unknown,
+        1 => Placement::Device,
+        2 => Placement::System,
+        unknown => return wrong(format!("the placement {unknown} is unknown")),
+    };
+    let has_dmabuf = description.descriptors & HAS_DMABUF != 0;
+    let has_host_memory = description.descriptors & HAS_HOST_MEMORY != 0;
+    let whole = kind.descriptors() == (has_dmabuf, has_host_memory);
+    // Without the dma-buf for those who may only read.
+    let memory_alone = kind.descriptors().1 && description.descriptors == HAS_HOST_MEMORY;
+    if !(whole || memory_alone) || description.descriptors & !(HAS_DMABUF | HAS_HOST_MEMORY) != 0 {
         return wrong(format!(
             "descriptors {:#x} do not go with {kind:?}",
-            offer.descriptors
+            description.descriptors
         ));
     }
-    match offer.offset.checked_add(offer.length) {
-        Some(end) if end <= offer.size => {}
+    match description.offset.checked_add(description.length) {
+        Some(end) if end <= description.size => {}
         _ => {
             return wrong(format!(
                 "{} bytes at offset {} are not within the buffer's {}",
-                offer.length, offer.offset, offer.size
+                description.length, description.offset, description.size
             ));
         }
     }
-    let bar = match offer.bar {
+    let bar = match description.bar {
         NO_BAR => None,
         bar @ 0..=5 if kind.is_device_memory() => Some(bar as u8),
         bar => return wrong(format!("BAR {bar} does not go with {kind:?}")),
     };
-    let Some(device) = text(&offer.device) else {
-        return wrong("the device's address is not text".into());
+    let Some(device) = text(&description.device) else {
+        return wrong("the device's address is not text");
     };
     let device = match device {
         "" => None,
@@ -160,8 +427,8 @@ pub(super) fn decode(message: &[u8]) -> Result<Checked, ShareError> {
             "{kind:?} and a device's address do not go together"
         ));
     }
-    let Some(name) = text(&offer.name) else {
-        return wrong("the name is not text".into());
+    let Some(name) = text(&description.name) else {
+        return wrong("the name is not text");
     };
     Ok(Checked {
         provenance: Provenance {
@@ -170,11 +437,12 @@ pub(super) fn decode(message: &[u8]) -> Result<Checked, ShareError> {
             bar,
             name: name.to_owned(),
         },
+        placement,
         has_dmabuf,
         has_host_memory,
-        offset: offer.offset,
-        length: offer.length,
-        size: offer.size,
+        offset: description.offset,
+        length: description.length,
+        size: description.size,
     })
 }
 
@@ -207,54 +475,129 @@ mod tests {
     use super::*;
     use crate::export::memfd;
 
-    fn offer() -> Offer {
-        encode(
-            &memfd::export("a name", 8192)
-                .unwrap()
-                .range(100, 200)
-                .unwrap(),
-        )
+    fn description() -> Description {
+        let buffer = memfd::export("a name", 8192).unwrap();
+        describe(&buffer.range(100, 200).unwrap(), Placement::System)
     }
 
-    fn refusal(offer: &Offer) -> String {
-        decode(bytemuck::bytes_of(offer)).unwrap_err().to_string()
+    fn message() -> Vec<u8> {
+        encode(Message::HandOver, &[description()])
+    }
+
+    fn offer() -> Vec<u8> {
+        let buffer = memfd::export("a name", 8192).unwrap();
+        let entry = |id| {
+            let grant = Grant::ReadOnly;
+            entry(id, 7, grant, Placement::System, "published", &buffer)
+        };
+        encode(Message::Offer, &[entry(1), entry(2)])
+    }
+
+    /// What any end does with a message.
+    fn decode_any(message: &[u8]) -> Result<(), ShareError> {
+        let (kind, records) = open(message)?;
+        match kind {
+            Message::HandOver => hand_over(message).map(drop),
+            Message::Hello => Ok(()),
+            Message::Offer => entries(records).map(drop),
+            _ => notes(records).map(drop),
+        }
     }
 
     #[test]
-    fn an_offer_arrives_as_it_was_sent() {
-        let checked = decode(bytemuck::bytes_of(&offer())).unwrap();
+    fn a_range_arrives_as_it_was_sent() {
+        let checked = hand_over(&message()).unwrap();
         assert_eq!(
             (checked.offset, checked.length, checked.size),
             (100, 200, 8192)
         );
         assert_eq!(checked.provenance.name, "a name");
         assert_eq!(checked.provenance.kind, Kind::Memfd);
+        assert_eq!(checked.placement, Placement::System);
         assert_eq!(checked.descriptors(), 1);
     }
 
     #[test]
+    fn an_offer_and_notes_arrive_as_they_were_sent() {
+        let message = offer();
+        let (kind, records) = open(&message).unwrap();
+        assert_eq!(kind, Message::Offer);
+        let entries = entries(records).unwrap();
+        assert_eq!((entries[0].id, entries[1].id), (1, 2));
+        assert_eq!(
+            (entries[1].generation, entries[1].grant),
+            (7, Grant::ReadOnly)
+        );
+        assert_eq!(entries[1].name, "published");
+        let sent = [Note::new(3, 4, 5), Note::new(6, 7, 8)];
+        let message = encode(Message::Released, &sent);
+        let (kind, records) = open(&message).unwrap();
+        assert_eq!(
+            (kind, notes(records).unwrap()),
+            (Message::Released, sent.to_vec())
+        );
+    }
+
+    #[test]
     fn the_layout_does_not_change() {
-        assert_eq!(OFFER_SIZE, 168);
-        assert_eq!(std::mem::offset_of!(Offer, bytes), 16);
-        assert_eq!(std::mem::offset_of!(Offer, offset), 32);
-        assert_eq!(std::mem::offset_of!(Offer, device), 56);
-        assert_eq!(std::mem::offset_of!(Offer, name), 72);
+        assert_eq!((HEADER_SIZE, size_of::<Description>()), (24, 152));
+        assert_eq!((size_of::<Entry>(), size_of::<Note>()), (240, 24));
+        assert_eq!(std::mem::offset_of!(Header, bytes), 16);
+        assert_eq!(std::mem::offset_of!(Description, offset), 16);
+        assert_eq!(std::mem::offset_of!(Description, device), 40);
+        assert_eq!(std::mem::offset_of!(Description, name), 56);
+        assert_eq!(std::mem::offset_of!(Entry, name), 24);
+        assert_eq!(std::mem::offset_of!(Entry, description), 88);
     }
 
     #[test]
     fn every_length_but_the_right_one_is_refused() {
-        let whole = offer();
-        let bytes = bytemuck::bytes_of(&whole);
-        for length in 0..OFFER_SIZE {
-            assert!(decode(&bytes[..length]).is_err(), "{length} bytes");
+        for whole in [
+            message(),
+            offer(),
+            encode(Message::Released, &[Note::new(1, 1, 0)]),
+        ] {
+            for length in 0..whole.len() {
+                assert!(decode_any(&whole[..length]).is_err(), "{length} bytes");
+            }
+            assert!(decode_any(&[&whole[..], &[0]].concat()).is_err());
         }
-        assert!(decode(&[bytes, &[0]].concat()).is_err());
     }
 
     #[test]
-    fn each_bad_field_is_refused_by_name() {
-        let good = offer();
-        let bar = |bar, device: &[u8; 16]| Offer {
+    fn each_bad_field_of_a_header_is_refused_by_name() {
+        let good = message();
+        let cases: &[(usize, &[u8], &str)] = &[
+            (0, b"peerbuf1", "magic"),
+            (8, &2u32.to_ne_bytes(), "version is 2"),
+            (12, &99u32.to_ne_bytes(), "type 99"),
+            (16, &12u32.to_ne_bytes(), "12 bytes"),
+            (20, &2u32.to_ne_bytes(), "2 records"),
+            (20, &0u32.to_ne_bytes(), "0 records"),
+        ];
+        for (at, bytes, words) in cases {
+            let mut message = good.clone();
+            message[*at..at + bytes.len()].copy_from_slice(bytes);
+            let refusal = decode_any(&message).unwrap_err().to_string();
+            assert!(
+                refusal.contains(words),
+                "{refusal:?} does not say {words:?}"
+            );
+        }
+        let many = [Note::new(1, 1, 0); MAX_RECORDS + 1];
+        assert!(decode_any(&encode(Message::Accepted, &many)).is_err());
+        assert!(decode_any(&encode(Message::Accepted, &many[..MAX_RECORDS])).is_ok());
+        let reserved = Note {
+            reserved: 1,
+            ..many[0]
+        };
+        assert!(decode_any(&encode(Message::Accepted, &[reserved])).is_err());
+    }
+
+    #[test]
+    fn each_bad_field_of_a_description_is_refused_by_name() {
+        let good = description();
+        let bar = |bar, device: &[u8; 16]| Description {
             kind: 1,
             descriptors: HAS_DMABUF,
             bar,
@@ -262,98 +605,34 @@ mod tests {
             ..good
         };
         let real = b"0000:01:00.0\0\0\0\0";
-        assert!(decode(bytemuck::bytes_of(&bar(2, real))).is_ok());
-        let cases: &[(Offer, &str)] = &[
-            (
-                Offer {
-                    magic: *b"peerbuf1",
-                    ..good
-                },
-                "magic",
-            ),
-            (Offer { version: 2, ..good }, "version is 2"),
-            (Offer { message: 7, ..good }, "type 7"),
-            (Offer { bytes: 12, ..good }, "12 bytes"),
-            (
-                Offer {
-                    descriptors: 0,
-                    ..good
-                },
-                "descriptors",
-            ),
-            (
-                Offer {
-                    descriptors: HAS_DMABUF,
-                    ..good
-                },
-                "descriptors",
-            ),
-            (
-                Offer {
-                    descriptors: HAS_HOST_MEMORY | 4,
-                    ..good
-                },
-                "descriptors",
-            ),
-            (Offer { kind: 0, ..good }, "kind of buffer 0"),
-            (Offer { kind: 10, ..good }, "kind of buffer 10"),
-            (Offer { bar: 3, ..good }, "BAR 3"),
-            (
-                Offer {
-                    offset: u64::MAX,
-                    ..good
-                },
-                "not within",
-            ),
-            (
-                Offer {
-                    offset: 8000,
-                    ..good
-                },
-                "not within",
-            ),
-            (
-                Offer {
-                    length: u64::MAX - 99,
-                    ..good
-                },
-                "not within",
-            ),
-            (
-                Offer {
-                    device: *real,
-                    ..good
-                },
-                "address",
-            ),
-            (
-                Offer {
-                    device: [0xff; 16],
-                    ..good
-                },
-                "not text",
-            ),
-            (
-                Offer {
-                    name: [0xff; 96],
-                    ..good
-                },
-                "name",
-            ),
-            (
-                Offer {
-                    name: [0x1b; 96],
-                    ..good
-                },
-                "name",
-            ),
+        assert!(decode(&bar(2, real)).is_ok());
+        let with = |change: fn(&mut Description)| {
+            let mut changed = good;
+            change(&mut changed);
+            changed
+        };
+        let cases = [
+            (with(|d| d.descriptors = 0), "descriptors"),
+            (with(|d| d.descriptors = HAS_DMABUF), "descriptors"),
+            (with(|d| d.descriptors = HAS_HOST_MEMORY | 4), "descriptors"),
+            (with(|d| d.kind = 0), "kind of buffer 0"),
+            (with(|d| d.kind = 99), "kind of buffer 99"),
+            (with(|d| d.placement = 3), "placement 3"),
+            (with(|d| d.bar = 3), "BAR 3"),
+            (with(|d| d.offset = u64::MAX), "not within"),
+            (with(|d| d.offset = 8000), "not within"),
+            (with(|d| d.length = u64::MAX - 99), "not within"),
+            (with(|d| d.device = *b"0000:01:00.0\0\0\0\0"), "address"),
+            (with(|d| d.device = [0xff; 16]), "not text"),
+            (with(|d| d.name = [0xff; 96]), "name"),
+            (with(|d| d.name = [0x1b; 96]), "name"),
             (bar(6, real), "BAR 6"),
             (bar(2, &[0; 16]), "address"),
             (bar(2, b"nonsense\0\0\0\0\0\0\0\0"), "nonsense"),
             (bar(2, b"0000:01:00.0\0\0\0x"), "not text"),
         ];
-        for (offer, words) in cases {
-            let refusal = refusal(offer);
+        for (description, words) in cases {
+            let refusal = decode(&description).unwrap_err().to_string();
             assert!(
                 refusal.contains(words),
                 "{refusal:?} does not say {words:?}"
@@ -363,13 +642,15 @@ mod tests {
 
     #[test]
     fn any_flip_of_a_byte_is_decoded_or_refused_without_a_panic() {
-        let good = offer();
-        for at in 0..OFFER_SIZE {
-            for value in [0, 1, 0x7f, 0x80, 0xff] {
-                let mut bytes = bytemuck::bytes_of(&good).to_vec();
-                bytes[at] = value;
-                if let Ok(checked) = decode(&bytes) {
-                    assert!(checked.offset + checked.length <= checked.size);
+        for good in [message(), offer()] {
+            for at in 0..good.len() {
+                for value in [0, 1, 0x7f, 0x80, 0xff] {
+                    let mut bytes = good.clone();
+                    bytes[at] = value;
+                    let _ = decode_any(&bytes);
+                    if let Ok(checked) = hand_over(&bytes) {
+                        assert!(checked.offset + checked.length <= checked.size);
+                    }
                 }
             }
         }
@@ -378,7 +659,7 @@ mod tests {
     #[test]
     fn a_long_name_is_cut_between_characters() {
         let buffer = memfd::export(&"ä".repeat(80), 4096).unwrap();
-        let checked = decode(bytemuck::bytes_of(&encode(&buffer.whole()))).unwrap();
+        let checked = decode(&describe(&buffer.whole(), Placement::Unknown)).unwrap();
         assert_eq!(checked.provenance.name, "ä".repeat(48));
     }
 }

@@ -1,0 +1,1058 @@
+//! The side that owns buffers: offers them, takes them back, moves them.
+//!
+//! One thread does everything: nothing happens but in a call of [`Publisher`]. The state of each
+//! subscriber says what it is still to be told, and [`Publisher::pump`] tells it as far as there
+//! is room in its socket, so that one that does not read holds nobody up.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::fmt;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use rustix::event::{Timespec, epoll};
+use rustix::fs::{Mode, OFlags};
+
+use super::backing::{Backing, Order, Placement};
+use super::channel::{self, Channel, Listener, MAX_DESCRIPTORS, Peer};
+use super::policy::{Grant, Policy, SameUser};
+use super::wire::{self, Message, Note};
+use crate::buffer::{Access, Buffer};
+use crate::errno::Errno;
+use crate::error::{BufferError, ShareError, SystemError};
+
+/// A subscriber is sent no further offers while this many descriptors wait for it. The kernel
+/// limits what is under way for a user as a whole, so one that does not read must not use it up.
+const WINDOW: usize = 2 * MAX_DESCRIPTORS;
+
+/// The most messages that are taken from one subscriber before the others get their turn.
+const TURN: usize = 16;
+
+/// How long until the kernel is asked again whether it takes more descriptors.
+const RETRY: Duration = Duration::from_millis(10);
+
+/// The listener's number among what is waited for; subscribers count from 1.
+const LISTENER: u64 = 0;
+
+/// A buffer that was published.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct BufferId(u64);
+
+/// A connected subscriber. Never used twice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SubscriberId(u64);
+
+impl fmt::Display for SubscriberId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "subscriber {}", self.0)
+    }
+}
+
+/// Why a subscriber was cut off.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum CutOff {
+    /// It did not give a buffer back in time.
+    #[error("it did not give {name} back within {limit:?}")]
+    Late {
+        /// What the buffer is published as.
+        name: String,
+        /// How long it had.
+        limit: Duration,
+    },
+    /// What it sent breaks the protocol.
+    #[error("{0}")]
+    Rubbish(ShareError),
+    /// Nothing could be sent to it.
+    #[error("{0}")]
+    Unreachable(ShareError),
+}
+
+/// Something that happened to a [`Publisher`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Event {
+    /// A subscriber is there and speaks the protocol.
+    Joined {
+        /// Which one.
+        subscriber: SubscriberId,
+        /// The process, as the kernel vouches for it.
+        peer: Peer,
+    },
+    /// A subscriber closed its connection, or died.
+    Left {
+        /// Which one.
+        subscriber: SubscriberId,
+        /// The buffers that it had not given back.
+        held: Vec<BufferId>,
+    },
+    /// A subscriber was cut off.
+    CutOff {
+        /// Which one.
+        subscriber: SubscriberId,
+        /// The buffers that it had not given back, and whose current generation it can still
+        /// reach until they move.
+        held: Vec<BufferId>,
+        /// Why.
+        why: CutOff,
+    },
+    /// A subscriber did not get a buffer that the policy meant for it, or could not use it.
+    NotOffered {
+        /// Which one.
+        subscriber: SubscriberId,
+        /// Which buffer.
+        buffer: BufferId,
+        /// Why.
+        why: String,
+    },
+    /// Somebody tried to connect, and could not.
+    NotAccepted {
+        /// Why.
+        why: ShareError,
+    },
+}
+
+/// What a migration did, and how long each of its parts took.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Migration {
+    /// The generation that it made.
+    pub generation: u64,
+    /// Where the bytes are now.
+    pub placement: Placement,
+    /// Telling the subscribers.
+    pub announce: Duration,
+    /// Until the last of them had given the old generation back or was cut off, and the devices
+    /// that they had put to work were done.
+    pub drain: Duration,
+    /// Making the new generation: the copy, or the kernel's move.
+    pub transfer: Duration,
+    /// Offering the new generation.
+    pub offer: Duration,
+    /// Subscribers that gave the old generation back.
+    pub released: usize,
+    /// Those that were cut off for it, or left meanwhile.
+    pub lost: Vec<SubscriberId>,
+    /// The new generation was made unreachable from the old, because somebody may still have it.
+    pub isolated: bool,
+}
+
+impl Migration {
+    /// The time from beginning to end.
+    pub fn total(&self) -> Duration {
+        self.announce + self.drain + self.transfer + self.offer
+    }
+}
+
+/// Ways to break the guarantees on purpose, for tests of what should notice.
+#[doc(hidden)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// Moves do not wait for subscribers.
+    SkipDrain,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    /// Offered to everybody who may have it.
+    Live,
+    /// Being taken back; nobody is offered it.
+    Leaving,
+    /// A move failed, and the old memory cannot be offered again. The next one may succeed.
+    Withheld,
+}
+
+struct Published {
+    name: String,
+    backing: Box<dyn Backing>,
+    generation: u64,
+    state: State,
+    /// Subscribers that were sent this generation and have not given it back.
+    holders: usize,
+    /// One that never gave it back may still reach this generation.
+    tainted: bool,
+    /// The memory again, open for reading only. Made when it is first needed.
+    read_only: Option<OwnedFd>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Holding {
+    generation: u64,
+    descriptors: usize,
+    accepted: bool,
+}
+
+struct Connection {
+    channel: Channel,
+    peer: Peer,
+    greeted: bool,
+    held: BTreeMap<BufferId, Holding>,
+    /// Buffers that it may have to be offered.
+    unseen: BTreeSet<BufferId>,
+    /// What it is to be told about buffers that it holds.
+    notices: VecDeque<(Message, Note)>,
+    /// Descriptors that were sent and not accepted yet.
+    under_way: usize,
+    /// Its socket was full; it is waited for.
+    full: bool,
+    /// The kernel took no more descriptors from this user; tried again after a while.
+    refused: bool,
+}
+
+/// Publishes buffers to any number of processes, and moves them.
+///
+/// See [the module](super) for what is guaranteed.
+pub struct Publisher {
+    waiting: OwnedFd,
+    listener: Option<Listener>,
+    listening: bool,
+    policy: Box<dyn Policy>,
+    buffers: BTreeMap<BufferId, Published>,
+    subscribers: BTreeMap<SubscriberId, Connection>,
+    last_buffer: u64,
+    last_subscriber: u64,
+    batch: usize,
+    events: VecDeque<Event>,
+    message: Vec<u8>,
+    received: Box<[u8]>,
+    fault: Option<Fault>,
+}
+
+impl fmt::Debug for Publisher {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Publisher")
+            .field("listener", &self.listener)
+            .field("buffers", &self.buffers.len())
+            .field("subscribers", &self.subscribers.len())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Publisher {
+    /// A publisher that nobody can connect to: subscribers are [added](Publisher::add).
+    ///
+    /// # Errors
+    /// The call that failed, such as `EMFILE`.
+    pub fn new() -> Result<Publisher, ShareError> {
+        let waiting = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(failed("epoll_create"))?;
+        Ok(Publisher {
+            waiting,
+            listener: None,
+            listening: false,
+            policy: Box::new(SameUser),
+            buffers: BTreeMap::new(),
+            subscribers: BTreeMap::new(),
+            last_buffer: 0,
+            last_subscriber: 0,
+            batch: MAX_DESCRIPTORS,
+            events: VecDeque::new(),
+            message: Vec::new(),
+            received: vec![0; wire::MAX_MESSAGE].into(),
+            fault: None,
+        })
+    }
+
+    /// A publisher that processes connect to at `path`: those of this user and root, unless the
+    /// file's mode and the policy are changed.
+    ///
+    /// # Errors
+    /// As [`Listener::bind`].
+    pub fn bind(path: impl Into<PathBuf>) -> Result<Publisher, ShareError> {
+        let mut publisher = Publisher::new()?;
+        let listener = Listener::bind(path)?;
+        // A client that has gone again by the time it is accepted must not make this one wait.
+        rustix::io::ioctl_fionbio(&listener, true).map_err(failed("ioctl(FIONBIO)"))?;
+        publisher.listener = Some(listener);
+        publisher.listen(true)?;
+        Ok(publisher)
+    }
+
+    /// Uses this policy instead of [`SameUser`].
+    #[must_use]
+    pub fn with_policy(mut self, policy: impl Policy + 'static) -> Publisher {
+        self.policy = Box::new(policy);
+        self
+    }
+
+    /// Sends at most so many descriptors with one message; [`MAX_DESCRIPTORS`] otherwise. At
+    /// least one buffer goes with each.
+    #[must_use]
+    pub fn with_batches_of(mut self, descriptors: usize) -> Publisher {
+        self.batch = descriptors.clamp(1, MAX_DESCRIPTORS);
+        self
+    }
+
+    #[doc(hidden)]
+    pub fn break_on_purpose(&mut self, fault: Option<Fault>) {
+        self.fault = fault;
+    }
+
+    /// Adds a subscriber that is connected already, such as a child with one end of
+    /// [`Channel::pair`].
+    ///
+    /// # Errors
+    /// The call that failed.
+    pub fn add(&mut self, channel: Channel) -> Result<SubscriberId, ShareError> {
+        let peer = channel.peer()?;
+        self.last_subscriber += 1;
+        let id = SubscriberId(self.last_subscriber);
+        let data = epoll::EventData::new_u64(id.0);
+        epoll::add(&self.waiting, &channel, data, epoll::EventFlags::IN)
+            .map_err(failed("epoll_ctl"))?;
+        let connection = Connection {
+            channel,
+            peer,
+            greeted: false,
+            held: BTreeMap::new(),
+            unseen: BTreeSet::new(),
+            notices: VecDeque::new(),
+            under_way: 0,
+            full: false,
+            refused: false,
+        };
+        self.subscribers.insert(id, connection);
+        Ok(id)
+    }
+
+    /// Publishes a buffer: it is offered to every subscriber that may have it, now and later.
+    /// `name` is what they ask for.
+    ///
+    /// # Errors
+    /// [`ShareError::Name`] for a name that is taken, empty, longer than 64 bytes or has control
+    /// characters in it.
+    pub fn publish(
+        &mut self,
+        name: &str,
+        backing: impl Backing + 'static,
+    ) -> Result<BufferId, ShareError> {
+        let mut ids = self.publish_all([(name, Box::new(backing) as Box<dyn Backing>)])?;
+        // One went in, so one came out.
+        Ok(ids.pop().unwrap_or(BufferId(0)))
+    }
+
+    /// Publishes many buffers at once, which takes fewer messages than one after the other.
+    ///
+    /// # Errors
+    /// As [`Publisher::publish`]; none of them is published then.
+    pub fn publish_all<'n>(
+        &mut self,
+        buffers: impl IntoIterator<Item = (&'n str, Box<dyn Backing>)>,
+    ) -> Result<Vec<BufferId>, ShareError> {
+        let buffers: Vec<_> = buffers.into_iter().collect();
+        let mut taken: BTreeSet<&str> = self.buffers.values().map(|b| b.name.as_str()).collect();
+        for (name, _) in &buffers {
+            let refuse = |why| {
+                Err(ShareError::Name {
+                    name: (*name).to_owned(),
+                    why,
+                })
+            };
+            if name.is_empty() || name.len() > wire::MAX_NAME {
+                return refuse("a name has 1 to 64 bytes");
+            }
+            if name.chars().any(char::is_control) {
+                return refuse("it has a control character in it");
+            }
+            if !taken.insert(name) {
+                return refuse("the name is taken");
+            }
+        }
+        let mut ids = Vec::new();
+        for (name, backing) in buffers {
+            self.last_buffer += 1;
+            let id = BufferId(self.last_buffer);
+            let published = Published {
+                name: name.to_owned(),
+                backing,
+                generation: 1,
+                state: State::Live,
+                holders: 0,
+                tainted: false,
+                read_only: None,
+            };
+            self.buffers.insert(id, published);
+            ids.push(id);
+        }
+        self.offer(&ids);
+        Ok(ids)
+    }
+
+    /// The current generation of a buffer. Let go of it before the buffer is moved.
+    pub fn buffer(&self, id: BufferId) -> Option<&Buffer> {
+        Some(self.buffers.get(&id)?.backing.buffer())
+    }
+
+    /// The number of the current generation; the first is 1.
+    pub fn generation(&self, id: BufferId) -> Option<u64> {
+        Some(self.buffers.get(&id)?.generation)
+    }
+
+    /// How many subscribers hold the current generation or were just offered it.
+    pub fn holders(&self, id: BufferId) -> usize {
+        self.buffers.get(&id).map_or(0, |buffer| buffer.holders)
+    }
+
+    /// How many of them have confirmed that it arrived.
+    pub fn accepted(&self, id: BufferId) -> usize {
+        let holding = |connection: &Connection| connection.held.get(&id).copied();
+        let holdings = self.subscribers.values().filter_map(holding);
+        holdings.filter(|holding| holding.accepted).count()
+    }
+
+    /// True when somebody who was cut off, or who died, may still be able to write to the current
+    /// generation. Moving the buffer ends that.
+    pub fn is_tainted(&self, id: BufferId) -> bool {
+        self.buffers.get(&id).is_some_and(|buffer| buffer.tainted)
+    }
+
+    /// The subscribers that are there, and the processes that the kernel says they are.
+    pub fn subscribers(&self) -> impl Iterator<Item = (SubscriberId, Peer)> + '_ {
+        let greeted = self.subscribers.iter().filter(|(_, c)| c.greeted);
+        greeted.map(|(id, connection)| (*id, connection.peer))
+    }
+
+    /// Takes back the current generation, makes the next one, and offers that.
+    ///
+    /// When this returns no live subscriber uses the old generation, and every byte that was
+    /// written to it before is in the new one. A subscriber that has not given the old one back
+    /// within `time_limit` is cut off.
+    ///
+    /// # Errors
+    /// [`ShareError::Unknown`]; [`ShareError::StillInUse`] while this process itself has handles
+    /// on the current generation; [`ShareError::DeviceBusy`]; what [`Backing::migrate`] failed with.
+    /// After the last of these the old memory is offered again, unless somebody was cut off who may
+    /// still reach it. In that case, and with a busy device, the buffer is withheld, with its bytes,
+    /// until a later call succeeds.
+    pub fn migrate(&mut self, id: BufferId, time_limit: Duration) -> Result<Migration, ShareError> {
+        let begun = Instant::now();
+        let name = self.named(id)?;
+        if !self.buffers.get(&id).is_some_and(|b| b.backing.is_idle()) {
+            return Err(ShareError::StillInUse { name });
+        }
+        let before = self.holding(id);
+        self.take_back(id, Message::Invalidate, time_limit);
+        let announced = Instant::now();
+        if self.fault == Some(Fault::SkipDrain) {
+            self.forget_holders(id);
+        }
+        self.drain(id, &name, begun, time_limit)?;
+        self.wait_for_devices(id, &name, begun, time_limit)?;
+        let drained = Instant::now();
+        let lost = before
+            .iter()
+            .filter(|id| !self.subscribers.contains_key(id));
+        let lost: Vec<SubscriberId> = lost.copied().collect();
+
+        let Some(published) = self.buffers.get_mut(&id) else {
+            return Err(ShareError::Unknown { name });
+        };
+        let order = Order {
+            generation: published.generation + 1,
+            isolate: published.tainted,
+        };
+        let moved = published.backing.migrate(&order);
+        if moved.is_err() && order.isolate {
+            published.state = State::Withheld;
+        } else {
+            published.generation = order.generation;
+            published.tainted = moved.is_err() && published.tainted;
+            published.read_only = None;
+            published.state = State::Live;
+        }
+        let placement = published.backing.placement();
+        let transferred = Instant::now();
+        self.offer(&[id]);
+        moved?;
+        Ok(Migration {
+            generation: order.generation,
+            placement,
+            announce: announced - begun,
+            drain: drained - announced,
+            transfer: transferred - drained,
+            offer: transferred.elapsed(),
+            released: before.len() - lost.len(),
+            lost,
+            isolated: order.isolate,
+        })
+    }
+
+    /// Takes a buffer back for good. Subscribers that do not give it back within `time_limit` are
+    /// cut off.
+    ///
+    /// # Errors
+    /// [`ShareError::Unknown`]; [`ShareError::DeviceBusy`], after which it is withheld and may be
+    /// withdrawn again.
+    pub fn withdraw(&mut self, id: BufferId, time_limit: Duration) -> Result<(), ShareError> {
+        let begun = Instant::now();
+        let name = self.named(id)?;
+        self.take_back(id, Message::Withdraw, time_limit);
+        self.drain(id, &name, begun, time_limit)?;
+        self.wait_for_devices(id, &name, begun, time_limit)?;
+        self.buffers.remove(&id);
+        Ok(())
+    }
+
+    /// What happened since the last call; waits up to `timeout` for it, for ever with `None`.
+    /// Subscribers are served only in calls of this kind, so call it often.
+    ///
+    /// # Errors
+    /// The call that failed.
+    pub fn next_event(&mut self, timeout: Option<Duration>) -> Result<Option<Event>, ShareError> {
+        let deadline = timeout.map(|timeout| Instant::now() + timeout);
+        self.turn(Some(Duration::ZERO))?;
+        while self.events.is_empty() {
+            let left = deadline.map(|at| at.saturating_duration_since(Instant::now()));
+            if left == Some(Duration::ZERO) {
+                return Ok(None);
+            }
+            self.turn(left)?;
+        }
+        Ok(self.events.pop_front())
+    }
+
+    /// Serves subscribers for this long. What happened is there for [`Publisher::next_event`].
+    ///
+    /// # Errors
+    /// The call that failed.
+    pub fn serve_for(&mut self, time: Duration) -> Result<(), ShareError> {
+        let deadline = Instant::now() + time;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            self.turn(Some(left))?;
+            if left.is_zero() {
+                return Ok(());
+            }
+        }
+    }
+
+    fn named(&self, id: BufferId) -> Result<String, ShareError> {
+        match self.buffers.get(&id) {
+            Some(buffer) => Ok(buffer.name.clone()),
+            None => Err(ShareError::Unknown {
+                name: format!("number {}", id.0),
+            }),
+        }
+    }
+
+    fn holding(&self, id: BufferId) -> Vec<SubscriberId> {
+        let holders = self
+            .subscribers
+            .iter()
+            .filter(|(_, c)| c.held.contains_key(&id));
+        holders.map(|(subscriber, _)| *subscriber).collect()
+    }
+
+    /// Tells everybody who holds a buffer to give it back.
+    fn take_back(&mut self, id: BufferId, message: Message, time_limit: Duration) {
+        let Some(published) = self.buffers.get_mut(&id) else {
+            return;
+        };
+        published.state = State::Leaving;
+        let milliseconds = u32::try_from(time_limit.as_millis()).unwrap_or(u32::MAX);
+        for subscriber in self.holding(id) {
+            if let Some(connection) = self.subscribers.get_mut(&subscriber)
+                && let Some(holding) = connection.held.get(&id)
+            {
+                let note = Note::new(id.0, holding.generation, milliseconds);
+                connection.notices.push_back((message, note));
+            }
+            self.pump(subscriber);
+        }
+    }
+
+    /// Waits until nobody holds the buffer, and cuts off who still does when the time is up.
+    fn drain(
+        &mut self,
+        id: BufferId,
+        name: &str,
+        begun: Instant,
+        time_limit: Duration,
+    ) -> Result<(), ShareError> {
+        while self.holders(id) > 0 {
+            let left = (begun + time_limit).saturating_duration_since(Instant::now());
+            // Once more when the time is up: the answer may be there already.
+            self.turn(Some(left))?;
+            if left.is_zero() {
+                break;
+            }
+        }
+        for subscriber in self.holding(id) {
+            let (name, limit) = (name.to_owned(), time_limit);
+            self.cut_off(subscriber, CutOff::Late { name, limit });
+        }
+        Ok(())
+    }
+
+    /// Waits until devices are done with a buffer: also with what a subscriber that is gone had
+    /// begun.
+    fn wait_for_devices(
+        &mut self,
+        id: BufferId,
+        name: &str,
+        begun: Instant,
+        limit: Duration,
+    ) -> Result<(), ShareError> {
+        let Some(published) = self.buffers.get_mut(&id) else {
+            return Ok(());
+        };
+        let Some(dmabuf) = published.backing.buffer().dmabuf() else {
+            return Ok(());
+        };
+        let left = (begun + limit).saturating_duration_since(Instant::now());
+        match dmabuf.wait(Access::Write, left) {
+            Err(BufferError::TimedOut { .. }) => {
+                published.state = State::Withheld;
+                let name = name.to_owned();
+                Err(ShareError::DeviceBusy { name, limit })
+            }
+            // An exporter without fences answers with another error; there is nothing to wait for.
+            _ => Ok(()),
+        }
+    }
+
+    fn forget_holders(&mut self, id: BufferId) {
+        for connection in self.subscribers.values_mut() {
+            connection.held.remove(&id);
+        }
+        if let Some(published) = self.buffers.get_mut(&id) {
+            published.holders = 0;
+        }
+    }
+
+    /// Offers buffers to everybody who may have them.
+    fn offer(&mut self, ids: &[BufferId]) {
+        let subscribers: Vec<SubscriberId> = self.subscribers.keys().copied().collect();
+        for subscriber in subscribers {
+            if let Some(connection) = self.subscribers.get_mut(&subscriber) {
+                connection.unseen.extend(ids);
+            }
+            self.pump(subscriber);
+        }
+    }
+
+    /// Sends a subscriber what it is still to be told, as far as there is room.
+    fn pump(&mut self, id: SubscriberId) {
+        let sent = self.send_notices(id).and_then(|()| self.send_offers(id));
+        match sent {
+            Ok(()) => {}
+            // What it sent before it went is still to be read; that finds the end, too.
+            Err(ShareError::PeerGone) => {}
+            Err(error) => self.cut_off(id, CutOff::Unreachable(error)),
+        }
+        let Some(connection) = self.subscribers.get_mut(&id) else {
+            return;
+        };
+        let mut interest = epoll::EventFlags::IN;
+        if connection.full {
+            interest |= epoll::EventFlags::OUT;
+        }
+        let data = epoll::EventData::new_u64(id.0);
+        // The descriptor is there and registered.
+        let _ = epoll::modify(&self.waiting, &connection.channel, data, interest);
+    }
+
+    fn send_notices(&mut self, id: SubscriberId) -> Result<(), ShareError> {
+        let Some(connection) = self.subscribers.get_mut(&id) else {
+            return Ok(());
+        };
+        connection.full = false;
+        connection.refused = false;
+        while let Some(&(message, _)) = connection.notices.front() {
+            let same = connection
+                .notices
+                .iter()
+                .take_while(|(kind, _)| *kind == message);
+            let notes: Vec<Note> = same
+                .map(|(_, note)| *note)
+                .take(wire::MAX_RECORDS)
+                .collect();
+            wire::encode_into(&mut self.message, message, &notes);
+            if !connection.channel.try_send(&self.message, &[])? {
+                connection.full = true;
+                return Ok(());
+            }
+            connection.notices.drain(..notes.len());
+        }
+        Ok(())
+    }
+
+    fn send_offers(&mut self, id: SubscriberId) -> Result<(), ShareError> {
+        let Some(connection) = self.subscribers.get_mut(&id) else {
+            return Ok(());
+        };
+        if !connection.greeted || connection.full {
+            return Ok(());
+        }
+        while !connection.unseen.is_empty() && connection.under_way < WINDOW {
+            let mut batch = Vec::new();
+            let mut descriptors = 0;
+            let mut handled = Vec::new();
+            for &buffer in &connection.unseen {
+                let Some(published) = self.buffers.get_mut(&buffer) else {
+                    handled.push(buffer);
+                    continue;
+                };
+                if published.state != State::Live || connection.held.contains_key(&buffer) {
+                    handled.push(buffer);
+                    continue;
+                }
+                let current = published.backing.buffer();
+                let grant = self
+                    .policy
+                    .grant(&connection.peer, &published.name, current);
+                let offered = match grant {
+                    Grant::Nothing => {
+                        handled.push(buffer);
+                        continue;
+                    }
+                    Grant::ReadWrite => Ok(grant),
+                    Grant::ReadOnly => published.open_read_only().map(|()| grant),
+                };
+                let grant = match offered {
+                    Ok(grant) => grant,
+                    Err(error) => {
+                        handled.push(buffer);
+                        let why = error.to_string();
+                        let event = Event::NotOffered {
+                            subscriber: id,
+                            buffer,
+                            why,
+                        };
+                        self.events.push_back(event);
+                        continue;
+                    }
+                };
+                let count = published.descriptors(grant).count();
+                if !batch.is_empty() && descriptors + count > self.batch {
+                    break;
+                }
+                descriptors += count;
+                batch.push((buffer, grant, count));
+                handled.push(buffer);
+            }
+            if !batch.is_empty() {
+                let offered = || {
+                    let published = |(id, grant, _): &(BufferId, Grant, usize)| {
+                        Some((*id, *grant, self.buffers.get(id)?))
+                    };
+                    batch.iter().filter_map(published)
+                };
+                let entries: Vec<wire::Entry> = offered()
+                    .map(|(id, grant, published)| published.entry(id, grant))
+                    .collect();
+                let fds: Vec<BorrowedFd<'_>> = offered()
+                    .flat_map(|(_, grant, published)| published.descriptors(grant))
+                    .collect();
+                wire::encode_into(&mut self.message, Message::Offer, &entries);
+                match connection.channel.try_send(&self.message, &fds) {
+                    Ok(true) => {}
+                    Ok(false) => {
+                        connection.full = true;
+                        return Ok(());
+                    }
+                    // Too many descriptors are under way for this user. It will pass.
+                    Err(ShareError::System(SystemError { errno, .. }))
+                        if errno == Errno::from(rustix::io::Errno::TOOMANYREFS) =>
+                    {
+                        connection.refused = true;
+                        return Ok(());
+                    }
+                    Err(error) => return Err(error),
+                }
+                for &(buffer, _, count) in &batch {
+                    let Some(published) = self.buffers.get_mut(&buffer) else {
+                        continue;
+                    };
+                    published.holders += 1;
+                    let holding = Holding {
+                        generation: published.generation,
+                        descriptors: count,
+                        accepted: false,
+                    };
+                    connection.held.insert(buffer, holding);
+                }
+                connection.under_way += descriptors;
+            }
+            for buffer in handled {
+                connection.unseen.remove(&buffer);
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits up to `timeout` for something to do, and does it.
+    fn turn(&mut self, timeout: Option<Duration>) -> Result<(), ShareError> {
+        let refused = self.subscribers.iter().filter(|(_, c)| c.refused);
+        let refused: Vec<SubscriberId> = refused.map(|(id, _)| *id).collect();
+        let timeout = match refused.is_empty() {
+            true => timeout,
+            false => Some(timeout.map_or(RETRY, |timeout| timeout.min(RETRY))),
+        };
+        for id in refused {
+            self.pump(id);
+        }
+        let mut ready = Vec::with_capacity(64);
+        let timeout = timeout.map(timespec);
+        let spare = rustix::buffer::spare_capacity(&mut ready);
+        match epoll::wait(&self.waiting, spare, timeout.as_ref()) {
+            Ok(_) => {}
+            Err(rustix::io::Errno::INTR) => return Ok(()),
+            Err(errno) => return Err(failed("epoll_wait")(errno).into()),
+        }
+        for event in ready {
+            // A copy: the field is not aligned.
+            let (data, flags) = (event.data.u64(), event.flags);
+            if data == LISTENER {
+                self.accept();
+                continue;
+            }
+            let id = SubscriberId(data);
+            if flags.contains(epoll::EventFlags::OUT) {
+                self.pump(id);
+            }
+            self.receive(id);
+        }
+        Ok(())
+    }
+
+    fn accept(&mut self) {
+        while let Some(listener) = &self.listener {
+            match listener.accept().and_then(|channel| self.add(channel)) {
+                Ok(_) => {}
+                Err(ShareError::System(SystemError { errno, .. }))
+                    if errno == Errno::from(rustix::io::Errno::AGAIN) =>
+                {
+                    return;
+                }
+                Err(why) => {
+                    // With no descriptor left the newcomer waits until somebody leaves; to be
+                    // told of it again and again would only keep the processor busy.
+                    let _ = self.listen(false);
+                    self.events.push_back(Event::NotAccepted { why });
+                    return;
+                }
+            }
+        }
+    }
+
+    fn listen(&mut self, listening: bool) -> Result<(), ShareError> {
+        let Some(listener) = &self.listener else {
+            return Ok(());
+        };
+        if self.listening != listening {
+            let data = epoll::EventData::new_u64(LISTENER);
+            let changed = if listening {
+                epoll::add(&self.waiting, listener, data, epoll::EventFlags::IN)
+            } else {
+                epoll::delete(&self.waiting, listener)
+            };
+            changed.map_err(failed("epoll_ctl"))?;
+            self.listening = listening;
+        }
+        Ok(())
+    }
+
+    /// Takes what a subscriber sent.
+    fn receive(&mut self, id: SubscriberId) {
+        for _ in 0..TURN {
+            let Some(connection) = self.subscribers.get_mut(&id) else {
+                return;
+            };
+            // Subscribers have no descriptors to send. Those that come are closed at once.
+            let mut descriptors = Vec::new();
+            let received = connection
+                .channel
+                .try_receive(&mut self.received, &mut descriptors);
+            let outcome = match received {
+                Ok(None) => return,
+                Ok(Some(_)) if !descriptors.is_empty() => Err(ShareError::Malformed {
+                    what: "a subscriber's message came with descriptors".into(),
+                }),
+                Ok(Some(bytes)) => self.handle(id, bytes),
+                Err(ShareError::PeerGone) => {
+                    let held = self.remove(id);
+                    self.events.push_back(Event::Left {
+                        subscriber: id,
+                        held,
+                    });
+                    return;
+                }
+                Err(error) => Err(error),
+            };
+            if let Err(error) = outcome {
+                self.cut_off(id, CutOff::Rubbish(error));
+                return;
+            }
+        }
+    }
+
+    fn handle(&mut self, id: SubscriberId, bytes: usize) -> Result<(), ShareError> {
+        let wrong = |what: &str| Err(ShareError::Malformed { what: what.into() });
+        let (message, records) = wire::open(&self.received[..bytes])?;
+        let Some(connection) = self.subscribers.get_mut(&id) else {
+            return Ok(());
+        };
+        if connection.greeted == (message == Message::Hello) {
+            return wrong("a subscriber greets once, and first");
+        }
+        match message {
+            Message::Hello => {
+                connection.greeted = true;
+                connection.unseen.extend(self.buffers.keys());
+                let peer = connection.peer;
+                let event = Event::Joined {
+                    subscriber: id,
+                    peer,
+                };
+                self.events.push_back(event);
+            }
+            Message::Accepted => {
+                for note in wire::notes(records)? {
+                    match connection.held.get_mut(&BufferId(note.id)) {
+                        Some(held) if held.generation == note.generation && !held.accepted => {
+                            held.accepted = true;
+                            connection.under_way -= held.descriptors;
+                        }
+                        _ if self.fault.is_some() => {}
+                        _ => return wrong("it accepts what it was not offered"),
+                    }
+                }
+            }
+            Message::Released => {
+                for note in wire::notes(records)? {
+                    let buffer = BufferId(note.id);
+                    match connection.held.get(&buffer) {
+                        Some(held) if held.generation == note.generation && held.accepted => {}
+                        _ if self.fault.is_some() => continue,
+                        _ => return wrong("it gives back what it does not have"),
+                    }
+                    if note.value > 1 {
+                        return wrong("it gives a buffer back in a way that is unknown");
+                    }
+                    connection.held.remove(&buffer);
+                    if let Some(published) = self.buffers.get_mut(&buffer) {
+                        published.holders -= 1;
+                    }
+                    if note.value == 1 {
+                        let why = "the subscriber could not use it".into();
+                        let event = Event::NotOffered {
+                            subscriber: id,
+                            buffer,
+                            why,
+                        };
+                        self.events.push_back(event);
+                    }
+                }
+            }
+            _ => return wrong("a subscriber does not send this"),
+        }
+        self.pump(id);
+        Ok(())
+    }
+
+    fn cut_off(&mut self, id: SubscriberId, why: CutOff) {
+        let reason = match why {
+            CutOff::Late { .. } => wire::Farewell::Late,
+            CutOff::Rubbish(_) => wire::Farewell::Rubbish,
+            CutOff::Unreachable(_) => wire::Farewell::Unreachable,
+        };
+        if let Some(connection) = self.subscribers.get(&id) {
+            wire::encode_into(
+                &mut self.message,
+                Message::Farewell,
+                &[Note::new(0, 0, reason as u32)],
+            );
+            // It may be gone, or not be reading; it is cut off all the same.
+            let _ = connection.channel.try_send(&self.message, &[]);
+            connection.channel.shut_down();
+            let subscriber = id;
+            let held = self.remove(id);
+            self.events.push_back(Event::CutOff {
+                subscriber,
+                held,
+                why,
+            });
+        }
+    }
+
+    /// Forgets a subscriber. What it held may still be reachable for whoever has its descriptors.
+    fn remove(&mut self, id: SubscriberId) -> Vec<BufferId> {
+        let Some(connection) = self.subscribers.remove(&id) else {
+            return Vec::new();
+        };
+        // Another process may hold a copy of our end, so closing it is not enough.
+        let _ = epoll::delete(&self.waiting, &connection.channel);
+        for buffer in connection.held.keys() {
+            if let Some(published) = self.buffers.get_mut(buffer) {
+                published.holders -= 1;
+                published.tainted = true;
+            }
+        }
+        drop(connection.channel);
+        // There may be room for those who could not be accepted.
+        let _ = self.listen(true);
+        connection.held.into_keys().collect()
+    }
+}
+
+impl Published {
+    fn entry(&self, id: BufferId, grant: Grant) -> wire::Entry {
+        let placement = self.backing.placement();
+        let buffer = self.backing.buffer();
+        wire::entry(id.0, self.generation, grant, placement, &self.name, buffer)
+    }
+
+    /// The descriptors that go with an offer.
+    fn descriptors(&self, grant: Grant) -> impl Iterator<Item = BorrowedFd<'_>> {
+        let replaced = self.read_only.as_ref().filter(|_| grant == Grant::ReadOnly);
+        let all = channel::descriptors(self.backing.buffer(), true);
+        let all = all.filter(move |_| replaced.is_none());
+        replaced.map(AsFd::as_fd).into_iter().chain(all)
+    }
+
+    /// Makes sure that there is something to give to those who may only read.
+    fn open_read_only(&mut self) -> Result<(), ShareError> {
+        if self.read_only.is_some() {
+            return Ok(());
+        }
+        let buffer = self.backing.buffer();
+        let Some(memory) = buffer.host_memory() else {
+            if !buffer.is_writable() {
+                return Ok(());
+            }
+            // Every descriptor of a dma-buf is the same open file, with the same mode.
+            let object = self.name.clone();
+            let wanted = "read-only";
+            return Err(BufferError::Access { object, wanted }.into());
+        };
+        let failed = |call| {
+            let name = self.name.clone();
+            move |errno| SystemError::new(call, name, errno)
+        };
+        // Whoever gets a descriptor can open the file behind it again, as its mode allows.
+        rustix::fs::fchmod(memory, Mode::RUSR | Mode::WUSR).map_err(failed("fchmod"))?;
+        let path = format!("/proc/self/fd/{}", memory.as_raw_fd());
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+        let again = rustix::fs::open(path, flags, Mode::empty()).map_err(failed("open"))?;
+        self.read_only = Some(again);
+        Ok(())
+    }
+}
+
+impl AsFd for Publisher {
+    /// Readable when [`Publisher::next_event`] has something to do, for programs with a loop of
+    /// their own.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.waiting.as_fd()
+    }
+}
+
+fn timespec(time: Duration) -> Timespec {
+    Timespec::try_from(time).unwrap_or(Timespec {
+        tv_sec: i64::MAX,
+        tv_nsec: 0,
+    })
+}
+
+fn failed(call: &'static str) -> impl Fn(rustix::io::Errno) -> SystemError {
+    move |errno| SystemError::new(call, "the publisher's sockets", errno)
+}

@@ -1,0 +1,534 @@
+//! The side that is lent buffers.
+//!
+//! A thread of its own answers the publisher, so a program that is busy, or idle, is no late one
+//! as long as it lets go of its leases. What is given back is decided by the buffer itself: its
+//! last handle, when it is dropped, says so ([`Return`]).
+
+use std::collections::{BTreeMap, VecDeque};
+use std::fmt;
+use std::ops::Deref;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+
+use super::backing::Placement;
+use super::channel::{Channel, open_buffer};
+use super::policy::Grant;
+use super::wire::{self, CheckedEntry, Farewell, Message, Note};
+use crate::buffer::{Buffer, LastHandle};
+use crate::error::{ShareError, SystemError};
+
+/// A process's connection to a [`Publisher`](super::Publisher), and what it is lent.
+///
+/// Dropping it gives back what is not on lease, and ends the connection. Leases that are left stay
+/// valid memory, but the publisher does not wait for them any more.
+#[derive(Debug)]
+pub struct Subscriber {
+    session: Arc<Session>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// One generation of a buffer, for as long as this process uses it.
+///
+/// It is a [`Buffer`], and like one it can be cloned, mapped and attached; the publisher gets the
+/// generation back when all of that is gone.
+#[derive(Debug, Clone)]
+pub struct Lease {
+    buffer: Buffer,
+    terms: Arc<Terms>,
+    session: Arc<Session>,
+}
+
+/// What is known of one generation of one buffer.
+#[derive(Debug)]
+struct Terms {
+    id: u64,
+    generation: u64,
+    grant: Grant,
+    placement: Placement,
+    /// When it is wanted back, once it is.
+    wanted: OnceLock<Instant>,
+}
+
+#[derive(Debug)]
+struct Session {
+    channel: Channel,
+    /// Wakes the thread.
+    wake: OwnedFd,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    buffers: BTreeMap<u64, Slot>,
+    outbox: VecDeque<(Message, Note)>,
+    ended: Option<ShareError>,
+    /// The application does not want to hear any more.
+    closing: bool,
+}
+
+/// A buffer that was offered at least once.
+#[derive(Debug)]
+struct Slot {
+    name: String,
+    /// The generation that can be had; `None` while it moves.
+    offer: Option<Offer>,
+}
+
+#[derive(Debug)]
+struct Offer {
+    terms: Arc<Terms>,
+    content: Content,
+}
+
+#[derive(Debug)]
+enum Content {
+    /// Nobody asked for it yet, and the descriptors were not looked at.
+    Packed(wire::Checked, Vec<OwnedFd>),
+    Open(Buffer),
+    /// It is not what the publisher said.
+    Unusable(ShareError),
+}
+
+/// The last handle of a generation: when it goes, the generation is given back.
+#[derive(Debug)]
+struct Return {
+    session: Weak<Session>,
+    note: Note,
+}
+
+impl LastHandle for Return {}
+
+impl Drop for Return {
+    fn drop(&mut self) {
+        if let Some(session) = self.session.upgrade() {
+            session.post(Message::Released, self.note);
+        }
+    }
+}
+
+impl Subscriber {
+    /// Connects to the publisher that listens at `path`.
+    ///
+    /// # Errors
+    /// As [`Channel::connect`], and [`Subscriber::new`].
+    pub fn connect(path: impl AsRef<Path>) -> Result<Subscriber, ShareError> {
+        Subscriber::new(Channel::connect(path)?)
+    }
+
+    /// Takes a connection to a publisher.
+    ///
+    /// # Errors
+    /// [`ShareError::PeerGone`], or the call that failed.
+    pub fn new(channel: Channel) -> Result<Subscriber, ShareError> {
+        channel.send_message(&wire::encode::<Note>(Message::Hello, &[]), &[])?;
+        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
+        let failed = |call| move |errno| SystemError::new(call, "a subscriber", errno);
+        let wake = eventfd(0, flags).map_err(failed("eventfd"))?;
+        let session = Arc::new(Session {
+            channel,
+            wake,
+            state: Mutex::default(),
+            changed: Condvar::new(),
+        });
+        let served = Arc::clone(&session);
+        let thread = std::thread::Builder::new()
+            .name("peerbuf subscriber".into())
+            .spawn(move || served.serve())
+            .map_err(|error| {
+                let errno = crate::errno::Errno(error.raw_os_error().unwrap_or(11));
+                SystemError::new("clone", "a subscriber's thread", errno)
+            })?;
+        Ok(Subscriber {
+            session,
+            thread: Some(thread),
+        })
+    }
+
+    /// The buffer that is published as `name`. Waits until it is offered: for the first time, or
+    /// again after it was wanted back.
+    ///
+    /// # Errors
+    /// [`ShareError::PeerGone`] when the publisher has gone, [`ShareError::CutOff`] when it has
+    /// closed the connection, [`ShareError::Malformed`] and [`ShareError::Truncated`] when it was
+    /// not understood; [`ShareError::Buffer`] for an offer that is not what it says.
+    pub fn buffer(&self, name: &str) -> Result<Lease, ShareError> {
+        self.lease(name, None)
+    }
+
+    /// As [`Subscriber::buffer`], for so long.
+    ///
+    /// # Errors
+    /// The same, and [`ShareError::TimedOut`].
+    pub fn buffer_within(&self, name: &str, limit: Duration) -> Result<Lease, ShareError> {
+        self.lease(name, Some(limit))
+    }
+
+    /// The names of the buffers that can be had at this moment.
+    pub fn names(&self) -> Vec<String> {
+        let state = self.session.lock();
+        let offered = state.buffers.values().filter(|slot| slot.offer.is_some());
+        offered.map(|slot| slot.name.clone()).collect()
+    }
+
+    /// Why the connection ended; `None` while it has not.
+    pub fn ended(&self) -> Option<ShareError> {
+        self.session.lock().ended.clone()
+    }
+
+    fn lease(&self, name: &str, limit: Option<Duration>) -> Result<Lease, ShareError> {
+        let session = &self.session;
+        let deadline = limit.map(|limit| Instant::now() + limit);
+        let mut state = session.lock();
+        loop {
+            if let Some(error) = &state.ended {
+                return Err(error.clone());
+            }
+            let mut slots = state.buffers.values_mut();
+            if let Some(slot) = slots.find(|slot| slot.name == name && slot.offer.is_some())
+                && let Some(offer) = &mut slot.offer
+            {
+                let buffer = offer.open(session)?;
+                return Ok(Lease {
+                    buffer,
+                    terms: Arc::clone(&offer.terms),
+                    session: Arc::clone(session),
+                });
+            }
+            state = match (deadline, limit) {
+                (Some(deadline), Some(limit)) => {
+                    let left = deadline.saturating_duration_since(Instant::now());
+                    if left.is_zero() {
+                        let what = format!("an offer of {name}");
+                        return Err(ShareError::TimedOut { what, limit });
+                    }
+                    session.wait(state, Some(left))
+                }
+                _ => session.wait(state, None),
+            };
+        }
+    }
+}
+
+impl Drop for Subscriber {
+    fn drop(&mut self) {
+        let slots = {
+            let mut state = self.session.lock();
+            state.closing = true;
+            std::mem::take(&mut state.buffers)
+        };
+        let offers = slots.into_values().filter_map(|slot| slot.offer);
+        offers.for_each(|offer| offer.give_back(&self.session));
+        self.session.wake();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+        // Leases keep the session, and so the socket.
+        self.session.channel.shut_down();
+    }
+}
+
+impl Lease {
+    /// The number of the generation, which every move raises.
+    pub fn generation(&self) -> u64 {
+        self.terms.generation
+    }
+
+    /// True when it may be written.
+    pub fn is_writable(&self) -> bool {
+        self.terms.grant == Grant::ReadWrite && self.buffer.is_writable()
+    }
+
+    /// Where its bytes were when it was offered.
+    pub fn placement(&self) -> Placement {
+        self.terms.placement
+    }
+
+    /// The time by which the publisher wants it back, once it does. Work that takes long should
+    /// look now and then.
+    pub fn wanted_back(&self) -> Option<Instant> {
+        self.terms.wanted.get().copied()
+    }
+
+    /// Waits up to `limit` until it is wanted back, or the publisher is gone.
+    pub fn wait_until_wanted(&self, limit: Duration) -> Option<Instant> {
+        let deadline = Instant::now() + limit;
+        let mut state = self.session.lock();
+        while self.wanted_back().is_none() && state.ended.is_none() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            state = self.session.wait(state, Some(left));
+        }
+        self.wanted_back()
+    }
+}
+
+impl Deref for Lease {
+    type Target = Buffer;
+
+    fn deref(&self) -> &Buffer {
+        &self.buffer
+    }
+}
+
+impl Offer {
+    /// The buffer, after a look at its descriptors the first time.
+    fn open(&mut self, session: &Arc<Session>) -> Result<Buffer, ShareError> {
+        if let Content::Packed(what, descriptors) = &mut self.content {
+            let descriptors = std::mem::take(descriptors);
+            let opened = open_buffer(what.clone(), &mut descriptors.into_iter());
+            self.content = match opened {
+                Ok(buffer) => {
+                    let session = Arc::downgrade(session);
+                    let note = Note::new(self.terms.id, self.terms.generation, 0);
+                    Content::Open(buffer.with_last_handle(Box::new(Return { session, note })))
+                }
+                Err(error) => Content::Unusable(error),
+            };
+        }
+        match &self.content {
+            Content::Open(buffer) => Ok(buffer.clone()),
+            Content::Unusable(error) => Err(error.clone()),
+            Content::Packed(..) => Err(ShareError::Malformed {
+                what: "it has no descriptor".into(),
+            }),
+        }
+    }
+
+    /// Lets go of the session's own handle. Not with the state locked: it may be the last one.
+    fn give_back(self, session: &Session) {
+        let note = |value| Note::new(self.terms.id, self.terms.generation, value);
+        match self.content {
+            Content::Open(buffer) => drop(buffer),
+            Content::Packed(_, descriptors) => {
+                drop(descriptors);
+                session.post(Message::Released, note(0));
+            }
+            Content::Unusable(_) => session.post(Message::Released, note(1)),
+        }
+    }
+}
+
+impl Session {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // A panic while it was locked leaves the state as it was between two changes.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait<'s>(
+        &self,
+        state: MutexGuard<'s, State>,
+        limit: Option<Duration>,
+    ) -> MutexGuard<'s, State> {
+        match limit {
+            None => self
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner),
+            Some(limit) => {
+                let waited = self.changed.wait_timeout(state, limit);
+                waited.unwrap_or_else(PoisonError::into_inner).0
+            }
+        }
+    }
+
+    fn wake(&self) {
+        // It can only be full of wake-ups already.
+        let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+    }
+
+    /// Tells the publisher, at once or as soon as there is room.
+    fn post(&self, message: Message, note: Note) {
+        let mut state = self.lock();
+        state.outbox.push_back((message, note));
+        if !self.flush(&mut state) {
+            self.wake();
+        }
+    }
+
+    /// Sends what is to be sent; false when not all of it could be.
+    fn flush(&self, state: &mut State) -> bool {
+        while let Some(&(message, _)) = state.outbox.front() {
+            let same = state.outbox.iter().take_while(|(kind, _)| *kind == message);
+            let notes: Vec<Note> = same
+                .map(|(_, note)| *note)
+                .take(wire::MAX_RECORDS)
+                .collect();
+            match self.channel.try_send(&wire::encode(message, &notes), &[]) {
+                Ok(true) => drop(state.outbox.drain(..notes.len())),
+                Ok(false) => return false,
+                // The thread finds out why; nobody is there to be told.
+                Err(_) => state.outbox.clear(),
+            }
+        }
+        true
+    }
+
+    /// Answers the publisher until one of the two has enough.
+    fn serve(self: &Arc<Session>) {
+        let mut message = vec![0; wire::MAX_MESSAGE];
+        let ended = loop {
+            match self.turn(&mut message) {
+                Ok(true) => {}
+                Ok(false) => break ShareError::PeerGone,
+                Err(error) => break error,
+            }
+        };
+        let mut state = self.lock();
+        let said = state.ended.take();
+        // A farewell says more than the end of the connection after it.
+        state.ended = said.or(Some(ended));
+        // What is not on lease is of no use to anybody.
+        let slots = std::mem::take(&mut state.buffers);
+        drop(state);
+        drop(slots);
+        self.channel.shut_down();
+        self.changed.notify_all();
+    }
+
+    /// Waits for something to do and does it; false when the application has enough.
+    fn turn(self: &Arc<Session>, message: &mut [u8]) -> Result<bool, ShareError> {
+        let mut interest = PollFlags::IN;
+        {
+            let mut state = self.lock();
+            let all_sent = self.flush(&mut state);
+            if state.closing {
+                return Ok(false);
+            }
+            if !all_sent {
+                interest |= PollFlags::OUT;
+            }
+        }
+        let mut waiting = [
+            PollFd::new(&self.channel, interest),
+            PollFd::new(&self.wake, PollFlags::IN),
+        ];
+        match poll(&mut waiting, None) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(errno) => return Err(SystemError::new("poll", "a unix socket", errno).into()),
+        }
+        if !waiting[1].revents().is_empty() {
+            // Only the wake-up counts, not how many there were.
+            let _ = rustix::io::read(&self.wake, &mut [0; 8]);
+        }
+        let mut descriptors = Vec::new();
+        while let Some(bytes) = self.channel.try_receive(message, &mut descriptors)? {
+            self.handle(&message[..bytes], std::mem::take(&mut descriptors))?;
+        }
+        Ok(true)
+    }
+
+    fn handle(
+        self: &Arc<Session>,
+        message: &[u8],
+        descriptors: Vec<OwnedFd>,
+    ) -> Result<(), ShareError> {
+        let wrong = |what: String| Err(ShareError::Malformed { what });
+        let (kind, records) = wire::open(message)?;
+        if kind != Message::Offer && !descriptors.is_empty() {
+            return wrong(format!("{kind:?} came with descriptors"));
+        }
+        match kind {
+            Message::Offer => {
+                let entries = wire::entries(records)?;
+                let announced: usize = entries.iter().map(|entry| entry.what.descriptors()).sum();
+                if announced != descriptors.len() {
+                    return wrong(format!(
+                        "{} descriptors came with an offer, {announced} were announced",
+                        descriptors.len()
+                    ));
+                }
+                self.take_offers(entries, descriptors)
+            }
+            Message::Invalidate | Message::Withdraw => {
+                for note in wire::notes(records)? {
+                    self.give_back(kind, note)?;
+                }
+                Ok(())
+            }
+            Message::Farewell => {
+                let notes = wire::notes(records)?;
+                let why = Farewell::explain(notes.first().map_or(0, |note| note.value));
+                let error = ShareError::CutOff { why };
+                self.lock().ended = Some(error.clone());
+                Err(error)
+            }
+            _ => wrong(format!("a publisher does not send {kind:?}")),
+        }
+    }
+
+    fn take_offers(
+        &self,
+        entries: Vec<CheckedEntry>,
+        descriptors: Vec<OwnedFd>,
+    ) -> Result<(), ShareError> {
+        let mut descriptors = descriptors.into_iter();
+        let mut state = self.lock();
+        for entry in entries {
+            let known = state.buffers.get(&entry.id);
+            if known.is_some_and(|slot| slot.offer.is_some()) {
+                let what = "a buffer is offered again before it was wanted back".into();
+                return Err(ShareError::Malformed { what });
+            }
+            let own = descriptors
+                .by_ref()
+                .take(entry.what.descriptors())
+                .collect();
+            let offer = Offer {
+                terms: Arc::new(Terms {
+                    id: entry.id,
+                    generation: entry.generation,
+                    grant: entry.grant,
+                    placement: entry.what.placement,
+                    wanted: OnceLock::new(),
+                }),
+                content: Content::Packed(entry.what, own),
+            };
+            let slot = Slot {
+                name: entry.name,
+                offer: Some(offer),
+            };
+            // What it replaces has no buffer in it, whose drop would want the lock.
+            state.buffers.insert(entry.id, slot);
+            let note = Note::new(entry.id, entry.generation, 0);
+            state.outbox.push_back((Message::Accepted, note));
+        }
+        self.flush(&mut state);
+        drop(state);
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    fn give_back(&self, kind: Message, note: Note) -> Result<(), ShareError> {
+        let mut state = self.lock();
+        let wanted = |offer: &mut Offer| offer.terms.generation == note.generation;
+        let slot = state.buffers.get_mut(&note.id);
+        let Some(offer) = slot.and_then(|slot| slot.offer.take_if(wanted)) else {
+            let what = "a buffer is wanted back that was not offered".into();
+            return Err(ShareError::Malformed { what });
+        };
+        if kind == Message::Withdraw {
+            state.buffers.remove(&note.id);
+        }
+        drop(state);
+        let limit = Duration::from_millis(note.value.into());
+        // It is set once for each generation: an offer that is gone cannot be wanted back again.
+        let _ = offer.terms.wanted.set(Instant::now() + limit);
+        offer.give_back(self);
+        self.changed.notify_all();
+        Ok(())
+    }
+}
+
+impl fmt::Display for Lease {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}, generation {}", self.buffer, self.generation())
+    }
+}
