@@ -19,3 +19,14 @@ unsafe impl AsBytes for Query {}
 unsafe impl FromBytes for Export {}
 // SAFETY: No padding and no pointers: the crate `peerbuf-uapi` derives `bytemuck::Pod` for it.
 unsafe impl AsBytes for Export {}
+
+macro_rules! plain {
+    ($($name:ident)*) => {$(
+        // SAFETY: Only integers and arrays of integers, for which every bit pattern is valid.
+        unsafe impl FromBytes for $name {}
+        // SAFETY: No padding and no pointers: the crate `peerbuf-uapi` derives `bytemuck::Pod`.
+        unsafe impl AsBytes for $name {}
+    )*};
+}
+
+plain!(ImportAttach ImportMap ImportStep ImportFence ImportQuery);

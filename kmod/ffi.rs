@@ -20,6 +20,16 @@ pub(crate) fn eopnotsupp() -> kernel::error::Error {
     kernel::error::Error::from_errno(-(bindings::EOPNOTSUPP as c_int))
 }
 
+/// ENOTCONN, likewise.
+pub(crate) fn enotconn() -> kernel::error::Error {
+    kernel::error::Error::from_errno(-(bindings::ENOTCONN as c_int))
+}
+
+/// EUNATCH, likewise.
+pub(crate) fn eunatch() -> kernel::error::Error {
+    kernel::error::Error::from_errno(-(bindings::EUNATCH as c_int))
+}
+
 /// A table of function pointers that the kernel only reads.
 pub(crate) struct Table<T>(pub(crate) T);
 
@@ -54,4 +64,24 @@ extern "C" {
     pub(crate) fn peerbuf_set_page_count(page: *mut bindings::page, count: c_int);
     pub(crate) fn peerbuf_pci_resource_flags(pdev: *mut bindings::pci_dev, bar: c_int) -> c_ulong;
     pub(crate) fn peerbuf_vma_set_noncached(vma: *mut bindings::vm_area_struct);
+
+    /// `linux/anon_inodes.h`: a file that is in no directory.
+    pub(crate) fn anon_inode_getfile(
+        name: *const c_char,
+        fops: *const bindings::file_operations,
+        private: *mut c_void,
+        flags: c_int,
+    ) -> *mut bindings::file;
+
+    pub(crate) fn peerbuf_device_lock(dev: *mut bindings::device);
+    pub(crate) fn peerbuf_device_unlock(dev: *mut bindings::device);
+    pub(crate) fn peerbuf_dma_to_phys(
+        dev: *mut bindings::device,
+        address: bindings::dma_addr_t,
+    ) -> bindings::phys_addr_t;
+    pub(crate) fn peerbuf_pci_bus_address(pdev: *mut bindings::pci_dev, bar: c_int) -> u64;
+    pub(crate) fn peerbuf_pci_upstream_bridge(
+        pdev: *mut bindings::pci_dev,
+    ) -> *mut bindings::pci_dev;
+    pub(crate) fn peerbuf_dma_fence_put(fence: *mut bindings::dma_fence);
 }

@@ -16,12 +16,14 @@
 //!   every node needs;
 //! - `region.rs`: who has which bytes of a BAR; `pages.rs`: a BAR's struct pages;
 //! - `buffer.rs`: what stands behind a dma-buf; `exporter.rs`: the dma-buf operations;
+//! - `importer.rs`: the importer's node, and whose device goes; `attachment.rs`: what it attaches;
+//!   `route.rs`: where the addresses lead that an attachment was given;
 //! - `abi.rs`: the interface to userspace; `ffi.rs`, `helpers.c`: what `bindings` lacks.
 //!
 //! # Locks, outermost first
 //!
-//! The driver core holds the PCI device's lock around probe and removal; nothing else here runs
-//! under it or takes it.
+//! The driver core holds the PCI device's lock around probe and removal; the importer takes that of
+//! the device for which it attaches. All of the below come after it.
 //!
 //! 1. `misc_mtx` of the misc core: opening a node, and unregistering it;
 //! 2. `Device::state`: the BARs' regions, the list of exports, whether the device is live;
@@ -41,16 +43,20 @@
 use kernel::{device::Core, pci, prelude::*};
 
 mod abi;
+mod attachment;
 mod buffer;
 mod device;
 mod exporter;
 mod ffi;
+mod importer;
 mod misc;
 mod node;
 mod pages;
 mod region;
+mod route;
 
 use device::{Binding, Device};
+use importer::Importer;
 use node::Node;
 
 /// What a bound device owns, dropped in this order before its devres is released.
@@ -93,8 +99,29 @@ impl pci::Driver for Driver {
     }
 }
 
-kernel::module_pci_driver! {
-    type: Driver,
+/// The module: its fields are dropped in this order when it is unloaded.
+#[pin_data]
+struct Peerbuf {
+    _importer: Importer,
+    #[pin]
+    _driver: kernel::driver::Registration<pci::Adapter<Driver>>,
+}
+
+impl kernel::InPlaceModule for Peerbuf {
+    fn init(module: &'static ThisModule) -> impl PinInit<Self, Error> {
+        try_pin_init!(Self {
+            // SAFETY: A module is initialised once, and this is the only importer.
+            _importer: unsafe { Importer::register() }?,
+            _driver <- kernel::driver::Registration::new(
+                <Self as kernel::ModuleMetadata>::NAME,
+                module,
+            ),
+        })
+    }
+}
+
+module! {
+    type: Peerbuf,
     name: "peerbuf",
     authors: ["The peerbuf authors"],
     description: "Exports regions of PCI BARs as dma-bufs",

@@ -7,7 +7,9 @@
 use std::mem::{offset_of, size_of};
 use std::process::Command;
 
-use peerbuf_uapi::{self as abi, Bar, Export, Query};
+use peerbuf_uapi::{
+    self as abi, Bar, Export, ImportAttach, ImportFence, ImportMap, ImportQuery, ImportStep, Query,
+};
 
 /// C expression and the value that Rust has for it.
 struct Asked(Vec<(String, u64)>);
@@ -52,12 +54,60 @@ fn header_and_rust_agree() {
     asked.constant("BAR_EXPORT", abi::BAR_EXPORT);
     asked.constant("BAR_PAGES", abi::BAR_PAGES);
     asked.constant("EXPORT_ANY_OFFSET", abi::EXPORT_ANY_OFFSET);
+    asked.constant("IOC_IMPORT_ATTACH", abi::IOC_IMPORT_ATTACH);
+    asked.constant("IOC_IMPORT_MAP", abi::IOC_IMPORT_MAP);
+    asked.constant("IOC_IMPORT_UNMAP", abi::IOC_IMPORT_UNMAP);
+    asked.constant("IOC_IMPORT_PIN", abi::IOC_IMPORT_PIN);
+    asked.constant("IOC_IMPORT_UNPIN", abi::IOC_IMPORT_UNPIN);
+    asked.constant("IOC_IMPORT_FENCE", abi::IOC_IMPORT_FENCE);
+    asked.constant("IOC_IMPORT_SIGNAL", abi::IOC_IMPORT_SIGNAL);
+    asked.constant("IOC_IMPORT_VMAP", abi::IOC_IMPORT_VMAP);
+    asked.constant("IOC_IMPORT_VUNMAP", abi::IOC_IMPORT_VUNMAP);
+    asked.constant("IOC_IMPORT_DETACH", abi::IOC_IMPORT_DETACH);
+    asked.constant("IOC_IMPORT_QUERY", abi::IOC_IMPORT_QUERY);
+    asked.constant("IMPORT_DYNAMIC", abi::IMPORT_DYNAMIC);
+    asked.constant("IMPORT_PEER", abi::IMPORT_PEER);
+    asked.constant(
+        "IMPORT_ON_INVALIDATE_UNMAP",
+        abi::IMPORT_ON_INVALIDATE_UNMAP,
+    );
+    asked.constant(
+        "IMPORT_ON_INVALIDATE_REMAP",
+        abi::IMPORT_ON_INVALIDATE_REMAP,
+    );
+    asked.constant("IMPORT_ON_INVALIDATE_HOLD", abi::IMPORT_ON_INVALIDATE_HOLD);
+    asked.constant("IMPORT_BIDIRECTIONAL", abi::IMPORT_BIDIRECTIONAL);
+    asked.constant("IMPORT_TO_DEVICE", abi::IMPORT_TO_DEVICE);
+    asked.constant("IMPORT_FROM_DEVICE", abi::IMPORT_FROM_DEVICE);
+    asked.constant("IMPORT_FENCE_KERNEL", abi::IMPORT_FENCE_KERNEL);
+    asked.constant("IMPORT_FENCE_WRITE", abi::IMPORT_FENCE_WRITE);
+    asked.constant("IMPORT_FENCE_READ", abi::IMPORT_FENCE_READ);
+    asked.constant("IMPORT_FENCE_BOOKKEEP", abi::IMPORT_FENCE_BOOKKEEP);
+    asked.constant("IMPORT_MAX_MS", abi::IMPORT_MAX_MS);
+    asked.constant("IMPORT_MAPPED", abi::IMPORT_MAPPED);
+    asked.constant("IMPORT_STALE", abi::IMPORT_STALE);
+    asked.constant("IMPORT_PINNED", abi::IMPORT_PINNED);
+    asked.constant("IMPORT_VMAPPED", abi::IMPORT_VMAPPED);
+    asked.constant("IMPORT_VMAP_IOMEM", abi::IMPORT_VMAP_IOMEM);
+    asked.constant("IMPORT_FENCED", abi::IMPORT_FENCED);
+    asked.constant("IMPORT_DETACHED", abi::IMPORT_DETACHED);
+    asked.constant("IMPORT_DEVICE_GONE", abi::IMPORT_DEVICE_GONE);
     structs!(asked,
         Bar "bar" { size, free, largest_free, exports, flags }
         Query "query" {
             size, flags, abi_version, page_size, vendor, device, reserved, bdf, bars
         }
         Export "export" { size, flags, bar, fd_flags, offset, length, fd, reserved }
+        ImportAttach "import_attach" {
+            size, flags, dmabuf, fd_flags, on_invalidate, hold_ms, detach_ms, fd, bdf, ns
+        }
+        ImportMap "import_map" { size, flags, direction, reserved, ns }
+        ImportStep "import_step" { size, flags, ns }
+        ImportFence "import_fence" { size, flags, usage, timeout_ms }
+        ImportQuery "import_query" {
+            size, flags, state, segments, bytes, system_bytes, bus_bytes, bridge_bytes,
+            other_bytes, provider, invalidations, maps, remaps, map_ns, remap_error, reserved
+        }
     );
 
     let dir = std::env::temp_dir().join(format!("peerbuf-header-{}", std::process::id()));
@@ -103,7 +153,7 @@ fn every_constant_is_in_the_header() {
     for line in rust.lines().filter(|line| line.starts_with("pub const ")) {
         let name = line["pub const ".len()..].split(':').next().unwrap();
         // Sums of the flags are for checks in Rust.
-        let sum = name == "BAR_FLAGS" || name == "EXPORT_FLAGS";
+        let sum = ["BAR_FLAGS", "EXPORT_FLAGS", "IMPORT_FLAGS"].contains(&name);
         assert!(
             sum || header.contains(&format!("#define PEERBUF_{name} ")),
             "{name}"
@@ -120,4 +170,28 @@ fn numbers_never_change() {
     assert_eq!(size_of::<Export>(), 40);
     assert_eq!(abi::BAR_FLAGS, 0x1f);
     assert_eq!(abi::EXPORT_FLAGS, 1);
+    let numbers = [
+        abi::IOC_IMPORT_ATTACH,
+        abi::IOC_IMPORT_MAP,
+        abi::IOC_IMPORT_UNMAP,
+        abi::IOC_IMPORT_PIN,
+        abi::IOC_IMPORT_UNPIN,
+        abi::IOC_IMPORT_FENCE,
+        abi::IOC_IMPORT_SIGNAL,
+        abi::IOC_IMPORT_VMAP,
+        abi::IOC_IMPORT_VUNMAP,
+        abi::IOC_IMPORT_DETACH,
+        abi::IOC_IMPORT_QUERY,
+    ];
+    assert!(numbers.into_iter().eq(0xBB40..=0xBB4A));
+    assert_eq!(size_of::<ImportAttach>(), 56);
+    assert_eq!(size_of::<ImportMap>(), 24);
+    assert_eq!(size_of::<ImportStep>(), 16);
+    assert_eq!(size_of::<ImportFence>(), 16);
+    assert_eq!(size_of::<ImportQuery>(), 112);
+    assert_eq!(abi::IMPORT_FLAGS, 3);
+    assert_eq!(abi::IMPORT_ON_INVALIDATE_HOLD, 2);
+    assert_eq!(abi::IMPORT_FROM_DEVICE, 2);
+    assert_eq!(abi::IMPORT_FENCE_BOOKKEEP, 3);
+    assert_eq!(abi::IMPORT_DEVICE_GONE, 0x80);
 }

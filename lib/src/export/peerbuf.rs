@@ -36,7 +36,17 @@ pub fn probe() -> Result<Vec<PathBuf>, Unavailable> {
     };
     let entries = std::fs::read_dir(NODES)
         .map_err(|error| unavailable(Errno(error.raw_os_error().unwrap_or(Errno::IO.0))))?;
-    let mut nodes: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
+    // The importer's node is there too, with or without devices.
+    let is_device = |entry: &std::fs::DirEntry| {
+        let name = entry.file_name();
+        name.to_str()
+            .is_some_and(|name| name.parse::<PciAddress>().is_ok())
+    };
+    let mut nodes: Vec<PathBuf> = entries
+        .flatten()
+        .filter(is_device)
+        .map(|entry| entry.path())
+        .collect();
     if nodes.is_empty() {
         return Err(unavailable(Errno(rustix::io::Errno::NOENT.raw_os_error())));
     }

@@ -1,122 +1,212 @@
-//! `/dev/lab-importer`, the fixture module that attaches dma-bufs. The numbers and structs are
-//! those of `fixtures/modules/importer/importer.c`.
+//! `/dev/peerbuf/importer` by its ioctls alone, without the crate, so that a test can send what the
+//! crate would never send.
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::path::Path;
-use std::process::Command;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+use peerbuf_uapi as abi;
 
 use crate::node::ioctl;
 
 /// Can be told that its mappings are stale.
-pub const DYNAMIC: u32 = 1;
+pub const DYNAMIC: u32 = abi::IMPORT_DYNAMIC;
 /// Asks for peer memory.
-pub const PEER: u32 = 2;
+pub const PEER: u32 = abi::IMPORT_PEER;
 
-/// `DMA_BIDIRECTIONAL`.
-pub const BIDIRECTIONAL: u32 = 0;
-
-#[repr(C)]
-struct Attach {
-    fd: i32,
-    flags: u32,
-    late_ms: u32,
-    domain: u32,
-    bus: u32,
-    devfn: u32,
+/// Opens `/dev/peerbuf/importer`.
+///
+/// # Errors
+///
+/// What `open` answers.
+pub fn open() -> io::Result<File> {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/peerbuf/importer")
 }
 
-/// What the kernel gave for a mapping.
-#[repr(C)]
+/// A request to attach a dma-buf on behalf of a PCI device, with these `IMPORT_*` flags.
+pub fn request(fd: BorrowedFd<'_>, bdf: &str, flags: u32) -> abi::ImportAttach {
+    let mut request = abi::ImportAttach {
+        size: size_of::<abi::ImportAttach>() as u32,
+        flags,
+        dmabuf: fd.as_raw_fd(),
+        fd_flags: libc::O_CLOEXEC as u32,
+        ..Default::default()
+    };
+    request.bdf[..bdf.len()].copy_from_slice(bdf.as_bytes());
+    request
+}
+
+/// One attachment.
+#[derive(Debug)]
+pub struct Importer {
+    /// Its file.
+    pub fd: OwnedFd,
+    /// Nanoseconds that attaching took in the kernel.
+    pub attach_ns: u64,
+}
+
+impl Importer {
+    /// Attaches a dma-buf on behalf of the PCI device `bdf`. After an invalidation it unmaps
+    /// `late_ms` milliseconds later, or within the call if that is 0.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel answers to the attachment.
+    pub fn attach(fd: BorrowedFd<'_>, bdf: &str, flags: u32, late_ms: u32) -> io::Result<Self> {
+        let mut request = request(fd, bdf, flags);
+        if late_ms != 0 {
+            request.on_invalidate = abi::IMPORT_ON_INVALIDATE_HOLD;
+            request.hold_ms = late_ms;
+        }
+        Self::attach_as(request)
+    }
+
+    /// Attaches as a request says.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel answers.
+    pub fn attach_as(mut request: abi::ImportAttach) -> io::Result<Self> {
+        let node = open()?;
+        let at = (&raw mut request).addr();
+        ioctl(node.as_fd(), abi::IOC_IMPORT_ATTACH, at)?;
+        // SAFETY: The ioctl has just made this descriptor, and nobody else knows of it.
+        let fd = unsafe { OwnedFd::from_raw_fd(request.fd) };
+        Ok(Self {
+            fd,
+            attach_ns: request.ns,
+        })
+    }
+
+    /// Maps the attachment, for the device to read and write; what it was given.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel answers.
+    pub fn map(&self) -> io::Result<Mapping> {
+        self.map_for(abi::IMPORT_BIDIRECTIONAL)?;
+        Ok(self.mapping())
+    }
+
+    /// Maps the attachment in an `IMPORT_*` direction; the nanoseconds that it took in the kernel.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel answers.
+    pub fn map_for(&self, direction: u32) -> io::Result<u64> {
+        let mut map = abi::ImportMap {
+            size: size_of::<abi::ImportMap>() as u32,
+            direction,
+            ..Default::default()
+        };
+        let at = (&raw mut map).addr();
+        ioctl(self.fd.as_fd(), abi::IOC_IMPORT_MAP, at)?;
+        Ok(map.ns)
+    }
+
+    /// Unmaps it, if it is mapped.
+    pub fn unmap(&self) {
+        match self.step(abi::IOC_IMPORT_UNMAP) {
+            Ok(_) => {}
+            Err(e) => assert_eq!(e.raw_os_error(), Some(libc::ENOENT), "unmap: {e}"),
+        }
+    }
+
+    /// One of the ioctls that take an [`abi::ImportStep`]; the nanoseconds that it took in the
+    /// kernel.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel answers.
+    pub fn step(&self, number: u32) -> io::Result<u64> {
+        let mut step = abi::ImportStep {
+            size: size_of::<abi::ImportStep>() as u32,
+            ..Default::default()
+        };
+        ioctl(self.fd.as_fd(), number, (&raw mut step).addr())?;
+        Ok(step.ns)
+    }
+
+    /// Leaves a fence of an `IMPORT_FENCE_*` usage that signals by itself after `timeout_ms`.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel answers.
+    pub fn fence(&self, usage: u32, timeout_ms: u32) -> io::Result<()> {
+        let mut fence = abi::ImportFence {
+            size: size_of::<abi::ImportFence>() as u32,
+            flags: 0,
+            usage,
+            timeout_ms,
+        };
+        let at = (&raw mut fence).addr();
+        ioctl(self.fd.as_fd(), abi::IOC_IMPORT_FENCE, at)?;
+        Ok(())
+    }
+
+    /// All that is known of it.
+    pub fn query(&self) -> abi::ImportQuery {
+        let mut query = abi::ImportQuery {
+            size: size_of::<abi::ImportQuery>() as u32,
+            ..Default::default()
+        };
+        let at = (&raw mut query).addr();
+        ioctl(self.fd.as_fd(), abi::IOC_IMPORT_QUERY, at).expect("query");
+        query
+    }
+
+    /// What became of it.
+    pub fn state(&self) -> State {
+        let query = self.query();
+        State {
+            invalidations: query.invalidations as u32,
+            mapped: u32::from(query.state & abi::IMPORT_MAPPED != 0),
+        }
+    }
+
+    /// Where the bytes of the last mapping are.
+    pub fn mapping(&self) -> Mapping {
+        let query = self.query();
+        let text = query.provider.split(|&byte| byte == 0).next();
+        Mapping {
+            segments: query.segments,
+            bytes: query.bytes,
+            system: query.system_bytes,
+            bus: query.bus_bytes,
+            bridge: query.bridge_bytes,
+            other: query.other_bytes,
+            provider: String::from_utf8(text.unwrap_or_default().into()).expect("an address"),
+        }
+    }
+}
+
+/// What the kernel gave for a mapping. Bytes, but for the first and the last.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Mapping {
-    dir: u32,
     /// DMA segments.
     pub segments: u32,
-    /// DMA address of the first.
-    pub first: u64,
-    /// Sum of their lengths.
+    /// Sum of the four that follow.
     pub bytes: u64,
+    /// In system memory.
+    pub system: u64,
+    /// In a BAR, by bus address.
+    pub bus: u64,
+    /// In a BAR, through the host bridge.
+    pub bridge: u64,
+    /// Elsewhere.
+    pub other: u64,
+    /// The address of the device whose BAR it is.
+    pub provider: String,
 }
 
 /// What became of the attachment.
-#[repr(C)]
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct State {
     /// Calls of `invalidate_mappings`.
     pub invalidations: u32,
     /// 1 while it has a mapping.
     pub mapped: u32,
-}
-
-const fn number(dir: u32, nr: u32, size: usize) -> u32 {
-    (dir << 30) | ((size as u32) << 16) | (0xBC << 8) | nr
-}
-
-/// One attachment.
-pub struct Importer(File);
-
-impl Importer {
-    /// Attaches a dma-buf on behalf of the PCI device `bdf`. After an invalidation it unmaps
-    /// `late_ms` milliseconds later, or within the callback if that is 0.
-    ///
-    /// # Errors
-    ///
-    /// What the kernel answers to the attachment.
-    pub fn attach(fd: BorrowedFd<'_>, bdf: &str, flags: u32, late_ms: u32) -> io::Result<Self> {
-        if !Path::new("/dev/lab-importer").exists() {
-            let done = Command::new("insmod")
-                .arg("/opt/peerbuf/fixtures/importer.ko")
-                .status()?;
-            assert!(done.success(), "insmod importer.ko");
-        }
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open("/dev/lab-importer")?;
-        let hex = |text: &str| u32::from_str_radix(text, 16).unwrap();
-        let mut ask = Attach {
-            fd: fd.as_raw_fd(),
-            flags,
-            late_ms,
-            domain: hex(&bdf[..4]),
-            bus: hex(&bdf[5..7]),
-            devfn: (hex(&bdf[8..10]) << 3) | hex(&bdf[11..]),
-        };
-        ioctl(
-            file.as_fd(),
-            number(1, 0, size_of::<Attach>()),
-            (&raw mut ask).addr(),
-        )?;
-        Ok(Self(file))
-    }
-
-    /// Maps the attachment.
-    ///
-    /// # Errors
-    ///
-    /// What the kernel answers.
-    pub fn map(&self) -> io::Result<Mapping> {
-        let mut mapping = Mapping {
-            dir: BIDIRECTIONAL,
-            ..Mapping::default()
-        };
-        let ioc = number(3, 1, size_of::<Mapping>());
-        ioctl(self.0.as_fd(), ioc, (&raw mut mapping).addr())?;
-        Ok(mapping)
-    }
-
-    /// Unmaps it, if it is mapped.
-    pub fn unmap(&self) {
-        ioctl(self.0.as_fd(), number(0, 2, 0), 0).expect("unmap");
-    }
-
-    /// What became of it.
-    pub fn state(&self) -> State {
-        let mut state = State::default();
-        let ioc = number(2, 3, size_of::<State>());
-        ioctl(self.0.as_fd(), ioc, (&raw mut state).addr()).expect("state");
-        state
-    }
 }

@@ -16,7 +16,7 @@ use peerbuf_uapi as abi;
 ///
 /// What the kernel answers.
 pub fn ioctl(fd: BorrowedFd<'_>, number: u32, address: usize) -> io::Result<i32> {
-    // SAFETY: The numbers used here are those of peerbuf.ko, dma-buf and the lab's importer, whose
+    // SAFETY: The numbers used here are those of peerbuf.ko and dma-buf, whose
     // kernel side checks each user address; callers pass that of a struct of the size in question,
     // or one that is meant to be refused.
     match unsafe { libc::ioctl(fd.as_raw_fd(), libc::c_ulong::from(number), address) } {
@@ -59,6 +59,7 @@ impl Node {
         let entries = fs::read_dir("/dev/peerbuf").expect("/dev/peerbuf");
         let mut nodes: Vec<Self> = entries
             .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .filter(|name| name != "importer")
             .map(|bdf| Self::open(&bdf).unwrap())
             .collect();
         nodes.sort_by_key(|node| std::cmp::Reverse(node.query().unwrap().bars[2].size));

@@ -31,10 +31,8 @@ pub fn build(project: &Project, tree: &Tree, source: &Source, release: &str) -> 
     for dir in ["fixtures/c", "fixtures/modules", "out"] {
         fs::create_dir_all(work.join(dir))?;
     }
-    project::mirror(
-        &project.root().join("tests/lab/fixtures"),
-        &work.join("fixtures"),
-    )?;
+    let fixtures = project.root().join("tests/lab/fixtures");
+    project::mirror(&fixtures, &work.join("fixtures"))?;
     project::mirror(
         &project.root().join("uapi/include"),
         &work.join("uapi/include"),
@@ -54,8 +52,9 @@ pub fn build(project: &Project, tree: &Tree, source: &Source, release: &str) -> 
         .mount(Mount::Tmpfs { at: "/tmp".into() })
         .args(["-c", COMPILE])
         .run("compiling tests/lab/fixtures/c")?;
-    for dir in fs::read_dir(work.join("fixtures/modules"))? {
-        let dir = dir?.path();
+    // Those of the checkout: of one that is gone, what was built of it is still in `work`.
+    for dir in fs::read_dir(fixtures.join("modules"))? {
+        let dir = work.join("fixtures/modules").join(dir?.file_name());
         project::build_module(tree, source, &dir)?;
         for file in fs::read_dir(&dir)? {
             let file = file?.path();

@@ -1,0 +1,505 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! `/dev/peerbuf/importer`: attaches any dma-buf on behalf of a PCI device, so that a plan can ask
+//! the kernel what it would give a driver, and tests can play a driver, a bad one too.
+//!
+//! The node is there while the module is loaded. An attachment is a file of its own: whoever has it
+//! may use that attachment and no more, and its closing, by whatever way, lets everything go. What
+//! an attachment does is in `attachment.rs`; here are the ioctls, and the list of attachments for
+//! when a device's driver lets go of the device.
+//!
+//! An attachment that outlives its file (`detach_ms`) keeps the module by a reference of its own.
+//! The work that gives the reference back runs on the importer's own queue, and unloading the
+//! module waits for that queue.
+
+use core::ptr::{self, NonNull};
+
+use kernel::{
+    bindings,
+    error::{from_err_ptr, to_result},
+    ffi::*,
+    pci,
+    prelude::*,
+    sync::{aref::ARef, Arc, ArcBorrow},
+    time::msecs_to_jiffies,
+    transmute::{AsBytes, FromBytes},
+    uaccess::UserPtr,
+    workqueue::Queue,
+};
+
+use crate::{
+    abi,
+    attachment::{Attachment, DmaBuf, Manner},
+    ffi::{self, Table},
+    misc::{read_struct, write_struct, Fd, Misc},
+};
+
+static NODE_FOPS: Table<bindings::file_operations> = Table(bindings::file_operations {
+    owner: crate::THIS_MODULE.as_ptr(),
+    open: Some(open),
+    unlocked_ioctl: Some(node_ioctl),
+    // The structs are the same for 32-bit callers.
+    compat_ioctl: bindings::compat_ptr_ioctl,
+    llseek: Some(bindings::noop_llseek),
+    // SAFETY: Null function pointers are operations that the file does not have.
+    ..unsafe { core::mem::zeroed() }
+});
+
+static ATTACHMENT_FOPS: Table<bindings::file_operations> = Table(bindings::file_operations {
+    owner: crate::THIS_MODULE.as_ptr(),
+    release: Some(release),
+    unlocked_ioctl: Some(attachment_ioctl),
+    compat_ioctl: bindings::compat_ptr_ioctl,
+    llseek: Some(bindings::noop_llseek),
+    // SAFETY: As above.
+    ..unsafe { core::mem::zeroed() }
+});
+
+/// Registered as long as the node is; the driver core only links it.
+static NOTIFIER: Notifier = Notifier(core::cell::UnsafeCell::new(bindings::notifier_block {
+    notifier_call: Some(device_changes),
+    next: ptr::null_mut(),
+    priority: 0,
+}));
+
+struct Notifier(core::cell::UnsafeCell<bindings::notifier_block>);
+
+// SAFETY: Only the driver core uses it, under its own lock.
+unsafe impl Sync for Notifier {}
+
+kernel::sync::global_lock! {
+    // SAFETY: Initialised by `Importer::register`, before anybody can attach.
+    unsafe(uninit) static SHARED: Mutex<Shared> = Shared {
+        attachments: KVec::new(),
+        queue: ptr::null_mut(),
+    };
+}
+
+/// What all attachments share.
+struct Shared {
+    /// Those that have not been given up yet. Nothing but looking is done under the lock.
+    attachments: KVec<Arc<Attachment>>,
+    /// For attachments that outlive their file. Valid while the node is registered, and after that
+    /// until nothing is on it.
+    queue: *mut bindings::workqueue_struct,
+}
+
+// SAFETY: A work queue may be used from any thread.
+unsafe impl Send for Shared {}
+
+/// The registered importer. Dropped when the module is unloaded: then no file of it is open, and no
+/// attachment is left, but the work that gave up the last one may still be about to return.
+pub(crate) struct Importer {
+    _node: Misc<()>,
+    _listening: Listening,
+    _queue: OwnQueue,
+}
+
+impl Importer {
+    /// # Safety
+    ///
+    /// Called once.
+    pub(crate) unsafe fn register() -> Result<Self> {
+        // SAFETY: By the caller's promise.
+        unsafe { SHARED.init() };
+        let queue = OwnQueue::new()?;
+        SHARED.lock().queue = queue.0.as_ptr();
+        let listening = Listening::begin()?;
+        // SAFETY: The node has no parent.
+        let node = unsafe { Misc::register(c"importer", ptr::null_mut(), &NODE_FOPS, ()) }?;
+        Ok(Self {
+            _node: node,
+            _listening: listening,
+            _queue: queue,
+        })
+    }
+}
+
+/// The queue for attachments that outlive their file.
+struct OwnQueue(NonNull<bindings::workqueue_struct>);
+
+// SAFETY: A work queue may be used from any thread.
+unsafe impl Send for OwnQueue {}
+// SAFETY: As above.
+unsafe impl Sync for OwnQueue {}
+
+impl OwnQueue {
+    fn new() -> Result<Self> {
+        // SAFETY: The format has no conversions.
+        let queue = unsafe {
+            bindings::alloc_workqueue_noprof(
+                c"peerbuf-importer".as_char_ptr(),
+                bindings::wq_flags_WQ_UNBOUND,
+                0,
+            )
+        };
+        NonNull::new(queue).map(Self).ok_or(ENOMEM)
+    }
+}
+
+impl Drop for OwnQueue {
+    fn drop(&mut self) {
+        // A static is not dropped, so its memory is given back here.
+        SHARED.lock().attachments = KVec::new();
+        // SAFETY: It is valid, and nobody queues anything any more. Returns when nothing runs.
+        unsafe { bindings::destroy_workqueue(self.0.as_ptr()) };
+    }
+}
+
+/// While it lives the driver core says what happens to PCI devices.
+struct Listening(());
+
+impl Listening {
+    fn begin() -> Result<Self> {
+        // SAFETY: Both are valid for as long as the module is loaded.
+        to_result(unsafe {
+            bindings::bus_register_notifier(&raw const bindings::pci_bus_type, NOTIFIER.0.get())
+        })?;
+        Ok(Self(()))
+    }
+}
+
+impl Drop for Listening {
+    fn drop(&mut self) {
+        // SAFETY: It was registered. Cannot fail then; returns when it is not being called.
+        unsafe {
+            bindings::bus_unregister_notifier(&raw const bindings::pci_bus_type, NOTIFIER.0.get())
+        };
+    }
+}
+
+/// The driver core says that something happens to a device, whose lock it holds.
+unsafe extern "C" fn device_changes(
+    _notifier: *mut bindings::notifier_block,
+    action: c_ulong,
+    dev: *mut c_void,
+) -> c_int {
+    // Before the driver's removal begins: everything of the device is in place.
+    if action == bindings::bus_notifier_event_BUS_NOTIFY_UNBIND_DRIVER as c_ulong {
+        // None is added meanwhile, since that takes the device's lock.
+        let next = || {
+            let shared = SHARED.lock();
+            let mut all = shared.attachments.iter();
+            all.find(|a| a.dev().cast() == dev && !a.is_gone()).cloned()
+        };
+        while let Some(attachment) = next() {
+            let _ = attachment.let_go(abi::IMPORT_DEVICE_GONE);
+        }
+    }
+    0 // NOTIFY_DONE
+}
+
+/// `file_operations.open` of the node.
+unsafe extern "C" fn open(_inode: *mut bindings::inode, file: *mut bindings::file) -> c_int {
+    // SAFETY: The file is being opened. What `misc_open` has put there may go before the file does.
+    unsafe { (*file).private_data = ptr::null_mut() };
+    0
+}
+
+/// `file_operations.unlocked_ioctl` of the node.
+unsafe extern "C" fn node_ioctl(_file: *mut bindings::file, cmd: c_uint, arg: c_ulong) -> c_long {
+    let arg = UserPtr::from_addr(arg as usize);
+    answer(match cmd {
+        abi::IOC_IMPORT_ATTACH => attach(arg),
+        _ => Err(ENOTTY),
+    })
+}
+
+fn answer(result: Result) -> c_long {
+    match result {
+        Ok(()) => 0,
+        Err(e) => e.to_errno() as c_long,
+    }
+}
+
+fn attach(arg: UserPtr) -> Result {
+    let mut request: abi::ImportAttach = read_struct(arg)?;
+    let dynamic = request.flags & abi::IMPORT_DYNAMIC != 0;
+    let holds = request.on_invalidate == abi::IMPORT_ON_INVALIDATE_HOLD;
+    if request.flags & !abi::IMPORT_FLAGS != 0
+        || request.fd_flags & !bindings::O_CLOEXEC != 0
+        || request.on_invalidate > abi::IMPORT_ON_INVALIDATE_HOLD
+        || (request.on_invalidate != 0 && !dynamic)
+        || (request.hold_ms != 0 && !holds)
+        || request.hold_ms > abi::IMPORT_MAX_MS
+        || request.detach_ms > abi::IMPORT_MAX_MS
+        || request.fd != 0
+        || request.ns != 0
+    {
+        return Err(EINVAL);
+    }
+    let pdev = find(&request.bdf)?;
+    let dmabuf = DmaBuf::get(request.dmabuf)?;
+    let manner = Manner {
+        flags: request.flags,
+        on_invalidate: request.on_invalidate,
+        hold_ms: request.hold_ms,
+        detach_ms: request.detach_ms,
+    };
+    let attachment = Attached::new(Attachment::new(pdev, dmabuf, manner)?)?;
+
+    // The descriptor is published last: until then every step can be undone.
+    let fd = Fd::reserve(request.fd_flags)?;
+    request.ns = attachment.ns;
+    request.fd = fd.number();
+    // SAFETY: The operations are static, and expect what is given as private data.
+    let file = from_err_ptr(unsafe {
+        ffi::anon_inode_getfile(
+            c"[peerbuf-attachment]".as_char_ptr(),
+            &ATTACHMENT_FOPS.0,
+            Arc::as_ptr(&attachment.attachment).cast_mut().cast(),
+            bindings::O_RDWR as c_int,
+        )
+    })?;
+    // The file has taken the attachment over, and its release gives it up.
+    let _ = Arc::into_raw(attachment.into_inner());
+    if let Err(e) = write_struct(arg, &request) {
+        // SAFETY: This is the file's only reference.
+        unsafe { bindings::fput(file) };
+        return Err(e);
+    }
+    // SAFETY: The number was reserved above and is not given back any more; the file's reference
+    // goes with it.
+    unsafe { bindings::fd_install(fd.into_number(), file) };
+    Ok(())
+}
+
+/// An attachment that has no file yet. Dropping it gives it up.
+struct Attached {
+    attachment: Arc<Attachment>,
+    ns: u64,
+}
+
+impl Attached {
+    /// Attaches, if the device has a driver in the kernel that does DMA.
+    fn new(attachment: Arc<Attachment>) -> Result<Self> {
+        /// The device's lock, held.
+        struct DeviceLock(*mut bindings::device);
+        impl Drop for DeviceLock {
+            fn drop(&mut self) {
+                // SAFETY: Locked below, and the attachment keeps the device.
+                unsafe { ffi::peerbuf_device_unlock(self.0) };
+            }
+        }
+        // SAFETY: The attachment keeps the device.
+        unsafe { ffi::peerbuf_device_lock(attachment.dev()) };
+        let _lock = DeviceLock(attachment.dev());
+        // SAFETY: As above; the lock keeps the driver as it is.
+        if !unsafe { can_import(attachment.dev()) } {
+            return Err(ffi::eunatch());
+        }
+        // In the list first, so that nothing can fail once it is attached.
+        SHARED
+            .lock()
+            .attachments
+            .push(attachment.clone(), GFP_KERNEL)?;
+        let mut this = Self { attachment, ns: 0 };
+        // SAFETY: The lock is held. It is in the list, where the end of the driver finds it, and
+        // given up when this object is dropped, or by the file that takes it over.
+        this.ns = unsafe { this.attachment.as_arc_borrow().attach() }?;
+        Ok(this)
+    }
+
+    /// The attachment, which the caller gives up.
+    fn into_inner(self) -> Arc<Attachment> {
+        let attachment = self.attachment.clone();
+        let this = core::mem::ManuallyDrop::new(self);
+        // SAFETY: The field is not used any more: the object is not dropped.
+        drop(unsafe { ptr::read(&this.attachment) });
+        attachment
+    }
+}
+
+impl Drop for Attached {
+    fn drop(&mut self) {
+        give_up(&self.attachment);
+    }
+}
+
+/// Whether a device may be an importer: its driver does DMA, and by way of the kernel. Drivers that
+/// manage DMA themselves (`vfio-pci`) change the device's IOMMU domain while they are bound, and a
+/// device that does not master the bus cannot do any DMA.
+///
+/// # Safety
+///
+/// `dev` is a PCI device whose lock is held.
+unsafe fn can_import(dev: *mut bindings::device) -> bool {
+    // SAFETY: By the caller's promise. `driver` of the device is set before that of the PCI device's
+    // probe ends, and both are there until the removal is over.
+    unsafe {
+        let pdev = kernel::container_of!(dev, bindings::pci_dev, dev);
+        let driver = (*pdev).driver;
+        !(*dev).driver.is_null()
+            && !driver.is_null()
+            && !(*driver).driver_managed_dma
+            && (*pdev).is_busmaster() != 0
+    }
+}
+
+/// Detaches, and takes the attachment out of the list.
+fn give_up(attachment: &Arc<Attachment>) {
+    let _ = attachment.let_go(0);
+    let mut shared = SHARED.lock();
+    let place = shared
+        .attachments
+        .iter()
+        .position(|a| Arc::ptr_eq(a, attachment));
+    if let Some(place) = place {
+        let ours = shared.attachments.remove(place);
+        drop(shared);
+        drop(ours);
+    }
+}
+
+/// `file_operations.release` of an attachment.
+unsafe extern "C" fn release(_inode: *mut bindings::inode, file: *mut bindings::file) -> c_int {
+    // SAFETY: `attach` has put the reference there; this is its end.
+    let attachment: Arc<Attachment> =
+        unsafe { Arc::from_raw((*file).private_data.cast_const().cast()) };
+    let delay = attachment.detach_ms();
+    if delay == 0 || attachment.is_gone() {
+        give_up(&attachment);
+        return 0;
+    }
+    let queue = SHARED.lock().queue;
+    // SAFETY: The file has a reference to the module until this function has returned. The queue is
+    // valid while there is one, and `detach_late` gives up the one taken here.
+    unsafe {
+        bindings::__module_get(crate::THIS_MODULE.as_ptr());
+        // Cannot fail: it is queued here only, and a file is released once.
+        let _ = Queue::from_raw(queue)
+            .enqueue_delayed::<Arc<Attachment>, 2>(attachment, msecs_to_jiffies(delay));
+    }
+    0
+}
+
+/// Some time after the release of an attachment that outlives its file.
+pub(crate) fn detach_late(attachment: Arc<Attachment>) {
+    give_up(&attachment);
+    drop(attachment);
+    // SAFETY: Taken by `release`. Unloading the module waits until the queue that runs this is empty.
+    unsafe { bindings::module_put(crate::THIS_MODULE.as_ptr()) };
+}
+
+/// `file_operations.unlocked_ioctl` of an attachment.
+unsafe extern "C" fn attachment_ioctl(
+    file: *mut bindings::file,
+    cmd: c_uint,
+    arg: c_ulong,
+) -> c_long {
+    // SAFETY: `attach` has put a reference there, which lives as long as the file.
+    let this =
+        unsafe { ArcBorrow::<Attachment>::from_raw((*file).private_data.cast_const().cast()) };
+    let arg = UserPtr::from_addr(arg as usize);
+    answer(match cmd {
+        abi::IOC_IMPORT_MAP => map(&this, arg),
+        abi::IOC_IMPORT_UNMAP => step(arg, || this.unmap()),
+        abi::IOC_IMPORT_PIN => step(arg, || this.pin()),
+        abi::IOC_IMPORT_UNPIN => step(arg, || this.unpin()),
+        abi::IOC_IMPORT_FENCE => leave_fence(&this, arg),
+        abi::IOC_IMPORT_SIGNAL => step(arg, || this.signal()),
+        abi::IOC_IMPORT_VMAP => step(arg, || this.vmap()),
+        abi::IOC_IMPORT_VUNMAP => step(arg, || this.vunmap()),
+        abi::IOC_IMPORT_DETACH => step(arg, || this.let_go(0)),
+        abi::IOC_IMPORT_QUERY => query(&this, arg),
+        _ => Err(ENOTTY),
+    })
+}
+
+/// Reads a struct that will be written back, after `valid` has looked at it. Writing it back as it
+/// was shows that the answer can be delivered, before anything is done that cannot be undone.
+fn begin<T: FromBytes + AsBytes>(arg: UserPtr, valid: impl FnOnce(&T) -> bool) -> Result<T> {
+    let request = read_struct(arg)?;
+    if !valid(&request) {
+        return Err(EINVAL);
+    }
+    write_struct(arg, &request)?;
+    Ok(request)
+}
+
+fn step(arg: UserPtr, act: impl FnOnce() -> Result<u64>) -> Result {
+    let mut step: abi::ImportStep = begin(arg, |step: &abi::ImportStep| {
+        step.flags == 0 && step.ns == 0
+    })?;
+    step.ns = act()?;
+    // If the memory went away since, the answer is missed by nobody else.
+    let _ = write_struct(arg, &step);
+    Ok(())
+}
+
+fn map(this: &Attachment, arg: UserPtr) -> Result {
+    let mut request: abi::ImportMap = begin(arg, |request: &abi::ImportMap| {
+        request.flags == 0
+            && request.direction <= abi::IMPORT_FROM_DEVICE
+            && request.reserved == 0
+            && request.ns == 0
+    })?;
+    request.ns = this.map(request.direction as bindings::dma_data_direction)?;
+    let _ = write_struct(arg, &request);
+    Ok(())
+}
+
+fn leave_fence(this: &Attachment, arg: UserPtr) -> Result {
+    let request: abi::ImportFence = read_struct(arg)?;
+    if request.flags != 0
+        || request.usage > abi::IMPORT_FENCE_BOOKKEEP
+        || request.timeout_ms == 0
+        || request.timeout_ms > abi::IMPORT_MAX_MS
+    {
+        return Err(EINVAL);
+    }
+    this.leave_fence(request.usage, request.timeout_ms)
+}
+
+fn query(this: &Attachment, arg: UserPtr) -> Result {
+    let asked: abi::ImportQuery = read_struct(arg)?;
+    if asked.flags != 0 || asked.reserved != 0 {
+        return Err(EINVAL);
+    }
+    let mut answer = this.query();
+    // The caller's idea of the size, so that it finds its own field as it was.
+    answer.size = asked.size;
+    write_struct(arg, &answer)
+}
+
+/// The PCI device at an address, `DDDD:BB:DD.F`, with as many digits of the domain as it has.
+///
+/// Errors: EINVAL (that is no address), ENXIO (no such device).
+fn find(bdf: &[u8; 16]) -> Result<ARef<pci::Device>> {
+    let end = bdf.iter().position(|&byte| byte == 0).ok_or(EINVAL)?;
+    let (text, padding) = bdf.split_at(end);
+    if padding.iter().any(|&byte| byte != 0) {
+        return Err(EINVAL);
+    }
+    let (domain, rest) = text.split_at_checked(end.wrapping_sub(8)).ok_or(EINVAL)?;
+    let [b':', bus @ .., b':', slot1, slot2, b'.', function] = rest else {
+        return Err(EINVAL);
+    };
+    if domain.len() < 4 {
+        return Err(EINVAL);
+    }
+    let (domain, bus) = (hex(domain)?, hex(bus)?);
+    let (slot, function) = (hex(&[*slot1, *slot2])?, hex(&[*function])?);
+    if slot > 0x1f || function > 7 {
+        return Err(EINVAL);
+    }
+    let domain = c_int::try_from(domain).map_err(|_| EINVAL)?;
+    // SAFETY: Looks it up; takes any numbers.
+    let pdev =
+        unsafe { bindings::pci_get_domain_bus_and_slot(domain, bus, (slot << 3) | function) };
+    let pdev = NonNull::new(pdev.cast::<pci::Device>()).ok_or(ENXIO)?;
+    // SAFETY: `pci::Device` is a transparent wrapper of `struct pci_dev`, and the lookup took the
+    // reference that is handed over.
+    Ok(unsafe { ARef::from_raw(pdev) })
+}
+
+/// Digits of a hexadecimal number of at most 32 bits, in either case, without a sign.
+fn hex(digits: &[u8]) -> Result<u32> {
+    if digits.len() > 8 {
+        return Err(EINVAL);
+    }
+    digits.iter().try_fold(0, |number, &digit| {
+        let digit = char::from(digit).to_digit(16).ok_or(EINVAL)?;
+        Ok(number << 4 | digit)
+    })
+}
