@@ -10,6 +10,12 @@ use std::fmt;
 pub struct Errno(pub i32);
 
 impl Errno {
+    /// `EPERM`: not allowed.
+    pub const PERM: Errno = Errno(1);
+    /// `EINTR`: a signal came first.
+    pub const INTR: Errno = Errno(4);
+    /// `EAGAIN`: not now.
+    pub const AGAIN: Errno = Errno(11);
     /// `EIO`: the device failed.
     pub const IO: Errno = Errno(5);
     /// `ENXIO`: no such device or address.
@@ -20,6 +26,8 @@ impl Errno {
     pub const INVAL: Errno = Errno(22);
     /// `ENODEV`: the device is gone.
     pub const NODEV: Errno = Errno(19);
+    /// `ETIME`: it took too long.
+    pub const TIME: Errno = Errno(62);
     /// `EOPNOTSUPP`: the operation is not supported.
     pub const OPNOTSUPP: Errno = Errno(95);
     /// `EREMOTEIO`: how newer block layers refuse peer-to-peer memory.
@@ -68,6 +76,13 @@ impl fmt::Debug for Errno {
 impl From<rustix::io::Errno> for Errno {
     fn from(errno: rustix::io::Errno) -> Self {
         Errno(errno.raw_os_error())
+    }
+}
+
+impl From<&std::io::Error> for Errno {
+    /// An error that has no number of the system's becomes [`Errno::IO`].
+    fn from(error: &std::io::Error) -> Self {
+        error.raw_os_error().map_or(Errno::IO, Errno)
     }
 }
 

@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use crate::errno::Errno;
-use crate::plan::Plan;
+use crate::plan::{Plan, ReasonCode};
 
 /// A system call that failed: which one, on what, and how.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -227,6 +227,33 @@ pub enum ShareError {
     /// The buffer in the message could not be used, or the one to be sent cannot be.
     #[error(transparent)]
     Buffer(#[from] BufferError),
+}
+
+/// Why an importer did not take a buffer.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ImportError {
+    /// The machine lacks what this importer needs.
+    #[error(transparent)]
+    Unavailable(#[from] Unavailable),
+    /// A system call failed.
+    #[error(transparent)]
+    System(#[from] SystemError),
+    /// The buffer could not be mapped or accessed.
+    #[error(transparent)]
+    Buffer(#[from] BufferError),
+    /// These two do not go together.
+    #[error("{importer} cannot use {buffer}: {evidence} ({code})")]
+    Impossible {
+        /// The importer's name.
+        importer: String,
+        /// The buffer's name.
+        buffer: String,
+        /// Which kind of reason, for programs.
+        code: ReasonCode,
+        /// What was seen, for people.
+        evidence: String,
+    },
 }
 
 /// Why bytes did not get from a file to a buffer or back.

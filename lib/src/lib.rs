@@ -39,6 +39,7 @@
 #![deny(unsafe_code)]
 
 pub mod buffer;
+pub mod device;
 mod errno;
 pub mod error;
 pub mod export;

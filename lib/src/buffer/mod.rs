@@ -107,12 +107,14 @@ impl Kind {
         entry.map(|(_, kind)| *kind)
     }
 
-    /// Whether a buffer of this kind comes with a dma-buf, and with the memfd behind it.
-    pub(crate) fn descriptors(self) -> (bool, bool) {
+    /// Whether a buffer of this kind can come with these: a dma-buf, and the memfd behind it.
+    pub(crate) fn allows_descriptors(self, dmabuf: bool, memfd: bool) -> bool {
         match self {
-            Kind::Udmabuf => (true, true),
-            Kind::Memfd => (false, true),
-            _ => (true, false),
+            // One that is made of several pieces has no single memfd, and who may only read gets
+            // the memfd alone.
+            Kind::Udmabuf => dmabuf || memfd,
+            Kind::Memfd => memfd && !dmabuf,
+            _ => dmabuf && !memfd,
         }
     }
 
@@ -150,6 +152,10 @@ struct Inner {
     dmabuf: Option<DmaBuf>,
     /// The memfd that holds the bytes, for a buffer in system memory.
     host: Option<OwnedFd>,
+    /// Where the exporter itself maps the bytes, for a dma-buf that cannot be mapped: a
+    /// descriptor, and where in it they begin. Never handed to another process, since it may give
+    /// more than the buffer.
+    view: Option<(OwnedFd, u64)>,
     size: u64,
     writable: bool,
     provenance: Provenance,
@@ -172,6 +178,7 @@ impl Buffer {
         let inner = Inner {
             dmabuf,
             host: None,
+            view: None,
             size,
             writable,
             provenance,
@@ -181,6 +188,20 @@ impl Buffer {
         Buffer {
             inner: Arc::new(inner),
         }
+    }
+
+    /// A dma-buf that the kernel gives no mapping, with the exporter's own.
+    pub(crate) fn from_dmabuf_and_view(
+        dmabuf: DmaBuf,
+        view: OwnedFd,
+        at: u64,
+        provenance: Provenance,
+    ) -> Buffer {
+        let mut buffer = Buffer::from_dmabuf(dmabuf, provenance);
+        if let Some(inner) = Arc::get_mut(&mut buffer.inner) {
+            inner.view = Some((view, at));
+        }
+        buffer
     }
 
     /// A buffer in system memory: the memfd with the bytes, and the dma-buf over the same bytes
@@ -230,6 +251,7 @@ impl Buffer {
         let inner = Inner {
             dmabuf,
             host,
+            view: None,
             size,
             writable,
             provenance,
@@ -387,12 +409,14 @@ impl BufferRange {
         }
         // The memfd comes first: the kernel can pin its pages for I/O, while those of a
         // udmabuf's own mapping have no struct pages and every O_DIRECT call gets EFAULT.
-        let fd = match (self.buffer.host_memory(), self.buffer.dmabuf()) {
-            (Some(memfd), _) => memfd,
-            (None, Some(dmabuf)) => dmabuf.as_fd(),
-            (None, None) => unreachable!("a buffer has a dma-buf or host memory"),
+        let inner = &self.buffer.inner;
+        let (fd, at) = match (&inner.host, &inner.view, &inner.dmabuf) {
+            (Some(memfd), _, _) => (memfd.as_fd(), 0),
+            (None, Some((view, at)), _) => (view.as_fd(), *at),
+            (None, None, Some(dmabuf)) => (dmabuf.as_fd(), 0),
+            (None, None, None) => unreachable!("a buffer has a dma-buf or host memory"),
         };
-        let map = Map::shared(fd, self.offset, self.length, access.writes())
+        let map = Map::shared(fd, at + self.offset, self.length, access.writes())
             .map_err(|errno| SystemError::new("mmap", self.buffer.name(), errno))?;
         Ok(Mapping::new(map, self.clone(), access))
     }

@@ -5,7 +5,7 @@
 
 use std::os::fd::OwnedFd;
 
-use memfd::{FileSeal, MemfdOptions};
+use memfd::{FileSeal, HugetlbSize, MemfdOptions};
 
 use crate::buffer::{Buffer, Kind, Provenance};
 use crate::errno::Errno;
@@ -26,14 +26,51 @@ pub fn export(name: &str, length: u64) -> Result<Buffer, ExportError> {
     Ok(Buffer::from_host_memory(memfd, None, provenance)?)
 }
 
+/// The size of huge pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum HugePages {
+    /// 2 MiB.
+    TwoMebibytes,
+    /// 1 GiB.
+    OneGibibyte,
+}
+
+impl HugePages {
+    /// In bytes.
+    pub fn size(self) -> u64 {
+        match self {
+            HugePages::TwoMebibytes => 2 << 20,
+            HugePages::OneGibibyte => 1 << 30,
+        }
+    }
+}
+
 /// A memfd of `length` bytes that keeps that size for ever, so that no holder of it can make the
 /// others' mappings fault.
 pub(crate) fn sealed(name: &str, length: u64) -> Result<OwnedFd, ExportError> {
+    make(name, length, MemfdOptions::new())
+}
+
+/// The same of huge pages.
+pub(crate) fn sealed_huge(
+    name: &str,
+    length: u64,
+    pages: HugePages,
+) -> Result<OwnedFd, ExportError> {
+    let size = match pages {
+        HugePages::TwoMebibytes => HugetlbSize::Huge2MB,
+        HugePages::OneGibibyte => HugetlbSize::Huge1GB,
+    };
+    make(name, length, MemfdOptions::new().hugetlb(Some(size)))
+}
+
+fn make(name: &str, length: u64, options: MemfdOptions) -> Result<OwnedFd, ExportError> {
     let system = |call: &'static str, errno: i32| ExportError::System {
         cause: SystemError::new(call, name, Errno(errno)),
         hint: String::new(),
     };
-    let memfd = MemfdOptions::new()
+    let memfd = options
         .allow_sealing(true)
         .close_on_exec(true)
         .create(name)

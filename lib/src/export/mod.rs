@@ -1,6 +1,44 @@
 //! Exporters: where buffers come from. One file per kind, with the same verbs in each: `probe`
 //! tries what the exporter needs and says what is missing, `export` makes a buffer.
+//!
+//! | module | whose memory | needs |
+//! |---|---|---|
+//! | [`peerbuf`] | a BAR of any PCI device | peerbuf.ko |
+//! | [`vfio`] | a BAR of a PCI device that this process drives | `vfio-pci` and an IOMMU |
+//! | [`drm`] | a GPU's or display driver's, or the system's | a DRM driver, such as `vgem` |
+//! | [`v4l2`] | pictures of a video device | a capture device, such as `vivid` |
+//! | [`heap`] | the system's, or what a platform sets aside | `/dev/dma_heap` |
+//! | [`udmabuf`] | this process's own, and memfds that others gave it | `/dev/udmabuf` |
+//! | [`memfd`] | the system's, without a dma-buf: the stand-in | nothing |
+//!
+//! Memory that another driver provides for peers, such as an NVMe controller memory buffer, has
+//! no exporter here yet.
 
+pub mod drm;
+pub mod heap;
 pub mod memfd;
 pub mod peerbuf;
 pub mod udmabuf;
+pub mod v4l2;
+pub mod vfio;
+
+use crate::error::{ExportError, SystemError};
+
+/// Refuses a length that is no whole number of pages.
+fn whole_pages(length: u64) -> Result<(), ExportError> {
+    let page = rustix::param::page_size() as u64;
+    if length == 0 || !length.is_multiple_of(page) {
+        return Err(ExportError::Unsuitable {
+            what: "the length",
+            value: length,
+            must: format!("a multiple of the page size, {page}, and not 0"),
+        });
+    }
+    Ok(())
+}
+
+/// A failure that needs no hint.
+fn plain(cause: SystemError) -> ExportError {
+    let hint = String::new();
+    ExportError::System { cause, hint }
+}

@@ -7,11 +7,14 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::fs::{Mode, OFlags};
 
-use super::memfd;
-use crate::buffer::{Buffer, DmaBuf, Kind, Provenance};
+use super::{memfd, whole_pages};
+use crate::buffer::{Buffer, BufferRange, DmaBuf, Kind, Provenance};
 use crate::errno::Errno;
 use crate::error::{ExportError, SystemError, Unavailable};
 use crate::sys;
+use crate::sys::udmabuf::Piece;
+
+pub use super::memfd::HugePages;
 
 const NODE: &str = "/dev/udmabuf";
 
@@ -29,43 +32,121 @@ pub fn probe() -> Result<(), Unavailable> {
 /// [`ExportError::Unavailable`] without `/dev/udmabuf`, [`ExportError::Unsuitable`] for a length
 /// of zero or off a page, and the ioctl's own error.
 pub fn export(name: &str, length: u64) -> Result<Buffer, ExportError> {
-    let udmabuf = open()?;
-    let page = rustix::param::page_size() as u64;
-    if length == 0 || !length.is_multiple_of(page) {
-        let must = format!("a multiple of the page size, {page}, and not 0");
+    whole_pages(length)?;
+    over(name, memfd::sealed(name, length)?, length)
+}
+
+/// Makes a udmabuf of huge pages, which the administrator has set aside
+/// (`/sys/kernel/mm/hugepages`). `length` is a multiple of their size.
+///
+/// # Errors
+/// As [`export`], and `ENOMEM` where too few pages were set aside.
+pub fn export_huge(name: &str, length: u64, pages: HugePages) -> Result<Buffer, ExportError> {
+    if length == 0 || !length.is_multiple_of(pages.size()) {
         return Err(ExportError::Unsuitable {
             what: "the length",
             value: length,
-            must,
+            must: format!(
+                "a multiple of the huge pages' size, {}, and not 0",
+                pages.size()
+            ),
         });
     }
-    let memory = memfd::sealed(name, length)?;
-    let dmabuf =
-        sys::udmabuf::create(udmabuf.as_fd(), memory.as_fd(), length).map_err(|errno| {
-            // EINVAL is all that the kernel says about a buffer over its limit.
-            let limit = std::fs::read_to_string("/sys/module/udmabuf/parameters/size_limit_mb");
-            let hint = match limit {
-                Ok(limit) if errno == Errno::INVAL => format!(
-                    ": the largest udmabuf allowed here is {} MiB \
-                 (/sys/module/udmabuf/parameters/size_limit_mb)",
-                    limit.trim()
-                ),
-                _ => String::new(),
-            };
-            let cause = SystemError::new("ioctl(UDMABUF_CREATE)", name, errno);
-            ExportError::System { cause, hint }
-        })?;
-    let provenance = Provenance {
+    over(name, memfd::sealed_huge(name, length, pages)?, length)
+}
+
+/// Makes one udmabuf of pieces of memory that are anywhere, one after the other. Each piece is a
+/// range of a buffer with a memfd behind it, in whole pages. The pieces stay what they are: both
+/// see the same bytes.
+///
+/// ```no_run
+/// # use peerbuf::export::{memfd, udmabuf};
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let (header, body) = (memfd::export("header", 4096)?, memfd::export("body", 1 << 20)?);
+/// let packet = udmabuf::export_list("packet", &[header.whole(), body.range(8192, 65536)?])?;
+/// assert_eq!(packet.size(), 4096 + 65536);
+/// # Ok(())
+/// # }
+/// ```
+///
+/// # Errors
+/// [`ExportError::Unavailable`] without `/dev/udmabuf`, [`ExportError::Unsuitable`] for a piece
+/// off a page or without a memfd, and the ioctl's own error: `EINVAL` for more pieces than
+/// `/sys/module/udmabuf/parameters/list_limit`.
+pub fn export_list(name: &str, pieces: &[BufferRange]) -> Result<Buffer, ExportError> {
+    let udmabuf = open()?;
+    let mut list = Vec::with_capacity(pieces.len());
+    for piece in pieces {
+        whole_pages(piece.len())?;
+        let page = rustix::param::page_size() as u64;
+        if !piece.offset().is_multiple_of(page) {
+            return Err(ExportError::Unsuitable {
+                what: "the offset of a piece",
+                value: piece.offset(),
+                must: format!("a multiple of the page size, {page}"),
+            });
+        }
+        let Some(memfd) = piece.buffer().host_memory() else {
+            return Err(ExportError::Unsuitable {
+                what: "a piece that has no memfd behind it, of length",
+                value: piece.len(),
+                must: "a range of a memfd or udmabuf".into(),
+            });
+        };
+        list.push(Piece {
+            memfd,
+            offset: piece.offset(),
+            size: piece.len(),
+        });
+    }
+    let dmabuf = sys::udmabuf::create_list(udmabuf.as_fd(), &list)
+        .map_err(|errno| refusal("ioctl(UDMABUF_CREATE_LIST)", name, errno))?;
+    let dmabuf = DmaBuf::from_fd(dmabuf)?;
+    Ok(Buffer::from_dmabuf(dmabuf, provenance(name)))
+}
+
+/// A dma-buf over all of a memfd.
+fn over(name: &str, memory: OwnedFd, length: u64) -> Result<Buffer, ExportError> {
+    let udmabuf = open()?;
+    let piece = Piece {
+        memfd: memory.as_fd(),
+        offset: 0,
+        size: length,
+    };
+    let dmabuf = sys::udmabuf::create(udmabuf.as_fd(), piece)
+        .map_err(|errno| refusal("ioctl(UDMABUF_CREATE)", name, errno))?;
+    let dmabuf = DmaBuf::from_fd(dmabuf)?;
+    Ok(Buffer::from_host_memory(
+        memory,
+        Some(dmabuf),
+        provenance(name),
+    )?)
+}
+
+fn provenance(name: &str) -> Provenance {
+    Provenance {
         kind: Kind::Udmabuf,
         device: None,
         bar: None,
         name: name.into(),
+    }
+}
+
+fn refusal(call: &'static str, name: &str, errno: Errno) -> ExportError {
+    // EINVAL is all that the kernel says about a buffer over one of its limits.
+    let limit = |which: &str| {
+        let path = format!("/sys/module/udmabuf/parameters/{which}");
+        std::fs::read_to_string(path).map(|text| text.trim().to_owned())
     };
-    Ok(Buffer::from_host_memory(
-        memory,
-        Some(DmaBuf::from_fd(dmabuf)?),
-        provenance,
-    )?)
+    let hint = match (errno, limit("size_limit_mb"), limit("list_limit")) {
+        (Errno::INVAL, Ok(size), Ok(list)) => format!(
+            ": the largest udmabuf allowed here is {size} MiB in {list} pieces \
+             (size_limit_mb and list_limit in /sys/module/udmabuf/parameters)"
+        ),
+        _ => String::new(),
+    };
+    let cause = SystemError::new(call, name, errno);
+    ExportError::System { cause, hint }
 }
 
 fn open() -> Result<OwnedFd, Unavailable> {

@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::path::{Path as FilePath, PathBuf};
 
-use crate::buffer::{Access, BufferRange, Kind, Mapping};
+use crate::buffer::{Access, BufferRange, Mapping};
 use crate::error::{BufferError, SystemError, TransferError};
 use crate::plan::proof::{self, Scratch, Verdict};
 use crate::plan::topology::PciAddress;
@@ -273,20 +273,18 @@ impl Attachment<'_> {
         file_offset: u64,
         length: u64,
     ) -> Result<Plan, TransferError> {
-        let kind = self.mapping.range().buffer().provenance().kind;
-        // The best path that the buffer's memory can have, and why not a better one.
-        let (best, mut reasons) = if kind.is_host_memory() {
-            let what = if kind == Kind::Udmabuf {
-                "a udmabuf"
-            } else {
-                "a memfd"
-            };
-            let evidence = format!("the buffer is {what}: its bytes are in system memory");
-            let reason = Reason::new(Path::PeerToPeer, ReasonCode::NotDeviceMemory, evidence);
-            (Path::SharedHostMemory, vec![reason])
+        let buffer = self.mapping.range().buffer();
+        // The best path that the buffer's memory can have, and why not a better one. A memfd has
+        // pages that the kernel can pin; whether a dma-buf's own mapping has them is seen by trial,
+        // as is whether device memory can be reached.
+        let Plan { mut reasons, .. } = Plan::in_place(buffer);
+        reasons.retain(|reason| reason.code == ReasonCode::NotDeviceMemory);
+        let best = if reasons.is_empty() {
+            Path::PeerToPeer
         } else {
-            (Path::PeerToPeer, Vec::new())
+            Path::SharedHostMemory
         };
+        let pinnable = best == Path::SharedHostMemory && buffer.host_memory().is_some();
         let rejected = match direct_io(
             &self.importer.endpoint,
             &self.mapping,
@@ -295,7 +293,7 @@ impl Attachment<'_> {
             length,
         ) {
             Err((code, evidence)) => Some((code, evidence)),
-            Ok(_) if best == Path::SharedHostMemory => None,
+            Ok(_) if pinnable => None,
             Ok(direct) => {
                 let FileImporter {
                     endpoint,

@@ -1,5 +1,72 @@
-//! Importers: what uses buffers. One file per kind, with the same verbs in each: `open` takes
-//! what is to use buffers, `attach` brings the two together, and the attachment plans, proves
-//! and moves bytes.
+//! Importers: what uses buffers. One file per kind, with the same verbs in each: `probe` says
+//! what there is, `open` takes what is to use buffers, and `attach` brings the two together. The
+//! attachment names the path of the bytes in its plan.
+//!
+//! | module | who uses the buffer | takes |
+//! |---|---|---|
+//! | [`cpu`] | the processor | what can be mapped |
+//! | [`file`](mod@file) | an NVMe disk, any file | anything that can be mapped, by the best path |
+//! | [`drm`] | a GPU or display (PRIME) | dma-bufs that its driver can reach |
+//! | [`v4l2`] | a video device captures into it | whole dma-bufs |
+//! | [`vfio`] | a device that this process drives | what can be mapped and pinned |
+//! | [`iommufd`] | the same, by the newer interface | memfds, and dma-bufs of vfio-pci |
+//!
+//! An RDMA card has no importer here yet.
 
+pub mod cpu;
+pub mod drm;
 pub mod file;
+pub mod iommufd;
+pub mod v4l2;
+pub mod vfio;
+
+use crate::buffer::{Buffer, BufferRange, DmaBuf};
+use crate::errno::Errno;
+use crate::error::{ImportError, SystemError};
+use crate::plan::ReasonCode;
+
+/// The dma-buf, for an importer that takes nothing else.
+fn dmabuf_of<'b>(buffer: &'b Buffer, importer: &str) -> Result<&'b DmaBuf, ImportError> {
+    buffer.dmabuf().ok_or_else(|| {
+        let evidence = "it is memory alone, without a dma-buf over it".into();
+        impossible(importer, buffer, ReasonCode::NoDmaBuf, evidence)
+    })
+}
+
+fn impossible(importer: &str, buffer: &Buffer, code: ReasonCode, evidence: String) -> ImportError {
+    ImportError::Impossible {
+        importer: importer.to_owned(),
+        buffer: buffer.name().to_owned(),
+        code,
+        evidence,
+    }
+}
+
+/// What a driver's refusal of a dma-buf means.
+fn attach_refused(importer: &str, buffer: &Buffer, cause: &SystemError) -> ImportError {
+    let in_device = !crate::plan::Plan::in_place(buffer)
+        .reasons
+        .iter()
+        .any(|reason| reason.code == ReasonCode::NotDeviceMemory);
+    let unsupported = matches!(cause.errno, Errno::OPNOTSUPP | Errno::NOTSUPP);
+    let (code, why) = if in_device && unsupported {
+        (
+            ReasonCode::ImporterNotPeer,
+            "its bytes are in device memory, and the importer's driver did not say that it can \
+             reach that, or let it go again",
+        )
+    } else {
+        (
+            ReasonCode::AttachRefused,
+            "one of the two drivers does not take the other",
+        )
+    };
+    impossible(importer, buffer, code, format!("{cause}: {why}"))
+}
+
+/// What it means that a range cannot be mapped.
+fn not_mappable(importer: &str, range: &BufferRange, cause: &SystemError) -> ImportError {
+    let why = "the exporter gives the processor no mapping of it";
+    let evidence = format!("{cause}: {why}");
+    impossible(importer, range.buffer(), ReasonCode::NotMappable, evidence)
+}

@@ -6,6 +6,8 @@ pub mod topology;
 
 use std::fmt;
 
+use crate::buffer::{Buffer, Kind, Provenance};
+
 pub use proof::forget_proofs;
 pub use reason::{Reason, ReasonCode};
 
@@ -64,6 +66,40 @@ pub struct Plan {
     pub path: Path,
     /// Why not a better one; best path first. Empty for peer to peer.
     pub reasons: Vec<Reason>,
+}
+
+impl Plan {
+    /// The plan of an importer that uses the buffer's memory where it is: no byte is copied, and
+    /// only where the memory is makes a difference.
+    pub(crate) fn in_place(buffer: &Buffer) -> Plan {
+        let Provenance { kind, device, .. } = buffer.provenance();
+        let not_peer = |code, evidence: String| Plan {
+            path: Path::SharedHostMemory,
+            reasons: vec![Reason::new(Path::PeerToPeer, code, evidence)],
+        };
+        // Without a device of its own, a graphics driver's buffers can only be in system memory.
+        if kind.is_host_memory() || (*kind == Kind::Drm && device.is_none()) {
+            let what = match kind {
+                Kind::Udmabuf => "a udmabuf",
+                Kind::Memfd => "a memfd",
+                Kind::Heap => "of a dma-heap",
+                Kind::V4l2 => "a video device's",
+                _ => "of a graphics driver without a device",
+            };
+            let evidence = format!("the buffer is {what}: its bytes are in system memory");
+            return not_peer(ReasonCode::NotDeviceMemory, evidence);
+        }
+        if kind.is_device_memory() {
+            return Plan {
+                path: Path::PeerToPeer,
+                reasons: Vec::new(),
+            };
+        }
+        not_peer(
+            ReasonCode::PlacementUnknown,
+            "its exporter does not say where the buffer's bytes are; nothing is copied".into(),
+        )
+    }
 }
 
 impl fmt::Display for Plan {

@@ -51,6 +51,24 @@ pub enum ReasonCode {
     Misaligned,
     /// The transfer is shorter than one block of the disk.
     BelowBlockSize,
+    /// The importer is the processor, or software: it has no DMA engine that could be a peer.
+    NotADevice,
+    /// It is not known whether the buffer is in device memory.
+    PlacementUnknown,
+    /// The buffer has no dma-buf, which is what the importer takes.
+    NoDmaBuf,
+    /// The dma-buf gives the processor no mapping.
+    NotMappable,
+    /// The buffer is in device memory, and the importer cannot take that.
+    ImporterNotPeer,
+    /// The exporter or the importer's driver refused to bring the two together.
+    AttachRefused,
+    /// The kernel does not pin the buffer's pages for the importer.
+    NotPinnable,
+    /// The importer takes whole buffers from their beginning, and this is another part.
+    NotWhole,
+    /// The range has too few bytes for what the importer writes.
+    TooSmall,
 }
 
 impl ReasonCode {
@@ -68,6 +86,15 @@ impl ReasonCode {
             ReasonCode::NoDirectIo => "no-direct-io",
             ReasonCode::Misaligned => "misaligned",
             ReasonCode::BelowBlockSize => "below-block-size",
+            ReasonCode::NotADevice => "not-a-device",
+            ReasonCode::PlacementUnknown => "placement-unknown",
+            ReasonCode::NoDmaBuf => "no-dma-buf",
+            ReasonCode::NotMappable => "not-mappable",
+            ReasonCode::ImporterNotPeer => "importer-not-peer",
+            ReasonCode::AttachRefused => "attach-refused",
+            ReasonCode::NotPinnable => "not-pinnable",
+            ReasonCode::NotWhole => "not-whole",
+            ReasonCode::TooSmall => "too-small",
         }
     }
 }

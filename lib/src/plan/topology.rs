@@ -133,6 +133,12 @@ impl Sysfs {
         disks
     }
 
+    /// The PCI function that the character device with this number belongs to.
+    pub fn character_device(&self, major: u32, minor: u32) -> Option<PciAddress> {
+        let link = self.root.join(format!("dev/char/{major}:{minor}"));
+        functions_in(&link.canonicalize().ok()?).last().copied()
+    }
+
     fn block_device_at(&self, directory: &Path) -> Option<BlockDevice> {
         let name = directory.file_name()?.to_str()?.to_owned();
         let mut functions = BTreeSet::new();

@@ -389,10 +389,9 @@ pub(super) fn decode(description: &Description) -> Result<Checked, ShareError> {
     };
     let has_dmabuf = description.descriptors & HAS_DMABUF != 0;
     let has_host_memory = description.descriptors & HAS_HOST_MEMORY != 0;
-    let whole = kind.descriptors() == (has_dmabuf, has_host_memory);
-    // Without the dma-buf for those who may only read.
-    let memory_alone = kind.descriptors().1 && description.descriptors == HAS_HOST_MEMORY;
-    if !(whole || memory_alone) || description.descriptors & !(HAS_DMABUF | HAS_HOST_MEMORY) != 0 {
+    if !kind.allows_descriptors(has_dmabuf, has_host_memory)
+        || description.descriptors & !(HAS_DMABUF | HAS_HOST_MEMORY) != 0
+    {
         return wrong(format!(
             "descriptors {:#x} do not go with {kind:?}",
             description.descriptors

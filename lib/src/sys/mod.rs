@@ -3,10 +3,14 @@
 
 pub(crate) mod direct;
 pub(crate) mod dmabuf;
+pub(crate) mod heap;
+pub(crate) mod iommufd;
 pub(crate) mod memory;
 pub(crate) mod peerbuf;
 pub(crate) mod sync_file;
 pub(crate) mod udmabuf;
+pub(crate) mod v4l2;
+pub(crate) mod vfio;
 
 use crate::errno::Errno;
 

@@ -1,4 +1,4 @@
-//! The ioctl of `/dev/udmabuf` (include/uapi/linux/udmabuf.h).
+//! The ioctls of `/dev/udmabuf` (include/uapi/linux/udmabuf.h).
 
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
@@ -16,24 +16,53 @@ pub struct UdmabufCreate {
     size: u64,
 }
 
-mod raw {
-    nix::ioctl_write_ptr!(udmabuf_create, b'u', 0x42, super::UdmabufCreate);
+/// `struct udmabuf_create_list`, without the items that follow it.
+#[repr(C)]
+pub struct UdmabufCreateList {
+    flags: u32,
+    count: u32,
 }
 
-/// Makes a dma-buf of the first `size` bytes of a sealed memfd.
-pub(crate) fn create(
-    udmabuf: BorrowedFd<'_>,
-    memfd: BorrowedFd<'_>,
-    size: u64,
-) -> Result<OwnedFd, Errno> {
+mod raw {
+    nix::ioctl_write_ptr!(udmabuf_create, b'u', 0x42, super::UdmabufCreate);
+    nix::ioctl_write_ptr!(udmabuf_create_list, b'u', 0x43, super::UdmabufCreateList);
+}
+
+/// Part of a sealed memfd; offset and size in bytes.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Piece<'f> {
+    pub(crate) memfd: BorrowedFd<'f>,
+    pub(crate) offset: u64,
+    pub(crate) size: u64,
+}
+
+/// Makes a dma-buf of part of a sealed memfd.
+pub(crate) fn create(udmabuf: BorrowedFd<'_>, piece: Piece<'_>) -> Result<OwnedFd, Errno> {
     let argument = UdmabufCreate {
-        memfd: memfd.as_raw_fd() as u32,
+        memfd: piece.memfd.as_raw_fd() as u32,
         flags: FLAGS_CLOEXEC,
-        offset: 0,
-        size,
+        offset: piece.offset,
+        size: piece.size,
     };
     // SAFETY: the argument is what the ioctl reads, and lives through the call.
     let fd = unsafe { raw::udmabuf_create(udmabuf.as_raw_fd(), &argument) }
+        .map_err(super::ioctl_errno)?;
+    // SAFETY: on success the ioctl returns a descriptor that it has opened for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Makes a dma-buf of pieces, one after the other.
+pub(crate) fn create_list(udmabuf: BorrowedFd<'_>, pieces: &[Piece<'_>]) -> Result<OwnedFd, Errno> {
+    let count = u32::try_from(pieces.len()).map_err(|_| Errno::INVAL)?;
+    // The head, and three words per item: memfd and padding, offset, size.
+    let mut words: Vec<u64> = vec![bytemuck::cast([FLAGS_CLOEXEC, count])];
+    for piece in pieces {
+        let memfd = bytemuck::cast([piece.memfd.as_raw_fd() as u32, 0]);
+        words.extend([memfd, piece.offset, piece.size]);
+    }
+    // SAFETY: `count` items follow the head, in memory that is aligned for them and lives
+    // through the call.
+    let fd = unsafe { raw::udmabuf_create_list(udmabuf.as_raw_fd(), words.as_ptr().cast()) }
         .map_err(super::ioctl_errno)?;
     // SAFETY: on success the ioctl returns a descriptor that it has opened for us.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })

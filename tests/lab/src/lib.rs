@@ -4,4 +4,5 @@ pub mod bytes;
 pub mod demo;
 pub mod disk;
 pub mod importer;
+pub mod modules;
 pub mod node;

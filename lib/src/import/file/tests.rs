@@ -2,6 +2,7 @@
 //!
 //! They need a directory with direct I/O, and say so where the one they are built in has none.
 
+use crate::buffer::Kind;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::rc::Rc;

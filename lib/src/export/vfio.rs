@@ -1,0 +1,75 @@
+//! VFIO: a dma-buf of part of a BAR, of a device that this process drives itself.
+//!
+//! The kernel gives such a dma-buf no mapping for the processor. The device's own descriptor has
+//! one, so a buffer that was made here can be mapped, and one that another process received
+//! cannot.
+
+use super::plain;
+use crate::buffer::{Access, Buffer, DmaBuf, Kind, Provenance};
+use crate::device::vfio::{VfioDevice, devices};
+use crate::error::{ExportError, Unavailable};
+use crate::plan::topology::PciAddress;
+use crate::sys;
+
+use rustix::fs::OFlags;
+
+/// The devices that `vfio-pci` has. Opening one may still be refused, and a kernel without
+/// `CONFIG_VFIO_PCI_DMABUF` exports nothing.
+///
+/// # Errors
+/// [`Unavailable`] where it has none.
+pub fn probe() -> Result<Vec<PciAddress>, Unavailable> {
+    devices()
+}
+
+/// What to export.
+#[derive(Debug, Clone, Copy)]
+pub struct Request {
+    /// The BAR's index.
+    pub bar: u8,
+    /// Where in the BAR, in bytes, a multiple of the page size. Exports may overlap.
+    pub offset: u64,
+    /// Length in bytes, a multiple of the page size.
+    pub length: u64,
+    /// What the descriptor allows. [`Access::Write`] counts as [`Access::ReadWrite`].
+    pub access: Access,
+}
+
+/// Exports part of a BAR (`VFIO_DEVICE_FEATURE_DMA_BUF`). Resetting the device, and switching
+/// its memory decoding off, takes the memory away from importers.
+///
+/// # Errors
+/// The ioctl's error: `EINVAL` for what is off a page or outside the BAR, `ENODEV` for a BAR that
+/// is not there, `ENOTTY` from a kernel without the feature, `EOPNOTSUPP` from a device whose
+/// driver does not offer it.
+pub fn export(device: &VfioDevice, request: Request) -> Result<Buffer, ExportError> {
+    let writes = if request.access.writes() {
+        OFlags::RDWR
+    } else {
+        OFlags::RDONLY
+    };
+    let flags = (writes | OFlags::CLOEXEC).bits();
+    let Request {
+        bar,
+        offset,
+        length,
+        ..
+    } = request;
+    let exported = sys::vfio::export_dma_buf(device.device(), bar.into(), offset, length, flags);
+    let failed = device.failed("ioctl(VFIO_DEVICE_FEATURE_DMA_BUF)");
+    let fd = exported.map_err(|errno| plain(failed(errno)))?;
+    let region = device.region(bar.into()).map_err(plain)?;
+    let provenance = Provenance {
+        kind: Kind::Vfio,
+        device: Some(device.address()),
+        bar: Some(bar),
+        name: format!("{} BAR {bar} at {offset:#x}", device.address()),
+    };
+    let dmabuf = DmaBuf::from_fd(fd)?;
+    if region.flags & sys::vfio::REGION_MMAP == 0 {
+        return Ok(Buffer::from_dmabuf(dmabuf, provenance));
+    }
+    let view = device.another_descriptor().map_err(plain)?;
+    let at = region.offset + offset;
+    Ok(Buffer::from_dmabuf_and_view(dmabuf, view, at, provenance))
+}

@@ -1,0 +1,68 @@
+//! The processor: it maps a buffer and copies bytes in and out.
+//!
+//! [`BufferRange::map`] does the same; what this adds is the plan, as every importer has one.
+//!
+//! ```
+//! use peerbuf::{Access, export::memfd, import::cpu, plan::Path};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let buffer = memfd::export("example", 4096)?;
+//! let mut attachment = cpu::attach(&buffer.whole(), Access::ReadWrite)?;
+//! assert_eq!(attachment.plan().path, Path::SharedHostMemory);
+//! let mut cpu = attachment.mapping().begin_cpu_access(Access::Write)?;
+//! cpu.write_at(0, b"bytes")?;
+//! cpu.end()?;
+//! # Ok(())
+//! # }
+//! ```
+
+use super::not_mappable;
+use crate::buffer::{Access, BufferRange, Mapping};
+use crate::error::{BufferError, ImportError};
+use crate::plan::{Path, Plan, Reason, ReasonCode};
+
+const NAME: &str = "the processor";
+
+/// Maps a range for the processor.
+///
+/// # Errors
+/// [`ImportError::Impossible`] with [`ReasonCode::NotMappable`], or [`ImportError::Buffer`] for
+/// access that the buffer does not allow.
+pub fn attach(range: &BufferRange, access: Access) -> Result<Attachment, ImportError> {
+    let mapping = range.map(access).map_err(|error| match error {
+        BufferError::System(cause) => not_mappable(NAME, range, &cause),
+        other => other.into(),
+    })?;
+    Ok(Attachment { mapping })
+}
+
+/// A range and the processor, brought together.
+#[derive(Debug)]
+pub struct Attachment {
+    mapping: Mapping,
+}
+
+impl Attachment {
+    /// How the processor gets at the bytes. Of device memory it gets copies, made over the bus by
+    /// its own loads and stores.
+    pub fn plan(&self) -> Plan {
+        let mut plan = Plan::in_place(self.mapping.range().buffer());
+        if plan.path == Path::PeerToPeer {
+            let peer = "the processor has no DMA engine: it loads and stores over the bus";
+            let host = "the bytes are in device memory";
+            plan = Plan {
+                path: Path::StagedCopy,
+                reasons: vec![
+                    Reason::new(Path::PeerToPeer, ReasonCode::NotADevice, peer),
+                    Reason::new(Path::SharedHostMemory, ReasonCode::NotHostMemory, host),
+                ],
+            };
+        }
+        plan
+    }
+
+    /// The mapping.
+    pub fn mapping(&mut self) -> &mut Mapping {
+        &mut self.mapping
+    }
+}

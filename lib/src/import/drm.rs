@@ -1,0 +1,127 @@
+//! DRM: a GPU or display uses a buffer (PRIME).
+//!
+//! The driver attaches the dma-buf and gives a GEM handle for it. What is done with the handle is
+//! each driver's own interface; a display shows it by `ADDFB2`, a GPU takes it into its command
+//! lists.
+//!
+//! ```no_run
+//! use peerbuf::{device::drm::Card, export::udmabuf, import::drm::DrmImporter};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let importer = DrmImporter::new(&Card::open("/dev/dri/card0")?);
+//! let buffer = udmabuf::export("surface", 1 << 20)?;
+//! let surface = importer.attach(&buffer.whole())?;
+//! println!("GEM handle {}, {}", surface.handle(), surface.plan());
+//! # Ok(())
+//! # }
+//! ```
+
+use std::num::NonZeroU32;
+use std::path::PathBuf;
+
+use std::os::fd::AsFd;
+
+use super::{attach_refused, dmabuf_of};
+use crate::buffer::{Access, Buffer, BufferRange, DmaBuf, Mapping};
+use crate::device::drm::{Card, Gem, cards};
+use crate::errno::Errno;
+use crate::error::{ImportError, SystemError, Unavailable};
+use crate::plan::Plan;
+
+/// The card nodes that there are.
+///
+/// # Errors
+/// [`Unavailable`] where there is none.
+pub fn probe() -> Result<Vec<PathBuf>, Unavailable> {
+    cards()
+}
+
+/// A card that buffers can be attached to.
+#[derive(Debug, Clone)]
+pub struct DrmImporter {
+    card: Card,
+}
+
+impl DrmImporter {
+    /// Takes a card.
+    pub fn new(card: &Card) -> DrmImporter {
+        DrmImporter { card: card.clone() }
+    }
+
+    /// For people: the node and its driver.
+    pub fn name(&self) -> String {
+        self.card.name()
+    }
+
+    /// Attaches the buffer that the range is part of. GEM knows whole buffers: what uses the
+    /// handle must be given the range's offset too.
+    ///
+    /// # Errors
+    /// [`ImportError::Impossible`] where exporter and driver do not go together.
+    pub fn attach(&self, range: &BufferRange) -> Result<Attachment, ImportError> {
+        let buffer = range.buffer();
+        let dmabuf = dmabuf_of(buffer, &self.name())?;
+        let imported = self.card.import(dmabuf.as_fd());
+        let gem = imported.map_err(|cause| attach_refused(&self.name(), buffer, &cause))?;
+        let range = range.clone();
+        Ok(Attachment { gem, range })
+    }
+}
+
+/// A range and a card, brought together. The handle is closed when the last attachment of its
+/// buffer to its card is dropped.
+#[derive(Debug)]
+pub struct Attachment {
+    gem: Gem,
+    range: BufferRange,
+}
+
+impl Attachment {
+    /// The GEM handle of the whole buffer, on the card's descriptor.
+    pub fn handle(&self) -> NonZeroU32 {
+        self.gem.handle().into()
+    }
+
+    /// What was attached.
+    pub fn range(&self) -> &BufferRange {
+        &self.range
+    }
+
+    /// How the driver gets at the bytes. A driver that cannot reach device memory may have made
+    /// the exporter move them: what is said here was true before.
+    pub fn plan(&self) -> Plan {
+        Plan::in_place(self.range.buffer())
+    }
+
+    /// Maps the range through the handle, to see what the driver sees: by the driver's own mapping
+    /// where there is one. The kernel gives imported buffers none (`EINVAL` from
+    /// `DRM_IOCTL_MODE_MAP_DUMB`); then by a dma-buf that the driver makes of the handle, which
+    /// must be the one that was attached.
+    ///
+    /// # Errors
+    /// The call that failed; `EXDEV` when the handle is of another buffer.
+    pub fn map(&self, access: Access) -> Result<Mapping, ImportError> {
+        let buffer = self.range.buffer();
+        let exported = DmaBuf::from_fd(self.gem.card().export(self.gem.handle())?)?;
+        if Some(exported.identity()) != buffer.dmabuf().map(DmaBuf::identity) {
+            let call = "ioctl(DRM_IOCTL_PRIME_HANDLE_TO_FD)";
+            let other = Errno(rustix::io::Errno::XDEV.raw_os_error());
+            return Err(SystemError::new(call, buffer.name(), other).into());
+        }
+        let provenance = buffer.provenance().clone();
+        let seen = match self.gem.map_offset() {
+            Ok(at) => {
+                let card = self.gem.card();
+                let view = card.as_fd().try_clone_to_owned().map_err(|error| {
+                    SystemError::new("fcntl(F_DUPFD_CLOEXEC)", card.name(), &error)
+                })?;
+                Buffer::from_dmabuf_and_view(exported, view, at, provenance)
+            }
+            Err(cause) if cause.errno == Errno::INVAL => Buffer::from_dmabuf(exported, provenance),
+            Err(cause) => return Err(cause.into()),
+        };
+        Ok(seen
+            .range(self.range.offset(), self.range.len())?
+            .map(access)?)
+    }
+}

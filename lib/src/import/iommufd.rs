@@ -1,0 +1,178 @@
+//! iommufd: an I/O address space that files are mapped into.
+//!
+//! It maps memfds, and dma-bufs that `vfio-pci` made; the kernel takes no others. That devices
+//! use the address space is VFIO's or another driver's business, by the id that is given here.
+//!
+//! ```no_run
+//! use peerbuf::{export::udmabuf, import::iommufd::AddressSpace};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let space = AddressSpace::open()?;
+//! let buffer = udmabuf::export("ring", 1 << 16)?;
+//! let ring = space.attach(&buffer.whole(), 0x10_0000)?;
+//! println!("at {:#x} of address space {}", ring.iova(), space.id());
+//! # Ok(())
+//! # }
+//! ```
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+
+use rustix::fs::{Mode, OFlags};
+
+use super::{attach_refused, impossible};
+use crate::buffer::BufferRange;
+use crate::errno::Errno;
+use crate::error::{ImportError, SystemError, Unavailable};
+use crate::plan::{Plan, ReasonCode};
+use crate::sys;
+
+const NODE: &str = "/dev/iommu";
+const WHAT: &str = "iommufd";
+
+/// Tries to open `/dev/iommu`.
+///
+/// # Errors
+/// [`Unavailable`], with what would help.
+pub fn probe() -> Result<(), Unavailable> {
+    open().map(drop)
+}
+
+fn open() -> Result<OwnedFd, Unavailable> {
+    let flags = OFlags::RDWR | OFlags::CLOEXEC;
+    rustix::fs::open(NODE, flags, Mode::empty()).map_err(|errno| Unavailable {
+        what: WHAT,
+        cause: SystemError::new("open", NODE, errno),
+        remedy: match errno {
+            rustix::io::Errno::ACCESS | rustix::io::Errno::PERM => {
+                "give this user the node, by its group or an ACL"
+            }
+            _ => "`modprobe iommufd`, or a kernel with CONFIG_IOMMUFD",
+        }
+        .into(),
+    })
+}
+
+/// An I/O address space. Clones are the same.
+#[derive(Debug, Clone)]
+pub struct AddressSpace {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    iommu: OwnedFd,
+    id: u32,
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        // The kernel fails this only while a device uses it, and then keeps it until its end.
+        let _ = sys::iommufd::destroy(self.iommu.as_fd(), self.id);
+    }
+}
+
+impl AddressSpace {
+    /// Makes one (`IOMMU_IOAS_ALLOC`).
+    ///
+    /// # Errors
+    /// [`ImportError::Unavailable`], or the ioctl's error.
+    pub fn open() -> Result<AddressSpace, ImportError> {
+        let iommu = open()?;
+        let failed = |errno| SystemError::new("ioctl(IOMMU_IOAS_ALLOC)", NODE, errno);
+        let id = sys::iommufd::allocate(iommu.as_fd()).map_err(failed)?;
+        let inner = Arc::new(Inner { iommu, id });
+        Ok(AddressSpace { inner })
+    }
+
+    /// Its id, for those who attach devices to it on the same descriptor.
+    pub fn id(&self) -> u32 {
+        self.inner.id
+    }
+
+    /// Maps the range at `iova` (`IOMMU_IOAS_MAP_FILE`), for writing too where the buffer allows
+    /// it: by the memfd where there is one, otherwise by the dma-buf. The range and the address
+    /// begin and end at pages.
+    ///
+    /// # Errors
+    /// [`ImportError::Impossible`] with [`ReasonCode::AttachRefused`] for a dma-buf that the
+    /// kernel does not take here, or [`ReasonCode::Misaligned`]; `EEXIST` or `EADDRINUSE` where
+    /// something is mapped at the address already, `ENOTTY` from a kernel before 6.13.
+    pub fn attach(&self, range: &BufferRange, iova: u64) -> Result<Attachment, ImportError> {
+        let buffer = range.buffer();
+        let page = rustix::param::page_size() as u64;
+        if !(range.offset() | range.len() | iova).is_multiple_of(page) || range.is_empty() {
+            let evidence = format!("the range or {iova:#x} is not in whole pages of {page} bytes");
+            return Err(impossible(WHAT, buffer, ReasonCode::Misaligned, evidence));
+        }
+        let memfd = buffer.host_memory();
+        let Some(file) = memfd.or_else(|| buffer.dmabuf().map(AsFd::as_fd)) else {
+            let evidence = "it has no descriptor".into();
+            return Err(impossible(WHAT, buffer, ReasonCode::NoDmaBuf, evidence));
+        };
+        let mapped = sys::iommufd::map_file(
+            self.inner.iommu.as_fd(),
+            self.inner.id,
+            file,
+            range.offset(),
+            range.len(),
+            iova,
+            buffer.is_writable(),
+        );
+        mapped.map_err(|errno| {
+            let cause = SystemError::new("ioctl(IOMMU_IOAS_MAP_FILE)", buffer.name(), errno);
+            let foreign =
+                memfd.is_none() && matches!(errno, Errno::INVAL | Errno::OPNOTSUPP | Errno::FAULT);
+            if foreign {
+                attach_refused(WHAT, buffer, &cause)
+            } else {
+                cause.into()
+            }
+        })?;
+        Ok(Attachment {
+            space: self.clone(),
+            range: range.clone(),
+            iova,
+        })
+    }
+}
+
+impl AsFd for AddressSpace {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.inner.iommu.as_fd()
+    }
+}
+
+/// A range in an address space. When it is dropped it is unmapped.
+#[derive(Debug)]
+pub struct Attachment {
+    space: AddressSpace,
+    range: BufferRange,
+    iova: u64,
+}
+
+impl Attachment {
+    /// Where the range's first byte is.
+    pub fn iova(&self) -> u64 {
+        self.iova
+    }
+
+    /// What is mapped.
+    pub fn range(&self) -> &BufferRange {
+        &self.range
+    }
+
+    /// How devices of the address space get at the bytes.
+    pub fn plan(&self) -> Plan {
+        Plan::in_place(self.range.buffer())
+    }
+}
+
+impl Drop for Attachment {
+    fn drop(&mut self) {
+        let space = &self.space.inner;
+        // The kernel fails this only for what is not mapped.
+        let length = self.range.len();
+        let _ = sys::iommufd::unmap(space.iommu.as_fd(), space.id, self.iova, length);
+    }
+}

@@ -1,0 +1,140 @@
+//! VFIO: a device that this process drives reaches a buffer, at an address of its own.
+//!
+//! The type 1 IOMMU maps what the process has mapped: memory that can be pinned, and BARs without
+//! struct pages. A dma-buf's own mapping is neither, so a udmabuf goes by the memfd behind it.
+//!
+//! ```no_run
+//! use peerbuf::{device::vfio::VfioDevice, export::udmabuf, import::vfio::VfioImporter};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let device = VfioDevice::open("0000:41:00.0".parse()?)?;
+//! device.enable()?;
+//! let buffer = udmabuf::export("ring", 1 << 16)?;
+//! let ring = VfioImporter::new(&device).attach(&buffer.whole(), 0x10_0000)?;
+//! let mut registers = device.registers(0)?;
+//! registers.write::<u64>(0x18, ring.iova())?; // whatever tells this device where it is
+//! # Ok(())
+//! # }
+//! ```
+
+use super::{impossible, not_mappable};
+use crate::buffer::{Access, BufferRange, Mapping};
+use crate::device::vfio::VfioDevice;
+use crate::errno::Errno;
+use crate::error::{BufferError, ImportError, Unavailable};
+use crate::plan::topology::PciAddress;
+use crate::plan::{Plan, ReasonCode};
+use crate::sys;
+
+/// The devices that `vfio-pci` has.
+///
+/// # Errors
+/// [`Unavailable`] where it has none.
+pub fn probe() -> Result<Vec<PciAddress>, Unavailable> {
+    crate::device::vfio::devices()
+}
+
+/// A device that buffers can be attached to.
+#[derive(Debug, Clone)]
+pub struct VfioImporter {
+    device: VfioDevice,
+}
+
+impl VfioImporter {
+    /// Takes a device.
+    pub fn new(device: &VfioDevice) -> VfioImporter {
+        let device = device.clone();
+        VfioImporter { device }
+    }
+
+    /// For people: the device.
+    pub fn name(&self) -> String {
+        format!("{} (vfio-pci)", self.device.address())
+    }
+
+    /// Lets the device reach the range at `iova` (`VFIO_IOMMU_MAP_DMA`), for writing too where the
+    /// buffer allows it. The range and the address begin and end at pages.
+    ///
+    /// # Errors
+    /// [`ImportError::Impossible`] with [`ReasonCode::NotMappable`], [`ReasonCode::NotPinnable`],
+    /// or [`ReasonCode::Misaligned`]; `EEXIST` where something is mapped at the address already,
+    /// `ENOMEM` above the limit on locked memory.
+    pub fn attach(&self, range: &BufferRange, iova: u64) -> Result<Attachment, ImportError> {
+        let page = rustix::param::page_size() as u64;
+        if !(range.offset() | range.len() | iova).is_multiple_of(page) || range.is_empty() {
+            let evidence = format!(
+                "{} bytes from {} on, at {iova:#x}, are not whole pages of {page} bytes",
+                range.len(),
+                range.offset()
+            );
+            let buffer = range.buffer();
+            return Err(impossible(
+                &self.name(),
+                buffer,
+                ReasonCode::Misaligned,
+                evidence,
+            ));
+        }
+        let access = if range.buffer().is_writable() {
+            Access::ReadWrite
+        } else {
+            Access::Read
+        };
+        let mapping = range.map(access).map_err(|error| match error {
+            BufferError::System(cause) => not_mappable(&self.name(), range, &cause),
+            other => other.into(),
+        })?;
+        let window = mapping.map().window(0, range.len() as usize);
+        let mapped = sys::vfio::map_dma(self.device.container(), window, iova);
+        mapped.map_err(|errno| {
+            let cause = self.device.failed("ioctl(VFIO_IOMMU_MAP_DMA)")(errno);
+            // Pages of a peer, and pages behind a mapping that has none, for the kernel.
+            if matches!(errno, Errno::FAULT | Errno::REMOTEIO | Errno::OPNOTSUPP) {
+                let evidence = format!("{cause}: the kernel does not pin this memory");
+                let (buffer, code) = (range.buffer(), ReasonCode::NotPinnable);
+                return impossible(&self.name(), buffer, code, evidence);
+            }
+            cause.into()
+        })?;
+        Ok(Attachment {
+            device: self.device.clone(),
+            mapping,
+            iova,
+        })
+    }
+}
+
+/// A range and a device, brought together. When it is dropped the device reaches the range no
+/// more.
+#[derive(Debug)]
+pub struct Attachment {
+    device: VfioDevice,
+    mapping: Mapping,
+    iova: u64,
+}
+
+impl Attachment {
+    /// Where the device finds the range's first byte.
+    pub fn iova(&self) -> u64 {
+        self.iova
+    }
+
+    /// How the device gets at the bytes. That the IOMMU maps a BAR for a peer does not mean that
+    /// the bridges between the two pass bytes: see what arrives before you rely on it.
+    pub fn plan(&self) -> Plan {
+        Plan::in_place(self.mapping.range().buffer())
+    }
+
+    /// The mapping, for the processor.
+    pub fn mapping(&mut self) -> &mut Mapping {
+        &mut self.mapping
+    }
+}
+
+impl Drop for Attachment {
+    fn drop(&mut self) {
+        // The kernel fails this only for what is not mapped.
+        let length = self.mapping.len();
+        let _ = sys::vfio::unmap_dma(self.device.container(), self.iova, length);
+    }
+}

@@ -1,0 +1,44 @@
+//! Kernel modules, and the devices that they make.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use peerbuf::device::drm::{self, Card};
+use peerbuf::device::v4l2::{self, VideoDevice};
+
+/// Loads a module of the stock kernel and what it needs.
+pub fn load(name: &str) {
+    let done = Command::new("modprobe").arg(name).status().unwrap();
+    assert!(done.success(), "modprobe {name}");
+}
+
+/// The card of `vgem`, a DRM device without hardware.
+pub fn vgem() -> Card {
+    load("vgem");
+    let cards = drm::cards().unwrap();
+    let cards = cards.iter().map(|card| Card::open(card).unwrap());
+    cards
+        .into_iter()
+        .find(|card| card.driver() == "vgem")
+        .unwrap()
+}
+
+/// The capture node of `vivid`, which draws test pictures.
+pub fn vivid_node() -> PathBuf {
+    load("vivid");
+    let nodes = v4l2::devices().unwrap();
+    let is_vivid = |node: &&PathBuf| VideoDevice::open(node).unwrap().driver() == "vivid";
+    nodes.iter().find(is_vivid).unwrap().clone()
+}
+
+/// Gives a device to another driver.
+pub fn rebind(bdf: &str, driver: &str) {
+    let device = Path::new("/sys/bus/pci/devices").join(bdf);
+    if device.join("driver").exists() {
+        std::fs::write(device.join("driver/unbind"), bdf).unwrap();
+    }
+    std::fs::write(device.join("driver_override"), driver).unwrap();
+    std::fs::write("/sys/bus/pci/drivers_probe", bdf).unwrap();
+    let bound = std::fs::read_link(device.join("driver")).unwrap();
+    assert!(bound.ends_with(driver), "{bdf} has {bound:?}");
+}

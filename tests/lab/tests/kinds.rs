@@ -1,0 +1,412 @@
+//! Each kind of exporter and importer by itself. Runs in the guest.
+
+use std::os::fd::{AsFd, AsRawFd};
+use std::time::{Duration, Instant};
+
+use peerbuf::buffer::{FenceState, Kind};
+use peerbuf::device::drm::Card;
+use peerbuf::device::v4l2::VideoDevice;
+use peerbuf::error::{BufferError, ExportError, ImportError};
+use peerbuf::export::{drm, heap, memfd, udmabuf};
+use peerbuf::import::drm::DrmImporter;
+use peerbuf::import::{iommufd, v4l2};
+use peerbuf::plan::{Path, ReasonCode};
+use peerbuf::{Access, Buffer, DmaBuf};
+use peerbuf_lab_suite::bytes::{get, put};
+use peerbuf_lab_suite::modules;
+use peerbuf_lab_suite::node::ioctl;
+
+const MIB: u64 = 1 << 20;
+const SECOND: Duration = Duration::from_secs(1);
+
+fn random(length: u64) -> Vec<u8> {
+    let mut bytes = vec![0; length as usize];
+    rand::fill(&mut bytes[..]);
+    bytes
+}
+
+/// The same bytes by the dma-buf alone, as a device would find them.
+fn by_dmabuf(buffer: &Buffer) -> Buffer {
+    let dmabuf = buffer.dmabuf().unwrap().try_clone().unwrap();
+    Buffer::from_dmabuf(dmabuf, buffer.provenance().clone())
+}
+
+#[test]
+fn a_list_of_pieces_is_one_buffer_over_the_same_bytes() {
+    let (one, two) = (
+        memfd::export("one", MIB).unwrap(),
+        memfd::export("two", MIB).unwrap(),
+    );
+    let pieces = [
+        one.range(8192, 4096).unwrap(),
+        two.range(0, 65536).unwrap(),
+        one.range(0, 4096).unwrap(),
+    ];
+    let list = udmabuf::export_list("list", &pieces).unwrap();
+    assert_eq!(list.size(), 4096 + 65536 + 4096);
+    assert_eq!(list.provenance().kind, Kind::Udmabuf);
+    let bytes = random(list.size());
+    put(&list.whole(), &bytes);
+    let found: Vec<u8> = pieces.iter().flat_map(get).collect();
+    assert!(found == bytes);
+    let again = random(65536);
+    put(&pieces[1], &again);
+    assert!(get(&list.range(4096, 65536).unwrap()) == again);
+
+    let off_a_page = udmabuf::export_list("list", &[one.range(1, 4096).unwrap()]);
+    assert!(matches!(
+        off_a_page,
+        Err(ExportError::Unsuitable { value: 1, .. })
+    ));
+    let no_memfd = udmabuf::export_list("list", &[list.whole()]);
+    assert!(no_memfd.unwrap_err().to_string().contains("memfd"));
+    let too_many = vec![one.range(0, 4096).unwrap(); 1025];
+    let error = udmabuf::export_list("list", &too_many)
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("1024 pieces"), "{error}");
+}
+
+#[test]
+fn huge_pages_are_used_when_there_are_some() {
+    let pool = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
+    let free = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages";
+    let count = |file| {
+        std::fs::read_to_string(file)
+            .unwrap()
+            .trim()
+            .parse::<u64>()
+            .unwrap()
+    };
+    let pages = udmabuf::HugePages::TwoMebibytes;
+    let error = udmabuf::export_huge("huge", 4 * MIB, pages).unwrap_err();
+    assert!(error.to_string().contains("ENOMEM"), "{error}");
+    let off = udmabuf::export_huge("huge", MIB, pages).unwrap_err();
+    assert!(matches!(off, ExportError::Unsuitable { .. }), "{off}");
+
+    std::fs::write(pool, "4").unwrap();
+    let buffer = udmabuf::export_huge("huge", 4 * MIB, pages).unwrap();
+    assert_eq!(count(free), count(pool) - 2);
+    let bytes = random(3 * MIB + 4096);
+    let range = buffer.range(4096 + 17, bytes.len() as u64).unwrap();
+    put(&range, &bytes);
+    assert!(get(&range) == bytes);
+    let seen = by_dmabuf(&buffer)
+        .range(4096 + 17, bytes.len() as u64)
+        .unwrap();
+    assert!(get(&seen) == bytes);
+    drop((buffer, range, seen));
+    assert_eq!(count(free), count(pool));
+    std::fs::write(pool, "0").unwrap();
+}
+
+#[test]
+fn a_heap_gives_buffers_with_their_names() {
+    let heaps = heap::probe().unwrap();
+    let system = heaps.iter().find(|heap| heap.name() == "system").unwrap();
+    let buffer = system.export("frames", MIB).unwrap();
+    let info = buffer.dmabuf().unwrap().info().unwrap();
+    assert_eq!(
+        (info.exporter.as_str(), info.name.as_str()),
+        ("system", "frames")
+    );
+    assert!(get(&buffer.whole()).iter().all(|&byte| byte == 0));
+    let bytes = random(MIB);
+    put(&buffer.whole(), &bytes);
+    assert!(get(&buffer.whole()) == bytes);
+    assert!(matches!(
+        system.export("x", 100),
+        Err(ExportError::Unsuitable { .. })
+    ));
+    let error = heap::Heap::open("nonsense").unwrap_err().to_string();
+    assert!(error.contains("/dev/dma_heap/nonsense: ENOENT"), "{error}");
+}
+
+#[test]
+fn a_graphics_driver_makes_and_takes_buffers() {
+    let card = modules::vgem();
+    assert_eq!(card.device(), None);
+    let buffer = drm::export(&card, "surface", MIB).unwrap();
+    assert_eq!(buffer.dmabuf().unwrap().exporter(), "drm");
+    let bytes = random(MIB);
+    put(&buffer.whole(), &bytes);
+    let own = DrmImporter::new(&card).attach(&buffer.whole()).unwrap();
+    let mut mapping = own.map(Access::Read).unwrap();
+    let cpu = mapping.begin_cpu_access(Access::Read).unwrap();
+    assert_eq!(cpu.read::<[u8; 32]>(0).unwrap(), bytes[..32]);
+
+    let other = udmabuf::export("memory", MIB).unwrap();
+    put(&other.whole(), &bytes);
+    let range = other.range(8192, 4096).unwrap();
+    let attached = DrmImporter::new(&card).attach(&range).unwrap();
+    assert_eq!(attached.plan().path, Path::SharedHostMemory);
+    assert_ne!(attached.handle(), own.handle());
+    let mut mapping = attached.map(Access::ReadWrite).unwrap();
+    let mut cpu = mapping.begin_cpu_access(Access::ReadWrite).unwrap();
+    assert_eq!(cpu.read::<[u8; 32]>(0).unwrap(), bytes[8192..8224]);
+    cpu.write(0, &[7u8; 32]).unwrap();
+    cpu.end().unwrap();
+    assert_eq!(get(&range)[..32], [7; 32]);
+
+    let memory = memfd::export("memory", MIB).unwrap();
+    let refused = DrmImporter::new(&card).attach(&memory.whole());
+    let code = ReasonCode::NoDmaBuf;
+    assert!(matches!(refused, Err(ImportError::Impossible { code: c, .. }) if c == code));
+}
+
+#[test]
+fn a_buffer_attached_twice_keeps_its_handle_until_the_second_lets_go() {
+    let card = modules::vgem();
+    let buffer = udmabuf::export("memory", MIB).unwrap();
+    let importer = DrmImporter::new(&card);
+    let one = importer.attach(&buffer.whole()).unwrap();
+    let two = importer.attach(&buffer.whole()).unwrap();
+    assert_eq!(one.handle(), two.handle());
+    let handle = one.handle();
+    drop(one);
+    two.map(Access::Read).unwrap();
+    assert!(drm::export_handle(&card, handle, "again").is_ok());
+    drop(two);
+    let error = drm::export_handle(&card, handle, "again")
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("ENOENT"), "{error}");
+}
+
+#[test]
+fn a_node_that_is_no_graphics_device_says_so() {
+    let error = Card::open("/dev/null").unwrap_err().to_string();
+    assert!(error.contains("not the node of a DRM driver"), "{error}");
+    let error = VideoDevice::open("/dev/null").unwrap_err().to_string();
+    assert!(error.contains("not a video device"), "{error}");
+    let error = iommufd::probe().map_or_else(|error| error.to_string(), |()| String::new());
+    assert!(
+        error.is_empty() || error.contains("CONFIG_IOMMUFD"),
+        "{error}"
+    );
+}
+
+/// A fence of vgem's on a buffer, as a GPU's work would put it (include/uapi/drm/vgem_drm.h).
+struct Work<'c> {
+    card: &'c Card,
+    fence: u32,
+}
+
+const fn vgem_ioctl(direction: u32, number: u32, size: usize) -> u32 {
+    (direction << 30) | ((size as u32) << 16) | ((b'd' as u32) << 8) | (0x40 + number)
+}
+
+impl<'c> Work<'c> {
+    fn begin(card: &'c Card, handle: u32, writes: bool) -> Work<'c> {
+        let mut argument = [handle, writes.into(), 0, 0];
+        let address = (&raw mut argument).addr();
+        ioctl(card.as_fd(), vgem_ioctl(3, 1, 16), address).expect("VGEM_FENCE_ATTACH");
+        let fence = argument[2];
+        Work { card, fence }
+    }
+
+    fn end(self) {
+        let argument = [self.fence, 0];
+        let address = (&raw const argument).addr();
+        ioctl(self.card.as_fd(), vgem_ioctl(1, 2, 8), address).expect("VGEM_FENCE_SIGNAL");
+    }
+}
+
+#[test]
+fn waiting_for_a_device_ends_when_it_is_done_or_at_the_limit() {
+    let card = modules::vgem();
+    let buffer = udmabuf::export("memory", 4096).unwrap();
+    let attached = DrmImporter::new(&card).attach(&buffer.whole()).unwrap();
+    let dmabuf = buffer.dmabuf().unwrap();
+    let short = Duration::from_millis(50);
+    let timed_out = |result| matches!(result, Err(BufferError::TimedOut { .. }));
+
+    // A device that reads stops writers, and no readers.
+    let work = Work::begin(&card, attached.handle().into(), false);
+    dmabuf.wait(Access::Read, SECOND).unwrap();
+    let begun = Instant::now();
+    assert!(timed_out(dmabuf.wait(Access::Write, short)));
+    assert!(begun.elapsed() >= short);
+    work.end();
+    dmabuf.wait(Access::Write, SECOND).unwrap();
+
+    // One that writes stops both, and its fence is a descriptor that can be waited for.
+    let work = Work::begin(&card, attached.handle().into(), true);
+    let fences = dmabuf.export_sync_file(Access::Read).unwrap();
+    assert_eq!(fences.state().unwrap(), FenceState::Pending);
+    assert!(timed_out(fences.wait(short)));
+    assert!(timed_out(dmabuf.wait(Access::Read, short)));
+    // Put into another buffer it stops those who use that one.
+    let other = udmabuf::export("other", 4096).unwrap();
+    let other = other.dmabuf().unwrap();
+    other.import_sync_file(&fences, Access::Write).unwrap();
+    assert!(timed_out(other.wait(Access::Read, short)));
+    work.end();
+    fences.wait(SECOND).unwrap();
+    assert_eq!(fences.state().unwrap(), FenceState::Done);
+    dmabuf.wait(Access::Write, SECOND).unwrap();
+    other.wait(Access::Write, SECOND).unwrap();
+}
+
+#[test]
+fn the_processors_access_begins_when_the_device_is_done() {
+    let card = modules::vgem();
+    let buffer = udmabuf::export("memory", 4096).unwrap();
+    let attached = DrmImporter::new(&card).attach(&buffer.whole()).unwrap();
+    let work = Work::begin(&card, attached.handle().into(), true);
+    let pause = Duration::from_millis(100);
+    let begun = Instant::now();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            std::thread::sleep(pause);
+            work.end();
+        });
+        let mut mapping = buffer.whole().map(Access::Read).unwrap();
+        mapping.begin_cpu_access(Access::Read).unwrap();
+        assert!(begun.elapsed() >= pause);
+    });
+}
+
+const WIDTH: u32 = 320;
+const HEIGHT: u32 = 180;
+
+/// vivid's capture device, drawing nothing but the 100 % colour bar.
+fn camera() -> VideoDevice {
+    let mut camera = VideoDevice::open(modules::vivid_node()).unwrap();
+    let format = camera.set_format(WIDTH, HEIGHT, *b"RGB3").unwrap();
+    assert_eq!(
+        (format.width, format.height, &format.fourcc),
+        (WIDTH, HEIGHT, b"RGB3")
+    );
+    let base = 0x00f0_0000 | 0xf000;
+    camera.set_control(base, 1).unwrap(); // the test pattern
+    camera.set_control(base + 1, 2).unwrap(); // no text over it
+    camera
+}
+
+/// Whether bytes are a picture of the colour bar: eight bars, from white to black.
+fn check_bars(picture: &[u8], bytes_per_line: usize) {
+    let line = &picture[..bytes_per_line];
+    for other in picture.chunks(bytes_per_line).take(HEIGHT as usize) {
+        assert!(other == line, "the lines differ");
+    }
+    let bars = [
+        [255, 255, 255],
+        [255, 255, 0],
+        [0, 255, 255],
+        [0, 255, 0],
+        [255, 0, 255],
+        [255, 0, 0],
+        [0, 0, 255],
+        [0, 0, 0],
+    ];
+    for (bar, colour) in bars.iter().enumerate() {
+        // Its middle: bars may be a pixel wider or narrower.
+        let x = (bar * 2 + 1) * WIDTH as usize / 16;
+        assert_eq!(&line[x * 3..x * 3 + 3], colour, "bar {bar}");
+    }
+}
+
+#[test]
+fn a_camera_captures_straight_into_a_udmabuf() {
+    let mut camera = camera();
+    let format = camera.format().unwrap();
+    let size = u64::from(format.size).next_multiple_of(4096);
+    let buffers = [
+        udmabuf::export("one", size).unwrap(),
+        udmabuf::export("two", size).unwrap(),
+    ];
+    for buffer in &buffers {
+        put(&buffer.whole(), &vec![0xaa; size as usize]);
+    }
+    let ranges = buffers.each_ref().map(Buffer::whole);
+    let capture = v4l2::attach(&mut camera, &ranges).unwrap();
+    assert_eq!(capture.plan(0).unwrap().path, Path::SharedHostMemory);
+    capture.give(0).unwrap();
+    capture.give(1).unwrap();
+    capture.start().unwrap();
+    for sequence in 0..4 {
+        let picture = capture.next(5 * SECOND).unwrap();
+        assert!(picture.sequence >= sequence);
+        assert_eq!(picture.bytes, format.size);
+        let bytes = get(&ranges[picture.index]);
+        check_bars(
+            &bytes[..format.size as usize],
+            format.bytes_per_line as usize,
+        );
+        assert!(
+            bytes[format.size as usize..]
+                .iter()
+                .all(|&byte| byte == 0xaa)
+        );
+        capture.give(picture.index).unwrap();
+    }
+    capture.stop().unwrap();
+    let error = capture.next(Duration::from_millis(50)).unwrap_err();
+    assert!(error.to_string().contains("VIDIOC_DQBUF"), "{error}");
+}
+
+#[test]
+fn a_cameras_own_memory_is_a_buffer_like_any_other() {
+    let mut camera = camera();
+    let format = camera.format().unwrap();
+    let capture = peerbuf::export::v4l2::export(&mut camera, 2).unwrap();
+    let picture = capture.one(5 * SECOND).unwrap();
+    let buffers = capture.buffers().to_vec();
+    let bytes = get(&buffers[picture.index].whole());
+    check_bars(
+        &bytes[..format.size as usize],
+        format.bytes_per_line as usize,
+    );
+    assert_eq!(buffers[0].provenance().kind, Kind::V4l2);
+    // The buffers outlive the capture and the device.
+    drop(capture);
+    drop(camera);
+    assert!(get(&buffers[picture.index].whole()) == bytes);
+}
+
+#[test]
+fn a_camera_says_which_buffers_it_cannot_use() {
+    let mut camera = camera();
+    let size = u64::from(camera.format().unwrap().size).next_multiple_of(4096);
+    let good = udmabuf::export("memory", size + 4096).unwrap();
+    let memory = memfd::export("memory", size).unwrap();
+    let cases = [
+        (good.range(4096, size).unwrap(), ReasonCode::NotWhole),
+        (good.range(0, 4096).unwrap(), ReasonCode::TooSmall),
+        (memory.whole(), ReasonCode::NoDmaBuf),
+    ];
+    for (range, expected) in cases {
+        match v4l2::attach(&mut camera, &[range]) {
+            Err(ImportError::Impossible { code, .. }) => assert_eq!(code, expected),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[test]
+fn no_descriptor_is_left_behind() {
+    let card = modules::vgem();
+    let mut camera = camera();
+    let size = u64::from(camera.format().unwrap().size).next_multiple_of(4096);
+    let open = || std::fs::read_dir("/proc/self/fd").unwrap().count();
+    let before = open();
+    for _ in 0..3 {
+        let buffer = udmabuf::export("memory", size).unwrap();
+        let attached = DrmImporter::new(&card).attach(&buffer.whole()).unwrap();
+        attached.map(Access::Read).unwrap();
+        v4l2::attach(&mut camera, &[buffer.whole()])
+            .unwrap()
+            .one(5 * SECOND)
+            .unwrap();
+        peerbuf::export::v4l2::export(&mut camera, 1)
+            .unwrap()
+            .one(5 * SECOND)
+            .unwrap();
+        let surface = drm::export(&card, "surface", MIB).unwrap();
+        assert!(DmaBuf::from_fd(surface.dmabuf().unwrap().try_clone().unwrap().into()).is_ok());
+        heap::probe().unwrap()[0].export("frames", 4096).unwrap();
+    }
+    assert_eq!(open(), before);
+    assert!(card.as_fd().as_raw_fd() >= 0);
+}
