@@ -3,6 +3,7 @@
 pub mod bytes;
 pub mod demo;
 pub mod disk;
+pub mod edu;
 pub mod importer;
 pub mod modules;
 pub mod node;

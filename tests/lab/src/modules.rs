@@ -42,3 +42,19 @@ pub fn rebind(bdf: &str, driver: &str) {
     let bound = std::fs::read_link(device.join("driver")).unwrap();
     assert!(bound.ends_with(driver), "{bdf} has {bound:?}");
 }
+
+/// The address of the first PCI device with these ids.
+pub fn find_pci(vendor: u16, device: u16) -> String {
+    let id = |path: &Path, file| std::fs::read_to_string(path.join(file)).unwrap_or_default();
+    let mut found: Vec<PathBuf> = std::fs::read_dir("/sys/bus/pci/devices")
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| {
+            id(path, "vendor").trim() == format!("{vendor:#06x}")
+                && id(path, "device").trim() == format!("{device:#06x}")
+        })
+        .collect();
+    found.sort();
+    let first = found.first().expect("such a PCI device");
+    first.file_name().unwrap().to_str().unwrap().to_owned()
+}

@@ -243,6 +243,8 @@ impl Machine {
             format!("memory-backend-ram,id=bar2,size={SMALL_BAR_MIB}M"),
         );
         args.device("ivshmem-plain,memdev=bar2,bus=pcie.0,addr=0x13");
+        // A device with a DMA engine that a process can drive, for VFIO.
+        args.device("edu,bus=pcie.0,addr=0x14");
         args.add("-netdev", "user,id=net");
         args.device("virtio-net-pci,netdev=net,romfile=");
     }
@@ -343,6 +345,7 @@ mod tests {
                 "id=bar1,size=16M",
                 "ivshmem-plain,memdev=bar1",
                 "id=bar2,size=1M",
+                "edu,bus=pcie.0",
                 "virtio-net-pci",
             ] {
                 assert!(line.contains(device), "{device} in {line}");

@@ -1,0 +1,225 @@
+//! Devices driven through VFIO. Runs in a guest with an IOMMU.
+
+use peerbuf::buffer::Kind;
+use peerbuf::device::vfio::VfioDevice;
+use peerbuf::error::ImportError;
+use peerbuf::export::vfio::{self, Request};
+use peerbuf::export::{heap, memfd, udmabuf};
+use peerbuf::import::vfio::VfioImporter;
+use peerbuf::plan::{Path, ReasonCode};
+use peerbuf::{Access, Buffer, DmaBuf};
+use peerbuf_lab_suite::bytes::{get, put};
+use peerbuf_lab_suite::edu::{CHUNK, Edu};
+use peerbuf_lab_suite::modules;
+use peerbuf_lab_suite::node::Node;
+
+const MIB: u64 = 1 << 20;
+const IOVA: u64 = 0x10_0000;
+
+fn random(length: u64) -> Vec<u8> {
+    let mut bytes = vec![0; length as usize];
+    rand::fill(&mut bytes[..]);
+    bytes
+}
+
+/// The card with the smallest BAR, given to vfio-pci.
+fn card() -> VfioDevice {
+    modules::load("vfio-pci");
+    let address = match Node::all().last() {
+        Some(node) if node.bar2().size == MIB => {
+            let bdf = node.bdf.clone();
+            drop(Node::all());
+            modules::rebind(&bdf, "vfio-pci");
+            bdf
+        }
+        // An earlier test has done so.
+        _ => vfio::probe()
+            .unwrap()
+            .into_iter()
+            .map(|address| address.to_string())
+            .find(|bdf| *bdf != modules::find_pci(0x1234, 0x11e8))
+            .unwrap(),
+    };
+    VfioDevice::open(address.parse().unwrap()).unwrap()
+}
+
+fn request(offset: u64, length: u64) -> Request {
+    Request {
+        bar: 2,
+        offset,
+        length,
+        access: Access::ReadWrite,
+    }
+}
+
+#[test]
+fn a_device_reads_and_writes_a_buffer_where_it_was_attached() {
+    let mut edu = Edu::open();
+    let bytes = random(CHUNK);
+    for buffer in [
+        udmabuf::export("memory", MIB).unwrap(),
+        memfd::export("memory", MIB).unwrap(),
+    ] {
+        let range = buffer.range(8192, 3 * CHUNK).unwrap();
+        put(&range, &bytes);
+        let attached = VfioImporter::new(&edu.device).attach(&range, IOVA).unwrap();
+        assert_eq!(attached.plan().path, Path::SharedHostMemory);
+        edu.copy(attached.iova(), attached.iova() + 2 * CHUNK);
+        let found = get(&range);
+        assert!(found[2 * CHUNK as usize..] == bytes);
+        assert!(
+            found[CHUNK as usize..2 * CHUNK as usize]
+                .iter()
+                .all(|&byte| byte == 0)
+        );
+        drop(attached);
+        // The address is free again, and leads to the next buffer.
+    }
+}
+
+#[test]
+fn what_was_detached_is_out_of_the_devices_reach() {
+    let mut edu = Edu::open();
+    let importer = VfioImporter::new(&edu.device);
+    let (source, target) = (
+        udmabuf::export("source", MIB).unwrap(),
+        udmabuf::export("target", MIB).unwrap(),
+    );
+    put(&source.whole(), &random(MIB));
+    let source = importer.attach(&source.whole(), IOVA).unwrap();
+    let attached = importer.attach(&target.whole(), IOVA + MIB).unwrap();
+    let taken = importer.attach(&target.whole(), IOVA + MIB).unwrap_err();
+    assert!(taken.to_string().contains("EEXIST"), "{taken}");
+    drop(attached);
+    edu.copy(source.iova(), IOVA + MIB);
+    assert!(get(&target.whole()).iter().all(|&byte| byte == 0));
+}
+
+#[test]
+fn a_bar_of_a_vfio_device_is_a_buffer() {
+    let card = card();
+    assert_eq!(card.bar_size(2).unwrap(), MIB);
+    let buffer = vfio::export(&card, request(65536, 65536)).unwrap();
+    assert_eq!(buffer.provenance().kind, Kind::Vfio);
+    assert_eq!(buffer.dmabuf().unwrap().exporter(), "vfio_pci_core");
+    let bytes = random(65536);
+    put(&buffer.whole(), &bytes);
+    assert!(get(&buffer.whole()) == bytes);
+    let registers = card.registers(2).unwrap();
+    assert_eq!(registers.read::<[u8; 32]>(65536).unwrap(), bytes[..32]);
+    // The dma-buf alone cannot be mapped.
+    let dmabuf = buffer.dmabuf().unwrap().try_clone().unwrap();
+    let alone = Buffer::from_dmabuf(dmabuf, buffer.provenance().clone());
+    let error = peerbuf::import::cpu::attach(&alone.whole(), Access::Read).unwrap_err();
+    assert!(
+        matches!(
+            error,
+            ImportError::Impossible {
+                code: ReasonCode::NotMappable,
+                ..
+            }
+        ),
+        "{error}"
+    );
+
+    for (wrong, errno) in [
+        (request(100, 4096), "EINVAL"),
+        (request(0, 2 * MIB), "EINVAL"),
+        (request(0, 0), "EINVAL"),
+    ] {
+        let error = vfio::export(&card, wrong).unwrap_err().to_string();
+        assert!(error.contains(errno), "{error}");
+    }
+    let error = vfio::export(
+        &card,
+        Request {
+            bar: 5,
+            ..request(0, 4096)
+        },
+    )
+    .unwrap_err()
+    .to_string();
+    assert!(error.contains("ENODEV"), "{error}");
+}
+
+#[test]
+fn a_device_writes_into_the_bar_of_another() {
+    let card = card();
+    let buffer = vfio::export(&card, request(0, 65536)).unwrap();
+    put(&buffer.whole(), &[0; 65536]);
+    let bytes = random(CHUNK);
+    let source = udmabuf::export("memory", CHUNK).unwrap();
+    put(&source.whole(), &bytes);
+    let mut edu = Edu::open();
+    let importer = VfioImporter::new(&edu.device);
+    let source = importer.attach(&source.whole(), IOVA).unwrap();
+    let target = importer.attach(&buffer.whole(), IOVA + MIB).unwrap();
+    assert_eq!(target.plan().path, Path::PeerToPeer);
+    edu.copy(source.iova(), target.iova() + CHUNK);
+    assert!(get(&buffer.range(CHUNK, CHUNK).unwrap()) == bytes);
+}
+
+#[test]
+fn memory_that_cannot_be_pinned_is_refused_with_the_reason() {
+    let edu = Edu::open();
+    let importer = VfioImporter::new(&edu.device);
+    let udmabuf = udmabuf::export("memory", MIB).unwrap();
+    let alone = DmaBuf::try_from(std::os::fd::OwnedFd::from(
+        udmabuf.dmabuf().unwrap().try_clone().unwrap(),
+    ))
+    .unwrap();
+    let node = Node::largest();
+    let device = peerbuf::export::peerbuf::Device::open(node.bdf.parse().unwrap()).unwrap();
+    let bar = peerbuf::export::peerbuf::Request {
+        bar: 2,
+        offset: None,
+        length: MIB,
+        access: Access::ReadWrite,
+    };
+    let buffers = [
+        heap::Heap::open("system")
+            .unwrap()
+            .export("frames", MIB)
+            .unwrap(),
+        Buffer::from_dmabuf(alone, udmabuf.provenance().clone()),
+        device.export(bar).unwrap(),
+    ];
+    for buffer in buffers {
+        match importer.attach(&buffer.whole(), IOVA) {
+            Err(ImportError::Impossible { code, evidence, .. }) => {
+                eprintln!("{buffer}: {evidence}");
+                assert_eq!(code, ReasonCode::NotPinnable, "{evidence}");
+            }
+            other => panic!("{buffer}: {other:?}"),
+        }
+    }
+    let odd = importer
+        .attach(&udmabuf.range(1, 4096).unwrap(), IOVA)
+        .unwrap_err();
+    assert!(
+        matches!(
+            odd,
+            ImportError::Impossible {
+                code: ReasonCode::Misaligned,
+                ..
+            }
+        ),
+        "{odd}"
+    );
+}
+
+#[test]
+fn a_device_that_is_open_already_says_so() {
+    let edu = Edu::open();
+    let error = VfioDevice::open(edu.device.address())
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("EBUSY") && error.contains("one process"),
+        "{error}"
+    );
+    let error = VfioDevice::open("ffff:00:00.0".parse().unwrap())
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("IOMMU group"), "{error}");
+}
