@@ -10,16 +10,7 @@ use kernel::transmute::{AsBytes, FromBytes};
 
 include!("../uapi/src/abi.rs");
 
-// SAFETY: Only integers and arrays of integers, for which every bit pattern is valid.
-unsafe impl FromBytes for Query {}
-// SAFETY: No padding and no pointers: the crate `peerbuf-uapi` derives `bytemuck::Pod` for it.
-unsafe impl AsBytes for Query {}
-
-// SAFETY: Only integers, for which every bit pattern is valid.
-unsafe impl FromBytes for Export {}
-// SAFETY: No padding and no pointers: the crate `peerbuf-uapi` derives `bytemuck::Pod` for it.
-unsafe impl AsBytes for Export {}
-
+/// Says of structs of the interface that they are plain bytes.
 macro_rules! plain {
     ($($name:ident)*) => {$(
         // SAFETY: Only integers and arrays of integers, for which every bit pattern is valid.
@@ -29,4 +20,7 @@ macro_rules! plain {
     )*};
 }
 
-plain!(ImportAttach ImportMap ImportStep ImportFence ImportQuery);
+plain! {
+    Query Export Range ExportRanges Move Revoke Restore Watch Attachment Piece BufferQuery
+    ImportAttach ImportMap ImportStep ImportFence ImportQuery
+}

@@ -1,13 +1,23 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The object behind an exported dma-buf.
+//! The movable object behind an exported dma-buf.
 //!
 //! A [`Buffer`] is owned by its dma-buf (`dma_buf.priv` is a reference, dropped by the release
-//! operation) and keeps its [`Device`] structure, though not the device, alive. Its state is
-//! guarded by the dma-buf's reservation lock, as importers expect: see [`Buffer::revoked`].
+//! operation) and keeps its [`Device`] structure, though not the device, alive. All that changes
+//! is its [`State`], guarded by the dma-buf's reservation lock, as importers expect; [`Locked`] is
+//! the way to it.
+
+use core::{
+    cell::UnsafeCell,
+    mem::ManuallyDrop,
+    ops::{Deref, DerefMut, Range},
+    ptr,
+};
 
 use kernel::{
-    bindings,
+    bindings, container_of,
+    ffi::c_void,
+    page::PAGE_SIZE,
     prelude::*,
     sync::{
         atomic::{Atomic, Relaxed},
@@ -16,61 +26,285 @@ use kernel::{
     types::Opaque,
 };
 
-use crate::device::Device;
+use crate::{
+    abi,
+    device::{Bar, Device},
+    ffi,
+    mapping::Mapping,
+    system::{self, System},
+    watch::{Counters, Refusal, Watchers},
+};
 
-/// A page-aligned region of a BAR that was exported.
+/// A page-aligned run of a buffer's bytes, in one place.
+pub(crate) struct Piece {
+    /// Its length in bytes.
+    pub(crate) len: u64,
+    /// Its place in the BAR, in bytes, its own as long as the buffer lives. `None` for memory
+    /// that is always system memory.
+    pub(crate) home: Option<u64>,
+    /// Where the bytes are now, if not at home. Never `None` where `home` is.
+    pub(crate) system: Option<SystemPart>,
+}
+
+/// Part of some system memory.
+#[derive(Clone)]
+pub(crate) struct SystemPart {
+    pub(crate) pages: Arc<System>,
+    /// The first page of the part.
+    pub(crate) first: usize,
+}
+
+impl Piece {
+    /// The pages, where the bytes are in system memory; otherwise none.
+    pub(crate) fn system_pages(&self) -> &[*mut bindings::page] {
+        match &self.system {
+            Some(part) => &part.pages.pages()[part.first..][..self.len as usize / PAGE_SIZE],
+            None => &[],
+        }
+    }
+
+    /// The `PLACEMENT_*` of the interface.
+    pub(crate) fn placement(&self) -> u32 {
+        match self.system {
+            Some(_) => abi::PLACEMENT_SYSTEM,
+            None => abi::PLACEMENT_DEVICE,
+        }
+    }
+
+    /// Two pieces that meet at `len` bytes, a multiple of the page size below this one's length.
+    fn split(self, len: u64) -> (Self, Self) {
+        let after = Self {
+            len: self.len - len,
+            home: self.home.map(|home| home + len),
+            system: self.system.clone().map(|part| SystemPart {
+                first: part.first + len as usize / PAGE_SIZE,
+                ..part
+            }),
+        };
+        (Self { len, ..self }, after)
+    }
+}
+
+/// Reasons for which access is taken away; more than one may hold.
+pub(crate) mod revoked {
+    /// The owner asked for it.
+    pub(crate) const BY_OWNER: u32 = 1 << 0;
+    /// The device is being reset.
+    pub(crate) const BY_RESET: u32 = 1 << 1;
+    /// The device is gone, for good.
+    pub(crate) const GONE: u32 = 1 << 2;
+}
+
+/// A kernel mapping of the buffer.
+pub(crate) struct KernelMapping {
+    pub(crate) address: *mut c_void,
+    /// Made by `vmap`, so undone by `vunmap`.
+    pub(crate) vmapped: bool,
+    /// Shows device memory.
+    pub(crate) device: bool,
+    /// The system pages that it shows.
+    pub(crate) _pages: KVec<Arc<System>>,
+}
+
+/// What changes in a buffer. See [`Locked`].
+pub(crate) struct State {
+    /// A move is under way, and waits for direct I/O with the lock given up.
+    pub(crate) moving: bool,
+    /// Raised by each move, revoke and restore, from 1.
+    pub(crate) generation: u64,
+    /// The whole buffer, in order.
+    pub(crate) pieces: KVec<Piece>,
+    /// The pieces that are in the BAR, in order, neighbours joined: as the P2PDMA core wants them.
+    pub(crate) ranges: KVec<bindings::phys_vec>,
+    /// The mappings that importers have.
+    pub(crate) mappings: KVec<Mapping>,
+    /// Pins of all importers.
+    pub(crate) pins: u32,
+    /// Attachments that need system memory.
+    pub(crate) need_system: u32,
+    /// The kernel mapping that the dma-buf core shares among importers.
+    pub(crate) kernel_mapping: Option<KernelMapping>,
+    pub(crate) counters: Counters,
+    pub(crate) refusal: Refusal,
+    pub(crate) watchers: Watchers,
+}
+
+impl State {
+    /// Bytes in the BAR.
+    pub(crate) fn device_len(&self) -> u64 {
+        self.ranges.iter().map(|range| range.len as u64).sum()
+    }
+
+    /// Whether any byte is in system memory.
+    pub(crate) fn has_system(&self) -> bool {
+        self.pieces.iter().any(|piece| piece.system.is_some())
+    }
+
+    /// The `PLACEMENT_*` of the whole.
+    pub(crate) fn placement(&self) -> u32 {
+        match (self.ranges.is_empty(), self.has_system()) {
+            (false, false) => abi::PLACEMENT_DEVICE,
+            (false, true) => abi::PLACEMENT_MIXED,
+            (true, _) => abi::PLACEMENT_SYSTEM,
+        }
+    }
+
+    /// The pieces with where each begins in the buffer.
+    pub(crate) fn placed(&self) -> impl Iterator<Item = (u64, &Piece)> {
+        self.pieces.iter().scan(0, |offset, piece| {
+            let start = *offset;
+            *offset += piece.len;
+            Some((start, piece))
+        })
+    }
+
+    /// The pieces that `part` of the buffer touches, each with the common range, from the piece's
+    /// beginning.
+    pub(crate) fn within(
+        &self,
+        part: &Range<u64>,
+    ) -> impl Iterator<Item = (&Piece, Range<u64>)> + '_ {
+        let part = part.clone();
+        self.placed().filter_map(move |(start, piece)| {
+            let from = part.start.max(start);
+            let to = part.end.min(start + piece.len);
+            (from < to).then(|| (piece, from - start..to - start))
+        })
+    }
+
+    /// Whether an importer still has a mapping of device memory from before the last move or
+    /// revoke.
+    pub(crate) fn has_stale_device_mapping(&self) -> bool {
+        let stale =
+            |mapping: &Mapping| mapping.generation < self.generation && mapping.shows_device();
+        self.mappings.iter().any(stale)
+    }
+
+    /// How many mappings of device memory importers have, counting the kernel's as one.
+    pub(crate) fn device_holders(&self) -> usize {
+        let importers = self
+            .mappings
+            .iter()
+            .filter(|mapping| mapping.shows_device());
+        let kernel = self.kernel_mapping.as_ref();
+        importers.count() + usize::from(kernel.is_some_and(|mapping| mapping.device))
+    }
+
+    /// How many mappings of whatever memory importers have, counting the kernel's as one.
+    pub(crate) fn holders(&self) -> usize {
+        self.mappings.len() + usize::from(self.kernel_mapping.is_some())
+    }
+}
+
+/// The pieces after `part` of the buffer was cut out of its neighbours: none lies across its
+/// bounds. ENOMEM.
+pub(crate) fn cut(pieces: KVec<Piece>, part: &Range<u64>) -> Result<KVec<Piece>> {
+    let mut cut = KVec::with_capacity(pieces.len() + 2, GFP_KERNEL)?;
+    let mut start = 0;
+    for mut piece in pieces {
+        for bound in [part.start, part.end] {
+            if start < bound && bound < start + piece.len {
+                let (before, after) = piece.split(bound - start);
+                start = bound;
+                cut.push(before, GFP_KERNEL)?;
+                piece = after;
+            }
+        }
+        start += piece.len;
+        cut.push(piece, GFP_KERNEL)?;
+    }
+    Ok(cut)
+}
+
+/// The ranges in the BAR of `pieces`, neighbours joined. ENOMEM.
+pub(crate) fn ranges(pieces: &[Piece], bar: &Bar) -> Result<KVec<bindings::phys_vec>> {
+    let mut ranges: KVec<bindings::phys_vec> = KVec::new();
+    for piece in pieces {
+        let (Some(home), None) = (piece.home, &piece.system) else {
+            continue;
+        };
+        let (paddr, len) = (bar.start + home, piece.len as usize);
+        match ranges.last_mut() {
+            Some(last) if last.paddr + last.len as u64 == paddr => last.len += len,
+            _ => ranges.push(bindings::phys_vec { paddr, len }, GFP_KERNEL)?,
+        }
+    }
+    Ok(ranges)
+}
+
+/// An export.
 #[pin_data]
 pub(crate) struct Buffer {
     pub(crate) device: Arc<Device>,
     /// Index of the BAR, below `NUM_BARS`.
     pub(crate) bar: usize,
-    /// Where the region begins in the BAR, in bytes.
-    pub(crate) offset: u64,
-    /// The region's length in bytes.
+    /// The buffer's length in bytes.
     pub(crate) len: u64,
-    /// The region as the P2PDMA core wants it. Written only here, but passed as a mutable pointer.
+    /// Whether it may move to system memory for importers that need it there.
+    pub(crate) may_move: bool,
+    /// Its ranges of the BAR: offset and length, as they were taken from the regions.
+    pub(crate) homes: KVec<(u64, u64)>,
+    /// Done, for an instant, whenever somebody may have stopped waiting: a mapping came back, a move
+    /// has ended. Waiters look again. (`kernel::sync::Completion` cannot be waited for with a
+    /// limit.)
     #[pin]
-    pub(crate) phys: Opaque<bindings::phys_vec>,
-    /// Access has been taken away for good. Written with the reservation lock held; whoever
-    /// decides by it holds that lock until what was decided is done. Reads without the lock are
-    /// advisory.
+    changed: Opaque<bindings::completion>,
+    /// `revoked::*` bits; zero while there is access. Written with the reservation lock held;
+    /// whoever decides by it holds that lock until what was decided is done. Reads without the
+    /// lock are advisory.
     revoked: Atomic<i32>,
-    /// Scatter tables that importers have. Read and written with the reservation lock held.
-    mapped: Atomic<i32>,
-    /// Done once the buffer is revoked and no scatter table is left. (`kernel::sync::Completion`
-    /// cannot be waited for with a limit.)
-    #[pin]
-    unmapped: Opaque<bindings::completion>,
-    /// A CPU mapping was made at some time, so pages may be in use after the last descriptor.
+    /// A CPU mapping was made at some time, so pages may be in use.
     cpu_mapped: Atomic<i32>,
+    state: UnsafeCell<State>,
 }
 
-// SAFETY: `phys` is only read after initialisation; everything else is `Send`.
+// SAFETY: Nothing is tied to a thread; the pointers are used as their fields say.
 unsafe impl Send for Buffer {}
-// SAFETY: As for `Send`; the atomics' rules are with the fields.
+// SAFETY: `state` is reached by `Locked` only; the rest does not change, or is a completion.
 unsafe impl Sync for Buffer {}
 
 impl Buffer {
-    /// Describes `len` bytes at `offset` of a BAR, which the caller has taken from its regions.
-    pub(crate) fn new(device: Arc<Device>, bar: usize, offset: u64, len: u64) -> Result<Arc<Self>> {
-        let phys = bindings::phys_vec {
-            paddr: device.bars[bar].start + offset,
-            len: len as usize,
-        };
+    /// Describes the memory that the caller has taken, in order. ENOMEM.
+    pub(crate) fn new(
+        device: Arc<Device>,
+        bar: usize,
+        may_move: bool,
+        pieces: KVec<Piece>,
+    ) -> Result<Arc<Self>> {
+        let ranges = ranges(&pieces, &device.bars[bar])?;
+        let mut homes = KVec::with_capacity(pieces.len(), GFP_KERNEL)?;
+        for piece in &pieces {
+            if let Some(home) = piece.home {
+                homes.push((home, piece.len), GFP_KERNEL)?;
+            }
+        }
+        let len = pieces.iter().map(|piece| piece.len).sum();
         Arc::pin_init(
             pin_init!(Self {
                 device,
                 bar,
-                offset,
                 len,
-                phys: Opaque::new(phys),
-                revoked: Atomic::new(0),
-                mapped: Atomic::new(0),
-                unmapped <- Opaque::ffi_init(|slot: *mut bindings::completion| {
+                may_move,
+                homes,
+                changed <- Opaque::ffi_init(|slot: *mut bindings::completion| {
                     // SAFETY: `slot` is valid for writes, and pinned.
                     unsafe { bindings::init_completion(slot) };
                 }),
+                revoked: Atomic::new(0),
                 cpu_mapped: Atomic::new(0),
+                state: UnsafeCell::new(State {
+                    moving: false,
+                    generation: 1,
+                    pieces,
+                    ranges,
+                    mappings: KVec::new(),
+                    pins: 0,
+                    need_system: 0,
+                    kernel_mapping: None,
+                    counters: Counters::default(),
+                    refusal: Refusal::default(),
+                    watchers: Watchers::new(),
+                }),
             }),
             GFP_KERNEL,
         )
@@ -81,39 +315,9 @@ impl Buffer {
         self.revoked.load(Relaxed) != 0
     }
 
-    /// Takes access away. The reservation lock is held.
-    pub(crate) fn set_revoked(&self) {
-        self.revoked.store(1, Relaxed);
-        self.complete_if_unmapped();
-    }
-
-    /// Counts a scatter table given to an importer. The reservation lock is held.
-    pub(crate) fn mapping_made(&self) {
-        self.mapped.store(self.mapped.load(Relaxed) + 1, Relaxed);
-    }
-
-    /// Counts a scatter table that came back. The reservation lock is held.
-    pub(crate) fn mapping_gone(&self) {
-        self.mapped.store(self.mapped.load(Relaxed) - 1, Relaxed);
-        self.complete_if_unmapped();
-    }
-
-    fn complete_if_unmapped(&self) {
-        if self.revoked() && self.mapped.load(Relaxed) == 0 {
-            // SAFETY: Initialised with the buffer.
-            unsafe { bindings::complete_all(self.unmapped.get()) };
-        }
-    }
-
-    /// Waits until a revoked buffer has no scatter table left, or for `seconds`; whether it has
-    /// none. The reservation lock is not held.
-    pub(crate) fn wait_unmapped(&self, seconds: u32) -> bool {
-        // SAFETY: Initialised with the buffer; the caller may sleep.
-        let left = unsafe {
-            let jiffies = bindings::__msecs_to_jiffies(seconds * 1000);
-            bindings::wait_for_completion_timeout(self.unmapped.get(), jiffies)
-        };
-        left != 0
+    /// Whether access was taken away for good. Binding as [`Buffer::revoked`] is.
+    pub(crate) fn gone(&self) -> bool {
+        self.revoked.load(Relaxed) as u32 & revoked::GONE != 0
     }
 
     /// Notes that a process has mapped the buffer.
@@ -121,13 +325,236 @@ impl Buffer {
         self.cpu_mapped.store(1, Relaxed);
     }
 
-    /// Whether any page of the region is in use by a page table or an I/O request. The device is
-    /// live.
-    pub(crate) fn pages_in_use(&self) -> bool {
+    /// Whether pages can be in use: only once a process has mapped the buffer.
+    pub(crate) fn may_have_busy_pages(&self) -> bool {
         self.cpu_mapped.load(Relaxed) != 0
-            && self.device.bars[self.bar]
-                .pages
-                .as_ref()
-                .is_some_and(|pages| pages.busy(self.offset, self.len) != 0)
+    }
+
+    /// Whether CPU mappings have struct pages wherever the bytes are.
+    pub(crate) fn has_pages(&self) -> bool {
+        self.homes.is_empty() || self.bar().pages.is_some()
+    }
+
+    /// The BAR that the buffer has its places in.
+    pub(crate) fn bar(&self) -> &Bar {
+        &self.device.bars[self.bar]
+    }
+
+    /// Wakes those who wait for something to change.
+    pub(crate) fn notify(&self) {
+        // SAFETY: Initialised with the buffer.
+        unsafe { bindings::complete_all(self.changed.get()) };
+    }
+
+    /// Waits until something changes, or for `ms`. The reservation lock is not held, so what was
+    /// waited for may be undone again: look. A wake-up may get lost if two wait at once, so the
+    /// limit is to be short.
+    pub(crate) fn wait_changed(&self, ms: u32) {
+        // SAFETY: Initialised with the buffer; the caller may sleep.
+        unsafe {
+            let jiffies = bindings::__msecs_to_jiffies(ms.max(1));
+            bindings::wait_for_completion_timeout(self.changed.get(), jiffies);
+        }
+    }
+
+    /// Pages of a part of the buffer that a page table or an I/O request uses, where `which` says
+    /// yes to the piece: of the BAR, as long as the device is there, and of system memory. The
+    /// reservation lock is held.
+    pub(crate) fn busy_pages(
+        &self,
+        state: &State,
+        part: &Range<u64>,
+        which: impl Fn(&Piece) -> bool,
+    ) -> usize {
+        if !self.may_have_busy_pages() {
+            return 0;
+        }
+        state
+            .within(part)
+            .filter(|(piece, _)| which(piece))
+            .map(|(piece, common)| self.busy(piece, common))
+            .sum()
+    }
+
+    /// As [`Buffer::busy_pages`], for a range of a piece, from its beginning.
+    fn busy(&self, piece: &Piece, range: Range<u64>) -> usize {
+        match (piece.home, &piece.system, &self.bar().pages) {
+            (_, Some(_), _) => {
+                let page = |at: u64| at as usize / PAGE_SIZE;
+                system::busy(&piece.system_pages()[page(range.start)..page(range.end)])
+            }
+            // Once the device is gone there are no struct pages to look at. Not gone, under the
+            // lock, means that they stay: removal marks before they go.
+            (Some(home), None, Some(pages)) if !self.gone() => {
+                pages.busy(home + range.start, range.end - range.start)
+            }
+            _ => 0,
+        }
+    }
+}
+
+/// A buffer with its reservation lock held, by this object or by whoever called in.
+///
+/// # Invariants
+///
+/// `dmabuf` is one of ours, and its reservation lock is held as long as this object lives.
+pub(crate) struct Locked<'a> {
+    dmabuf: *mut bindings::dma_buf,
+    buffer: &'a Buffer,
+}
+
+impl<'a> Locked<'a> {
+    /// Takes the lock.
+    ///
+    /// # Safety
+    ///
+    /// `dmabuf` is one of ours and stays for `'a`; the task does not hold its reservation lock.
+    pub(crate) unsafe fn lock(dmabuf: *mut bindings::dma_buf) -> Self {
+        // Without an acquire context this cannot fail: it only waits.
+        // SAFETY: By the caller's promise.
+        unsafe { bindings::dma_resv_lock((*dmabuf).resv, ptr::null_mut()) };
+        // SAFETY: As above.
+        let this = unsafe { Self::held(dmabuf) };
+        ManuallyDrop::into_inner(this)
+    }
+
+    /// Uses the lock that a caller holds, and goes on holding.
+    ///
+    /// # Safety
+    ///
+    /// `dmabuf` is one of ours and stays for `'a`, and so does the caller's hold.
+    pub(crate) unsafe fn held(dmabuf: *mut bindings::dma_buf) -> ManuallyDrop<Self> {
+        // INVARIANT: By the caller's promise.
+        ManuallyDrop::new(Self {
+            dmabuf,
+            // SAFETY: `priv_` is the reference put there when it was exported.
+            buffer: unsafe { &*(*dmabuf).priv_.cast::<Buffer>() },
+        })
+    }
+
+    pub(crate) fn buffer(&self) -> &'a Buffer {
+        self.buffer
+    }
+
+    pub(crate) fn dmabuf(&self) -> *mut bindings::dma_buf {
+        self.dmabuf
+    }
+
+    /// `revoked::*` bits.
+    pub(crate) fn reasons(&self) -> u32 {
+        self.buffer.revoked.load(Relaxed) as u32
+    }
+
+    /// Says for which reasons access is taken away.
+    pub(crate) fn set_reasons(&mut self, reasons: u32) {
+        self.buffer.revoked.store(reasons as i32, Relaxed);
+    }
+
+    /// The state and the buffer that it belongs to.
+    pub(crate) fn parts(&mut self) -> (&'a Buffer, &mut State) {
+        (self.buffer, &mut *self)
+    }
+
+    /// Something that others wait for may have come true.
+    pub(crate) fn notify(&self) {
+        self.buffer.notify();
+    }
+
+    /// The attachments, newest first. The pointers are valid while the lock is held.
+    pub(crate) fn attachments(
+        &self,
+    ) -> impl Iterator<Item = *mut bindings::dma_buf_attachment> + '_ {
+        // SAFETY: By the type invariant.
+        let head = unsafe { &raw mut (*self.dmabuf).attachments };
+        // SAFETY: The lock keeps the list as it is.
+        let mut node = unsafe { (*head).next };
+        core::iter::from_fn(move || {
+            if node == head {
+                return None;
+            }
+            // SAFETY: Each entry but the head is part of an attachment.
+            let attachment = unsafe { container_of!(node, bindings::dma_buf_attachment, node) };
+            // SAFETY: As above.
+            node = unsafe { (*node).next };
+            Some(attachment)
+        })
+    }
+
+    /// What comes next is what [`Buffer::wait_changed`] waits for.
+    pub(crate) fn expect_change(&self) {
+        // SAFETY: Initialised with the buffer. Waiters that are woken already stay so.
+        unsafe { ffi::peerbuf_reinit_completion(self.buffer.changed.get()) };
+    }
+
+    /// Tells every importer that its mappings are stale. Importers may unmap from within, so no
+    /// reference to the state may be held across: the borrow of `self` sees to it.
+    pub(crate) fn invalidate(&mut self) {
+        self.counters.invalidations += 1;
+        // SAFETY: By the type invariant.
+        unsafe { bindings::dma_buf_invalidate_mappings(self.dmabuf) };
+    }
+
+    /// Waits for every fence that there is, at most `jiffies`. `None` if they are not signalled by
+    /// then; EINTR on a signal, if `interruptible`.
+    pub(crate) fn wait_fences(&self, interruptible: bool, jiffies: usize) -> Result<Option<()>> {
+        // BOOKKEEP is the usage that includes all others.
+        // SAFETY: By the type invariant.
+        let left = unsafe {
+            bindings::dma_resv_wait_timeout(
+                (*self.dmabuf).resv,
+                bindings::dma_resv_usage_DMA_RESV_USAGE_BOOKKEEP,
+                interruptible,
+                jiffies,
+            )
+        };
+        match left {
+            0 => Ok(None),
+            1.. => Ok(Some(())),
+            _ => Err(EINTR),
+        }
+    }
+
+    /// Whether every fence is signalled.
+    pub(crate) fn fences_signalled(&self) -> bool {
+        let usage = bindings::dma_resv_usage_DMA_RESV_USAGE_BOOKKEEP;
+        // SAFETY: By the type invariant.
+        unsafe { bindings::dma_resv_test_signaled((*self.dmabuf).resv, usage) }
+    }
+
+    /// Takes the pages of a part out of every process's mapping. They fault again.
+    pub(crate) fn zap(&self, part: &Range<u64>) {
+        // SAFETY: The file is valid, and its mapping with it. The order of locks is as main.rs
+        // says: `i_mmap_rwsem` comes below the reservation lock.
+        unsafe {
+            bindings::unmap_mapping_range(
+                (*(*self.dmabuf).file).f_mapping,
+                part.start as i64,
+                (part.end - part.start) as i64,
+                1,
+            )
+        };
+    }
+}
+
+impl Deref for Locked<'_> {
+    type Target = State;
+
+    fn deref(&self) -> &State {
+        // SAFETY: By the type invariant this task holds the lock that guards it.
+        unsafe { &*self.buffer.state.get() }
+    }
+}
+
+impl DerefMut for Locked<'_> {
+    fn deref_mut(&mut self) -> &mut State {
+        // SAFETY: As above; the borrow of `self` makes it the only one in this call.
+        unsafe { &mut *self.buffer.state.get() }
+    }
+}
+
+impl Drop for Locked<'_> {
+    fn drop(&mut self) {
+        // SAFETY: Only made to be dropped by `lock`, which has taken the lock.
+        unsafe { bindings::dma_resv_unlock((*self.dmabuf).resv) };
     }
 }

@@ -18,10 +18,12 @@ use kernel::{
 
 use crate::{
     abi,
-    buffer::Buffer,
+    buffer::{revoked, Buffer, Locked, Piece, SystemPart},
     exporter, ffi,
     pages::Pages,
     region::{Place, Regions},
+    revoke::{self, Scope},
+    system::System,
 };
 
 /// One BAR, as it was found at probe time.
@@ -37,6 +39,9 @@ pub(crate) struct Bar {
     pub(crate) provider: *mut bindings::p2pdma_provider,
     /// Present where CPU mappings have struct pages.
     pub(crate) pages: Option<Pages>,
+    /// The kernel's uncached mapping of the whole BAR, for copies. Null where the BAR cannot be
+    /// exported. Valid while the device is bound.
+    kernel: *mut c_void,
 }
 
 impl Bar {
@@ -46,6 +51,7 @@ impl Bar {
         flags: 0,
         provider: ptr::null_mut(),
         pages: None,
+        kernel: ptr::null_mut(),
     };
 
     /// Reads what BAR `index` is, and makes struct pages for it where the kernel can.
@@ -100,6 +106,7 @@ impl Bar {
             // SAFETY: By the caller's promise and the check above.
             match unsafe { Pages::publish(dev, index, start, size) } {
                 Ok(pages) => {
+                    this.kernel = pages.kernel_address();
                     this.pages = Some(pages);
                     this.flags |= abi::BAR_PAGES;
                 }
@@ -110,19 +117,89 @@ impl Bar {
                 ),
             }
         }
+        if this.pages.is_none() {
+            // SAFETY: `pdev` is being probed and `bar` is one of its memory BARs.
+            this.kernel = unsafe { bindings::pcim_iomap(pdev, bar, 0) };
+            if this.kernel.is_null() {
+                this.flags &= !abi::BAR_EXPORT;
+            }
+        }
         this
     }
+
+    /// Where the kernel sees `offset` of the BAR. EINVAL outside it.
+    pub(crate) fn kernel_address(&self, offset: u64) -> Result<*mut c_void> {
+        if self.kernel.is_null() || offset >= self.size {
+            return Err(EINVAL);
+        }
+        Ok(self.kernel.wrapping_byte_add(offset as usize))
+    }
+
+    /// Waits until every write to the BAR that the processor has posted has arrived, by draining
+    /// write-combining buffers and reading back from `offset`: a PCIe read pushes posted writes on
+    /// its path ahead of itself. Only where a read has no side effects, which a BAR says by being
+    /// prefetchable. The device is bound.
+    pub(crate) fn flush(&self, offset: u64) {
+        if self.flags & abi::BAR_PREFETCHABLE == 0 {
+            return;
+        }
+        if let Ok(address) = self.kernel_address(offset) {
+            // SAFETY: The address lies in the kernel's mapping of the BAR.
+            unsafe {
+                ffi::peerbuf_wmb();
+                address.cast::<u8>().read_volatile();
+            }
+        }
+    }
+}
+
+/// Whether the device can be used.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Presence {
+    Live,
+    /// It is going away, or is gone: nothing new is exported.
+    Gone,
 }
 
 /// What changes while the device is bound.
 struct State {
-    /// False once the device began to go away: nothing new is exported.
-    live: bool,
+    presence: Presence,
     regions: [Regions; abi::NUM_BARS],
     /// The exports that removal must revoke. An entry is taken out by the release of its dma-buf
     /// or by removal, whichever comes first, under the lock; so while an entry is here its
     /// dma-buf's memory is, too.
     exports: KVec<*mut bindings::dma_buf>,
+}
+
+impl State {
+    /// ENODEV once the device is gone.
+    fn present(&self) -> Result {
+        match self.presence {
+            Presence::Live => Ok(()),
+            Presence::Gone => Err(ENODEV),
+        }
+    }
+}
+
+/// Takes a reference to the file of a dma-buf, unless the file is dying already.
+///
+/// # Safety
+///
+/// `dmabuf` is, or was until now, in the list of exports, and the lock of the list is held: so its
+/// memory is valid.
+unsafe fn alive(dmabuf: *mut bindings::dma_buf) -> bool {
+    // SAFETY: By the caller's promise.
+    !unsafe { bindings::get_file_active(&raw mut (*dmabuf).file) }.is_null()
+}
+
+/// Part of an export: where it shall be, and where it is.
+pub(crate) struct Part {
+    /// In the BAR; `None` for system memory.
+    pub(crate) place: Option<Place>,
+    /// Bytes.
+    pub(crate) len: u64,
+    /// Out: where in the BAR it begins.
+    pub(crate) offset: u64,
 }
 
 // SAFETY: The pointers are used under the lock, as the field says, from whatever thread.
@@ -138,7 +215,7 @@ pub(crate) struct Device {
 }
 
 // SAFETY: `bars` is not written after probe; the P2PDMA provider and the pages are used only
-// while the device is bound, which `State::live` and `Buffer::revoked` tell.
+// while the device is bound, which `State::presence` and `Buffer::revoked` tell.
 unsafe impl Send for Device {}
 // SAFETY: As for `Send`.
 unsafe impl Sync for Device {}
@@ -170,7 +247,7 @@ impl Device {
                 pdev: pdev.into(),
                 bars,
                 state <- new_mutex!(State {
-                    live: true,
+                    presence: Presence::Live,
                     regions,
                     exports: KVec::new(),
                 }),
@@ -206,9 +283,7 @@ impl Device {
         query.bdf[..len].copy_from_slice(&name[..len]);
 
         let mut state = self.state.lock();
-        if !state.live {
-            return Err(ENODEV);
-        }
+        state.present()?;
         for ((out, bar), regions) in query
             .bars
             .iter_mut()
@@ -227,84 +302,147 @@ impl Device {
         Ok(query)
     }
 
-    /// Exports `len` bytes of a BAR and returns the dma-buf with where it begins.
+    /// Exports memory as one dma-buf, in the order of `parts`, and puts down where each is.
     ///
-    /// Errors: those of `abi::Export`.
+    /// Errors: those of `abi::ExportRanges`.
     pub(crate) fn export(
         self: ArcBorrow<'_, Self>,
         bar: u32,
-        place: Place,
-        len: u64,
+        parts: &mut [Part],
+        may_move: bool,
         fd_flags: u32,
-    ) -> Result<(DmaBuf, u64)> {
-        let mut state = self.state.lock();
-        if !state.live {
-            return Err(ENODEV);
-        }
+    ) -> Result<DmaBuf> {
         let index = bar as usize;
         let info = self.bars.get(index).ok_or(EINVAL)?;
         if info.flags & abi::BAR_MEMORY == 0 {
             return Err(EINVAL);
         }
         if info.flags & abi::BAR_EXPORT == 0 {
-            return Err(ffi::eopnotsupp());
+            return Err(ffi::errno(bindings::EOPNOTSUPP));
         }
         let page = PAGE_SIZE as u64;
-        let misplaced = match place {
-            Place::Any => false,
-            Place::At(offset) => offset % page != 0,
-        };
-        if len == 0 || len % page != 0 || misplaced {
+        let mut total = 0u64;
+        for part in parts.iter() {
+            let misplaced = matches!(part.place, Some(Place::At(offset)) if offset % page != 0);
+            if part.len == 0 || part.len % page != 0 || misplaced {
+                return Err(EINVAL);
+            }
+            total = total.checked_add(part.len).ok_or(EOVERFLOW)?;
+        }
+        // The DMA API keeps the highest bit of a length for itself.
+        if total == 0 || total > i64::MAX as u64 {
             return Err(EINVAL);
         }
+        // Before the lock: it takes a while.
+        let mut pieces = KVec::with_capacity(parts.len(), GFP_KERNEL)?;
+        for part in parts.iter() {
+            let system = match part.place {
+                Some(_) => None,
+                None => Some(SystemPart {
+                    pages: System::alloc(part.len)?,
+                    first: 0,
+                }),
+            };
+            let piece = Piece {
+                len: part.len,
+                home: None,
+                system,
+            };
+            pieces.push(piece, GFP_KERNEL)?;
+        }
 
+        let mut state = self.state.lock();
+        state.present()?;
         // Room in the list first, so that nothing can fail once the dma-buf exists.
         state.exports.reserve(1, GFP_KERNEL)?;
         info.reap(&mut state.regions[index]);
-        let offset = state.regions[index].take(place, len)?;
-        let dmabuf = Buffer::new(self.into(), index, offset, len)
-            .and_then(|buffer| exporter::export(buffer, fd_flags));
-        match dmabuf {
+        let mut taken = 0;
+        let exported = (|| {
+            for (part, piece) in parts.iter_mut().zip(pieces.iter_mut()) {
+                if let Some(place) = part.place {
+                    part.offset = state.regions[index].take(place, part.len)?;
+                    piece.home = Some(part.offset);
+                }
+                taken += 1;
+            }
+            let buffer = Buffer::new(self.into(), index, may_move, pieces)?;
+            exporter::export(buffer, fd_flags)
+        })();
+        match exported {
             Ok(dmabuf) => {
                 // Cannot fail: the room was reserved above, under the same lock.
                 let _ = state.exports.push_within_capacity(dmabuf);
-                Ok((DmaBuf(dmabuf), offset))
+                Ok(DmaBuf(dmabuf))
             }
             Err(e) => {
-                state.regions[index].give_back(offset, false);
+                for part in parts[..taken].iter().filter(|part| part.place.is_some()) {
+                    state.regions[index].give_back(part.offset, false);
+                }
                 Err(e)
             }
         }
     }
 
-    /// Forgets an export whose dma-buf is being released, and gives its range back.
+    /// Forgets an export whose dma-buf is being released, and gives its ranges back.
     pub(crate) fn forget(&self, buffer: &Buffer, dmabuf: *mut bindings::dma_buf) {
         let mut state = self.state.lock();
         state.exports.retain(|&mut entry| entry != dmabuf);
-        if state.live {
-            // Direct I/O may outlive both the mapping it was started on and the descriptor.
-            let in_use = buffer.pages_in_use();
-            state.regions[buffer.bar].give_back(buffer.offset, in_use);
+        if state.presence != Presence::Gone {
+            for &(offset, len) in &buffer.homes {
+                // Direct I/O may outlive both the mapping it was started on and the descriptor.
+                let in_use = buffer.may_have_busy_pages()
+                    && buffer
+                        .bar()
+                        .pages
+                        .as_ref()
+                        .is_some_and(|pages| pages.busy(offset, len) != 0);
+                state.regions[buffer.bar].give_back(offset, in_use);
+            }
         }
     }
 
     /// Takes all access away and returns when nobody can reach the BARs any more.
     ///
     /// The order is that of the kernel's own exporters: no new exports; each export revoked, its
-    /// importers told, their fences waited for, CPU mappings zapped, the importers' unmapping
-    /// waited for; and then direct I/O on pages of those mappings. The waits have no limit, since
-    /// the memory is gone when this returns; they are for the importers' drivers and for I/O that
-    /// a disk has accepted, both of which end by themselves, and what is waited for is logged.
+    /// importers told, CPU mappings zapped, fences and the importers' unmapping waited for; and
+    /// then direct I/O on pages of those mappings. The waits have no limit, since the memory is
+    /// gone when this returns; they are for the importers' drivers and for I/O that a disk has
+    /// accepted, both of which end by themselves, and what is waited for is logged.
     fn remove(&self) {
-        self.state.lock().live = false;
+        self.state.lock().presence = Presence::Gone;
         while let Some(dmabuf) = self.take_export() {
             // SAFETY: `take_export` returned it with a reference to its file, which is dropped
             // below.
             unsafe {
-                exporter::revoke(dmabuf);
+                self.revoke_bar(dmabuf, revoked::GONE);
                 bindings::fput((*dmabuf).file);
             }
         }
+        self.wait_idle();
+        // No page becomes busy again: every export is revoked and zapped, or its file is dead and
+        // has no mapping. The chunks of pages go back with the devres.
+    }
+
+    /// Revokes a buffer and waits, without a limit, until nobody can reach its part of the BAR by
+    /// DMA.
+    ///
+    /// # Safety
+    ///
+    /// The caller has a reference to the file of `dmabuf`, one of ours.
+    unsafe fn revoke_bar(&self, dmabuf: *mut bindings::dma_buf, why: u32) {
+        loop {
+            // SAFETY: By the caller's promise.
+            let left = unsafe { revoke::revoke(dmabuf, why, Scope::Bar, 10_000) };
+            if left.nobody() {
+                break;
+            }
+            // SAFETY: By the caller's promise.
+            unsafe { revoke::name_holders(dmabuf) };
+        }
+    }
+
+    /// Waits, without a limit, until no direct I/O uses a page of the BARs.
+    fn wait_idle(&self) {
         let mut waited_ms = 0;
         while let busy @ 1.. = self.busy_pages() {
             if waited_ms % 10_000 == 9_999 {
@@ -314,26 +452,38 @@ impl Device {
                     busy
                 );
             }
-            // SAFETY: Removal may sleep.
+            // SAFETY: The callers may sleep.
             unsafe { bindings::msleep(1) };
             waited_ms += 1;
         }
-        // No page becomes busy again: every export is revoked and zapped, or its file is dead and
-        // has no mapping. The chunks of pages go back with the devres.
     }
 
     /// Takes an export out of the list whose file is alive, with a reference to the file.
     fn take_export(&self) -> Option<*mut bindings::dma_buf> {
         let mut state = self.state.lock();
         while let Some(dmabuf) = state.exports.pop() {
-            // SAFETY: While the entry is in the list, and it was until now under this lock, the
-            // dma-buf's memory is valid; the file may be dying, which this call tells.
-            if !unsafe { bindings::get_file_active(&raw mut (*dmabuf).file) }.is_null() {
+            // A dying file has neither attachments nor mappings; its release finds no entry.
+            // SAFETY: It was in the list until now, and the lock is held.
+            if unsafe { alive(dmabuf) } {
                 return Some(dmabuf);
             }
-            // A dying file has neither attachments nor mappings; its release finds no entry.
         }
         None
+    }
+
+    /// Calls `each` for every export whose file is alive, with its reservation lock held.
+    pub(crate) fn each_export(&self, mut each: impl FnMut(&mut Locked<'_>)) {
+        let state = self.state.lock();
+        for &dmabuf in &state.exports {
+            // SAFETY: It is in the list, and the lock is held. The order of locks is as main.rs
+            // says; the reference is dropped when the reservation lock is.
+            unsafe {
+                if alive(dmabuf) {
+                    each(&mut Locked::lock(dmabuf));
+                    bindings::fput((*dmabuf).file);
+                }
+            }
+        }
     }
 
     fn busy_pages(&self) -> usize {

@@ -2,9 +2,9 @@
 
 //! The dma-buf operations of an exported [`Buffer`]; nothing else calls in from C here.
 //!
-//! A dynamic exporter that can take access away: importers must be able to reach peer memory and
-//! to be told that their mappings are stale. There are no pin operations (both or neither):
-//! a buffer does not move yet, and a revoke does not respect pins anyway.
+//! A dynamic exporter: buffers move, and access can be taken away. An importer that cannot use
+//! the BAR, because it did not ask for peer memory, cannot be told of a move, or has no route,
+//! keeps the buffer in system memory as long as it is attached, if the export allows it.
 //!
 //! Lock order: `mmap_lock`, then the reservation lock (a page fault takes it), then the file's
 //! `i_mmap_rwsem` (zapping). `dma_resv_lockdep()` in the kernel teaches lockdep the same.
@@ -12,7 +12,7 @@
 use core::ptr;
 
 use kernel::{
-    bindings, container_of,
+    bindings,
     error::{from_err_ptr, from_result, to_result},
     ffi::*,
     mm::virt::{flags, VmaNew},
@@ -23,25 +23,31 @@ use kernel::{
 
 use crate::{
     abi,
-    buffer::Buffer,
+    buffer::{Buffer, KernelMapping, Locked, Piece, State},
+    device,
     ffi::{self, Table},
+    mapping::{self, Mapping},
+    moves::{self, To},
 };
 
 static OPS: Table<bindings::dma_buf_ops> = Table(bindings::dma_buf_ops {
     attach: Some(attach),
+    detach: Some(detach),
+    pin: Some(pin),
+    unpin: Some(unpin),
     map_dma_buf: Some(map),
     unmap_dma_buf: Some(unmap),
     release: Some(release),
     begin_cpu_access: Some(begin_cpu_access),
     end_cpu_access: Some(end_cpu_access),
     mmap: Some(mmap),
-    // SAFETY: Null function pointers are operations that the exporter does not have.
-    ..unsafe { core::mem::zeroed() }
+    vmap: Some(vmap),
+    vunmap: Some(vunmap),
 });
 
 static VM_OPS: Table<bindings::vm_operations_struct> = Table(bindings::vm_operations_struct {
     fault: Some(fault),
-    // SAFETY: As above.
+    // SAFETY: Null function pointers are operations that the exporter does not have.
     ..unsafe { core::mem::zeroed() }
 });
 
@@ -69,69 +75,14 @@ pub(crate) fn export(buffer: Arc<Buffer>, fd_flags: u32) -> Result<*mut bindings
     dmabuf
 }
 
-/// Takes access to an export away for good. When it returns no importer has a mapping, and no CPU
-/// mapping has a page; direct I/O that was accepted before may still use pages.
+/// Whether a dma-buf is one of ours.
 ///
 /// # Safety
 ///
-/// `dmabuf` is one of ours and the caller has a reference to its file. May sleep; neither the
-/// reservation lock nor anything below it in the lock order is held.
-pub(crate) unsafe fn revoke(dmabuf: *mut bindings::dma_buf) {
-    // SAFETY: The caller's reference keeps the dma-buf and so its buffer.
-    let buffer = unsafe { buffer(dmabuf) };
-    {
-        // SAFETY: As above.
-        let _resv = unsafe { Resv::lock(dmabuf) };
-        // From here on map answers ENODEV and a fault SIGBUS: both look under this lock.
-        buffer.set_revoked();
-        // SAFETY: The reservation lock is held. The same for the next call.
-        unsafe { bindings::dma_buf_invalidate_mappings(dmabuf) };
-        // Fences end what importers do with full access; unmaps, below, end speculative reads.
-        // Both are needed. BOOKKEEP waits for every fence there is.
-        // SAFETY: As above.
-        unsafe {
-            bindings::dma_resv_wait_timeout(
-                (*dmabuf).resv,
-                bindings::dma_resv_usage_DMA_RESV_USAGE_BOOKKEEP,
-                false,
-                ffi::MAX_SCHEDULE_TIMEOUT,
-            )
-        };
-        // Importers need the lock to unmap, so it is given up before that is waited for.
-    }
-    // After the mark no fault puts in another page, so what is zapped here stays so.
-    // SAFETY: The file is valid, and its mapping with it; the whole of it is zapped.
-    unsafe { bindings::unmap_mapping_range((*(*dmabuf).file).f_mapping, 0, 0, 1) };
-    while !buffer.wait_unmapped(10) {
-        // SAFETY: As above.
-        unsafe { name_importers(dmabuf) };
-    }
-}
-
-/// Says in the log who has attached a dma-buf that a revoke waits for.
-///
-/// # Safety
-///
-/// As for [`revoke`].
-unsafe fn name_importers(dmabuf: *mut bindings::dma_buf) {
-    // SAFETY: By the caller's promise. The lock keeps the list of attachments as it is, and an
-    // attachment keeps its importer's device.
-    unsafe {
-        let _resv = Resv::lock(dmabuf);
-        let exporter = buffer(dmabuf).device.name();
-        let head = &raw mut (*dmabuf).attachments;
-        let mut node = (*head).next;
-        while node != head {
-            let attachment = container_of!(node, bindings::dma_buf_attachment, node);
-            let importer: &kernel::device::Device =
-                kernel::device::Device::from_raw((*attachment).dev);
-            pr_warn!(
-                "{exporter}: revoked, and waiting for {} to unmap it\n",
-                importer.name()
-            );
-            node = (*node).next;
-        }
-    }
+/// `dmabuf` is valid.
+pub(crate) unsafe fn is_ours(dmabuf: *mut bindings::dma_buf) -> bool {
+    // SAFETY: By the caller's promise.
+    ptr::eq(unsafe { (*dmabuf).ops }, &OPS.0)
 }
 
 /// The buffer behind one of our dma-bufs.
@@ -139,53 +90,189 @@ unsafe fn name_importers(dmabuf: *mut bindings::dma_buf) {
 /// # Safety
 ///
 /// `dmabuf` was made by [`export`] and is not released while the result is in use.
-unsafe fn buffer<'a>(dmabuf: *mut bindings::dma_buf) -> &'a Buffer {
+pub(crate) unsafe fn buffer<'a>(dmabuf: *mut bindings::dma_buf) -> &'a Buffer {
     // SAFETY: `priv_` is the reference put there by `export`.
     unsafe { &*(*dmabuf).priv_.cast::<Buffer>() }
 }
 
-/// The reservation lock, held.
-struct Resv(*mut bindings::dma_resv);
+/// What is known of an importer: the attachment, and what this module notes in its `priv`: whether
+/// it needs system memory in the lowest bit, above it how often it has pinned the buffer. The note
+/// is written by attach, before anybody else sees the attachment, and then under the reservation
+/// lock.
+pub(crate) struct Importer(*mut bindings::dma_buf_attachment);
 
-impl Resv {
+impl Importer {
+    const NEEDS_SYSTEM: usize = 1;
+    const ONE_PIN: usize = 2;
+
     /// # Safety
     ///
-    /// `dmabuf` is valid until the result is dropped, and the calling task does not hold its
-    /// reservation lock.
-    unsafe fn lock(dmabuf: *mut bindings::dma_buf) -> Self {
-        // SAFETY: By the caller's promise.
-        let resv = unsafe { (*dmabuf).resv };
-        // Without an acquire context this cannot fail: it only waits.
+    /// `attachment` is one of ours, and stays as long as the result.
+    pub(crate) unsafe fn of(attachment: *mut bindings::dma_buf_attachment) -> Self {
+        Self(attachment)
+    }
+
+    fn note(&self) -> usize {
+        // SAFETY: By the promise to `of`. The pointer is a number, never followed.
+        unsafe { (*self.0).priv_ }.addr()
+    }
+
+    fn set_note(&self, note: usize) {
         // SAFETY: As above.
-        unsafe { bindings::dma_resv_lock(resv, ptr::null_mut()) };
-        Self(resv)
+        unsafe { (*self.0).priv_ = ptr::without_provenance_mut(note) };
+    }
+
+    fn needs_system(&self) -> bool {
+        self.note() & Self::NEEDS_SYSTEM != 0
+    }
+
+    pub(crate) fn pins(&self) -> u32 {
+        (self.note() / Self::ONE_PIN) as u32
+    }
+
+    /// Its device.
+    fn device(&self) -> &kernel::device::Device {
+        // SAFETY: By the promise to `of`; an importer keeps its device while it is attached.
+        unsafe { kernel::device::Device::from_raw((*self.0).dev) }
+    }
+
+    /// A device without a DMA mask does no DMA: its driver uses the processor.
+    fn does_dma(&self) -> bool {
+        // SAFETY: As above.
+        !unsafe { (*(*self.0).dev).dma_mask }.is_null()
+    }
+
+    fn revocable(&self) -> bool {
+        // SAFETY: By the promise to `of`.
+        unsafe { bindings::dma_buf_attach_revocable(self.0) }
+    }
+
+    /// `abi::ATTACHMENT_*`, without STALE.
+    pub(crate) fn flags(&self) -> u32 {
+        // SAFETY: By the promise to `of`.
+        let (dynamic, peer) = unsafe { (!(*self.0).importer_ops.is_null(), (*self.0).peer2peer) };
+        let flag = |has: bool, flag: u32| if has { flag } else { 0 };
+        flag(dynamic, abi::ATTACHMENT_DYNAMIC)
+            | flag(peer, abi::ATTACHMENT_PEER)
+            | flag(self.revocable(), abi::ATTACHMENT_REVOCABLE)
+            | flag(self.needs_system(), abi::ATTACHMENT_NEEDS_SYSTEM)
+    }
+
+    /// Why the importer cannot use the BAR of `buffer`: an `abi::REFUSED_*` and the errno for it.
+    fn obstacle(&self, buffer: &Buffer) -> Option<(u32, Error)> {
+        // Bytes that are never in the BAR, and a driver that copies with the processor, are
+        // nobody's peer.
+        if buffer.homes.is_empty() || !self.does_dma() {
+            return None;
+        }
+        // SAFETY: By the promise to `of`.
+        if !unsafe { (*self.0).peer2peer } {
+            return Some((abi::REFUSED_NOT_PEER, ffi::errno(bindings::EOPNOTSUPP)));
+        }
+        if !self.revocable() {
+            return Some((abi::REFUSED_NOT_REVOCABLE, ffi::errno(bindings::EOPNOTSUPP)));
+        }
+        let provider = device::raw(buffer.device.pci());
+        // SAFETY: Both devices are kept, the provider's by the buffer's. The array has one entry.
+        let distance = unsafe {
+            bindings::pci_p2pdma_distance_many(provider, &raw mut (*self.0).dev, 1, false)
+        };
+        if distance < 0 {
+            return Some((abi::REFUSED_NO_ROUTE, ffi::errno(bindings::EREMOTEIO)));
+        }
+        None
     }
 }
 
-impl Drop for Resv {
-    fn drop(&mut self) {
-        // SAFETY: `lock` has taken it and the object is still valid.
-        unsafe { bindings::dma_resv_unlock(self.0) };
-    }
-}
+/// How long an importer that needs system memory waits, in attach, for the buffer to get there.
+const ATTACH_LIMIT_MS: u32 = 5_000;
 
-/// `dma_buf_ops.attach`. Without the reservation lock, so the answer is advisory; map decides.
+/// `dma_buf_ops.attach`. Without the reservation lock. Whether the buffer is revoked is advisory
+/// here; map decides.
 unsafe extern "C" fn attach(
     dmabuf: *mut bindings::dma_buf,
     attachment: *mut bindings::dma_buf_attachment,
 ) -> c_int {
     // SAFETY: The dma-buf core calls with valid pointers and a reference held.
-    let (buffer, attachment_ref) = unsafe { (buffer(dmabuf), &*attachment) };
-    if buffer.revoked() {
+    let (object, importer) = unsafe { (buffer(dmabuf), Importer::of(attachment)) };
+    importer.set_note(0);
+    let obstacle = importer.obstacle(object);
+    if obstacle.is_none() && !object.revoked() {
+        return 0;
+    }
+    // SAFETY: As above; the core does not hold the lock here.
+    let mut locked = unsafe { Locked::lock(dmabuf) };
+    if locked.buffer().revoked() {
         return ENODEV.to_errno();
     }
-    // A BAR address is only for an importer that asked for peer memory and that can be told when
-    // the memory goes away. There is no system memory to fall back to yet.
-    // SAFETY: As above.
-    if !attachment_ref.peer2peer || !unsafe { bindings::dma_buf_attach_revocable(attachment) } {
-        return ffi::eopnotsupp().to_errno();
+    let Some((reason, error)) = obstacle else {
+        return 0;
+    };
+    if !object.may_move {
+        locked.refusal.note(importer.device().name(), reason, error);
+        return error.to_errno();
     }
+    // Counted before the move, so that nobody takes the buffer back in between.
+    locked.need_system += 1;
+    drop(locked);
+    // SAFETY: As above. The whole of the buffer is page-aligned and not empty.
+    let moved = unsafe { moves::move_part(dmabuf, 0..object.len, To::System, ATTACH_LIMIT_MS) };
+    match moved {
+        Ok(_) => {
+            importer.set_note(Importer::NEEDS_SYSTEM);
+            0
+        }
+        Err(e) => {
+            // SAFETY: As above.
+            let mut locked = unsafe { Locked::lock(dmabuf) };
+            locked.need_system -= 1;
+            locked
+                .refusal
+                .note(importer.device().name(), abi::REFUSED_MOVE_FAILED, e);
+            e.to_errno()
+        }
+    }
+}
+
+/// `dma_buf_ops.detach`. Without the reservation lock; the attachment is in no list any more.
+unsafe extern "C" fn detach(
+    dmabuf: *mut bindings::dma_buf,
+    attachment: *mut bindings::dma_buf_attachment,
+) {
+    // SAFETY: The dma-buf core calls with valid pointers and a reference held.
+    let importer = unsafe { Importer::of(attachment) };
+    if importer.needs_system() {
+        // SAFETY: As above; the core does not hold the lock here.
+        unsafe { Locked::lock(dmabuf) }.need_system -= 1;
+    }
+}
+
+/// `dma_buf_ops.pin`, with the reservation lock held. A pinned buffer does not move; it can be
+/// revoked all the same, when its device goes away. A static importer is pinned by the core while
+/// it has a mapping; it has brought the buffer to system memory when it attached.
+unsafe extern "C" fn pin(attachment: *mut bindings::dma_buf_attachment) -> c_int {
+    // SAFETY: The dma-buf core calls with a valid attachment and the lock held.
+    let (mut locked, importer) =
+        unsafe { (Locked::held((*attachment).dmabuf), Importer::of(attachment)) };
+    if locked.buffer().revoked() {
+        return ENODEV.to_errno();
+    }
+    importer.set_note(importer.note() + Importer::ONE_PIN);
+    locked.pins += 1;
     0
+}
+
+/// `dma_buf_ops.unpin`, with the reservation lock held.
+unsafe extern "C" fn unpin(attachment: *mut bindings::dma_buf_attachment) {
+    // SAFETY: As in `pin`.
+    let (mut locked, importer) =
+        unsafe { (Locked::held((*attachment).dmabuf), Importer::of(attachment)) };
+    // An importer that unpins more often than it pinned has a bug, which is not to become ours.
+    if importer.pins() > 0 {
+        importer.set_note(importer.note() - Importer::ONE_PIN);
+        locked.pins -= 1;
+        locked.notify();
+    }
 }
 
 /// `dma_buf_ops.map_dma_buf`. The reservation lock is held by the caller.
@@ -193,28 +280,33 @@ unsafe extern "C" fn map(
     attachment: *mut bindings::dma_buf_attachment,
     dir: bindings::dma_data_direction,
 ) -> *mut bindings::sg_table {
-    // SAFETY: The dma-buf core calls with a valid attachment of one of our dma-bufs.
-    let buffer = unsafe { buffer((*attachment).dmabuf) };
-    if buffer.revoked() {
-        return ENODEV.to_ptr();
-    }
-    // SAFETY: Not revoked, under the lock, means that the device is bound, so the provider is
-    // valid, until every scatter table came back. The lock is held, as the function wants.
-    let sgt = unsafe {
-        ffi::dma_buf_phys_vec_to_sgt(
-            attachment,
-            buffer.device.bars[buffer.bar].provider,
-            buffer.phys.get(),
-            1,
-            buffer.len as usize,
-            dir,
-        )
-    };
-    // Counted after success, so a failure leaves nothing to undo.
-    if from_err_ptr(sgt).is_ok() {
-        buffer.mapping_made();
-    }
-    sgt
+    // SAFETY: The dma-buf core calls with a valid attachment of one of our dma-bufs, and the lock
+    // held.
+    let (mut locked, importer) =
+        unsafe { (Locked::held((*attachment).dmabuf), Importer::of(attachment)) };
+    let (object, state) = locked.parts();
+    let mapped = (|| {
+        if object.revoked() {
+            return Err(ENODEV);
+        }
+        if !importer.does_dma() {
+            return Err(ffi::errno(bindings::EOPNOTSUPP));
+        }
+        // Not reached while `need_system` holds: the buffer went there when the importer came,
+        // and does not leave.
+        if importer.needs_system() && state.device_len() != 0 {
+            return Err(ffi::errno(bindings::EREMOTEIO));
+        }
+        // Room first, so that nothing can fail once the mapping is made.
+        state.mappings.reserve(1, GFP_KERNEL)?;
+        // SAFETY: The lock is held, the buffer is not revoked, and the attachment is one of its.
+        let mapping = unsafe { Mapping::map(attachment, object, state, dir)? };
+        let sgt = mapping.sgt();
+        let _ = state.mappings.push_within_capacity(mapping);
+        state.counters.maps += 1;
+        Ok(sgt)
+    })();
+    mapped.unwrap_or_else(|e| e.to_ptr())
 }
 
 /// `dma_buf_ops.unmap_dma_buf`. The reservation lock is held by the caller.
@@ -223,17 +315,14 @@ unsafe extern "C" fn unmap(
     sgt: *mut bindings::sg_table,
     dir: bindings::dma_data_direction,
 ) {
-    // SAFETY: The dma-buf core calls with a valid attachment of one of our dma-bufs, and a table
-    // that `map` made for it.
-    unsafe {
-        // `dma_buf_phys_vec_to_sgt` of Linux 7.2 sets `orig_nents` to zero, to say that there is
-        // no CPU list, and `dma_buf_free_sgt` frees as many entries as that says: every mapping
-        // leaks its list. With the number put back, as here, it is freed.
-        (*sgt).orig_nents = (*sgt).nents;
-        ffi::dma_buf_free_sgt(attachment, sgt, dir);
-        // Counted after the table is gone: removal may go on from here.
-        buffer((*attachment).dmabuf).mapping_gone();
+    // SAFETY: As in `map`, and `sgt` is a table that `map` made for the attachment.
+    let mut locked = unsafe { Locked::held((*attachment).dmabuf) };
+    if let Some(mapping) = mapping::take(&mut locked.mappings, attachment, sgt) {
+        // SAFETY: The lock is held, and `dir` is what the importer has mapped in.
+        unsafe { mapping.unmap(dir) };
     }
+    // Whoever waits counts the list under the lock, so after the table is gone.
+    locked.notify();
 }
 
 /// `dma_buf_ops.release`: no descriptor, attachment or mapping is left.
@@ -243,15 +332,23 @@ unsafe extern "C" fn release(dmabuf: *mut bindings::dma_buf) {
     buffer.device.forget(&buffer, dmabuf);
 }
 
-/// `dma_buf_ops.begin_cpu_access`.
+/// `dma_buf_ops.begin_cpu_access`. The core waits for fences after it.
 unsafe extern "C" fn begin_cpu_access(
     dmabuf: *mut bindings::dma_buf,
-    _dir: bindings::dma_data_direction,
+    dir: bindings::dma_data_direction,
 ) -> c_int {
-    // CPU mappings are uncached, so there is nothing to invalidate. The core waits for fences.
-    // SAFETY: The dma-buf core calls with a valid dma-buf and a reference held.
-    if unsafe { buffer(dmabuf) }.revoked() {
+    // SAFETY: The dma-buf core calls with a valid dma-buf, a reference held and the lock not.
+    let mut locked = unsafe { Locked::lock(dmabuf) };
+    if locked.buffer().revoked() {
         return ENODEV.to_errno();
+    }
+    // The processor's mapping of a BAR is uncached, so there is nothing to invalidate; what a
+    // device wrote to system memory may have to be made visible.
+    if dir != bindings::dma_data_direction_DMA_TO_DEVICE {
+        for mapping in locked.mappings.iter_mut() {
+            // SAFETY: The lock is held.
+            unsafe { mapping.sync(true) };
+        }
     }
     0
 }
@@ -261,24 +358,114 @@ unsafe extern "C" fn end_cpu_access(
     dmabuf: *mut bindings::dma_buf,
     dir: bindings::dma_data_direction,
 ) -> c_int {
-    // SAFETY: The dma-buf core calls with a valid dma-buf and a reference held.
-    let buffer = unsafe { buffer(dmabuf) };
     // The lock keeps the device bound while it is read from.
-    // SAFETY: As above; the core does not hold the lock here.
-    let _resv = unsafe { Resv::lock(dmabuf) };
-    if buffer.revoked() {
+    // SAFETY: The dma-buf core calls with a valid dma-buf, a reference held and the lock not.
+    let mut locked = unsafe { Locked::lock(dmabuf) };
+    if locked.buffer().revoked() {
         return ENODEV.to_errno();
     }
-    let bar = &buffer.device.bars[buffer.bar];
-    // A peer may reach the memory by a path that the processor's posted writes do not take. A
-    // read has no side effects where the BAR is prefetchable, and only there.
-    if dir != bindings::dma_data_direction_DMA_FROM_DEVICE && bar.flags & abi::BAR_PREFETCHABLE != 0
-    {
-        if let Some(pages) = &bar.pages {
-            pages.flush(buffer.offset);
-        }
+    if dir == bindings::dma_data_direction_DMA_FROM_DEVICE {
+        return 0;
+    }
+    // A peer may reach the memory by a path that the processor's posted writes do not take.
+    let (object, state) = locked.parts();
+    // One read pushes the writes to the whole of the BAR.
+    if let Some(range) = state.ranges.first() {
+        object.bar().flush(range.paddr - object.bar().start);
+    }
+    for mapping in state.mappings.iter_mut() {
+        // SAFETY: The lock is held.
+        unsafe { mapping.sync(false) };
     }
     0
+}
+
+/// `dma_buf_ops.vmap`, with the reservation lock held: a kernel mapping, for importers that copy
+/// with the processor. Its user keeps the lock while he uses it, or has pinned the buffer; a
+/// buffer with a kernel mapping does not move.
+///
+/// The core says WARN for whatever error this returns, so an importer should pin first, which
+/// fails without one. Errors: ENODEV once revoked; EOPNOTSUPP for a buffer that is partly in the
+/// BAR and partly not, since one mapping has one memory type; ENOMEM.
+unsafe extern "C" fn vmap(dmabuf: *mut bindings::dma_buf, map: *mut bindings::iosys_map) -> c_int {
+    // SAFETY: The dma-buf core calls with a valid dma-buf and the lock held.
+    let mut locked = unsafe { Locked::held(dmabuf) };
+    let (object, state) = locked.parts();
+    from_result(|| {
+        if object.revoked() {
+            return Err(ENODEV);
+        }
+        let mapping = kernel_mapping(object, state)?;
+        // SAFETY: `map` is valid for writes.
+        unsafe {
+            (*map).is_iomem = mapping.device;
+            (*map).__bindgen_anon_1.vaddr = mapping.address;
+        }
+        state.kernel_mapping = Some(mapping);
+        Ok(0)
+    })
+}
+
+fn kernel_mapping(object: &Buffer, state: &State) -> Result<KernelMapping> {
+    let device = match state.placement() {
+        abi::PLACEMENT_DEVICE => true,
+        abi::PLACEMENT_SYSTEM => false,
+        _ => return Err(ffi::errno(bindings::EOPNOTSUPP)),
+    };
+    if let (true, [range]) = (device, &*state.ranges) {
+        // The kernel has the BAR mapped already.
+        return Ok(KernelMapping {
+            address: object
+                .bar()
+                .kernel_address(range.paddr - object.bar().start)?,
+            vmapped: false,
+            device,
+            _pages: KVec::new(),
+        });
+    }
+    let mut pages = KVVec::new();
+    let mut kept = KVec::new();
+    for piece in &state.pieces {
+        if let Some(system) = &piece.system {
+            kept.push(system.pages.clone(), GFP_KERNEL)?;
+            pages.extend_from_slice(piece.system_pages(), GFP_KERNEL)?;
+            continue;
+        }
+        let bar = object
+            .bar()
+            .pages
+            .as_ref()
+            .ok_or(ffi::errno(bindings::EOPNOTSUPP))?;
+        let first = piece.home.ok_or(EINVAL)? as usize / PAGE_SIZE;
+        for index in first..first + piece.len as usize / PAGE_SIZE {
+            pages.push(bar.page(index)?, GFP_KERNEL)?;
+        }
+    }
+    let count = c_uint::try_from(pages.len()).map_err(|_| EINVAL)?;
+    // SAFETY: All are valid pages, of one kind of memory.
+    let address = unsafe { ffi::peerbuf_vmap(pages.as_mut_ptr(), count, device) };
+    if address.is_null() {
+        return Err(ENOMEM);
+    }
+    Ok(KernelMapping {
+        address,
+        vmapped: true,
+        device,
+        _pages: kept,
+    })
+}
+
+/// `dma_buf_ops.vunmap`, with the reservation lock held.
+unsafe extern "C" fn vunmap(dmabuf: *mut bindings::dma_buf, _map: *mut bindings::iosys_map) {
+    // SAFETY: The dma-buf core calls with a valid dma-buf and the lock held, once for each `vmap`.
+    let mut locked = unsafe { Locked::held(dmabuf) };
+    if let Some(mapping) = locked.kernel_mapping.take() {
+        if mapping.vmapped {
+            // SAFETY: `vmap` has made it.
+            unsafe { ffi::vunmap(mapping.address) };
+        }
+    }
+    locked.notify();
 }
 
 /// `dma_buf_ops.mmap`. The core has checked that the range lies in the buffer.
@@ -287,9 +474,10 @@ unsafe extern "C" fn mmap(
     vma: *mut bindings::vm_area_struct,
 ) -> c_int {
     // SAFETY: The dma-buf core calls with a valid dma-buf and a VMA that is being set up.
-    let (buffer, new) = unsafe { (buffer(dmabuf), VmaNew::from_raw(vma)) };
+    let (object, new) = unsafe { (buffer(dmabuf), VmaNew::from_raw(vma)) };
     from_result(|| {
-        if buffer.revoked() {
+        // Advisory; a fault decides.
+        if object.revoked() {
             return Err(ENODEV);
         }
         // A private mapping would copy device memory on the first write.
@@ -298,7 +486,7 @@ unsafe extern "C" fn mmap(
         }
         new.set_dontexpand();
         new.set_dontdump();
-        if buffer.device.bars[buffer.bar].pages.is_some() {
+        if object.has_pages() {
             // Not VM_IO or VM_PFNMAP, which direct I/O refuses.
             new.set_mixedmap();
         } else {
@@ -310,12 +498,10 @@ unsafe extern "C" fn mmap(
         }
         // SAFETY: The VMA is being set up. The buffer outlives it: a VMA keeps its file.
         unsafe {
-            // The same memory type as the kernel's mapping of the pages.
-            ffi::peerbuf_vma_set_noncached(vma);
             (*vma).vm_private_data = dmabuf.cast();
             (*vma).vm_ops = &VM_OPS.0;
         }
-        buffer.set_cpu_mapped();
+        object.set_cpu_mapped();
         Ok(0)
     })
 }
@@ -323,6 +509,16 @@ unsafe extern "C" fn mmap(
 /// The pages that one fault puts in, as an aligned window of bytes in the buffer, so that a large
 /// transfer does not fault on every page.
 const FAULT_WINDOW: usize = 16 * PAGE_SIZE;
+
+/// How long a fault waits for a move that is under way. Not for the end: the fault may be part of
+/// direct I/O that holds other pages of the buffer, for which the move waits. Long against the
+/// time of an I/O request: a move needs a moment in which nobody has one in flight, and requests
+/// begin with a fault as long as it lasts.
+const FAULT_DELAY_MS: u32 = 40;
+
+/// As [`FAULT_WINDOW`], during a move: so much that a request which holds pages does not meet the
+/// delay again before it has all of them.
+const MOVE_WINDOW: usize = 512 * PAGE_SIZE;
 
 /// `vm_operations_struct.fault`, with the `mmap_lock` or the VMA's own lock held for reading.
 unsafe extern "C" fn fault(vmf: *mut bindings::vm_fault) -> bindings::vm_fault_t {
@@ -338,45 +534,47 @@ unsafe extern "C" fn fault(vmf: *mut bindings::vm_fault) -> bindings::vm_fault_t
         )
     };
     // SAFETY: As above.
-    let (buffer, vma_start, vma_end) = unsafe {
+    let (vma_start, vma_end) = unsafe {
         let bounds = &(*vma).__bindgen_anon_1.__bindgen_anon_1;
-        (
-            buffer(dmabuf),
-            bounds.vm_start as usize,
-            bounds.vm_end as usize,
-        )
+        (bounds.vm_start as usize, bounds.vm_end as usize)
     };
-    // Held until the pages are in: a revoke marks under this lock and zaps after, so a page put
-    // in before the mark is zapped, and after the mark none is put in.
+    // Held until the pages are in: a revoke or move marks under this lock and zaps after, so a
+    // page put in before the mark is zapped, and after a revoke's none is put in.
     // SAFETY: The dma-buf is kept by the VMA; a fault happens with no reservation lock held, as
     // the lock order says.
-    let _resv = unsafe { Resv::lock(dmabuf) };
-    if buffer.revoked() || offset >= buffer.len as usize {
+    let mut locked = unsafe { Locked::lock(dmabuf) };
+    let mut window = FAULT_WINDOW;
+    if locked.moving {
+        window = MOVE_WINDOW;
+        let object = locked.buffer();
+        locked.expect_change();
+        drop(locked);
+        object.wait_changed(FAULT_DELAY_MS);
+        // SAFETY: As above.
+        locked = unsafe { Locked::lock(dmabuf) };
+    }
+    let (object, state) = locked.parts();
+    if object.revoked() || offset >= object.len as usize {
         return bindings::vm_fault_reason_VM_FAULT_SIGBUS;
     }
-    let bar = &buffer.device.bars[buffer.bar];
-    let Some(pages) = &bar.pages else {
-        let pfn = (bar.start + buffer.offset) as usize / PAGE_SIZE + offset / PAGE_SIZE;
-        // SAFETY: The VMA is VM_PFNMAP and the frame belongs to the export, so to the BAR.
-        return unsafe { bindings::vmf_insert_pfn(vma, address as c_ulong, pfn as c_ulong) };
-    };
-
     // The window, clipped to the mapping and to the buffer.
-    let before = (offset % FAULT_WINDOW).min(address - vma_start);
+    let before = (offset % window).min(address - vma_start);
     let first = offset - before;
-    let len = (FAULT_WINDOW - first % FAULT_WINDOW)
+    let len = (window - first % window)
         .min(vma_end - (address - before))
-        .min(buffer.len as usize - first);
+        .min(object.len as usize - first);
     for at in (0..len).step_by(PAGE_SIZE) {
-        let index = (buffer.offset as usize + first + at) / PAGE_SIZE;
-        let Ok(page) = pages.page(index) else {
-            return bindings::vm_fault_reason_VM_FAULT_SIGBUS;
+        // SAFETY: The VMA is as `mmap` set it up, the address lies in it, and the lock is held.
+        let inserted = unsafe {
+            insert(
+                vma,
+                address - before + at,
+                object,
+                state,
+                (first + at) as u64,
+            )
         };
-        // SAFETY: The VMA is VM_MIXEDMAP since `mmap`, the address lies in it, and the page has a
-        // count of at least one.
-        let inserted =
-            unsafe { bindings::vm_insert_page(vma, (address - before + at) as c_ulong, page) };
-        match to_result(inserted) {
+        match inserted {
             // Another thread's fault on the window may have been first.
             Ok(()) => {}
             Err(e) if e == EBUSY => {}
@@ -387,4 +585,61 @@ unsafe extern "C" fn fault(vmf: *mut bindings::vm_fault) -> bindings::vm_fault_t
         }
     }
     ffi::VM_FAULT_NOPAGE
+}
+
+/// Puts the page at `offset` of the buffer in at `address`.
+///
+/// # Safety
+///
+/// `vma` was set up by [`mmap`] for this buffer, `address` lies in it, a fault on it is being
+/// handled, and the reservation lock is held.
+unsafe fn insert(
+    vma: *mut bindings::vm_area_struct,
+    address: usize,
+    object: &Buffer,
+    state: &State,
+    offset: u64,
+) -> Result {
+    let (start, piece) = state
+        .placed()
+        .find(|(start, piece): &(u64, &Piece)| offset < start + piece.len)
+        .ok_or(EFAULT)?;
+    let within = offset - start;
+    // Device memory is uncached, as the kernel's own mapping of it; system memory is not. The
+    // field is only used by the insertion below: all faults of this VMA hold the reservation
+    // lock, and who holds the `mmap_lock` for writing keeps faults out.
+    // SAFETY: By the caller's promise.
+    unsafe { ffi::peerbuf_vma_set_device(vma, piece.system.is_none()) };
+    let page = match (piece.home, &object.bar().pages) {
+        _ if piece.system.is_some() => {
+            let index = within as usize / PAGE_SIZE;
+            Some(*piece.system_pages().get(index).ok_or(EFAULT)?)
+        }
+        (Some(home), Some(pages)) => Some(pages.page((home + within) as usize / PAGE_SIZE)?),
+        _ => None,
+    };
+    let address = address as c_ulong;
+    match page {
+        Some(page) if object.has_pages() => {
+            // SAFETY: The VMA is VM_MIXEDMAP, and the page has a count of at least one.
+            to_result(unsafe { bindings::vm_insert_page(vma, address, page) })
+        }
+        _ => {
+            let pfn = match page {
+                // SAFETY: The page is valid.
+                Some(page) => unsafe { ffi::peerbuf_page_to_pfn(page) },
+                None => {
+                    let home = piece.home.ok_or(EFAULT)?;
+                    (object.bar().start + home + within) as usize / PAGE_SIZE
+                }
+            };
+            // SAFETY: The VMA is VM_PFNMAP, and what it shows is the buffer's own: it is zapped
+            // before the memory goes to somebody else.
+            match unsafe { bindings::vmf_insert_pfn(vma, address, pfn as c_ulong) } {
+                ffi::VM_FAULT_NOPAGE => Ok(()),
+                bindings::vm_fault_reason_VM_FAULT_OOM => Err(ENOMEM),
+                _ => Err(EFAULT),
+            }
+        }
+    }
 }

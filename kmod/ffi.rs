@@ -12,12 +12,14 @@ pub(crate) const VM_FAULT_NOPAGE: bindings::vm_fault_t = 0x100;
 /// holds the value of `VM_MAYEXEC`.)
 pub(crate) const VM_MAYSHARE: bindings::vm_flags_t = 0x80;
 
-/// `MAX_SCHEDULE_TIMEOUT`: no limit.
-pub(crate) const MAX_SCHEDULE_TIMEOUT: c_ulong = c_long::MAX as c_ulong;
+/// An errno for which the kernel's Rust code has no constant, such as `bindings::EOPNOTSUPP`.
+pub(crate) fn errno(number: u32) -> kernel::error::Error {
+    kernel::error::Error::from_errno(-(number as c_int))
+}
 
-/// EOPNOTSUPP, for which the kernel's Rust code has no constant.
-pub(crate) fn eopnotsupp() -> kernel::error::Error {
-    kernel::error::Error::from_errno(-(bindings::EOPNOTSUPP as c_int))
+/// Whether the task has a signal to handle.
+pub(crate) fn signal_pending() -> bool {
+    kernel::current!().signal_pending()
 }
 
 /// ENOTCONN, likewise.
@@ -63,7 +65,6 @@ extern "C" {
     pub(crate) fn peerbuf_page_ref_count(page: *const bindings::page) -> c_int;
     pub(crate) fn peerbuf_set_page_count(page: *mut bindings::page, count: c_int);
     pub(crate) fn peerbuf_pci_resource_flags(pdev: *mut bindings::pci_dev, bar: c_int) -> c_ulong;
-    pub(crate) fn peerbuf_vma_set_noncached(vma: *mut bindings::vm_area_struct);
 
     /// `linux/anon_inodes.h`: a file that is in no directory.
     pub(crate) fn anon_inode_getfile(
@@ -84,4 +85,18 @@ extern "C" {
         pdev: *mut bindings::pci_dev,
     ) -> *mut bindings::pci_dev;
     pub(crate) fn peerbuf_dma_fence_put(fence: *mut bindings::dma_fence);
+    pub(crate) fn peerbuf_vma_set_device(vma: *mut bindings::vm_area_struct, device: bool);
+    pub(crate) fn peerbuf_page_address(page: *mut bindings::page) -> *mut c_void;
+    pub(crate) fn peerbuf_page_to_pfn(page: *const bindings::page) -> c_ulong;
+    pub(crate) fn peerbuf_dma_max_segment(dev: *mut bindings::device) -> c_uint;
+    pub(crate) fn peerbuf_reinit_completion(completion: *mut bindings::completion);
+    pub(crate) fn peerbuf_vmap(
+        pages: *mut *mut bindings::page,
+        count: c_uint,
+        device: bool,
+    ) -> *mut c_void;
+    pub(crate) fn peerbuf_wmb();
+
+    /// `linux/vmalloc.h`.
+    pub(crate) fn vunmap(address: *const c_void);
 }

@@ -4,23 +4,32 @@
  * line. Rust's own support code does the same for those it needs (rust/helpers/); none of these
  * is among them in Linux 7.2. Nothing else belongs here.
  */
+#include <linux/completion.h>
 #include <linux/dma-direct.h>
 #include <linux/dma-fence.h>
+#include <linux/dma-mapping.h>
 #include <linux/mm.h>
 #include <linux/pci.h>
+#include <linux/vmalloc.h>
 
 /* Rust calls them; no C file does. */
 struct page *peerbuf_pfn_to_page(unsigned long pfn);
 int peerbuf_page_ref_count(const struct page *page);
 void peerbuf_set_page_count(struct page *page, int count);
 unsigned long peerbuf_pci_resource_flags(struct pci_dev *pdev, int bar);
-void peerbuf_vma_set_noncached(struct vm_area_struct *vma);
 void peerbuf_device_lock(struct device *dev);
 void peerbuf_device_unlock(struct device *dev);
 phys_addr_t peerbuf_dma_to_phys(struct device *dev, dma_addr_t address);
 pci_bus_addr_t peerbuf_pci_bus_address(struct pci_dev *pdev, int bar);
 struct pci_dev *peerbuf_pci_upstream_bridge(struct pci_dev *pdev);
 void peerbuf_dma_fence_put(struct dma_fence *fence);
+void peerbuf_vma_set_device(struct vm_area_struct *vma, bool device);
+void *peerbuf_page_address(struct page *page);
+unsigned long peerbuf_page_to_pfn(const struct page *page);
+unsigned int peerbuf_dma_max_segment(struct device *dev);
+void peerbuf_reinit_completion(struct completion *completion);
+void *peerbuf_vmap(struct page **pages, unsigned int count, bool device);
+void peerbuf_wmb(void);
 
 struct page *peerbuf_pfn_to_page(unsigned long pfn)
 {
@@ -42,9 +51,41 @@ unsigned long peerbuf_pci_resource_flags(struct pci_dev *pdev, int bar)
 	return pci_resource_flags(pdev, bar);
 }
 
-void peerbuf_vma_set_noncached(struct vm_area_struct *vma)
+void peerbuf_vma_set_device(struct vm_area_struct *vma, bool device)
 {
-	vma->vm_page_prot = pgprot_noncached(vma->vm_page_prot);
+	pgprot_t prot = vm_get_page_prot(vma->vm_flags);
+
+	WRITE_ONCE(vma->vm_page_prot, device ? pgprot_noncached(prot) : prot);
+}
+
+void *peerbuf_page_address(struct page *page)
+{
+	return page_address(page);
+}
+
+unsigned long peerbuf_page_to_pfn(const struct page *page)
+{
+	return page_to_pfn(page);
+}
+
+unsigned int peerbuf_dma_max_segment(struct device *dev)
+{
+	return dma_get_max_seg_size(dev);
+}
+
+void peerbuf_reinit_completion(struct completion *completion)
+{
+	reinit_completion(completion);
+}
+
+void *peerbuf_vmap(struct page **pages, unsigned int count, bool device)
+{
+	return vmap(pages, count, VM_MAP, device ? pgprot_noncached(PAGE_KERNEL) : PAGE_KERNEL);
+}
+
+void peerbuf_wmb(void)
+{
+	wmb();
 }
 
 void peerbuf_device_lock(struct device *dev)

@@ -15,7 +15,10 @@
 //! - `device.rs`: a bound device and going away; `node.rs`: its node and ioctls; `misc.rs`: what
 //!   every node needs;
 //! - `region.rs`: who has which bytes of a BAR; `pages.rs`: a BAR's struct pages;
-//! - `buffer.rs`: what stands behind a dma-buf; `exporter.rs`: the dma-buf operations;
+//! - `buffer.rs`: the movable object behind a dma-buf, and its lock; `exporter.rs`: the dma-buf
+//!   operations; `mapping.rs`: the scatter tables that importers get; `system.rs`: memory that is
+//!   not in a BAR;
+//! - `moves.rs` and `revoke.rs`: the two state machines; `watch.rs`: events and counters;
 //! - `importer.rs`: the importer's node, and whose device goes; `attachment.rs`: what it attaches;
 //!   `route.rs`: where the addresses lead that an attachment was given;
 //! - `abi.rs`: the interface to userspace; `ffi.rs`, `helpers.c`: what `bindings` lacks.
@@ -28,11 +31,13 @@
 //! 1. `misc_mtx` of the misc core: opening a node, and unregistering it;
 //! 2. `Device::state`: the BARs' regions, the list of exports, whether the device is live;
 //! 3. `mmap_lock` of a process;
-//! 4. the reservation lock of a dma-buf: whether it is revoked, how many scatter tables are out;
+//! 4. the reservation lock of a dma-buf: all of `buffer::State`;
 //! 5. the importers' own locks, taken in their callbacks; `i_mmap_rwsem`, when zapping.
 //!
-//! `Device::state` and a reservation lock are never held together today; if they must be, in this
-//! order. None of these is held while unmapping or direct I/O is waited for.
+//! None of these is held while unmapping or direct I/O is waited for. Fences are waited for with the
+//! reservation lock held, as the kernel's own exporters do.
+//!
+//! To begin reading: `buffer.rs`, then `exporter.rs`, then `moves.rs`.
 //!
 //! # Lifetimes
 //!
@@ -49,11 +54,16 @@ mod device;
 mod exporter;
 mod ffi;
 mod importer;
+mod mapping;
 mod misc;
+mod moves;
 mod node;
 mod pages;
 mod region;
+mod revoke;
 mod route;
+mod system;
+mod watch;
 
 use device::{Binding, Device};
 use importer::Importer;

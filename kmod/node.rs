@@ -1,21 +1,33 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! `/dev/peerbuf/<BDF>`: the node of one device, and its ioctls.
+//!
+//! A descriptor that was opened read-only asks, watches, and exports read-only dma-bufs; to write
+//! to the memory or to move, revoke and restore buffers takes one opened for writing. Who has a
+//! buffer's descriptor but no node can use the buffer, and nothing else.
 
 use kernel::{
     bindings,
+    error::from_err_ptr,
     ffi::*,
     prelude::*,
+    seq_file::SeqFile,
     sync::{Arc, ArcBorrow},
-    uaccess::UserPtr,
+    transmute::AsBytes,
+    uaccess::{UserPtr, UserSlice},
 };
 
 use crate::{
     abi,
-    device::{self, Device},
+    buffer::{revoked, Locked},
+    device::{self, Device, Part},
+    exporter,
     ffi::Table,
     misc::{read_struct, write_struct, Fd, Misc},
+    moves::{self, To},
     region::Place,
+    revoke::{self, Scope},
+    watch,
 };
 
 static FOPS: Table<bindings::file_operations> = Table(bindings::file_operations {
@@ -26,6 +38,7 @@ static FOPS: Table<bindings::file_operations> = Table(bindings::file_operations 
     // The structs are the same for 32-bit callers.
     compat_ioctl: bindings::compat_ptr_ioctl,
     llseek: Some(bindings::noop_llseek),
+    show_fdinfo: Some(show_fdinfo),
     // SAFETY: Null function pointers are operations that the node does not have.
     ..unsafe { core::mem::zeroed() }
 });
@@ -56,18 +69,43 @@ unsafe extern "C" fn open(_inode: *mut bindings::inode, file: *mut bindings::fil
 /// `file_operations.release`.
 unsafe extern "C" fn release(_inode: *mut bindings::inode, file: *mut bindings::file) -> c_int {
     // SAFETY: `open` has put the reference there; this is its end.
-    drop(unsafe { Arc::from_raw((*file).private_data.cast_const().cast::<Device>()) });
+    let device = unsafe { Arc::from_raw((*file).private_data.cast_const().cast::<Device>()) };
+    device.each_export(|buffer| buffer.watchers.remove_all(file));
     0
+}
+
+/// `file_operations.show_fdinfo`: the exports of the device, as text.
+unsafe extern "C" fn show_fdinfo(to: *mut bindings::seq_file, file: *mut bindings::file) {
+    // SAFETY: As in `ioctl`; `to` is valid and this task's own.
+    let (device, to) = unsafe {
+        let device = (*file).private_data.cast_const().cast::<Device>();
+        (ArcBorrow::from_raw(device), SeqFile::from_raw(to))
+    };
+    device.each_export(|buffer| watch::print(buffer, to));
+}
+
+/// An open node, as its ioctls see it.
+struct Open<'a> {
+    file: *mut bindings::file,
+    device: ArcBorrow<'a, Device>,
 }
 
 /// `file_operations.unlocked_ioctl`.
 unsafe extern "C" fn ioctl(file: *mut bindings::file, cmd: c_uint, arg: c_ulong) -> c_long {
     // SAFETY: `open` has put a reference there, which lives as long as the file.
     let device = unsafe { ArcBorrow::from_raw((*file).private_data.cast_const().cast::<Device>()) };
+    let node = Open { file, device };
     let arg = UserPtr::from_addr(arg as usize);
     let answer = match cmd {
-        abi::IOC_QUERY => query(device, arg),
-        abi::IOC_EXPORT => export(device, arg),
+        abi::IOC_QUERY => node.query(arg),
+        abi::IOC_EXPORT => node.export(arg),
+        abi::IOC_EXPORT_RANGES => node.export_ranges(arg),
+        abi::IOC_MOVE => node.move_buffer(arg),
+        abi::IOC_REVOKE => node.revoke(arg),
+        abi::IOC_RESTORE => node.restore(arg),
+        abi::IOC_WATCH => node.watch(arg, true),
+        abi::IOC_UNWATCH => node.watch(arg, false),
+        abi::IOC_BUFFER => node.buffer(arg),
         _ => Err(ENOTTY),
     };
     match answer {
@@ -76,41 +114,291 @@ unsafe extern "C" fn ioctl(file: *mut bindings::file, cmd: c_uint, arg: c_ulong)
     }
 }
 
-fn query(device: ArcBorrow<'_, Device>, arg: UserPtr) -> Result {
-    let asked: abi::Query = read_struct(arg)?;
-    if asked.flags != 0 || asked.reserved != 0 {
-        return Err(EINVAL);
+impl Open<'_> {
+    fn query(&self, arg: UserPtr) -> Result {
+        let asked: abi::Query = read_struct(arg)?;
+        if asked.flags != 0 || asked.reserved != 0 {
+            return Err(EINVAL);
+        }
+        let mut answer = self.device.query()?;
+        // The caller's idea of the size, so that it finds its own field as it was.
+        answer.size = asked.size;
+        write_struct(arg, &answer)
     }
-    let mut answer = device.query()?;
-    // The caller's idea of the size, so that it finds its own field as it was.
-    answer.size = asked.size;
-    write_struct(arg, &answer)
+
+    fn export(&self, arg: UserPtr) -> Result {
+        let mut request: abi::Export = read_struct(arg)?;
+        if request.flags & !abi::EXPORT_FLAGS != 0 || request.fd != 0 || request.reserved != 0 {
+            return Err(EINVAL);
+        }
+        self.check_fd_flags(request.fd_flags)?;
+        let any = request.flags & abi::EXPORT_ANY_OFFSET != 0;
+        let mut parts = [Part {
+            place: Some(place(any, request.offset)?),
+            len: request.length,
+            offset: 0,
+        }];
+        let may_move = request.flags & abi::EXPORT_MAY_MOVE != 0;
+
+        // The descriptor is published last: until then every step can be undone.
+        let fd = Fd::reserve(request.fd_flags)?;
+        let bar = request.bar;
+        let dmabuf = self
+            .device
+            .export(bar, &mut parts, may_move, request.fd_flags)?;
+        request.offset = parts[0].offset;
+        request.fd = fd.number();
+        write_struct(arg, &request)?;
+        // SAFETY: The number was reserved above and is not given back any more.
+        unsafe { dmabuf.install(fd.into_number()) };
+        Ok(())
+    }
+
+    fn export_ranges(&self, arg: UserPtr) -> Result {
+        let mut request: abi::ExportRanges = read_struct(arg)?;
+        let count = request.nr_ranges as usize;
+        if request.flags & !abi::EXPORT_FLAGS != 0
+            || request.flags & abi::EXPORT_ANY_OFFSET != 0
+            || request.fd != 0
+            || request.length != 0
+            || count == 0
+            || count > abi::MAX_RANGES
+        {
+            return Err(EINVAL);
+        }
+        self.check_fd_flags(request.fd_flags)?;
+        let array = UserPtr::from_addr(request.ranges as usize);
+        let mut ranges: KVec<abi::Range> = KVec::with_capacity(count, GFP_KERNEL_ACCOUNT)?;
+        let mut reader = UserSlice::new(array, count * size_of::<abi::Range>()).reader();
+        let mut parts = KVec::with_capacity(count, GFP_KERNEL_ACCOUNT)?;
+        for _ in 0..count {
+            let range: abi::Range = reader.read()?;
+            parts.push(part(&range)?, GFP_KERNEL_ACCOUNT)?;
+            ranges.push(range, GFP_KERNEL_ACCOUNT)?;
+        }
+        let may_move = request.flags & abi::EXPORT_MAY_MOVE != 0;
+
+        let fd = Fd::reserve(request.fd_flags)?;
+        let bar = request.bar;
+        let dmabuf = self
+            .device
+            .export(bar, &mut parts, may_move, request.fd_flags)?;
+        for (range, part) in ranges.iter_mut().zip(&parts) {
+            range.offset = part.offset;
+            request.length += range.length;
+        }
+        request.fd = fd.number();
+        write_list(array, &ranges)?;
+        write_struct(arg, &request)?;
+        // SAFETY: The number was reserved above and is not given back any more.
+        unsafe { dmabuf.install(fd.into_number()) };
+        Ok(())
+    }
+
+    fn move_buffer(&self, arg: UserPtr) -> Result {
+        let mut request: abi::Move = read_struct(arg)?;
+        let to = match request.placement {
+            abi::PLACEMENT_DEVICE => To::Device,
+            abi::PLACEMENT_SYSTEM => To::System,
+            _ => return Err(EINVAL),
+        };
+        if request.flags != 0
+            || request.reserved != 0
+            || request.generation != 0
+            || request.copied != 0
+        {
+            return Err(EINVAL);
+        }
+        self.check_writable()?;
+        let dmabuf = self.get(request.fd)?;
+        let len = dmabuf.len();
+        let end = match request.length {
+            0 => len,
+            length => request.offset.checked_add(length).ok_or(EINVAL)?,
+        };
+        let page = kernel::page::PAGE_SIZE as u64;
+        if request.offset >= end || end > len || request.offset % page != 0 || end % page != 0 {
+            return Err(EINVAL);
+        }
+        let part = request.offset..end;
+        // SAFETY: The dma-buf is one of ours and kept, and the part is as it should be.
+        let moved = unsafe { moves::move_part(dmabuf.0, part, to, request.timeout_ms)? };
+        request.generation = moved.generation;
+        request.copied = moved.copied;
+        write_struct(arg, &request)
+    }
+
+    fn revoke(&self, arg: UserPtr) -> Result {
+        let mut request: abi::Revoke = read_struct(arg)?;
+        if request.flags != 0
+            || request.generation != 0
+            || request.holders != 0
+            || request.fences != 0
+            || request.pages != 0
+        {
+            return Err(EINVAL);
+        }
+        self.check_writable()?;
+        let dmabuf = self.get(request.fd)?;
+        let limit = request.timeout_ms;
+        // SAFETY: The dma-buf is one of ours and kept.
+        let left = unsafe { revoke::revoke(dmabuf.0, revoked::BY_OWNER, Scope::Buffer, limit) };
+        request.generation = left.generation;
+        request.holders = left.holders as u32;
+        request.fences = u32::from(left.fences);
+        request.pages = left.pages as u64;
+        write_struct(arg, &request)
+    }
+
+    fn restore(&self, arg: UserPtr) -> Result {
+        let mut request: abi::Restore = read_struct(arg)?;
+        if request.flags != 0 || request.reserved != 0 || request.generation != 0 {
+            return Err(EINVAL);
+        }
+        self.check_writable()?;
+        let dmabuf = self.get(request.fd)?;
+        // SAFETY: The dma-buf is one of ours and kept.
+        request.generation = unsafe { revoke::restore(dmabuf.0, revoked::BY_OWNER)? };
+        write_struct(arg, &request)
+    }
+
+    fn watch(&self, arg: UserPtr, begin: bool) -> Result {
+        let request: abi::Watch = read_struct(arg)?;
+        if request.flags != 0 {
+            return Err(EINVAL);
+        }
+        let dmabuf = self.get(request.fd)?;
+        let mut locked = dmabuf.lock();
+        if !begin {
+            return locked.watchers.remove(request.eventfd, self.file);
+        }
+        if locked.buffer().gone() {
+            // Nothing happens to it any more, and the node's end would not find it.
+            return Err(ENODEV);
+        }
+        locked.watchers.add(request.eventfd, self.file)
+    }
+
+    fn buffer(&self, arg: UserPtr) -> Result {
+        let mut request: abi::BufferQuery = read_struct(arg)?;
+        if request.flags != 0 {
+            return Err(EINVAL);
+        }
+        let most_attachments = request.nr_attachments as usize;
+        let most_pieces = request.nr_pieces as usize;
+        let dmabuf = self.get(request.fd)?;
+        let (attachments, pieces) = {
+            let locked = dmabuf.lock();
+            watch::query(&locked, &mut request);
+            (
+                watch::attachments(&locked, most_attachments)?,
+                watch::pieces(&locked, most_pieces)?,
+            )
+        };
+        write_list(
+            UserPtr::from_addr(request.attachments as usize),
+            &attachments,
+        )?;
+        write_list(UserPtr::from_addr(request.pieces as usize), &pieces)?;
+        write_struct(arg, &request)
+    }
+
+    /// EACCES where the node was opened read-only.
+    fn check_writable(&self) -> Result {
+        // SAFETY: The file is the one that the ioctl came by.
+        match unsafe { (*self.file).f_mode } & FMODE_WRITE {
+            0 => Err(EACCES),
+            _ => Ok(()),
+        }
+    }
+
+    /// How a new descriptor is opened: EINVAL, or EACCES for writing where the node was opened
+    /// read-only.
+    fn check_fd_flags(&self, flags: u32) -> Result {
+        if flags & !(bindings::O_ACCMODE | bindings::O_CLOEXEC) != 0 {
+            return Err(EINVAL);
+        }
+        match flags & bindings::O_ACCMODE {
+            bindings::O_RDONLY => Ok(()),
+            bindings::O_RDWR => self.check_writable(),
+            _ => Err(EINVAL),
+        }
+    }
+
+    /// The dma-buf behind a descriptor. EBADF; EINVAL where it is no dma-buf, or none that this
+    /// device has exported.
+    fn get(&self, fd: i32) -> Result<Got> {
+        // SAFETY: It checks what the number stands for.
+        let got = Got(from_err_ptr(unsafe { bindings::dma_buf_get(fd) })?);
+        // SAFETY: The reference keeps it. The buffer is looked at only if it is one of ours.
+        let ours = unsafe {
+            exporter::is_ours(got.0)
+                && core::ptr::eq(&*exporter::buffer(got.0).device, &*self.device)
+        };
+        if ours {
+            Ok(got)
+        } else {
+            Err(EINVAL)
+        }
+    }
 }
 
-fn export(device: ArcBorrow<'_, Device>, arg: UserPtr) -> Result {
-    let mut request: abi::Export = read_struct(arg)?;
-    let mode = request.fd_flags & bindings::O_ACCMODE;
-    if request.flags & !abi::EXPORT_FLAGS != 0
-        || request.fd_flags & !(bindings::O_ACCMODE | bindings::O_CLOEXEC) != 0
-        || !(mode == bindings::O_RDONLY || mode == bindings::O_RDWR)
-        || request.fd != 0
-        || request.reserved != 0
-    {
+/// `FMODE_WRITE`, `linux/fs.h`.
+const FMODE_WRITE: c_uint = 1 << 1;
+
+/// A reference to a dma-buf.
+struct Got(*mut bindings::dma_buf);
+
+impl Got {
+    fn len(&self) -> u64 {
+        // SAFETY: The reference keeps it.
+        unsafe { (*self.0).size as u64 }
+    }
+
+    /// The dma-buf was checked to be one of ours.
+    fn lock(&self) -> Locked<'_> {
+        // SAFETY: The reference keeps it, and an ioctl begins with no lock held.
+        unsafe { Locked::lock(self.0) }
+    }
+}
+
+impl Drop for Got {
+    fn drop(&mut self) {
+        // SAFETY: This object owns a reference.
+        unsafe { bindings::dma_buf_put(self.0) };
+    }
+}
+
+fn place(any: bool, offset: u64) -> Result<Place> {
+    match any {
+        true if offset != 0 => Err(EINVAL),
+        true => Ok(Place::Any),
+        false => Ok(Place::At(offset)),
+    }
+}
+
+fn part(range: &abi::Range) -> Result<Part> {
+    if range.flags & !abi::RANGE_FLAGS != 0 || range.reserved != 0 {
         return Err(EINVAL);
     }
-    let place = match request.flags & abi::EXPORT_ANY_OFFSET != 0 {
-        true if request.offset != 0 => return Err(EINVAL),
-        true => Place::Any,
-        false => Place::At(request.offset),
+    let any = range.flags & abi::RANGE_ANY_OFFSET != 0;
+    let place = match range.flags & abi::RANGE_SYSTEM != 0 {
+        true if any || range.offset != 0 => return Err(EINVAL),
+        true => None,
+        false => Some(place(any, range.offset)?),
     };
+    Ok(Part {
+        place,
+        len: range.length,
+        offset: 0,
+    })
+}
 
-    // The descriptor is published last: until then every step can be undone.
-    let fd = Fd::reserve(request.fd_flags)?;
-    let (dmabuf, offset) = device.export(request.bar, place, request.length, request.fd_flags)?;
-    request.offset = offset;
-    request.fd = fd.number();
-    write_struct(arg, &request)?;
-    // SAFETY: The number was reserved above and is not given back any more.
-    unsafe { dmabuf.install(fd.into_number()) };
+/// Writes an array of the interface.
+fn write_list<T: AsBytes>(to: UserPtr, list: &[T]) -> Result {
+    let mut writer = UserSlice::new(to, core::mem::size_of_val(list)).writer();
+    for entry in list {
+        writer.write(entry)?;
+    }
     Ok(())
 }

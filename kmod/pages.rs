@@ -94,15 +94,9 @@ impl Pages {
         Ok(unsafe { ffi::peerbuf_pfn_to_page((self.first + index) as c_ulong) })
     }
 
-    /// Waits until every write to the BAR that the processor has posted has arrived, by reading
-    /// back from `offset`: a PCIe read pushes posted writes on its path ahead of itself.
-    pub(crate) fn flush(&self, offset: u64) {
-        if (offset as usize) < self.count * PAGE_SIZE {
-            let byte = self.kaddr.cast::<u8>().wrapping_add(offset as usize);
-            // SAFETY: By the type invariant and the check, the byte lies in the kernel's uncached
-            // mapping of the BAR.
-            unsafe { byte.read_volatile() };
-        }
+    /// Where the kernel sees the BAR.
+    pub(crate) fn kernel_address(&self) -> *mut c_void {
+        self.kaddr
     }
 
     /// How many pages of the range have a count above the base, which means that a page table

@@ -31,6 +31,29 @@ pub const IOC_QUERY: u32 = io(0x00);
 /// `/dev/peerbuf/<BDF>` node.
 pub const IOC_EXPORT: u32 = io(0x01);
 
+/// `_IO(0xBB, 0x02)`: exports several ranges as one dma-buf, by [`ExportRanges`]. On a
+/// `/dev/peerbuf/<BDF>` node.
+pub const IOC_EXPORT_RANGES: u32 = io(0x02);
+
+/// `_IO(0xBB, 0x03)`: moves a buffer's bytes, by [`Move`]. On the node of the device that
+/// exported the buffer, like the ioctls that follow.
+pub const IOC_MOVE: u32 = io(0x03);
+
+/// `_IO(0xBB, 0x04)`: takes access to a buffer away, by [`Revoke`].
+pub const IOC_REVOKE: u32 = io(0x04);
+
+/// `_IO(0xBB, 0x05)`: gives access again, by [`Restore`].
+pub const IOC_RESTORE: u32 = io(0x05);
+
+/// `_IO(0xBB, 0x06)`: signals an eventfd when a buffer changes, by [`Watch`].
+pub const IOC_WATCH: u32 = io(0x06);
+
+/// `_IO(0xBB, 0x07)`: ends what [`IOC_WATCH`] began, by [`Watch`].
+pub const IOC_UNWATCH: u32 = io(0x07);
+
+/// `_IO(0xBB, 0x08)`: says where a buffer is and who uses it, by [`BufferQuery`].
+pub const IOC_BUFFER: u32 = io(0x08);
+
 /// The number of base address registers that a PCI function has.
 pub const NUM_BARS: usize = 6;
 
@@ -52,8 +75,61 @@ pub const BAR_FLAGS: u32 = BAR_MEMORY | BAR_PREFETCHABLE | BAR_64BIT | BAR_EXPOR
 /// The module chooses the offset; [`Export::offset`] is zero on entry and set on return.
 pub const EXPORT_ANY_OFFSET: u32 = 1 << 0;
 
+/// The buffer moves to system memory for importers that cannot use the BAR, instead of refusing
+/// them.
+pub const EXPORT_MAY_MOVE: u32 = 1 << 1;
+
 /// Every `EXPORT_*` flag that this version knows.
-pub const EXPORT_FLAGS: u32 = EXPORT_ANY_OFFSET;
+pub const EXPORT_FLAGS: u32 = EXPORT_ANY_OFFSET | EXPORT_MAY_MOVE;
+
+/// [`Range`]: the module chooses the offset in the BAR; [`Range::offset`] is zero on entry.
+pub const RANGE_ANY_OFFSET: u32 = 1 << 0;
+/// [`Range`]: system memory, with no place in the BAR; [`Range::offset`] is zero.
+pub const RANGE_SYSTEM: u32 = 1 << 1;
+
+/// Every `RANGE_*` flag that a caller may set.
+pub const RANGE_FLAGS: u32 = RANGE_ANY_OFFSET | RANGE_SYSTEM;
+
+/// The most ranges of one export.
+pub const MAX_RANGES: usize = 1024;
+
+/// Placement: the bytes are in the device's BAR.
+pub const PLACEMENT_DEVICE: u32 = 1;
+/// Placement: the bytes are in system memory.
+pub const PLACEMENT_SYSTEM: u32 = 2;
+/// Placement: some ranges are in the BAR and some in system memory. Never asked for.
+pub const PLACEMENT_MIXED: u32 = 3;
+
+/// [`BufferQuery::state`]: the buffer can be used.
+pub const STATE_LIVE: u32 = 1;
+/// [`BufferQuery::state`]: access was taken away and can be given again.
+pub const STATE_REVOKED: u32 = 2;
+/// [`BufferQuery::state`]: access was taken away for good, since the device is gone.
+pub const STATE_GONE: u32 = 3;
+
+/// [`Attachment`]: the importer can be told that its mappings are stale.
+pub const ATTACHMENT_REVOCABLE: u32 = 1 << 0;
+/// [`Attachment`]: the importer takes part in the dynamic rules (it has importer operations).
+pub const ATTACHMENT_DYNAMIC: u32 = 1 << 1;
+/// [`Attachment`]: the importer can use peer memory.
+pub const ATTACHMENT_PEER: u32 = 1 << 2;
+/// [`Attachment`]: keeps the buffer in system memory as long as it is attached.
+pub const ATTACHMENT_NEEDS_SYSTEM: u32 = 1 << 3;
+/// [`Attachment`]: has a mapping from before the last move or revoke.
+pub const ATTACHMENT_STALE: u32 = 1 << 4;
+
+/// [`BufferQuery::refused_reason`]: nobody was refused.
+pub const REFUSED_NOBODY: u32 = 0;
+/// [`BufferQuery::refused_reason`]: the importer did not ask for peer memory (EOPNOTSUPP).
+pub const REFUSED_NOT_PEER: u32 = 1;
+/// [`BufferQuery::refused_reason`]: the importer cannot be told that a mapping is stale
+/// (EOPNOTSUPP).
+pub const REFUSED_NOT_REVOCABLE: u32 = 2;
+/// [`BufferQuery::refused_reason`]: the kernel sees no route between the devices (EREMOTEIO).
+pub const REFUSED_NO_ROUTE: u32 = 3;
+/// [`BufferQuery::refused_reason`]: the buffer could not be moved to system memory: it is pinned
+/// or in use (EBUSY), or there is no memory (ENOMEM).
+pub const REFUSED_MOVE_FAILED: u32 = 4;
 
 /// What one BAR is, and how much of it is free. All sizes are in bytes.
 #[repr(C)]
@@ -125,6 +201,248 @@ pub struct Export {
     pub fd: i32,
     /// In and out: zero.
     pub reserved: u32,
+}
+
+/// One range of [`ExportRanges`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "bytemuck", derive(bytemuck::Pod, bytemuck::Zeroable))]
+pub struct Range {
+    /// In and out: where in the BAR the range begins, in bytes; zero for system memory.
+    pub offset: u64,
+    /// In: the range's length in bytes.
+    pub length: u64,
+    /// In: `RANGE_*` flags.
+    pub flags: u32,
+    /// In and out: zero.
+    pub reserved: u32,
+}
+
+/// [`IOC_EXPORT_RANGES`]: makes one dma-buf of ranges of one BAR and of system memory, in the
+/// order given.
+///
+/// Errors: as [`Export`], for each range; EINVAL also for no range, more than [`MAX_RANGES`], a
+/// total length that is no positive 63-bit number, `EXPORT_ANY_OFFSET` among the flags; EBUSY also
+/// for ranges that overlap; ENOMEM where there is not enough system memory.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "bytemuck", derive(bytemuck::Pod, bytemuck::Zeroable))]
+pub struct ExportRanges {
+    /// In: the size of this struct as the caller knows it.
+    pub size: u32,
+    /// In: `EXPORT_*` flags, without `EXPORT_ANY_OFFSET`.
+    pub flags: u32,
+    /// In: the BAR's index, 0 to 5, the same for each range.
+    pub bar: u32,
+    /// In: as [`Export::fd_flags`].
+    pub fd_flags: u32,
+    /// In: the address of an array of [`Range`]; the offsets are filled in.
+    pub ranges: u64,
+    /// In: the number of ranges.
+    pub nr_ranges: u32,
+    /// Out: the dma-buf's file descriptor; zero on entry.
+    pub fd: i32,
+    /// Out: the length of the dma-buf in bytes; zero on entry.
+    pub length: u64,
+}
+
+/// [`IOC_MOVE`]: takes the bytes of a buffer, or of a page-aligned part, to the BAR or to system
+/// memory. Mappings made before are invalidated, and keep their old backing until they are
+/// unmapped. Ranges that are there already stay as they are.
+///
+/// Errors: EINVAL (size, flags, padding, placement, a part that is not page-aligned or not inside
+/// the buffer, a descriptor that is no dma-buf of this device), EBUSY (the buffer is pinned or has
+/// a kernel mapping; a move to the BAR while an importer needs system memory, or still has a stale
+/// mapping of the BAR; fences or direct I/O did not end within the time limit:
+/// [`IOC_BUFFER`] tells who), EOPNOTSUPP (a move to the BAR of a part without a place there),
+/// ENODEV (the buffer is revoked, or the device gone), EACCES (the node was opened read-only),
+/// EINTR (a signal came; nothing has moved), ENOMEM, EBADF, EFAULT.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "bytemuck", derive(bytemuck::Pod, bytemuck::Zeroable))]
+pub struct Move {
+    /// In: the size of this struct as the caller knows it.
+    pub size: u32,
+    /// In: zero.
+    pub flags: u32,
+    /// In: the dma-buf.
+    pub fd: i32,
+    /// In: `PLACEMENT_DEVICE` or `PLACEMENT_SYSTEM`.
+    pub placement: u32,
+    /// In: where the part begins in the buffer, in bytes.
+    pub offset: u64,
+    /// In: the part's length in bytes; zero for all that follows `offset`.
+    pub length: u64,
+    /// In: how long to wait for fences and direct I/O, in milliseconds.
+    pub timeout_ms: u32,
+    /// In and out: zero.
+    pub reserved: u32,
+    /// Out: the generation that the buffer has now; unchanged if nothing had to move.
+    pub generation: u64,
+    /// Out: bytes that were copied.
+    pub copied: u64,
+}
+
+/// [`IOC_REVOKE`]: takes access away from importers and processes until it is given again.
+///
+/// From the call on nobody gets new access, whatever it returns. A return of 0 with no
+/// `holders` and no `pages` says that nobody can reach the memory any more. Otherwise the time ran
+/// out: [`IOC_BUFFER`] names the holders, and the call may be repeated to wait for them again.
+///
+/// Errors: EINVAL, ENODEV, EACCES, EBADF, EFAULT, as [`Move`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "bytemuck", derive(bytemuck::Pod, bytemuck::Zeroable))]
+pub struct Revoke {
+    /// In: the size of this struct as the caller knows it.
+    pub size: u32,
+    /// In: zero.
+    pub flags: u32,
+    /// In: the dma-buf.
+    pub fd: i32,
+    /// In: how long to wait, in milliseconds.
+    pub timeout_ms: u32,
+    /// Out: the generation that the buffer has now.
+    pub generation: u64,
+    /// Out: mappings that importers still have.
+    pub holders: u32,
+    /// Out: fences that are not signalled: 1 if any, otherwise 0.
+    pub fences: u32,
+    /// Out: pages that direct I/O still uses.
+    pub pages: u64,
+}
+
+/// [`IOC_RESTORE`]: gives access to a revoked buffer again, with a new generation.
+///
+/// Errors: EBUSY (somebody still holds it from before), EALREADY (it is not revoked), ENODEV,
+/// EINVAL, EACCES, EBADF, EFAULT, as [`Move`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "bytemuck", derive(bytemuck::Pod, bytemuck::Zeroable))]
+pub struct Restore {
+    /// In: the size of this struct as the caller knows it.
+    pub size: u32,
+    /// In: zero.
+    pub flags: u32,
+    /// In: the dma-buf.
+    pub fd: i32,
+    /// In and out: zero.
+    pub reserved: u32,
+    /// Out: the generation that the buffer has now.
+    pub generation: u64,
+}
+
+/// [`IOC_WATCH`] and [`IOC_UNWATCH`]: adds 1 to an eventfd with each move, revoke and restore of a
+/// buffer, until told otherwise or until the node's descriptor is closed.
+///
+/// Errors: EINVAL (also: no eventfd), ENOENT (unwatch: not watched by it), ENOSPC (too many
+/// watchers), ENODEV, EBADF, EFAULT, ENOMEM.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "bytemuck", derive(bytemuck::Pod, bytemuck::Zeroable))]
+pub struct Watch {
+    /// In: the size of this struct as the caller knows it.
+    pub size: u32,
+    /// In: zero.
+    pub flags: u32,
+    /// In: the dma-buf.
+    pub fd: i32,
+    /// In: the eventfd.
+    pub eventfd: i32,
+}
+
+/// One attachment, as [`BufferQuery`] lists them.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "bytemuck", derive(bytemuck::Pod, bytemuck::Zeroable))]
+pub struct Attachment {
+    /// The importing device's name, NUL-terminated and NUL-padded; a PCI address for PCI devices.
+    pub device: [u8; 32],
+    /// `ATTACHMENT_*` flags.
+    pub flags: u32,
+    /// Mappings that it has now.
+    pub mapped: u32,
+    /// How often it has pinned the buffer.
+    pub pinned: u32,
+    /// Zero.
+    pub reserved: u32,
+    /// The generation of its oldest mapping; zero without one.
+    pub generation: u64,
+}
+
+/// One part of a buffer, as [`BufferQuery`] lists them in order.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "bytemuck", derive(bytemuck::Pod, bytemuck::Zeroable))]
+pub struct Piece {
+    /// Its length in bytes.
+    pub length: u64,
+    /// Its place in the BAR, in bytes, kept also while the bytes are in system memory; all ones
+    /// for none.
+    pub offset: u64,
+    /// `PLACEMENT_DEVICE` or `PLACEMENT_SYSTEM`.
+    pub placement: u32,
+    /// Zero.
+    pub reserved: u32,
+}
+
+/// [`IOC_BUFFER`]: where a buffer is, who uses it, and what has happened to it.
+///
+/// Errors: EINVAL, EBADF, EFAULT, ENOMEM, as [`Move`]. It answers for a buffer whose device is
+/// gone.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "bytemuck", derive(bytemuck::Pod, bytemuck::Zeroable))]
+pub struct BufferQuery {
+    /// In: the size of this struct as the caller knows it.
+    pub size: u32,
+    /// In: zero.
+    pub flags: u32,
+    /// In: the dma-buf.
+    pub fd: i32,
+    /// Out: `STATE_*`.
+    pub state: u32,
+    /// Out: `PLACEMENT_*`.
+    pub placement: u32,
+    /// Out: the BAR's index.
+    pub bar: u32,
+    /// Out: the buffer's length in bytes.
+    pub length: u64,
+    /// Out: begins at 1, and rises with each move, revoke and restore.
+    pub generation: u64,
+    /// In: the address of an array of [`Attachment`].
+    pub attachments: u64,
+    /// In: the address of an array of [`Piece`].
+    pub pieces: u64,
+    /// In: how many attachments the array can take. Out: how many there are, also where that is
+    /// more.
+    pub nr_attachments: u32,
+    /// In: how many pieces the array can take. Out: how many there are, also where that is more.
+    pub nr_pieces: u32,
+    /// Out: pins of all importers.
+    pub pins: u32,
+    /// Out: kernel mappings (`vmap`): 1 if there are any, otherwise 0.
+    pub vmaps: u32,
+    /// Out: pages that CPU mappings or direct I/O use now.
+    pub busy_pages: u64,
+    /// Out: moves of any part.
+    pub moves: u64,
+    /// Out: how often importers were told that their mappings are stale.
+    pub invalidations: u64,
+    /// Out: mappings made for importers.
+    pub maps: u64,
+    /// Out: bytes copied by moves.
+    pub copied: u64,
+    /// Out: the longest that a move or revoke has waited for others, in nanoseconds.
+    pub longest_wait_ns: u64,
+    /// Out: importers that were refused.
+    pub refusals: u64,
+    /// Out: the device that was refused last, as [`Attachment::device`].
+    pub refused_device: [u8; 32],
+    /// Out: `REFUSED_*`: why.
+    pub refused_reason: u32,
+    /// Out: the errno that it was given, positive.
+    pub refused_errno: u32,
 }
 
 // The importer: `/dev/peerbuf/importer`, which attaches dma-bufs of any exporter on behalf of a

@@ -8,7 +8,8 @@ use std::mem::{offset_of, size_of};
 use std::process::Command;
 
 use peerbuf_uapi::{
-    self as abi, Bar, Export, ImportAttach, ImportFence, ImportMap, ImportQuery, ImportStep, Query,
+    self as abi, Attachment, Bar, BufferQuery, Export, ExportRanges, ImportAttach, ImportFence,
+    ImportMap, ImportQuery, ImportStep, Move, Piece, Query, Range, Restore, Revoke, Watch,
 };
 
 /// C expression and the value that Rust has for it.
@@ -92,6 +93,33 @@ fn header_and_rust_agree() {
     asked.constant("IMPORT_FENCED", abi::IMPORT_FENCED);
     asked.constant("IMPORT_DETACHED", abi::IMPORT_DETACHED);
     asked.constant("IMPORT_DEVICE_GONE", abi::IMPORT_DEVICE_GONE);
+    asked.constant("IOC_EXPORT_RANGES", abi::IOC_EXPORT_RANGES);
+    asked.constant("IOC_MOVE", abi::IOC_MOVE);
+    asked.constant("IOC_REVOKE", abi::IOC_REVOKE);
+    asked.constant("IOC_RESTORE", abi::IOC_RESTORE);
+    asked.constant("IOC_WATCH", abi::IOC_WATCH);
+    asked.constant("IOC_UNWATCH", abi::IOC_UNWATCH);
+    asked.constant("IOC_BUFFER", abi::IOC_BUFFER);
+    asked.constant("EXPORT_MAY_MOVE", abi::EXPORT_MAY_MOVE);
+    asked.constant("RANGE_ANY_OFFSET", abi::RANGE_ANY_OFFSET);
+    asked.constant("RANGE_SYSTEM", abi::RANGE_SYSTEM);
+    asked.constant("PLACEMENT_DEVICE", abi::PLACEMENT_DEVICE);
+    asked.constant("PLACEMENT_SYSTEM", abi::PLACEMENT_SYSTEM);
+    asked.constant("PLACEMENT_MIXED", abi::PLACEMENT_MIXED);
+    asked.constant("STATE_LIVE", abi::STATE_LIVE);
+    asked.constant("STATE_REVOKED", abi::STATE_REVOKED);
+    asked.constant("STATE_GONE", abi::STATE_GONE);
+    asked.constant("ATTACHMENT_REVOCABLE", abi::ATTACHMENT_REVOCABLE);
+    asked.constant("ATTACHMENT_DYNAMIC", abi::ATTACHMENT_DYNAMIC);
+    asked.constant("ATTACHMENT_PEER", abi::ATTACHMENT_PEER);
+    asked.constant("ATTACHMENT_NEEDS_SYSTEM", abi::ATTACHMENT_NEEDS_SYSTEM);
+    asked.constant("ATTACHMENT_STALE", abi::ATTACHMENT_STALE);
+    asked.constant("REFUSED_NOBODY", abi::REFUSED_NOBODY);
+    asked.constant("REFUSED_NOT_PEER", abi::REFUSED_NOT_PEER);
+    asked.constant("REFUSED_NOT_REVOCABLE", abi::REFUSED_NOT_REVOCABLE);
+    asked.constant("REFUSED_NO_ROUTE", abi::REFUSED_NO_ROUTE);
+    asked.constant("REFUSED_MOVE_FAILED", abi::REFUSED_MOVE_FAILED);
+    asked.constant("MAX_RANGES", abi::MAX_RANGES as u64);
     structs!(asked,
         Bar "bar" { size, free, largest_free, exports, flags }
         Query "query" {
@@ -107,6 +135,23 @@ fn header_and_rust_agree() {
         ImportQuery "import_query" {
             size, flags, state, segments, bytes, system_bytes, bus_bytes, bridge_bytes,
             other_bytes, provider, invalidations, maps, remaps, map_ns, remap_error, reserved
+        }
+        Range "range" { offset, length, flags, reserved }
+        ExportRanges "export_ranges" {
+            size, flags, bar, fd_flags, ranges, nr_ranges, fd, length
+        }
+        Move "move" {
+            size, flags, fd, placement, offset, length, timeout_ms, reserved, generation, copied
+        }
+        Revoke "revoke" { size, flags, fd, timeout_ms, generation, holders, fences, pages }
+        Restore "restore" { size, flags, fd, reserved, generation }
+        Watch "watch" { size, flags, fd, eventfd }
+        Attachment "attachment" { device, flags, mapped, pinned, reserved, generation }
+        Piece "piece" { length, offset, placement, reserved }
+        BufferQuery "buffer_query" {
+            size, flags, fd, state, placement, bar, length, generation, attachments, pieces,
+            nr_attachments, nr_pieces, pins, vmaps, busy_pages, moves, invalidations, maps,
+            copied, longest_wait_ns, refusals, refused_device, refused_reason, refused_errno
         }
     );
 
@@ -154,6 +199,7 @@ fn every_constant_is_in_the_header() {
         let name = line["pub const ".len()..].split(':').next().unwrap();
         // Sums of the flags are for checks in Rust.
         let sum = ["BAR_FLAGS", "EXPORT_FLAGS", "IMPORT_FLAGS"].contains(&name);
+        let sum = name.ends_with("_FLAGS");
         assert!(
             sum || header.contains(&format!("#define PEERBUF_{name} ")),
             "{name}"
@@ -165,11 +211,28 @@ fn every_constant_is_in_the_header() {
 fn numbers_never_change() {
     assert_eq!(abi::IOC_QUERY, 0xBB00);
     assert_eq!(abi::IOC_EXPORT, 0xBB01);
+    assert_eq!(abi::IOC_EXPORT_RANGES, 0xBB02);
+    assert_eq!(abi::IOC_MOVE, 0xBB03);
+    assert_eq!(abi::IOC_REVOKE, 0xBB04);
+    assert_eq!(abi::IOC_RESTORE, 0xBB05);
+    assert_eq!(abi::IOC_WATCH, 0xBB06);
+    assert_eq!(abi::IOC_UNWATCH, 0xBB07);
+    assert_eq!(abi::IOC_BUFFER, 0xBB08);
+    assert_eq!(size_of::<Range>(), 24);
+    assert_eq!(size_of::<ExportRanges>(), 40);
+    assert_eq!(size_of::<Move>(), 56);
+    assert_eq!(size_of::<Revoke>(), 40);
+    assert_eq!(size_of::<Restore>(), 24);
+    assert_eq!(size_of::<Watch>(), 16);
+    assert_eq!(size_of::<Attachment>(), 56);
+    assert_eq!(size_of::<Piece>(), 24);
+    assert_eq!(size_of::<BufferQuery>(), 168);
     assert_eq!(size_of::<Query>(), 232);
     assert_eq!(size_of::<Bar>(), 32);
     assert_eq!(size_of::<Export>(), 40);
     assert_eq!(abi::BAR_FLAGS, 0x1f);
-    assert_eq!(abi::EXPORT_FLAGS, 1);
+    assert_eq!(abi::EXPORT_FLAGS, 3);
+    assert_eq!(abi::RANGE_FLAGS, 3);
     let numbers = [
         abi::IOC_IMPORT_ATTACH,
         abi::IOC_IMPORT_MAP,

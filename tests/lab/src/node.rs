@@ -4,11 +4,16 @@
 use std::ffi::c_void;
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use bytemuck::Zeroable;
 use peerbuf_uapi as abi;
+
+/// The page size of the lab's machine.
+pub const PAGE: u64 = 4096;
+/// 2^20 bytes.
+pub const MIB: u64 = 1 << 20;
 
 /// Calls `ioctl` with a raw number and address.
 ///
@@ -77,7 +82,6 @@ impl Node {
     ///
     /// What the kernel answers.
     pub fn call<T: bytemuck::Pod>(&self, number: u32, argument: &mut T) -> io::Result<i32> {
-        use std::os::fd::AsFd;
         ioctl(
             self.file.as_fd(),
             number,
@@ -140,6 +144,167 @@ impl Node {
     /// What the kernel answers.
     pub fn export(&self, offset: Option<u64>, length: u64) -> io::Result<(OwnedFd, u64)> {
         self.export_request(Self::request(offset, length))
+    }
+
+    /// [`abi::IOC_EXPORT_RANGES`]: the dma-buf, and the ranges with their offsets.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel answers.
+    pub fn export_ranges(
+        &self,
+        flags: u32,
+        ranges: &mut [abi::Range],
+    ) -> io::Result<(OwnedFd, u64)> {
+        let mut request = abi::ExportRanges {
+            size: size_of::<abi::ExportRanges>() as u32,
+            flags,
+            bar: 2,
+            fd_flags: (libc::O_RDWR | libc::O_CLOEXEC) as u32,
+            ranges: ranges.as_mut_ptr().addr() as u64,
+            nr_ranges: ranges.len() as u32,
+            ..Zeroable::zeroed()
+        };
+        self.call(abi::IOC_EXPORT_RANGES, &mut request)?;
+        // SAFETY: As in `export_request`.
+        let fd = unsafe { OwnedFd::from_raw_fd(request.fd) };
+        Ok((fd, request.length))
+    }
+
+    /// Exports `length` bytes of BAR 2 anywhere, that may move to system memory for importers
+    /// which need it.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel answers.
+    pub fn export_movable(&self, length: u64) -> io::Result<OwnedFd> {
+        let mut request = Self::request(None, length);
+        request.flags |= abi::EXPORT_MAY_MOVE;
+        Ok(self.export_request(request)?.0)
+    }
+
+    /// [`abi::IOC_MOVE`] of the whole buffer, with 5 seconds for it: the generation and the bytes
+    /// copied.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel answers.
+    pub fn move_to(&self, fd: &OwnedFd, placement: u32) -> io::Result<(u64, u64)> {
+        self.move_part(fd, placement, 0, 0, 5000)
+    }
+
+    /// [`abi::IOC_MOVE`].
+    ///
+    /// # Errors
+    ///
+    /// What the kernel answers.
+    pub fn move_part(
+        &self,
+        fd: &OwnedFd,
+        placement: u32,
+        offset: u64,
+        length: u64,
+        timeout_ms: u32,
+    ) -> io::Result<(u64, u64)> {
+        let mut request = abi::Move {
+            size: size_of::<abi::Move>() as u32,
+            fd: fd.as_raw_fd(),
+            placement,
+            offset,
+            length,
+            timeout_ms,
+            ..Zeroable::zeroed()
+        };
+        self.call(abi::IOC_MOVE, &mut request)?;
+        Ok((request.generation, request.copied))
+    }
+
+    /// [`abi::IOC_REVOKE`].
+    ///
+    /// # Errors
+    ///
+    /// What the kernel answers.
+    pub fn revoke(&self, fd: &OwnedFd, timeout_ms: u32) -> io::Result<abi::Revoke> {
+        let mut request = abi::Revoke {
+            size: size_of::<abi::Revoke>() as u32,
+            fd: fd.as_raw_fd(),
+            timeout_ms,
+            ..Zeroable::zeroed()
+        };
+        self.call(abi::IOC_REVOKE, &mut request)?;
+        Ok(request)
+    }
+
+    /// [`abi::IOC_RESTORE`]: the generation.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel answers.
+    pub fn restore(&self, fd: &OwnedFd) -> io::Result<u64> {
+        let mut request = abi::Restore {
+            size: size_of::<abi::Restore>() as u32,
+            fd: fd.as_raw_fd(),
+            ..Zeroable::zeroed()
+        };
+        self.call(abi::IOC_RESTORE, &mut request)?;
+        Ok(request.generation)
+    }
+
+    /// [`abi::IOC_WATCH`] or [`abi::IOC_UNWATCH`].
+    ///
+    /// # Errors
+    ///
+    /// What the kernel answers.
+    pub fn watch(&self, number: u32, fd: &OwnedFd, eventfd: BorrowedFd<'_>) -> io::Result<()> {
+        let mut request = abi::Watch {
+            size: size_of::<abi::Watch>() as u32,
+            fd: fd.as_raw_fd(),
+            eventfd: eventfd.as_raw_fd(),
+            ..Zeroable::zeroed()
+        };
+        self.call(number, &mut request)?;
+        Ok(())
+    }
+
+    /// [`abi::IOC_BUFFER`], without the lists.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel answers.
+    pub fn buffer(&self, fd: &OwnedFd) -> io::Result<abi::BufferQuery> {
+        let mut request = abi::BufferQuery {
+            size: size_of::<abi::BufferQuery>() as u32,
+            fd: fd.as_raw_fd(),
+            ..Zeroable::zeroed()
+        };
+        self.call(abi::IOC_BUFFER, &mut request)?;
+        Ok(request)
+    }
+
+    /// The lists of [`abi::IOC_BUFFER`].
+    ///
+    /// # Errors
+    ///
+    /// What the kernel answers.
+    pub fn buffer_lists(
+        &self,
+        fd: &OwnedFd,
+    ) -> io::Result<(Vec<abi::Attachment>, Vec<abi::Piece>)> {
+        let mut attachments = vec![abi::Attachment::zeroed(); 128];
+        let mut pieces = vec![abi::Piece::zeroed(); 128];
+        let mut request = abi::BufferQuery {
+            size: size_of::<abi::BufferQuery>() as u32,
+            fd: fd.as_raw_fd(),
+            attachments: attachments.as_mut_ptr().addr() as u64,
+            pieces: pieces.as_mut_ptr().addr() as u64,
+            nr_attachments: 128,
+            nr_pieces: 128,
+            ..Zeroable::zeroed()
+        };
+        self.call(abi::IOC_BUFFER, &mut request)?;
+        attachments.truncate(request.nr_attachments as usize);
+        pieces.truncate(request.nr_pieces as usize);
+        Ok((attachments, pieces))
     }
 
     /// Takes the device from the driver. Returns when the driver has let go.
@@ -283,4 +448,56 @@ impl Child {
         // SAFETY: The child is ours and was not waited for.
         assert_eq!(unsafe { libc::kill(self.0, signal) }, 0);
     }
+}
+
+/// Word `i` of a pattern, different for each `salt`.
+pub fn pattern(salt: u64, i: usize) -> u64 {
+    (i as u64 + 1)
+        .wrapping_mul(0x9e37_79b9_7f4a_7c15)
+        .wrapping_add(salt)
+}
+
+/// Writes the pattern to a part of a mapping.
+pub fn fill(map: &Map, at: usize, len: usize, salt: u64) {
+    for i in (at..at + len).step_by(8) {
+        map.write(i, pattern(salt, i));
+    }
+}
+
+/// The first byte that is not of the pattern.
+pub fn differs(map: &Map, at: usize, len: usize, salt: u64) -> Option<usize> {
+    (at..at + len)
+        .step_by(8)
+        .find(|&i| map.read(i) != pattern(salt, i))
+}
+
+/// `DMA_BUF_IOCTL_SYNC`.
+///
+/// # Errors
+///
+/// What the kernel answers.
+pub fn sync(fd: &OwnedFd, mut flags: u64) -> io::Result<i32> {
+    const DMA_BUF_IOCTL_SYNC: u32 = 0x4008_6200;
+    ioctl(fd.as_fd(), DMA_BUF_IOCTL_SYNC, (&raw mut flags).addr())
+}
+
+/// Begins, or with [`SYNC_END`] ends, reading by the processor.
+pub const SYNC_READ: u64 = 1;
+/// As [`SYNC_READ`], for writing.
+pub const SYNC_WRITE: u64 = 2;
+/// See [`SYNC_READ`].
+pub const SYNC_END: u64 = 4;
+
+/// Everything is free, as far as the module knows. Waits for direct I/O whose end was told, and
+/// whose pages the block layer gives back a moment later.
+pub fn assert_all_free(node: &Node) {
+    for _ in 0..200 {
+        if node.bar2().exports == 0 {
+            break;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    let bar = node.bar2();
+    assert_eq!((bar.free, bar.exports), (bar.size, 0), "{}", node.bdf);
+    assert_eq!(bar.largest_free, bar.size);
 }

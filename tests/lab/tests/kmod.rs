@@ -12,50 +12,13 @@ use std::time::{Duration, Instant};
 use bytemuck::Zeroable;
 use peerbuf_lab_suite::disk::{self, SCRATCH, Slow};
 use peerbuf_lab_suite::importer::{DYNAMIC, Importer, PEER, State};
-use peerbuf_lab_suite::node::{Map, Node, errno, in_child, ioctl, nvme_bdf};
+use peerbuf_lab_suite::node::{
+    MIB, Map, Node, PAGE, SYNC_END, SYNC_READ, SYNC_WRITE, assert_all_free, differs, errno, fill,
+    in_child, ioctl, nvme_bdf, pattern, sync,
+};
 use peerbuf_uapi as abi;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
-
-const PAGE: u64 = 4096;
-const MIB: u64 = 1 << 20;
-
-/// Word `i` of a pattern, different for each `salt`.
-fn pattern(salt: u64, i: usize) -> u64 {
-    (i as u64 + 1)
-        .wrapping_mul(0x9e37_79b9_7f4a_7c15)
-        .wrapping_add(salt)
-}
-
-fn fill(map: &Map, at: usize, len: usize, salt: u64) {
-    for i in (at..at + len).step_by(8) {
-        map.write(i, pattern(salt, i));
-    }
-}
-
-/// The first byte that is not of the pattern.
-fn differs(map: &Map, at: usize, len: usize, salt: u64) -> Option<usize> {
-    (at..at + len)
-        .step_by(8)
-        .find(|&i| map.read(i) != pattern(salt, i))
-}
-
-/// `DMA_BUF_IOCTL_SYNC`.
-fn sync(fd: &OwnedFd, mut flags: u64) -> std::io::Result<i32> {
-    const DMA_BUF_IOCTL_SYNC: u32 = 0x4008_6200;
-    ioctl(fd.as_fd(), DMA_BUF_IOCTL_SYNC, (&raw mut flags).addr())
-}
-
-const SYNC_READ: u64 = 1;
-const SYNC_WRITE: u64 = 2;
-const SYNC_END: u64 = 4;
-
-/// Everything is free, as far as the module knows; waits for I/O that is still in flight.
-fn assert_all_free(node: &Node) {
-    let bar = node.bar2();
-    assert_eq!((bar.free, bar.exports), (bar.size, 0), "{}", node.bdf);
-    assert_eq!(bar.largest_free, bar.size);
-}
 
 #[test]
 fn node_is_for_root_only() {
@@ -239,7 +202,7 @@ fn bad_requests_get_their_errno_and_change_nothing() {
         (
             "an unknown flag",
             abi::Export {
-                flags: good.flags | 2,
+                flags: good.flags | (abi::EXPORT_FLAGS + 1),
                 ..good
             },
             libc::EINVAL,
@@ -390,7 +353,7 @@ fn bad_requests_get_their_errno_and_change_nothing() {
     query.reserved = 0;
     query.size -= 1;
     assert_eq!(errno(node.call(abi::IOC_QUERY, &mut query)), libc::EINVAL);
-    for number in [0u32, 0xBB02, 0xBBFF, 0xBA00, 0x4004_BB00, u32::MAX] {
+    for number in [0u32, 0xBB09, 0xBBFF, 0xBA00, 0x4004_BB00, u32::MAX] {
         assert_eq!(
             errno(node.call(number, &mut query)),
             libc::ENOTTY,

@@ -8,6 +8,7 @@ use std::process::Command;
 use peerbuf_lab_suite::disk::{self, SCRATCH};
 use peerbuf_lab_suite::importer::{DYNAMIC, Importer, Mapping, PEER};
 use peerbuf_lab_suite::node::{Map, Node, errno, nvme_bdf};
+use peerbuf_uapi as abi;
 
 const MIB: u64 = 1 << 20;
 const OFFSET: u64 = 5 << 12;
@@ -20,12 +21,18 @@ fn topology() -> String {
 fn importers_get_the_route_of_the_topology() {
     let node = Node::largest();
     let (fd, _) = node.export(Some(OFFSET), 3 * MIB).unwrap();
-    let importer = Importer::attach(fd.as_fd(), &nvme_bdf(), DYNAMIC | PEER, 0).unwrap();
-    let answer = importer.map();
+    let attached = Importer::attach(fd.as_fd(), &nvme_bdf(), DYNAMIC | PEER, 0);
     if topology() == "refused" {
-        assert_eq!(errno(answer), libc::EINVAL);
+        assert_eq!(errno(attached), libc::EREMOTEIO);
+        let query = node.buffer(&fd).unwrap();
+        assert_eq!(query.refusals, 1);
+        assert_eq!(query.refused_reason, abi::REFUSED_NO_ROUTE);
+        assert_eq!(query.refused_errno, libc::EREMOTEIO as u32);
+        assert!(query.refused_device.starts_with(nvme_bdf().as_bytes()));
         return;
     }
+    let importer = attached.unwrap();
+    let answer = importer.map();
     // Under a switch the kernel takes the short way, IOMMU or not.
     let bridged = topology() == "host-bridge";
     let expected = Mapping {

@@ -130,6 +130,9 @@ impl Machine {
             // its own clock code, which an emulated processor that runs it at that moment may not
             // survive (an oops in sched_clock_cpu, seen once in some hundred guests).
             "tsc=reliable",
+            // The kernel's own tests of its cryptography, which nothing here uses, take long under
+            // emulation, and on a busy host so long that the watchdog ended a guest.
+            "cryptomgr.notests=1",
         ];
         if self.has_iommu() {
             // QEMU's IOMMU remaps no interrupts here, which VFIO would take for unsafe.

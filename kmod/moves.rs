@@ -1,0 +1,311 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Moving a buffer's bytes between its BAR and system memory.
+//!
+//! The order, all of it under the reservation lock:
+//!
+//! 1. whoever must not be moved under is looked for: pins, kernel mappings, importers that need
+//!    system memory;
+//! 2. importers are told (`invalidate_mappings`) and every fence is waited for, so nobody uses his
+//!    mapping any more, though he may keep it: the old backing stays until he gives it back;
+//! 3. processes lose their page table entries; they fault again;
+//! 4. direct I/O that holds pages is waited for. It may need page faults to come so far that it
+//!    can end, and faults need the lock, so it is given up meanwhile, and 2 to 4 done again;
+//! 5. the bytes are copied, the new places take effect, the generation rises.
+//!
+//! While 4 waits the bytes are where they were: whoever maps or faults gets the old place. Faults
+//! are slowed down then, see `exporter.rs`, so that a stream of direct I/O comes to an end. A move
+//! in progress needs no fence: until the lock is given up for good, nobody sees half of it.
+//!
+//! A move to the BAR waits also for mappings of the BAR from before an earlier move: the same
+//! bytes of the BAR would be written under them.
+
+use core::ops::Range;
+
+use kernel::{bindings, ffi::c_void, page::PAGE_SIZE, prelude::*, sync::Arc};
+
+use crate::{
+    buffer::{cut, ranges, Buffer, Locked, Piece, SystemPart},
+    device, ffi,
+    system::{self, System},
+    watch::Wait,
+};
+
+/// Where bytes can be taken.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum To {
+    Device,
+    System,
+}
+
+impl To {
+    /// Whether a piece is elsewhere.
+    fn moves(self, piece: &Piece) -> bool {
+        match self {
+            Self::Device => piece.system.is_some() && piece.home.is_some(),
+            Self::System => piece.system.is_none(),
+        }
+    }
+}
+
+/// What a move has done.
+pub(crate) struct Moved {
+    pub(crate) generation: u64,
+    /// Bytes.
+    pub(crate) copied: u64,
+}
+
+/// Moves a page-aligned `part` of a buffer, not empty and inside it.
+///
+/// Errors: those of `abi::Move`. On an error nothing has moved.
+///
+/// # Safety
+///
+/// `dmabuf` is one of ours and the caller keeps it. May sleep; the reservation lock is not held.
+pub(crate) unsafe fn move_part(
+    dmabuf: *mut bindings::dma_buf,
+    part: Range<u64>,
+    to: To,
+    limit_ms: u32,
+) -> Result<Moved> {
+    let wait = Wait::begin(limit_ms);
+    // SAFETY: By the caller's promise.
+    let mut buffer = unsafe { Locked::lock(dmabuf) };
+    // One move at a time: another one's gap, see 4 above.
+    while buffer.moving {
+        // SAFETY: As above.
+        buffer = unsafe { relock(buffer, dmabuf, &wait)? };
+    }
+    if !check(&buffer, &part, to)? {
+        return Ok(Moved {
+            generation: buffer.generation,
+            copied: 0,
+        });
+    }
+    buffer.moving = true;
+    // SAFETY: As above.
+    let (mut buffer, result) = unsafe { prepare(buffer, dmabuf, &part, to, &wait) };
+    let result = result.and_then(|()| commit(&mut buffer, &part, to));
+    buffer.moving = false;
+    let waited = wait.ns();
+    buffer.counters.waited(waited);
+    buffer.notify();
+    result
+}
+
+/// Whether there is anything to move. The errors are those that waiting does not help against.
+fn check(state: &Locked<'_>, part: &Range<u64>, to: To) -> Result<bool> {
+    if state.buffer().revoked() {
+        return Err(ENODEV);
+    }
+    if to == To::Device && state.within(part).all(|(piece, _)| piece.home.is_none()) {
+        return Err(ffi::errno(bindings::EOPNOTSUPP));
+    }
+    if !state.within(part).any(|(piece, _)| to.moves(piece)) {
+        return Ok(false);
+    }
+    if state.pins != 0
+        || state.kernel_mapping.is_some()
+        || (to == To::Device && state.need_system != 0)
+    {
+        return Err(EBUSY);
+    }
+    Ok(true)
+}
+
+/// Gives the lock up until something has changed, for a moment at most, and takes it again.
+///
+/// Errors: EBUSY when the time is over, EINTR on a signal.
+///
+/// # Safety
+///
+/// `buffer` is locked for `dmabuf`, which the caller keeps.
+unsafe fn relock<'a>(
+    buffer: Locked<'a>,
+    dmabuf: *mut bindings::dma_buf,
+    wait: &Wait,
+) -> Result<Locked<'a>> {
+    let object = buffer.buffer();
+    buffer.expect_change();
+    drop(buffer);
+    if wait.left_ms() == 0 {
+        return Err(EBUSY);
+    }
+    if ffi::signal_pending() {
+        return Err(EINTR);
+    }
+    // Direct I/O ends without telling anybody here, so a short time.
+    object.wait_changed(1);
+    // SAFETY: By the caller's promise; the lock was given up above.
+    Ok(unsafe { Locked::lock(dmabuf) })
+}
+
+/// Steps 2 to 4 of the module's comment: after it nobody uses the part. The lock is held before
+/// and after, whatever the result, but not all the time.
+///
+/// # Safety
+///
+/// As for [`relock`].
+unsafe fn prepare<'a>(
+    mut buffer: Locked<'a>,
+    dmabuf: *mut bindings::dma_buf,
+    part: &Range<u64>,
+    to: To,
+    wait: &Wait,
+) -> (Locked<'a>, Result) {
+    let mut told_at = None;
+    loop {
+        // Those who mapped since the last time have not been told.
+        if told_at != Some(buffer.counters.maps) {
+            told_at = Some(buffer.counters.maps);
+            buffer.invalidate();
+        }
+        match buffer.wait_fences(true, wait.left_jiffies()) {
+            Ok(Some(())) => {}
+            Ok(None) => return (buffer, Err(EBUSY)),
+            Err(e) => return (buffer, Err(e)),
+        }
+        buffer.zap(part);
+        let object = buffer.buffer();
+        let in_use = object.busy_pages(&buffer, part, |piece| to.moves(piece));
+        let stale = to == To::Device && buffer.has_stale_device_mapping();
+        if in_use == 0 && !stale {
+            return (buffer, Ok(()));
+        }
+        // SAFETY: By the caller's promise.
+        buffer = match unsafe { relock(buffer, dmabuf, wait) } {
+            Ok(buffer) => buffer,
+            // SAFETY: As above; `relock` has given the lock up.
+            Err(e) => return (unsafe { Locked::lock(dmabuf) }, Err(e)),
+        };
+        match check(&buffer, part, to) {
+            Ok(true) => {}
+            // Only this move could have changed the places.
+            Ok(false) => return (buffer, Ok(())),
+            Err(e) => return (buffer, Err(e)),
+        }
+    }
+}
+
+/// Step 5: nobody uses the part, and the lock is held throughout.
+fn commit(buffer: &mut Locked<'_>, part: &Range<u64>, to: To) -> Result<Moved> {
+    let (object, state) = buffer.parts();
+    // All that can fail comes before anything changes. The list of pieces is made anew, so that
+    // an error leaves the old one.
+    let mut pieces = KVec::with_capacity(state.pieces.len(), GFP_KERNEL)?;
+    for piece in &state.pieces {
+        let piece = Piece {
+            system: piece.system.clone(),
+            ..*piece
+        };
+        pieces.push(piece, GFP_KERNEL)?;
+    }
+    let mut pieces = cut(pieces, part)?;
+    let mut copied = 0;
+    let mut start = 0;
+    for piece in pieces.iter_mut() {
+        let inside = part.start <= start && start < part.end;
+        start += piece.len;
+        if !inside || !to.moves(piece) {
+            continue;
+        }
+        match to {
+            To::System => {
+                let pages = System::alloc(piece.len)?;
+                copy_out(object, piece, &pages)?;
+                piece.system = Some(SystemPart { pages, first: 0 });
+            }
+            To::Device => {
+                copy_in(object, piece)?;
+                piece.system = None;
+            }
+        }
+        copied += piece.len;
+    }
+    join(&mut pieces);
+    let ranges = ranges(&pieces, object.bar())?;
+    // A device that was pulled out answers reads with ones and drops writes, without an error.
+    // SAFETY: The device structure is kept by ours.
+    if !unsafe { bindings::pci_device_is_present(device::raw(object.device.pci())) } {
+        return Err(ENODEV);
+    }
+    state.pieces = pieces;
+    state.ranges = ranges;
+    state.generation += 1;
+    state.counters.moves += 1;
+    state.counters.copied += copied;
+    state.watchers.signal();
+    Ok(Moved {
+        generation: state.generation,
+        copied,
+    })
+}
+
+/// Joins neighbours that are one run at home, so that moving parts there and back leaves no trace.
+fn join(pieces: &mut KVec<Piece>) {
+    let mut i = 1;
+    while i < pieces.len() {
+        let (before, after) = (&pieces[i - 1], &pieces[i]);
+        let at_home = before.system.is_none() && after.system.is_none();
+        if at_home && before.home.map(|home| home + before.len) == after.home {
+            let len = after.len;
+            pieces[i - 1].len += len;
+            let _ = pieces.remove(i);
+        } else {
+            i += 1;
+        }
+    }
+}
+
+/// The most bytes that are copied without letting others run.
+const STEP: usize = 1 << 20;
+
+/// Calls `copy(address in the BAR's kernel mapping, address in system memory, bytes)` for the
+/// whole of a piece whose place is `home`.
+fn each_run(
+    object: &Buffer,
+    home: u64,
+    pages: &[*mut bindings::page],
+    copy: impl Fn(*mut c_void, *mut c_void, usize),
+) -> Result {
+    let bar = object.bar();
+    let mut at = 0;
+    while at < pages.len() {
+        let address = system::address(pages[at]);
+        // As many pages as follow each other.
+        let run = pages[at..]
+            .iter()
+            .enumerate()
+            .take(STEP / PAGE_SIZE)
+            .take_while(|&(i, &page)| {
+                system::address(page) == address.wrapping_byte_add(i * PAGE_SIZE)
+            })
+            .count();
+        let io = bar.kernel_address(home + (at * PAGE_SIZE) as u64)?;
+        copy(io, address, run * PAGE_SIZE);
+        at += run;
+        // SAFETY: Nothing is held here that forbids sleeping.
+        unsafe { bindings::__cond_resched() };
+    }
+    Ok(())
+}
+
+fn copy_out(object: &Buffer, piece: &Piece, to: &Arc<System>) -> Result {
+    let home = piece.home.ok_or(EINVAL)?;
+    each_run(object, home, to.pages(), |io, memory, len| {
+        // SAFETY: Both are `len` bytes long, the lock is held and the buffer not revoked, so the
+        // device is bound and the mapping of its BAR valid.
+        unsafe { bindings::memcpy_fromio(memory, io, len) };
+    })
+}
+
+fn copy_in(object: &Buffer, piece: &Piece) -> Result {
+    let home = piece.home.ok_or(EINVAL)?;
+    each_run(object, home, piece.system_pages(), |io, memory, len| {
+        // SAFETY: As in `copy_out`.
+        unsafe { bindings::memcpy_toio(io, memory, len) };
+    })?;
+    // The writes are posted: a peer may come by another way.
+    object.bar().flush(home);
+    Ok(())
+}

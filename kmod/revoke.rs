@@ -1,0 +1,181 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Taking access to a buffer away, and giving it again.
+//!
+//! A revoke marks the buffer under the reservation lock, and from then on nobody gets new access:
+//! map, pin and vmap answer ENODEV, page faults SIGBUS. It tells the importers, ends the
+//! processor's access, and waits, as long as its caller says, until fences, mappings and direct
+//! I/O are gone. Fences end what importers do with full access; unmapping ends speculative reads:
+//! both are needed. The reservation lock is given up in between, since importers need it to unmap.
+
+use kernel::{bindings, prelude::*};
+
+use crate::{
+    buffer::{revoked, Locked, State},
+    ffi,
+    watch::Wait,
+};
+
+/// Who still has access when the time of a revoke is over.
+#[derive(Default)]
+pub(crate) struct Left {
+    /// Mappings that importers have.
+    pub(crate) holders: usize,
+    /// Whether a fence is not signalled.
+    pub(crate) fences: bool,
+    /// Pages that direct I/O uses.
+    pub(crate) pages: usize,
+    /// The generation that the buffer has now.
+    pub(crate) generation: u64,
+}
+
+impl Left {
+    pub(crate) fn nobody(&self) -> bool {
+        self.holders == 0 && !self.fences && self.pages == 0
+    }
+}
+
+/// What a revoke waits for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Scope {
+    /// Everybody who can reach the buffer's bytes.
+    Buffer,
+    /// Those who can reach the BAR: the device goes away. Whoever has system pages may keep them;
+    /// direct I/O on pages of the BAR is waited for by the device, for all of its buffers.
+    Bar,
+}
+
+/// The longest that the lock is kept for fences, or given up, at a time.
+const SLICE_MS: u32 = 20;
+
+/// Takes access away for the reason `why`, a `revoked::*` bit, and waits at most `limit_ms`.
+///
+/// # Safety
+///
+/// `dmabuf` is one of ours and the caller keeps it. May sleep; neither the reservation lock nor
+/// anything below it in the lock order is held.
+pub(crate) unsafe fn revoke(
+    dmabuf: *mut bindings::dma_buf,
+    why: u32,
+    scope: Scope,
+    limit_ms: u32,
+) -> Left {
+    let wait = Wait::begin(limit_ms);
+    // SAFETY: By the caller's promise.
+    let mut buffer = unsafe { Locked::lock(dmabuf) };
+    let reasons = buffer.reasons();
+    if reasons == 0 {
+        buffer.generation += 1;
+        buffer.watchers.signal();
+    }
+    // A move that waits for direct I/O sees the mark when it has the lock again, and gives up.
+    buffer.set_reasons(reasons | why);
+    buffer.invalidate();
+    let whole = 0..buffer.buffer().len;
+    // After the mark no fault puts in another page, so what is zapped here stays so.
+    buffer.zap(&whole);
+    let left = loop {
+        let slice = wait.left_ms().min(SLICE_MS);
+        // A signal does not end it: the caller's limit does. EINTR cannot come.
+        let fences = buffer.wait_fences(false, Wait::jiffies(slice)) != Ok(Some(()));
+        let left = count(&buffer, scope, fences);
+        if left.nobody() || wait.left_ms() == 0 {
+            break left;
+        }
+        let object = buffer.buffer();
+        buffer.expect_change();
+        drop(buffer);
+        object.wait_changed(if left.holders == 0 { 1 } else { slice });
+        // SAFETY: By the caller's promise; the lock was given up above.
+        buffer = unsafe { Locked::lock(dmabuf) };
+    };
+    let waited = wait.ns();
+    buffer.counters.waited(waited);
+    left
+}
+
+fn count(buffer: &Locked<'_>, scope: Scope, fences: bool) -> Left {
+    let state: &State = buffer;
+    let (holders, pages) = match scope {
+        Scope::Buffer => {
+            let object = buffer.buffer();
+            let whole = 0..object.len;
+            (state.holders(), object.busy_pages(state, &whole, |_| true))
+        }
+        Scope::Bar => (state.device_holders(), 0),
+    };
+    Left {
+        holders,
+        fences,
+        pages,
+        generation: state.generation,
+    }
+}
+
+/// Takes a reason for revoking away; without any left there is access again, with a new
+/// generation, which is returned.
+///
+/// Errors: EALREADY where the reason does not hold, ENODEV where the device is gone, EBUSY where
+/// somebody still has access from before.
+///
+/// # Safety
+///
+/// As for [`revoke`].
+pub(crate) unsafe fn restore(dmabuf: *mut bindings::dma_buf, why: u32) -> Result<u64> {
+    // SAFETY: By the caller's promise.
+    let mut buffer = unsafe { Locked::lock(dmabuf) };
+    let reasons = buffer.reasons();
+    if buffer.buffer().gone() {
+        return Err(ENODEV);
+    }
+    if reasons & why == 0 {
+        return Err(ffi::errno(bindings::EALREADY));
+    }
+    let left = count(&buffer, Scope::Buffer, !buffer.fences_signalled());
+    // Who kept his mapping through a reset had the BAR taken from under him and must not have it
+    // back unawares; that is for the one who resets to wait for.
+    if why == revoked::BY_OWNER && !left.nobody() {
+        return Err(EBUSY);
+    }
+    buffer.set_reasons(reasons & !why);
+    if reasons == why {
+        buffer.generation += 1;
+        buffer.watchers.signal();
+        buffer.notify();
+    }
+    Ok(buffer.generation)
+}
+
+/// Says in the log who has what a revoke of the BAR waits for.
+///
+/// # Safety
+///
+/// As for [`revoke`].
+pub(crate) unsafe fn name_holders(dmabuf: *mut bindings::dma_buf) {
+    // SAFETY: By the caller's promise.
+    let buffer = unsafe { Locked::lock(dmabuf) };
+    let exporter = buffer.buffer().device.name();
+    for mapping in buffer
+        .mappings
+        .iter()
+        .filter(|mapping| mapping.shows_device())
+    {
+        // SAFETY: Who has a mapping is attached, which keeps its device; the lock keeps the mapping.
+        let importer: &kernel::device::Device =
+            unsafe { kernel::device::Device::from_raw((*mapping.attachment).dev) };
+        pr_warn!(
+            "{exporter}: revoked, and waiting for {} to unmap it\n",
+            importer.name()
+        );
+    }
+    if buffer
+        .kernel_mapping
+        .as_ref()
+        .is_some_and(|mapping| mapping.device)
+    {
+        pr_warn!("{exporter}: revoked, and waiting for the end of a kernel mapping\n");
+    }
+    if !buffer.fences_signalled() {
+        pr_warn!("{exporter}: revoked, and waiting for a fence\n");
+    }
+}

@@ -1,0 +1,768 @@
+//! Buffers that move, are revoked and restored, and are watched. Runs in the guest.
+
+use std::fs;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use bytemuck::Zeroable;
+use peerbuf_lab_suite::disk::{self, SCRATCH, Slow};
+use peerbuf_lab_suite::node::{
+    MIB, Map, Node, PAGE, SYNC_END, SYNC_READ, SYNC_WRITE, assert_all_free, differs, errno, fill,
+    in_child, pattern, sync,
+};
+use peerbuf_uapi as abi;
+use peerbuf_uapi::{PLACEMENT_DEVICE, PLACEMENT_MIXED, PLACEMENT_SYSTEM};
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+use rustix::event::{EventfdFlags, eventfd};
+
+fn range(length: u64, flags: u32) -> abi::Range {
+    abi::Range {
+        length,
+        flags,
+        ..Zeroable::zeroed()
+    }
+}
+
+fn map(fd: &OwnedFd, len: u64) -> Map {
+    Map::new(fd.as_fd(), len as usize, true).unwrap()
+}
+
+/// How often the eventfd was signalled since the last call.
+fn signals(event: &OwnedFd) -> u64 {
+    let mut count = [0; 8];
+    match rustix::io::read(event, &mut count) {
+        Ok(_) => u64::from_ne_bytes(count),
+        Err(rustix::io::Errno::AGAIN) => 0,
+        Err(e) => panic!("eventfd: {e}"),
+    }
+}
+
+fn event() -> OwnedFd {
+    eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).unwrap()
+}
+
+#[test]
+fn a_move_takes_every_byte_there_and_back() {
+    for node in Node::all() {
+        let len = node.bar2().size / 2;
+        let (fd, _) = node.export(None, len).unwrap();
+        let map = map(&fd, len);
+        let len = len as usize;
+        fill(&map, 0, len, 1);
+        let mut generation = 1;
+        for placement in [PLACEMENT_SYSTEM, PLACEMENT_DEVICE, PLACEMENT_SYSTEM] {
+            let moved = node.move_to(&fd, placement).unwrap();
+            generation += 1;
+            assert_eq!(moved, (generation, len as u64), "{}", node.bdf);
+            // The mapping made before shows the new place.
+            assert_eq!(differs(&map, 0, len, generation - 1), None);
+            fill(&map, 0, len, generation);
+            let now = node.buffer(&fd).unwrap();
+            assert_eq!(
+                (now.state, now.placement, now.generation),
+                (abi::STATE_LIVE, placement, generation)
+            );
+            // Where it is already, nothing happens.
+            assert_eq!(node.move_to(&fd, placement).unwrap(), (generation, 0));
+        }
+        let now = node.buffer(&fd).unwrap();
+        assert_eq!((now.moves, now.copied), (3, 3 * len as u64));
+        // The range in the BAR stays the buffer's own meanwhile.
+        assert_eq!(node.bar2().exports, 1);
+        drop((fd, map));
+        assert_all_free(&node);
+    }
+}
+
+#[test]
+fn what_is_left_in_the_bar_is_not_what_comes_back() {
+    let node = Node::largest();
+    let (fd, at) = node.export(None, MIB).unwrap();
+    let seen = map(&fd, MIB);
+    fill(&seen, 0, MIB as usize, 1);
+    node.move_to(&fd, PLACEMENT_SYSTEM).unwrap();
+    fill(&seen, 0, MIB as usize, 2);
+    node.move_to(&fd, PLACEMENT_DEVICE).unwrap();
+    assert_eq!(differs(&seen, 0, MIB as usize, 2), None);
+    drop((fd, seen));
+    // The next owner of the range finds the bytes in the BAR itself.
+    let (fd, _) = node.export(Some(at), MIB).unwrap();
+    assert_eq!(differs(&map(&fd, MIB), 0, MIB as usize, 2), None);
+}
+
+#[test]
+fn parts_move_alone_and_leave_the_rest() {
+    let node = Node::largest();
+    let len = 64 * PAGE;
+    let (fd, at) = node.export(None, len).unwrap();
+    let map = map(&fd, len);
+    fill(&map, 0, len as usize, 7);
+    let moved = node.move_part(&fd, PLACEMENT_SYSTEM, 3 * PAGE, 5 * PAGE, 1000);
+    assert_eq!(moved.unwrap(), (2, 5 * PAGE));
+    let (_, pieces) = node.buffer_lists(&fd).unwrap();
+    let shape: Vec<_> = pieces
+        .iter()
+        .map(|piece| (piece.length / PAGE, piece.offset - at, piece.placement))
+        .collect();
+    assert_eq!(
+        shape,
+        [
+            (3, 0, PLACEMENT_DEVICE),
+            (5, 3 * PAGE, PLACEMENT_SYSTEM),
+            (56, 8 * PAGE, PLACEMENT_DEVICE)
+        ]
+    );
+    assert_eq!(node.buffer(&fd).unwrap().placement, PLACEMENT_MIXED);
+    assert_eq!(differs(&map, 0, len as usize, 7), None);
+    // A part that overlaps: what is there already is not copied again.
+    let moved = node.move_part(&fd, PLACEMENT_SYSTEM, 0, 4 * PAGE, 1000);
+    assert_eq!(moved.unwrap(), (3, 3 * PAGE));
+    // And back, across all the seams.
+    assert_eq!(node.move_to(&fd, PLACEMENT_DEVICE).unwrap(), (4, 8 * PAGE));
+    assert_eq!(differs(&map, 0, len as usize, 7), None);
+    let (_, pieces) = node.buffer_lists(&fd).unwrap();
+    assert_eq!(pieces.len(), 1, "the seams are gone");
+}
+
+#[test]
+fn random_moves_of_parts_agree_with_a_model() {
+    let node = Node::largest();
+    let pages = 96;
+    let (fd, _) = node.export(None, pages * PAGE).unwrap();
+    let map = map(&fd, pages * PAGE);
+    let mut random = StdRng::seed_from_u64(5);
+    let mut salts = vec![0; pages as usize];
+    let mut places = vec![PLACEMENT_DEVICE; pages as usize];
+    for page in 0..pages as usize {
+        fill(&map, page * 4096, 4096, 0);
+    }
+    for round in 1..200 {
+        let first = random.random_range(0..pages);
+        let count = random.random_range(1..=pages - first);
+        let to = [PLACEMENT_DEVICE, PLACEMENT_SYSTEM][random.random_range(0..2)];
+        let part = first as usize..(first + count) as usize;
+        let expected = places[part.clone()].iter().filter(|&&p| p != to).count() as u64;
+        let moved = node.move_part(&fd, to, first * PAGE, count * PAGE, 1000);
+        assert_eq!(moved.unwrap().1, expected * PAGE, "round {round}");
+        places[part].fill(to);
+        let page = random.random_range(0..pages as usize);
+        fill(&map, page * 4096, 4096, round);
+        salts[page] = round;
+        for (page, &salt) in salts.iter().enumerate() {
+            let first = map.read(page * 4096);
+            assert_eq!(first, pattern(salt, page * 4096), "round {round}");
+        }
+        let (_, pieces) = node.buffer_lists(&fd).unwrap();
+        let told: Vec<u32> = pieces
+            .iter()
+            .flat_map(|piece| vec![piece.placement; (piece.length / PAGE) as usize])
+            .collect();
+        assert_eq!(told, places, "round {round}");
+    }
+    for (page, &salt) in salts.iter().enumerate() {
+        assert_eq!(differs(&map, page * 4096, 4096, salt), None);
+    }
+}
+
+#[test]
+fn several_ranges_are_one_buffer_in_the_callers_order() {
+    let node = Node::largest();
+    let mut ranges = [
+        abi::Range {
+            offset: 40 * PAGE,
+            length: 2 * PAGE,
+            ..Zeroable::zeroed()
+        },
+        range(3 * PAGE, abi::RANGE_SYSTEM),
+        abi::Range {
+            offset: 8 * PAGE,
+            length: PAGE,
+            ..Zeroable::zeroed()
+        },
+        range(4 * PAGE, abi::RANGE_ANY_OFFSET),
+    ];
+    let (fd, length) = node.export_ranges(0, &mut ranges).unwrap();
+    assert_eq!(length, 10 * PAGE);
+    assert_eq!(ranges[3].offset, 0, "the lowest place that is free");
+    assert_eq!(node.bar2().exports, 3);
+    let whole = map(&fd, length);
+    fill(&whole, 0, length as usize, 3);
+    let (_, pieces) = node.buffer_lists(&fd).unwrap();
+    let offsets: Vec<u64> = pieces.iter().map(|piece| piece.offset).collect();
+    assert_eq!(offsets, [40 * PAGE, u64::MAX, 8 * PAGE, 0]);
+    // To system memory and back: the range without a place in the BAR stays where it is.
+    assert_eq!(node.move_to(&fd, PLACEMENT_SYSTEM).unwrap(), (2, 7 * PAGE));
+    assert_eq!(differs(&whole, 0, length as usize, 3), None);
+    assert_eq!(node.move_to(&fd, PLACEMENT_DEVICE).unwrap(), (3, 7 * PAGE));
+    assert_eq!(node.buffer(&fd).unwrap().placement, PLACEMENT_MIXED);
+    assert_eq!(differs(&whole, 0, length as usize, 3), None);
+    assert_eq!(
+        errno(node.move_part(&fd, PLACEMENT_DEVICE, 2 * PAGE, PAGE, 100)),
+        libc::EOPNOTSUPP
+    );
+    drop((fd, whole));
+    assert_all_free(&node);
+    // The bytes are where the ranges said.
+    let (fd, _) = node.export(Some(0), 64 * PAGE).unwrap();
+    let bar = map(&fd, 64 * PAGE);
+    for (in_bar, in_buffer) in [(40, 0), (41, 1), (8, 5), (0, 6), (3, 9)] {
+        for word in (0..4096).step_by(8) {
+            assert_eq!(
+                bar.read(in_bar * 4096 + word),
+                pattern(3, in_buffer * 4096 + word)
+            );
+        }
+    }
+}
+
+#[test]
+fn bad_ranges_get_their_errno_and_change_nothing() {
+    let node = Node::largest();
+    let before = node.query().unwrap();
+    let at = |offset, length| abi::Range {
+        offset,
+        length,
+        ..Zeroable::zeroed()
+    };
+    let size = before.bars[2].size;
+    let cases: Vec<(&str, u32, Vec<abi::Range>, i32)> = vec![
+        ("none", 0, vec![], libc::EINVAL),
+        (
+            "too many",
+            0,
+            vec![range(PAGE, abi::RANGE_ANY_OFFSET); 1025],
+            libc::EINVAL,
+        ),
+        (
+            "an empty one",
+            0,
+            vec![at(0, PAGE), at(PAGE, 0)],
+            libc::EINVAL,
+        ),
+        ("off a page", 0, vec![at(8, PAGE)], libc::EINVAL),
+        ("part of a page", 0, vec![at(0, 100)], libc::EINVAL),
+        (
+            "beyond the BAR",
+            0,
+            vec![at(0, PAGE), at(size, PAGE)],
+            libc::EINVAL,
+        ),
+        (
+            "overlapping",
+            0,
+            vec![at(0, 2 * PAGE), at(PAGE, PAGE)],
+            libc::EBUSY,
+        ),
+        (
+            "twice the same",
+            0,
+            vec![at(0, PAGE), at(0, PAGE)],
+            libc::EBUSY,
+        ),
+        (
+            "a place for system memory",
+            0,
+            vec![abi::Range {
+                flags: abi::RANGE_SYSTEM,
+                ..at(PAGE, PAGE)
+            }],
+            libc::EINVAL,
+        ),
+        (
+            "an unknown flag",
+            0,
+            vec![range(PAGE, abi::RANGE_FLAGS + 1)],
+            libc::EINVAL,
+        ),
+        (
+            "padding",
+            0,
+            vec![abi::Range {
+                reserved: 1,
+                ..at(0, PAGE)
+            }],
+            libc::EINVAL,
+        ),
+        (
+            "any offset for all",
+            abi::EXPORT_ANY_OFFSET,
+            vec![at(0, PAGE)],
+            libc::EINVAL,
+        ),
+        (
+            "an unknown export flag",
+            1 << 31,
+            vec![at(0, PAGE)],
+            libc::EINVAL,
+        ),
+        (
+            "a length beyond 63 bits",
+            0,
+            vec![
+                range(1 << 62, abi::RANGE_SYSTEM),
+                range(1 << 62, abi::RANGE_SYSTEM),
+            ],
+            libc::EINVAL,
+        ),
+        (
+            "a length beyond 64 bits",
+            0,
+            vec![
+                range(1 << 63, abi::RANGE_SYSTEM),
+                range(1 << 63, abi::RANGE_SYSTEM),
+            ],
+            libc::EOVERFLOW,
+        ),
+        (
+            "more system memory than there is",
+            0,
+            vec![at(0, PAGE), range(1 << 40, abi::RANGE_SYSTEM)],
+            libc::ENOMEM,
+        ),
+    ];
+    for (what, flags, mut ranges, expected) in cases {
+        let sent = ranges.clone();
+        assert_eq!(
+            errno(node.export_ranges(flags, &mut ranges)),
+            expected,
+            "{what}"
+        );
+        assert_eq!(ranges, sent, "{what}: nothing is written back");
+        assert_eq!(node.query().unwrap(), before, "{what}");
+    }
+}
+
+#[test]
+fn bad_moves_get_their_errno_and_change_nothing() {
+    let node = Node::largest();
+    let other = Node::all().remove(1);
+    let (fd, _) = node.export(None, 4 * PAGE).unwrap();
+    let good = abi::Move {
+        size: size_of::<abi::Move>() as u32,
+        fd: fd.as_raw_fd(),
+        placement: PLACEMENT_SYSTEM,
+        ..Zeroable::zeroed()
+    };
+    let memory = fs::File::open("/dev/null").unwrap();
+    let cases = [
+        (
+            "a short struct",
+            abi::Move { size: 8, ..good },
+            libc::EINVAL,
+        ),
+        ("a flag", abi::Move { flags: 1, ..good }, libc::EINVAL),
+        (
+            "padding",
+            abi::Move {
+                reserved: 1,
+                ..good
+            },
+            libc::EINVAL,
+        ),
+        (
+            "no placement",
+            abi::Move {
+                placement: 0,
+                ..good
+            },
+            libc::EINVAL,
+        ),
+        (
+            "a mixed placement",
+            abi::Move {
+                placement: PLACEMENT_MIXED,
+                ..good
+            },
+            libc::EINVAL,
+        ),
+        ("no descriptor", abi::Move { fd: -1, ..good }, libc::EBADF),
+        (
+            "no dma-buf",
+            abi::Move {
+                fd: memory.as_raw_fd(),
+                ..good
+            },
+            libc::EINVAL,
+        ),
+        ("off a page", abi::Move { offset: 1, ..good }, libc::EINVAL),
+        (
+            "part of a page",
+            abi::Move {
+                length: 100,
+                ..good
+            },
+            libc::EINVAL,
+        ),
+        (
+            "at the end",
+            abi::Move {
+                offset: 4 * PAGE,
+                ..good
+            },
+            libc::EINVAL,
+        ),
+        (
+            "beyond the end",
+            abi::Move {
+                offset: PAGE,
+                length: 4 * PAGE,
+                ..good
+            },
+            libc::EINVAL,
+        ),
+        (
+            "an end that wraps",
+            abi::Move {
+                offset: PAGE,
+                length: u64::MAX - PAGE + 1,
+                ..good
+            },
+            libc::EINVAL,
+        ),
+        (
+            "an output that is set",
+            abi::Move { copied: 1, ..good },
+            libc::EINVAL,
+        ),
+    ];
+    for (what, request, expected) in cases {
+        let mut sent = request;
+        assert_eq!(
+            errno(node.call(abi::IOC_MOVE, &mut sent)),
+            expected,
+            "{what}"
+        );
+        assert_eq!(sent, request, "{what}");
+    }
+    // Another device's node does not do for this device's buffer.
+    for errno in [
+        errno(other.move_to(&fd, PLACEMENT_SYSTEM)),
+        errno(other.revoke(&fd, 0)),
+        errno(other.restore(&fd)),
+        errno(other.buffer(&fd)),
+    ] {
+        assert_eq!(errno, libc::EINVAL);
+    }
+    assert_eq!(errno(node.restore(&fd)), libc::EALREADY);
+    let now = node.buffer(&fd).unwrap();
+    assert_eq!((now.generation, now.moves), (1, 0));
+}
+
+#[test]
+fn a_node_opened_read_only_only_looks() {
+    let node = Node::largest();
+    let (fd, _) = node.export(None, PAGE).unwrap();
+    let file = fs::File::open(format!("/dev/peerbuf/{}", node.bdf)).unwrap();
+    let looker = Node {
+        file,
+        bdf: node.bdf.clone(),
+    };
+    assert_eq!(errno(looker.move_to(&fd, PLACEMENT_SYSTEM)), libc::EACCES);
+    assert_eq!(errno(looker.revoke(&fd, 0)), libc::EACCES);
+    assert_eq!(errno(looker.restore(&fd)), libc::EACCES);
+    assert_eq!(errno(looker.export(None, PAGE)), libc::EACCES);
+    assert_eq!(
+        errno(looker.export_ranges(0, &mut [range(PAGE, abi::RANGE_SYSTEM)])),
+        libc::EACCES
+    );
+    looker.buffer(&fd).unwrap();
+    looker.watch(abi::IOC_WATCH, &fd, event().as_fd()).unwrap();
+    let request = abi::Export {
+        fd_flags: (libc::O_RDONLY | libc::O_CLOEXEC) as u32,
+        ..Node::request(None, PAGE)
+    };
+    let (seen, _) = looker.export_request(request).unwrap();
+    Map::new(seen.as_fd(), 4096, false).unwrap();
+    assert_eq!(errno(Map::new(seen.as_fd(), 4096, true)), libc::EACCES);
+}
+
+#[test]
+fn watchers_are_told_of_each_change() {
+    let node = Node::largest();
+    let (fd, _) = node.export(None, MIB).unwrap();
+    let (first, second) = (event(), event());
+    node.watch(abi::IOC_WATCH, &fd, first.as_fd()).unwrap();
+    let other = Node::open(&node.bdf).unwrap();
+    other.watch(abi::IOC_WATCH, &fd, second.as_fd()).unwrap();
+    assert_eq!((signals(&first), signals(&second)), (0, 0));
+    node.move_to(&fd, PLACEMENT_SYSTEM).unwrap();
+    assert_eq!((signals(&first), signals(&second)), (1, 1));
+    node.move_to(&fd, PLACEMENT_SYSTEM).unwrap();
+    assert_eq!(signals(&first), 0, "nothing has changed");
+    node.revoke(&fd, 100).unwrap();
+    node.restore(&fd).unwrap();
+    assert_eq!((signals(&first), signals(&second)), (2, 2));
+    // Another opener's watch is not ours to end.
+    assert_eq!(
+        errno(node.watch(abi::IOC_UNWATCH, &fd, second.as_fd())),
+        libc::ENOENT
+    );
+    node.watch(abi::IOC_UNWATCH, &fd, first.as_fd()).unwrap();
+    assert_eq!(
+        errno(node.watch(abi::IOC_UNWATCH, &fd, first.as_fd())),
+        libc::ENOENT
+    );
+    drop(other);
+    node.move_to(&fd, PLACEMENT_DEVICE).unwrap();
+    assert_eq!((signals(&first), signals(&second)), (0, 0));
+    let file = fs::File::open("/dev/null").unwrap();
+    assert_eq!(
+        errno(node.watch(abi::IOC_WATCH, &fd, file.as_fd())),
+        libc::EINVAL
+    );
+    // There is an end to it.
+    let refused = (0..5000)
+        .map(|_| errno(node.watch(abi::IOC_WATCH, &fd, first.as_fd())))
+        .find(|&errno| errno != 0);
+    assert_eq!(refused, Some(libc::ENOSPC));
+}
+
+#[test]
+fn the_end_of_a_device_is_told_too() {
+    let node = Node::largest();
+    let bdf = node.bdf.clone();
+    let (fd, _) = node.export(None, MIB).unwrap();
+    node.move_to(&fd, PLACEMENT_SYSTEM).unwrap();
+    let event = event();
+    node.watch(abi::IOC_WATCH, &fd, event.as_fd()).unwrap();
+    let seen = map(&fd, MIB);
+    seen.write(0, 1);
+    Node::unbind(&bdf);
+    assert_eq!(signals(&event), 1);
+    let now = node.buffer(&fd).unwrap();
+    assert_eq!((now.state, now.busy_pages), (abi::STATE_GONE, 0));
+    assert_eq!(errno(node.move_to(&fd, PLACEMENT_DEVICE)), libc::ENODEV);
+    assert_eq!(errno(node.restore(&fd)), libc::ENODEV);
+    assert_eq!(
+        errno(node.watch(abi::IOC_WATCH, &fd, event.as_fd())),
+        libc::ENODEV
+    );
+    assert_eq!(in_child(|| seen.read(0) as i32).wait(), Err(libc::SIGBUS));
+    Node::bind(&bdf);
+    assert_eq!(node.buffer(&fd).unwrap().state, abi::STATE_GONE);
+    drop((fd, seen, node));
+    assert_all_free(&Node::open(&bdf).unwrap());
+}
+
+#[test]
+fn revoke_ends_access_and_restore_gives_it_again() {
+    for placement in [PLACEMENT_DEVICE, PLACEMENT_SYSTEM] {
+        let node = Node::largest();
+        let (fd, _) = node.export(None, MIB).unwrap();
+        node.move_to(&fd, placement).unwrap();
+        let generation = node.buffer(&fd).unwrap().generation;
+        let seen = map(&fd, MIB);
+        fill(&seen, 0, MIB as usize, 4);
+        let revoked = node.revoke(&fd, 1000).unwrap();
+        assert_eq!(
+            (
+                revoked.generation,
+                revoked.holders,
+                revoked.fences,
+                revoked.pages
+            ),
+            (generation + 1, 0, 0, 0)
+        );
+        assert_eq!(in_child(|| seen.read(0) as i32).wait(), Err(libc::SIGBUS));
+        assert_eq!(errno(Map::new(fd.as_fd(), 4096, true)), libc::ENODEV);
+        assert_eq!(errno(sync(&fd, SYNC_READ)), libc::ENODEV);
+        assert_eq!(errno(node.move_to(&fd, PLACEMENT_SYSTEM)), libc::ENODEV);
+        assert_eq!(node.buffer(&fd).unwrap().state, abi::STATE_REVOKED);
+        // Again: it is revoked, and stays so.
+        assert_eq!(node.revoke(&fd, 0).unwrap().generation, generation + 1);
+        assert_eq!(node.restore(&fd).unwrap(), generation + 2);
+        assert_eq!(differs(&seen, 0, MIB as usize, 4), None, "the bytes stay");
+        sync(&fd, SYNC_READ).unwrap();
+        sync(&fd, SYNC_READ | SYNC_END).unwrap();
+    }
+}
+
+#[test]
+fn direct_io_in_flight_is_waited_for_within_the_limit() {
+    let node = Node::largest();
+    let (fd, _) = node.export(None, 2 * MIB).unwrap();
+    let seen = map(&fd, 2 * MIB);
+    let disk = disk::open_direct(SCRATCH).unwrap();
+    for to in [PLACEMENT_SYSTEM, PLACEMENT_DEVICE] {
+        fill(&seen, 0, 2 << 20, u64::from(to));
+        assert_eq!(
+            disk::write_from(&disk, &seen, 0, 2 << 20, 0).unwrap(),
+            2 << 20
+        );
+        fill(&seen, 0, 2 << 20, 99);
+        thread::scope(|scope| {
+            let _slow = Slow::new(MIB);
+            let reading = scope.spawn(|| disk::read_into(&disk, &seen, 0, 2 << 20, 0).unwrap());
+            thread::sleep(Duration::from_millis(300));
+            let began = Instant::now();
+            assert_eq!(
+                errno(node.move_part(&fd, to, 0, 0, 200)),
+                libc::EBUSY,
+                "the disk has its pages"
+            );
+            assert!(began.elapsed() < Duration::from_secs(2));
+            let revoked = node.revoke(&fd, 100).unwrap();
+            assert!(revoked.pages > 0, "{revoked:?}");
+            assert_eq!(errno(node.restore(&fd)), libc::EBUSY);
+            assert!(!reading.is_finished());
+            let revoked = node.revoke(&fd, 20_000).unwrap();
+            assert_eq!(revoked.pages, 0, "{revoked:?}");
+            assert_eq!(reading.join().unwrap(), 2 << 20);
+            node.restore(&fd).unwrap();
+        });
+        // What was read in flight is in the place that it was read to, and moves from there.
+        assert_eq!(differs(&seen, 0, 2 << 20, u64::from(to)), None);
+        node.move_to(&fd, to).unwrap();
+        assert_eq!(differs(&seen, 0, 2 << 20, u64::from(to)), None);
+    }
+}
+
+#[test]
+fn a_move_comes_to_an_end_under_a_stream_of_direct_io() {
+    let node = Node::largest();
+    let len = 256 * PAGE;
+    let (fd, _) = node.export(None, len).unwrap();
+    let seen = map(&fd, len);
+    let disk = disk::open_direct(SCRATCH).unwrap();
+    let pattern_file = map(&fd, len);
+    fill(&pattern_file, 0, len as usize, 6);
+    disk::write_from(&disk, &seen, 0, len as usize, 0).unwrap();
+    let stop = AtomicBool::new(false);
+    let transfers = AtomicU64::new(0);
+    thread::scope(|scope| {
+        for _ in 0..3 {
+            scope.spawn(|| {
+                let disk = disk::open_direct(SCRATCH).unwrap();
+                while !stop.load(Ordering::Relaxed) {
+                    let n = disk::read_into(&disk, &seen, 0, len as usize, 0).unwrap();
+                    assert_eq!(n, len as usize);
+                    transfers.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+        }
+        for round in 0..40 {
+            let to = [PLACEMENT_SYSTEM, PLACEMENT_DEVICE][round % 2];
+            let moved = node.move_to(&fd, to);
+            if moved.is_err() {
+                stop.store(true, Ordering::Relaxed);
+            }
+            assert_eq!(moved.unwrap().1, len, "round {round}");
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    assert!(transfers.load(Ordering::Relaxed) > 20);
+    assert_eq!(differs(&seen, 0, len as usize, 6), None);
+}
+
+#[test]
+fn no_byte_is_lost_when_processes_write_through_moves() {
+    let node = Node::largest();
+    let len = 64 * PAGE;
+    let (fd, _) = node.export(None, len).unwrap();
+    let seen = map(&fd, len);
+    let stop = AtomicBool::new(false);
+    thread::scope(|scope| {
+        // Each writer owns every third word, counts in it, and finds what it wrote last.
+        for writer in 0..3usize {
+            let (seen, stop) = (&seen, &stop);
+            scope.spawn(move || {
+                let words: Vec<usize> =
+                    (0..len as usize / 8).skip(writer).step_by(3 * 61).collect();
+                let mut count = 0;
+                while !stop.load(Ordering::Relaxed) {
+                    for &word in &words {
+                        let found = seen.read(word * 8);
+                        assert!(
+                            count == 0 || found == count,
+                            "word {word}: {found} for {count}"
+                        );
+                        seen.write(word * 8, count + 1);
+                    }
+                    count += 1;
+                }
+                assert!(count > 10, "{count}");
+            });
+        }
+        for round in 0..150u64 {
+            let to = [PLACEMENT_SYSTEM, PLACEMENT_DEVICE][round as usize % 2];
+            let half = (round % 3) * (len / 4);
+            let moved = node.move_part(&fd, to, half, len / 4, 5000);
+            if moved.is_err() {
+                stop.store(true, Ordering::Relaxed);
+            }
+            moved.unwrap();
+            if round % 10 == 9 {
+                node.move_to(&fd, to).unwrap();
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+}
+
+#[test]
+fn fdinfo_of_a_node_tells_what_the_query_tells() {
+    let node = Node::largest();
+    let (fd, _) = node.export(None, MIB).unwrap();
+    node.move_to(&fd, PLACEMENT_SYSTEM).unwrap();
+    let text = fs::read_to_string(format!("/proc/self/fdinfo/{}", node.file.as_raw_fd())).unwrap();
+    let inode = rustix::fs::fstat(&fd).unwrap().st_ino;
+    let expected =
+        format!("buffer:\t{inode} bar 2 length {MIB} placement system state live generation 2\n");
+    assert!(text.contains(&expected), "{text}");
+    assert!(text.contains("moves 1 "), "{text}");
+}
+
+#[test]
+fn cpu_access_guards_serve_both_places() {
+    let node = Node::largest();
+    let (fd, _) = node.export(None, PAGE).unwrap();
+    let seen = map(&fd, PAGE);
+    for to in [PLACEMENT_SYSTEM, PLACEMENT_DEVICE] {
+        sync(&fd, SYNC_WRITE).unwrap();
+        seen.write(8, u64::from(to));
+        sync(&fd, SYNC_WRITE | SYNC_END).unwrap();
+        node.move_to(&fd, to).unwrap();
+        sync(&fd, SYNC_READ).unwrap();
+        assert_eq!(seen.read(8), u64::from(to));
+        sync(&fd, SYNC_READ | SYNC_END).unwrap();
+    }
+}
+
+#[test]
+fn revokes_moves_and_unbinding_race() {
+    let bdf = Node::largest().bdf;
+    for round in 0..6u64 {
+        let node = Node::open(&bdf).unwrap();
+        let (fd, _) = node.export(None, MIB).unwrap();
+        let seen = map(&fd, MIB);
+        seen.write(0, round);
+        thread::scope(|scope| {
+            let (node, fd) = (&node, &fd);
+            let until = Instant::now() + Duration::from_millis(300);
+            for to in [PLACEMENT_SYSTEM, PLACEMENT_DEVICE] {
+                scope.spawn(move || {
+                    while Instant::now() < until + Duration::from_millis(100) {
+                        let answer = errno(node.move_to(fd, to));
+                        assert!([0, libc::ENODEV, libc::EBUSY].contains(&answer), "{answer}");
+                    }
+                });
+            }
+            scope.spawn(move || {
+                while Instant::now() < until + Duration::from_millis(100) {
+                    node.revoke(fd, 10).unwrap();
+                    let answer = errno(node.restore(fd));
+                    assert!([0, libc::ENODEV].contains(&answer), "{answer}");
+                }
+            });
+            thread::sleep(Duration::from_millis(100 + 30 * round));
+            Node::unbind(&bdf);
+        });
+        assert_eq!(node.buffer(&fd).unwrap().state, abi::STATE_GONE);
+        Node::bind(&bdf);
+        drop((fd, seen, node));
+        assert_all_free(&Node::open(&bdf).unwrap());
+    }
+}
