@@ -648,3 +648,40 @@ fn a_subscriber_that_leaves_in_order_taints_nothing() {
     assert!(!publisher.is_tainted(id));
     assert!(!publisher.migrate(id, LIMIT).unwrap().isolated);
 }
+
+#[test]
+fn buffers_that_move_together_share_one_time_limit_and_fail_by_themselves() {
+    let (mut publisher, subscriber) = pair();
+    let mut ids = Vec::new();
+    for name in ["a", "b", "c", "d"] {
+        ids.push(publisher.publish(name, watched().0).unwrap());
+    }
+    let leases: Vec<Lease> = ["a", "b", "c"]
+        .iter()
+        .map(|name| lease(&mut publisher, &subscriber, name))
+        .collect();
+    let own = publisher.buffer(ids[3]).unwrap().clone();
+    let thread = std::thread::spawn(move || {
+        for lease in leases {
+            assert!(lease.wait_until_wanted(LONG).is_some());
+            put(&lease, 0, 4);
+        }
+    });
+    let moved = publisher.migrate_all(&[ids[2], ids[0], ids[3], ids[1], ids[0]], LONG);
+    thread.join().unwrap();
+    for (result, works) in moved.iter().zip([true, true, false, true, false]) {
+        match result {
+            Ok(moved) => assert!(works && moved.generation == 2 && moved.released == 1),
+            Err(error) => assert!(
+                !works && matches!(error, ShareError::StillInUse { .. }),
+                "{error}"
+            ),
+        }
+    }
+    drop(own);
+    for (name, generation) in [("a", 2), ("b", 2), ("c", 2), ("d", 1)] {
+        let lease = lease(&mut publisher, &subscriber, name);
+        assert_eq!(lease.generation(), generation);
+        assert_eq!(get(&lease, 0), if name == "d" { 0 } else { 4 });
+    }
+}

@@ -25,8 +25,9 @@ use crate::error::{BufferError, ShareError, SystemError};
 /// limits what is under way for a user as a whole, so one that does not read must not use it up.
 const WINDOW: usize = 2 * MAX_DESCRIPTORS;
 
-/// The most messages that are taken from one subscriber before the others get their turn.
-const TURN: usize = 16;
+/// How many messages each subscriber may have waiting when its time is up: it accepts and gives
+/// back, of a few buffers.
+const ROUNDS_AFTER: usize = 8;
 
 /// How long until the kernel is asked again whether it takes more descriptors.
 const RETRY: Duration = Duration::from_millis(10);
@@ -121,10 +122,10 @@ pub struct Migration {
     pub placement: Placement,
     /// Telling the subscribers.
     pub announce: Duration,
-    /// Until the last of them had given the old generation back or was cut off, and the devices
-    /// that they had put to work were done.
+    /// Until the last of them had given the old generation back or was cut off.
     pub drain: Duration,
-    /// Making the new generation: the copy, or the kernel's move.
+    /// Making the new generation, once the devices that worked on the old one are done: the copy, or
+    /// the kernel's move.
     pub transfer: Duration,
     /// Offering the new generation.
     pub offer: Duration,
@@ -194,6 +195,8 @@ struct Connection {
     under_way: usize,
     /// Its socket was full; it is waited for.
     full: bool,
+    /// The wait for room is registered.
+    awaits_room: bool,
     /// The kernel took no more descriptors from this user; tried again after a while.
     refused: bool,
 }
@@ -307,6 +310,7 @@ impl Publisher {
             notices: VecDeque::new(),
             under_way: 0,
             full: false,
+            awaits_room: false,
             refused: false,
         };
         self.subscribers.insert(id, connection);
@@ -423,25 +427,88 @@ impl Publisher {
     /// still reach it. In that case, and with a busy device, the buffer is withheld, with its bytes,
     /// until a later call succeeds.
     pub fn migrate(&mut self, id: BufferId, time_limit: Duration) -> Result<Migration, ShareError> {
+        let moved = self.migrate_all(&[id], time_limit).pop();
+        moved.unwrap_or_else(|| {
+            let name = format!("number {}", id.0);
+            Err(ShareError::Unknown { name })
+        })
+    }
+
+    /// As [`Publisher::migrate`], for several buffers at once: they are taken back together, within
+    /// one time limit, and offered together. The answers are in the order of `ids`; each says of the
+    /// common parts how long they took for all.
+    ///
+    /// # Errors
+    /// As [`Publisher::migrate`], for each buffer by itself. One that is named twice is refused the
+    /// second time.
+    pub fn migrate_all(
+        &mut self,
+        ids: &[BufferId],
+        time_limit: Duration,
+    ) -> Vec<Result<Migration, ShareError>> {
         let begun = Instant::now();
-        let name = self.named(id)?;
-        if !self.buffers.get(&id).is_some_and(|b| b.backing.is_idle()) {
-            return Err(ShareError::StillInUse { name });
-        }
-        let before = self.holding(id);
-        self.take_back(id, Message::Invalidate, time_limit);
+        let mut seen = BTreeSet::new();
+        let checked: Vec<Result<BufferId, ShareError>> = ids
+            .iter()
+            .map(|&id| {
+                let name = self.named(id)?;
+                let idle = self
+                    .buffers
+                    .get(&id)
+                    .is_some_and(|buffer| buffer.backing.is_idle());
+                match idle && seen.insert(id) {
+                    true => Ok(id),
+                    false => Err(ShareError::StillInUse { name }),
+                }
+            })
+            .collect();
+        let going: Vec<BufferId> = checked.iter().flatten().copied().collect();
+        let before: BTreeMap<BufferId, Vec<SubscriberId>> =
+            going.iter().map(|&id| (id, self.holding(id))).collect();
+        self.take_back(&going, Message::Invalidate, time_limit);
         let announced = Instant::now();
         if self.fault == Some(Fault::SkipDrain) {
-            self.forget_holders(id);
+            self.forget_holders(&going);
         }
-        self.drain(id, &name, begun, time_limit)?;
-        self.wait_for_devices(id, &name, begun, time_limit)?;
+        if let Err(error) = self.drain(&going, begun, time_limit) {
+            return ids.iter().map(|_| Err(error.clone())).collect();
+        }
         let drained = Instant::now();
-        let lost = before
-            .iter()
-            .filter(|id| !self.subscribers.contains_key(id));
-        let lost: Vec<SubscriberId> = lost.copied().collect();
+        let mut results: Vec<Result<Migration, ShareError>> = Vec::new();
+        for checked in checked {
+            let holders = checked.as_ref().ok().and_then(|id| before.get(id));
+            let holders = holders.map(Vec::as_slice).unwrap_or_default();
+            let lost = holders.iter().copied();
+            let lost: Vec<SubscriberId> = lost
+                .filter(|id| !self.subscribers.contains_key(id))
+                .collect();
+            let replaced = checked.and_then(|id| self.replace(id, begun, time_limit));
+            results.push(replaced.map(|migration| Migration {
+                announce: announced - begun,
+                drain: drained - announced,
+                released: holders.len() - lost.len(),
+                lost,
+                ..migration
+            }));
+        }
+        let offering = Instant::now();
+        self.offer(&going);
+        for migration in results.iter_mut().flatten() {
+            migration.offer = offering.elapsed();
+        }
+        results
+    }
 
+    /// Makes the next generation of a buffer that nobody holds any more.
+    fn replace(
+        &mut self,
+        id: BufferId,
+        begun: Instant,
+        time_limit: Duration,
+    ) -> Result<Migration, ShareError> {
+        let transferring = Instant::now();
+        self.wait_for_devices(id, begun, time_limit)?;
+        let name = self.named(id)?;
         let Some(published) = self.buffers.get_mut(&id) else {
             return Err(ShareError::Unknown { name });
         };
@@ -458,19 +525,16 @@ impl Publisher {
             published.read_only = None;
             published.state = State::Live;
         }
-        let placement = published.backing.placement();
-        let transferred = Instant::now();
-        self.offer(&[id]);
         moved?;
         Ok(Migration {
             generation: order.generation,
-            placement,
-            announce: announced - begun,
-            drain: drained - announced,
-            transfer: transferred - drained,
-            offer: transferred.elapsed(),
-            released: before.len() - lost.len(),
-            lost,
+            placement: published.backing.placement(),
+            announce: Duration::ZERO,
+            drain: Duration::ZERO,
+            transfer: transferring.elapsed(),
+            offer: Duration::ZERO,
+            released: 0,
+            lost: Vec::new(),
             isolated: order.isolate,
         })
     }
@@ -483,10 +547,10 @@ impl Publisher {
     /// withdrawn again.
     pub fn withdraw(&mut self, id: BufferId, time_limit: Duration) -> Result<(), ShareError> {
         let begun = Instant::now();
-        let name = self.named(id)?;
-        self.take_back(id, Message::Withdraw, time_limit);
-        self.drain(id, &name, begun, time_limit)?;
-        self.wait_for_devices(id, &name, begun, time_limit)?;
+        self.named(id)?;
+        self.take_back(&[id], Message::Withdraw, time_limit);
+        self.drain(&[id], begun, time_limit)?;
+        self.wait_for_devices(id, begun, time_limit)?;
         self.buffers.remove(&id);
         Ok(())
     }
@@ -541,43 +605,56 @@ impl Publisher {
         holders.map(|(subscriber, _)| *subscriber).collect()
     }
 
-    /// Tells everybody who holds a buffer to give it back.
-    fn take_back(&mut self, id: BufferId, message: Message, time_limit: Duration) {
-        let Some(published) = self.buffers.get_mut(&id) else {
-            return;
-        };
-        published.state = State::Leaving;
+    /// Tells everybody who holds these buffers to give them back.
+    fn take_back(&mut self, ids: &[BufferId], message: Message, time_limit: Duration) {
         let milliseconds = u32::try_from(time_limit.as_millis()).unwrap_or(u32::MAX);
-        for subscriber in self.holding(id) {
-            if let Some(connection) = self.subscribers.get_mut(&subscriber)
-                && let Some(holding) = connection.held.get(&id)
-            {
-                let note = Note::new(id.0, holding.generation, milliseconds);
-                connection.notices.push_back((message, note));
+        for id in ids {
+            if let Some(published) = self.buffers.get_mut(id) {
+                published.state = State::Leaving;
             }
-            self.pump(subscriber);
+        }
+        let subscribers: Vec<SubscriberId> = self.subscribers.keys().copied().collect();
+        for subscriber in subscribers {
+            let Some(connection) = self.subscribers.get_mut(&subscriber) else {
+                continue;
+            };
+            for id in ids {
+                if let Some(holding) = connection.held.get(id) {
+                    let note = Note::new(id.0, holding.generation, milliseconds);
+                    connection.notices.push_back((message, note));
+                }
+            }
+            if !connection.notices.is_empty() {
+                self.pump(subscriber);
+            }
         }
     }
 
-    /// Waits until nobody holds the buffer, and cuts off who still does when the time is up.
+    /// Waits until nobody holds the buffers, and cuts off who still does when the time is up.
     fn drain(
         &mut self,
-        id: BufferId,
-        name: &str,
+        ids: &[BufferId],
         begun: Instant,
-        time_limit: Duration,
+        limit: Duration,
     ) -> Result<(), ShareError> {
-        while self.holders(id) > 0 {
-            let left = (begun + time_limit).saturating_duration_since(Instant::now());
-            // Once more when the time is up: the answer may be there already.
-            self.turn(Some(left))?;
+        let mut rounds_after = 0;
+        while ids.iter().any(|id| self.holders(*id) > 0) && rounds_after < ROUNDS_AFTER {
+            let left = (begun + limit).saturating_duration_since(Instant::now());
+            let handled = self.turn(Some(left))?;
             if left.is_zero() {
-                break;
+                // The answers may be there already.
+                rounds_after += 1;
+                if handled == 0 {
+                    break;
+                }
             }
         }
-        for subscriber in self.holding(id) {
-            let (name, limit) = (name.to_owned(), time_limit);
-            self.cut_off(subscriber, CutOff::Late { name, limit });
+        for id in ids {
+            let name = self.named(*id)?;
+            for subscriber in self.holding(*id) {
+                let name = name.clone();
+                self.cut_off(subscriber, CutOff::Late { name, limit });
+            }
         }
         Ok(())
     }
@@ -587,7 +664,6 @@ impl Publisher {
     fn wait_for_devices(
         &mut self,
         id: BufferId,
-        name: &str,
         begun: Instant,
         limit: Duration,
     ) -> Result<(), ShareError> {
@@ -601,7 +677,7 @@ impl Publisher {
         match dmabuf.wait(Access::Write, left) {
             Err(BufferError::TimedOut { .. }) => {
                 published.state = State::Withheld;
-                let name = name.to_owned();
+                let name = published.name.clone();
                 Err(ShareError::DeviceBusy { name, limit })
             }
             // An exporter without fences answers with another error; there is nothing to wait for.
@@ -609,12 +685,14 @@ impl Publisher {
         }
     }
 
-    fn forget_holders(&mut self, id: BufferId) {
-        for connection in self.subscribers.values_mut() {
-            connection.held.remove(&id);
-        }
-        if let Some(published) = self.buffers.get_mut(&id) {
-            published.holders = 0;
+    fn forget_holders(&mut self, ids: &[BufferId]) {
+        for id in ids {
+            for connection in self.subscribers.values_mut() {
+                connection.held.remove(id);
+            }
+            if let Some(published) = self.buffers.get_mut(id) {
+                published.holders = 0;
+            }
         }
     }
 
@@ -641,13 +719,16 @@ impl Publisher {
         let Some(connection) = self.subscribers.get_mut(&id) else {
             return;
         };
-        let mut interest = epoll::EventFlags::IN;
-        if connection.full {
-            interest |= epoll::EventFlags::OUT;
+        if connection.full != connection.awaits_room {
+            let mut interest = epoll::EventFlags::IN;
+            if connection.full {
+                interest |= epoll::EventFlags::OUT;
+            }
+            let data = epoll::EventData::new_u64(id.0);
+            // The descriptor is there and registered.
+            let _ = epoll::modify(&self.waiting, &connection.channel, data, interest);
+            connection.awaits_room = connection.full;
         }
-        let data = epoll::EventData::new_u64(id.0);
-        // The descriptor is there and registered.
-        let _ = epoll::modify(&self.waiting, &connection.channel, data, interest);
     }
 
     fn send_notices(&mut self, id: SubscriberId) -> Result<(), ShareError> {
@@ -779,8 +860,8 @@ impl Publisher {
         Ok(())
     }
 
-    /// Waits up to `timeout` for something to do, and does it.
-    fn turn(&mut self, timeout: Option<Duration>) -> Result<(), ShareError> {
+    /// Waits up to `timeout` for something to do, and does it. Returns how much there was.
+    fn turn(&mut self, timeout: Option<Duration>) -> Result<usize, ShareError> {
         let refused = self.subscribers.iter().filter(|(_, c)| c.refused);
         let refused: Vec<SubscriberId> = refused.map(|(id, _)| *id).collect();
         let timeout = match refused.is_empty() {
@@ -795,9 +876,10 @@ impl Publisher {
         let spare = rustix::buffer::spare_capacity(&mut ready);
         match epoll::wait(&self.waiting, spare, timeout.as_ref()) {
             Ok(_) => {}
-            Err(rustix::io::Errno::INTR) => return Ok(()),
+            Err(rustix::io::Errno::INTR) => return Ok(0),
             Err(errno) => return Err(failed("epoll_wait")(errno).into()),
         }
+        let handled = ready.len();
         for event in ready {
             // A copy: the field is not aligned.
             let (data, flags) = (event.data.u64(), event.flags);
@@ -811,7 +893,7 @@ impl Publisher {
             }
             self.receive(id);
         }
-        Ok(())
+        Ok(handled)
     }
 
     fn accept(&mut self) {
@@ -851,37 +933,35 @@ impl Publisher {
         Ok(())
     }
 
-    /// Takes what a subscriber sent.
+    /// Takes one message of a subscriber. If there are more, the next turn finds them: nobody is
+    /// kept waiting by one that sends without end.
     fn receive(&mut self, id: SubscriberId) {
-        for _ in 0..TURN {
-            let Some(connection) = self.subscribers.get_mut(&id) else {
-                return;
-            };
-            // Subscribers have no descriptors to send. Those that come are closed at once.
-            let mut descriptors = Vec::new();
-            let received = connection
-                .channel
-                .try_receive(&mut self.received, &mut descriptors);
-            let outcome = match received {
-                Ok(None) => return,
-                Ok(Some(_)) if !descriptors.is_empty() => Err(ShareError::Malformed {
-                    what: "a subscriber's message came with descriptors".into(),
-                }),
-                Ok(Some(bytes)) => self.handle(id, bytes),
-                Err(ShareError::PeerGone) => {
-                    let held = self.remove(id);
-                    self.events.push_back(Event::Left {
-                        subscriber: id,
-                        held,
-                    });
-                    return;
-                }
-                Err(error) => Err(error),
-            };
-            if let Err(error) = outcome {
-                self.cut_off(id, CutOff::Rubbish(error));
+        let Some(connection) = self.subscribers.get_mut(&id) else {
+            return;
+        };
+        // Subscribers have no descriptors to send. Those that come are closed at once.
+        let mut descriptors = Vec::new();
+        let received = connection
+            .channel
+            .try_receive(&mut self.received, &mut descriptors);
+        let outcome = match received {
+            Ok(None) => return,
+            Ok(Some(_)) if !descriptors.is_empty() => Err(ShareError::Malformed {
+                what: "a subscriber's message came with descriptors".into(),
+            }),
+            Ok(Some(bytes)) => self.handle(id, bytes),
+            Err(ShareError::PeerGone) => {
+                let held = self.remove(id);
+                self.events.push_back(Event::Left {
+                    subscriber: id,
+                    held,
+                });
                 return;
             }
+            Err(error) => Err(error),
+        };
+        if let Err(error) = outcome {
+            self.cut_off(id, CutOff::Rubbish(error));
         }
     }
 

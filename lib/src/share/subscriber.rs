@@ -67,6 +67,8 @@ struct Session {
 struct State {
     buffers: BTreeMap<u64, Slot>,
     outbox: VecDeque<(Message, Note)>,
+    /// More is about to come, and goes in one message.
+    gathering: bool,
     ended: Option<ShareError>,
     /// The application does not want to hear any more.
     closing: bool,
@@ -348,7 +350,7 @@ impl Session {
     fn post(&self, message: Message, note: Note) {
         let mut state = self.lock();
         state.outbox.push_back((message, note));
-        if !self.flush(&mut state) {
+        if !state.gathering && !self.flush(&mut state) {
             self.wake();
         }
     }
@@ -419,8 +421,9 @@ impl Session {
             let _ = rustix::io::read(&self.wake, &mut [0; 8]);
         }
         let mut descriptors = Vec::new();
-        while let Some(bytes) = self.channel.try_receive(message, &mut descriptors)? {
-            self.handle(&message[..bytes], std::mem::take(&mut descriptors))?;
+        let readable = !waiting[0].revents().is_empty();
+        if readable && let Some(bytes) = self.channel.try_receive(message, &mut descriptors)? {
+            self.handle(&message[..bytes], descriptors)?;
         }
         Ok(true)
     }
@@ -448,10 +451,15 @@ impl Session {
                 self.take_offers(entries, descriptors)
             }
             Message::Invalidate | Message::Withdraw => {
-                for note in wire::notes(records)? {
-                    self.give_back(kind, note)?;
-                }
-                Ok(())
+                let notes = wire::notes(records)?;
+                self.lock().gathering = true;
+                let result = notes
+                    .into_iter()
+                    .try_for_each(|note| self.give_back(kind, note));
+                // The next turn sends what has come together.
+                self.lock().gathering = false;
+                self.changed.notify_all();
+                result
             }
             Message::Farewell => {
                 let notes = wire::notes(records)?;
@@ -498,9 +506,9 @@ impl Session {
             // What it replaces has no buffer in it, whose drop would want the lock.
             state.buffers.insert(entry.id, slot);
             let note = Note::new(entry.id, entry.generation, 0);
+            // The next turn sends all of them.
             state.outbox.push_back((Message::Accepted, note));
         }
-        self.flush(&mut state);
         drop(state);
         self.changed.notify_all();
         Ok(())
@@ -522,7 +530,6 @@ impl Session {
         // It is set once for each generation: an offer that is gone cannot be wanted back again.
         let _ = offer.terms.wanted.set(Instant::now() + limit);
         offer.give_back(self);
-        self.changed.notify_all();
         Ok(())
     }
 }

@@ -1,5 +1,6 @@
 //! The command `peerbuf`: shows, exports and demonstrates shared buffers.
 
+mod cycle;
 mod demo;
 mod export;
 mod info;
@@ -34,6 +35,8 @@ Paths, best first:
 
 #[derive(Subcommand)]
 enum Command {
+    /// Move buffers again and again while other processes work on them, and check every byte
+    Cycle(cycle::Arguments),
     /// Move a file's bytes disk -> buffer -> disk between two processes, and check each byte
     Demo(demo::Arguments),
     /// Export part of a device's BAR and hand it to a command or to other processes
@@ -43,10 +46,15 @@ enum Command {
     /// The second process of the demo, started by the first
     #[command(hide = true)]
     DemoWorker,
+    /// A worker of the cycle, started by the first process
+    #[command(hide = true)]
+    CycleWorker,
 }
 
 fn main() -> ExitCode {
     let result = match Arguments::parse().command {
+        Command::Cycle(arguments) => cycle::run(&arguments),
+        Command::CycleWorker => cycle::worker::run(),
         Command::Demo(arguments) => demo::run(&arguments),
         Command::Export(arguments) => export::run(&arguments),
         Command::Info(arguments) => info::run(&arguments),

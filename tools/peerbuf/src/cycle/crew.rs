@@ -1,0 +1,157 @@
+//! The workers as the first process sees them: started, stopped, killed, heard, buried.
+
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use peerbuf::error::ShareError;
+use peerbuf::export::memfd;
+use peerbuf::share::{Channel, SubscriberId};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+
+use super::board::{self, Board};
+use super::schedule::Fault;
+use super::worker::{MAX_MESSAGE, Orders, Report};
+use crate::Failure;
+
+/// A worker's process.
+pub struct Process {
+    pub slot: usize,
+    pub subscriber: SubscriberId,
+    child: Child,
+    /// Names the process even after its number was given to another.
+    handle: Arc<OwnedFd>,
+    control: Channel,
+    /// It was stopped at least once, so it may be late.
+    pub stopped: bool,
+    pub joined: bool,
+}
+
+/// What a process that was started comes with.
+pub struct Started {
+    pub child: Child,
+    pub control: Channel,
+    pub board: Board,
+}
+
+/// Starts a worker. `theirs` is its end of the connection to the publisher.
+pub fn start(theirs: Channel, orders: &Orders) -> Result<Started, Failure> {
+    let (control, their_control) = Channel::pair()?;
+    let memory = memfd::export("board", board::size(orders.buffers))?;
+    control.send_message(&serde_json::to_vec(orders)?, &[])?;
+    control.send_buffer(&memory.whole())?;
+    let child = Command::new(std::env::current_exe()?)
+        .arg("cycle-worker")
+        .stdin(Stdio::from(OwnedFd::from(theirs)))
+        .stdout(Stdio::from(OwnedFd::from(their_control)))
+        // A Ctrl-C at the terminal is for the first process alone.
+        .process_group(0)
+        .spawn()?;
+    Ok(Started {
+        child,
+        control,
+        board: Board::open(&memory)?,
+    })
+}
+
+impl Process {
+    pub fn new(
+        slot: usize,
+        subscriber: SubscriberId,
+        child: Child,
+        control: Channel,
+    ) -> Result<Process, Failure> {
+        let handle = pidfd_open(Pid::from_child(&child), PidfdFlags::empty())?;
+        Ok(Process {
+            slot,
+            subscriber,
+            child,
+            handle: Arc::new(handle),
+            control,
+            stopped: false,
+            joined: false,
+        })
+    }
+
+    /// Kills or stops it a little later, and lets a stopped one go on after its time.
+    pub fn strike(&mut self, fault: Fault) -> JoinHandle<()> {
+        self.stopped |= fault.stopped_for.is_some();
+        let handle = Arc::clone(&self.handle);
+        std::thread::spawn(move || {
+            // It may be gone by then, which is as good.
+            let send = |signal| {
+                let _ = pidfd_send_signal(&*handle, signal);
+            };
+            std::thread::sleep(fault.after);
+            match fault.stopped_for {
+                None => send(Signal::KILL),
+                Some(time) => {
+                    send(Signal::STOP);
+                    std::thread::sleep(time);
+                    send(Signal::CONT);
+                }
+            }
+        })
+    }
+
+    /// Takes what it reported.
+    pub fn reports(&self) -> Result<VecDeque<Report>, Failure> {
+        let mut reports = VecDeque::new();
+        loop {
+            let mut waiting = [PollFd::new(&self.control, PollFlags::IN)];
+            let now = Timespec::default();
+            match poll(&mut waiting, Some(&now)) {
+                Ok(0) => return Ok(reports),
+                Err(rustix::io::Errno::INTR) => continue,
+                Err(errno) => return Err(errno.into()),
+                Ok(_) => {}
+            }
+            match self.control.receive_message(MAX_MESSAGE) {
+                Ok((message, _)) => reports.push_back(serde_json::from_slice(&message)?),
+                Err(ShareError::PeerGone) => return Ok(reports),
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// How it ended, if it has.
+    pub fn ended(&mut self) -> Result<Option<ExitStatus>, Failure> {
+        Ok(self.child.try_wait()?)
+    }
+
+    /// Waits for its end, and kills it when that takes too long.
+    pub fn end(&mut self, limit: Duration) -> Result<ExitStatus, Failure> {
+        let timeout = Timespec::try_from(limit)?;
+        let begun = Instant::now();
+        loop {
+            // Readable when the process has ended.
+            let mut waiting = [PollFd::from_borrowed_fd(self.handle.as_fd(), PollFlags::IN)];
+            match poll(&mut waiting, Some(&timeout)) {
+                Ok(0) => break,
+                Err(rustix::io::Errno::INTR) if begun.elapsed() < limit => {}
+                _ => return Ok(self.child.wait()?),
+            }
+        }
+        self.child.kill()?;
+        Ok(self.child.wait()?)
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        if let Ok(None) = self.child.try_wait() {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+    }
+}
+
+/// True for a process that did what it was told, or was killed by us.
+pub fn is_orderly(status: ExitStatus) -> bool {
+    status.success() || status.signal() == Some(Signal::KILL.as_raw())
+}

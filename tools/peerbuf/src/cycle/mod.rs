@@ -1,0 +1,624 @@
+//! `peerbuf cycle`: buffers move, again and again, while other processes work on them and are
+//! stopped and killed, and every byte is checked.
+//!
+//! This is the first process: it publishes the buffers, moves them, and keeps the books
+//! ([`ledger`]). The others ([`worker`]) do the work.
+
+mod board;
+mod crew;
+mod importers;
+mod ledger;
+mod memory;
+mod pattern;
+mod report;
+mod schedule;
+pub mod worker;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressStyle};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use peerbuf::export::udmabuf;
+use peerbuf::share::{BufferId, Channel, CutOff, Event, Fault, Publisher};
+
+use crate::{Failure, places, say, size};
+use board::Counter;
+use crew::Process;
+use importers::Kind;
+use ledger::{Lanes, Ledger, Writer};
+use memory::{Moving, Shared, Source, lock, name};
+use pattern::{CELL, Loss};
+use report::{Faults, Latencies, Moves, Summary, Work};
+use schedule::{Odds, Schedule};
+use worker::{Orders, Report};
+
+/// Arguments of `peerbuf cycle`.
+#[derive(clap::Args)]
+#[command(after_help = AFTER_HELP)]
+pub struct Arguments {
+    /// What the buffers are made of
+    #[arg(long, value_enum, default_value = "udmabuf")]
+    backing: Backing,
+
+    /// What works on them
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "cpu,nvme")]
+    importers: Vec<Kind>,
+
+    /// How many processes work on them
+    #[arg(long, value_name = "N", default_value = "4", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    processes: u32,
+
+    /// How many buffers there are
+    #[arg(long, value_name = "N", default_value = "4", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    buffers: u32,
+
+    /// Size of each; every process gets an equal part of at least 4096 bytes
+    #[arg(long, value_name = "SIZE", default_value = "256K", value_parser = size::parse)]
+    size: u64,
+
+    /// Stop after so many cycles, each the move of one buffer [default: 1000]
+    #[arg(long, value_name = "N")]
+    cycles: Option<u64>,
+
+    /// Stop after so many seconds
+    #[arg(long, value_name = "S")]
+    seconds: Option<u64>,
+
+    /// Probability that a process is killed, in each cycle
+    #[arg(long, value_name = "P", default_value = "0", value_parser = probability)]
+    kill: f64,
+
+    /// Probability that a process is stopped for a while, in each cycle
+    #[arg(long, value_name = "P", default_value = "0", value_parser = probability)]
+    stall: f64,
+
+    /// How long a process has to give a buffer back, in milliseconds
+    #[arg(long, value_name = "MS", default_value = "500", value_parser = clap::value_parser!(u64).range(1..=60_000))]
+    time_limit: u64,
+
+    /// What to draw everything from that is random [default: a random one, which the summary tells]
+    #[arg(long, value_name = "X")]
+    seed: Option<u64>,
+
+    /// Where scratch files are made; nothing is left there [default: a filesystem on an NVMe disk]
+    #[arg(long, value_name = "DIRECTORY")]
+    scratch: Option<PathBuf>,
+
+    /// The summary as one JSON object
+    #[arg(long)]
+    json: bool,
+
+    /// Break a guarantee on purpose, to see that it is noticed
+    #[arg(long, value_enum, hide = true, value_name = "GUARANTEE")]
+    r#break: Option<Break>,
+}
+
+const AFTER_HELP: &str = "\
+Each process works on a part of its own of every buffer: it writes patterns that tell writer, buffer,
+generation and place, and checks that they stay. The first process takes buffers back, moves them,
+compares every byte with what must be there, and offers them again. A process that is dead or does not
+give a buffer back in time is cut off, and replaced; what it writes afterwards must reach nobody.
+
+The same seed and options give the same schedule of moves, stops and kills. Ctrl-C ends the run with
+its summary. Exit status: 1 when a byte was lost or an importer failed.
+
+  peerbuf cycle --processes 8 --kill 0.05 --stall 0.02 --seconds 30";
+
+fn probability(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(number) if (0.0..=1.0).contains(&number) => Ok(number),
+        _ => Err("a probability is a number from 0 to 1".into()),
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Backing {
+    /// System memory with a dma-buf over it
+    Udmabuf,
+    /// System memory alone
+    Memfd,
+}
+
+/// The guarantees that can be broken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Break {
+    /// A buffer moves though processes still use it
+    SkipDrain,
+    /// The next generation is the memory of the one before
+    ReuseGeneration,
+    /// A copy leaves a few bytes out
+    TearCopy,
+}
+
+/// Runs the storm. `Ok` holds the failure status when a byte was lost.
+pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
+    let signals = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP]);
+    signals.thread_block()?;
+    let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
+    let signals = SignalFd::with_flags(&signals, flags)?;
+
+    let mut storm = Storm::begin(arguments)?;
+    let progress = storm.progress_bar();
+    let mut interrupted = false;
+    while !storm.is_over() && !interrupted {
+        storm.step()?;
+        progress.set_position(storm.position());
+        progress.set_message(format!("{} moves", storm.moves.all));
+        interrupted = signals.read_signal()?.is_some();
+    }
+    progress.finish_and_clear();
+    let summary = storm.finish(interrupted)?;
+    if arguments.json {
+        say::answer(serde_json::to_string(&summary)?)?;
+    } else {
+        say::answer(report::text(&summary))?;
+    }
+    if summary.lost_bytes > 0 {
+        return Err(format!("{} bytes were lost", summary.lost_bytes).into());
+    }
+    if !summary.failures.is_empty() {
+        return Err(format!("{} failures", summary.failures.len()).into());
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+struct Storm<'a> {
+    arguments: &'a Arguments,
+    seed: u64,
+    missing: Vec<String>,
+    begun: Instant,
+    time_limit: Duration,
+    scratch: PathBuf,
+    rest: f64,
+    lanes: Lanes,
+    schedule: Schedule,
+    shared: Arc<Mutex<Shared>>,
+    publisher: Publisher,
+    ids: Vec<BufferId>,
+    /// By slot.
+    crew: Vec<Process>,
+    /// Cut off, but still alive.
+    outcasts: Vec<(Process, Writer)>,
+    strikes: Vec<JoinHandle<()>>,
+    writers: u32,
+    cycles: u64,
+    moves: Moves,
+    faults: Faults,
+    latencies: Latencies,
+    failures: Vec<String>,
+    totals: Totals,
+}
+
+/// What the boards of workers that are gone said.
+#[derive(Default)]
+struct Totals {
+    verified: u64,
+    jobs: [u64; board::IMPORTERS],
+    paths: [u64; 3],
+    late_writes: u64,
+}
+
+impl Totals {
+    fn add(&mut self, writer: &mut Writer) -> Result<(), Failure> {
+        let board = &mut writer.board;
+        self.verified += board.counted(Counter::Verified, 0)?;
+        self.late_writes += board.counted(Counter::LateWrites, 0)?;
+        for (which, jobs) in self.jobs.iter_mut().enumerate() {
+            *jobs += board.counted(Counter::Jobs, which)?;
+        }
+        for (which, count) in self.paths.iter_mut().enumerate() {
+            *count += board.counted(Counter::Paths, which)?;
+        }
+        Ok(())
+    }
+}
+
+impl<'a> Storm<'a> {
+    fn begin(arguments: &'a Arguments) -> Result<Storm<'a>, Failure> {
+        let processes = arguments.processes as usize;
+        let buffers = arguments.buffers as usize;
+        let page = rustix::param::page_size() as u64;
+        if arguments.size == 0 || !arguments.size.is_multiple_of(page) {
+            return Err(format!("--size must be a multiple of the page size, {page}").into());
+        }
+        // Direct I/O works on whole blocks, and pages do for every disk.
+        let length = arguments.size / u64::from(arguments.processes) / page * page;
+        if length == 0 {
+            let least = size::show(page * u64::from(arguments.processes));
+            return Err(format!("--size must be {least} for {processes} processes").into());
+        }
+        let lanes = Lanes {
+            length: length as usize,
+            count: processes,
+        };
+        debug_assert_eq!(lanes.length % CELL, 0);
+        let mut missing = Vec::new();
+        let sources = sources(arguments.backing, &mut missing)?;
+        for text in &missing {
+            say::remark(format_args!("missing: {text}"));
+        }
+        let seed = arguments.seed.unwrap_or_else(rand::random);
+        let time_limit = Duration::from_millis(arguments.time_limit);
+        let odds = Odds {
+            buffers,
+            processes,
+            sources: sources.len(),
+            kill: arguments.kill,
+            stall: arguments.stall,
+            time_limit,
+        };
+        let shared = Arc::new(Mutex::new(Shared {
+            ledger: Ledger {
+                lanes,
+                key: seed,
+                writers: Vec::new(),
+                losses: Vec::new(),
+                verified: 0,
+            },
+            sources,
+            next: vec![0; buffers],
+            broken: arguments.r#break,
+            broke: 0,
+        }));
+        let mut publisher = Publisher::new()?;
+        if arguments.r#break == Some(Break::SkipDrain) {
+            publisher.break_on_purpose(Some(Fault::SkipDrain));
+        }
+        let mut ids = Vec::new();
+        for index in 0..buffers {
+            let moving = Moving::new(index, arguments.size, &shared)?;
+            ids.push(publisher.publish(&name(index), moving)?);
+        }
+        let mut storm = Storm {
+            arguments,
+            seed,
+            missing,
+            begun: Instant::now(),
+            time_limit,
+            scratch: arguments
+                .scratch
+                .clone()
+                .unwrap_or_else(places::working_directory),
+            rest: rest(processes),
+            lanes,
+            schedule: Schedule::new(seed, odds),
+            shared,
+            publisher,
+            ids,
+            crew: Vec::new(),
+            outcasts: Vec::new(),
+            strikes: Vec::new(),
+            writers: 0,
+            cycles: 0,
+            moves: Moves::default(),
+            faults: Faults::default(),
+            latencies: Latencies::new()?,
+            failures: Vec::new(),
+            totals: Totals::default(),
+        };
+        for slot in 0..processes {
+            let (process, writer) = storm.hire(slot)?;
+            storm.crew.push(process);
+            lock(&storm.shared).ledger.writers.push(writer);
+        }
+        let waiting = Instant::now();
+        while !storm.crew.iter().all(|process| process.joined) {
+            storm.publisher.serve_for(Duration::from_millis(5))?;
+            storm.tend()?;
+            if waiting.elapsed() > Duration::from_secs(60) {
+                return Err("the processes did not start within a minute".into());
+            }
+        }
+        storm.begun = Instant::now();
+        Ok(storm)
+    }
+
+    /// Starts a worker for a slot. What is in its lanes at this moment it found there: nobody
+    /// writes them.
+    fn hire(&mut self, slot: usize) -> Result<(Process, Writer), Failure> {
+        self.writers += 1;
+        let lane = self.lanes.start(slot);
+        let mut found = Vec::new();
+        for id in &self.ids {
+            let buffer = self.publisher.buffer(*id).ok_or("a buffer is gone")?;
+            found.push(memory::read(buffer, lane, self.lanes.length as u64)?);
+        }
+        let orders = Orders {
+            writer: self.writers,
+            slot,
+            seed: self.seed ^ u64::from(self.writers) << 32,
+            key: self.seed,
+            buffers: self.ids.len(),
+            lane,
+            lane_length: self.lanes.length,
+            importers: self.arguments.importers.clone(),
+            scratch: self.scratch.clone(),
+            rest: self.rest,
+        };
+        let (ours, theirs) = Channel::pair()?;
+        let started = crew::start(theirs, &orders)?;
+        let subscriber = self.publisher.add(ours)?;
+        let process = Process::new(slot, subscriber, started.child, started.control)?;
+        let writer = Writer {
+            number: orders.writer,
+            board: started.board,
+            found,
+        };
+        Ok((process, writer))
+    }
+
+    fn is_over(&self) -> bool {
+        let (cycles, seconds) = self.limits();
+        cycles.is_some_and(|cycles| self.cycles >= cycles)
+            || seconds.is_some_and(|seconds| self.begun.elapsed().as_secs() >= seconds)
+    }
+
+    fn limits(&self) -> (Option<u64>, Option<u64>) {
+        match (self.arguments.cycles, self.arguments.seconds) {
+            (None, None) => (Some(1000), None),
+            limits => limits,
+        }
+    }
+
+    fn progress_bar(&self) -> ProgressBar {
+        let (cycles, seconds) = self.limits();
+        let (length, unit) = match (cycles, seconds) {
+            (Some(cycles), _) => (cycles, "cycles"),
+            (None, seconds) => (seconds.unwrap_or(0), "s"),
+        };
+        let template = format!("{{bar:30}} {{pos}} of {{len}} {unit}, {{msg}}");
+        // Nothing is drawn where standard error is not a terminal.
+        let bar = ProgressBar::new(length);
+        match ProgressStyle::with_template(&template) {
+            Ok(style) => bar.with_style(style),
+            Err(_) => bar,
+        }
+    }
+
+    fn position(&self) -> u64 {
+        match self.limits() {
+            (Some(_), _) => self.cycles,
+            _ => self.begun.elapsed().as_secs(),
+        }
+    }
+
+    /// The cycles of one step.
+    fn step(&mut self) -> Result<(), Failure> {
+        let step = self.schedule.next();
+        for fault in &step.faults {
+            match fault.stopped_for {
+                None => self.faults.killed += 1,
+                Some(_) => self.faults.stopped += 1,
+            }
+            let strike = self.crew[fault.slot].strike(*fault);
+            self.strikes.push(strike);
+        }
+        self.publisher.serve_for(step.pause)?;
+        let mut buffers: Vec<usize> = Vec::new();
+        for cycle in step.cycles {
+            lock(&self.shared).next[cycle.buffer] = cycle.source;
+            buffers.push(cycle.buffer);
+        }
+        if let (Some(cycles), _) = self.limits() {
+            buffers.truncate((cycles - self.cycles) as usize);
+        }
+        self.migrate(&buffers)?;
+        self.cycles += buffers.len() as u64;
+        self.tend()
+    }
+
+    fn migrate(&mut self, buffers: &[usize]) -> Result<(), Failure> {
+        let ids: Vec<BufferId> = buffers.iter().map(|buffer| self.ids[*buffer]).collect();
+        for moved in self.publisher.migrate_all(&ids, self.time_limit) {
+            let moved = moved?;
+            let lost = moved.lost.len() as u64;
+            self.moves.all += 1;
+            self.moves.invalidations += moved.released as u64 + lost;
+            self.moves.given_back += moved.released as u64;
+            self.moves.not_given_back += lost;
+            self.latencies.record(&moved);
+        }
+        Ok(())
+    }
+
+    /// Hears the workers, and replaces those that are gone.
+    fn tend(&mut self) -> Result<(), Failure> {
+        self.hear()?;
+        loop {
+            let mut gone = Vec::new();
+            while let Some(event) = self.publisher.next_event(Some(Duration::ZERO))? {
+                match event {
+                    Event::Joined { subscriber, .. } => {
+                        let joined = self.crew.iter_mut().find(|p| p.subscriber == subscriber);
+                        if let Some(process) = joined {
+                            process.joined = true;
+                        }
+                    }
+                    Event::Left { subscriber, .. } => gone.push((subscriber, None)),
+                    Event::CutOff {
+                        subscriber, why, ..
+                    } => gone.push((subscriber, Some(why))),
+                    other => return Err(format!("{other:?}").into()),
+                }
+            }
+            if gone.is_empty() {
+                return Ok(());
+            }
+            let mut slots = Vec::new();
+            for (subscriber, why) in gone {
+                let slot = self.crew.iter().position(|p| p.subscriber == subscriber);
+                let slot = slot.ok_or("an unknown process left")?;
+                slots.push((slot, why.is_some()));
+                match why {
+                    None => {}
+                    Some(CutOff::Late { .. }) if self.crew[slot].stopped => {
+                        self.faults.cut_off += 1;
+                    }
+                    Some(CutOff::Late { .. }) => self.faults.late += 1,
+                    Some(why) => self.failures.push(why.to_string()),
+                }
+            }
+            // Whoever was cut off alive can still reach the other buffers as they are now.
+            if slots.iter().any(|(_, alive)| *alive) {
+                let mut reachable: Vec<usize> = (0..self.ids.len()).collect();
+                reachable.retain(|buffer| self.publisher.is_tainted(self.ids[*buffer]));
+                self.migrate(&reachable)?;
+                self.moves.evictions += reachable.len() as u64;
+            }
+            for (slot, alive) in slots {
+                self.replace(slot, alive)?;
+            }
+        }
+    }
+
+    fn replace(&mut self, slot: usize, alive: bool) -> Result<(), Failure> {
+        let (process, writer) = self.hire(slot)?;
+        let mut process = std::mem::replace(&mut self.crew[slot], process);
+        let writer = {
+            let writers = &mut lock(&self.shared).ledger.writers;
+            std::mem::replace(&mut writers[slot], writer)
+        };
+        if alive {
+            self.outcasts.push((process, writer));
+            return Ok(());
+        }
+        self.bury(&mut process, writer, Duration::from_secs(5))
+    }
+
+    /// Waits for a process's end, hears its last words, and adds up what it did.
+    fn bury(
+        &mut self,
+        process: &mut Process,
+        mut writer: Writer,
+        limit: Duration,
+    ) -> Result<(), Failure> {
+        let status = process.end(limit)?;
+        for report in process.reports()? {
+            self.note(process.slot, report);
+        }
+        if !crew::is_orderly(status) {
+            let failure = format!("process {} ended by itself: {status}", process.slot);
+            self.failures.push(failure);
+        }
+        self.totals.add(&mut writer)
+    }
+
+    /// Takes what workers report.
+    fn hear(&mut self) -> Result<(), Failure> {
+        let mut heard = Vec::new();
+        let outcasts = self.outcasts.iter().map(|(process, _)| process);
+        for process in self.crew.iter().chain(outcasts) {
+            let reports = process.reports()?;
+            heard.extend(reports.into_iter().map(|report| (process.slot, report)));
+        }
+        for (slot, report) in heard {
+            self.note(slot, report);
+        }
+        for (mut process, writer) in std::mem::take(&mut self.outcasts) {
+            match process.ended()? {
+                None => self.outcasts.push((process, writer)),
+                Some(_) => self.bury(&mut process, writer, Duration::ZERO)?,
+            }
+        }
+        self.strikes.retain(|strike| !strike.is_finished());
+        Ok(())
+    }
+
+    fn note(&mut self, slot: usize, report: Report) {
+        match report {
+            Report::Lost(loss) => lock(&self.shared).ledger.losses.push(loss),
+            Report::Failed { importer, why } => {
+                let failure = format!("process {slot}, importer {}: {why}", importer.name());
+                self.failures.push(failure);
+            }
+        }
+    }
+
+    /// Moves everything once more, ends the workers, and adds up.
+    fn finish(mut self, interrupted: bool) -> Result<Summary, Failure> {
+        for strike in std::mem::take(&mut self.strikes) {
+            let _ = strike.join();
+        }
+        let seconds = self.begun.elapsed().as_secs_f64();
+        self.tend()?;
+        let all: Vec<usize> = (0..self.ids.len()).collect();
+        self.migrate(&all)?;
+        self.tend()?;
+        let publisher = std::mem::replace(&mut self.publisher, Publisher::new()?);
+        drop(publisher);
+        let writers = std::mem::take(&mut lock(&self.shared).ledger.writers);
+        let crew = std::mem::take(&mut self.crew).into_iter().zip(writers);
+        let all: Vec<_> = crew.chain(std::mem::take(&mut self.outcasts)).collect();
+        for (mut process, writer) in all {
+            self.bury(&mut process, writer, Duration::from_secs(10))?;
+        }
+        let mut shared = lock(&self.shared);
+        let ledger = &mut shared.ledger;
+        let losses: Vec<Loss> = std::mem::take(&mut ledger.losses);
+        self.faults.late_writes = self.totals.late_writes;
+        let work = self.arguments.importers.iter().map(|kind| {
+            let disk = u64::from(*kind == Kind::Nvme);
+            Work {
+                importer: kind.name().into(),
+                jobs: self.totals.jobs[*kind as usize],
+                peer_to_peer: disk * self.totals.paths[0],
+                shared_host_memory: disk * self.totals.paths[1],
+                staged_copy: disk * self.totals.paths[2],
+            }
+        });
+        let mut kinds: Vec<&str> = shared.sources.iter().map(Source::describe).collect();
+        kinds.dedup();
+        Ok(Summary {
+            backing: kinds.join(", "),
+            missing: self.missing.clone(),
+            importers: self
+                .arguments
+                .importers
+                .iter()
+                .map(|kind| kind.name().into())
+                .collect(),
+            processes: self.lanes.count,
+            buffers: self.ids.len(),
+            size: self.arguments.size,
+            seed: self.seed,
+            schedule: format!("{:016x}", self.schedule.digest()),
+            interrupted,
+            seconds,
+            cycles: self.cycles,
+            moves: std::mem::take(&mut self.moves),
+            work: work.collect(),
+            verified_bytes: self.totals.verified + shared.ledger.verified,
+            faults: std::mem::take(&mut self.faults),
+            latency: self.latencies.summary(),
+            failures: std::mem::take(&mut self.failures),
+            lost_bytes: losses.iter().map(|loss| loss.bytes).sum(),
+            losses: report::listed(losses),
+        })
+    }
+}
+
+/// How long workers rest, so that on average they leave half of the processors to the moves: a
+/// storm in which nothing moves is none.
+fn rest(processes: usize) -> f64 {
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    4.0 * processes as f64 / processors as f64
+}
+
+/// What generations are made of.
+fn sources(backing: Backing, missing: &mut Vec<String>) -> Result<Vec<Source>, Failure> {
+    Ok(match backing {
+        Backing::Memfd => vec![Source::Memfd],
+        Backing::Udmabuf => match udmabuf::probe() {
+            Ok(()) => vec![Source::Udmabuf],
+            Err(error) => {
+                missing.push(format!("{error}; memfds stand in"));
+                vec![Source::Memfd]
+            }
+        },
+    })
+}
