@@ -22,6 +22,8 @@ impl Errno {
     pub const NXIO: Errno = Errno(6);
     /// `EFAULT`: memory that the kernel cannot use for this call.
     pub const FAULT: Errno = Errno(14);
+    /// Somebody uses it, so it cannot be done now.
+    pub const BUSY: Errno = Errno(16);
     /// `EINVAL`: a request that makes no sense, or a path that the kernel refuses.
     pub const INVAL: Errno = Errno(22);
     /// `ENODEV`: the device is gone.

@@ -34,6 +34,17 @@ impl SystemError {
     }
 }
 
+/// Why an exported buffer could not be moved, revoked, restored, watched or asked about.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{cause}{hint}")]
+#[non_exhaustive]
+pub struct ControlError {
+    /// The call that failed.
+    pub cause: SystemError,
+    /// What is known about why, such as who uses the buffer; empty, or it begins with a colon.
+    pub hint: String,
+}
+
 /// Why a buffer could not be taken, mapped or accessed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]

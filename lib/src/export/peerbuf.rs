@@ -15,6 +15,13 @@ use crate::error::{ExportError, SystemError, Unavailable};
 use crate::plan::topology::PciAddress;
 use crate::sys;
 
+mod control;
+
+pub use control::{
+    Attachment, MoveTo, Moved, Piece, Placement, RangeRequest, RangesRequest, Refusal, Revoked,
+    State, Status, Watch,
+};
+
 /// Where the module puts a node for each device that it is bound to.
 pub const NODES: &str = "/dev/peerbuf";
 

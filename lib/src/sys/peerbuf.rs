@@ -2,13 +2,23 @@
 
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
-use peerbuf_uapi::{Export, IOC_EXPORT, IOC_QUERY, Query};
+use peerbuf_uapi::{
+    Attachment, BufferQuery, Export, ExportRanges, IOC_BUFFER, IOC_EXPORT, IOC_EXPORT_RANGES,
+    IOC_MOVE, IOC_QUERY, IOC_RESTORE, IOC_REVOKE, IOC_WATCH, Move, Piece, Query, Range, Restore,
+    Revoke, Watch,
+};
 
 use crate::errno::Errno;
 
 mod raw {
     nix::ioctl_readwrite_bad!(query, super::IOC_QUERY, super::Query);
     nix::ioctl_readwrite_bad!(export, super::IOC_EXPORT, super::Export);
+    nix::ioctl_readwrite_bad!(export_ranges, super::IOC_EXPORT_RANGES, super::ExportRanges);
+    nix::ioctl_readwrite_bad!(move_buffer, super::IOC_MOVE, super::Move);
+    nix::ioctl_readwrite_bad!(revoke, super::IOC_REVOKE, super::Revoke);
+    nix::ioctl_readwrite_bad!(restore, super::IOC_RESTORE, super::Restore);
+    nix::ioctl_readwrite_bad!(watch, super::IOC_WATCH, super::Watch);
+    nix::ioctl_readwrite_bad!(buffer, super::IOC_BUFFER, super::BufferQuery);
 }
 
 /// `PEERBUF_IOC_QUERY`
@@ -33,4 +43,68 @@ pub(crate) fn export(fd: BorrowedFd<'_>, request: Export) -> Result<(u64, OwnedF
     // SAFETY: on success the ioctl has opened this descriptor for us, and nobody else owns it.
     let dmabuf = unsafe { OwnedFd::from_raw_fd(argument.fd) };
     Ok((argument.offset, dmabuf))
+}
+
+/// `PEERBUF_IOC_EXPORT_RANGES`. Fills the ranges' offsets in, and returns the dma-buf.
+pub(crate) fn export_ranges(
+    fd: BorrowedFd<'_>,
+    argument: &mut ExportRanges,
+    ranges: &mut [Range],
+) -> Result<OwnedFd, Errno> {
+    argument.size = size_of::<ExportRanges>() as u32;
+    argument.ranges = ranges.as_mut_ptr().expose_provenance() as u64;
+    argument.nr_ranges = u32::try_from(ranges.len()).map_err(|_| Errno::INVAL)?;
+    // SAFETY: as in `query`; the list is ours, and as long as it says.
+    unsafe { raw::export_ranges(fd.as_raw_fd(), argument) }.map_err(super::ioctl_errno)?;
+    // SAFETY: as in `export`.
+    Ok(unsafe { OwnedFd::from_raw_fd(argument.fd) })
+}
+
+/// `PEERBUF_IOC_MOVE`
+pub(crate) fn move_buffer(fd: BorrowedFd<'_>, argument: &mut Move) -> Result<(), Errno> {
+    argument.size = size_of::<Move>() as u32;
+    // SAFETY: as in `query`.
+    unsafe { raw::move_buffer(fd.as_raw_fd(), argument) }.map_err(super::ioctl_errno)?;
+    Ok(())
+}
+
+/// `PEERBUF_IOC_REVOKE`
+pub(crate) fn revoke(fd: BorrowedFd<'_>, argument: &mut Revoke) -> Result<(), Errno> {
+    argument.size = size_of::<Revoke>() as u32;
+    // SAFETY: as in `query`.
+    unsafe { raw::revoke(fd.as_raw_fd(), argument) }.map_err(super::ioctl_errno)?;
+    Ok(())
+}
+
+/// `PEERBUF_IOC_RESTORE`
+pub(crate) fn restore(fd: BorrowedFd<'_>, argument: &mut Restore) -> Result<(), Errno> {
+    argument.size = size_of::<Restore>() as u32;
+    // SAFETY: as in `query`.
+    unsafe { raw::restore(fd.as_raw_fd(), argument) }.map_err(super::ioctl_errno)?;
+    Ok(())
+}
+
+/// `PEERBUF_IOC_WATCH`
+pub(crate) fn watch(fd: BorrowedFd<'_>, argument: &mut Watch) -> Result<(), Errno> {
+    argument.size = size_of::<Watch>() as u32;
+    // SAFETY: as in `query`.
+    unsafe { raw::watch(fd.as_raw_fd(), argument) }.map_err(super::ioctl_errno)?;
+    Ok(())
+}
+
+/// `PEERBUF_IOC_BUFFER`. Fills in as much of the lists as they have room for.
+pub(crate) fn buffer(
+    fd: BorrowedFd<'_>,
+    argument: &mut BufferQuery,
+    attachments: &mut [Attachment],
+    pieces: &mut [Piece],
+) -> Result<(), Errno> {
+    argument.size = size_of::<BufferQuery>() as u32;
+    argument.attachments = attachments.as_mut_ptr().expose_provenance() as u64;
+    argument.nr_attachments = u32::try_from(attachments.len()).map_err(|_| Errno::INVAL)?;
+    argument.pieces = pieces.as_mut_ptr().expose_provenance() as u64;
+    argument.nr_pieces = u32::try_from(pieces.len()).map_err(|_| Errno::INVAL)?;
+    // SAFETY: as in `query`; the lists are ours, and as long as they say.
+    unsafe { raw::buffer(fd.as_raw_fd(), argument) }.map_err(super::ioctl_errno)?;
+    Ok(())
 }

@@ -766,3 +766,92 @@ fn revokes_moves_and_unbinding_race() {
         assert_all_free(&Node::open(&bdf).unwrap());
     }
 }
+
+#[test]
+fn the_crate_says_it_all() {
+    use peerbuf::Access;
+    use peerbuf::export::peerbuf as crate_;
+    use peerbuf::export::peerbuf::{MoveTo, Placement, RangeRequest, RangesRequest, State};
+    const LIMIT: Duration = Duration::from_secs(5);
+    let node = Node::largest();
+    let device = crate_::Device::open(node.bdf.parse().unwrap()).unwrap();
+    let request = RangesRequest {
+        bar: 2,
+        ranges: vec![
+            RangeRequest::Bar {
+                offset: Some(16 * PAGE),
+                length: PAGE,
+            },
+            RangeRequest::System { length: PAGE },
+            RangeRequest::Bar {
+                offset: None,
+                length: 2 * PAGE,
+            },
+        ],
+        may_move: true,
+        access: Access::ReadWrite,
+    };
+    let buffer = device.export_ranges(&request).unwrap();
+    assert_eq!(buffer.size(), 4 * PAGE);
+    let dmabuf = buffer.dmabuf().unwrap();
+    let watch = device.watch(dmabuf).unwrap();
+    assert_eq!(watch.wait(Duration::from_millis(20)).unwrap(), 0);
+    peerbuf_lab_suite::bytes::put(&buffer.whole(), &[7; 4 * PAGE as usize]);
+    let moved = device.move_buffer(dmabuf, MoveTo::System, LIMIT).unwrap();
+    assert_eq!((moved.generation, moved.copied), (2, 3 * PAGE));
+    assert_eq!(watch.wait(LIMIT).unwrap(), 1);
+    let moved = device
+        .move_part(dmabuf, 0..PAGE, MoveTo::Device, LIMIT)
+        .unwrap();
+    assert_eq!((moved.generation, moved.copied), (3, PAGE));
+    let status = device.status(dmabuf).unwrap();
+    assert_eq!(status.state, State::Live);
+    assert_eq!(status.placement, Placement::Mixed);
+    assert_eq!((status.moves, status.copied), (2, 4 * PAGE));
+    let homes: Vec<_> = status.pieces.iter().map(|piece| piece.home).collect();
+    assert_eq!(homes, [Some(16 * PAGE), None, Some(0)]);
+    assert_eq!(
+        peerbuf_lab_suite::bytes::get(&buffer.whole()),
+        [7; 4 * PAGE as usize]
+    );
+    let revoked = device.revoke(dmabuf, LIMIT).unwrap();
+    assert!(revoked.is_complete(), "{revoked:?}");
+    assert_eq!(device.status(dmabuf).unwrap().state, State::Revoked);
+    assert_eq!(device.restore(dmabuf).unwrap(), 5);
+    assert_eq!(watch.wait(LIMIT).unwrap(), 3);
+    let error = device.restore(dmabuf).unwrap_err().to_string();
+    assert!(
+        error.contains("PEERBUF_IOC_RESTORE") && error.contains("EALREADY"),
+        "{error}"
+    );
+    // Memory that somebody uses: the error says so.
+    let length = 2 * MIB;
+    let ranges = vec![RangeRequest::System { length }];
+    let request = RangesRequest {
+        ranges: [
+            vec![RangeRequest::Bar {
+                offset: None,
+                length,
+            }],
+            ranges,
+        ]
+        .concat(),
+        ..request
+    };
+    let buffer = device.export_ranges(&request).unwrap();
+    let dmabuf = buffer.dmabuf().unwrap();
+    let disk = disk::open_direct(SCRATCH).unwrap();
+    let seen = Map::new(dmabuf.as_fd(), length as usize, true).unwrap();
+    let _slow = Slow::new(MIB);
+    thread::scope(|scope| {
+        let reading = scope.spawn(|| disk::read_into(&disk, &seen, 0, 2 << 20, 0).unwrap());
+        thread::sleep(Duration::from_millis(300));
+        let busy = device.move_buffer(dmabuf, MoveTo::System, Duration::from_millis(50));
+        let error = busy.unwrap_err().to_string();
+        assert!(
+            error.contains("EBUSY") && error.contains("of its pages"),
+            "{error}"
+        );
+        reading.join().unwrap();
+    });
+}
