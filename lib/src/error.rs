@@ -159,6 +159,28 @@ pub enum ExportError {
     Buffer(#[from] BufferError),
 }
 
+/// Why the kernel could not be asked what it would give an importer, or what it answered.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ProbeError {
+    /// There is no importer that may be used.
+    #[error("peerbuf.ko's importer: {cause}; {remedy}")]
+    Unavailable {
+        /// What failed.
+        cause: SystemError,
+        /// What would change it.
+        remedy: &'static str,
+    },
+    /// A call failed. `hint` says what the number means here, and may be empty.
+    #[error("{cause}{hint}")]
+    System {
+        /// What failed.
+        cause: SystemError,
+        /// Starts with `: ` where it says something.
+        hint: &'static str,
+    },
+}
+
 /// Why a buffer could not be handed over or taken.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]

@@ -10,6 +10,7 @@
 //! | [`v4l2`] | a video device captures into it | whole dma-bufs |
 //! | [`vfio`] | a device that this process drives | what can be mapped and pinned |
 //! | [`iommufd`] | the same, by the newer interface | memfds, and dma-bufs of vfio-pci |
+//! | [`mod@probe`] | nobody: asks the kernel what it would give a device's driver | dma-bufs |
 //!
 //! An RDMA card has no importer here yet.
 
@@ -17,6 +18,7 @@ pub mod cpu;
 pub mod drm;
 pub mod file;
 pub mod iommufd;
+pub mod probe;
 pub mod v4l2;
 pub mod vfio;
 

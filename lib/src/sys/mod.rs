@@ -4,6 +4,7 @@
 pub(crate) mod direct;
 pub(crate) mod dmabuf;
 pub(crate) mod heap;
+pub(crate) mod importer;
 pub(crate) mod iommufd;
 pub(crate) mod memory;
 pub(crate) mod peerbuf;

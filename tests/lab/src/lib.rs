@@ -1,5 +1,6 @@
 //! What the suites in `tests/` share.
 
+pub mod buffers;
 pub mod bytes;
 pub mod demo;
 pub mod disk;
@@ -7,3 +8,4 @@ pub mod edu;
 pub mod importer;
 pub mod modules;
 pub mod node;
+pub mod pci;

@@ -1,13 +1,17 @@
 //! What each topology makes of an export: the addresses that an importer gets, and what direct I/O
 //! on a mapping does. Runs in the guest, once for each topology.
 
+use std::fs;
 use std::io;
 use std::os::fd::AsFd;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
+use peerbuf_lab_suite::buffers::{heap, udmabuf};
 use peerbuf_lab_suite::disk::{self, SCRATCH};
-use peerbuf_lab_suite::importer::{DYNAMIC, Importer, Mapping, PEER};
+use peerbuf_lab_suite::importer::{self, DYNAMIC, Importer, Mapping, PEER};
 use peerbuf_lab_suite::node::{Map, Node, errno, nvme_bdf};
+use peerbuf_lab_suite::pci::{spare_device, wait_until};
 use peerbuf_uapi as abi;
 
 const MIB: u64 = 1 << 20;
@@ -81,14 +85,9 @@ fn direct_io_does_what_the_topology_is_known_for() {
             let log = Command::new("dmesg").output().unwrap().stdout;
             let log = String::from_utf8_lossy(&log).into_owned();
             let reason = "do not share an upstream bridge or whitelisted host bridge";
-            let line = log
-                .lines()
-                .find(|line| line.contains(reason))
-                .expect(reason);
-            assert!(
-                line.contains(&nvme_bdf()) && line.contains(&node.bdf),
-                "{line}"
-            );
+            let named = |line: &str| line.contains(&nvme_bdf()) && line.contains(&node.bdf);
+            let said = |line: &str| line.contains(reason) && named(line);
+            assert!(log.lines().any(said), "{reason}");
         }
         "lying" => {
             // The model of a platform that must not be believed: full counts, no bytes.
@@ -99,5 +98,77 @@ fn direct_io_does_what_the_topology_is_known_for() {
             );
         }
         other => panic!("topology {other}?"),
+    }
+}
+
+#[test]
+fn an_attachment_ends_with_the_driver_of_its_device() {
+    let bdf = spare_device();
+    let sysfs = |what: &str, value: &str| fs::write(what, value).unwrap();
+    let device = format!("/sys/bus/pci/devices/{bdf}");
+    let removals: [(&str, &dyn Fn()); 2] = [
+        ("unbound", &|| {
+            sysfs("/sys/bus/pci/drivers/ahci/unbind", &bdf)
+        }),
+        ("unplugged", &|| sysfs(&format!("{device}/remove"), "1")),
+    ];
+    for (how, remove) in removals {
+        let node = Node::largest();
+        let (bar, _) = node.export(None, MIB).unwrap();
+        let (fd, heap) = (&udmabuf(MIB), heap(MIB));
+        let mut held = Vec::new();
+        for fd in [fd, &heap, &bar] {
+            let mut request = importer::request(fd.as_fd(), &bdf, DYNAMIC | PEER);
+            request.on_invalidate = abi::IMPORT_ON_INVALIDATE_HOLD;
+            let importer = match Importer::attach_as(request) {
+                Ok(importer) => importer,
+                // From its place the device reaches a BAR only if host bridges are trusted.
+                Err(e) => {
+                    assert_eq!(e.raw_os_error(), Some(libc::EREMOTEIO), "{how}");
+                    assert_ne!(topology(), "host-bridge", "{how}");
+                    continue;
+                }
+            };
+            assert_eq!(importer.map().unwrap().bytes, MIB);
+            importer.step(abi::IOC_IMPORT_PIN).unwrap();
+            importer.fence(abi::IMPORT_FENCE_BOOKKEEP, 20_000).unwrap();
+            held.push(importer);
+        }
+        let other = Importer::attach(fd.as_fd(), &nvme_bdf(), DYNAMIC, 0).unwrap();
+        other.map().unwrap();
+        // One that outlives its file goes with the driver, too.
+        let mut request = importer::request(heap.as_fd(), &bdf, DYNAMIC | PEER);
+        request.detach_ms = 1500;
+        let lingering = Importer::attach_as(request).unwrap();
+        lingering.map().unwrap();
+        drop(lingering);
+        let start = Instant::now();
+        remove();
+        let waited = start.elapsed();
+        assert!(waited < Duration::from_secs(10), "{how}: {waited:?}");
+        let gone = abi::IMPORT_DETACHED | abi::IMPORT_DEVICE_GONE;
+        for importer in &held {
+            assert_eq!(importer.query().state, gone, "{how}");
+            assert_eq!(errno(importer.map()), libc::ENOTCONN, "{how}");
+        }
+        assert_eq!(other.query().state, abi::IMPORT_MAPPED, "not its device");
+        let refused = Importer::attach(fd.as_fd(), &bdf, DYNAMIC, 0);
+        let expected = if how == "unbound" {
+            libc::EUNATCH
+        } else {
+            libc::ENXIO
+        };
+        assert_eq!(errno(refused), expected, "{how}");
+        drop((held, bar));
+        assert_eq!(node.bar2().exports, 0, "{how}");
+        if how == "unbound" {
+            sysfs("/sys/bus/pci/drivers/ahci/bind", &bdf);
+        } else {
+            sysfs("/sys/bus/pci/rescan", "1");
+        }
+        wait_until("bound again", || {
+            fs::exists(format!("{device}/driver")).unwrap()
+        });
+        Importer::attach(fd.as_fd(), &bdf, DYNAMIC, 0).unwrap();
     }
 }

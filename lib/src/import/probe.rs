@@ -1,0 +1,494 @@
+//! peerbuf.ko's importer: asks the kernel what it would give a driver.
+//!
+//! A [`Probe`] attaches any dma-buf on behalf of a PCI device and maps it, as the device's driver
+//! would, and says where the addresses lead. No DMA is started and no byte looked at. What it says is
+//! the kernel's answer, which is not yet proof that bytes arrive: see [`crate::plan`].
+//!
+//! It can also play a driver that misbehaves, for tests of an exporter: [`OnInvalidate::Hold`],
+//! [`Options::linger`], [`Attachment::fence`].
+//!
+//! ```no_run
+//! use peerbuf::export::peerbuf::{Device, Request};
+//! use peerbuf::import::probe::{Direction, Options, Probe};
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let gpu = Device::open("0000:03:00.0".parse()?)?;
+//! let request = Request { bar: 2, offset: None, length: 1 << 20, access: peerbuf::Access::ReadWrite };
+//! let buffer = gpu.export(request)?;
+//! let dmabuf = buffer.dmabuf().expect("device memory is a dma-buf");
+//! // What would the driver of this disk get?
+//! let disk = "0000:04:00.0".parse()?;
+//! let attachment = Probe::open()?.attach(dmabuf, disk, Options::default())?;
+//! let mapping = attachment.map(Direction::FromDevice)?;
+//! println!("{:?} of {:?}", mapping.route(), mapping.provider);
+//! # Ok(())
+//! # }
+//! ```
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
+
+use peerbuf_uapi as abi;
+use rustix::fs::{Mode, OFlags};
+
+use crate::buffer::DmaBuf;
+use crate::errno::Errno;
+use crate::error::{ProbeError, SystemError};
+use crate::plan::topology::PciAddress;
+use crate::sys::importer::{self as ioctl, Step};
+
+/// The importer's node; it is there while the module is loaded.
+pub const NODE: &str = "/dev/peerbuf/importer";
+
+/// The longest time that an attachment can be told to misbehave.
+pub const LONGEST: Duration = Duration::from_millis(abi::IMPORT_MAX_MS as u64);
+
+/// The open importer.
+#[derive(Debug)]
+pub struct Probe {
+    fd: OwnedFd,
+}
+
+/// What kind of importer to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Kind {
+    /// Can be told that a mapping is stale, and takes peer memory.
+    #[default]
+    Peer,
+    /// Can be told that a mapping is stale, but takes system memory only.
+    System,
+    /// Takes peer memory, but cannot be told; pins before it maps. Most RDMA drivers.
+    Pinning,
+    /// Attaches in the old way: system memory that stays while it is mapped.
+    Static,
+}
+
+/// What to do when the exporter says that a mapping is stale.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum OnInvalidate {
+    /// Unmap at once.
+    #[default]
+    Unmap,
+    /// Unmap at once, and map again soon after.
+    Remap,
+    /// Misbehave: keep it for a time, or with `None` until [`Attachment::unmap`].
+    Hold(Option<Duration>),
+}
+
+/// How to attach.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Options {
+    /// What kind of importer to be.
+    pub kind: Kind,
+    /// Only for a kind that can be told ([`Kind::Peer`], [`Kind::System`]).
+    pub on_invalidate: OnInvalidate,
+    /// How long the attachment stays after its descriptor was closed.
+    pub linger: Duration,
+}
+
+/// What the device may do with the bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Direction {
+    /// Read and write them.
+    Bidirectional,
+    /// Read them (`DMA_TO_DEVICE`).
+    ToDevice,
+    /// Write them (`DMA_FROM_DEVICE`).
+    FromDevice,
+}
+
+/// What a fence on the buffer stands for (`enum dma_resv_usage`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Usage {
+    /// Memory management, such as a move: everybody waits for it.
+    Kernel,
+    /// A write.
+    Write,
+    /// A read.
+    Read,
+    /// Something that only memory management waits for.
+    Bookkeep,
+}
+
+/// The route to a mapping's bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Route {
+    /// There is no peer memory in it.
+    System,
+    /// Bus addresses, which the switch between the devices routes.
+    BusAddress,
+    /// Peer memory, through the host bridge.
+    HostBridge,
+    /// More than one of these.
+    Mixed,
+    /// The kernel gave addresses that lead neither to system memory nor to a BAR that it knows.
+    Unknown,
+}
+
+/// What the kernel gave for a mapping.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Mapping {
+    /// DMA segments.
+    pub segments: u32,
+    /// Bytes in all.
+    pub bytes: u64,
+    /// Bytes in system memory.
+    pub system_bytes: u64,
+    /// Bytes in a BAR, by bus address.
+    pub bus_bytes: u64,
+    /// Bytes in a BAR, through the host bridge.
+    pub bridge_bytes: u64,
+    /// Bytes elsewhere.
+    pub other_bytes: u64,
+    /// The device whose BAR the first peer segment is in.
+    pub provider: Option<PciAddress>,
+    /// How long the kernel took to make it.
+    pub took: Duration,
+}
+
+impl Mapping {
+    /// Where its bytes are, in a word.
+    pub fn route(&self) -> Route {
+        match [
+            self.system_bytes,
+            self.bus_bytes,
+            self.bridge_bytes,
+            self.other_bytes,
+        ] {
+            [_, 0, 0, 0] => Route::System,
+            [0, _, 0, 0] => Route::BusAddress,
+            [0, 0, _, 0] => Route::HostBridge,
+            [0, 0, 0, _] => Route::Unknown,
+            _ => Route::Mixed,
+        }
+    }
+
+    /// True when any of its bytes are in another device.
+    pub fn has_peer_memory(&self) -> bool {
+        self.bus_bytes + self.bridge_bytes != 0
+    }
+}
+
+/// What became of an attachment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Report {
+    /// The mapping there is, or the last there was; `None` before the first.
+    pub mapping: Option<Mapping>,
+    /// It is mapped now.
+    pub mapped: bool,
+    /// It is mapped though it was told to unmap.
+    pub stale: bool,
+    /// It has pinned the buffer.
+    pub pinned: bool,
+    /// It has mapped the buffer into the kernel's address space; `Some(true)` where that is device
+    /// memory.
+    pub vmapped: Option<bool>,
+    /// A fence that it left has not signalled.
+    pub fenced: bool,
+    /// It has let go of the buffer.
+    pub detached: bool,
+    /// It has let go because the device's driver let go of the device.
+    pub device_gone: bool,
+    /// How often it was told that its mapping is stale.
+    pub invalidations: u64,
+    /// Mappings made.
+    pub maps: u64,
+    /// Those of them that it made by itself, for [`OnInvalidate::Remap`].
+    pub remaps: u64,
+    /// Why the last attempt to map again by itself failed.
+    pub remap_error: Option<Errno>,
+}
+
+impl Probe {
+    /// Opens [`NODE`].
+    ///
+    /// # Errors
+    /// [`ProbeError::Unavailable`] where the module is not loaded or the node may not be opened.
+    pub fn open() -> Result<Probe, ProbeError> {
+        let opened = rustix::fs::open(NODE, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty());
+        let fd = opened.map_err(|errno| ProbeError::Unavailable {
+            cause: SystemError::new("open", NODE, errno),
+            remedy: match errno {
+                rustix::io::Errno::NOENT => "load peerbuf.ko (see kmod/)",
+                rustix::io::Errno::ACCESS | rustix::io::Errno::PERM => {
+                    "the node is root's until an administrator gives it to somebody (chown, setfacl)"
+                }
+                _ => "see the error",
+            },
+        })?;
+        Ok(Probe { fd })
+    }
+
+    /// Attaches a dma-buf on behalf of a PCI device, whose driver must be one that does DMA by way
+    /// of the kernel. Until the attachment is dropped the buffer stays, and so does the device's
+    /// hold on it; the device's driver can be unbound all the same, which ends the attachment.
+    ///
+    /// # Errors
+    /// [`ProbeError::System`] with the answer of the module (`ENXIO`: no such device; `EUNATCH`: no
+    /// driver that does DMA; `EINVAL`: a time above [`LONGEST`], or for a kind that cannot be told)
+    /// or of the exporter (`EOPNOTSUPP` and others).
+    pub fn attach(
+        &self,
+        dmabuf: &DmaBuf,
+        device: PciAddress,
+        options: Options,
+    ) -> Result<Attachment, ProbeError> {
+        let (on_invalidate, hold) = match options.on_invalidate {
+            OnInvalidate::Unmap => (abi::IMPORT_ON_INVALIDATE_UNMAP, None),
+            OnInvalidate::Remap => (abi::IMPORT_ON_INVALIDATE_REMAP, None),
+            OnInvalidate::Hold(time) => (abi::IMPORT_ON_INVALIDATE_HOLD, time),
+        };
+        let mut request = abi::ImportAttach {
+            flags: match options.kind {
+                Kind::Peer => abi::IMPORT_DYNAMIC | abi::IMPORT_PEER,
+                Kind::System => abi::IMPORT_DYNAMIC,
+                Kind::Pinning => abi::IMPORT_PEER,
+                Kind::Static => 0,
+            },
+            fd_flags: OFlags::CLOEXEC.bits(),
+            on_invalidate,
+            hold_ms: hold.map_or(0, |time| millis(time).max(1)),
+            detach_ms: millis(options.linger),
+            ..abi::ImportAttach::default()
+        };
+        let name = device.to_string();
+        // An address has at most 16 digits and signs, in the longest of domains; the module wants
+        // a NUL after it.
+        let object = format!("{} for {name}", dmabuf.exporter());
+        let Some(place) = request
+            .bdf
+            .get_mut(..name.len())
+            .filter(|_| name.len() < 16)
+        else {
+            return Err(system(
+                "ioctl(PEERBUF_IOC_IMPORT_ATTACH)",
+                object,
+                Errno::INVAL,
+            ));
+        };
+        place.copy_from_slice(name.as_bytes());
+        let (fd, ns) = ioctl::attach(self.fd.as_fd(), dmabuf.as_fd(), request)
+            .map_err(|errno| system("ioctl(PEERBUF_IOC_IMPORT_ATTACH)", object.clone(), errno))?;
+        Ok(Attachment {
+            fd,
+            object,
+            took: Duration::from_nanos(ns),
+        })
+    }
+}
+
+/// Milliseconds, rounded up; what does not fit is above [`LONGEST`] in any case.
+fn millis(time: Duration) -> u32 {
+    u32::try_from(time.as_nanos().div_ceil(1_000_000)).unwrap_or(u32::MAX)
+}
+
+/// A dma-buf that is attached on behalf of a device. Dropping it ends that, after
+/// [`Options::linger`].
+#[derive(Debug)]
+pub struct Attachment {
+    fd: OwnedFd,
+    object: String,
+    took: Duration,
+}
+
+impl Attachment {
+    /// How long the kernel took to attach.
+    pub fn took(&self) -> Duration {
+        self.took
+    }
+
+    /// Maps the buffer for the device, and waits until its bytes are in place.
+    ///
+    /// # Errors
+    /// [`ProbeError::System`]: `EBUSY` (it is mapped), `EINVAL` (the kernel has no route, or a
+    /// [`Kind::Pinning`] has not pinned), `ENODEV` (revoked), `ENOTCONN` (detached), `ETIMEDOUT`
+    /// (the bytes were not in place after half a minute), or what else the exporter answers.
+    pub fn map(&self, direction: Direction) -> Result<Mapping, ProbeError> {
+        let direction = match direction {
+            Direction::Bidirectional => abi::IMPORT_BIDIRECTIONAL,
+            Direction::ToDevice => abi::IMPORT_TO_DEVICE,
+            Direction::FromDevice => abi::IMPORT_FROM_DEVICE,
+        };
+        ioctl::map(self.fd.as_fd(), direction)
+            .map_err(|errno| system("ioctl(PEERBUF_IOC_IMPORT_MAP)", &self.object, errno))?;
+        Ok(mapping(&self.raw_query()?))
+    }
+
+    /// Unmaps it, and returns how long the kernel took.
+    ///
+    /// # Errors
+    /// [`ProbeError::System`]: `ENOENT` where it is not mapped, perhaps since an invalidation.
+    pub fn unmap(&self) -> Result<Duration, ProbeError> {
+        self.step(Step::Unmap, "ioctl(PEERBUF_IOC_IMPORT_UNMAP)")
+    }
+
+    /// Asks the exporter to keep the buffer where it is.
+    ///
+    /// # Errors
+    /// [`ProbeError::System`]: `EINVAL` (a [`Kind::Static`]), `EBUSY` (pinned already), `ENOTCONN`
+    /// (detached), or what the exporter answers.
+    pub fn pin(&self) -> Result<Duration, ProbeError> {
+        self.step(Step::Pin, "ioctl(PEERBUF_IOC_IMPORT_PIN)")
+    }
+
+    /// Ends that.
+    ///
+    /// # Errors
+    /// [`ProbeError::System`]: `ENOENT` (not pinned), `EBUSY` (mapped, and a [`Kind::Pinning`]),
+    /// `ENOTCONN` (detached).
+    pub fn unpin(&self) -> Result<Duration, ProbeError> {
+        self.step(Step::Unpin, "ioctl(PEERBUF_IOC_IMPORT_UNPIN)")
+    }
+
+    /// Leaves a fence on the buffer, which signals by itself after `limit`.
+    ///
+    /// # Errors
+    /// [`ProbeError::System`]: `EBUSY` (the last one has not signalled), `EINVAL` (no time, or one
+    /// above [`LONGEST`]), `ENOTCONN` (detached).
+    pub fn fence(&self, usage: Usage, limit: Duration) -> Result<(), ProbeError> {
+        let usage = match usage {
+            Usage::Kernel => abi::IMPORT_FENCE_KERNEL,
+            Usage::Write => abi::IMPORT_FENCE_WRITE,
+            Usage::Read => abi::IMPORT_FENCE_READ,
+            Usage::Bookkeep => abi::IMPORT_FENCE_BOOKKEEP,
+        };
+        ioctl::fence(self.fd.as_fd(), usage, millis(limit))
+            .map_err(|errno| system("ioctl(PEERBUF_IOC_IMPORT_FENCE)", &self.object, errno))
+    }
+
+    /// Signals the fence.
+    ///
+    /// # Errors
+    /// [`ProbeError::System`]: `ENOENT` where there is none any more.
+    pub fn signal(&self) -> Result<Duration, ProbeError> {
+        self.step(Step::Signal, "ioctl(PEERBUF_IOC_IMPORT_SIGNAL)")
+    }
+
+    /// Maps the buffer into the kernel's address space, and does not look at it.
+    ///
+    /// # Errors
+    /// [`ProbeError::System`]: `EBUSY` (done already), `EINVAL` (the exporter has no such mappings),
+    /// `ENOTCONN` (detached), or what the exporter answers.
+    pub fn vmap(&self) -> Result<Duration, ProbeError> {
+        self.step(Step::Vmap, "ioctl(PEERBUF_IOC_IMPORT_VMAP)")
+    }
+
+    /// Takes that mapping away.
+    ///
+    /// # Errors
+    /// [`ProbeError::System`]: `ENOENT` where there is none.
+    pub fn vunmap(&self) -> Result<Duration, ProbeError> {
+        self.step(Step::Vunmap, "ioctl(PEERBUF_IOC_IMPORT_VUNMAP)")
+    }
+
+    /// Lets go of the buffer, at once and whatever it was told to hold, and returns how long the
+    /// kernel took to detach. The report can still be had.
+    ///
+    /// # Errors
+    /// [`ProbeError::System`]: `ENOTCONN` where it has let go before.
+    pub fn detach(&self) -> Result<Duration, ProbeError> {
+        self.step(Step::Detach, "ioctl(PEERBUF_IOC_IMPORT_DETACH)")
+    }
+
+    /// What became of it. Does not wait for the buffer.
+    ///
+    /// # Errors
+    /// [`ProbeError::System`] where the descriptor is none of the module's.
+    pub fn report(&self) -> Result<Report, ProbeError> {
+        let query = self.raw_query()?;
+        let is = |flag| query.state & flag != 0;
+        Ok(Report {
+            mapping: (query.maps != 0).then(|| mapping(&query)),
+            mapped: is(abi::IMPORT_MAPPED),
+            stale: is(abi::IMPORT_STALE),
+            pinned: is(abi::IMPORT_PINNED),
+            vmapped: is(abi::IMPORT_VMAPPED).then(|| is(abi::IMPORT_VMAP_IOMEM)),
+            fenced: is(abi::IMPORT_FENCED),
+            detached: is(abi::IMPORT_DETACHED),
+            device_gone: is(abi::IMPORT_DEVICE_GONE),
+            invalidations: query.invalidations,
+            maps: query.maps,
+            remaps: query.remaps,
+            remap_error: (query.remap_error != 0).then_some(Errno(query.remap_error as i32)),
+        })
+    }
+
+    fn raw_query(&self) -> Result<abi::ImportQuery, ProbeError> {
+        ioctl::query(self.fd.as_fd())
+            .map_err(|errno| system("ioctl(PEERBUF_IOC_IMPORT_QUERY)", &self.object, errno))
+    }
+
+    fn step(&self, step: Step, call: &'static str) -> Result<Duration, ProbeError> {
+        ioctl::step(self.fd.as_fd(), step)
+            .map(Duration::from_nanos)
+            .map_err(|errno| system(call, &self.object, errno))
+    }
+}
+
+impl AsFd for Attachment {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+fn mapping(query: &abi::ImportQuery) -> Mapping {
+    let name = query.provider.split(|&byte| byte == 0).next();
+    let name = std::str::from_utf8(name.unwrap_or_default());
+    Mapping {
+        segments: query.segments,
+        bytes: query.bytes,
+        system_bytes: query.system_bytes,
+        bus_bytes: query.bus_bytes,
+        bridge_bytes: query.bridge_bytes,
+        other_bytes: query.other_bytes,
+        provider: name.ok().and_then(|name| name.parse().ok()),
+        took: Duration::from_nanos(query.map_ns),
+    }
+}
+
+fn system(call: &'static str, object: impl Into<String>, errno: Errno) -> ProbeError {
+    let hint = match errno {
+        Errno::NXIO => ": there is no such PCI device",
+        Errno(49) => {
+            ": the device has no driver that does DMA by way of the kernel, or may not master the bus"
+        }
+        Errno::OPNOTSUPP => ": the exporter does not serve such an importer",
+        Errno::NODEV => ": the exporter's device is gone, or its memory was revoked",
+        Errno(107) => ": the attachment has let go of the buffer",
+        _ => "",
+    };
+    ProbeError::System {
+        cause: SystemError::new(call, object, errno),
+        hint,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mapping_says_its_route_in_a_word() {
+        let bytes = |system_bytes, bus_bytes, bridge_bytes, other_bytes| Mapping {
+            system_bytes,
+            bus_bytes,
+            bridge_bytes,
+            other_bytes,
+            ..Mapping::default()
+        };
+        assert_eq!(bytes(1, 0, 0, 0).route(), Route::System);
+        assert_eq!(bytes(0, 1, 0, 0).route(), Route::BusAddress);
+        assert_eq!(bytes(0, 0, 1, 0).route(), Route::HostBridge);
+        assert_eq!(bytes(0, 0, 0, 1).route(), Route::Unknown);
+        assert_eq!(bytes(1, 0, 1, 0).route(), Route::Mixed);
+        assert!(bytes(1, 0, 1, 0).has_peer_memory());
+        assert!(!bytes(1, 0, 0, 1).has_peer_memory());
+    }
+
+    #[test]
+    fn times_are_rounded_up_and_never_wrap() {
+        assert_eq!(millis(Duration::ZERO), 0);
+        assert_eq!(millis(Duration::from_micros(1)), 1);
+        assert_eq!(millis(LONGEST), abi::IMPORT_MAX_MS);
+        assert_eq!(millis(Duration::MAX), u32::MAX);
+    }
+}

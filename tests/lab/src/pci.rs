@@ -1,0 +1,35 @@
+//! PCI devices of the guest that are not exported from.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// A PCI device that has this driver.
+pub fn bound_to(driver: &str) -> Option<String> {
+    let bound = fs::read_dir(Path::new("/sys/bus/pci/drivers").join(driver)).ok()?;
+    bound
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .find(|name| name.starts_with("0000:"))
+}
+
+/// A PCI device that nobody needs: the SATA controller without disks, with its driver.
+pub fn spare_device() -> String {
+    let driver = Path::new("/sys/bus/pci/drivers/ahci");
+    if !driver.exists() {
+        let loaded = Command::new("modprobe").arg("ahci").output().unwrap();
+        assert!(loaded.status.success(), "{loaded:?}");
+    }
+    wait_until("ahci", || bound_to("ahci").is_some());
+    bound_to("ahci").unwrap()
+}
+
+/// Waits until a condition holds, which it should before long.
+pub fn wait_until(what: &str, condition: impl Fn() -> bool) {
+    let end = Instant::now() + Duration::from_secs(20);
+    while !condition() {
+        assert!(Instant::now() < end, "{what}");
+        thread::sleep(Duration::from_millis(5));
+    }
+}
