@@ -70,6 +70,13 @@ struct Inner {
     address: PciAddress,
 }
 
+/// The device's file, for what VFIO offers beyond this crate.
+impl AsFd for VfioDevice {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.device()
+    }
+}
+
 impl VfioDevice {
     /// Opens the device at `address`. Its group must not be open anywhere.
     ///

@@ -31,6 +31,13 @@ pub fn vivid_node() -> PathBuf {
     nodes.iter().find(is_vivid).unwrap().clone()
 }
 
+/// Takes a device from its driver, for nobody else.
+pub fn unbind(bdf: &str) {
+    let device = Path::new("/sys/bus/pci/devices").join(bdf);
+    std::fs::write(device.join("driver_override"), "none").unwrap();
+    std::fs::write(device.join("driver/unbind"), bdf).unwrap();
+}
+
 /// Gives a device to another driver.
 pub fn rebind(bdf: &str, driver: &str) {
     let device = Path::new("/sys/bus/pci/devices").join(bdf);
