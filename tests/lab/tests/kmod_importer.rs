@@ -643,6 +643,37 @@ fn who_maps_again_by_itself_learns_that_it_may_not() {
 }
 
 #[test]
+fn who_maps_again_by_itself_follows_a_move() {
+    let node = Node::largest();
+    let fd = node.export_movable(MIB).unwrap();
+    let mut request = importer::request(fd.as_fd(), &nvme_bdf(), DYNAMIC | PEER);
+    request.on_invalidate = abi::IMPORT_ON_INVALIDATE_REMAP;
+    let follower = Importer::attach_as(request).unwrap();
+    request.on_invalidate = abi::IMPORT_ON_INVALIDATE_HOLD;
+    let holder = Importer::attach_as(request).unwrap();
+    assert_eq!(follower.map().unwrap().bus, MIB);
+    assert_eq!(holder.map().unwrap().bus, MIB);
+    for (round, placement) in [abi::PLACEMENT_SYSTEM, abi::PLACEMENT_DEVICE]
+        .into_iter()
+        .enumerate()
+    {
+        node.move_to(&fd, placement).unwrap();
+        let remaps = round as u64 + 1;
+        wait_until("it follows", || follower.query().remaps == remaps);
+        let found = follower.query();
+        let in_bar = placement == abi::PLACEMENT_DEVICE;
+        assert_eq!(found.bus_bytes, if in_bar { MIB } else { 0 });
+        assert_eq!(found.system_bytes, if in_bar { 0 } else { MIB });
+        assert_eq!((found.invalidations, found.maps), (remaps, remaps + 1));
+        assert_eq!((found.remap_error, found.state), (0, abi::IMPORT_MAPPED));
+        // The other keeps its mapping of the BAR until told, and the way back waits for that.
+        let stale = abi::IMPORT_MAPPED | abi::IMPORT_STALE;
+        assert_eq!(holder.query().state, if in_bar { 0 } else { stale });
+        holder.unmap();
+    }
+}
+
+#[test]
 fn an_attachment_outlives_its_file_as_long_as_it_was_told() {
     let node = Node::largest();
     let bdf = node.bdf.clone();
