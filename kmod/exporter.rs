@@ -396,9 +396,13 @@ unsafe extern "C" fn vmap(dmabuf: *mut bindings::dma_buf, map: *mut bindings::io
             return Err(ENODEV);
         }
         let mapping = kernel_mapping(object, state)?;
+        // Not `is_iomem`, for a BAR either: videobuf2's vmalloc drivers (a webcam's, among others)
+        // drop that flag, use the plain address, and give it back without the flag, at which
+        // `dma_buf_vunmap` BUGs. Whoever may open /dev/video0 could so end the kernel. Ordinary
+        // loads and stores reach a BAR on every architecture that this module has been tried on.
         // SAFETY: `map` is valid for writes.
         unsafe {
-            (*map).is_iomem = mapping.device;
+            (*map).is_iomem = false;
             (*map).__bindgen_anon_1.vaddr = mapping.address;
         }
         state.kernel_mapping = Some(mapping);
