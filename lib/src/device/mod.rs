@@ -2,5 +2,6 @@
 //! and [`import`](crate::import) alike.
 
 pub mod drm;
+pub mod edu;
 pub mod v4l2;
 pub mod vfio;

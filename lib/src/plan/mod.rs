@@ -7,6 +7,7 @@ pub mod topology;
 use std::fmt;
 
 use crate::buffer::{Buffer, Kind, Provenance};
+use crate::export::peerbuf::{Device, Placement};
 
 pub use proof::forget_proofs;
 pub use reason::{Reason, ReasonCode};
@@ -89,16 +90,36 @@ impl Plan {
             let evidence = format!("the buffer is {what}: its bytes are in system memory");
             return not_peer(ReasonCode::NotDeviceMemory, evidence);
         }
-        if kind.is_device_memory() {
-            return Plan {
-                path: Path::PeerToPeer,
-                reasons: Vec::new(),
-            };
+        match module_placement(buffer) {
+            Some(Placement::System) => {
+                let evidence = "peerbuf.ko has moved the buffer to system memory";
+                return not_peer(ReasonCode::NotDeviceMemory, evidence.into());
+            }
+            None | Some(Placement::Mixed) => {}
+            Some(_) => {
+                return Plan {
+                    path: Path::PeerToPeer,
+                    reasons: Vec::new(),
+                };
+            }
         }
         not_peer(
             ReasonCode::PlacementUnknown,
-            "its exporter does not say where the buffer's bytes are; nothing is copied".into(),
+            "it is not known where the buffer's bytes are; nothing is copied".into(),
         )
+    }
+}
+
+/// Where a buffer in a BAR is now: peerbuf.ko may have moved it, and says so to whoever may open
+/// its device's node. `None` where that is not known.
+fn module_placement(buffer: &Buffer) -> Option<Placement> {
+    let Provenance { kind, device, .. } = buffer.provenance();
+    match (kind, device, buffer.dmabuf()) {
+        (Kind::Bar, Some(device), Some(dmabuf)) => {
+            let device = Device::open(*device).ok()?;
+            Some(device.status(dmabuf).ok()?.placement)
+        }
+        _ => kind.is_device_memory().then_some(Placement::Device),
     }
 }
 

@@ -133,6 +133,29 @@ impl Sysfs {
         disks
     }
 
+    /// The vendor and device id of a function.
+    pub fn pci_id(&self, address: PciAddress) -> Option<(u16, u16)> {
+        let directory = self.root.join("bus/pci/devices").join(address.to_string());
+        let id = |file| {
+            let text = std::fs::read_to_string(directory.join(file)).ok()?;
+            u16::from_str_radix(text.trim().strip_prefix("0x")?, 16).ok()
+        };
+        Some((id("vendor")?, id("device")?))
+    }
+
+    /// Whether a BAR is memory that may be read and written like memory. False for registers, and
+    /// where it is not known.
+    pub fn is_prefetchable(&self, address: PciAddress, bar: u8) -> bool {
+        let directory = self.root.join("bus/pci/devices").join(address.to_string());
+        let text = std::fs::read_to_string(directory.join("resource")).unwrap_or_default();
+        // A line for each: begin, end and flags (IORESOURCE_PREFETCH, linux/ioport.h).
+        let flags = text.lines().nth(bar.into()).and_then(|line| {
+            let flags = line.split_whitespace().nth(2)?.strip_prefix("0x")?;
+            u64::from_str_radix(flags, 16).ok()
+        });
+        bar < 6 && flags.is_some_and(|flags| flags & 0x2000 != 0)
+    }
+
     /// The PCI function that the character device with this number belongs to.
     pub fn character_device(&self, major: u32, minor: u32) -> Option<PciAddress> {
         let link = self.root.join(format!("dev/char/{major}:{minor}"));

@@ -5,7 +5,6 @@ pub mod bytes;
 pub mod cost;
 pub mod demo;
 pub mod disk;
-pub mod edu;
 pub mod importer;
 pub mod modules;
 pub mod node;

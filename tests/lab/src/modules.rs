@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use peerbuf::device::drm::{self, Card};
+use peerbuf::device::edu::{self, Edu};
 use peerbuf::device::v4l2::{self, VideoDevice};
 
 /// Loads a module of the stock kernel and what it needs.
@@ -36,6 +37,13 @@ pub fn unbind(bdf: &str) {
     let device = Path::new("/sys/bus/pci/devices").join(bdf);
     std::fs::write(device.join("driver_override"), "none").unwrap();
     std::fs::write(device.join("driver/unbind"), bdf).unwrap();
+}
+
+/// QEMU's device with a DMA engine, given to vfio-pci and opened.
+pub fn edu() -> Edu {
+    load("vfio-pci");
+    rebind(&find_pci(edu::ID.0, edu::ID.1), "vfio-pci");
+    Edu::open(edu::probe().unwrap()).unwrap()
 }
 
 /// Gives a device to another driver.

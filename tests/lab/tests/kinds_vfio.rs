@@ -1,6 +1,7 @@
 //! Devices driven through VFIO. Runs in a guest with an IOMMU.
 
 use peerbuf::buffer::Kind;
+use peerbuf::device::edu::{self, CHUNK};
 use peerbuf::device::vfio::VfioDevice;
 use peerbuf::error::ImportError;
 use peerbuf::export::vfio::{self, Request};
@@ -9,7 +10,6 @@ use peerbuf::import::vfio::VfioImporter;
 use peerbuf::plan::{Path, ReasonCode};
 use peerbuf::{Access, Buffer, DmaBuf};
 use peerbuf_lab_suite::bytes::{get, put};
-use peerbuf_lab_suite::edu::{CHUNK, Edu};
 use peerbuf_lab_suite::modules;
 use peerbuf_lab_suite::node::Node;
 
@@ -37,7 +37,7 @@ fn card() -> VfioDevice {
             .unwrap()
             .into_iter()
             .map(|address| address.to_string())
-            .find(|bdf| *bdf != modules::find_pci(0x1234, 0x11e8))
+            .find(|bdf| *bdf != modules::find_pci(edu::ID.0, edu::ID.1))
             .unwrap(),
     };
     VfioDevice::open(address.parse().unwrap()).unwrap()
@@ -54,7 +54,7 @@ fn request(offset: u64, length: u64) -> Request {
 
 #[test]
 fn a_device_reads_and_writes_a_buffer_where_it_was_attached() {
-    let mut edu = Edu::open();
+    let mut edu = modules::edu();
     let bytes = random(CHUNK);
     for buffer in [
         udmabuf::export("memory", MIB).unwrap(),
@@ -62,9 +62,12 @@ fn a_device_reads_and_writes_a_buffer_where_it_was_attached() {
     ] {
         let range = buffer.range(8192, 3 * CHUNK).unwrap();
         put(&range, &bytes);
-        let attached = VfioImporter::new(&edu.device).attach(&range, IOVA).unwrap();
+        let attached = VfioImporter::new(edu.device())
+            .attach(&range, IOVA)
+            .unwrap();
         assert_eq!(attached.plan().path, Path::SharedHostMemory);
-        edu.copy(attached.iova(), attached.iova() + 2 * CHUNK);
+        edu.copy(attached.iova(), attached.iova() + 2 * CHUNK)
+            .unwrap();
         let found = get(&range);
         assert!(found[2 * CHUNK as usize..] == bytes);
         assert!(
@@ -79,8 +82,8 @@ fn a_device_reads_and_writes_a_buffer_where_it_was_attached() {
 
 #[test]
 fn what_was_detached_is_out_of_the_devices_reach() {
-    let mut edu = Edu::open();
-    let importer = VfioImporter::new(&edu.device);
+    let mut edu = modules::edu();
+    let importer = VfioImporter::new(edu.device());
     let (source, target) = (
         udmabuf::export("source", MIB).unwrap(),
         udmabuf::export("target", MIB).unwrap(),
@@ -91,7 +94,7 @@ fn what_was_detached_is_out_of_the_devices_reach() {
     let taken = importer.attach(&target.whole(), IOVA + MIB).unwrap_err();
     assert!(taken.to_string().contains("EEXIST"), "{taken}");
     drop(attached);
-    edu.copy(source.iova(), IOVA + MIB);
+    edu.copy(source.iova(), IOVA + MIB).unwrap();
     assert!(get(&target.whole()).iter().all(|&byte| byte == 0));
 }
 
@@ -150,19 +153,19 @@ fn a_device_writes_into_the_bar_of_another() {
     let bytes = random(CHUNK);
     let source = udmabuf::export("memory", CHUNK).unwrap();
     put(&source.whole(), &bytes);
-    let mut edu = Edu::open();
-    let importer = VfioImporter::new(&edu.device);
+    let mut edu = modules::edu();
+    let importer = VfioImporter::new(edu.device());
     let source = importer.attach(&source.whole(), IOVA).unwrap();
     let target = importer.attach(&buffer.whole(), IOVA + MIB).unwrap();
     assert_eq!(target.plan().path, Path::PeerToPeer);
-    edu.copy(source.iova(), target.iova() + CHUNK);
+    edu.copy(source.iova(), target.iova() + CHUNK).unwrap();
     assert!(get(&buffer.range(CHUNK, CHUNK).unwrap()) == bytes);
 }
 
 #[test]
 fn memory_that_cannot_be_pinned_is_refused_with_the_reason() {
-    let edu = Edu::open();
-    let importer = VfioImporter::new(&edu.device);
+    let edu = modules::edu();
+    let importer = VfioImporter::new(edu.device());
     let udmabuf = udmabuf::export("memory", MIB).unwrap();
     let alone = DmaBuf::try_from(std::os::fd::OwnedFd::from(
         udmabuf.dmabuf().unwrap().try_clone().unwrap(),
@@ -210,8 +213,8 @@ fn memory_that_cannot_be_pinned_is_refused_with_the_reason() {
 
 #[test]
 fn a_device_that_is_open_already_says_so() {
-    let edu = Edu::open();
-    let error = VfioDevice::open(edu.device.address())
+    let edu = modules::edu();
+    let error = VfioDevice::open(edu.device().address())
         .unwrap_err()
         .to_string();
     assert!(

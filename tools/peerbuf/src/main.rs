@@ -4,6 +4,7 @@ mod cycle;
 mod demo;
 mod export;
 mod info;
+mod matrix;
 mod places;
 mod progress;
 mod say;
@@ -43,6 +44,8 @@ enum Command {
     Export(export::Arguments),
     /// Show the devices, what can be exported, and what is missing
     Info(info::Arguments),
+    /// Let each exporter meet each importer, with checked bytes, and show the paths
+    Matrix(matrix::Arguments),
     /// The second process of the demo, started by the first
     #[command(hide = true)]
     DemoWorker,
@@ -58,6 +61,7 @@ fn main() -> ExitCode {
         Command::Demo(arguments) => demo::run(&arguments),
         Command::Export(arguments) => export::run(&arguments),
         Command::Info(arguments) => info::run(&arguments),
+        Command::Matrix(arguments) => matrix::run(&arguments),
         Command::DemoWorker => demo::worker::run(),
     };
     match result {

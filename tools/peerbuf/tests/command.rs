@@ -154,9 +154,53 @@ fn info_works_on_any_machine_as_text_and_as_json() {
 }
 
 #[test]
+fn the_matrix_has_a_cell_for_each_pair_and_names_what_is_missing() {
+    let output = peerbuf(&["matrix", "--json", "--dir", directory()]);
+    assert!(output.status.success(), "{output:?}");
+    let matrix = &json_lines(&output)[0];
+    let cells = matrix["cells"].as_array().unwrap();
+    let names = |key: &str| {
+        let mut names: Vec<&Value> = cells.iter().map(|cell| &cell[key]).collect();
+        names.dedup();
+        names
+    };
+    let exporters = names("exporter").len();
+    assert_eq!(cells.len() % exporters, 0, "{matrix}");
+    let memfd = |cell: &&Value| cell["exporter"] == "memfd";
+    for cell in cells.iter().filter(memfd) {
+        let (outcome, path) = (&cell["outcome"], &cell["path"]);
+        match cell["importer"].as_str().unwrap() {
+            "CPU" => assert_eq!(
+                (outcome, path),
+                (&"bytes-checked".into(), &"shared-host-memory".into())
+            ),
+            "file" => assert_eq!(outcome, "bytes-checked"),
+            _ => assert!(outcome != "failed" && outcome != "wrong-bytes", "{cell}"),
+        }
+    }
+    for missing in matrix["missing"].as_array().unwrap() {
+        for field in ["what", "remedy"] {
+            assert!(!missing[field].as_str().unwrap().is_empty(), "{missing}");
+        }
+    }
+    let markdown = peerbuf(&["matrix", "--markdown", "--dir", directory()]);
+    let text = String::from_utf8(markdown.stdout).unwrap();
+    assert!(text.starts_with('|') && text.contains("memfd"), "{text}");
+    let both = peerbuf(&["matrix", "--markdown", "--json"]);
+    assert_eq!(both.status.code(), Some(2));
+}
+
+#[test]
 fn help_names_each_command_the_paths_and_the_exit_status() {
     let text = String::from_utf8(peerbuf(&["--help"]).stdout).unwrap();
-    for words in ["demo", "export", "info", "peer-to-peer", "Exit status"] {
+    for words in [
+        "demo",
+        "export",
+        "info",
+        "matrix",
+        "peer-to-peer",
+        "Exit status",
+    ] {
         assert!(text.contains(words), "no {words:?} in\n{text}");
     }
     assert!(!text.contains("demo-worker"));

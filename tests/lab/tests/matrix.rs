@@ -1,0 +1,210 @@
+//! `peerbuf matrix`: what each exporter and importer of the lab make of each other, cell by cell,
+//! and that docs/matrix.md says the same. Runs in the guest.
+
+use std::process::Command;
+
+use peerbuf_lab_suite::demo::topology;
+use peerbuf_lab_suite::modules;
+use peerbuf_lab_suite::node::Node;
+use serde_json::Value;
+
+/// The page of the docs. Where it is wrong, `docs/make-matrix` makes it right.
+const PAGE: &str = include_str!("../../../docs/matrix.md");
+
+/// A row: the exporter, and of each importer the path, or the reason code.
+type Row = (&'static str, &'static [&'static str]);
+
+const P2P: &str = "peer-to-peer";
+const SHARED: &str = "shared-host-memory";
+const STAGED: &str = "staged-copy";
+/// The column of peerbuf.ko's importer, which moves no bytes.
+const ASKED: &str = "probe as NVMe driver";
+
+const SWITCH: &[Row] = &[
+    ("", &["CPU", "file", "DRM vgem", "V4L2 vivid", ASKED]),
+    (
+        "peerbuf.ko BAR",
+        &[STAGED, P2P, "importer-not-peer", P2P, P2P],
+    ),
+    ("peerbuf.ko BAR, may move", &[STAGED, P2P, SHARED, P2P, P2P]),
+    (
+        "peerbuf.ko BAR without pages",
+        &[STAGED, STAGED, "importer-not-peer", P2P, "kernel-refused"],
+    ),
+    ("udmabuf", &[SHARED; 5]),
+    (
+        "udmabuf of pieces",
+        &[SHARED, STAGED, SHARED, SHARED, SHARED],
+    ),
+    ("udmabuf of huge pages", &[SHARED; 5]),
+    ("dma-heap system", &[SHARED, STAGED, SHARED, SHARED, SHARED]),
+    ("DRM vgem", &[SHARED, STAGED, SHARED, SHARED, SHARED]),
+    ("V4L2 vivid", &[SHARED; 5]),
+    (
+        "memfd",
+        &[SHARED, SHARED, "no-dma-buf", "no-dma-buf", "no-dma-buf"],
+    ),
+];
+
+const IOMMU: &[Row] = &[
+    (
+        "",
+        &["CPU", "file", "DRM vgem", "V4L2 vivid", "VFIO edu", ASKED],
+    ),
+    (
+        "peerbuf.ko BAR",
+        &[STAGED, P2P, "importer-not-peer", P2P, "not-pinnable", P2P],
+    ),
+    (
+        "peerbuf.ko BAR, may move",
+        &[STAGED, P2P, SHARED, P2P, "not-pinnable", P2P],
+    ),
+    (
+        "vfio-pci BAR",
+        &[
+            STAGED,
+            STAGED,
+            "importer-not-peer",
+            "attach-refused",
+            P2P,
+            P2P,
+        ],
+    ),
+    ("udmabuf", &[SHARED; 6]),
+    (
+        "udmabuf of pieces",
+        &[SHARED, STAGED, SHARED, SHARED, "not-pinnable", SHARED],
+    ),
+    ("udmabuf of huge pages", &[SHARED; 6]),
+    (
+        "dma-heap system",
+        &[SHARED, STAGED, SHARED, SHARED, "not-pinnable", SHARED],
+    ),
+    (
+        "DRM vgem",
+        &[SHARED, STAGED, SHARED, SHARED, "not-pinnable", SHARED],
+    ),
+    ("V4L2 vivid", &[SHARED; 6]),
+    (
+        "memfd",
+        &[
+            SHARED,
+            SHARED,
+            "no-dma-buf",
+            "no-dma-buf",
+            SHARED,
+            "no-dma-buf",
+        ],
+    ),
+];
+
+/// Why a path is not the best one, where it is not by the buffer's own nature.
+fn reason(exporter: &str, importer: &str, path: &str) -> Option<&'static str> {
+    match (exporter, importer, path) {
+        (_, "CPU", STAGED) => Some("not-a-device"),
+        (_, "file", STAGED) => Some("no-struct-pages"),
+        _ => None,
+    }
+}
+
+fn matrix(format: &str) -> String {
+    let output = Command::new("peerbuf")
+        .args(["matrix", format])
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// The devices that docs/make-matrix brings up.
+fn prepare() -> &'static [Row] {
+    modules::vgem();
+    modules::vivid_node();
+    std::fs::write(
+        "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages",
+        "2",
+    )
+    .unwrap();
+    if topology() != "host-bridge" {
+        return SWITCH;
+    }
+    // A second test finds it done.
+    if let Some(small) = Node::all()
+        .last()
+        .filter(|node| node.bar2().size == 1 << 20)
+    {
+        let bdf = small.bdf.clone();
+        modules::load("vfio-pci");
+        modules::rebind(&bdf, "vfio-pci");
+    }
+    drop(modules::edu());
+    IOMMU
+}
+
+#[test]
+fn every_pair_brings_checked_bytes_or_the_reason_why_not() {
+    let rows = prepare();
+    let answer: Value = serde_json::from_str(&matrix("--json")).unwrap();
+    let mut cells = answer["cells"].as_array().unwrap().iter();
+    let importers = rows[0].1;
+    for (exporter, row) in &rows[1..] {
+        for (importer, expected) in importers.iter().zip(*row) {
+            let cell = cells.next().expect("a cell for each pair");
+            assert_eq!(cell["exporter"], *exporter, "{cell}");
+            assert_eq!(cell["importer"], *importer, "{cell}");
+            if [P2P, SHARED, STAGED].contains(expected) {
+                let outcome = if *importer == ASKED {
+                    "mapped"
+                } else {
+                    "bytes-checked"
+                };
+                assert_eq!(cell["outcome"], outcome, "{cell}");
+                assert_eq!(cell["path"], *expected, "{cell}");
+                let reasons = cell["reasons"].as_array().unwrap();
+                assert!(
+                    !reasons.is_empty() || *expected == P2P || *importer == ASKED,
+                    "{cell}"
+                );
+                if let Some(code) = reason(exporter, importer, expected) {
+                    assert!(
+                        reasons.iter().any(|reason| reason["code"] == code),
+                        "{cell}"
+                    );
+                }
+            } else {
+                assert_eq!(cell["outcome"], "impossible", "{cell}");
+                assert_eq!(cell["code"], *expected, "{cell}");
+                assert!(!cell["evidence"].as_str().unwrap().is_empty(), "{cell}");
+            }
+        }
+    }
+    assert!(
+        cells.next().is_none(),
+        "a row that nobody expected: {answer}"
+    );
+    // What is missing is what the lab's kernel is built without, or has no device for.
+    let missing = answer["missing"].as_array().unwrap();
+    for missing in missing {
+        let what = missing["what"].as_str().unwrap();
+        let expected = ["iommufd: ", "VFIO: "]
+            .iter()
+            .any(|lacks| what.starts_with(lacks));
+        assert!(expected, "{missing}");
+    }
+}
+
+#[test]
+fn the_docs_have_the_matrix_as_it_is() {
+    prepare();
+    let markdown = matrix("--markdown");
+    let table: Vec<&str> = markdown
+        .lines()
+        .filter(|line| line.starts_with('|'))
+        .collect();
+    let table = table.join("\n");
+    assert!(
+        PAGE.contains(&table),
+        "docs/matrix.md is not true any more: run docs/make-matrix\n{table}"
+    );
+}

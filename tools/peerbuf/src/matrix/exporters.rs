@@ -1,0 +1,191 @@
+//! The rows: everything on this machine that makes buffers.
+
+use std::rc::Rc;
+
+use peerbuf::device::drm::Card;
+use peerbuf::device::edu;
+use peerbuf::device::v4l2::VideoDevice;
+use peerbuf::device::vfio::VfioDevice;
+use peerbuf::error::{ExportError, Unavailable};
+use peerbuf::export::{drm, heap, memfd, peerbuf as module, udmabuf, v4l2, vfio};
+use peerbuf::plan::topology::Sysfs;
+use peerbuf::{Access, Buffer};
+
+use super::Missing;
+use super::importers::open_vivid;
+use crate::Failure;
+
+/// One row.
+pub struct Exporter {
+    pub name: String,
+    pub make: Box<dyn Fn() -> Result<Buffer, Failure>>,
+}
+
+impl Exporter {
+    fn new(
+        name: impl Into<String>,
+        make: impl Fn() -> Result<Buffer, Failure> + 'static,
+    ) -> Exporter {
+        Exporter {
+            name: name.into(),
+            make: Box::new(make),
+        }
+    }
+}
+
+/// The rows of one kind.
+type Found = Result<Vec<Exporter>, Unavailable>;
+
+/// All that there are, for buffers of `size` bytes.
+pub fn all(size: u64, missing: &mut Vec<Missing>) -> Vec<Exporter> {
+    let kinds: [fn(u64) -> Found; 7] =
+        [bars, vfio_bars, udmabufs, heaps, graphics, video, |size| {
+            Ok(vec![Exporter::new("memfd", move || {
+                Ok(memfd::export("memfd", size)?)
+            })])
+        }];
+    let mut rows = Vec::new();
+    for kind in kinds {
+        match kind(size) {
+            Ok(found) => rows.extend(found),
+            Err(error) => missing.push(error.into()),
+        }
+    }
+    rows
+}
+
+/// Of peerbuf.ko's BARs one that files can reach, and one that they cannot.
+fn bars(size: u64) -> Found {
+    let nodes = module::probe()?;
+    let mut rows = Vec::new();
+    for pages in [true, false] {
+        let found = nodes.iter().find_map(|node| {
+            let device = module::Device::open_node(node).ok()?;
+            let bars = device.query().ok()?.bars;
+            let suits = |bar: &module::BarInfo| {
+                bar.exportable && bar.prefetchable && bar.pages == pages && bar.largest_free >= size
+            };
+            let bar = bars.into_iter().filter(suits).max_by_key(|bar| bar.size)?;
+            Some((device, bar.index))
+        });
+        let Some((device, bar)) = found else { continue };
+        let device = Rc::new(device);
+        let kinds = if pages {
+            &[
+                ("peerbuf.ko BAR", false),
+                ("peerbuf.ko BAR, may move", true),
+            ][..]
+        } else {
+            &[("peerbuf.ko BAR without pages", false)]
+        };
+        for &(name, may_move) in kinds {
+            let device = Rc::clone(&device);
+            rows.push(Exporter::new(name, move || {
+                let offset = None;
+                let length = size;
+                Ok(device.export_ranges(&module::RangesRequest {
+                    bar,
+                    ranges: vec![module::RangeRequest::Bar { offset, length }],
+                    may_move,
+                    access: Access::ReadWrite,
+                })?)
+            }));
+        }
+    }
+    Ok(rows)
+}
+
+/// A prefetchable BAR of vfio-pci's devices, but not of the one that only does DMA.
+fn vfio_bars(size: u64) -> Found {
+    let sysfs = Sysfs::default();
+    let mut refused = None;
+    for address in vfio::probe()? {
+        if sysfs.pci_id(address) == Some(edu::ID) {
+            continue;
+        }
+        let device = match VfioDevice::open(address) {
+            Ok(device) => device,
+            Err(error) => {
+                refused = Some(error);
+                continue;
+            }
+        };
+        let of = |bar| device.bar_size(bar).unwrap_or(0);
+        let Some(bar) = (0..6)
+            .max_by_key(|&bar| of(bar))
+            .filter(|&bar| of(bar) >= size)
+        else {
+            continue;
+        };
+        return Ok(vec![Exporter::new("vfio-pci BAR", move || {
+            let request = vfio::Request {
+                bar,
+                offset: 0,
+                length: size,
+                access: Access::ReadWrite,
+            };
+            Ok(vfio::export(&device, request)?)
+        })]);
+    }
+    refused.map_or(Ok(Vec::new()), Err)
+}
+
+fn udmabufs(size: u64) -> Found {
+    udmabuf::probe()?;
+    let mut rows = vec![
+        Exporter::new("udmabuf", move || Ok(udmabuf::export("udmabuf", size)?)),
+        Exporter::new("udmabuf of pieces", move || {
+            // The pieces in the wrong order, so that no two are neighbours by chance.
+            let memory = memfd::export("pieces", size)?;
+            let half = (size / 2).next_multiple_of(rustix::param::page_size() as u64);
+            let pieces = [memory.range(half, size - half)?, memory.range(0, half)?];
+            Ok(udmabuf::export_list("udmabuf of pieces", &pieces)?)
+        }),
+    ];
+    let pages = udmabuf::HugePages::TwoMebibytes;
+    let huge = size.next_multiple_of(pages.size());
+    let make = move || udmabuf::export_huge("udmabuf of huge pages", huge, pages);
+    if make().is_ok() {
+        rows.push(Exporter::new("udmabuf of huge pages", move || Ok(make()?)));
+    }
+    Ok(rows)
+}
+
+fn heaps(size: u64) -> Found {
+    let rows = heap::probe()?.into_iter().map(|heap| {
+        let name = format!("dma-heap {}", heap.name());
+        Exporter::new(name.clone(), move || Ok(heap.export(&name, size)?))
+    });
+    Ok(rows.collect())
+}
+
+fn graphics(size: u64) -> Found {
+    let mut rows = Vec::new();
+    for node in drm::probe()? {
+        let card = Card::open(node)?;
+        let name = format!("DRM {}", card.driver());
+        // Not every driver has dumb buffers.
+        if matches!(
+            drm::export(&card, &name, size),
+            Err(ExportError::System { .. })
+        ) {
+            continue;
+        }
+        rows.push(Exporter::new(name.clone(), move || {
+            Ok(drm::export(&card, &name, size)?)
+        }));
+    }
+    Ok(rows)
+}
+
+/// A picture's own memory.
+fn video(_: u64) -> Found {
+    open_vivid()?;
+    let make = || {
+        let mut camera: VideoDevice = open_vivid()?;
+        let capture = v4l2::export(&mut camera, 2)?;
+        let buffer = capture.buffers().first().cloned();
+        buffer.ok_or_else(|| Failure::from("the video device made no buffer"))
+    };
+    Ok(vec![Exporter::new("V4L2 vivid", make)])
+}

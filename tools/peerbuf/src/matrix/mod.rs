@@ -1,0 +1,191 @@
+//! `peerbuf matrix`: each exporter meets each importer, with bytes that are checked.
+
+mod exporters;
+mod importers;
+mod report;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use peerbuf::error::Unavailable;
+use serde::Serialize;
+
+use crate::progress::Progress;
+use crate::{Failure, places, say, size};
+
+/// Arguments of `peerbuf matrix`.
+#[derive(clap::Args)]
+#[command(after_help = AFTER_HELP)]
+pub struct Arguments {
+    /// How large a buffer each exporter makes, where it can choose
+    #[arg(long, value_name = "SIZE", default_value = "1M", value_parser = size::parse)]
+    size: u64,
+
+    /// Where the files are made; nothing is left there [default: a filesystem on an NVMe disk]
+    #[arg(long, value_name = "DIRECTORY")]
+    dir: Option<PathBuf>,
+
+    /// One JSON object instead of the table
+    #[arg(long, conflicts_with = "markdown")]
+    json: bool,
+
+    /// The table in Markdown
+    #[arg(long)]
+    markdown: bool,
+}
+
+const AFTER_HELP: &str = "\
+A cell says by which path the bytes went, after they were written by one side, read by the other
+and compared; or the reason why the two do not go together. (asked) means that the kernel would do
+it for the importer, which has no way to move bytes by itself.
+
+Test devices without hardware join in when their modules are there: `modprobe -a vgem vivid`. A
+device of vfio-pci exports its largest BAR, and QEMU's `edu` does DMA through VFIO.
+
+What a prefetchable BAR of a device that peerbuf.ko or vfio-pci has holds is overwritten. Other BARs
+may be registers, and are left alone.
+
+JSON: cells (exporter, importer, outcome, path, reasons, code, evidence) and missing (what, remedy).
+Outcomes: bytes-checked, mapped (the importer has no way to move bytes by itself), impossible,
+wrong-bytes, failed. The last two are failures of the command too.";
+
+/// What came of one meeting.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Outcome {
+    BytesChecked,
+    Mapped,
+    Impossible,
+    WrongBytes,
+    Failed,
+}
+
+/// One meeting, with the fields of `--json`.
+#[derive(Debug, Serialize)]
+pub struct Cell {
+    exporter: String,
+    importer: String,
+    outcome: Outcome,
+    /// The path, if the two go together.
+    path: Option<&'static str>,
+    /// Why not a better path.
+    reasons: Vec<Reason>,
+    /// The reason code, if they do not.
+    code: Option<&'static str>,
+    /// What was seen then.
+    evidence: Option<String>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+struct Reason {
+    path: &'static str,
+    code: &'static str,
+    evidence: String,
+}
+
+/// What the machine lacks.
+#[derive(Debug, Serialize)]
+struct Missing {
+    what: String,
+    remedy: String,
+}
+
+impl From<Unavailable> for Missing {
+    fn from(error: Unavailable) -> Missing {
+        Missing {
+            what: format!("{}: {}", error.what, error.cause),
+            remedy: error.remedy,
+        }
+    }
+}
+
+/// The whole, with the fields of `--json`.
+#[derive(Debug, Serialize)]
+pub struct Matrix {
+    cells: Vec<Cell>,
+    missing: Vec<Missing>,
+}
+
+/// Makes the matrix. `Err` when bytes were wrong, or a meeting failed for no known reason.
+pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
+    let directory = match &arguments.dir {
+        Some(directory) => directory.clone(),
+        None => places::working_directory(),
+    };
+    let page = rustix::param::page_size() as u64;
+    // What moves at once, and the picture of the video device, must fit.
+    let size = arguments.size.max(1 << 18).next_multiple_of(page);
+    let mut missing = Vec::new();
+    let exporters = exporters::all(size, &mut missing);
+    let mut importers = importers::all(&directory, &mut missing);
+    // An exporter and an importer may lack the same.
+    let mut seen = std::collections::HashSet::new();
+    missing.retain(|missing: &Missing| seen.insert(missing.what.clone()));
+
+    let mut matrix = Matrix {
+        cells: Vec::new(),
+        missing,
+    };
+    for exporter in &exporters {
+        for importer in &mut importers {
+            let _progress = Progress::start(format!("{} and {}", exporter.name, importer.name));
+            matrix.cells.push(meet(exporter, importer));
+        }
+    }
+    say::answer(match (arguments.json, arguments.markdown) {
+        (true, _) => serde_json::to_string(&matrix)?,
+        (_, true) => report::markdown(&matrix),
+        _ => report::table(&matrix).trim_end().to_owned(),
+    })?;
+    let bad = |cell: &&Cell| matches!(cell.outcome, Outcome::WrongBytes | Outcome::Failed);
+    match matrix.cells.iter().filter(bad).count() {
+        0 => Ok(ExitCode::SUCCESS),
+        bad => Err(format!("{bad} of {} meetings failed", matrix.cells.len()).into()),
+    }
+}
+
+fn meet(exporter: &exporters::Exporter, importer: &mut importers::Importer) -> Cell {
+    let cell = |outcome| Cell {
+        exporter: exporter.name.clone(),
+        importer: importer.name.clone(),
+        outcome,
+        path: None,
+        reasons: Vec::new(),
+        code: None,
+        evidence: None,
+    };
+    // A new buffer each time: what one meeting leaves behind must not help the next.
+    let met = match (exporter.make)() {
+        Ok(buffer) => (importer.meet)(&buffer),
+        Err(error) => Err(importers::Refusal::Failed(error.to_string())),
+    };
+    match met {
+        Ok(met) => Cell {
+            path: Some(met.plan.path.as_str()),
+            reasons: met
+                .plan
+                .reasons
+                .iter()
+                .map(|reason| Reason {
+                    path: reason.path.as_str(),
+                    code: reason.code.as_str(),
+                    evidence: reason.evidence.clone(),
+                })
+                .collect(),
+            ..cell(match met.bytes {
+                Some(true) => Outcome::BytesChecked,
+                Some(false) => Outcome::WrongBytes,
+                None => Outcome::Mapped,
+            })
+        },
+        Err(importers::Refusal::Impossible(code, evidence)) => Cell {
+            code: Some(code.as_str()),
+            evidence: Some(evidence),
+            ..cell(Outcome::Impossible)
+        },
+        Err(importers::Refusal::Failed(evidence)) => Cell {
+            evidence: Some(evidence),
+            ..cell(Outcome::Failed)
+        },
+    }
+}
