@@ -257,6 +257,9 @@ pub enum ShareError {
     /// The next generation could not be exported.
     #[error(transparent)]
     Export(#[from] ExportError),
+    /// The kernel could not move a buffer, or take it back.
+    #[error(transparent)]
+    Control(#[from] ControlError),
     /// The buffer in the message could not be used, or the one to be sent cannot be.
     #[error(transparent)]
     Buffer(#[from] BufferError),

@@ -101,8 +101,8 @@ type Old = Arc<Mutex<Vec<Buffer>>>;
 fn watched() -> (impl Backing + 'static, Old) {
     let old = Old::default();
     let kept = Arc::clone(&old);
-    let backing = Copied::new(move |generation| {
-        let name = format!("generation {generation}");
+    let backing = Copied::new(move |order| {
+        let name = format!("generation {}", order.generation);
         let buffer = memfd::export(&name, SIZE)?;
         let memory = buffer.host_memory().unwrap().try_clone_to_owned().unwrap();
         let provenance = Provenance {
@@ -524,8 +524,12 @@ fn a_publisher_that_uses_a_generation_itself_cannot_move_it() {
 
 #[test]
 fn a_move_that_fails_offers_the_old_memory_again() {
-    let backing = Copied::new(move |generation| {
-        let size = if generation == 2 { SIZE / 2 } else { SIZE };
+    let backing = Copied::new(move |order| {
+        let size = if order.generation == 2 {
+            SIZE / 2
+        } else {
+            SIZE
+        };
         memfd::export("b", size)
     });
     let (mut publisher, subscriber) = pair();
@@ -545,7 +549,8 @@ fn a_move_that_fails_offers_the_old_memory_again() {
 fn after_a_cut_off_a_move_that_fails_offers_nothing() {
     let fails = Arc::new(Mutex::new(true));
     let switch = Arc::clone(&fails);
-    let backing = Copied::new(move |generation| {
+    let backing = Copied::new(move |order| {
+        let generation = order.generation;
         if generation > 1 && *switch.lock().unwrap() {
             return Err(ExportError::Unsuitable {
                 what: "the day",

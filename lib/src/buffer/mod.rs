@@ -18,7 +18,6 @@ use std::sync::Arc;
 
 use rustix::fs::{OFlags, SealFlags};
 
-pub(crate) use dmabuf::parse_info;
 pub use dmabuf::{DmaBuf, Identity, Info};
 pub use fence::{FenceState, SyncFile};
 pub use mapping::{CpuAccess, Mapping};
@@ -170,6 +169,9 @@ struct Inner {
 
 /// Something that is to be dropped when a buffer's last handle in this process is gone.
 pub(crate) trait LastHandle: fmt::Debug + Send + Sync {}
+
+/// A buffer that is another's bytes keeps that one in use.
+impl LastHandle for BufferRange {}
 
 impl Buffer {
     /// A buffer that is a dma-buf and nothing else.
@@ -417,8 +419,21 @@ impl BufferRange {
             (None, None, Some(dmabuf)) => (dmabuf.as_fd(), 0),
             (None, None, None) => unreachable!("a buffer has a dma-buf or host memory"),
         };
-        let map = Map::shared(fd, at + self.offset, self.length, access.writes())
-            .map_err(|errno| SystemError::new("mmap", self.buffer.name(), errno))?;
+        // Graphics drivers' fault handlers count from the mapping's beginning and not from the
+        // buffer's (drm_gem_shmem_fault in drivers/gpu/drm/drm_gem_shmem_helper.c): with an offset,
+        // other bytes than those asked for are mapped, without an error. Of exporters that are not
+        // known to do it right the mapping begins where the buffer does.
+        let honours_offset = inner.host.is_some()
+            || matches!(
+                inner.provenance.kind,
+                Kind::Bar | Kind::Vfio | Kind::Provider | Kind::Heap
+            );
+        let map = if honours_offset {
+            Map::shared(fd, at + self.offset, self.length, access.writes())
+        } else {
+            Map::shared_from(fd, at, self.offset, self.length, access.writes())
+        };
+        let map = map.map_err(|errno| SystemError::new("mmap", self.buffer.name(), errno))?;
         Ok(Mapping::new(map, self.clone(), access))
     }
 }

@@ -120,6 +120,8 @@ impl Attachment {
             Err(cause) if cause.errno == Errno::INVAL => Buffer::from_dmabuf(exported, provenance),
             Err(cause) => return Err(cause.into()),
         };
+        // The mapping is a use of the buffer, as much as any other.
+        let seen = seen.with_last_handle(Box::new(self.range.clone()));
         Ok(seen
             .range(self.range.offset(), self.range.len())?
             .map(access)?)

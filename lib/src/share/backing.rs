@@ -1,7 +1,13 @@
 //! What a published buffer is made of, and how its next generation comes to be.
 
-use crate::buffer::{Access, Buffer};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::buffer::{Access, Buffer, DmaBuf};
 use crate::error::{ExportError, ShareError};
+use crate::export::peerbuf as module;
+use crate::export::peerbuf::{Device, MoveTo, RangeRequest, RangesRequest};
 
 /// Where a buffer's bytes are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,6 +49,10 @@ impl std::fmt::Display for Placement {
 pub struct Order {
     /// The number of the generation to be made.
     pub generation: u64,
+    /// Where its bytes are to be; `None` leaves it to the backing.
+    pub to: Option<Placement>,
+    /// How long it may wait for others, such as importers in the kernel.
+    pub limit: Duration,
     /// Somebody who was cut off, or died without giving the old generation back, may still reach
     /// it. The new one must not be reachable through any descriptor or mapping of the old.
     pub isolate: bool,
@@ -72,6 +82,24 @@ pub trait Backing: Send {
     fn migrate(&mut self, order: &Order) -> Result<(), ShareError>;
 }
 
+impl Backing for Box<dyn Backing> {
+    fn buffer(&self) -> &Buffer {
+        (**self).buffer()
+    }
+
+    fn placement(&self) -> Placement {
+        (**self).placement()
+    }
+
+    fn is_idle(&self) -> bool {
+        (**self).is_idle()
+    }
+
+    fn migrate(&mut self, order: &Order) -> Result<(), ShareError> {
+        (**self).migrate(order)
+    }
+}
+
 /// A backing that moves by copying: each generation is a buffer of its own, so nothing that
 /// reaches the old one reaches the new one.
 ///
@@ -80,7 +108,7 @@ pub trait Backing: Send {
 /// use peerbuf::share::Copied;
 ///
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// let backing = Copied::new(|_generation| memfd::export("weights", 1 << 20))?;
+/// let backing = Copied::new(|_order| memfd::export("weights", 1 << 20))?;
 /// # Ok(())
 /// # }
 /// ```
@@ -89,14 +117,19 @@ pub struct Copied<F> {
     make: F,
 }
 
-impl<F: FnMut(u64) -> Result<Buffer, ExportError>> Copied<F> {
-    /// Has `make` make each generation, of which it is given the number; the first is 1. They may
-    /// be of different kinds, but must be of one size.
+impl<F: FnMut(&Order) -> Result<Buffer, ExportError>> Copied<F> {
+    /// Has `make` make each generation, the first of which has the number 1. They may be of
+    /// different kinds, but must be of one size.
     ///
     /// # Errors
     /// What `make` returned.
     pub fn new(mut make: F) -> Result<Copied<F>, ExportError> {
-        let buffer = make(1)?;
+        let buffer = make(&Order {
+            generation: 1,
+            to: None,
+            limit: Duration::ZERO,
+            isolate: false,
+        })?;
         Ok(Copied { buffer, make })
     }
 }
@@ -109,14 +142,138 @@ impl<F> std::fmt::Debug for Copied<F> {
     }
 }
 
-impl<F: FnMut(u64) -> Result<Buffer, ExportError> + Send> Backing for Copied<F> {
+impl<F: FnMut(&Order) -> Result<Buffer, ExportError> + Send> Backing for Copied<F> {
     fn buffer(&self) -> &Buffer {
         &self.buffer
     }
 
     fn migrate(&mut self, order: &Order) -> Result<(), ShareError> {
-        let next = (self.make)(order.generation)?;
+        let next = (self.make)(order)?;
         copy(&self.buffer, &next)?;
+        self.buffer = next;
+        Ok(())
+    }
+}
+
+/// A backing in a card's BAR that peerbuf.ko moves to system memory and back, under one dma-buf.
+///
+/// When nobody was cut off the kernel moves the bytes, and the next generation is the same dma-buf.
+/// After a cut-off the next generation is an export of its own: the bytes are copied, and then the
+/// kernel revokes the old one, which ends all access to it in every process. The BAR's room that it
+/// had is free when its last descriptor is closed; until then the new export may have to be made of
+/// system memory alone, and [`Placement::Device`] is refused.
+#[derive(Debug)]
+pub struct Movable {
+    device: Arc<Device>,
+    bar: u8,
+    buffer: Buffer,
+}
+
+impl Movable {
+    /// Exports `length` bytes of a BAR, for reading and writing, anywhere in it.
+    ///
+    /// # Errors
+    /// As [`Device::export_ranges`].
+    pub fn new(device: Arc<Device>, bar: u8, length: u64) -> Result<Movable, ExportError> {
+        let range = RangeRequest::Bar {
+            offset: None,
+            length,
+        };
+        let buffer = export(&device, bar, range)?;
+        Ok(Movable {
+            device,
+            bar,
+            buffer,
+        })
+    }
+
+    /// As [`Movable::new`], of the device whose node this is.
+    ///
+    /// # Errors
+    /// As [`Device::open_node`] and [`Movable::new`].
+    pub fn of(node: impl Into<PathBuf>, bar: u8, length: u64) -> Result<Movable, ExportError> {
+        Movable::new(Arc::new(Device::open_node(node)?), bar, length)
+    }
+
+    /// The device that it is exported by.
+    pub fn device(&self) -> &Arc<Device> {
+        &self.device
+    }
+
+    fn dmabuf(&self) -> Result<&DmaBuf, ShareError> {
+        self.buffer.dmabuf().ok_or_else(|| ShareError::Backing {
+            what: format!("{} has no dma-buf", self.buffer),
+        })
+    }
+
+    /// Where the next generation is to be.
+    fn target(&self, order: &Order) -> MoveTo {
+        match (order.to, self.placement()) {
+            (Some(Placement::Device), _) => MoveTo::Device,
+            (Some(Placement::System), _) => MoveTo::System,
+            (_, Placement::System) => MoveTo::Device,
+            _ => MoveTo::System,
+        }
+    }
+
+    /// An export that nothing which reaches the old one reaches.
+    fn anew(&self, order: &Order) -> Result<Buffer, ShareError> {
+        let length = self.buffer.size();
+        let target = self.target(order);
+        let in_bar = RangeRequest::Bar {
+            offset: None,
+            length,
+        };
+        let buffer = match export(&self.device, self.bar, in_bar) {
+            Ok(buffer) => buffer,
+            Err(error) if order.to == Some(Placement::Device) => return Err(error.into()),
+            // The BAR's room is still taken by those who were cut off.
+            Err(_) => export(&self.device, self.bar, RangeRequest::System { length })?,
+        };
+        copy(&self.buffer, &buffer)?;
+        if let (MoveTo::System, Some(dmabuf)) = (target, buffer.dmabuf()) {
+            self.device.move_buffer(dmabuf, target, order.limit)?;
+        }
+        Ok(buffer)
+    }
+}
+
+fn export(device: &Device, bar: u8, range: RangeRequest) -> Result<Buffer, ExportError> {
+    device.export_ranges(&RangesRequest {
+        bar,
+        ranges: vec![range],
+        may_move: true,
+        access: Access::ReadWrite,
+    })
+}
+
+impl Backing for Movable {
+    fn buffer(&self) -> &Buffer {
+        &self.buffer
+    }
+
+    fn placement(&self) -> Placement {
+        let status = self.dmabuf().ok().map(|buffer| self.device.status(buffer));
+        match status {
+            Some(Ok(status)) => match status.placement {
+                module::Placement::Device => Placement::Device,
+                module::Placement::System => Placement::System,
+                module::Placement::Mixed => Placement::Unknown,
+            },
+            _ => Placement::Unknown,
+        }
+    }
+
+    fn migrate(&mut self, order: &Order) -> Result<(), ShareError> {
+        if !order.isolate {
+            self.device
+                .move_buffer(self.dmabuf()?, self.target(order), order.limit)?;
+            return Ok(());
+        }
+        let next = self.anew(order)?;
+        // From the call on nobody gets access. Importers that had it may keep the old memory for as
+        // long as they do not let go; it is not the new one.
+        self.device.revoke(self.dmabuf()?, Duration::ZERO)?;
         self.buffer = next;
         Ok(())
     }

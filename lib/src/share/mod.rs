@@ -62,8 +62,10 @@
 //!
 //! What the words cover: a *live* subscriber is one that uses this library and was not cut off. One
 //! that lies, and says that it gave back what it keeps, is harmless where each generation is memory
-//! of its own ([`Copied`]): it works on old pages that are nobody's truth any more. The same holds for
-//! a descriptor that a program has duplicated behind the library's back.
+//! of its own ([`Copied`]): it works on old pages that are nobody's truth any more. With [`Movable`] the
+//! next generation is the same dma-buf unless somebody was cut off, so such a liar would still reach it:
+//! lend those only to programs that you trust that far. The same holds for a descriptor that a program
+//! has duplicated behind the library's back.
 //!
 //! [`ShareError::DeviceBusy`]: crate::error::ShareError::DeviceBusy
 //! [`ShareError::PeerGone`]: crate::error::ShareError::PeerGone
@@ -97,11 +99,10 @@ mod publisher;
 mod subscriber;
 mod wire;
 
-pub use backing::{Backing, Copied, Order, Placement, copy};
+pub use backing::{Backing, Copied, Movable, Order, Placement, copy};
 pub use channel::{Channel, Listener, MAX_DESCRIPTORS, Peer};
 pub use policy::{Grant, Policy, SameUser};
 #[doc(hidden)]
 pub use publisher::Fault;
 pub use publisher::{BufferId, CutOff, Event, Migration, Publisher, SubscriberId};
 pub use subscriber::{Lease, Subscriber};
-pub(crate) use wire::{decode_any, samples};

@@ -402,6 +402,11 @@ impl Publisher {
         holdings.filter(|holding| holding.accepted).count()
     }
 
+    /// How many descriptors are on their way to subscribers that have not confirmed them.
+    pub fn unaccepted(&self) -> usize {
+        self.subscribers.values().map(|c| c.under_way).sum()
+    }
+
     /// True when somebody who was cut off, or who died, may still be able to write to the current
     /// generation. Moving the buffer ends that.
     pub fn is_tainted(&self, id: BufferId) -> bool {
@@ -427,7 +432,29 @@ impl Publisher {
     /// still reach it. In that case, and with a busy device, the buffer is withheld, with its bytes,
     /// until a later call succeeds.
     pub fn migrate(&mut self, id: BufferId, time_limit: Duration) -> Result<Migration, ShareError> {
-        let moved = self.migrate_all(&[id], time_limit).pop();
+        self.migrate_one(id, None, time_limit)
+    }
+
+    /// As [`Publisher::migrate`], to a place that the backing may have to refuse.
+    ///
+    /// # Errors
+    /// As [`Publisher::migrate`].
+    pub fn migrate_to(
+        &mut self,
+        id: BufferId,
+        to: Placement,
+        time_limit: Duration,
+    ) -> Result<Migration, ShareError> {
+        self.migrate_one(id, Some(to), time_limit)
+    }
+
+    fn migrate_one(
+        &mut self,
+        id: BufferId,
+        to: Option<Placement>,
+        time_limit: Duration,
+    ) -> Result<Migration, ShareError> {
+        let moved = self.move_together(&[id], to, time_limit).pop();
         moved.unwrap_or_else(|| {
             let name = format!("number {}", id.0);
             Err(ShareError::Unknown { name })
@@ -444,6 +471,15 @@ impl Publisher {
     pub fn migrate_all(
         &mut self,
         ids: &[BufferId],
+        time_limit: Duration,
+    ) -> Vec<Result<Migration, ShareError>> {
+        self.move_together(ids, None, time_limit)
+    }
+
+    fn move_together(
+        &mut self,
+        ids: &[BufferId],
+        to: Option<Placement>,
         time_limit: Duration,
     ) -> Vec<Result<Migration, ShareError>> {
         let begun = Instant::now();
@@ -482,7 +518,7 @@ impl Publisher {
             let lost: Vec<SubscriberId> = lost
                 .filter(|id| !self.subscribers.contains_key(id))
                 .collect();
-            let replaced = checked.and_then(|id| self.replace(id, begun, time_limit));
+            let replaced = checked.and_then(|id| self.replace(id, to, begun, time_limit));
             results.push(replaced.map(|migration| Migration {
                 announce: announced - begun,
                 drain: drained - announced,
@@ -503,6 +539,7 @@ impl Publisher {
     fn replace(
         &mut self,
         id: BufferId,
+        to: Option<Placement>,
         begun: Instant,
         time_limit: Duration,
     ) -> Result<Migration, ShareError> {
@@ -514,6 +551,8 @@ impl Publisher {
         };
         let order = Order {
             generation: published.generation + 1,
+            to,
+            limit: time_limit,
             isolate: published.tainted,
         };
         let moved = published.backing.migrate(&order);
@@ -571,6 +610,14 @@ impl Publisher {
             self.turn(left)?;
         }
         Ok(self.events.pop_front())
+    }
+
+    /// Waits until there is something to do for a subscriber, and does it.
+    ///
+    /// # Errors
+    /// The call that failed.
+    pub fn serve_once(&mut self) -> Result<(), ShareError> {
+        self.turn(None).map(drop)
     }
 
     /// Serves subscribers for this long. What happened is there for [`Publisher::next_event`].

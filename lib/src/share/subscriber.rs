@@ -22,6 +22,9 @@ use super::wire::{self, CheckedEntry, Farewell, Message, Note};
 use crate::buffer::{Buffer, LastHandle};
 use crate::error::{ShareError, SystemError};
 
+/// The most messages that are taken before they are answered.
+const TOGETHER: usize = 64;
+
 /// A process's connection to a [`Publisher`](super::Publisher), and what it is lent.
 ///
 /// Dropping it gives back what is not on lease, and ends the connection. Leases that are left stay
@@ -420,10 +423,17 @@ impl Session {
             // Only the wake-up counts, not how many there were.
             let _ = rustix::io::read(&self.wake, &mut [0; 8]);
         }
-        let mut descriptors = Vec::new();
-        let readable = !waiting[0].revents().is_empty();
-        if readable && let Some(bytes) = self.channel.try_receive(message, &mut descriptors)? {
-            self.handle(&message[..bytes], descriptors)?;
+        // What has come together is answered together.
+        for _ in 0..TOGETHER {
+            let mut descriptors = Vec::new();
+            match self.channel.try_receive(message, &mut descriptors)? {
+                Some(bytes) => self.handle(&message[..bytes], descriptors)?,
+                None => break,
+            }
+            let mut state = self.lock();
+            if state.outbox.len() >= TOGETHER {
+                self.flush(&mut state);
+            }
         }
         Ok(true)
     }

@@ -43,14 +43,26 @@ impl Map {
         length: u64,
         writable: bool,
     ) -> Result<Map, Errno> {
-        let unit = u64::try_from(rustix::fs::fstat(fd)?.st_blksize).unwrap_or(0);
-        let page = unit.max(rustix::param::page_size() as u64);
-        let start = offset % page;
+        let page = page_size(fd)?;
+        Map::shared_from(fd, offset - offset % page, offset % page, length, writable)
+    }
+
+    /// Maps `length` bytes of `fd`, which begin `start` bytes after `from`, a whole number of pages,
+    /// and everything between. For descriptors that can be mapped only from there.
+    pub(crate) fn shared_from(
+        fd: BorrowedFd<'_>,
+        from: u64,
+        start: u64,
+        length: u64,
+        writable: bool,
+    ) -> Result<Map, Errno> {
+        let page = page_size(fd)? as usize;
+        let start = usize::try_from(start).map_err(|_| Errno(12))?;
         let length = usize::try_from(length).map_err(|_| Errno(12))?;
         // An empty mapping cannot be made; one page keeps empty ranges ordinary.
-        let mapped = (start as usize)
+        let mapped = start
             .checked_add(length.max(1))
-            .and_then(|length| length.checked_next_multiple_of(page as usize))
+            .and_then(|length| length.checked_next_multiple_of(page))
             .ok_or(Errno(12))?;
         let protection = if writable {
             ProtFlags::READ | ProtFlags::WRITE
@@ -65,7 +77,7 @@ impl Map {
                 protection,
                 MapFlags::SHARED,
                 fd,
-                offset - start,
+                from,
             )
         }?;
         let base = NonNull::new(base.cast()).ok_or(Errno::FAULT)?;
@@ -73,7 +85,7 @@ impl Map {
         Ok(Map {
             base,
             mapped,
-            start: start as usize,
+            start,
             length,
             writable,
         })
@@ -176,6 +188,12 @@ impl Map {
         }
         fence(Ordering::SeqCst);
     }
+}
+
+/// What mappings of a descriptor are in whole ones of.
+fn page_size(fd: BorrowedFd<'_>) -> Result<u64, Errno> {
+    let unit = u64::try_from(rustix::fs::fstat(fd)?.st_blksize).unwrap_or(0);
+    Ok(unit.max(rustix::param::page_size() as u64))
 }
 
 impl Drop for Map {

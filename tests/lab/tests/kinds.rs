@@ -410,3 +410,24 @@ fn no_descriptor_is_left_behind() {
     assert_eq!(open(), before);
     assert!(card.as_fd().as_raw_fd() >= 0);
 }
+
+#[test]
+fn a_range_of_a_graphics_buffer_maps_its_own_bytes_and_not_the_first_ones() {
+    let card = modules::vgem();
+    let buffer = drm::export(&card, "surface", 65536).unwrap();
+    let bytes = random(65536);
+    put(&buffer.whole(), &bytes);
+    let attached = DrmImporter::new(&card);
+    for (offset, length) in [(0, 4096), (4096, 8192), (12345, 100), (61440, 4096)] {
+        let range = buffer.range(offset, length).unwrap();
+        let expected = &bytes[offset as usize..][..length as usize];
+        assert!(get(&range) == expected, "{length} bytes at {offset}");
+        // And as the driver maps it.
+        let attachment = attached.attach(&range).unwrap();
+        let mut mapping = attachment.map(Access::Read).unwrap();
+        let mut seen = vec![0; length as usize];
+        let cpu = mapping.begin_cpu_access(Access::Read).unwrap();
+        cpu.read_at(0, &mut seen).unwrap();
+        assert!(seen == expected, "{length} bytes at {offset} by the driver");
+    }
+}

@@ -86,13 +86,19 @@ impl Project {
         Ok(dir)
     }
 
-    /// The command `peerbuf`, built if need be.
+    /// The command `peerbuf` and the crate's examples, built if need be.
     ///
     /// # Errors
     /// When it does not compile; holds the compiler's messages.
     pub fn peerbuf(&self) -> Result<Vec<PathBuf>> {
         let step = Step::start("building the command peerbuf");
-        let built = self.cargo_build(&["build", "--package=peerbuf-cli", "--bins"])?;
+        let built = self.cargo_build(&[
+            "build",
+            "--package=peerbuf-cli",
+            "--bins",
+            "--package=peerbuf",
+            "--examples",
+        ])?;
         step.done();
         Ok(built.into_iter().map(|p| p.file).collect())
     }

@@ -1,5 +1,6 @@
 //! The command `peerbuf`: shows, exports and demonstrates shared buffers.
 
+mod bench;
 mod cycle;
 mod demo;
 mod export;
@@ -36,6 +37,8 @@ Paths, best first:
 
 #[derive(Subcommand)]
 enum Command {
+    /// Measure what the library costs, beside the floor of each figure
+    Bench(bench::Arguments),
     /// Move buffers again and again while other processes work on them, and check every byte
     Cycle(cycle::Arguments),
     /// Move a file's bytes disk -> buffer -> disk between two processes, and check each byte
@@ -56,6 +59,7 @@ enum Command {
 
 fn main() -> ExitCode {
     let result = match Arguments::parse().command {
+        Command::Bench(arguments) => bench::run(&arguments),
         Command::Cycle(arguments) => cycle::run(&arguments),
         Command::CycleWorker => cycle::worker::run(),
         Command::Demo(arguments) => demo::run(&arguments),

@@ -2,14 +2,21 @@
 //! in its own way.
 
 use std::path::Path;
+use std::sync::Arc;
 
-use peerbuf::buffer::BufferRange;
+use peerbuf::buffer::{BufferRange, Mapping};
+use peerbuf::device::drm::Card;
 use peerbuf::export::memfd;
+use peerbuf::import::drm::{self, DrmImporter};
 use peerbuf::import::file::{FileImporter, unnamed_file};
+use peerbuf::import::probe::{Direction, OnInvalidate, Options, Probe};
 use peerbuf::plan::Path as Way;
+use peerbuf::plan::topology::PciAddress;
+use peerbuf::share::{Backing, Movable};
 use peerbuf::{Access, Buffer};
 use serde::{Deserialize, Serialize};
 
+use super::memory::{Bar, Source};
 use crate::Failure;
 
 /// The kinds that there are.
@@ -20,6 +27,10 @@ pub enum Kind {
     Cpu,
     /// A disk's DMA, or direct I/O on system memory, through a scratch file
     Nvme,
+    /// A graphics driver takes the buffer in; the bytes go by its mapping
+    Drm,
+    /// peerbuf.ko's importer maps the buffer for a disk meanwhile, as a driver would
+    Probe,
 }
 
 impl Kind {
@@ -27,6 +38,8 @@ impl Kind {
         match self {
             Kind::Cpu => "cpu",
             Kind::Nvme => "nvme",
+            Kind::Drm => "drm",
+            Kind::Probe => "probe",
         }
     }
 }
@@ -56,6 +69,8 @@ pub fn open(kind: Kind, scratch: &Path, length: u64) -> Result<Box<dyn Importer>
     Ok(match kind {
         Kind::Cpu => Box::new(Cpu),
         Kind::Nvme => Box::new(Disk::open(scratch, length)?),
+        Kind::Drm => Box::new(Graphics::open()?),
+        Kind::Probe => Box::new(Prober::open(scratch)?),
     })
 }
 
@@ -78,14 +93,20 @@ impl Importer for Cpu {
 }
 
 pub fn put(range: &BufferRange, bytes: &[u8]) -> Result<(), Failure> {
-    let mut mapping = range.map(Access::ReadWrite)?;
+    put_mapped(range.map(Access::ReadWrite)?, bytes)
+}
+
+fn get(range: &BufferRange, into: &mut [u8]) -> Result<(), Failure> {
+    get_mapped(range.map(Access::Read)?, into)
+}
+
+fn put_mapped(mut mapping: Mapping, bytes: &[u8]) -> Result<(), Failure> {
     let mut cpu = mapping.begin_cpu_access(Access::Write)?;
     cpu.write_at(0, bytes)?;
     Ok(cpu.end()?)
 }
 
-fn get(range: &BufferRange, into: &mut [u8]) -> Result<(), Failure> {
-    let mut mapping = range.map(Access::Read)?;
+fn get_mapped(mut mapping: Mapping, into: &mut [u8]) -> Result<(), Failure> {
     let cpu = mapping.begin_cpu_access(Access::Read)?;
     cpu.read_at(0, into)?;
     Ok(cpu.end()?)
@@ -133,5 +154,136 @@ impl Importer for Disk {
         self.file.attach(&own)?.read(0)?;
         get(&own, into)?;
         Ok(Done::By(receipt.plan.path))
+    }
+}
+
+/// A driver attaches the buffer for as long as a job takes.
+struct Graphics {
+    importer: DrmImporter,
+}
+
+impl Graphics {
+    fn open() -> Result<Graphics, Failure> {
+        let nodes = drm::probe()?;
+        let card = Card::open(&nodes[0])?;
+        let importer = DrmImporter::new(&card);
+        Ok(Graphics { importer })
+    }
+}
+
+impl Importer for Graphics {
+    fn kind(&self) -> Kind {
+        Kind::Drm
+    }
+
+    fn write(&mut self, range: &BufferRange, bytes: &[u8]) -> Result<Done, Failure> {
+        put_mapped(self.importer.attach(range)?.map(Access::ReadWrite)?, bytes)?;
+        Ok(Done::Plainly)
+    }
+
+    fn read(&mut self, range: &BufferRange, into: &mut [u8]) -> Result<Done, Failure> {
+        get_mapped(self.importer.attach(range)?.map(Access::Read)?, into)?;
+        Ok(Done::Plainly)
+    }
+}
+
+/// A driver's mapping, for the disk that has the scratch directory, while the processor copies. It
+/// must not be told that it is stale while the buffer is lent, unless the kernel moves the buffer
+/// by itself.
+struct Prober {
+    probe: Probe,
+    device: PciAddress,
+}
+
+impl Prober {
+    fn open(scratch: &Path) -> Result<Prober, Failure> {
+        let probe = Probe::open()?;
+        let file = FileImporter::from_fd(unnamed_file(scratch)?.into(), "a scratch file")?;
+        let device = *file
+            .disk_functions()
+            .first()
+            .ok_or("the scratch directory is on no PCI disk, for which a buffer could be mapped")?;
+        Ok(Prober { probe, device })
+    }
+
+    fn mapped(
+        &self,
+        range: &BufferRange,
+        work: impl FnOnce() -> Result<(), Failure>,
+    ) -> Result<Done, Failure> {
+        let buffer = range.buffer();
+        let dmabuf = buffer.dmabuf().ok_or("the buffer has no dma-buf")?;
+        let options = Options {
+            on_invalidate: OnInvalidate::Remap,
+            ..Options::default()
+        };
+        let attachment = self.probe.attach(dmabuf, self.device, options)?;
+        attachment.map(Direction::Bidirectional)?;
+        work()?;
+        let report = attachment.report()?;
+        let moves_by_itself = buffer.provenance().kind == peerbuf::buffer::Kind::Bar;
+        if report.invalidations > 0 && !moves_by_itself {
+            return Err(format!("invalidated while it was lent: {report:?}").into());
+        }
+        Ok(Done::Plainly)
+    }
+}
+
+impl Importer for Prober {
+    fn kind(&self) -> Kind {
+        Kind::Probe
+    }
+
+    fn write(&mut self, range: &BufferRange, bytes: &[u8]) -> Result<Done, Failure> {
+        self.mapped(range, || put(range, bytes))
+    }
+
+    fn read(&mut self, range: &BufferRange, into: &mut [u8]) -> Result<Done, Failure> {
+        self.mapped(range, || get(range, into))
+    }
+}
+
+/// Leaves only those importers that exist here and can use what the sources make, and says why
+/// the others cannot.
+pub fn usable(
+    kinds: &[Kind],
+    sources: &[Source],
+    bar: Option<&Bar>,
+    scratch: &Path,
+    length: u64,
+    missing: &mut Vec<String>,
+) -> Result<Vec<Kind>, Failure> {
+    let mut buffers = Vec::new();
+    for source in sources {
+        buffers.push(source.make("a try", length)?);
+    }
+    if let Some(bar) = bar {
+        let movable = Movable::new(Arc::clone(&bar.device), bar.index, length)?;
+        buffers.push(movable.buffer().clone());
+    }
+    let mut usable = Vec::new();
+    for &kind in kinds {
+        let tried = buffers
+            .iter()
+            .try_for_each(|buffer| try_one(kind, buffer, scratch));
+        match tried {
+            Ok(()) if usable.contains(&kind) => {}
+            Ok(()) => usable.push(kind),
+            Err(error) => missing.push(format!("importer {}: {error}", kind.name())),
+        }
+    }
+    Ok(usable)
+}
+
+/// Sends bytes through an importer and back.
+fn try_one(kind: Kind, buffer: &Buffer, scratch: &Path) -> Result<(), Failure> {
+    let mut importer = open(kind, scratch, buffer.size())?;
+    let bytes: Vec<u8> = (0..buffer.size()).map(|at| at as u8).collect();
+    importer.write(&buffer.whole(), &bytes)?;
+    let mut back = vec![0; bytes.len()];
+    importer.read(&buffer.whole(), &mut back)?;
+    match back == bytes {
+        true => Ok(()),
+        false => Err(format!("wrong bytes came back from {buffer}").into()),
     }
 }

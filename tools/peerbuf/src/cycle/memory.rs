@@ -2,19 +2,29 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use peerbuf::device::drm::Card;
 use peerbuf::error::{ExportError, ShareError};
-use peerbuf::export::{memfd, udmabuf};
-use peerbuf::share::{Backing, Order, copy};
-use peerbuf::{Access, Buffer};
+use peerbuf::export::heap::Heap;
+use peerbuf::export::memfd::HugePages;
+use peerbuf::export::peerbuf::Device;
+use peerbuf::export::{drm, memfd, udmabuf};
+use peerbuf::share::{Backing, Movable, Order, Placement, copy};
+use peerbuf::{Access, Buffer, DmaBuf};
 
 use super::Break;
 use super::ledger::Ledger;
+use crate::size;
 
 /// Something that buffers can be made of.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug)]
 pub enum Source {
     Memfd,
     Udmabuf,
+    /// A udmabuf of huge pages.
+    HugePages(HugePages),
+    Heap(Heap),
+    /// Dumb buffers of a card.
+    Drm(Card),
 }
 
 impl Source {
@@ -22,16 +32,29 @@ impl Source {
         match self {
             Source::Memfd => memfd::export(name, size),
             Source::Udmabuf => udmabuf::export(name, size),
+            Source::HugePages(pages) => udmabuf::export_huge(name, size, *pages),
+            Source::Heap(heap) => heap.export(name, size),
+            Source::Drm(card) => drm::export(card, name, size),
         }
     }
 
     /// Names it in the summary.
-    pub fn describe(&self) -> &'static str {
+    pub fn describe(&self) -> String {
         match self {
-            Source::Memfd => "memfd",
-            Source::Udmabuf => "udmabuf",
+            Source::Memfd => "memfd".into(),
+            Source::Udmabuf => "udmabuf".into(),
+            Source::HugePages(pages) => format!("udmabuf of {} pages", size::show(pages.size())),
+            Source::Heap(heap) => format!("dma-heap {}", heap.name()),
+            Source::Drm(card) => format!("DRM {}", card.driver()),
         }
     }
+}
+
+/// A card that has a BAR to move buffers in and out of.
+#[derive(Debug, Clone)]
+pub struct Bar {
+    pub device: Arc<Device>,
+    pub index: u8,
 }
 
 /// What all buffers of a run have in common.
@@ -41,16 +64,23 @@ pub struct Shared {
     pub sources: Vec<Source>,
     /// Which of them the next generation of each buffer comes from.
     pub next: Vec<usize>,
+    /// The dma-buf of each buffer that the kernel can move.
+    pub movable: Vec<Option<DmaBuf>>,
     pub broken: Option<Break>,
-    /// How often the switch in `broken` did what it does.
-    pub broke: u64,
 }
 
 /// One of the run's buffers.
 pub struct Moving {
     index: usize,
-    buffer: Buffer,
+    memory: Memory,
     shared: Arc<Mutex<Shared>>,
+}
+
+enum Memory {
+    /// Each generation is a buffer of its own.
+    Made(Buffer),
+    /// The kernel moves it.
+    InBar(Movable),
 }
 
 pub fn lock(shared: &Mutex<Shared>) -> MutexGuard<'_, Shared> {
@@ -76,48 +106,77 @@ impl Moving {
     pub fn new(
         index: usize,
         size: u64,
+        bar: Option<&Bar>,
         shared: &Arc<Mutex<Shared>>,
-    ) -> Result<Moving, ExportError> {
-        let source = lock(shared).sources[0].clone();
-        Ok(Moving {
+    ) -> Result<Moving, ShareError> {
+        let memory = match bar {
+            Some(bar) => {
+                let device = Arc::clone(&bar.device);
+                Memory::InBar(Movable::new(device, bar.index, size)?)
+            }
+            None => Memory::Made(lock(shared).sources[0].make(&name(index), size)?),
+        };
+        let moving = Moving {
             index,
-            buffer: source.make(&name(index), size)?,
+            memory,
             shared: Arc::clone(shared),
-        })
+        };
+        moving.tell(&mut lock(shared))?;
+        Ok(moving)
+    }
+
+    /// Tells what the kernel can move without asking anybody.
+    fn tell(&self, shared: &mut Shared) -> Result<(), ShareError> {
+        let movable = match &self.memory {
+            Memory::InBar(movable) => movable.buffer().dmabuf().map(DmaBuf::try_clone),
+            Memory::Made(_) => None,
+        };
+        shared.movable[self.index] = movable.transpose()?;
+        Ok(())
     }
 }
 
 impl Backing for Moving {
     fn buffer(&self) -> &Buffer {
-        &self.buffer
+        match &self.memory {
+            Memory::Made(buffer) => buffer,
+            Memory::InBar(movable) => movable.buffer(),
+        }
+    }
+
+    fn placement(&self) -> Placement {
+        match &self.memory {
+            Memory::Made(buffer) => Placement::of(buffer),
+            Memory::InBar(movable) => movable.placement(),
+        }
     }
 
     fn migrate(&mut self, order: &Order) -> Result<(), ShareError> {
-        let mut shared = lock(&self.shared);
-        let shared = &mut *shared;
+        let books = Arc::clone(&self.shared);
+        let mut shared = lock(&books);
         let before = shared.ledger.progress(self.index)?;
-        let next = match shared.broken {
-            Some(Break::ReuseGeneration) => {
-                shared.broke += 1;
-                self.buffer.clone()
-            }
-            _ => {
+        let reuse = shared.broken == Some(Break::ReuseGeneration);
+        match &mut self.memory {
+            Memory::Made(_) if reuse => {}
+            Memory::Made(buffer) => {
                 let source = &shared.sources[shared.next[self.index]];
-                let next = source.make(&name(self.index), self.buffer.size())?;
-                copy(&self.buffer, &next)?;
-                next
+                let next = source.make(&name(self.index), buffer.size())?;
+                copy(buffer, &next)?;
+                *buffer = next;
             }
-        };
+            Memory::InBar(movable) => movable.migrate(&Order {
+                isolate: order.isolate && !reuse,
+                ..*order
+            })?,
+        }
         if shared.broken == Some(Break::TearCopy) {
-            shared.broke += 1;
-            tear(&next)?;
+            tear(self.buffer())?;
         }
         let after = shared.ledger.progress(self.index)?;
-        let bytes = read(&next, 0, next.size())?;
+        let bytes = read(self.buffer(), 0, self.buffer().size())?;
         let ledger = &mut shared.ledger;
         ledger.check(self.index, order.generation, &bytes, &before, &after);
-        self.buffer = next;
-        Ok(())
+        self.tell(&mut shared)
     }
 }
 

@@ -23,7 +23,11 @@ use std::time::{Duration, Instant};
 use indicatif::{ProgressBar, ProgressStyle};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use peerbuf::export::udmabuf;
+use peerbuf::Errno;
+use peerbuf::device::drm::Card;
+use peerbuf::export::memfd::HugePages;
+use peerbuf::export::peerbuf::{self as peerbuf_ko, Device, MoveTo};
+use peerbuf::export::{drm, heap};
 use peerbuf::share::{BufferId, Channel, CutOff, Event, Fault, Publisher};
 
 use crate::{Failure, places, say, size};
@@ -31,7 +35,7 @@ use board::Counter;
 use crew::Process;
 use importers::Kind;
 use ledger::{Lanes, Ledger, Writer};
-use memory::{Moving, Shared, Source, lock, name};
+use memory::{Bar, Moving, Shared, Source, lock, name};
 use pattern::{CELL, Loss};
 use report::{Faults, Latencies, Moves, Summary, Work};
 use schedule::{Odds, Schedule};
@@ -118,10 +122,18 @@ fn probability(text: &str) -> Result<f64, String> {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 enum Backing {
-    /// System memory with a dma-buf over it
+    /// System memory with a dma-buf over it; huge pages too, where there are some and they fit
     Udmabuf,
+    /// The BAR of a card that peerbuf.ko has, which the kernel moves to system memory and back
+    Bar,
+    /// A dma-heap
+    Heap,
+    /// Buffers of a graphics driver
+    Drm,
     /// System memory alone
     Memfd,
+    /// Everything that has dma-bufs; every other buffer in a BAR
+    Mixed,
 }
 
 /// The guarantees that can be broken.
@@ -174,6 +186,8 @@ struct Storm<'a> {
     begun: Instant,
     time_limit: Duration,
     scratch: PathBuf,
+    importers: Vec<Kind>,
+    bar: Option<Bar>,
     rest: f64,
     lanes: Lanes,
     schedule: Schedule,
@@ -238,16 +252,44 @@ impl<'a> Storm<'a> {
         };
         debug_assert_eq!(lanes.length % CELL, 0);
         let mut missing = Vec::new();
-        let sources = sources(arguments.backing, &mut missing)?;
+        let bar = match arguments.backing {
+            Backing::Bar | Backing::Mixed => match find_bar(arguments.size) {
+                Ok(bar) => Some(bar),
+                Err(error) => {
+                    missing.push(error.to_string());
+                    None
+                }
+            },
+            _ => None,
+        };
+        let no_bar = bar.is_none();
+        let sources = sources(arguments.backing, arguments.size, no_bar, &mut missing)?;
+        let scratch = arguments
+            .scratch
+            .clone()
+            .unwrap_or_else(places::working_directory);
+        let importers = &arguments.importers;
+        let importers = importers::usable(
+            importers,
+            &sources,
+            bar.as_ref(),
+            &scratch,
+            length,
+            &mut missing,
+        )?;
         for text in &missing {
             say::remark(format_args!("missing: {text}"));
+        }
+        if importers.is_empty() {
+            return Err("none of the importers can be used".into());
         }
         let seed = arguments.seed.unwrap_or_else(rand::random);
         let time_limit = Duration::from_millis(arguments.time_limit);
         let odds = Odds {
             buffers,
             processes,
-            sources: sources.len(),
+            sources: sources.len().max(1),
+            underneath: bar.is_some(),
             kill: arguments.kill,
             stall: arguments.stall,
             time_limit,
@@ -262,8 +304,8 @@ impl<'a> Storm<'a> {
             },
             sources,
             next: vec![0; buffers],
+            movable: (0..buffers).map(|_| None).collect(),
             broken: arguments.r#break,
-            broke: 0,
         }));
         let mut publisher = Publisher::new()?;
         if arguments.r#break == Some(Break::SkipDrain) {
@@ -271,7 +313,10 @@ impl<'a> Storm<'a> {
         }
         let mut ids = Vec::new();
         for index in 0..buffers {
-            let moving = Moving::new(index, arguments.size, &shared)?;
+            let in_bar = bar
+                .as_ref()
+                .filter(|_| arguments.backing == Backing::Bar || index % 2 == 1);
+            let moving = Moving::new(index, arguments.size, in_bar, &shared)?;
             ids.push(publisher.publish(&name(index), moving)?);
         }
         let mut storm = Storm {
@@ -280,10 +325,9 @@ impl<'a> Storm<'a> {
             missing,
             begun: Instant::now(),
             time_limit,
-            scratch: arguments
-                .scratch
-                .clone()
-                .unwrap_or_else(places::working_directory),
+            scratch,
+            importers,
+            bar,
             rest: rest(processes),
             lanes,
             schedule: Schedule::new(seed, odds),
@@ -336,7 +380,7 @@ impl<'a> Storm<'a> {
             buffers: self.ids.len(),
             lane,
             lane_length: self.lanes.length,
-            importers: self.arguments.importers.clone(),
+            importers: self.importers.clone(),
             scratch: self.scratch.clone(),
             rest: self.rest,
         };
@@ -399,6 +443,9 @@ impl<'a> Storm<'a> {
             self.strikes.push(strike);
         }
         self.publisher.serve_for(step.pause)?;
+        for (buffer, to) in step.underneath {
+            self.move_underneath(buffer, to)?;
+        }
         let mut buffers: Vec<usize> = Vec::new();
         for cycle in step.cycles {
             lock(&self.shared).next[cycle.buffer] = cycle.source;
@@ -410,6 +457,22 @@ impl<'a> Storm<'a> {
         self.migrate(&buffers)?;
         self.cycles += buffers.len() as u64;
         self.tend()
+    }
+
+    /// Lets the kernel move a buffer while everybody works on it, without a word to anybody.
+    fn move_underneath(&mut self, buffer: usize, to: MoveTo) -> Result<(), Failure> {
+        let shared = lock(&self.shared);
+        let (Some(bar), Some(dmabuf)) = (&self.bar, &shared.movable[buffer]) else {
+            return Ok(());
+        };
+        match bar.device.move_buffer(dmabuf, to, self.time_limit) {
+            Ok(moved) if moved.copied > 0 => self.moves.underneath += 1,
+            Ok(_) => {}
+            // Importers use it where it is.
+            Err(error) if error.cause.errno == Errno::BUSY => self.moves.underneath_refused += 1,
+            Err(error) => return Err(error.into()),
+        }
+        Ok(())
     }
 
     fn migrate(&mut self, buffers: &[usize]) -> Result<(), Failure> {
@@ -561,7 +624,7 @@ impl<'a> Storm<'a> {
         let ledger = &mut shared.ledger;
         let losses: Vec<Loss> = std::mem::take(&mut ledger.losses);
         self.faults.late_writes = self.totals.late_writes;
-        let work = self.arguments.importers.iter().map(|kind| {
+        let work = self.importers.iter().map(|kind| {
             let disk = u64::from(*kind == Kind::Nvme);
             Work {
                 importer: kind.name().into(),
@@ -571,17 +634,16 @@ impl<'a> Storm<'a> {
                 staged_copy: disk * self.totals.paths[2],
             }
         });
-        let mut kinds: Vec<&str> = shared.sources.iter().map(Source::describe).collect();
-        kinds.dedup();
+        let mut kinds: Vec<String> = shared.sources.iter().map(Source::describe).collect();
+        kinds.extend(
+            self.bar
+                .as_ref()
+                .map(|_| "BAR and system memory, by peerbuf.ko".into()),
+        );
         Ok(Summary {
             backing: kinds.join(", "),
             missing: self.missing.clone(),
-            importers: self
-                .arguments
-                .importers
-                .iter()
-                .map(|kind| kind.name().into())
-                .collect(),
+            importers: self.importers.iter().map(|k| k.name().into()).collect(),
             processes: self.lanes.count,
             buffers: self.ids.len(),
             size: self.arguments.size,
@@ -609,16 +671,70 @@ fn rest(processes: usize) -> f64 {
     4.0 * processes as f64 / processors as f64
 }
 
-/// What generations are made of.
-fn sources(backing: Backing, missing: &mut Vec<String>) -> Result<Vec<Source>, Failure> {
-    Ok(match backing {
-        Backing::Memfd => vec![Source::Memfd],
-        Backing::Udmabuf => match udmabuf::probe() {
-            Ok(()) => vec![Source::Udmabuf],
-            Err(error) => {
-                missing.push(format!("{error}; memfds stand in"));
-                vec![Source::Memfd]
+/// A BAR that files can reach, with the most room.
+fn find_bar(size: u64) -> Result<Bar, Failure> {
+    let mut best = None;
+    for node in peerbuf_ko::probe()? {
+        let device = Arc::new(Device::open_node(node)?);
+        for bar in device.query()?.bars {
+            let key = (bar.pages, bar.largest_free);
+            if bar.exportable
+                && bar.largest_free >= size
+                && best.as_ref().is_none_or(|(k, _)| *k < key)
+            {
+                let device = Arc::clone(&device);
+                let index = bar.index;
+                best = Some((key, Bar { device, index }));
             }
-        },
-    })
+        }
+    }
+    let (_, bar) = best.ok_or_else(|| format!("no BAR has {size} bytes free"))?;
+    Ok(bar)
+}
+
+/// What generations are made of, each tried.
+fn sources(
+    backing: Backing,
+    size: u64,
+    no_bar: bool,
+    missing: &mut Vec<String>,
+) -> Result<Vec<Source>, Failure> {
+    let mut candidates: Vec<Result<Source, Failure>> = Vec::new();
+    let wants = |one| backing == one || backing == Backing::Mixed;
+    if wants(Backing::Udmabuf) {
+        candidates.push(Ok(Source::Udmabuf));
+        let huge = HugePages::TwoMebibytes;
+        if size.is_multiple_of(huge.size()) {
+            candidates.push(Ok(Source::HugePages(huge)));
+        }
+    }
+    if wants(Backing::Heap) {
+        match heap::probe() {
+            Ok(heaps) => candidates.extend(heaps.into_iter().map(|heap| Ok(Source::Heap(heap)))),
+            Err(error) => candidates.push(Err(error.into())),
+        }
+    }
+    if wants(Backing::Drm) {
+        let card = drm::probe().and_then(|nodes| Card::open(&nodes[0]));
+        candidates.push(card.map(Source::Drm).map_err(Failure::from));
+    }
+    if backing == Backing::Memfd {
+        candidates.push(Ok(Source::Memfd));
+    }
+    let mut sources = Vec::new();
+    for candidate in candidates {
+        let tried = candidate.and_then(|source| {
+            source.make("a try", size)?;
+            Ok(source)
+        });
+        match tried {
+            Ok(source) => sources.push(source),
+            Err(error) => missing.push(error.to_string()),
+        }
+    }
+    if sources.is_empty() && (backing != Backing::Bar || no_bar) {
+        missing.push("memfds stand in for what moves".into());
+        sources.push(Source::Memfd);
+    }
+    Ok(sources)
 }

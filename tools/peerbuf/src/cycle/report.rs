@@ -45,6 +45,10 @@ pub struct Moves {
     pub all: u64,
     /// Of these, those that took a buffer away from a process that was cut off.
     pub evictions: u64,
+    /// Moves besides these, by the kernel, of buffers in use.
+    pub underneath: u64,
+    /// Such moves that the kernel refused (`EBUSY`), because importers used the buffer where it was.
+    pub underneath_refused: u64,
     /// Generations that were asked back, from one process each.
     pub invalidations: u64,
     pub given_back: u64,
@@ -179,6 +183,13 @@ fn write(out: &mut String, summary: &Summary) -> std::fmt::Result {
         "moves           {}, of which {} took a buffer away from a process that was cut off",
         moves.all, moves.evictions
     )?;
+    if moves.underneath + moves.underneath_refused > 0 {
+        writeln!(
+            out,
+            "underneath      {} more by the kernel, of buffers in use; {} refused as busy",
+            moves.underneath, moves.underneath_refused
+        )?;
+    }
     writeln!(
         out,
         "invalidations   {}: {} given back, {} not (the process was dead or cut off)",

@@ -6,6 +6,7 @@
 
 use std::time::Duration;
 
+use peerbuf::export::peerbuf::MoveTo;
 use rand::rngs::StdRng;
 use rand::seq::index::sample;
 use rand::{RngExt, SeedableRng};
@@ -32,6 +33,8 @@ pub struct Cycle {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Step {
     pub cycles: Vec<Cycle>,
+    /// Buffers that the kernel moves before, and where to, while they are in use.
+    pub underneath: Vec<(usize, MoveTo)>,
     /// How long the workers are left alone before.
     pub pause: Duration,
     pub faults: Vec<Fault>,
@@ -46,6 +49,8 @@ pub struct Odds {
     pub buffers: usize,
     pub processes: usize,
     pub sources: usize,
+    /// There are buffers that the kernel can move.
+    pub underneath: bool,
     /// Probability that a worker is killed in a cycle.
     pub kill: f64,
     /// Probability that a worker is stopped in a cycle.
@@ -84,6 +89,7 @@ impl Schedule {
             buffers,
             processes,
             sources,
+            underneath,
             kill,
             stall,
             time_limit,
@@ -112,8 +118,19 @@ impl Schedule {
                 }
             }
         }
+        let mut moves = Vec::new();
+        if underneath {
+            for buffer in sample(random, buffers, together) {
+                let to = match random.random_bool(0.5) {
+                    true => MoveTo::Device,
+                    false => MoveTo::System,
+                };
+                moves.push((buffer, to));
+            }
+        }
         let step = Step {
             cycles,
+            underneath: moves,
             pause,
             faults,
         };
@@ -127,6 +144,9 @@ fn digest(before: u64, step: &Step) -> u64 {
     let mut numbers = vec![nanoseconds(step.pause)];
     for cycle in &step.cycles {
         numbers.extend([cycle.buffer as u64, cycle.source as u64]);
+    }
+    for (buffer, to) in &step.underneath {
+        numbers.push((*buffer as u64) << 1 | u64::from(*to == MoveTo::Device));
     }
     for fault in &step.faults {
         let length = fault.stopped_for.map_or(0, |time| nanoseconds(time) + 1);
@@ -146,6 +166,7 @@ mod tests {
         buffers: 4,
         processes: 8,
         sources: 2,
+        underneath: true,
         kill: 0.2,
         stall: 0.1,
         time_limit: Duration::from_millis(100),

@@ -1,0 +1,193 @@
+//! `peerbuf cycle` on real dma-bufs: nothing is lost, and a guarantee that is broken is noticed.
+//! Runs in the guest.
+
+use std::process::{Command, Output};
+
+use peerbuf_lab_suite::demo::alone;
+use peerbuf_lab_suite::modules;
+use peerbuf_lab_suite::node::Node;
+use serde_json::Value;
+
+/// An emulated processor on a busy machine: the time limit is for those who are stopped, and the
+/// others must not need it.
+const LIMIT: &str = "2000";
+
+fn cycle(arguments: &[&str]) -> Output {
+    let mut command = Command::new("peerbuf");
+    command.args(["cycle", "--json", "--seed", "7"]);
+    command.args(arguments).output().unwrap()
+}
+
+fn summary(output: &Output) -> Value {
+    let text = String::from_utf8_lossy(&output.stdout);
+    let summary = serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error}: {output:?}"));
+    println!("{summary:#}");
+    summary
+}
+
+fn number(value: &Value) -> u64 {
+    value
+        .as_u64()
+        .unwrap_or_else(|| panic!("{value} is no number"))
+}
+
+/// A run that must lose nothing, with everything that was asked for.
+fn loses_nothing(arguments: &[&str], cycles: u64, importers: &[&str]) -> Value {
+    let (importers_text, cycles_text) = (importers.join(","), cycles.to_string());
+    let more = ["--importers", &importers_text, "--cycles", &cycles_text];
+    let output = cycle(&[arguments, &more[..], &["--time-limit", LIMIT]].concat());
+    let summary = summary(&output);
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(summary["lost_bytes"], 0);
+    assert_eq!(number(&summary["cycles"]), cycles);
+    // Nothing may stand in for what the lab has.
+    assert_eq!(summary["missing"].as_array().unwrap().len(), 0, "{summary}");
+    let work = summary["work"].as_array().unwrap();
+    assert_eq!(work.len(), importers.len());
+    for work in work {
+        assert!(number(&work["jobs"]) > 0, "{work}");
+    }
+    summary
+}
+
+#[test]
+fn nothing_is_lost_on_udmabufs_whoever_is_killed_or_stopped() {
+    let _alone = alone();
+    modules::vgem();
+    let summary = loses_nothing(
+        &[
+            "--backing",
+            "udmabuf",
+            "--processes",
+            "8",
+            "--buffers",
+            "8",
+            "--size",
+            "32K",
+            "--kill",
+            "0.01",
+            "--stall",
+            "0.003",
+        ],
+        1000,
+        &["cpu", "nvme", "drm", "probe"],
+    );
+    assert!(number(&summary["faults"]["killed"]) > 0);
+    assert!(number(&summary["faults"]["stopped"]) > 0);
+}
+
+#[test]
+fn nothing_is_lost_when_the_kernel_moves_a_bar_underneath() {
+    let _alone = alone();
+    modules::vgem();
+    let before = Node::largest().bar2().free;
+    let summary = loses_nothing(
+        &[
+            "--backing",
+            "bar",
+            "--processes",
+            "4",
+            "--buffers",
+            "4",
+            "--size",
+            "16K",
+            "--kill",
+            "0.01",
+            "--stall",
+            "0.003",
+        ],
+        500,
+        &["cpu", "nvme", "drm", "probe"],
+    );
+    assert!(number(&summary["moves"]["underneath"]) > 0);
+    let disk = &summary["work"].as_array().unwrap()[1];
+    assert!(number(&disk["peer_to_peer"]) > 0, "{disk}");
+    // Whoever was cut off had an export that was revoked; with their end its room is free again.
+    assert_eq!(Node::largest().bar2().free, before);
+}
+
+#[test]
+fn nothing_is_lost_from_one_kind_of_memory_to_another() {
+    let _alone = alone();
+    modules::vgem();
+    loses_nothing(
+        &[
+            "--backing",
+            "mixed",
+            "--processes",
+            "2",
+            "--buffers",
+            "4",
+            "--size",
+            "16K",
+        ],
+        100,
+        &["cpu", "nvme", "drm", "probe"],
+    );
+}
+
+/// A run with a guarantee broken fails, and says what was lost and whose it was.
+fn is_noticed(backing: &str, guarantee: &str) {
+    let _alone = alone();
+    let output = cycle(&[
+        "--backing",
+        backing,
+        "--importers",
+        "cpu",
+        "--processes",
+        "4",
+        "--buffers",
+        "2",
+        "--size",
+        "64K",
+        "--cycles",
+        "60",
+        "--stall",
+        "0.4",
+        "--time-limit",
+        "100",
+        "--break",
+        guarantee,
+    ]);
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let summary = summary(&output);
+    assert!(number(&summary["lost_bytes"]) > 0);
+    let loss = &summary["losses"][0];
+    for field in ["what", "expected", "found", "seen_by"] {
+        assert!(!loss[field].as_str().unwrap().is_empty(), "{loss}");
+    }
+    assert!(number(&loss["generation"]) > 1, "{loss}");
+}
+
+#[test]
+fn a_drain_that_is_skipped_is_noticed() {
+    is_noticed("udmabuf", "skip-drain");
+}
+
+#[test]
+fn a_generation_that_is_used_again_is_noticed() {
+    is_noticed("udmabuf", "reuse-generation");
+}
+
+#[test]
+fn a_copy_that_is_torn_is_noticed() {
+    is_noticed("udmabuf", "tear-copy");
+}
+
+#[test]
+fn a_bar_that_is_not_taken_from_those_who_were_cut_off_is_noticed() {
+    is_noticed("bar", "reuse-generation");
+}
+
+#[test]
+fn the_example_shares_a_bar_through_moves() {
+    let _alone = alone();
+    let output = Command::new("share_through_a_move").output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let text = String::from_utf8_lossy(&output.stdout);
+    let places: Vec<&str> = text
+        .lines()
+        .filter_map(|line| line.split(": ").nth(1))
+        .collect();
+    assert_eq!(places, ["system", "device"].repeat(5), "{text}");
+}
