@@ -96,6 +96,8 @@ extern "C" {
         device: bool,
     ) -> *mut c_void;
     pub(crate) fn peerbuf_wmb();
+    pub(crate) fn peerbuf_cond_resched();
+    pub(crate) fn peerbuf_alloc_pages(gfp: bindings::gfp_t, order: c_uint) -> *mut bindings::page;
 
     /// `linux/vmalloc.h`.
     pub(crate) fn vunmap(address: *const c_void);

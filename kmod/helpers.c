@@ -8,8 +8,10 @@
 #include <linux/dma-direct.h>
 #include <linux/dma-fence.h>
 #include <linux/dma-mapping.h>
+#include <linux/gfp.h>
 #include <linux/mm.h>
 #include <linux/pci.h>
+#include <linux/sched.h>
 #include <linux/vmalloc.h>
 
 /* Rust calls them; no C file does. */
@@ -30,6 +32,8 @@ unsigned int peerbuf_dma_max_segment(struct device *dev);
 void peerbuf_reinit_completion(struct completion *completion);
 void *peerbuf_vmap(struct page **pages, unsigned int count, bool device);
 void peerbuf_wmb(void);
+void peerbuf_cond_resched(void);
+struct page *peerbuf_alloc_pages(gfp_t gfp, unsigned int order);
 
 struct page *peerbuf_pfn_to_page(unsigned long pfn)
 {
@@ -116,4 +120,14 @@ struct pci_dev *peerbuf_pci_upstream_bridge(struct pci_dev *pdev)
 void peerbuf_dma_fence_put(struct dma_fence *fence)
 {
 	dma_fence_put(fence);
+}
+
+void peerbuf_cond_resched(void)
+{
+	cond_resched();
+}
+
+struct page *peerbuf_alloc_pages(gfp_t gfp, unsigned int order)
+{
+	return alloc_pages(gfp, order);
 }

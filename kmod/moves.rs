@@ -285,7 +285,7 @@ fn each_run(
         copy(io, address, run * PAGE_SIZE);
         at += run;
         // SAFETY: Nothing is held here that forbids sleeping.
-        unsafe { bindings::__cond_resched() };
+        unsafe { ffi::peerbuf_cond_resched() };
     }
     Ok(())
 }

@@ -59,7 +59,7 @@ impl System {
             }
             let gfp = if order == 0 { SINGLE } else { LARGE };
             // SAFETY: A plain allocation by a task that may sleep.
-            let first = unsafe { bindings::alloc_pages_noprof(gfp, order) };
+            let first = unsafe { ffi::peerbuf_alloc_pages(gfp, order) };
             if first.is_null() {
                 orders = smaller;
                 continue;
