@@ -6,6 +6,8 @@ pub mod cost;
 pub mod demo;
 pub mod disk;
 pub mod importer;
+pub mod machine;
+pub mod memory;
 pub mod modules;
 pub mod node;
 pub mod pci;

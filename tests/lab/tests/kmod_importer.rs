@@ -12,6 +12,7 @@ use peerbuf::Errno;
 use peerbuf::import::probe::{Direction, Kind, OnInvalidate, Options, Probe, Route, Usage};
 use peerbuf_lab_suite::buffers::{heap, udmabuf};
 use peerbuf_lab_suite::importer::{self, DYNAMIC, Importer, Mapping, PEER};
+use peerbuf_lab_suite::memory;
 use peerbuf_lab_suite::node::{Map, Node, errno, in_child, ioctl, nvme_bdf};
 use peerbuf_lab_suite::pci::{bound_to, spare_device, wait_until};
 use peerbuf_uapi as abi;
@@ -878,20 +879,6 @@ fn a_storm_of_calls_on_shared_attachments_ends_well() {
 
 #[test]
 fn attaching_mapping_and_fencing_leak_nothing() {
-    // kB of kernel memory in slabs that are in use.
-    let slabs = || -> i64 {
-        let text = fs::read_to_string("/proc/slabinfo").unwrap();
-        let lines = text.lines().filter(|line| line.starts_with("kmalloc"));
-        lines
-            .filter_map(|line| {
-                let mut field = line.split_whitespace().skip(1);
-                let active = field.next()?.parse::<i64>().ok()?;
-                let size = field.nth(1)?.parse::<i64>().ok()?;
-                Some(active * size)
-            })
-            .sum::<i64>()
-            / 1024
-    };
     let fd = udmabuf(PAGE);
     let round = || {
         let importer = Importer::attach(fd.as_fd(), &nvme_bdf(), DYNAMIC, 0).unwrap();
@@ -902,13 +889,13 @@ fn attaching_mapping_and_fencing_leak_nothing() {
     for _ in 0..200 {
         round();
     }
-    let before = slabs();
+    let before = memory::in_use("");
     for _ in 0..4000 {
         round();
     }
     // A fence is freed after a grace period.
     wait_until("an attachment or a fence is some 200 bytes", || {
-        slabs() - before < 400
+        memory::in_use("").saturating_sub(before) < 400 << 10
     });
 }
 

@@ -36,20 +36,16 @@ esac
 make -s -j"$(nproc)" CC=gcc-14 HOSTCC=gcc-14 LOCALVERSION="${V#"$version"}" olddefconfig prepare modules_prepare
 cp "/lab/out/$headers/Module.symvers" .
 [ "$(cat include/config/kernel.release)" = "$V" ]
-# A tool that is missing or of another version switches options off without a word, and the
-# module's structures are then no longer the kernel's.
-if diff "/lab/out/$headers/.config" .config | grep '^[<>]' | grep -v -e CONFIG_CC_VERSION_TEXT -e CONFIG_MODULE_SIG_KEY=; then
-    echo "the lab's tool chain does not reproduce the kernel's configuration (above: < the kernel's, > the lab's)"
+# With another configuration, the module's structures are not the kernel's.
+theirs=/lab/out/$headers/.config
+own="CONFIG_CC_VERSION_TEXT CONFIG_MODULE_SIG_KEY"
+if ! config_took "$theirs" .config "$own" || ! config_took .config "$theirs" "$own"; then
+    echo "the lab's tool chain does not reproduce the kernel's configuration (above)"
     exit 43
 fi
 
-# The sources of the kernel itself are not needed to build against it; the tarball stays for who
-# does need one.
-rm -rf Documentation/* samples/* tools/testing tools/perf
-for d in arch/*/; do [ "$d" = arch/x86/ ] || rm -r "$d"; done
-for d in block certs crypto drivers fs init io_uring ipc kernel lib mm net security sound usr virt; do
-    find "$d" -type f ! -name 'Kconfig*' ! -name 'Makefile*' ! -name Kbuild -delete
-done
 cd /lab/out
 umount /lab/linux
+# The tarball stays: the debug kernel and the kernel's own tests are made of it.
+keep_for_modules linux
 rm -r x

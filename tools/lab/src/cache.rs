@@ -20,7 +20,8 @@ use walkdir::WalkDir;
 
 use crate::progress::Step;
 
-/// The whole cache is kept below this, in bytes, whenever an entry is added.
+/// The whole cache is kept below this, in bytes: whenever an entry is added. Who makes a
+/// large one makes room first.
 const LIMIT: u64 = 5_800_000_000;
 
 /// The cache directory.
@@ -284,6 +285,12 @@ impl Cache {
                 }
             }
         }
+    }
+
+    /// Removes the longest unused entries, so that an entry whose making takes this many bytes can
+    /// be made; called with its ingredients in hand.
+    pub fn make_room(&self, bytes: u64) {
+        self.shrink(LIMIT.saturating_sub(bytes));
     }
 
     /// Removes the longest unused entries until the cache holds at most `limit` bytes.

@@ -4,7 +4,10 @@ use std::{ffi::OsString, path::PathBuf};
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::guest::{Machine, Topology};
+use crate::{
+    guest::{Machine, Topology},
+    kernel,
+};
 
 /// A machine with a stock kernel and emulated devices, made out of distribution packages and
 /// QEMU, and what can be done in it.
@@ -35,6 +38,30 @@ pub enum Command {
         /// The kernel to boot
         #[command(flatten)]
         kernel: KernelArgs,
+    },
+    /// Runs a program of tests/lab/benches in a guest whose clock counts instructions, and prints
+    /// what it prints: the same figures on any host, however busy
+    Bench {
+        /// The program, tests/lab/benches/NAME.rs
+        name: String,
+        /// The kernel to boot
+        #[command(flatten)]
+        kernel: KernelArgs,
+        /// The program's arguments
+        #[arg(last = true, value_name = "ARGS")]
+        arguments: Vec<OsString>,
+    },
+    /// Calls peerbuf.ko's interface at random in a guest, with tests/lab/src/bin/fuzz.rs
+    Fuzz {
+        /// For how long, once the guest runs
+        #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..))]
+        minutes: u64,
+        /// The kernel to boot: 'debug' sees most
+        #[arg(long, value_name = "stock|debug|VERSION", default_value = kernel::DEBUG)]
+        kernel: String,
+        /// The program's further arguments, such as a seed
+        #[arg(last = true, value_name = "ARGS")]
+        arguments: Vec<OsString>,
     },
     /// Runs CMD in a guest; its output and exit status are CMD's own
     ///
@@ -76,8 +103,9 @@ pub enum Command {
 /// Which kernel.
 #[derive(Debug, Clone, Args)]
 pub struct KernelArgs {
-    /// The kernel package's version, such as 7.2.12+deb13, or 'stock' for the newest there is
-    #[arg(long, value_name = "stock|VERSION", default_value = "stock")]
+    /// The kernel package's version, such as 7.2.12+deb13; 'stock' for the newest there is; or
+    /// 'debug' for that one's source with lockdep, KASAN, kmemleak and fault injection
+    #[arg(long, value_name = "stock|debug|VERSION", default_value = "stock")]
     pub kernel: String,
 }
 
@@ -111,6 +139,13 @@ pub struct GuestArgs {
     /// Main memory of the guest in MiB
     #[arg(long, value_name = "MIB", default_value_t = 2048, value_parser = clap::value_parser!(u32).range(256..))]
     pub memory: u32,
+    /// Size of the largest BAR, a power of two such as 8G; memory that is not touched costs nothing
+    /// [default: 64M]
+    #[arg(long, value_name = "SIZE", value_parser = mebibytes)]
+    pub bar_size: Option<u32>,
+    /// Lets the guest unplug its own devices and the like, through a port, as the suite's tests do
+    #[arg(long)]
+    pub events: bool,
 }
 
 impl GuestArgs {
@@ -126,7 +161,25 @@ impl GuestArgs {
             timeout: None,
             bare: false,
             memory: Machine::default().memory_mib,
+            bar_size: None,
+            events: false,
         }
+    }
+}
+
+/// Reads a size such as 64M or 8G; in MiB.
+fn mebibytes(text: &str) -> Result<u32, String> {
+    let (number, unit) = text.split_at(text.len().saturating_sub(1));
+    let unit = match unit {
+        "M" => Some(1),
+        "G" => Some(1024),
+        _ => None,
+    };
+    let number: Option<u32> = number.parse().ok();
+    let size = number.zip(unit).and_then(|(n, unit)| n.checked_mul(unit));
+    match size {
+        Some(mib) if mib.is_power_of_two() && (2..=64 << 10).contains(&mib) => Ok(mib),
+        _ => Err("a BAR's size is a power of two from 2M to 64G, with its unit M or G".into()),
     }
 }
 
@@ -157,6 +210,17 @@ mod tests {
         assert_eq!(args.with, ["a", "b"]);
         assert_eq!(args.timeout, Some(9));
         assert_eq!(command, ["prog", "--topology", "x", "--", "y"]);
+    }
+
+    #[test]
+    fn a_bars_size_has_a_unit_and_is_a_power_of_two() {
+        let size =
+            |text: &str| guest(&format!("lab run --bar-size {text} -- x")).map(|g| g.0.bar_size);
+        assert_eq!(size("8G").unwrap(), Some(8192));
+        assert_eq!(size("128M").unwrap(), Some(128));
+        for wrong in ["8", "3G", "1M", "G", "99999999G", "8g"] {
+            assert!(size(wrong).is_err(), "{wrong}");
+        }
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //!
 //! Each `tests/lab/fixtures/c/NAME.c` becomes the programs NAME and NAME-static, and each
 //! directory below `tests/lab/fixtures/modules` its modules. In a guest they are in
-//! `/opt/peerbuf/fixtures`.
+//! `/opt/peerbuf/fixtures`, together with some of the kernel's own tests.
 
 use std::{fs, path::PathBuf};
 
@@ -12,8 +12,9 @@ use crate::{
     kernel::Source,
     progress::Step,
     project::{self, Project},
+    run::Ground,
     sandbox::Mount,
-    tree::Tree,
+    selftests,
 };
 
 const COMPILE: &str = "set -eu; cd /lab/build/fixtures/c; for c in *.c; do [ -e \"$c\" ] || continue; \
@@ -24,7 +25,9 @@ const COMPILE: &str = "set -eu; cd /lab/build/fixtures/c; for c in *.c; do [ -e 
 ///
 /// # Errors
 /// When something does not compile; holds the compiler's messages.
-pub fn build(project: &Project, tree: &Tree, source: &Source, release: &str) -> Result<PathBuf> {
+pub fn build(project: &Project, ground: &Ground, source: &Source) -> Result<PathBuf> {
+    let (tree, release) = (&ground.tree, ground.kernel.release());
+    let selftests = selftests::get(&ground.cache, tree, &ground.kernel)?;
     let work = project.work_dir(&format!("fixtures-{release}"))?;
     let _lock = project::lock(&work)?;
     let out = work.join("out");
@@ -37,8 +40,9 @@ pub fn build(project: &Project, tree: &Tree, source: &Source, release: &str) -> 
         &project.root().join("uapi/include"),
         &work.join("uapi/include"),
     )?;
-    let made_of =
-        project::made_of(&[&work.join("fixtures"), &work.join("uapi")], source)? + COMPILE;
+    let made_of = project::made_of(&[&work.join("fixtures"), &work.join("uapi")], source)?
+        + COMPILE
+        + &selftests.path().display().to_string();
     let stamp = work.join("made-of");
     if fs::read_to_string(&stamp).ok().as_deref() == Some(&made_of) {
         return Ok(out);
@@ -52,6 +56,11 @@ pub fn build(project: &Project, tree: &Tree, source: &Source, release: &str) -> 
         .mount(Mount::Tmpfs { at: "/tmp".into() })
         .args(["-c", COMPILE])
         .run("compiling tests/lab/fixtures/c")?;
+    for file in fs::read_dir(selftests.path())? {
+        let file = file?;
+        fs::copy(file.path(), out.join(file.file_name()))
+            .with_context(|| format!("copying {}", file.path().display()))?;
+    }
     // Those of the checkout: of one that is gone, what was built of it is still in `work`.
     for dir in fs::read_dir(fixtures.join("modules"))? {
         let dir = work.join("fixtures/modules").join(dir?.file_name());

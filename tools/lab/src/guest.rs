@@ -13,12 +13,14 @@ pub const GUEST_ROOT: &str = "/run/guest";
 pub const RUN: &str = "/run/vm";
 /// The kernel's directory in the cache.
 pub const KERNEL: &str = "/run/kernel";
+/// The directory of the kernel's initramfs in the cache.
+pub const INITRAMFS: &str = "/run/initramfs";
 /// The disk image's directory in the cache.
 pub const DISK: &str = "/run/disk";
 /// The directory of `--share`.
 pub const SHARE: &str = "/run/share";
 
-/// Size of the BAR that stands for device memory.
+/// Size of the BAR that stands for device memory, if nothing else is asked for.
 pub const BAR_MIB: u32 = 64;
 /// Size of the second device's BAR.
 pub const SECOND_BAR_MIB: u32 = 16;
@@ -96,6 +98,11 @@ pub struct Machine {
     pub share: bool,
     /// A terminal instead of separate streams.
     pub shell: bool,
+    /// Size of the BAR that stands for device memory. Only what is touched takes memory of the
+    /// host's.
+    pub bar_mib: u32,
+    /// Whether the guest may ask for devices to be unplugged and the like.
+    pub events: bool,
 }
 
 impl Default for Machine {
@@ -107,11 +114,31 @@ impl Default for Machine {
             memory_mib: 2048,
             share: false,
             shell: false,
+            bar_mib: BAR_MIB,
+            events: false,
         }
     }
 }
 
 impl Machine {
+    /// The slots of the disk and of the two larger BARs, by the name of their port.
+    fn slots(&self) -> [&'static str; 3] {
+        if self.topology.under_one_switch() {
+            ["down0", "down1", "down2"]
+        } else {
+            ["port0", "port1", "port2"]
+        }
+    }
+
+    /// Slot and size in MiB of a device that can be plugged in again; `None` for another.
+    pub fn pluggable(&self, id: &str) -> Option<(&'static str, u32)> {
+        match id {
+            "bar0" => Some((self.slots()[1], self.bar_mib)),
+            "bar1" => Some((self.slots()[2], SECOND_BAR_MIB)),
+            _ => None,
+        }
+    }
+
     fn has_iommu(&self) -> bool {
         self.iommu || self.topology == Topology::Lying
     }
@@ -167,7 +194,7 @@ impl Machine {
         }
         args.add("-cpu", self.topology.cpu());
         args.add("-kernel", format!("{KERNEL}/vmlinuz"));
-        args.add("-initrd", format!("{KERNEL}/initramfs"));
+        args.add("-initrd", format!("{INITRAMFS}/initramfs"));
         args.add("-append", self.kernel_command_line());
         args.add("-serial", format!("file:{RUN}/console"));
         if self.has_iommu() {
@@ -199,20 +226,18 @@ impl Machine {
     /// The devices that this is all about. Their addresses do not depend on other options.
     fn test_devices(&self, args: &mut Arguments) {
         args.device("pcie-root-port,id=port0,bus=pcie.0,addr=0x10,chassis=1,slot=1");
-        let slots = if self.topology.under_one_switch() {
+        let slots = self.slots();
+        if self.topology.under_one_switch() {
             args.device("x3130-upstream,id=switch,bus=port0");
-            ["down0", "down1", "down2"].map(|slot| {
-                let n = 2 + slot.as_bytes()[4] - b'0';
+            for (n, slot) in (2..).zip(slots) {
                 args.device(format!(
                     "xio3130-downstream,id={slot},bus=switch,chassis={n},slot={n}"
                 ));
-                slot
-            })
+            }
         } else {
             args.device("pcie-root-port,id=port1,bus=pcie.0,addr=0x11,chassis=2,slot=2");
             args.device("pcie-root-port,id=port2,bus=pcie.0,addr=0x12,chassis=3,slot=3");
-            ["port0", "port1", "port2"]
-        };
+        }
         // The image itself stays as it is: 'snapshot' puts what is written into a temporary file.
         args.add(
             "-drive",
@@ -226,60 +251,65 @@ impl Machine {
         // second is attached by the guest's init when the first is there.
         args.device("nvme-subsys,id=subsys,nqn=peerbuf-lab");
         args.device(format!(
-            "nvme,id=nvme,subsys=subsys,serial=peerbuf-lab,bus={},cmb_size_mb={CMB_MIB}",
+            "nvme,id=nvme0,subsys=subsys,serial=peerbuf-lab,bus={},cmb_size_mb={CMB_MIB}",
             slots[0]
         ));
-        args.device("nvme-ns,drive=disk,bus=nvme,nsid=1,shared=off");
-        args.device("nvme-ns,drive=scratch,bus=nvme,nsid=2,shared=off,detached=on");
-        for (n, (size, slot)) in [(BAR_MIB, slots[1]), (SECOND_BAR_MIB, slots[2])]
-            .into_iter()
-            .enumerate()
-        {
+        args.device("nvme-ns,drive=disk,bus=nvme0,nsid=1,shared=off");
+        args.device("nvme-ns,drive=scratch,bus=nvme0,nsid=2,shared=off,detached=on");
+        for (id, mib, place) in [
+            ("bar0", self.bar_mib, format!("bus={}", slots[1])),
+            ("bar1", SECOND_BAR_MIB, format!("bus={}", slots[2])),
+            ("bar2", SMALL_BAR_MIB, "bus=pcie.0,addr=0x13".into()),
+        ] {
             args.add(
                 "-object",
-                format!("memory-backend-ram,id=bar{n},size={size}M"),
+                format!("memory-backend-ram,id={id},size={mib}M,reserve=off"),
             );
-            args.device(format!("ivshmem-plain,memdev=bar{n},bus={slot}"));
+            args.device(format!("ivshmem-plain,memdev={id},id={id},{place}"));
         }
-        args.add(
-            "-object",
-            format!("memory-backend-ram,id=bar2,size={SMALL_BAR_MIB}M"),
-        );
-        args.device("ivshmem-plain,memdev=bar2,bus=pcie.0,addr=0x13");
         // A device with a DMA engine that a process can drive, for VFIO.
         args.device("edu,bus=pcie.0,addr=0x14");
         args.add("-netdev", "user,id=net");
-        args.device("virtio-net-pci,netdev=net,romfile=");
+        args.device("virtio-net-pci,netdev=net,id=net0,romfile=");
     }
 
     /// The ports by which the lab talks with the guest; a socket in the run's directory for each.
     fn ports(&self, args: &mut Arguments) {
         args.device("virtio-serial-pci");
-        let mut socket = |name: &str, device: &str| {
+        let socket = |args: &mut Arguments, name: &str, device: &str| {
             args.add("-chardev", format!("socket,id={name},path={RUN}/{name}"));
             args.device(format!("{device},chardev={name},name=peerbuf.{name}"));
         };
-        for name in ports(self.shell) {
-            socket(
-                name,
-                if *name == "terminal" {
-                    "virtconsole"
-                } else {
-                    "virtserialport"
-                },
-            );
+        for name in self.port_names() {
+            match name {
+                MONITOR => {
+                    args.add("-chardev", format!("socket,id={name},path={RUN}/{name}"));
+                    args.add("-mon", format!("chardev={name},mode=control"));
+                }
+                "terminal" => socket(args, name, "virtconsole"),
+                _ => socket(args, name, "virtserialport"),
+            }
         }
+    }
+
+    /// The guest's ports and QEMU's monitor, by name.
+    pub fn port_names(&self) -> Vec<&'static str> {
+        let mut names = if self.shell {
+            vec!["terminal", "control"]
+        } else {
+            vec!["stdin", "stdout", "stderr", "control"]
+        };
+        if self.events {
+            names.extend([EVENTS, MONITOR]);
+        }
+        names
     }
 }
 
-/// The ports of a guest, by name.
-pub fn ports(shell: bool) -> &'static [&'static str] {
-    if shell {
-        &["terminal", "control"]
-    } else {
-        &["stdin", "stdout", "stderr", "control"]
-    }
-}
+/// The port by which a guest's tests ask for events.
+pub const EVENTS: &str = "events";
+/// QEMU's own, for the lab.
+pub const MONITOR: &str = "monitor";
 
 /// Why these options do not go together, if they do not.
 pub fn conflict(topology: Topology, iommu: bool) -> Option<String> {
@@ -340,9 +370,9 @@ mod tests {
         for topology in Topology::ALL {
             let line = line(&machine(topology));
             for device in [
-                "nvme,id=nvme,subsys=subsys,serial=peerbuf-lab,bus=",
+                "nvme,id=nvme0,subsys=subsys,serial=peerbuf-lab,bus=",
                 "cmb_size_mb=16",
-                "nvme-ns,drive=disk,bus=nvme,nsid=1",
+                "nvme-ns,drive=disk,bus=nvme0,nsid=1",
                 "id=bar0,size=64M",
                 "ivshmem-plain,memdev=bar0",
                 "id=bar1,size=16M",
@@ -362,7 +392,7 @@ mod tests {
             let line = line(&machine(topology));
             assert_eq!(line.matches("xio3130-downstream").count(), 3);
             assert_eq!(line.matches("pcie-root-port").count(), 1);
-            assert!(line.contains("bus=down0,cmb_size_mb") && line.contains("bar0,bus=down1"));
+            assert!(line.contains("bus=down0,cmb_size_mb") && line.contains("id=bar0,bus=down1"));
         }
     }
 
@@ -401,6 +431,21 @@ mod tests {
         );
         assert_eq!(conflict(Topology::HostBridge, true), None);
         assert_eq!(conflict(Topology::Switch, false), None);
+    }
+
+    #[test]
+    fn what_is_plugged_in_again_is_what_was_there() {
+        for topology in Topology::ALL {
+            let machine = machine(topology);
+            let line = line(&machine);
+            for id in ["bar0", "bar1"] {
+                let (slot, mib) = machine.pluggable(id).unwrap();
+                let device = format!("ivshmem-plain,memdev={id},id={id},bus={slot} ");
+                assert!(line.contains(&device), "{device} in {line}");
+                assert!(line.contains(&format!("id={id},size={mib}M,reserve=off ")));
+            }
+            assert_eq!(machine.pluggable("nvme0"), None);
+        }
     }
 
     #[test]

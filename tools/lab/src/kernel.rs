@@ -1,9 +1,12 @@
-//! Stock kernels: which there are, the machine's half (image, modules, initramfs) and the
-//! builder's half (a tree to build modules against).
+//! Kernels, stock and instrumented: which there are, the machine's half (image, modules, initramfs)
+//! and the builder's half (a tree to build modules against).
 
-use std::path::{Path, PathBuf};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
-use anyhow::{Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail};
 
 use crate::{
     cache::{Cache, Entry, Recipe, remove_tree},
@@ -12,25 +15,51 @@ use crate::{
 };
 
 const KERNEL_RECIPE: &str = include_str!("../recipes/kernel.sh");
-const SOURCE_RECIPE: &str = include_str!("../recipes/linux-source.sh");
-const INITRAMFS: &str = include_str!("../../../tests/lab/init/initramfs");
-
 const LIST_RECIPE: &str = include_str!("../recipes/kernels.sh");
+const INITRAMFS_RECIPE: &str = include_str!("../recipes/initramfs.sh");
+const INITRAMFS: &str = include_str!("../../../tests/lab/init/initramfs");
+const SOURCE_RECIPE: &str = concat!(
+    include_str!("../recipes/kernel-functions.sh"),
+    include_str!("../recipes/linux-source.sh")
+);
+const DEBUG_RECIPE: &str = concat!(
+    include_str!("../recipes/kernel-functions.sh"),
+    include_str!("../recipes/debug-kernel.sh")
+);
+const DEBUG_CONFIG: &str = include_str!("../recipes/debug-kernel.config");
+
+/// What `--kernel` calls the instrumented kernel.
+pub const DEBUG: &str = "debug";
+/// The packages whose programs compile the instrumented kernel.
+const COMPILERS: &[&str] = &[
+    "clang-19", "lld-19", "llvm-19", "rustc", "rust-src", "bindgen",
+];
 
 /// The exit status by which a recipe says that the suites do not offer the version.
 const NOT_OFFERED: i32 = 40;
 /// The exit status by which a recipe says that the kernel was built without Rust.
 const NO_RUST: i32 = 41;
 
-/// A kernel to boot: its release string and what was made of its packages.
+/// What a kernel was made of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Origin {
+    /// A package of the distribution's.
+    Package,
+    /// The source of the package of this release, with the lab's configuration.
+    Source(String),
+}
+
+/// A kernel to boot.
 pub struct Kernel {
     release: String,
-    entry: Entry,
+    origin: Origin,
+    image: Entry,
+    initramfs: Entry,
 }
 
 impl Kernel {
-    /// The kernel that `wanted` names (`stock` is the newest the suites offer), fetched first if
-    /// the cache does not have it.
+    /// The kernel that `wanted` names (`stock` is the newest the suites offer, `debug` the
+    /// instrumented one of the same source), made first if the cache does not have it.
     ///
     /// # Errors
     /// When the suites do not offer it; lists what they do.
@@ -39,14 +68,18 @@ impl Kernel {
         let mut fresh = false;
         loop {
             let offered = offered(cache, tree, fresh)?;
+            let fetch = if wanted == DEBUG {
+                Self::build
+            } else {
+                Self::fetch
+            };
             match choose(&offered, wanted) {
-                Some(release) => match Self::fetch(cache, tree, release) {
+                Some(release) => match fetch(cache, tree, release) {
                     Err(e) if !fresh && is_status(&e, NOT_OFFERED) => {}
-                    Err(e) => return Err(e),
-                    Ok(kernel) => return Ok(kernel),
+                    other => return other,
                 },
                 None if fresh => bail!(
-                    "no kernel package {wanted:?}: the suites offer {}; name one of them, or 'stock' for the newest",
+                    "no kernel package {wanted:?}: the suites offer {}; name one of them, 'stock' for the newest or 'debug' for the instrumented one",
                     offered.join(", ")
                 ),
                 None => {}
@@ -58,26 +91,59 @@ impl Kernel {
     fn fetch(cache: &Cache, tree: &Tree, release: &str) -> Result<Self> {
         let recipe = Recipe::new(format!("kernel-{release}"))
             .with(tree.name())
-            .with(KERNEL_RECIPE)
-            .with(INITRAMFS);
-        let entry = cache.entry(
+            .with(KERNEL_RECIPE);
+        let image = cache.entry(
             recipe,
             &format!("fetching kernel {release} (about half a minute)"),
             |dir| {
-                let init = dir.join("init");
-                std::fs::write(&init, INITRAMFS)?;
                 run(
-                    tree.recipe(KERNEL_RECIPE, dir)
-                        .bind_read_only(&init, "/lab/init")
-                        .arg(release),
+                    tree.recipe(KERNEL_RECIPE, dir).arg(release),
                     "fetching the kernel",
-                )?;
-                remove_tree(&init)
+                )
             },
         )?;
+        Self::with_initramfs(cache, tree, Origin::Package, release.to_owned(), image)
+    }
+
+    fn build(cache: &Cache, tree: &Tree, package: &str) -> Result<Self> {
+        let image = debug(cache, tree, package)?;
+        let release = image.path().join("release");
+        let release = fs::read_to_string(&release)
+            .with_context(|| format!("reading {}", release.display()))?;
+        let origin = Origin::Source(package.to_owned());
+        Self::with_initramfs(cache, tree, origin, release.trim().to_owned(), image)
+    }
+
+    fn with_initramfs(
+        cache: &Cache,
+        tree: &Tree,
+        origin: Origin,
+        release: String,
+        image: Entry,
+    ) -> Result<Self> {
+        let name = image.path().file_name().unwrap_or_default();
+        let recipe = Recipe::new(format!("initramfs-{release}"))
+            .with(tree.name())
+            .with(name.as_encoded_bytes())
+            .with(INITRAMFS_RECIPE)
+            .with(INITRAMFS);
+        let initramfs = cache.entry(recipe, "making the initramfs", |dir| {
+            let init = dir.join("init");
+            fs::write(&init, INITRAMFS)?;
+            run(
+                tree.recipe(INITRAMFS_RECIPE, dir)
+                    .bind_read_only(&init, "/lab/init")
+                    .bind_read_only(image.path(), "/lab/kernel")
+                    .arg(&release),
+                "making the initramfs",
+            )?;
+            remove_tree(&init)
+        })?;
         Ok(Self {
-            release: release.to_owned(),
-            entry,
+            release,
+            origin,
+            image,
+            initramfs,
         })
     }
 
@@ -86,29 +152,87 @@ impl Kernel {
         &self.release
     }
 
-    /// Holds `vmlinuz`, `initramfs` and `lib/modules`.
-    pub fn dir(&self) -> &Path {
-        self.entry.path()
+    /// Whether it is the instrumented one, which takes several times as long for everything.
+    pub fn is_debug(&self) -> bool {
+        matches!(self.origin, Origin::Source(_))
     }
+
+    /// The release of the package that it is, or whose source it was built from.
+    pub fn package(&self) -> &str {
+        match &self.origin {
+            Origin::Package => &self.release,
+            Origin::Source(package) => package,
+        }
+    }
+
+    /// Holds `vmlinuz` and `lib/modules`.
+    pub fn dir(&self) -> &Path {
+        self.image.path()
+    }
+
+    /// Holds `initramfs`.
+    pub fn initramfs_dir(&self) -> &Path {
+        self.initramfs.path()
+    }
+}
+
+/// The instrumented kernel of the source of one package, built first if the cache has none.
+fn debug(cache: &Cache, tree: &Tree, package: &str) -> Result<Entry> {
+    // Not of the whole tree: it takes long, and most of the tree's packages have no part in it.
+    let mut recipe = Recipe::new(format!("debug-{package}"))
+        .with(DEBUG_RECIPE)
+        .with(DEBUG_CONFIG);
+    for compiler in tree.versions(COMPILERS)? {
+        recipe = recipe.with(compiler);
+    }
+    let what = "building the debug kernel (half an hour on two cores)";
+    cache.entry(recipe, what, |dir| {
+        let source = Source::prepared(cache, tree, package)?;
+        cache.make_room(2_500_000_000);
+        let config = dir.join("config");
+        fs::write(&config, DEBUG_CONFIG)?;
+        run(
+            tree.recipe(DEBUG_RECIPE, dir)
+                .bind_read_only(source.tarball(), "/lab/source.tar.xz")
+                .bind_read_only(&config, "/lab/config"),
+            "building the debug kernel",
+        )
+    })
 }
 
 /// A tree that modules for one kernel are built against.
 pub struct Source {
     entry: Entry,
+    make: &'static [&'static str],
 }
 
 impl Source {
-    /// The tree for `release`, prepared first if the cache has none.
+    /// The tree for `kernel`, prepared first if the cache has none.
     ///
     /// # Errors
     /// When the suites have no source for it, or the kernel was built without Rust.
-    pub fn get(cache: &Cache, tree: &Tree, release: &str) -> Result<Self> {
+    pub fn get(cache: &Cache, tree: &Tree, kernel: &Kernel) -> Result<Self> {
+        match &kernel.origin {
+            Origin::Package => Self::prepared(cache, tree, &kernel.release),
+            Origin::Source(package) => Ok(Self {
+                entry: debug(cache, tree, package)?,
+                make: &["LLVM=1"],
+            }),
+        }
+    }
+
+    /// That of a package's kernel.
+    ///
+    /// # Errors
+    /// As for [`Source::get`].
+    pub fn prepared(cache: &Cache, tree: &Tree, release: &str) -> Result<Self> {
         let recipe = Recipe::new(format!("linux-{release}"))
             .with(tree.name())
             .with(SOURCE_RECIPE);
         let what =
             format!("preparing the source of {release} for building modules (about two minutes)");
         let entry = cache.entry(recipe, &what, |dir| {
+            cache.make_room(2_200_000_000);
             let result = run(tree.recipe(SOURCE_RECIPE, dir).arg(release), "preparing the kernel's source");
             match result {
                 Err(e) if is_status(&e, NO_RUST) => {
@@ -120,12 +244,25 @@ impl Source {
                 other => other,
             }
         })?;
-        Ok(Self { entry })
+        Ok(Self {
+            entry,
+            make: &["CC=gcc-14", "HOSTCC=gcc-14"],
+        })
     }
 
-    /// The prepared tree.
+    /// The tree.
     pub fn dir(&self) -> PathBuf {
         self.entry.path().join("linux")
+    }
+
+    /// The variables by which `make` uses the compilers that the kernel was built with.
+    pub fn make_variables(&self) -> &'static [&'static str] {
+        self.make
+    }
+
+    /// The whole source, of [`Source::prepared`].
+    pub fn tarball(&self) -> PathBuf {
+        self.entry.path().join("linux-source.tar.xz")
     }
 }
 
@@ -137,14 +274,14 @@ fn offered(cache: &Cache, tree: &Tree, fresh: bool) -> Result<Vec<String>> {
     let entry = cache.entry(recipe(), "looking which kernels there are", |dir| {
         run(tree.recipe(LIST_RECIPE, dir), "listing kernel packages")
     })?;
-    let text = std::fs::read_to_string(entry.path().join("versions"))?;
+    let text = fs::read_to_string(entry.path().join("versions"))?;
     Ok(text.lines().map(str::to_owned).collect())
 }
 
 fn choose<'a>(offered: &'a [String], wanted: &str) -> Option<&'a str> {
     let name = wanted.strip_prefix("linux-image-").unwrap_or(wanted);
     let newest = || offered.last();
-    let found = if name == "stock" {
+    let found = if name == "stock" || name == DEBUG {
         newest()
     } else {
         offered
@@ -204,6 +341,7 @@ mod tests {
     fn a_kernel_is_named_as_people_name_it() {
         let offered = ["6.12.1+deb13-amd64", "7.2.12+deb13-amd64"].map(String::from);
         assert_eq!(choose(&offered, "stock"), Some("7.2.12+deb13-amd64"));
+        assert_eq!(choose(&offered, DEBUG), Some("7.2.12+deb13-amd64"));
         assert_eq!(choose(&offered, "6.12.1+deb13"), Some("6.12.1+deb13-amd64"));
         assert_eq!(
             choose(&offered, "linux-image-7.2.12+deb13-amd64"),

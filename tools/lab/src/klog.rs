@@ -7,6 +7,10 @@
 //! A test that provokes a complaint announces it first, by writing
 //! `peerbuf-lab: expect: TEXT` to `/dev/kmsg`. Complaints that hold TEXT are then allowed, and so
 //! is the rest of their report.
+//!
+//! Where the kernel looks for memory that nobody frees, what it found is judged too, unless the
+//! boot lost it. In a guest that runs programs of the suite, records `peerbuf-lab: program NAME`
+//! and `peerbuf-lab: test NAME` (behind each test) say whose a complaint is.
 
 use std::fmt;
 
@@ -14,6 +18,12 @@ use std::fmt;
 pub const BEGIN: &str = "peerbuf-lab: begin";
 const EXPECT: &str = "peerbuf-lab: expect: ";
 const ERROR: &str = "peerbuf-lab: ERROR: ";
+const PROGRAM: &str = "peerbuf-lab: program ";
+const TEST: &str = "peerbuf-lab: test ";
+const JIFFIES: &str = "peerbuf-lab: jiffies ";
+
+/// Jiffies in a second: CONFIG_HZ of debug-kernel.config.
+const HZ: f64 = 250.0;
 
 /// What a line that starts a report has in it.
 const COMPLAINTS: &[&str] = &[
@@ -60,7 +70,12 @@ const COMPLAINTS: &[&str] = &[
 ];
 
 /// Lines that hold a word of the list and mean no harm.
-const HARMLESS: &[&str] = &["lockdep: fixing recursive fault", "debug: unmapping init"];
+const HARMLESS: &[&str] = &[
+    "lockdep: fixing recursive fault",
+    "debug: unmapping init",
+    // What they are is judged.
+    "new suspected memory leaks",
+];
 
 /// Lines that go on with a report once it has begun.
 const CONTINUES: &[&str] = &[
@@ -104,10 +119,17 @@ const CONTINUES: &[&str] = &[
 pub struct Complaint {
     /// Its lines, the one that says what is wrong among the first.
     pub lines: Vec<String>,
+    /// The program of the suite that ran, where the log says so.
+    pub program: Option<String>,
+    /// The test that ran; none between tests.
+    pub test: Option<String>,
 }
 
 impl fmt::Display for Complaint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(test) = &self.test {
+            writeln!(f, "  during {test}:")?;
+        }
         self.lines
             .iter()
             .try_for_each(|line| writeln!(f, "    {line}"))
@@ -155,9 +177,14 @@ pub fn complaints(messages: &[String]) -> Vec<Complaint> {
             if keep && !inside_announced {
                 match (report, found.last_mut()) {
                     (Some(true), Some(last)) => last.lines.push(line.clone()),
-                    _ => found.push(Complaint {
-                        lines: with_lead(judged, n),
-                    }),
+                    _ => {
+                        let (program, test) = whose(judged, n);
+                        found.push(Complaint {
+                            lines: with_lead(judged, n),
+                            program,
+                            test,
+                        });
+                    }
                 }
                 report = Some(true);
             } else {
@@ -175,6 +202,81 @@ pub fn complaints(messages: &[String]) -> Vec<Complaint> {
         }
     }
     found
+}
+
+/// What kmemleak found, as `/sys/kernel/debug/kmemleak` gives it, without what was lost before the
+/// judgement begins (as `messages` tell) and what was announced.
+pub fn leaks(found: &str, messages: &[String]) -> Vec<Complaint> {
+    let text = |m: &String| m.split_once("] ").map(|(_, text)| text.to_owned());
+    let after = |word: &str| {
+        let found = messages
+            .iter()
+            .rev()
+            .find_map(|m| Some((time(m)?, text(m)?.strip_prefix(word)?.trim().to_owned())));
+        found.unwrap_or_default()
+    };
+    let (begin, _) = after(BEGIN);
+    let (now, jiffies) = after(JIFFIES);
+    let jiffies: f64 = jiffies.parse().unwrap_or_default();
+    let expected: Vec<_> = messages
+        .iter()
+        .filter_map(|m| Some(text(m)?.strip_prefix(EXPECT)?.trim().to_owned()))
+        .collect();
+    let mut reports: Vec<Vec<String>> = Vec::new();
+    for line in found.lines() {
+        if line.starts_with("unreferenced ") {
+            reports.push(Vec::new());
+        }
+        if let Some(report) = reports.last_mut() {
+            report.push(line.to_owned());
+        }
+    }
+    let mut complaints = Vec::new();
+    for lines in reports {
+        let born = lines.iter().find_map(|l| {
+            let (_, n) = l.split_once(", jiffies ")?;
+            n.split_whitespace().next()?.parse::<f64>().ok()
+        });
+        // One without its age is not let go.
+        let born = born.map_or(now, |born| now - (jiffies - born) / HZ);
+        let announced = |line: &String| expected.iter().any(|e| line.contains(e));
+        if born < begin || lines.iter().any(announced) {
+            continue;
+        }
+        let at = messages
+            .iter()
+            .position(|m| time(m).is_some_and(|t| t > born))
+            .unwrap_or(messages.len());
+        let (program, test) = whose(messages, at);
+        complaints.push(Complaint {
+            lines,
+            program,
+            test,
+        });
+    }
+    complaints
+}
+
+/// Seconds since boot.
+fn time(message: &str) -> Option<f64> {
+    let (time, _) = message.strip_prefix('[')?.split_once(']')?;
+    time.trim().parse().ok()
+}
+
+/// The program and the test to which the message at `at` belongs.
+fn whose(messages: &[String], at: usize) -> (Option<String>, Option<String>) {
+    let named = |message: &String, word: &str| {
+        let (_, text) = message.split_once("] ")?;
+        let name = text.strip_prefix(word)?.split_whitespace().next()?;
+        Some(name.to_owned())
+    };
+    let (before, after) = messages.split_at(at);
+    let program = before.iter().rev().find_map(|m| named(m, PROGRAM));
+    let test = after
+        .iter()
+        .take_while(|m| named(m, PROGRAM).is_none())
+        .find_map(|m| named(m, TEST));
+    (program, test)
 }
 
 /// The line that starts a report, after what WARN() itself was told to say: that stands before
@@ -255,7 +357,7 @@ mod tests {
             "Oops: Oops: 0002 [#1] SMP",
             "WARNING: possible circular locking dependency detected",
             "WARNING: possible recursive locking detected",
-            "kmemleak: 3 new suspected memory leaks (see /sys/kernel/debug/kmemleak)",
+            "kmemleak: Cannot allocate a kmemleak_object structure",
             "refcount_t: underflow; use-after-free.",
             "INFO: task fio:123 blocked for more than 60 seconds.",
             "watchdog: BUG: soft lockup - CPU#0 stuck for 22s!",
@@ -268,6 +370,64 @@ mod tests {
                 "{line}"
             );
         }
+    }
+
+    #[test]
+    fn a_complaint_belongs_to_the_test_that_ends_next_and_to_the_program_that_runs() {
+        let lines = [
+            "peerbuf-lab: begin",
+            "peerbuf-lab: program kmod --test-threads=1",
+            "peerbuf-lab: test a",
+            "BUG: one",
+            "peerbuf-lab: test b",
+            "BUG: two",
+            "peerbuf-lab: program paths",
+            "peerbuf-lab: test c",
+        ];
+        let found = complaints(&log(&lines));
+        let whose: Vec<_> = found
+            .iter()
+            .map(|c| (c.program.as_deref(), c.test.as_deref()))
+            .collect();
+        assert_eq!(whose, [(Some("kmod"), Some("b")), (Some("kmod"), None)]);
+        assert!(found[0].to_string().starts_with("  during b:\n"));
+    }
+
+    const LEAK: &str = "unreferenced object 0xffff88800a (size 32):\n  \
+                        comm \"kmod\", pid 77, jiffies 4294892800\n  backtrace (crc 0):\n    \
+                        hello_init+0x10/0x20 [hello]\n";
+
+    /// A guest whose tests began at 2 s and whose clock stood at jiffy 4294893296 at 10 s.
+    fn log_of_leaky_guest(more: &str) -> Vec<String> {
+        let lines = [
+            (2_000_000, "peerbuf-lab: begin"),
+            (3_000_000, more),
+            (7_000_000, "peerbuf-lab: test a"),
+            (8_500_000, "peerbuf-lab: test b"),
+            (10_000_000, "peerbuf-lab: jiffies 4294893296"),
+        ];
+        let records = lines.map(|(time, text)| format!("4,1,{time},-;{text}\n"));
+        messages(&records.concat())
+    }
+
+    #[test]
+    fn lost_memory_is_of_the_test_in_whose_time_it_was_taken() {
+        // 496 jiffies before 10 s: at 8.016 s.
+        let found = leaks(LEAK, &log_of_leaky_guest("peerbuf-lab: program kmod"));
+        assert_eq!(found.len(), 1);
+        assert_eq!(found[0].program.as_deref(), Some("kmod"));
+        assert_eq!(found[0].test.as_deref(), Some("b"));
+        assert_eq!(found[0].lines.len(), 4);
+        assert_eq!(leaks(&LEAK.repeat(2), &log_of_leaky_guest("")).len(), 2);
+    }
+
+    #[test]
+    fn what_the_boot_lost_or_a_test_announced_is_no_trouble() {
+        let early = LEAK.replace("4294892800", "4294891200");
+        assert_eq!(leaks(&early, &log_of_leaky_guest("")), []);
+        let announced = log_of_leaky_guest("peerbuf-lab: expect: hello_init");
+        assert_eq!(leaks(LEAK, &announced), []);
+        assert_eq!(leaks("", &announced), []);
     }
 
     #[test]

@@ -13,12 +13,16 @@ use crate::{
     cache::Cache,
     cli::GuestArgs,
     disk, fixtures,
-    guest::{Accelerator, Machine},
+    guest::{self, Accelerator, Machine},
     kernel::{Kernel, Source},
     project::Project,
-    run::{DEFAULT_TIMEOUT, Ground, Job},
+    run::{BOOT_LIMIT, DEFAULT_TIMEOUT, Ground, Job},
     tree::Tree,
 };
+
+/// How many times longer than the stock kernel the instrumented one may take, for all that has a
+/// limit. (It takes about four times as long.)
+const SLOWER: u32 = 5;
 
 /// What is built from the checkout and put into guests of one kernel.
 #[derive(Debug, Clone, Default)]
@@ -59,12 +63,12 @@ pub fn ground(cache: &Cache, args: &GuestArgs) -> Result<Ground> {
 /// When one does not compile; holds the compiler's messages.
 pub fn parts(project: &Project, ground: &Ground) -> Result<Parts> {
     let release = ground.kernel.release();
-    let source = Source::get(&ground.cache, &ground.tree, release)?;
+    let source = Source::get(&ground.cache, &ground.tree, &ground.kernel)?;
     let module = project.module(&ground.tree, &source, release)?;
     if module.is_none() {
         crate::progress::note("kmod/ has no Makefile, so there is no peerbuf.ko in the guest");
     }
-    let fixtures = fixtures::build(project, &ground.tree, &source, release)?;
+    let fixtures = fixtures::build(project, ground, &source)?;
     Ok(Parts {
         module,
         programs: project.peerbuf()?,
@@ -85,17 +89,24 @@ pub fn job(ground: &Ground, args: &GuestArgs, parts: Parts) -> Result<Job> {
         memory_mib: args.memory,
         share: share.is_some(),
         shell: false,
+        bar_mib: args.bar_size.unwrap_or(guest::BAR_MIB),
+        events: args.events,
     };
     if !args.icount {
         machine.accelerator = accel::choose(ground, &machine);
     }
+    let slower = if ground.kernel.is_debug() { SLOWER } else { 1 };
     Ok(Job {
         machine,
         share,
         programs: parts.programs,
         module: parts.module,
         fixtures: parts.fixtures,
-        timeout: Some(args.timeout.map_or(DEFAULT_TIMEOUT, Duration::from_secs)),
+        timeout: Some(
+            args.timeout
+                .map_or(DEFAULT_TIMEOUT * slower, Duration::from_secs),
+        ),
+        boot_limit: BOOT_LIMIT * slower,
         ..Job::default()
     })
 }

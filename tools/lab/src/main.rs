@@ -4,13 +4,14 @@
 //! From the bottom up: [`sandbox`] starts programs in the distribution tree, [`cache`] keeps what
 //! is made, [`tree`], [`kernel`] and [`disk`] make the machine's parts, [`project`] and
 //! [`fixtures`] build what is in the checkout, [`guest`] describes the machine, [`run`] lives
-//! through one guest's life, [`klog`] judges its kernel log, and [`lab`] puts these together for
+//! through one guest's life, [`events`] does to the machine what its tests ask for, [`klog`] judges its kernel log, and [`lab`] puts these together for
 //! [`suite`] and the commands here. What the guest itself executes is in `tests/lab/init`.
 
 mod accel;
 mod cache;
 mod cli;
 mod disk;
+mod events;
 mod fixtures;
 mod guest;
 mod host;
@@ -21,6 +22,7 @@ mod progress;
 mod project;
 mod run;
 mod sandbox;
+mod selftests;
 mod suite;
 mod terminal;
 mod tree;
@@ -49,8 +51,8 @@ use crate::{
     lab::Parts,
     progress::note,
     project::Project,
-    run::{Job, Outcome, Streams},
-    suite::Finished,
+    run::{Deadline, Job, Outcome, Streams},
+    suite::Runner,
     tree::Tree,
 };
 
@@ -89,6 +91,16 @@ fn command(cli: Cli) -> Result<i32> {
     match cli.command {
         Command::Demo { kernel } => demo(&cache, &kernel),
         Command::Test { filter, kernel } => test(&cache, filter.as_deref(), &kernel),
+        Command::Bench {
+            name,
+            kernel,
+            arguments,
+        } => bench(&cache, &name, &kernel, arguments),
+        Command::Fuzz {
+            minutes,
+            kernel,
+            arguments,
+        } => fuzz(&cache, minutes, kernel, arguments),
         Command::Run { guest, command } => run_command(&cache, &guest, command),
         Command::Shell { guest } => shell(&cache, &guest),
         Command::Kmod { kernel } => kmod(&cache, &kernel),
@@ -249,41 +261,82 @@ fn test(cache: &Cache, filter: Option<&str>, kernel: &KernelArgs) -> Result<i32>
     };
     // What does not compile is said before anything runs.
     parts_for(&lab::ground(cache, &GuestArgs::plain(kernel))?)?;
-    let in_guest =
-        |args: &GuestArgs, file: PathBuf, arguments: Vec<OsString>| -> Result<Finished> {
-            let mut args = args.clone();
-            if args.kernel.kernel == "stock" {
-                args.kernel = kernel.clone();
-            }
-            if let Some(why) = guest::conflict(args.topology, args.iommu) {
-                bail!(why);
-            }
-            let ground = lab::ground(cache, &args)?;
-            let parts = if args.bare {
-                Parts::default()
-            } else {
-                parts_for(&ground)?
-            };
-            let mut job = lab::job(&ground, &args, parts)?;
-            let name = file.file_name().context("a test program without a name")?;
-            job.command = vec![Path::new("/opt/peerbuf/bin").join(name).into_os_string()];
-            job.command.extend(arguments);
-            job.programs.push(file);
-            let (outcome, out, err) = run_and_keep(&ground, &job)?;
-            Ok(Finished {
-                output: out + &err,
-                trouble: outcome.report(),
-            })
+    let in_guest = |args: &GuestArgs, files: &[PathBuf], streams: Streams, deadline: &Deadline| {
+        let mut args = args.clone();
+        args.kernel = kernel.clone();
+        if let Some(why) = guest::conflict(args.topology, args.iommu) {
+            bail!(why);
+        }
+        let ground = lab::ground(cache, &args)?;
+        let parts = if args.bare {
+            Parts::default()
+        } else {
+            parts_for(&ground)?
         };
-    let (passed, failed) = suite::run(&project, filter, AT_ONCE, &in_guest)?;
+        let mut job = lab::job(&ground, &args, parts)?;
+        job.machine.events = true;
+        job.command = vec!["/bin/sh".into(), "/opt/peerbuf/init/suite".into()];
+        job.programs.extend_from_slice(files);
+        job.deadline = deadline.clone();
+        run::run(&ground, &job, streams)
+    };
+    let runner = Runner {
+        project: &project,
+        debug: kernel.kernel == kernel::DEBUG,
+        at_once: AT_ONCE,
+        in_guest: &in_guest,
+    };
+    let (passed, failed) = runner.run(filter)?;
     writeln!(io::stdout(), "{passed} passed, {failed} failed")?;
     Ok(i32::from(failed > 0))
+}
+
+fn bench(cache: &Cache, name: &str, kernel: &KernelArgs, arguments: Vec<OsString>) -> Result<i32> {
+    let (mut args, program) = suite::bench(&Project::find()?, name)?;
+    args.kernel = kernel.clone();
+    args.icount = true;
+    run_program(cache, &args, program, arguments)
+}
+
+/// How much longer than asked for the fuzzer may take to end.
+const FUZZ_GRACE: u64 = 600;
+
+fn fuzz(cache: &Cache, minutes: u64, kernel: String, arguments: Vec<OsString>) -> Result<i32> {
+    let program = suite::fuzzer(&Project::find()?)?;
+    let args = GuestArgs {
+        timeout: Some(minutes * 60 + FUZZ_GRACE),
+        ..GuestArgs::plain(&KernelArgs { kernel })
+    };
+    let mut words = vec!["--minutes".into(), minutes.to_string().into()];
+    words.extend(arguments);
+    run_program(cache, &args, program, words)
+}
+
+/// Runs a program of the checkout in a guest, with its output to here.
+fn run_program(
+    cache: &Cache,
+    args: &GuestArgs,
+    program: PathBuf,
+    arguments: Vec<OsString>,
+) -> Result<i32> {
+    let (ground, mut job) = ready(cache, args)?;
+    let file = program.file_name().context("a program without a name")?;
+    job.command = vec![Path::new("/opt/peerbuf/bin").join(file).into_os_string()];
+    job.command.extend(arguments);
+    job.programs.push(program);
+    let streams = Streams {
+        stdin: None,
+        ..person()
+    };
+    let outcome = run::run(&ground, &job, streams)?;
+    let _ = write!(io::stderr(), "{}", outcome.report());
+    Ok(outcome.status())
 }
 
 fn kmod(cache: &Cache, args: &KernelArgs) -> Result<i32> {
     let tree = Tree::get(cache)?;
     let kernel = Kernel::get(cache, &tree, &args.kernel)?;
-    let source = Source::get(cache, &tree, kernel.release())?;
+    let source = Source::get(cache, &tree, &kernel)?;
     match Project::find()?.module(&tree, &source, kernel.release())? {
         Some(path) => writeln!(io::stdout(), "{}", path.display())?,
         None => bail!("kmod/ has no Makefile, so there is no module to build"),
@@ -294,7 +347,7 @@ fn kmod(cache: &Cache, args: &KernelArgs) -> Result<i32> {
 fn kbuild(cache: &Cache, dir: &Path, args: &KernelArgs) -> Result<i32> {
     let tree = Tree::get(cache)?;
     let kernel = Kernel::get(cache, &tree, &args.kernel)?;
-    let source = Source::get(cache, &tree, kernel.release())?;
+    let source = Source::get(cache, &tree, &kernel)?;
     project::build_module(&tree, &source, dir)?;
     Ok(0)
 }

@@ -246,7 +246,7 @@ fn make(tree: &Tree, source: &Source, work: &Path, args: &[&str]) -> Result<()> 
         .bind_read_only(source.dir(), "/lab/linux")
         .bind(work, "/lab/build")
         .mount(sandbox::Mount::Tmpfs { at: "/tmp".into() })
-        .args(["CC=gcc-14", "HOSTCC=gcc-14"])
+        .args(source.make_variables())
         .arg(format!(
             "-j{}",
             std::thread::available_parallelism().map_or(1, |n| n.get())

@@ -11,7 +11,10 @@ use std::{
     },
     path::{Path, PathBuf},
     process::{Child, Stdio},
-    sync::mpsc::{Receiver, RecvTimeoutError, channel},
+    sync::{
+        Arc, Mutex,
+        mpsc::{Receiver, RecvTimeoutError, channel},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -20,6 +23,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::{
     cache::{Cache, Entry, RunDir},
+    events,
     guest::{self, Machine},
     kernel::Kernel,
     klog::{self, Complaint},
@@ -29,14 +33,21 @@ use crate::{
     tree::Tree,
 };
 
-const INIT: &str = include_str!("../../../tests/lab/init/init");
+/// What the guest finds in /opt/peerbuf/init.
+const INIT: [(&str, &str); 3] = [
+    ("init", include_str!("../../../tests/lab/init/init")),
+    (
+        "functions",
+        include_str!("../../../tests/lab/init/functions"),
+    ),
+    ("suite", include_str!("../../../tests/lab/init/suite")),
+];
 
-/// From start to CMD. Ten times what a boot takes on two idle cores.
-const BOOT_LIMIT: Duration = Duration::from_secs(120);
+/// From start to CMD, and from CMD's end to the guest's. Ten times what a boot takes on two idle
+/// cores.
+pub const BOOT_LIMIT: Duration = Duration::from_secs(120);
 /// For a command whose caller sets no limit: a hang must end some time.
 pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(600);
-/// For the kernel log, once CMD has ended.
-const LOG_LIMIT: Duration = Duration::from_secs(60);
 
 /// Everything a guest is started from. Holding it keeps the cache entries.
 pub struct Ground {
@@ -66,10 +77,38 @@ pub struct Job {
     pub module: Option<PathBuf>,
     /// A directory whose files appear in `/opt/peerbuf/fixtures`.
     pub fixtures: Option<PathBuf>,
-    /// From start to command.
-    pub boot_limit: Duration,
     /// For the command.
     pub timeout: Option<Duration>,
+    /// Moves while the command runs, if somebody moves it; begins with `timeout`.
+    pub deadline: Deadline,
+    /// From start to command, and from the command's end to the guest's.
+    pub boot_limit: Duration,
+}
+
+/// When the command is to have ended.
+#[derive(Debug, Clone, Default)]
+pub struct Deadline(Arc<Mutex<Option<(Instant, Duration)>>>);
+
+impl Deadline {
+    /// From now on, `limit`.
+    pub fn set(&self, limit: Option<Duration>) {
+        if let Ok(mut deadline) = self.0.lock() {
+            *deadline = limit.map(|limit| (Instant::now() + limit, limit));
+        }
+    }
+
+    /// The same limit, from now on.
+    pub fn again(&self) {
+        if let Ok(mut deadline) = self.0.lock() {
+            *deadline = deadline.map(|(_, limit)| (Instant::now() + limit, limit));
+        }
+    }
+
+    /// The limit, if it is over.
+    fn missed(&self) -> Option<Duration> {
+        let deadline = self.0.lock().ok()?;
+        deadline.and_then(|(at, limit)| (Instant::now() >= at).then_some(limit))
+    }
 }
 
 impl Default for Job {
@@ -81,8 +120,9 @@ impl Default for Job {
             programs: Vec::new(),
             module: None,
             fixtures: None,
-            boot_limit: BOOT_LIMIT,
             timeout: Some(DEFAULT_TIMEOUT),
+            deadline: Deadline::default(),
+            boot_limit: BOOT_LIMIT,
         }
     }
 }
@@ -133,22 +173,7 @@ impl Outcome {
 
     /// What to tell the person beyond the command's own output; nothing after a good run.
     pub fn report(&self) -> String {
-        let mut text = String::new();
-        match &self.ending {
-            Ending::Exit(_) => {}
-            Ending::TimedOut(limit) => {
-                text += &format!(
-                    "peerbuf-lab: the command did not end within {} s (--timeout); the guest was ended\n",
-                    limit.as_secs()
-                );
-            }
-            Ending::Died(why) => {
-                text += &format!(
-                    "peerbuf-lab: {why}; the last lines of its console:\n{}",
-                    sandbox::tail(&self.console.replace('\r', ""), 50)
-                );
-            }
-        }
+        let mut text = self.report_of_ending();
         if !self.complaints.is_empty() {
             let status = match self.ending {
                 Ending::Exit(n) => format!(" (the command itself ended with {n})"),
@@ -162,6 +187,23 @@ impl Outcome {
             }
         }
         text
+    }
+}
+
+impl Outcome {
+    /// What to tell a person about the guest's end; empty after a good one.
+    pub fn report_of_ending(&self) -> String {
+        match &self.ending {
+            Ending::Exit(_) => String::new(),
+            Ending::TimedOut(limit) => format!(
+                "peerbuf-lab: the command did not end within {} s (--timeout); the guest was ended\n",
+                limit.as_secs()
+            ),
+            Ending::Died(why) => format!(
+                "peerbuf-lab: {why}; the last lines of its console:\n{}",
+                sandbox::tail(&self.console.replace('\r', ""), 50)
+            ),
+        }
     }
 }
 
@@ -190,7 +232,14 @@ pub fn run(ground: &Ground, job: &Job, streams: Streams) -> Result<Outcome> {
     let step = Step::start_on_terminal("starting a guest");
     let mut guest = start(ground, job)?;
     let control = guest.take_port("control")?;
-    let events = listen(control);
+    let told = listen(control);
+    if job.machine.events {
+        let (port, monitor) = (
+            guest.take_port(guest::EVENTS)?,
+            guest.take_port(guest::MONITOR)?,
+        );
+        events::serve(job.machine.clone(), port, monitor)?;
+    }
     let mut outputs = Vec::new();
     let mut stdin = None;
     if job.machine.shell {
@@ -211,8 +260,8 @@ pub fn run(ground: &Ground, job: &Job, streams: Streams) -> Result<Outcome> {
         }
     }
 
-    let mut log = Vec::new();
-    let mut ending = match events.recv_timeout(job.boot_limit) {
+    let mut complaints = Vec::new();
+    let mut ending = match told.recv_timeout(job.boot_limit) {
         Ok(Event::Start) => {
             step.done();
             let _raw = job.machine.shell.then(Raw::enter);
@@ -220,7 +269,8 @@ pub fn run(ground: &Ground, job: &Job, streams: Streams) -> Result<Outcome> {
                 guest.kept.push(to.try_clone()?);
                 carry_in(from, to);
             }
-            wait_for_exit(&events, job.timeout)
+            job.deadline.set(job.timeout);
+            wait_for_exit(&told, &job.deadline)
         }
         Ok(_) | Err(RecvTimeoutError::Disconnected) => {
             Ending::Died("the guest ended before the command began".into())
@@ -231,9 +281,14 @@ pub fn run(ground: &Ground, job: &Job, streams: Streams) -> Result<Outcome> {
         )),
     };
     if let Ending::Exit(status) = ending {
-        match events.recv_timeout(LOG_LIMIT) {
+        let limit = job.boot_limit;
+        match (told.recv_timeout(limit), told.recv_timeout(limit)) {
             // A log without the record where judging begins would pass as a clean one.
-            Ok(Event::Log(raw)) if raw.contains(klog::BEGIN) => log = klog::messages(&raw),
+            (Ok(Event::Leaks(leaks)), Ok(Event::Log(raw))) if raw.contains(klog::BEGIN) => {
+                let log = klog::messages(&raw);
+                complaints = klog::complaints(&log);
+                complaints.extend(klog::leaks(&leaks, &log));
+            }
             _ => {
                 ending = Ending::Died(format!(
                     "the command ended with {status}, and then its guest's kernel log could not be read"
@@ -251,7 +306,6 @@ pub fn run(ground: &Ground, job: &Job, streams: Streams) -> Result<Outcome> {
     if console.is_empty() && matches!(ending, Ending::Died(_)) {
         console = read_lossy(&guest.dir.path().join("qemu"));
     }
-    let complaints = klog::complaints(&log);
     Ok(Outcome {
         ending,
         complaints,
@@ -263,15 +317,17 @@ fn read_lossy(path: &Path) -> String {
     String::from_utf8_lossy(&fs::read(path).unwrap_or_default()).into_owned()
 }
 
-fn wait_for_exit(events: &Receiver<Event>, timeout: Option<Duration>) -> Ending {
-    let event = match timeout {
-        Some(limit) => events.recv_timeout(limit),
-        None => events.recv().map_err(|_| RecvTimeoutError::Disconnected),
-    };
-    match (event, timeout) {
-        (Ok(Event::Exit(status)), _) => Ending::Exit(status),
-        (Err(RecvTimeoutError::Timeout), Some(limit)) => Ending::TimedOut(limit),
-        _ => Ending::Died("the guest ended before the command did".into()),
+fn wait_for_exit(events: &Receiver<Event>, deadline: &Deadline) -> Ending {
+    loop {
+        match events.recv_timeout(Duration::from_millis(100)) {
+            Ok(Event::Exit(status)) => return Ending::Exit(status),
+            Err(RecvTimeoutError::Timeout) => {
+                if let Some(limit) = deadline.missed() {
+                    return Ending::TimedOut(limit);
+                }
+            }
+            _ => return Ending::Died("the guest ended before the command did".into()),
+        }
     }
 }
 
@@ -279,28 +335,41 @@ fn wait_for_exit(events: &Receiver<Event>, timeout: Option<Duration>) -> Ending 
 enum Event {
     Start,
     Exit(i32),
+    Leaks(String),
     Log(String),
 }
 
 fn listen(port: UnixStream) -> Receiver<Event> {
     let (tell, told) = channel();
     thread::spawn(move || {
-        let mut log: Option<String> = None;
+        // What is told line by line.
+        let mut long: Option<Event> = None;
         let mut reader = BufReader::new(port);
         let mut line = Vec::new();
         while let Ok(1..) = reader.read_until(b'\n', &mut line) {
             let text = String::from_utf8_lossy(&line).into_owned();
             line.clear();
-            let event = match (&mut log, text.trim_end()) {
+            let event = match (&mut long, text.trim_end()) {
                 (None, "start") => Event::Start,
-                (None, "klog") => {
-                    log = Some(String::new());
+                (None, "leaks") => {
+                    long = Some(Event::Leaks(String::new()));
                     continue;
                 }
-                (Some(log), "end") => Event::Log(std::mem::take(log)),
-                (Some(log), _) => {
-                    log.push_str(&text);
+                (None, "klog") => {
+                    long = Some(Event::Log(String::new()));
                     continue;
+                }
+                (Some(event), end) => {
+                    if end != "end" {
+                        if let Event::Leaks(all) | Event::Log(all) = event {
+                            all.push_str(&text);
+                        }
+                        continue;
+                    }
+                    match long.take() {
+                        Some(event) => event,
+                        None => continue,
+                    }
                 }
                 (None, other) => match other.strip_prefix("exit ").map(str::parse) {
                     Some(Ok(status)) => Event::Exit(status),
@@ -357,10 +426,9 @@ fn start(ground: &Ground, job: &Job) -> Result<Guest> {
     let path = dir.path().to_owned();
     stage(job, &path.join("opt")).context("staging what the guest needs")?;
     guest::make_scratch(&path)?;
-    let names = guest::ports(job.machine.shell);
     let mut waiting = Vec::new();
-    for name in names {
-        waiting.push((*name, listener(&path, name)?));
+    for name in job.machine.port_names() {
+        waiting.push((name, listener(&path, name)?));
     }
 
     let tree = ground.tree.root();
@@ -386,6 +454,7 @@ fn start(ground: &Ground, job: &Job) -> Result<Guest> {
         )
         .bind_read_only(path.join("opt"), in_guest("/opt/peerbuf"))
         .bind_read_only(ground.kernel.dir(), guest::KERNEL)
+        .bind_read_only(ground.kernel.initramfs_dir(), guest::INITRAMFS)
         .bind_read_only(ground.disk.path(), guest::DISK)
         .bind(&path, guest::RUN);
     if let Some(share) = &job.share {
@@ -444,7 +513,9 @@ fn stage(job: &Job, opt: &Path) -> Result<()> {
     for dir in ["bin", "fixtures", "init", "modules", "run"] {
         fs::create_dir_all(opt.join(dir))?;
     }
-    fs::write(opt.join("init/init"), INIT)?;
+    for (name, text) in INIT {
+        fs::write(opt.join("init").join(name), text)?;
+    }
     for program in &job.programs {
         copy_into(program, &opt.join("bin"))?;
     }
@@ -552,6 +623,8 @@ mod tests {
         let mut complained = outcome(Ending::Exit(0));
         complained.complaints.push(Complaint {
             lines: vec!["BUG: x".into()],
+            program: None,
+            test: None,
         });
         assert_eq!(complained.status(), 125);
         assert!(complained.report().contains("BUG: x"));

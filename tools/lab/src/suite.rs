@@ -7,28 +7,35 @@
 //! test = "kmod"                         # tests/lab/tests/kmod.rs
 //! options = ["--topology", "switch"]    # as for cargo lab run
 //! where = "guest"                       # or "host": runs here, with PEERBUF_LAB set
+//! kernel = "any"                        # or "stock", "debug": runs with that one only
 //! ```
 //!
-//! A test program may have several runs. Each test is reported as it ends up, the last line is
+//! A test program may have several runs. Runs with the same options share a guest, one after the
+//! other (`tests/lab/init/suite` gives each a fresh peerbuf.ko); as many guests as are worth their
+//! boot work on them, the longest run first. Each test is reported as it ends up, the last line is
 //! `N passed, N failed`, and a kernel that complained counts as one failed test.
 
 use std::{
+    collections::HashMap,
     ffi::OsString,
-    io::Write,
+    fs,
+    io::{self, Read, Write},
     path::PathBuf,
     process::{Command, Stdio},
     sync::{
-        Arc, Mutex,
-        atomic::{AtomicUsize, Ordering},
+        Mutex, MutexGuard, PoisonError,
+        mpsc::{Receiver, Sender, channel},
     },
+    time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use serde::Deserialize;
 
 use crate::{
     cli::GuestArgs,
     project::{Program, Project},
+    run::{Deadline, Ending, Outcome, Streams},
 };
 
 /// Where a test program runs.
@@ -42,6 +49,19 @@ pub enum Place {
     Host,
 }
 
+/// With which kernel a test program runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum With {
+    /// With each that a person chooses.
+    #[default]
+    Any,
+    /// With a distribution's.
+    Stock,
+    /// With the instrumented one.
+    Debug,
+}
+
 /// One run of one test program.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -51,6 +71,8 @@ pub struct Run {
     options: Vec<String>,
     #[serde(default, rename = "where")]
     place: Place,
+    #[serde(default)]
+    kernel: With,
 }
 
 impl Run {
@@ -75,86 +97,486 @@ pub struct Verdict {
     pub text: String,
 }
 
-/// A program's output and how its guest ended, as the guest side hands it over.
-pub struct Finished {
-    /// What it printed.
-    pub output: String,
-    /// What the lab says of the guest, empty if all was well.
-    pub trouble: String,
+/// One run that is to be made.
+struct Work {
+    run: Run,
+    file: PathBuf,
+    /// Empty for all.
+    tests: Vec<String>,
+    /// How long it took the last time.
+    expected: Duration,
 }
 
-/// Starts one program in a guest with these options and waits for its end.
-pub type InGuest<'a> = &'a (dyn Fn(&GuestArgs, PathBuf, Vec<OsString>) -> Result<Finished> + Sync);
+/// Runs with the same options, which can share guests.
+struct Group {
+    place: Place,
+    options: Vec<String>,
+    args: GuestArgs,
+    /// All of its programs, for every guest.
+    files: Vec<PathBuf>,
+    /// The longest last.
+    waiting: Vec<Work>,
+    /// How many guests work on it.
+    guests: u32,
+}
 
-/// Runs what `filter` selects, `at_once` runs at a time, and returns (passed, failed).
-///
-/// # Errors
-/// When the suite does not compile, its list of runs is wrong or nothing was selected.
-pub fn run(
-    project: &Project,
-    filter: Option<&str>,
-    at_once: usize,
-    in_guest: InGuest<'_>,
-) -> Result<(u32, u32)> {
-    let runs = list(project)?;
-    let step = crate::progress::Step::start("building the lab's suite");
-    let programs =
-        project.cargo_build(&["test", "--no-run", "--package=peerbuf-lab-suite", "--tests"])?;
-    step.done();
-    for program in &programs {
-        if program.is_test && !runs.iter().any(|r| r.test == program.name) {
-            bail!(
-                "tests/lab/tests/{}.rs has no run in tests/lab/Cargo.toml, so it would never run",
-                program.name
-            );
-        }
-    }
-    let mut work = Vec::new();
-    for run in runs {
-        let program = programs
-            .iter()
-            .find(|p| p.name == run.test)
-            .with_context(|| {
-                format!(
-                    "tests/lab/Cargo.toml lists a run of {:?}, which is no test there",
-                    run.test
-                )
-            })?;
-        if let Some(tests) = select(&run, program, filter)? {
-            let options = guest_args(&run)?;
-            work.push((run, program.file.clone(), tests, options));
-        }
-    }
-    if work.is_empty() {
-        bail!(
-            "no test and no run of the lab's suite has {:?} in its name",
-            filter.unwrap_or_default()
-        );
-    }
-    let next = AtomicUsize::new(0);
-    let total = Arc::new(Mutex::new((0, 0)));
-    std::thread::scope(|scope| {
-        for _ in 0..at_once.min(work.len()) {
-            scope.spawn(|| {
-                while let Some((run, file, tests, options)) =
-                    work.get(next.fetch_add(1, Ordering::SeqCst))
-                {
-                    let finished = match run.place {
-                        Place::Host => on_host(file, tests),
-                        Place::Guest => in_guest(options, file.clone(), arguments(tests)),
-                    };
-                    let verdict = judge(&run.name(), finished);
-                    if let Ok(mut total) = total.lock() {
-                        total.0 += verdict.passed;
-                        total.1 += verdict.failed;
-                        let _ = std::io::stdout().write_all(verdict.text.as_bytes());
+/// What runs the suite's programs.
+pub struct Runner<'a> {
+    /// The checkout.
+    pub project: &'a Project,
+    /// Whether the kernel is the instrumented one.
+    pub debug: bool,
+    /// How many guests at a time.
+    pub at_once: usize,
+    /// Boots a guest with these options and programs in its `/opt/peerbuf/bin`, runs the suite's
+    /// script in it with these streams; the deadline is that of one program.
+    pub in_guest: InGuest<'a>,
+}
+
+/// See [`Runner::in_guest`].
+pub type InGuest<'a> =
+    &'a (dyn Fn(&GuestArgs, &[PathBuf], Streams, &Deadline) -> Result<Outcome> + Sync);
+
+impl Runner<'_> {
+    /// Runs what `filter` selects and returns (passed, failed).
+    ///
+    /// # Errors
+    /// When the suite does not compile, its list of runs is wrong or nothing was selected.
+    pub fn run(&self, filter: Option<&str>) -> Result<(u32, u32)> {
+        let took = Took::read(self.project, self.debug)?;
+        let groups = Mutex::new(self.groups(filter, &took)?);
+        let total = Mutex::new((0, 0));
+        let tell = |verdict: Verdict| {
+            let mut total = lock(&total);
+            total.0 += verdict.passed;
+            total.1 += verdict.failed;
+            let _ = io::stdout().write_all(verdict.text.as_bytes());
+        };
+        std::thread::scope(|scope| {
+            for _ in 0..self.at_once {
+                scope.spawn(|| {
+                    while let Some((n, first)) = next_group(&groups, self.boot()) {
+                        self.work(&groups, n, first, &took, &tell);
+                        lock(&groups)[n].guests -= 1;
                     }
+                });
+            }
+        });
+        Ok(*lock(&total))
+    }
+
+    /// About what a guest costs that runs nothing.
+    fn boot(&self) -> Duration {
+        Duration::from_secs(if self.debug { 60 } else { 10 })
+    }
+
+    fn groups(&self, filter: Option<&str>, took: &Took) -> Result<Vec<Group>> {
+        let runs = list(self.project)?;
+        let step = crate::progress::Step::start("building the lab's suite");
+        let programs = self.project.cargo_build(&[
+            "test",
+            "--no-run",
+            "--package=peerbuf-lab-suite",
+            "--tests",
+        ])?;
+        step.done();
+        for program in &programs {
+            if program.is_test && !runs.iter().any(|r| r.test == program.name) {
+                bail!(
+                    "tests/lab/tests/{}.rs has no run in tests/lab/Cargo.toml, so it would never run",
+                    program.name
+                );
+            }
+        }
+        let mut groups: Vec<Group> = Vec::new();
+        for run in runs {
+            let program = programs
+                .iter()
+                .find(|p| p.is_test && p.name == run.test)
+                .with_context(|| {
+                    format!(
+                        "tests/lab/Cargo.toml lists a run of {:?}, which is no test there",
+                        run.test
+                    )
+                })?;
+            let args = guest_args(&run)?;
+            let Some(tests) = select(&run, program, filter)? else {
+                continue;
+            };
+            if run.kernel == if self.debug { With::Stock } else { With::Debug } {
+                continue;
+            }
+            let same = |g: &Group| g.place == run.place && g.options == run.options;
+            let n = match groups.iter().position(same) {
+                Some(n) => n,
+                None => {
+                    groups.push(Group {
+                        place: run.place,
+                        options: run.options.clone(),
+                        args,
+                        files: Vec::new(),
+                        waiting: Vec::new(),
+                        guests: 0,
+                    });
+                    groups.len() - 1
                 }
+            };
+            let group = &mut groups[n];
+            group.files.push(program.file.clone());
+            group.waiting.push(Work {
+                expected: took.of(&run.name()),
+                run,
+                file: program.file.clone(),
+                tests,
             });
         }
-    });
-    let total = total.lock().map_or((0, 1), |t| *t);
-    Ok(total)
+        if groups.is_empty() {
+            bail!(
+                "no test and no run of the lab's suite for this kernel has {:?} in its name",
+                filter.unwrap_or_default()
+            );
+        }
+        for group in &mut groups {
+            group.waiting.sort_by_key(|w| w.expected);
+        }
+        Ok(groups)
+    }
+
+    /// Runs `first` and then what else waits in group `n`, in one guest while that lives.
+    fn work(
+        &self,
+        groups: &Mutex<Vec<Group>>,
+        n: usize,
+        first: Work,
+        took: &Took,
+        tell: &(dyn Fn(Verdict) + Sync),
+    ) {
+        let next = || lock(groups)[n].waiting.pop();
+        let (place, args, files) = {
+            let group = &lock(groups)[n];
+            (group.place, group.args.clone(), group.files.clone())
+        };
+        if place == Place::Host {
+            let mut work = Some(first);
+            while let Some(w) = work {
+                let began = Instant::now();
+                let verdict = match on_host(&w, self.debug) {
+                    Ok(output) => judge(&w.run.name(), &output),
+                    Err(error) => failure(&w.run.name(), "the run", &format!("{error:#}\n")),
+                };
+                took.note(&w.run.name(), began.elapsed());
+                tell(verdict);
+                work = next();
+            }
+            return;
+        }
+
+        let mut done: Vec<Work> = Vec::new();
+        let (outcome, broken_off) = std::thread::scope(|scope| {
+            let (ask, asked) = channel();
+            let (said, heard) = channel();
+            let deadline = Deadline::default();
+            let streams = Streams {
+                stdin: Some(Box::new(Lines {
+                    more: asked,
+                    line: io::Cursor::default(),
+                })),
+                stdout: Box::new(Outputs {
+                    said: said.clone(),
+                    text: Vec::new(),
+                }),
+                stderr: Box::new(Outputs {
+                    said,
+                    text: Vec::new(),
+                }),
+            };
+            let guest = {
+                let deadline = deadline.clone();
+                scope.spawn(move || (self.in_guest)(&args, &files, streams, &deadline))
+            };
+            let mut current = Some(first);
+            let mut rest = String::new();
+            while let Some(work) = current.take() {
+                let began = Instant::now();
+                deadline.again();
+                // Where the guest is gone, nothing comes back either.
+                let _ = ask.send(line(&work));
+                loop {
+                    match heard.recv() {
+                        Ok(Said::All(output)) => {
+                            took.note(&work.run.name(), began.elapsed());
+                            tell(judge(&work.run.name(), &output));
+                            done.push(work);
+                            current = next();
+                            break;
+                        }
+                        Ok(Said::Rest(text)) => rest += &text,
+                        Err(_) => {
+                            drop(ask);
+                            return (guest.join(), Some((work, rest)));
+                        }
+                    }
+                }
+            }
+            drop(ask);
+            (guest.join(), None)
+        });
+        let outcome = outcome.unwrap_or_else(|_| Err(anyhow!("the lab itself failed")));
+        let name = |work: &Work| work.run.name();
+        match (outcome, broken_off) {
+            (Ok(outcome), broken_off) => {
+                if let Some((work, output)) = &broken_off {
+                    let text = output.clone() + &outcome.report_of_ending();
+                    tell(judge(&name(work), &text));
+                } else if outcome.ending != Ending::Exit(0) {
+                    let last = done.last().map(name).unwrap_or_default();
+                    let what = format!("the guest's end ({:?})", outcome.ending);
+                    tell(failure(&last, &what, &outcome.report_of_ending()));
+                }
+                done.extend(broken_off.map(|(work, _)| work));
+                complaints(&outcome, &done).into_iter().for_each(tell);
+            }
+            (Err(error), broken_off) => {
+                let work = broken_off.map(|(work, _)| work).or(done.pop());
+                let name = work.as_ref().map(name).unwrap_or_default();
+                tell(failure(&name, "the run", &format!("{error:#}\n")));
+            }
+        }
+    }
+}
+
+/// The group whose work is worth another guest the most, and its longest run.
+fn next_group(groups: &Mutex<Vec<Group>>, boot: Duration) -> Option<(usize, Work)> {
+    let mut groups = lock(groups);
+    let worth = |g: &Group| {
+        let waiting: Duration = g.waiting.iter().map(|w| w.expected).sum();
+        waiting / (g.guests + 1)
+    };
+    let (n, group) = groups
+        .iter_mut()
+        .enumerate()
+        .filter(|(_, g)| !g.waiting.is_empty())
+        // What is nearly done is left to the guest that does it.
+        .filter(|(_, g)| g.guests == 0 || worth(g) > boot)
+        .max_by_key(|(_, g)| worth(g))?;
+    group.guests += 1;
+    Some((n, group.waiting.pop()?))
+}
+
+/// A failure apart from the tests themselves.
+fn failure(name: &str, what: &str, text: &str) -> Verdict {
+    Verdict {
+        passed: 0,
+        failed: 1,
+        text: format!("{text}{name}: {what} ... FAILED\n"),
+    }
+}
+
+/// The guest's kernel's complaints, one failure for each run and test that they belong to.
+fn complaints(outcome: &Outcome, done: &[Work]) -> Vec<Verdict> {
+    let mut verdicts: Vec<(String, String, String)> = Vec::new();
+    for complaint in &outcome.complaints {
+        let of = |work: &&Work| {
+            work.file.file_name().and_then(|f| f.to_str()) == complaint.program.as_deref()
+        };
+        let run = done.iter().rev().find(of);
+        let run = run.map_or_else(
+            || "the guest of ".to_owned() + &done.first().map(|w| w.run.name()).unwrap_or_default(),
+            |w| w.run.name(),
+        );
+        let what = match &complaint.test {
+            Some(test) => format!("kernel log during {test}"),
+            None => "kernel log".into(),
+        };
+        let lines = complaint.lines.join("\n    ");
+        match verdicts.iter_mut().find(|v| v.0 == run && v.1 == what) {
+            Some(verdict) => verdict.2 += &format!("    {lines}\n"),
+            None => verdicts.push((run, what, format!("    {lines}\n"))),
+        }
+    }
+    verdicts
+        .iter()
+        .map(|(run, what, text)| {
+            failure(run, what, &format!("peerbuf-lab: the guest's kernel complained, and nobody had announced it:\n{text}"))
+        })
+        .collect()
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The line by which the suite's script in the guest starts a program.
+fn line(work: &Work) -> String {
+    let program = work.file.file_name().unwrap_or_default().to_string_lossy();
+    let mut line = format!("{program} --test-threads=1");
+    if !work.tests.is_empty() {
+        line += " --exact ";
+        line += &work.tests.join(" ");
+    }
+    line + "\n"
+}
+
+/// Lines as they are sent, read as a stream that ends with the sender.
+struct Lines {
+    more: Receiver<String>,
+    line: io::Cursor<String>,
+}
+
+impl Read for Lines {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let n = self.line.read(buffer)?;
+        if n > 0 {
+            return Ok(n);
+        }
+        match self.more.recv() {
+            Ok(line) => {
+                self.line = io::Cursor::new(line);
+                self.line.read(buffer)
+            }
+            Err(_) => Ok(0),
+        }
+    }
+}
+
+/// What the suite's script in a guest prints.
+enum Said {
+    /// All that a program printed.
+    All(String),
+    /// What was left when the guest ended.
+    Rest(String),
+}
+
+/// Cuts a stream at the ends of programs.
+struct Outputs {
+    said: Sender<Said>,
+    text: Vec<u8>,
+}
+
+/// The line by which the script in the guest ends a program's output begins so.
+const ENDED: &[u8] = b"\n\x1e ended ";
+
+impl Write for Outputs {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.text.extend_from_slice(bytes);
+        while let Some(at) = find(&self.text, ENDED) {
+            let after = at + ENDED.len();
+            let Some(end) = find(&self.text[after..], b"\n") else {
+                break;
+            };
+            let text = String::from_utf8_lossy(&self.text[..at]).into_owned();
+            self.text.drain(..=after + end);
+            // Nobody listens where the run was given up.
+            let _ = self.said.send(Said::All(text + "\n"));
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Drop for Outputs {
+    fn drop(&mut self) {
+        let rest = String::from_utf8_lossy(&self.text).into_owned();
+        let _ = self.said.send(Said::Rest(rest));
+    }
+}
+
+fn find(text: &[u8], what: &[u8]) -> Option<usize> {
+    text.windows(what.len()).position(|w| w == what)
+}
+
+/// How long each run took the last time, so that the longest begins first.
+struct Took {
+    file: PathBuf,
+    known: Mutex<HashMap<String, u64>>,
+}
+
+impl Took {
+    fn read(project: &Project, debug: bool) -> Result<Self> {
+        let name = if debug {
+            "took-debug.json"
+        } else {
+            "took.json"
+        };
+        let file = project.work_dir("suite")?.join(name);
+        // Only a memory: without it, any order does.
+        let known = fs::read_to_string(&file)
+            .ok()
+            .and_then(|text| serde_json::from_str(&text).ok());
+        Ok(Self {
+            file,
+            known: Mutex::new(known.unwrap_or_default()),
+        })
+    }
+
+    fn of(&self, run: &str) -> Duration {
+        let known = lock(&self.known);
+        Duration::from_secs(known.get(run).copied().unwrap_or(30).max(1))
+    }
+
+    fn note(&self, run: &str, took: Duration) {
+        let mut known = lock(&self.known);
+        known.insert(run.to_owned(), took.as_secs());
+        if let Ok(text) = serde_json::to_string_pretty(&*known) {
+            let _ = fs::write(&self.file, text);
+        }
+    }
+}
+
+/// A bench of the suite's.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Bench {
+    name: String,
+    #[serde(default)]
+    options: Vec<String>,
+}
+
+/// The guest that `tests/lab/Cargo.toml` wants for a bench, and its program, built.
+///
+/// # Errors
+/// When there is no such bench, or it does not compile.
+pub fn bench(project: &Project, name: &str) -> Result<(GuestArgs, PathBuf)> {
+    let metadata = &project.package_metadata("peerbuf-lab-suite")?["lab"]["bench"];
+    let benches: Vec<Bench> = match metadata {
+        serde_json::Value::Null => Vec::new(),
+        list => serde_json::from_value(list.clone())
+            .context("reading [[package.metadata.lab.bench]] in tests/lab/Cargo.toml")?,
+    };
+    let Some(bench) = benches.iter().find(|b| b.name == name) else {
+        let names: Vec<_> = benches.iter().map(|b| b.name.as_str()).collect();
+        bail!(
+            "no bench {name:?} in tests/lab/Cargo.toml; there are: {}",
+            names.join(", ")
+        );
+    };
+    let args = options(&bench.options, name)?;
+    let step = crate::progress::Step::start(format!("building the bench {name}"));
+    let package = "--package=peerbuf-lab-suite";
+    let programs = project.cargo_build(&["bench", "--no-run", package, "--bench", name])?;
+    step.done();
+    let program = programs.into_iter().find(|p| p.name == name);
+    let program = program.with_context(|| format!("building the bench {name} made no program"))?;
+    Ok((args, program.file))
+}
+
+/// The fuzzer, `tests/lab/src/bin/fuzz.rs`, built.
+///
+/// # Errors
+/// When there is none, or it does not compile.
+pub fn fuzzer(project: &Project) -> Result<PathBuf> {
+    if !project.root().join("tests/lab/src/bin/fuzz.rs").is_file() {
+        bail!("there is no fuzzer in this checkout: it would be tests/lab/src/bin/fuzz.rs");
+    }
+    let step = crate::progress::Step::start("building the fuzzer");
+    let package = "--package=peerbuf-lab-suite";
+    let programs = project.cargo_build(&["build", "--release", package, "--bin=fuzz"])?;
+    step.done();
+    let program = programs.into_iter().find(|p| p.name == "fuzz");
+    Ok(program.context("building the fuzzer made no program")?.file)
 }
 
 fn list(project: &Project) -> Result<Vec<Run>> {
@@ -168,19 +590,20 @@ fn list(project: &Project) -> Result<Vec<Run>> {
 }
 
 fn guest_args(run: &Run) -> Result<GuestArgs> {
+    options(&run.options, &run.name())
+}
+
+/// The options of a run or a bench, as `cargo lab run` takes them.
+fn options(options: &[String], name: &str) -> Result<GuestArgs> {
     use clap::Parser;
     #[derive(Parser)]
     struct Options {
         #[command(flatten)]
         guest: GuestArgs,
     }
-    let words = std::iter::once("run").chain(run.options.iter().map(String::as_str));
-    let options = Options::try_parse_from(words).map_err(|e| {
-        anyhow::anyhow!(
-            "the options of run {:?} in tests/lab/Cargo.toml: {e}",
-            run.name()
-        )
-    })?;
+    let words = std::iter::once("run").chain(options.iter().map(String::as_str));
+    let options = Options::try_parse_from(words)
+        .map_err(|e| anyhow::anyhow!("the options of {name:?} in tests/lab/Cargo.toml: {e}"))?;
     Ok(options.guest)
 }
 
@@ -206,42 +629,28 @@ fn select(run: &Run, program: &Program, filter: Option<&str>) -> Result<Option<V
     Ok(if tests.is_empty() { None } else { Some(tests) })
 }
 
-fn arguments(tests: &[String]) -> Vec<OsString> {
+fn on_host(work: &Work, debug: bool) -> Result<String> {
     let mut args = vec![OsString::from("--test-threads=1")];
-    if !tests.is_empty() {
+    if !work.tests.is_empty() {
         args.push("--exact".into());
-        args.extend(tests.iter().map(OsString::from));
+        args.extend(work.tests.iter().map(OsString::from));
     }
-    args
-}
-
-fn on_host(file: &PathBuf, tests: &[String]) -> Result<Finished> {
-    let output = Command::new(file)
-        .args(arguments(tests))
+    let output = Command::new(&work.file)
+        .args(args)
         .env("PEERBUF_LAB", std::env::current_exe()?)
+        .env("PEERBUF_LAB_KERNEL", if debug { "debug" } else { "stock" })
         .stdin(Stdio::null())
         .output()
-        .with_context(|| format!("starting {}", file.display()))?;
+        .with_context(|| format!("starting {}", work.file.display()))?;
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    Ok(Finished {
-        output: text(&output.stdout) + &text(&output.stderr),
-        trouble: String::new(),
-    })
+    Ok(text(&output.stdout) + &text(&output.stderr))
 }
 
 /// Reads a test program's output.
-fn judge(name: &str, finished: Result<Finished>) -> Verdict {
+fn judge(name: &str, output: &str) -> Verdict {
     let mut verdict = Verdict::default();
-    let finished = match finished {
-        Ok(finished) => finished,
-        Err(error) => {
-            verdict.failed = 1;
-            verdict.text = format!("{name}: the run ... FAILED\n{error:#}\n");
-            return verdict;
-        }
-    };
     let mut complete = false;
-    for line in finished.output.lines() {
+    for line in output.lines() {
         if let Some(rest) = line.strip_prefix("test result: ") {
             complete = true;
             verdict.passed += count(rest, " passed");
@@ -261,14 +670,7 @@ fn judge(name: &str, finished: Result<Finished>) -> Verdict {
         verdict.text += &format!("{name}: the run, which broke off ... FAILED\n");
     }
     if tests_failed || !complete {
-        verdict.text += &format!("---- output of {name}\n{}----\n", finished.output);
-    }
-    if !finished.trouble.is_empty() {
-        verdict.text += &finished.trouble;
-        if complete {
-            verdict.failed += 1;
-            verdict.text += &format!("{name}: kernel log ... FAILED\n");
-        }
+        verdict.text += &format!("---- output of {name}\n{output}----\n");
     }
     verdict
 }
@@ -286,20 +688,14 @@ fn count(summary: &str, what: &str) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn finished(output: &str, trouble: &str) -> Result<Finished> {
-        Ok(Finished {
-            output: output.into(),
-            trouble: trouble.into(),
-        })
-    }
+    use crate::klog::Complaint;
 
     const GOOD: &str = "running 2 tests\ntest a ... ok\ntest b ... ok\n\n\
                         test result: ok. 2 passed; 0 failed; 0 ignored; 0 measured\n";
 
     #[test]
     fn a_good_run_is_one_line_per_test() {
-        let verdict = judge("kmod [--icount]", finished(GOOD, ""));
+        let verdict = judge("kmod [--icount]", GOOD);
         assert_eq!((verdict.passed, verdict.failed), (2, 0));
         assert_eq!(
             verdict.text,
@@ -311,7 +707,7 @@ mod tests {
     fn a_failed_test_brings_its_output() {
         let output = "test a ... ok\ntest b ... FAILED\n\nb panicked: why\n\
                       test result: FAILED. 1 passed; 1 failed; 0 ignored\n";
-        let verdict = judge("kmod", finished(output, ""));
+        let verdict = judge("kmod", output);
         assert_eq!((verdict.passed, verdict.failed), (1, 1));
         assert!(
             verdict.text.contains("kmod: b ... FAILED") && verdict.text.contains("b panicked: why")
@@ -320,16 +716,93 @@ mod tests {
 
     #[test]
     fn a_run_that_broke_off_has_failed() {
-        let verdict = judge("kmod", finished("test a ... ok\n", "the guest ended\n"));
+        let verdict = judge("kmod", "test a ... ok\nthe guest ended\n");
         assert_eq!((verdict.passed, verdict.failed), (0, 1));
         assert!(verdict.text.contains("the guest ended"));
     }
 
+    fn work(name: &str, seconds: u64) -> Work {
+        Work {
+            run: serde_json::from_str(&format!(r#"{{"test": "{name}"}}"#)).unwrap(),
+            file: format!("/t/{name}-1").into(),
+            tests: vec![],
+            expected: Duration::from_secs(seconds),
+        }
+    }
+
+    fn complained(complaints: Vec<Complaint>) -> Outcome {
+        Outcome {
+            ending: Ending::Exit(0),
+            complaints,
+            console: String::new(),
+        }
+    }
+
     #[test]
-    fn a_kernel_that_complained_is_a_failed_test() {
-        let verdict = judge("kmod", finished(GOOD, "BUG: x\n"));
-        assert_eq!((verdict.passed, verdict.failed), (2, 1));
-        assert!(verdict.text.ends_with("kmod: kernel log ... FAILED\n"));
+    fn a_kernels_complaints_are_failures_that_name_the_test() {
+        let one = |test: Option<&str>, line: &str| Complaint {
+            lines: vec![line.into()],
+            program: Some("kmod-1".into()),
+            test: test.map(String::from),
+        };
+        let outcome = complained(vec![
+            one(Some("a"), "BUG: x"),
+            one(Some("a"), "BUG: y"),
+            one(None, "BUG: z"),
+        ]);
+        let found = complaints(&outcome, &[work("paths", 1), work("kmod", 1)]);
+        assert_eq!(found.len(), 2);
+        assert!(found[0].text.contains("BUG: x\n    BUG: y"));
+        assert!(
+            found[0]
+                .text
+                .ends_with("kmod: kernel log during a ... FAILED\n")
+        );
+        assert!(found[1].text.ends_with("kmod: kernel log ... FAILED\n"));
+    }
+
+    #[test]
+    fn a_guests_stream_is_cut_at_the_ends_of_programs() {
+        let (said, heard) = channel();
+        let mut outputs = Outputs {
+            said,
+            text: Vec::new(),
+        };
+        for piece in ["one\n", "\n\x1e end", "ed 0\ntwo\n\n\x1e ended 101\nthr"] {
+            outputs.write_all(piece.as_bytes()).unwrap();
+        }
+        drop(outputs);
+        let all: Vec<_> = heard
+            .iter()
+            .map(|said| match said {
+                Said::All(text) => text,
+                Said::Rest(text) => format!("rest: {text}"),
+            })
+            .collect();
+        assert_eq!(all, ["one\n\n", "two\n\n", "rest: thr"]);
+    }
+
+    #[test]
+    fn guests_go_where_they_are_worth_their_boot() {
+        let group = |works: Vec<Work>| Group {
+            place: Place::Guest,
+            options: vec![],
+            args: guest_args(&works[0].run).unwrap(),
+            files: vec![],
+            waiting: works,
+            guests: 0,
+        };
+        let groups = Mutex::new(vec![
+            group(vec![work("a", 5), work("b", 9)]),
+            group(vec![work("c", 1), work("d", 30), work("e", 40)]),
+        ]);
+        let mut order = Vec::new();
+        while let Some((n, work)) = next_group(&groups, Duration::from_secs(10)) {
+            order.push((n, work.run.name()));
+        }
+        // Nobody went on with c in the second guest of its group, so it waits for the first.
+        let expected = [(1, "e"), (1, "d"), (0, "b")].map(|(n, s)| (n, s.to_owned()));
+        assert_eq!(order, expected);
     }
 
     #[test]

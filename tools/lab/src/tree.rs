@@ -129,6 +129,33 @@ impl Tree {
         &self.name
     }
 
+    /// The packages of this name that are installed, each with its version.
+    ///
+    /// # Errors
+    /// When one is not installed.
+    pub fn versions(&self, packages: &[&str]) -> Result<Vec<String>> {
+        let file = self.root().join("var/lib/dpkg/status");
+        let text =
+            fs::read_to_string(&file).with_context(|| format!("reading {}", file.display()))?;
+        let field = |stanza: &str, name: &str| {
+            let mut lines = stanza.lines();
+            lines.find_map(|l| l.strip_prefix(name).map(|v| v.trim().to_owned()))
+        };
+        packages
+            .iter()
+            .map(|package| {
+                let stanza = text
+                    .split("\n\n")
+                    .find(|s| field(s, "Package:").as_deref() == Some(package));
+                let version = stanza.and_then(|s| field(s, "Version:"));
+                let version = version.with_context(|| {
+                    format!("the distribution tree has no package {package}; `cargo lab clean` makes it anew")
+                })?;
+                Ok(format!("{package} {version}"))
+            })
+            .collect()
+    }
+
     /// A program of the tree, to be run in it.
     pub fn sandbox(&self, program: &str) -> Sandbox {
         Sandbox::new(&self.root(), program)

@@ -1,0 +1,201 @@
+//! Does to a guest's machine what the guest's tests ask for, through QEMU's monitor.
+//!
+//! The guest writes a line into its port `peerbuf.events` and reads one: `TOKEN REQUEST` and
+//! `TOKEN ok [ANSWER]` or `TOKEN error WHY`. The token is the guest's choice; it tells an answer
+//! from one that nobody waited for. The requests:
+//!
+//! ```text
+//! unplug ID       asks the guest's kernel to let the device go; it may take its time
+//! gone ID         whether it has let go: 'yes' or 'no'
+//! plug ID         plugs in again what has gone, with empty memory
+//! link ID up|down the network card's link
+//! ```
+//!
+//! Only devices listed in [`UNPLUGGABLE`] and [`LINKS`] can be named.
+
+use std::{
+    collections::{HashMap, HashSet},
+    io::{BufRead, BufReader, Write},
+    os::unix::net::UnixStream,
+    sync::{
+        Arc, Mutex, PoisonError,
+        mpsc::{Receiver, channel},
+    },
+    thread,
+    time::Duration,
+};
+
+use anyhow::{Result, anyhow, bail};
+use serde_json::{Value, json};
+
+use crate::guest::Machine;
+
+/// Devices that can go.
+const UNPLUGGABLE: &[&str] = &["bar0", "bar1", "nvme0"];
+/// Network cards.
+const LINKS: &[&str] = &["net0"];
+
+/// QEMU answers at once; a device that goes is reported later.
+const ANSWER_LIMIT: Duration = Duration::from_secs(30);
+
+/// Answers the guest's requests until it ends.
+///
+/// # Errors
+/// When a connection cannot be duplicated.
+pub fn serve(machine: Machine, port: UnixStream, monitor: UnixStream) -> Result<()> {
+    let mut answers = port.try_clone()?;
+    let mut monitor = Monitor::new(monitor)?;
+    thread::spawn(move || {
+        for line in BufReader::new(port).lines().map_while(Result::ok) {
+            let (token, request) = line.split_once(' ').unwrap_or((&line, ""));
+            let answer = match answer(&machine, &mut monitor, request) {
+                Ok(said) => format!("{token} ok {said}"),
+                Err(why) => format!("{token} error {}", format!("{why:#}").replace('\n', " ")),
+            };
+            if writeln!(answers, "{}", answer.trim_end()).is_err() {
+                break;
+            }
+        }
+    });
+    Ok(())
+}
+
+fn answer(machine: &Machine, monitor: &mut Monitor, request: &str) -> Result<String> {
+    let known = |list: &[&str], id: &str| {
+        if list.contains(&id) {
+            Ok(())
+        } else {
+            Err(anyhow!(
+                "{request:?} can be asked of {} only",
+                list.join(", ")
+            ))
+        }
+    };
+    match request.split_whitespace().collect::<Vec<_>>()[..] {
+        ["unplug", id] => {
+            known(UNPLUGGABLE, id)?;
+            monitor.execute("device_del", json!({ "id": id }))?;
+            Ok(String::new())
+        }
+        ["gone", id] => {
+            known(UNPLUGGABLE, id)?;
+            Ok(if monitor.is_gone(id) { "yes" } else { "no" }.into())
+        }
+        ["plug", id] => {
+            let Some((slot, mib)) = machine.pluggable(id) else {
+                bail!("{id} cannot be plugged in again");
+            };
+            if !monitor.is_gone(id) {
+                bail!("{id} has not gone");
+            }
+            // QEMU takes a memory for one device only, and forgets its name late, so the card comes
+            // with another one: empty, and called otherwise.
+            let old = monitor.memory(id);
+            monitor.plugged += 1;
+            let memory = format!("{id}-{}", monitor.plugged);
+            monitor.execute("object-del", json!({ "id": old }))?;
+            let bytes = u64::from(mib) << 20;
+            monitor.execute(
+                "object-add",
+                json!({ "qom-type": "memory-backend-ram", "id": memory, "size": bytes, "reserve": false }),
+            )?;
+            monitor.memories.insert(id.to_owned(), memory.clone());
+            monitor.execute(
+                "device_add",
+                json!({ "driver": "ivshmem-plain", "id": id, "memdev": memory, "bus": slot }),
+            )?;
+            monitor.forget(id);
+            Ok(String::new())
+        }
+        ["link", id, state @ ("up" | "down")] => {
+            known(LINKS, id)?;
+            monitor.execute("set_link", json!({ "name": id, "up": state == "up" }))?;
+            Ok(String::new())
+        }
+        _ => bail!("unknown request {request:?}: unplug ID, gone ID, plug ID, link ID up|down"),
+    }
+}
+
+/// QEMU's monitor, in its machine protocol: a JSON object per line.
+struct Monitor {
+    to: UnixStream,
+    answers: Receiver<Value>,
+    gone: Arc<Mutex<HashSet<String>>>,
+    /// Devices plugged in so far.
+    plugged: u32,
+    /// The memory of those, by device.
+    memories: HashMap<String, String>,
+}
+
+impl Monitor {
+    fn new(stream: UnixStream) -> Result<Self> {
+        let to = stream.try_clone()?;
+        let gone = Arc::new(Mutex::new(HashSet::new()));
+        let (tell, answers) = channel();
+        let seen = Arc::clone(&gone);
+        thread::spawn(move || {
+            for line in BufReader::new(stream).lines().map_while(Result::ok) {
+                let Ok(said) = serde_json::from_str::<Value>(&line) else {
+                    continue;
+                };
+                if said["event"] == "DEVICE_DELETED" {
+                    if let Some(id) = said["data"]["device"].as_str() {
+                        let mut gone = seen.lock().unwrap_or_else(PoisonError::into_inner);
+                        gone.insert(id.to_owned());
+                    }
+                } else if (said.get("return").is_some() || said.get("error").is_some())
+                    && tell.send(said).is_err()
+                {
+                    break;
+                }
+            }
+        });
+        let mut monitor = Self {
+            to,
+            answers,
+            gone,
+            plugged: 0,
+            memories: HashMap::new(),
+        };
+        writeln!(monitor.to, "{}", json!({ "execute": "qmp_capabilities" }))?;
+        Ok(monitor)
+    }
+
+    fn execute(&mut self, command: &str, arguments: Value) -> Result<()> {
+        // That of the greeting, and what came too late for its request.
+        while self.answers.try_recv().is_ok() {}
+        let id = format!("{command}-{arguments}");
+        let request = json!({ "execute": command, "arguments": arguments, "id": id });
+        writeln!(self.to, "{request}")?;
+        loop {
+            let said = self.answers.recv_timeout(ANSWER_LIMIT).map_err(|_| {
+                anyhow!(
+                    "QEMU's monitor did not answer {command} within {} s",
+                    ANSWER_LIMIT.as_secs()
+                )
+            })?;
+            if said["id"] != id.as_str() {
+                continue;
+            }
+            return match said["error"]["desc"].as_str() {
+                Some(why) => Err(anyhow!("{command}: {why}")),
+                None => Ok(()),
+            };
+        }
+    }
+
+    /// The memory behind a device's BAR.
+    fn memory(&self, id: &str) -> String {
+        self.memories.get(id).map_or(id, String::as_str).to_owned()
+    }
+
+    fn is_gone(&self, id: &str) -> bool {
+        let gone = self.gone.lock().unwrap_or_else(PoisonError::into_inner);
+        gone.contains(id)
+    }
+
+    fn forget(&self, id: &str) {
+        let mut gone = self.gone.lock().unwrap_or_else(PoisonError::into_inner);
+        gone.remove(id);
+    }
+}
