@@ -210,6 +210,8 @@ pub struct Publisher {
     listening: bool,
     policy: Box<dyn Policy>,
     buffers: BTreeMap<BufferId, Published>,
+    /// What they are published as.
+    names: BTreeSet<String>,
     subscribers: BTreeMap<SubscriberId, Connection>,
     last_buffer: u64,
     last_subscriber: u64,
@@ -243,6 +245,7 @@ impl Publisher {
             listening: false,
             policy: Box::new(SameUser),
             buffers: BTreeMap::new(),
+            names: BTreeSet::new(),
             subscribers: BTreeMap::new(),
             last_buffer: 0,
             last_subscriber: 0,
@@ -342,7 +345,7 @@ impl Publisher {
         buffers: impl IntoIterator<Item = (&'n str, Box<dyn Backing>)>,
     ) -> Result<Vec<BufferId>, ShareError> {
         let buffers: Vec<_> = buffers.into_iter().collect();
-        let mut taken: BTreeSet<&str> = self.buffers.values().map(|b| b.name.as_str()).collect();
+        let mut new = BTreeSet::new();
         for (name, _) in &buffers {
             let refuse = |why| {
                 Err(ShareError::Name {
@@ -356,7 +359,7 @@ impl Publisher {
             if name.chars().any(char::is_control) {
                 return refuse("it has a control character in it");
             }
-            if !taken.insert(name) {
+            if self.names.contains(*name) || !new.insert(*name) {
                 return refuse("the name is taken");
             }
         }
@@ -373,6 +376,7 @@ impl Publisher {
                 tainted: false,
                 read_only: None,
             };
+            self.names.insert(published.name.clone());
             self.buffers.insert(id, published);
             ids.push(id);
         }
@@ -586,11 +590,12 @@ impl Publisher {
     /// withdrawn again.
     pub fn withdraw(&mut self, id: BufferId, time_limit: Duration) -> Result<(), ShareError> {
         let begun = Instant::now();
-        self.named(id)?;
+        let name = self.named(id)?;
         self.take_back(&[id], Message::Withdraw, time_limit);
         self.drain(&[id], begun, time_limit)?;
         self.wait_for_devices(id, begun, time_limit)?;
         self.buffers.remove(&id);
+        self.names.remove(&name);
         Ok(())
     }
 

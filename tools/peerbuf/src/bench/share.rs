@@ -64,7 +64,7 @@ struct Move {
 const RECORD: usize = 240;
 const HEADER: usize = 24;
 /// Buffers that are published for the figures.
-const BUFFERS: usize = 8 * MAX_DESCRIPTORS;
+const BUFFERS: usize = 64 * MAX_DESCRIPTORS;
 
 pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     raise_descriptor_limit()?;
@@ -74,6 +74,8 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
         figures.sort_by(f64::total_cmp);
         Ok(figures[figures.len() / 2])
     };
+    // First, while nothing that was freed can be used again.
+    let memory = memory()?;
     let mut hand_over = Vec::new();
     for batch in [MAX_DESCRIPTORS, 1] {
         hand_over.push(HandOver {
@@ -82,7 +84,6 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
             bare_per_second: median(&|| bare_per_second(batch))?,
         });
     }
-    let memory = memory()?;
     let mut moves = Vec::new();
     for subscribers in [1, 2, 4, 8, 16, 32, 64] {
         moves.push(Move {
@@ -240,8 +241,8 @@ fn resident() -> Result<u64, Failure> {
 
 fn memory() -> Result<Memory, Failure> {
     let before = resident()?;
-    let (mut publisher, _ids) = publisher(10 * BUFFERS)?;
-    let published = resident()?.saturating_sub(before) / (10 * BUFFERS) as u64;
+    let (mut publisher, _ids) = publisher(BUFFERS)?;
+    let published = resident()?.saturating_sub(before) / (BUFFERS) as u64;
     drop(publisher);
     publisher = self::publisher(BUFFERS)?.0;
     let (ours, theirs) = Channel::pair()?;
