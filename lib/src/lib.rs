@@ -43,6 +43,8 @@ pub mod device;
 mod errno;
 pub mod error;
 pub mod export;
+#[doc(hidden)]
+pub mod fuzz;
 pub mod import;
 pub mod plan;
 pub mod share;

@@ -160,7 +160,7 @@ impl DmaBuf {
 /// `pos`, `flags`, ... of any file, then dma-buf's own `size`, `count`, `exp_name` and, if there
 /// is one, `name`. Names may hold anything, so each is the rest of its line, and of two lines
 /// with one key the first counts: the name comes last.
-fn parse_info(text: &str) -> Info {
+pub(crate) fn parse_info(text: &str) -> Info {
     let field = |key: &str| {
         let mut lines = text.lines();
         let found = lines.find_map(|line| line.strip_prefix(key)?.strip_prefix(":\t"));

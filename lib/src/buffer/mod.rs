@@ -18,6 +18,7 @@ use std::sync::Arc;
 
 use rustix::fs::{OFlags, SealFlags};
 
+pub(crate) use dmabuf::parse_info;
 pub use dmabuf::{DmaBuf, Identity, Info};
 pub use fence::{FenceState, SyncFile};
 pub use mapping::{CpuAccess, Mapping};

@@ -106,3 +106,4 @@ pub use policy::{Grant, Policy, SameUser};
 pub use publisher::Fault;
 pub use publisher::{BufferId, CutOff, Event, Migration, Publisher, SubscriberId};
 pub use subscriber::{Lease, Subscriber};
+pub(crate) use wire::{decode_any, samples};

@@ -469,6 +469,69 @@ fn text(field: &[u8]) -> Option<&str> {
     (padding.iter().all(|&byte| byte == 0) && !text.chars().any(char::is_control)).then_some(text)
 }
 
+/// What any end does with a message. For tests.
+pub(crate) fn decode_any(message: &[u8]) -> Result<(), ShareError> {
+    let (kind, records) = open(message)?;
+    match kind {
+        Message::HandOver => hand_over(message).map(drop),
+        Message::Hello => Ok(()),
+        Message::Offer => entries(records).map(drop),
+        _ => notes(records).map(drop),
+    }
+}
+
+/// A valid message of each kind. For tests.
+pub(crate) fn samples() -> Vec<(&'static str, Vec<u8>)> {
+    let mut name = [0; 96];
+    put_text(&mut name, "a buffer");
+    let mut device = [0; 16];
+    put_text(&mut device, "0000:03:00.0");
+    let bar = Description {
+        descriptors: HAS_DMABUF,
+        kind: Kind::Bar.number(),
+        bar: 2,
+        placement: 1,
+        offset: 4096,
+        length: 8192,
+        size: 1 << 20,
+        device,
+        name,
+    };
+    let memory = Description {
+        descriptors: HAS_DMABUF | HAS_HOST_MEMORY,
+        kind: Kind::Udmabuf.number(),
+        bar: NO_BAR,
+        placement: 2,
+        device: [0; 16],
+        ..bar
+    };
+    let mut published = [0; MAX_NAME];
+    put_text(&mut published, "published");
+    let entry = |id, description| Entry {
+        id,
+        generation: 7,
+        name: published,
+        access: 2,
+        reserved: 0,
+        description,
+    };
+    let note = [Note::new(1, 7, 0), Note::new(2, 7, 1)];
+    vec![
+        ("hand-over", encode(Message::HandOver, &[bar])),
+        ("hand-over-memory", encode(Message::HandOver, &[memory])),
+        ("hello", encode::<Note>(Message::Hello, &[])),
+        (
+            "offer",
+            encode(Message::Offer, &[entry(1, bar), entry(2, memory)]),
+        ),
+        ("invalidate", encode(Message::Invalidate, &note)),
+        ("withdraw", encode(Message::Withdraw, &note)),
+        ("farewell", encode(Message::Farewell, &note[..1])),
+        ("accepted", encode(Message::Accepted, &note)),
+        ("released", encode(Message::Released, &note)),
+    ]
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -490,17 +553,6 @@ mod tests {
             entry(id, 7, grant, Placement::System, "published", &buffer)
         };
         encode(Message::Offer, &[entry(1), entry(2)])
-    }
-
-    /// What any end does with a message.
-    fn decode_any(message: &[u8]) -> Result<(), ShareError> {
-        let (kind, records) = open(message)?;
-        match kind {
-            Message::HandOver => hand_over(message).map(drop),
-            Message::Hello => Ok(()),
-            Message::Offer => entries(records).map(drop),
-            _ => notes(records).map(drop),
-        }
     }
 
     #[test]

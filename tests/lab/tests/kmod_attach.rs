@@ -1,0 +1,462 @@
+//! Importers of every kind on buffers that move: who gets what memory, who is told, who is waited
+//! for. Runs in the guest.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use bytemuck::Zeroable;
+use peerbuf_lab_suite::importer::{self, DYNAMIC, Importer, Mapping, PEER};
+use peerbuf_lab_suite::node::{
+    MIB, Map, Node, PAGE, assert_all_free, differs, errno, fill, nvme_bdf,
+};
+use peerbuf_uapi as abi;
+use peerbuf_uapi::{PLACEMENT_DEVICE, PLACEMENT_MIXED, PLACEMENT_SYSTEM};
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+
+/// Attaches with these flags; on an invalidation it unmaps at once.
+fn attach(fd: &OwnedFd, flags: u32) -> io::Result<Importer> {
+    Importer::attach(fd.as_fd(), &nvme_bdf(), flags, 0)
+}
+
+/// As [`attach`], with an `IMPORT_ON_INVALIDATE_*`.
+fn attach_that(fd: &OwnedFd, flags: u32, on_invalidate: u32) -> Importer {
+    let mut request = importer::request(fd.as_fd(), &nvme_bdf(), flags);
+    request.on_invalidate = on_invalidate;
+    if on_invalidate == abi::IMPORT_ON_INVALIDATE_HOLD {
+        request.hold_ms = abi::IMPORT_MAX_MS;
+    }
+    Importer::attach_as(request).unwrap()
+}
+
+fn placement(node: &Node, fd: &OwnedFd) -> u32 {
+    node.buffer(fd).unwrap().placement
+}
+
+fn system(bytes: u64) -> impl Fn(&Mapping) -> bool {
+    move |mapping| (mapping.bytes, mapping.system) == (bytes, bytes)
+}
+
+#[test]
+fn who_cannot_use_the_bar_gets_system_memory() {
+    let node = Node::largest();
+    for flags in [0, DYNAMIC, PEER] {
+        let fd = node.export_movable(MIB).unwrap();
+        let seen = Map::new(fd.as_fd(), MIB as usize, true).unwrap();
+        fill(&seen, 0, MIB as usize, 1);
+        let importer = attach(&fd, flags).unwrap();
+        assert_eq!(placement(&node, &fd), PLACEMENT_SYSTEM, "{flags}");
+        assert_eq!(differs(&seen, 0, MIB as usize, 1), None);
+        if flags == PEER {
+            importer.step(abi::IOC_IMPORT_PIN).unwrap();
+        }
+        let mapping = importer.map().unwrap();
+        assert!(system(MIB)(&mapping), "{mapping:?}");
+        let (attachments, _) = node.buffer_lists(&fd).unwrap();
+        assert_eq!(attachments.len(), 1);
+        let listed = attachments[0];
+        assert!(listed.device.starts_with(nvme_bdf().as_bytes()));
+        assert_eq!(listed.mapped, 1);
+        assert_ne!(listed.flags & abi::ATTACHMENT_NEEDS_SYSTEM, 0);
+        // For as long as it is attached, mapped or not.
+        importer.unmap();
+        if flags == PEER {
+            importer.step(abi::IOC_IMPORT_UNPIN).unwrap();
+        }
+        assert_eq!(errno(node.move_to(&fd, PLACEMENT_DEVICE)), libc::EBUSY);
+        drop(importer);
+        node.move_to(&fd, PLACEMENT_DEVICE).unwrap();
+        assert_eq!(differs(&seen, 0, MIB as usize, 1), None);
+        assert_eq!(node.buffer(&fd).unwrap().refusals, 0);
+    }
+}
+
+#[test]
+fn a_refusal_says_who_and_why() {
+    let node = Node::largest();
+    let (fd, _) = node.export(None, MIB).unwrap();
+    for (count, flags, reason) in [
+        (1, 0, abi::REFUSED_NOT_PEER),
+        (2, DYNAMIC, abi::REFUSED_NOT_PEER),
+        (3, PEER, abi::REFUSED_NOT_REVOCABLE),
+    ] {
+        assert_eq!(errno(attach(&fd, flags)), libc::EOPNOTSUPP);
+        let query = node.buffer(&fd).unwrap();
+        assert_eq!((query.refusals, query.refused_reason), (count, reason));
+        assert_eq!(query.refused_errno, libc::EOPNOTSUPP as u32);
+        assert!(query.refused_device.starts_with(nvme_bdf().as_bytes()));
+        assert_eq!(query.nr_attachments, 0);
+    }
+    assert_eq!(placement(&node, &fd), PLACEMENT_DEVICE);
+    // System memory alone has no BAR that somebody could lack a route to.
+    let mut range = [abi::Range {
+        length: MIB,
+        flags: abi::RANGE_SYSTEM,
+        ..Zeroable::zeroed()
+    }];
+    let (fd, _) = node.export_ranges(0, &mut range).unwrap();
+    for flags in [0, DYNAMIC, PEER, DYNAMIC | PEER] {
+        let importer = attach(&fd, flags).unwrap();
+        if flags == PEER {
+            importer.step(abi::IOC_IMPORT_PIN).unwrap();
+        }
+        assert!(system(MIB)(&importer.map().unwrap()));
+    }
+}
+
+#[test]
+fn a_pinned_buffer_refuses_who_would_move_it() {
+    let node = Node::largest();
+    let fd = node.export_movable(MIB).unwrap();
+    let peer = attach(&fd, DYNAMIC | PEER).unwrap();
+    peer.step(abi::IOC_IMPORT_PIN).unwrap();
+    assert_eq!(errno(node.move_to(&fd, PLACEMENT_SYSTEM)), libc::EBUSY);
+    assert_eq!(errno(attach(&fd, 0)), libc::EBUSY);
+    let query = node.buffer(&fd).unwrap();
+    assert_eq!(query.refused_reason, abi::REFUSED_MOVE_FAILED);
+    assert_eq!((query.pins, query.moves, query.generation), (1, 0, 1));
+    let (attachments, _) = node.buffer_lists(&fd).unwrap();
+    assert_eq!(attachments[0].pinned, 1);
+    // A pin does not stand against a revoke: the device may go away at any time.
+    assert!(peer.map().unwrap().system == 0);
+    assert_eq!(node.revoke(&fd, 1000).unwrap().holders, 0);
+    assert_eq!(peer.state().invalidations, 1);
+    node.restore(&fd).unwrap();
+    peer.step(abi::IOC_IMPORT_UNPIN).unwrap();
+    node.move_to(&fd, PLACEMENT_SYSTEM).unwrap();
+    assert_eq!(node.buffer(&fd).unwrap().pins, 0);
+    // Pins of an importer that goes without a word go with it.
+    peer.step(abi::IOC_IMPORT_PIN).unwrap();
+    drop(peer);
+    node.move_to(&fd, PLACEMENT_DEVICE).unwrap();
+}
+
+#[test]
+fn importers_of_every_kind_share_a_buffer() {
+    let node = Node::largest();
+    let fd = node.export_movable(MIB).unwrap();
+    let peer = attach_that(&fd, DYNAMIC | PEER, abi::IMPORT_ON_INVALIDATE_REMAP);
+    let mapping = peer.map().unwrap();
+    assert_eq!((mapping.bus, mapping.system), (MIB, 0));
+    // A static one comes: the peer is told, and finds the bytes in system memory.
+    let fixed = attach(&fd, 0).unwrap();
+    assert!(system(MIB)(&fixed.map().unwrap()));
+    assert_eq!(peer.state().invalidations, 1);
+    let settled = |wanted: &dyn Fn(&Mapping) -> bool| {
+        let until = Instant::now() + Duration::from_secs(5);
+        while !(peer.state().mapped == 1 && wanted(&peer.mapping())) {
+            assert!(Instant::now() < until, "{:?}", peer.query());
+            thread::sleep(Duration::from_millis(5));
+        }
+    };
+    settled(&system(MIB));
+    let dynamic = attach(&fd, DYNAMIC).unwrap();
+    assert!(system(MIB)(&dynamic.map().unwrap()));
+    drop(dynamic);
+    assert_eq!(errno(node.move_to(&fd, PLACEMENT_DEVICE)), libc::EBUSY);
+    drop(fixed);
+    node.move_to(&fd, PLACEMENT_DEVICE).unwrap();
+    settled(&|mapping| mapping.bus == MIB);
+    let query = node.buffer(&fd).unwrap();
+    assert_eq!(query.moves, 2);
+    assert!(query.invalidations >= 2 && query.maps >= 4, "{query:?}");
+}
+
+#[test]
+fn an_old_mapping_keeps_its_memory_and_holds_up_the_way_back() {
+    let node = Node::largest();
+    let (fd, _) = node.export(None, MIB).unwrap();
+    let holder = attach_that(&fd, DYNAMIC | PEER, abi::IMPORT_ON_INVALIDATE_HOLD);
+    assert_eq!(holder.map().unwrap().bus, MIB);
+    // The way out is free: what it still reaches is in nobody's use.
+    node.move_to(&fd, PLACEMENT_SYSTEM).unwrap();
+    let (attachments, _) = node.buffer_lists(&fd).unwrap();
+    assert_ne!(attachments[0].flags & abi::ATTACHMENT_STALE, 0);
+    assert_eq!((attachments[0].mapped, attachments[0].generation), (1, 1));
+    let began = Instant::now();
+    let back = node.move_part(&fd, PLACEMENT_DEVICE, 0, 0, 150);
+    assert_eq!(errno(back), libc::EBUSY);
+    assert!(began.elapsed() >= Duration::from_millis(150));
+    holder.unmap();
+    node.move_to(&fd, PLACEMENT_DEVICE).unwrap();
+    // In system memory nothing comes under an old mapping: each move takes new pages.
+    node.move_to(&fd, PLACEMENT_SYSTEM).unwrap();
+    assert!(system(MIB)(&holder.map().unwrap()));
+    node.move_to(&fd, PLACEMENT_DEVICE).unwrap();
+    assert_eq!(holder.state().mapped, 1);
+    node.move_to(&fd, PLACEMENT_SYSTEM).unwrap();
+    holder.unmap();
+}
+
+#[test]
+fn moves_wait_for_fences_of_every_usage() {
+    let node = Node::largest();
+    let (fd, _) = node.export(None, MIB).unwrap();
+    let importer = attach(&fd, DYNAMIC | PEER).unwrap();
+    for usage in [
+        abi::IMPORT_FENCE_KERNEL,
+        abi::IMPORT_FENCE_WRITE,
+        abi::IMPORT_FENCE_READ,
+        abi::IMPORT_FENCE_BOOKKEEP,
+    ] {
+        importer.map().unwrap();
+        importer.fence(usage, 30_000).unwrap();
+        let answer = errno(node.move_part(&fd, PLACEMENT_SYSTEM, 0, 0, 100));
+        assert_eq!(answer, libc::EBUSY, "usage {usage}");
+        let revoked = node.revoke(&fd, 50).unwrap();
+        assert_eq!(revoked.fences, 1, "usage {usage}");
+        assert_eq!(errno(node.restore(&fd)), libc::EBUSY);
+        importer.step(abi::IOC_IMPORT_SIGNAL).unwrap();
+        node.revoke(&fd, 1000).unwrap();
+        node.restore(&fd).unwrap();
+        // One that signals while it is waited for.
+        importer.fence(usage, 200).unwrap();
+        let began = Instant::now();
+        node.move_to(&fd, PLACEMENT_SYSTEM).unwrap();
+        let waited = began.elapsed();
+        assert!(waited >= Duration::from_millis(100), "{waited:?}");
+        node.move_to(&fd, PLACEMENT_DEVICE).unwrap();
+    }
+    let query = node.buffer(&fd).unwrap();
+    assert!(query.longest_wait_ns > 80_000_000, "{query:?}");
+}
+
+#[test]
+fn revoke_names_who_does_not_let_go() {
+    let node = Node::largest();
+    let (fd, _) = node.export(None, MIB).unwrap();
+    let holder = attach_that(&fd, DYNAMIC | PEER, abi::IMPORT_ON_INVALIDATE_HOLD);
+    let good = attach(&fd, DYNAMIC | PEER).unwrap();
+    holder.map().unwrap();
+    good.map().unwrap();
+    let began = Instant::now();
+    let revoked = node.revoke(&fd, 200).unwrap();
+    assert_eq!((revoked.holders, revoked.fences, revoked.pages), (1, 0, 0));
+    assert!(began.elapsed() < Duration::from_secs(2));
+    let (attachments, _) = node.buffer_lists(&fd).unwrap();
+    let holding: Vec<u32> = attachments.iter().map(|a| a.mapped).collect();
+    assert_eq!(holding.iter().sum::<u32>(), 1, "{attachments:?}");
+    // Nobody comes in meanwhile.
+    assert_eq!(errno(good.map()), libc::ENODEV);
+    assert_eq!(errno(attach(&fd, DYNAMIC | PEER)), libc::ENODEV);
+    assert_eq!(errno(good.step(abi::IOC_IMPORT_PIN)), libc::ENODEV);
+    assert_eq!(errno(node.restore(&fd)), libc::EBUSY);
+    holder.unmap();
+    assert_eq!(node.revoke(&fd, 1000).unwrap().holders, 0);
+    node.restore(&fd).unwrap();
+    good.map().unwrap();
+}
+
+#[test]
+fn revoke_counts_system_memory_too() {
+    let node = Node::largest();
+    let fd = node.export_movable(MIB).unwrap();
+    let fixed = attach(&fd, 0).unwrap();
+    fixed.map().unwrap();
+    // It cannot be told, so it is told about.
+    assert_eq!(node.revoke(&fd, 100).unwrap().holders, 1);
+    fixed.unmap();
+    assert_eq!(node.revoke(&fd, 100).unwrap().holders, 0);
+    assert_eq!(errno(fixed.map()), libc::ENODEV);
+    node.restore(&fd).unwrap();
+    assert!(system(MIB)(&fixed.map().unwrap()));
+}
+
+#[test]
+fn kernel_mappings_show_either_place_and_keep_it() {
+    let node = Node::largest();
+    let (fd, _) = node.export(None, MIB).unwrap();
+    let importer = attach(&fd, DYNAMIC | PEER).unwrap();
+    for to in [PLACEMENT_DEVICE, PLACEMENT_SYSTEM] {
+        node.move_to(&fd, to).unwrap();
+        importer.step(abi::IOC_IMPORT_VMAP).unwrap();
+        let iomem = importer.query().state & abi::IMPORT_VMAP_IOMEM != 0;
+        assert_eq!(iomem, to == PLACEMENT_DEVICE);
+        let other = PLACEMENT_DEVICE + PLACEMENT_SYSTEM - to;
+        assert_eq!(errno(node.move_to(&fd, other)), libc::EBUSY);
+        assert_eq!(node.buffer(&fd).unwrap().vmaps, 1);
+        assert_eq!(node.revoke(&fd, 50).unwrap().holders, 1);
+        importer.step(abi::IOC_IMPORT_VUNMAP).unwrap();
+        assert_eq!(node.revoke(&fd, 50).unwrap().holders, 0);
+        node.restore(&fd).unwrap();
+    }
+    // Ranges apart in the BAR are one mapping all the same.
+    let range = |offset| abi::Range {
+        offset,
+        length: 2 * PAGE,
+        ..Zeroable::zeroed()
+    };
+    let mut ranges = [range(32 * MIB), range(34 * MIB), range(33 * MIB)];
+    let (fd, _) = node.export_ranges(0, &mut ranges).unwrap();
+    let importer = attach(&fd, DYNAMIC | PEER).unwrap();
+    importer.step(abi::IOC_IMPORT_VMAP).unwrap();
+    assert_ne!(importer.query().state & abi::IMPORT_VMAP_IOMEM, 0);
+}
+
+#[test]
+fn a_mixed_buffer_is_one_scatter_list() {
+    let node = Node::largest();
+    let part = |length, flags| abi::Range {
+        length: length * PAGE,
+        flags,
+        ..Zeroable::zeroed()
+    };
+    let mut ranges = [
+        part(2, abi::RANGE_ANY_OFFSET),
+        part(3, abi::RANGE_SYSTEM),
+        part(1, abi::RANGE_ANY_OFFSET),
+        part(4, abi::RANGE_ANY_OFFSET),
+        part(8, abi::RANGE_SYSTEM),
+    ];
+    let (fd, length) = node
+        .export_ranges(abi::EXPORT_MAY_MOVE, &mut ranges)
+        .unwrap();
+    assert_eq!(placement(&node, &fd), PLACEMENT_MIXED);
+    let peer = attach(&fd, DYNAMIC | PEER).unwrap();
+    let mapping = peer.map().unwrap();
+    assert_eq!(
+        (mapping.bytes, mapping.bus, mapping.system),
+        (length, 7 * PAGE, 11 * PAGE)
+    );
+    assert!(mapping.segments >= 4, "{mapping:?}");
+    peer.unmap();
+    // Moves of parts, as the importer sees them; the sums agree with the query's.
+    let mut random = StdRng::seed_from_u64(11);
+    let pages = length / PAGE;
+    for round in 0..60 {
+        let first = random.random_range(0..pages);
+        let count = random.random_range(1..=pages - first);
+        let to = [PLACEMENT_DEVICE, PLACEMENT_SYSTEM][round % 2];
+        let moved = node.move_part(&fd, to, first * PAGE, count * PAGE, 1000);
+        assert!([0, libc::EOPNOTSUPP].contains(&errno(moved)));
+        let (_, pieces) = node.buffer_lists(&fd).unwrap();
+        let device: u64 = pieces
+            .iter()
+            .filter(|piece| piece.placement == PLACEMENT_DEVICE)
+            .map(|piece| piece.length)
+            .sum();
+        let mapping = peer.map().unwrap();
+        assert_eq!(
+            (mapping.bytes, mapping.bus, mapping.system),
+            (length, device, length - device),
+            "round {round}"
+        );
+        peer.unmap();
+    }
+    // Somebody who cannot use the BAR gets all of it in system memory.
+    let fixed = attach(&fd, 0).unwrap();
+    assert!(system(length)(&fixed.map().unwrap()));
+}
+
+#[test]
+fn unbinding_leaves_system_memory_to_those_who_have_it() {
+    let node = Node::largest();
+    let bdf = node.bdf.clone();
+    let fd = node.export_movable(MIB).unwrap();
+    let fixed = attach(&fd, 0).unwrap();
+    fixed.map().unwrap();
+    let began = Instant::now();
+    Node::unbind(&bdf);
+    assert!(
+        began.elapsed() < Duration::from_secs(5),
+        "it is nobody's BAR"
+    );
+    assert_eq!(fixed.state().mapped, 1);
+    fixed.unmap();
+    assert_eq!(errno(fixed.map()), libc::ENODEV);
+    Node::bind(&bdf);
+    drop((fixed, fd, node));
+    assert_all_free(&Node::open(&bdf).unwrap());
+}
+
+#[test]
+fn everything_races_with_everything() {
+    let bdf = Node::largest().bdf;
+    for round in 0..4u64 {
+        let node = Node::open(&bdf).unwrap();
+        let fd = node.export_movable(16 * PAGE).unwrap();
+        let until = Instant::now() + Duration::from_millis(1500);
+        thread::scope(|scope| {
+            let (node, fd) = (&node, &fd);
+            for (flags, seed) in [
+                (0, 1),
+                (DYNAMIC, 2),
+                (DYNAMIC | PEER, 3),
+                (DYNAMIC | PEER, 4),
+            ] {
+                scope.spawn(move || {
+                    let mut random = StdRng::seed_from_u64(seed + round);
+                    while Instant::now() < until {
+                        let mut request = importer::request(fd.as_fd(), &nvme_bdf(), flags);
+                        if flags & DYNAMIC != 0 {
+                            request.on_invalidate = random.random_range(0..3);
+                        }
+                        if request.on_invalidate == abi::IMPORT_ON_INVALIDATE_HOLD {
+                            request.hold_ms = random.random_range(1..30);
+                        }
+                        let Ok(importer) = Importer::attach_as(request) else {
+                            continue;
+                        };
+                        for _ in 0..random.random_range(0..8) {
+                            let _ = match random.random_range(0..5) {
+                                0 => importer.map_for(random.random_range(0..3)),
+                                1 => importer.step(abi::IOC_IMPORT_UNMAP),
+                                2 if flags & DYNAMIC != 0 => importer.step(abi::IOC_IMPORT_PIN),
+                                3 if flags & DYNAMIC != 0 => importer.step(abi::IOC_IMPORT_UNPIN),
+                                _ => importer
+                                    .fence(random.random_range(0..4), random.random_range(1..10))
+                                    .map(|()| 0),
+                            };
+                        }
+                    }
+                });
+            }
+            scope.spawn(move || {
+                let mut random = StdRng::seed_from_u64(round);
+                while Instant::now() < until {
+                    let to = random.random_range(PLACEMENT_DEVICE..=PLACEMENT_SYSTEM);
+                    let first = random.random_range(0..16);
+                    let count = random.random_range(1..=16 - first);
+                    let moved = node.move_part(fd, to, first * PAGE, count * PAGE, 50);
+                    let answer = errno(moved);
+                    assert!([0, libc::EBUSY, libc::ENODEV].contains(&answer), "{answer}");
+                }
+            });
+            scope.spawn(move || {
+                while Instant::now() < until {
+                    node.revoke(fd, 20).unwrap();
+                    while errno(node.restore(fd)) == libc::EBUSY && Instant::now() < until {
+                        node.revoke(fd, 20).unwrap();
+                    }
+                    thread::sleep(Duration::from_millis(10));
+                }
+            });
+            scope.spawn(move || {
+                let seen = Map::new(fd.as_fd(), 16 * PAGE as usize, true);
+                // A revoke in that moment: nothing to map.
+                let Ok(seen) = seen else { return };
+                while Instant::now() < until {
+                    // Reading would end in SIGBUS at times; a system call gets EFAULT instead.
+                    let mut pipe = [0; 2];
+                    // SAFETY: A new pipe, and a range of the mapping that the kernel checks.
+                    unsafe {
+                        libc::pipe2(pipe.as_mut_ptr(), libc::O_NONBLOCK);
+                        libc::write(pipe[1], seen.as_ptr(), 4096);
+                        libc::read(pipe[0], seen.as_ptr().byte_add(8192), 4096);
+                        libc::close(pipe[0]);
+                        libc::close(pipe[1]);
+                    }
+                }
+            });
+            if round % 2 == 1 {
+                thread::sleep(Duration::from_millis(400));
+                Node::unbind(&bdf);
+                Node::bind(&bdf);
+            }
+        });
+        drop((fd, node));
+        assert_all_free(&Node::open(&bdf).unwrap());
+    }
+}
