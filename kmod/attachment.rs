@@ -514,19 +514,39 @@ impl Attachment {
     }
 
     /// Errors: those of `abi::IOC_IMPORT_VMAP`.
+    ///
+    /// The core says WARN when an exporter cannot do it, which a caller of this must not be able to
+    /// bring about at will. So it is tried only where a mapping for the device shows that the
+    /// buffer is to be had, all of it in one place; the lock keeps it so. What is left is an
+    /// exporter that runs out of memory.
     pub(crate) fn vmap(&self) -> Result<u64> {
         let mut control = self.control.lock();
-        if self.is_gone() {
-            return Err(ffi::enotconn());
-        }
         if control.vmap.is_some() {
             return Err(EBUSY);
         }
+        let state = self.lock();
+        let attach = state.attach().ok_or_else(ffi::enotconn)?;
+        // SAFETY: The dma-buf is valid.
+        if unsafe { (*(*self.dmabuf.0).ops).vmap }.is_none() {
+            return Err(EINVAL);
+        }
+        let direction = bindings::dma_data_direction_DMA_BIDIRECTIONAL;
+        // SAFETY: The attachment is valid and the reservation lock held; the device has its driver,
+        // as in `map_locked`.
+        let report = unsafe {
+            let sgt = from_err_ptr(bindings::dma_buf_map_attachment(attach, direction))?;
+            let report = Report::of(self.pdev(), sgt);
+            bindings::dma_buf_unmap_attachment(attach, sgt, direction);
+            report
+        };
+        if report.system != 0 && report.system != report.bytes() {
+            return Err(ffi::errno(bindings::EOPNOTSUPP));
+        }
         let mut map = bindings::iosys_map::default();
-        // SAFETY: The dma-buf is valid and its reservation lock is not held.
-        let (answer, ns) =
-            timed(|| unsafe { bindings::dma_buf_vmap_unlocked(self.dmabuf.0, &mut map) });
+        // SAFETY: The dma-buf is valid and its reservation lock is held.
+        let (answer, ns) = timed(|| unsafe { bindings::dma_buf_vmap(self.dmabuf.0, &mut map) });
         to_result(answer)?;
+        drop(state);
         let iomem = if map.is_iomem {
             abi::IMPORT_VMAP_IOMEM
         } else {

@@ -470,7 +470,8 @@ pub const IOC_IMPORT_FENCE: u32 = io(0x45);
 pub const IOC_IMPORT_SIGNAL: u32 = io(0x46);
 /// `_IO(0xBB, 0x47)`: maps the buffer into the kernel's address space, and does not look at it, by
 /// [`ImportStep`]. EBUSY: this attachment has done so already; EINVAL: the exporter has no such
-/// mappings; or what the exporter answers.
+/// mappings; EOPNOTSUPP: part of the buffer is in system memory and part is not; or what the
+/// exporter answers to this or to a mapping for the device, which is tried first.
 pub const IOC_IMPORT_VMAP: u32 = io(0x47);
 /// `_IO(0xBB, 0x48)`: takes that mapping away, by [`ImportStep`]. ENOENT: there is none.
 pub const IOC_IMPORT_VUNMAP: u32 = io(0x48);
