@@ -315,9 +315,14 @@ impl Buffer {
         self.revoked.load(Relaxed) != 0
     }
 
+    /// Why access is taken away: `revoked::*` bits. Binding as [`Buffer::revoked`] is.
+    pub(crate) fn reasons(&self) -> u32 {
+        self.revoked.load(Relaxed) as u32
+    }
+
     /// Whether access was taken away for good. Binding as [`Buffer::revoked`] is.
     pub(crate) fn gone(&self) -> bool {
-        self.revoked.load(Relaxed) as u32 & revoked::GONE != 0
+        self.reasons() & revoked::GONE != 0
     }
 
     /// Notes that a process has mapped the buffer.
@@ -438,11 +443,6 @@ impl<'a> Locked<'a> {
 
     pub(crate) fn dmabuf(&self) -> *mut bindings::dma_buf {
         self.dmabuf
-    }
-
-    /// `revoked::*` bits.
-    pub(crate) fn reasons(&self) -> u32 {
-        self.buffer.revoked.load(Relaxed) as u32
     }
 
     /// Says for which reasons access is taken away.

@@ -157,6 +157,8 @@ impl Bar {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Presence {
     Live,
+    /// It is being reset: nothing new is exported until that is over.
+    Resetting,
     /// It is going away, or is gone: nothing new is exported.
     Gone,
 }
@@ -172,10 +174,11 @@ struct State {
 }
 
 impl State {
-    /// ENODEV once the device is gone.
+    /// EAGAIN during a reset, ENODEV once the device is gone.
     fn present(&self) -> Result {
         match self.presence {
             Presence::Live => Ok(()),
+            Presence::Resetting => Err(EAGAIN),
             Presence::Gone => Err(ENODEV),
         }
     }
@@ -421,6 +424,46 @@ impl Device {
         self.wait_idle();
         // No page becomes busy again: every export is revoked and zapped, or its file is dead and
         // has no mapping. The chunks of pages go back with the devres.
+    }
+
+    /// Takes all access away before the device is reset, and waits as [`Device::remove`] does: what
+    /// a reset does to accesses under way is anybody's guess. The driver core holds the device's
+    /// lock, so the device is not removed meanwhile.
+    pub(crate) fn reset_prepare(&self) {
+        self.state.lock().presence = Presence::Resetting;
+        while let Some(dmabuf) = self.unreset_export() {
+            // SAFETY: It came with a reference to its file, which is dropped below.
+            unsafe {
+                self.revoke_bar(dmabuf, revoked::BY_RESET);
+                bindings::fput((*dmabuf).file);
+            }
+        }
+        self.wait_idle();
+    }
+
+    /// Gives access again after a reset, with a new generation: what the memory holds now is the
+    /// device's business. Buffers that their owner has revoked stay so.
+    pub(crate) fn reset_done(&self) {
+        self.each_export(|buffer| {
+            // The only error is that the reset did not revoke it.
+            let _ = revoke::restore(buffer, revoked::BY_RESET);
+        });
+        let mut state = self.state.lock();
+        if state.presence == Presence::Resetting {
+            state.presence = Presence::Live;
+        }
+    }
+
+    /// An export that a reset under way has not revoked yet, with a reference to its file.
+    fn unreset_export(&self) -> Option<*mut bindings::dma_buf> {
+        let state = self.state.lock();
+        let found = state.exports.iter().find(|&&dmabuf| {
+            // SAFETY: It is in the list, and the lock is held. Its buffer lives as long as it.
+            // Nobody but the reset takes this mark away, so what is read without the reservation
+            // lock is right.
+            unsafe { exporter::buffer(dmabuf).reasons() & revoked::BY_RESET == 0 && alive(dmabuf) }
+        });
+        found.copied()
     }
 
     /// Revokes a buffer and waits, without a limit, until nobody can reach its part of the BAR by

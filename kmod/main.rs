@@ -12,8 +12,8 @@
 //!
 //! # Rooms
 //!
-//! - `device.rs`: a bound device and going away; `node.rs`: its node and ioctls; `misc.rs`: what
-//!   every node needs;
+//! - `device.rs`: a bound device and going away; `reset.rs`: resets of it; `node.rs`: its node and
+//!   ioctls; `misc.rs`: what every node needs;
 //! - `region.rs`: who has which bytes of a BAR; `pages.rs`: a BAR's struct pages;
 //! - `buffer.rs`: the movable object behind a dma-buf, and its lock; `exporter.rs`: the dma-buf
 //!   operations; `mapping.rs`: the scatter tables that importers get; `system.rs`: memory that is
@@ -60,6 +60,7 @@ mod moves;
 mod node;
 mod pages;
 mod region;
+mod reset;
 mod revoke;
 mod route;
 mod system;
@@ -68,11 +69,14 @@ mod watch;
 use device::{Binding, Device};
 use importer::Importer;
 use node::Node;
+use reset::Resets;
 
 /// What a bound device owns, dropped in this order before its devres is released.
 struct Bound {
     /// First: nobody new comes in by the node.
     _node: Node,
+    /// Nor by a reset, which cannot happen meanwhile anyway.
+    _resets: Resets,
     /// Then the device takes away what was given out, and waits until it is.
     _device: Binding,
 }
@@ -100,10 +104,12 @@ impl pci::Driver for Driver {
         _info: &'bound Self::IdInfo,
     ) -> impl PinInit<Self::Data<'bound>, Error> + 'bound {
         let device = Device::probe(pdev)?;
+        let resets = Resets::register(device.device())?;
         let node = node::register(device.device())?;
         dev_info!(pdev, "/dev/peerbuf/{}\n", device.device().name());
         Ok(Bound {
             _node: node,
+            _resets: resets,
             _device: device,
         })
     }
@@ -119,6 +125,8 @@ struct Peerbuf {
 
 impl kernel::InPlaceModule for Peerbuf {
     fn init(module: &'static ThisModule) -> impl PinInit<Self, Error> {
+        // SAFETY: A module is initialised once, and its driver is registered below.
+        unsafe { reset::init() };
         try_pin_init!(Self {
             // SAFETY: A module is initialised once, and this is the only importer.
             _importer: unsafe { Importer::register() }?,

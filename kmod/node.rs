@@ -257,8 +257,7 @@ impl Open<'_> {
         }
         self.check_writable()?;
         let dmabuf = self.get(request.fd)?;
-        // SAFETY: The dma-buf is one of ours and kept.
-        request.generation = unsafe { revoke::restore(dmabuf.0, revoked::BY_OWNER)? };
+        request.generation = revoke::restore(&mut dmabuf.lock(), revoked::BY_OWNER)?;
         write_struct(arg, &request)
     }
 

@@ -63,7 +63,7 @@ pub(crate) unsafe fn revoke(
     let wait = Wait::begin(limit_ms);
     // SAFETY: By the caller's promise.
     let mut buffer = unsafe { Locked::lock(dmabuf) };
-    let reasons = buffer.reasons();
+    let reasons = buffer.buffer().reasons();
     if reasons == 0 {
         buffer.generation += 1;
         buffer.watchers.signal();
@@ -117,21 +117,15 @@ fn count(buffer: &Locked<'_>, scope: Scope, fences: bool) -> Left {
 ///
 /// Errors: EALREADY where the reason does not hold, ENODEV where the device is gone, EBUSY where
 /// somebody still has access from before.
-///
-/// # Safety
-///
-/// As for [`revoke`].
-pub(crate) unsafe fn restore(dmabuf: *mut bindings::dma_buf, why: u32) -> Result<u64> {
-    // SAFETY: By the caller's promise.
-    let mut buffer = unsafe { Locked::lock(dmabuf) };
-    let reasons = buffer.reasons();
+pub(crate) fn restore(buffer: &mut Locked<'_>, why: u32) -> Result<u64> {
+    let reasons = buffer.buffer().reasons();
     if buffer.buffer().gone() {
         return Err(ENODEV);
     }
     if reasons & why == 0 {
         return Err(ffi::errno(bindings::EALREADY));
     }
-    let left = count(&buffer, Scope::Buffer, !buffer.fences_signalled());
+    let left = count(buffer, Scope::Buffer, !buffer.fences_signalled());
     // Who kept his mapping through a reset had the BAR taken from under him and must not have it
     // back unawares; that is for the one who resets to wait for.
     if why == revoked::BY_OWNER && !left.nobody() {

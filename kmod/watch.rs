@@ -186,7 +186,7 @@ fn state_of(reasons: u32) -> u32 {
 /// Fills in what `abi::BufferQuery` answers, but for the lists.
 pub(crate) fn query(locked: &Locked<'_>, query: &mut abi::BufferQuery) {
     let (buffer, state): (_, &State) = (locked.buffer(), locked);
-    query.state = state_of(locked.reasons());
+    query.state = state_of(locked.buffer().reasons());
     query.placement = state.placement();
     query.bar = buffer.bar as u32;
     query.length = buffer.len;
