@@ -33,14 +33,14 @@ fn instructions() -> u64 {
 }
 
 /// The instructions of a call, and what it returned.
-fn counted<T>(call: impl FnOnce() -> T) -> (u64, T) {
+pub fn counted<T>(call: impl FnOnce() -> T) -> (u64, T) {
     let start = instructions();
     let result = call();
     (instructions() - start, result)
 }
 
 /// The median of several measurements, after a few that do not count.
-fn median(mut measure: impl FnMut() -> u64) -> u64 {
+pub fn median(mut measure: impl FnMut() -> u64) -> u64 {
     for _ in 0..5 {
         measure();
     }
