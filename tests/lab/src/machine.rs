@@ -98,7 +98,7 @@ impl Machine {
     }
 
     /// Plugs a device in again, in its old slot, its memory all zero, and waits until the kernel has
-    /// it at `bdf`. No driver is bound to it then.
+    /// it at `bdf`.
     ///
     /// # Errors
     ///
@@ -146,10 +146,17 @@ pub fn device(bdf: &str) -> PathBuf {
 /// When the driver does not take it within a minute.
 pub fn give_to_peerbuf(bdf: &str) {
     fs::write(device(bdf).join("driver_override"), "peerbuf").expect("driver_override");
+    let driver = || fs::read_link(device(bdf).join("driver")).ok();
     let start = Instant::now();
     // A device that has just come is in sysfs before drivers are offered it.
-    while !device(bdf).join("driver").exists() {
-        assert!(start.elapsed() < PATIENCE, "peerbuf does not take {bdf}");
+    while !driver().is_some_and(|driver| driver.ends_with("peerbuf")) {
+        assert!(
+            start.elapsed() < PATIENCE,
+            "{bdf} has the driver {:?}",
+            driver()
+        );
+        // Another may have been faster than the override.
+        let _ = fs::write(device(bdf).join("driver/unbind"), bdf);
         fs::write("/sys/bus/pci/drivers_probe", bdf).expect("drivers_probe");
         sleep(Duration::from_millis(20));
     }

@@ -12,9 +12,9 @@ use serde_json::Value;
 /// others must not need it.
 const LIMIT: &str = "2000";
 
-fn cycle(arguments: &[&str]) -> Output {
+fn cycle(seed: u32, arguments: &[&str]) -> Output {
     let mut command = Command::new("peerbuf");
-    command.args(["cycle", "--json", "--seed", "7"]);
+    command.args(["cycle", "--json", "--seed", &seed.to_string()]);
     command.args(arguments).output().unwrap()
 }
 
@@ -35,7 +35,10 @@ fn number(value: &Value) -> u64 {
 fn loses_nothing(arguments: &[&str], cycles: u64, importers: &[&str]) -> Value {
     let (importers_text, cycles_text) = (importers.join(","), cycles.to_string());
     let more = ["--importers", &importers_text, "--cycles", &cycles_text];
-    let output = cycle(&[arguments, &more[..], &["--time-limit", LIMIT]].concat());
+    let output = cycle(
+        7,
+        &[arguments, &more[..], &["--time-limit", LIMIT]].concat(),
+    );
     let summary = summary(&output);
     assert!(output.status.success(), "{output:?}");
     assert_eq!(summary["lost_bytes"], 0);
@@ -129,26 +132,35 @@ fn nothing_is_lost_from_one_kind_of_memory_to_another() {
 /// A run with a guarantee broken fails, and says what was lost and whose it was.
 fn is_noticed(backing: &str, guarantee: &str) {
     let _alone = alone();
-    let output = cycle(&[
-        "--backing",
-        backing,
-        "--importers",
-        "cpu",
-        "--processes",
-        "4",
-        "--buffers",
-        "2",
-        "--size",
-        "64K",
-        "--cycles",
-        "60",
-        "--stall",
-        "0.4",
-        "--time-limit",
-        "100",
-        "--break",
-        guarantee,
-    ]);
+    // Whether a broken guarantee does harm is a matter of chance: a process must be stopped at the
+    // wrong moment. Several schedules make it all but certain.
+    let broken = |seed: u32| {
+        let arguments = [
+            "--backing",
+            backing,
+            "--importers",
+            "cpu",
+            "--processes",
+            "4",
+            "--buffers",
+            "2",
+            "--size",
+            "64K",
+            "--cycles",
+            "60",
+            "--stall",
+            "0.4",
+            "--time-limit",
+            "100",
+            "--break",
+            guarantee,
+        ];
+        cycle(seed, &arguments)
+    };
+    let output = (1..8)
+        .map(broken)
+        .find(|output| output.status.code() != Some(0))
+        .unwrap_or_else(|| broken(8));
     assert_eq!(output.status.code(), Some(1), "{output:?}");
     let summary = summary(&output);
     assert!(number(&summary["lost_bytes"]) > 0);

@@ -643,7 +643,11 @@ fn a_move_comes_to_an_end_under_a_stream_of_direct_io() {
                 }
             });
         }
-        for round in 0..40 {
+        for round in 0.. {
+            // On a quiet machine the moves are over before much was read.
+            if round >= 40 && transfers.load(Ordering::Relaxed) > 20 {
+                break;
+            }
             let to = [PLACEMENT_SYSTEM, PLACEMENT_DEVICE][round % 2];
             let moved = node.move_to(&fd, to);
             if moved.is_err() {
@@ -653,7 +657,6 @@ fn a_move_comes_to_an_end_under_a_stream_of_direct_io() {
         }
         stop.store(true, Ordering::Relaxed);
     });
-    assert!(transfers.load(Ordering::Relaxed) > 20);
     assert_eq!(differs(&seen, 0, len as usize, 6), None);
 }
 

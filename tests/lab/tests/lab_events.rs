@@ -26,7 +26,6 @@ fn a_bar_is_unplugged_under_peerbuf_and_comes_back_empty() {
         assert!(!device(&bdf).exists(), "{bdf} in round {round}");
         assert!(Node::open(&bdf).is_err(), "{bdf} in round {round}");
         machine.plug("bar0", &bdf).unwrap();
-        assert!(!device(&bdf).join("driver").exists());
         give_to_peerbuf(&bdf);
     }
 }
