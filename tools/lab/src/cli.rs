@@ -103,7 +103,7 @@ pub enum Command {
 /// Which kernel.
 #[derive(Debug, Clone, Args)]
 pub struct KernelArgs {
-    /// The kernel package's version, such as 7.2.12+deb13; 'stock' for the newest there is; or
+    /// The kernel package's version, such as 7.2.12+deb13; 'stock' for the newest 7.2 there is; or
     /// 'debug' for that one's source with lockdep, KASAN, kmemleak and fault injection
     #[arg(long, value_name = "stock|debug|VERSION", default_value = "stock")]
     pub kernel: String,

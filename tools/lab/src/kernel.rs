@@ -58,7 +58,7 @@ pub struct Kernel {
 }
 
 impl Kernel {
-    /// The kernel that `wanted` names (`stock` is the newest the suites offer, `debug` the
+    /// The kernel that `wanted` names (`stock` is the newest 7.2 that the suites offer, `debug` the
     /// instrumented one of the same source), made first if the cache does not have it.
     ///
     /// # Errors
@@ -79,7 +79,7 @@ impl Kernel {
                     other => return other,
                 },
                 None if fresh => bail!(
-                    "no kernel package {wanted:?}: the suites offer {}; name one of them, 'stock' for the newest or 'debug' for the instrumented one",
+                    "no kernel package {wanted:?}: the suites offer {}; name one of them, 'stock' for the newest 7.2 or 'debug' for the instrumented one",
                     offered.join(", ")
                 ),
                 None => {}
@@ -278,9 +278,13 @@ fn offered(cache: &Cache, tree: &Tree, fresh: bool) -> Result<Vec<String>> {
     Ok(text.lines().map(str::to_owned).collect())
 }
 
+/// The series of kernels that peerbuf.ko is written for: Rust's kernel interfaces change from one to
+/// the next, and the suites go on without asking.
+const SERIES: &str = "7.2.";
+
 fn choose<'a>(offered: &'a [String], wanted: &str) -> Option<&'a str> {
     let name = wanted.strip_prefix("linux-image-").unwrap_or(wanted);
-    let newest = || offered.last();
+    let newest = || offered.iter().rev().find(|o| o.starts_with(SERIES));
     let found = if name == "stock" || name == DEBUG {
         newest()
     } else {
@@ -339,7 +343,12 @@ mod tests {
 
     #[test]
     fn a_kernel_is_named_as_people_name_it() {
-        let offered = ["6.12.1+deb13-amd64", "7.2.12+deb13-amd64"].map(String::from);
+        let offered = [
+            "6.12.1+deb13-amd64",
+            "7.2.12+deb13-amd64",
+            "7.3.4+deb13-amd64",
+        ]
+        .map(String::from);
         assert_eq!(choose(&offered, "stock"), Some("7.2.12+deb13-amd64"));
         assert_eq!(choose(&offered, DEBUG), Some("7.2.12+deb13-amd64"));
         assert_eq!(choose(&offered, "6.12.1+deb13"), Some("6.12.1+deb13-amd64"));
