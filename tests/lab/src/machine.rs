@@ -148,15 +148,18 @@ pub fn give_to_peerbuf(bdf: &str) {
     fs::write(device(bdf).join("driver_override"), "peerbuf").expect("driver_override");
     let driver = || fs::read_link(device(bdf).join("driver")).ok();
     let start = Instant::now();
-    // A device that has just come is in sysfs before drivers are offered it.
-    while !driver().is_some_and(|driver| driver.ends_with("peerbuf")) {
+    // A device that has just come is in sysfs before drivers are offered it, and shows its driver
+    // before that is done with it: the node is the last to come.
+    while !Path::new("/dev/peerbuf").join(bdf).exists() {
         assert!(
             start.elapsed() < PATIENCE,
-            "{bdf} has the driver {:?}",
+            "peerbuf does not take {bdf}, whose driver is {:?}",
             driver()
         );
-        // Another may have been faster than the override.
-        let _ = fs::write(device(bdf).join("driver/unbind"), bdf);
+        if driver().is_some_and(|driver| !driver.ends_with("peerbuf")) {
+            // Another was faster than the override.
+            let _ = fs::write(device(bdf).join("driver/unbind"), bdf);
+        }
         fs::write("/sys/bus/pci/drivers_probe", bdf).expect("drivers_probe");
         sleep(Duration::from_millis(20));
     }
