@@ -98,7 +98,8 @@ impl Machine {
     }
 
     /// Plugs a device in again, in its old slot, its memory all zero, and waits until the kernel has
-    /// it at `bdf`.
+    /// it at `bdf` and no driver holds it. (virtio_pci tries every device of this vendor, and shows
+    /// as its driver while it does.)
     ///
     /// # Errors
     ///
@@ -110,8 +111,12 @@ impl Machine {
     pub fn plug(&mut self, id: &str, bdf: &str) -> Result<(), String> {
         self.ask(&format!("plug {id}"))?;
         let start = Instant::now();
-        while !device(bdf).exists() {
-            assert!(start.elapsed() < PATIENCE, "{id} has not come back");
+        while !device(bdf).exists() || driver_of(bdf).is_some() {
+            assert!(
+                start.elapsed() < PATIENCE,
+                "{id} has not come back without a driver: {:?}",
+                driver_of(bdf)
+            );
             sleep(Duration::from_millis(20));
         }
         Ok(())
@@ -139,6 +144,11 @@ pub fn device(bdf: &str) -> PathBuf {
     Path::new("/sys/bus/pci/devices").join(bdf)
 }
 
+/// The driver that a PCI device shows.
+pub fn driver_of(bdf: &str) -> Option<PathBuf> {
+    fs::read_link(device(bdf).join("driver")).ok()
+}
+
 /// Gives a device, such as one plugged in again, to peerbuf.
 ///
 /// # Panics
@@ -146,7 +156,6 @@ pub fn device(bdf: &str) -> PathBuf {
 /// When the driver does not take it within a minute.
 pub fn give_to_peerbuf(bdf: &str) {
     fs::write(device(bdf).join("driver_override"), "peerbuf").expect("driver_override");
-    let driver = || fs::read_link(device(bdf).join("driver")).ok();
     let start = Instant::now();
     // A device that has just come is in sysfs before drivers are offered it, and shows its driver
     // before that is done with it: the node is the last to come.
@@ -154,12 +163,8 @@ pub fn give_to_peerbuf(bdf: &str) {
         assert!(
             start.elapsed() < PATIENCE,
             "peerbuf does not take {bdf}, whose driver is {:?}",
-            driver()
+            driver_of(bdf)
         );
-        if driver().is_some_and(|driver| !driver.ends_with("peerbuf")) {
-            // Another was faster than the override.
-            let _ = fs::write(device(bdf).join("driver/unbind"), bdf);
-        }
         fs::write("/sys/bus/pci/drivers_probe", bdf).expect("drivers_probe");
         sleep(Duration::from_millis(20));
     }
