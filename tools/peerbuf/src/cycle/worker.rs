@@ -105,9 +105,9 @@ pub fn run() -> Result<ExitCode, Failure> {
     if worker.importers.is_empty() {
         return Ok(ExitCode::FAILURE);
     }
-    let subscriber = Subscriber::new(publisher)?;
-    match worker.work(&subscriber) {
-        // The first process has enough, or had enough of this one.
+    let subscriber = Subscriber::new(publisher).map_err(Failure::from);
+    match subscriber.and_then(|subscriber| worker.work(&subscriber)) {
+        // The first process has enough, maybe before this one began, or had enough of this one.
         Err(error) if is_end(&error) => Ok(ExitCode::SUCCESS),
         Err(error) => Err(error),
         Ok(()) => Ok(ExitCode::SUCCESS),
