@@ -40,6 +40,8 @@
 //! # }
 //! ```
 //!
+//! Programs that wait with `async` have the same in `share::tokio` (feature `tokio`).
+//!
 //! # What is guaranteed
 //!
 //! 1. **Whole moves.** When [`Publisher::migrate`] returns, no live subscriber uses the old
@@ -97,6 +99,8 @@ mod channel;
 mod policy;
 mod publisher;
 mod subscriber;
+#[cfg(feature = "tokio")]
+pub mod tokio;
 mod wire;
 
 pub use backing::{Backing, Copied, Movable, Order, Placement, copy};

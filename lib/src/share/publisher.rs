@@ -35,6 +35,10 @@ const RETRY: Duration = Duration::from_millis(10);
 /// The listener's number among what is waited for; subscribers count from 1.
 const LISTENER: u64 = 0;
 
+/// The number of what only ends the wait.
+#[cfg(feature = "tokio")]
+const WAKE: u64 = u64::MAX;
+
 /// A buffer that was published.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct BufferId(u64);
@@ -638,6 +642,20 @@ impl Publisher {
                 return Ok(());
             }
         }
+    }
+
+    /// Ends a wait, once, each time that something is written to this eventfd.
+    #[cfg(feature = "tokio")]
+    pub(super) fn wake_by(&self, wake: impl AsFd) -> Result<(), ShareError> {
+        let data = epoll::EventData::new_u64(WAKE);
+        let once = epoll::EventFlags::IN | epoll::EventFlags::ET;
+        Ok(epoll::add(&self.waiting, wake, data, once).map_err(failed("epoll_ctl"))?)
+    }
+
+    /// What has happened already.
+    #[cfg(feature = "tokio")]
+    pub(super) fn take_events(&mut self) -> impl Iterator<Item = Event> + '_ {
+        self.events.drain(..)
     }
 
     fn named(&self, id: BufferId) -> Result<String, ShareError> {

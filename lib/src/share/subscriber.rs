@@ -58,12 +58,15 @@ struct Terms {
 }
 
 #[derive(Debug)]
-struct Session {
+pub(super) struct Session {
     channel: Channel,
     /// Wakes the thread.
     wake: OwnedFd,
     state: Mutex<State>,
     changed: Condvar,
+    /// The same, for those who wait with `async`.
+    #[cfg(feature = "tokio")]
+    news: tokio::sync::Notify,
 }
 
 #[derive(Debug, Default)]
@@ -140,6 +143,8 @@ impl Subscriber {
             wake,
             state: Mutex::default(),
             changed: Condvar::new(),
+            #[cfg(feature = "tokio")]
+            news: tokio::sync::Notify::new(),
         });
         let served = Arc::clone(&session);
         let thread = std::thread::Builder::new()
@@ -191,19 +196,8 @@ impl Subscriber {
         let deadline = limit.map(|limit| Instant::now() + limit);
         let mut state = session.lock();
         loop {
-            if let Some(error) = &state.ended {
-                return Err(error.clone());
-            }
-            let mut slots = state.buffers.values_mut();
-            if let Some(slot) = slots.find(|slot| slot.name == name && slot.offer.is_some())
-                && let Some(offer) = &mut slot.offer
-            {
-                let buffer = offer.open(session)?;
-                return Ok(Lease {
-                    buffer,
-                    terms: Arc::clone(&offer.terms),
-                    session: Arc::clone(session),
-                });
+            if let Some(lease) = session.take_lease(&mut state, name)? {
+                return Ok(lease);
             }
             state = match (deadline, limit) {
                 (Some(deadline), Some(limit)) => {
@@ -217,6 +211,18 @@ impl Subscriber {
                 _ => session.wait(state, None),
             };
         }
+    }
+}
+
+#[cfg(feature = "tokio")]
+impl Subscriber {
+    pub(super) fn session(&self) -> &Session {
+        &self.session
+    }
+
+    /// A lease, if the buffer is offered at this moment.
+    pub(super) fn try_buffer(&self, name: &str) -> Result<Option<Lease>, ShareError> {
+        self.session.take_lease(&mut self.session.lock(), name)
     }
 }
 
@@ -252,6 +258,11 @@ impl Lease {
     /// Where its bytes were when it was offered.
     pub fn placement(&self) -> Placement {
         self.terms.placement
+    }
+
+    #[cfg(feature = "tokio")]
+    pub(super) fn session(&self) -> &Session {
+        &self.session
     }
 
     /// The time by which the publisher wants it back, once it does. Work that takes long should
@@ -321,7 +332,56 @@ impl Offer {
     }
 }
 
+#[cfg(feature = "tokio")]
 impl Session {
+    pub(super) fn has_ended(&self) -> bool {
+        self.lock().ended.is_some()
+    }
+
+    /// Asks after each change until there is an answer.
+    pub(super) async fn changed_until<T>(&self, mut ask: impl FnMut() -> Option<T>) -> T {
+        loop {
+            // What changes after this line ends the wait.
+            let mut changed = std::pin::pin!(self.news.notified());
+            changed.as_mut().enable();
+            if let Some(answer) = ask() {
+                return answer;
+            }
+            changed.await;
+        }
+    }
+}
+
+impl Session {
+    /// A lease of what is offered as `name`.
+    fn take_lease(
+        self: &Arc<Session>,
+        state: &mut State,
+        name: &str,
+    ) -> Result<Option<Lease>, ShareError> {
+        if let Some(error) = &state.ended {
+            return Err(error.clone());
+        }
+        let slots = state.buffers.values_mut();
+        let mut offers = slots
+            .filter(|slot| slot.name == name)
+            .filter_map(|slot| slot.offer.as_mut());
+        let Some(offer) = offers.next() else {
+            return Ok(None);
+        };
+        Ok(Some(Lease {
+            buffer: offer.open(self)?,
+            terms: Arc::clone(&offer.terms),
+            session: Arc::clone(self),
+        }))
+    }
+
+    fn tell(&self) {
+        self.changed.notify_all();
+        #[cfg(feature = "tokio")]
+        self.news.notify_waiters();
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         // A panic while it was locked leaves the state as it was between two changes.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
@@ -395,7 +455,7 @@ impl Session {
         drop(state);
         drop(slots);
         self.channel.shut_down();
-        self.changed.notify_all();
+        self.tell();
     }
 
     /// Waits for something to do and does it; false when the application has enough.
@@ -468,7 +528,7 @@ impl Session {
                     .try_for_each(|note| self.give_back(kind, note));
                 // The next turn sends what has come together.
                 self.lock().gathering = false;
-                self.changed.notify_all();
+                self.tell();
                 result
             }
             Message::Farewell => {
@@ -520,7 +580,7 @@ impl Session {
             state.outbox.push_back((Message::Accepted, note));
         }
         drop(state);
-        self.changed.notify_all();
+        self.tell();
         Ok(())
     }
 

@@ -1,0 +1,205 @@
+//! Publishing with `async` (`peerbuf::share::tokio`): the same guarantees, and nobody is kept
+//! waiting by somebody else's wait.
+
+use std::time::{Duration, Instant};
+
+use peerbuf::error::ShareError;
+use peerbuf::export::memfd;
+use peerbuf::share::tokio::{Publisher, Subscriber};
+use peerbuf::share::{Backing, BufferId, Channel, Copied, CutOff, Event, Lease};
+use peerbuf::{Access, Buffer};
+use tokio::time::{sleep, timeout};
+
+const SIZE: u64 = 64 << 10;
+/// For what happens.
+const LONG: Duration = Duration::from_secs(20);
+/// For what does not.
+const SHORT: Duration = Duration::from_millis(50);
+
+fn memory() -> impl Backing + 'static {
+    Copied::new(|order| memfd::export(&format!("generation {}", order.generation), SIZE)).unwrap()
+}
+
+fn put(buffer: &Buffer, word: u64) {
+    let mut mapping = buffer.range(0, 8).unwrap().map(Access::ReadWrite).unwrap();
+    let mut cpu = mapping.begin_cpu_access(Access::Write).unwrap();
+    cpu.write_at(0, &word.to_ne_bytes()).unwrap();
+    cpu.end().unwrap();
+}
+
+fn get(buffer: &Buffer) -> u64 {
+    let mut word = [0; 8];
+    let mut mapping = buffer.range(0, 8).unwrap().map(Access::Read).unwrap();
+    let cpu = mapping.begin_cpu_access(Access::Read).unwrap();
+    cpu.read_at(0, &mut word).unwrap();
+    u64::from_ne_bytes(word)
+}
+
+async fn publish() -> (Publisher, BufferId) {
+    let publisher = Publisher::serve(peerbuf::share::Publisher::new().unwrap()).unwrap();
+    let id = publisher.publish("b", memory()).await.unwrap();
+    (publisher, id)
+}
+
+async fn subscribe(publisher: &Publisher) -> Subscriber {
+    let (ours, theirs) = Channel::pair().unwrap();
+    publisher.add(ours).await.unwrap();
+    Subscriber::new(theirs).unwrap()
+}
+
+async fn lease(subscriber: &Subscriber) -> Lease {
+    let lease = timeout(LONG, subscriber.buffer("b")).await;
+    lease.expect("it was offered").unwrap()
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn a_move_waits_for_tasks_and_keeps_their_bytes() {
+    let (publisher, id) = publish().await;
+    let mut tasks = Vec::new();
+    for _ in 0..8 {
+        let subscriber = subscribe(&publisher).await;
+        tasks.push(tokio::spawn(async move {
+            for expected in 1..=5 {
+                let held = lease(&subscriber).await;
+                assert_eq!(held.generation(), expected);
+                if expected == 5 {
+                    return;
+                }
+                held.wanted().await.expect("the publisher is there");
+                // Work that goes on for a moment, in which others run.
+                sleep(Duration::from_millis(1)).await;
+                put(&held, get(&held).max(expected));
+                drop(held);
+            }
+        }));
+    }
+    for generation in 2..=5 {
+        // Every task has its lease by then, or is told while it asks for one.
+        while publisher.with(move |p| p.accepted(id)).await.unwrap() < 8 {
+            sleep(Duration::from_millis(1)).await;
+        }
+        sleep(Duration::from_millis(20)).await;
+        let moved = publisher.migrate(id, LONG).await.unwrap();
+        assert_eq!(moved.generation, generation);
+        assert_eq!((moved.released, moved.lost.len()), (8, 0));
+    }
+    for task in tasks {
+        task.await.unwrap();
+    }
+    let word = publisher.with(move |p| get(p.buffer(id).unwrap())).await;
+    assert_eq!(word.unwrap(), 4);
+}
+
+/// The subscriber that does not give back is cut off, and meanwhile the only thread of the runtime
+/// does other things.
+#[tokio::test(flavor = "current_thread")]
+async fn a_move_keeps_no_other_task_waiting() {
+    let (publisher, id) = publish().await;
+    let stuck = subscribe(&publisher).await;
+    let held = lease(&stuck).await;
+    put(&held, 7);
+    let limit = Duration::from_millis(200);
+    let begun = Instant::now();
+    let ticks = async {
+        let mut ticks = 0;
+        while begun.elapsed() < limit {
+            sleep(Duration::from_millis(5)).await;
+            ticks += 1;
+        }
+        ticks
+    };
+    let (moved, ticks) = tokio::join!(publisher.migrate(id, limit), ticks);
+    let moved = moved.unwrap();
+    assert_eq!(moved.lost.len(), 1);
+    assert!(moved.isolated);
+    assert!(ticks >= 5, "{ticks} ticks in {limit:?}");
+    assert!(held.wanted().await.is_some());
+    put(&held, 8);
+    let word = publisher.with(move |p| get(p.buffer(id).unwrap())).await;
+    assert_eq!(word.unwrap(), 7, "a late write reached the new generation");
+    let error = timeout(LONG, stuck.buffer("b")).await.unwrap();
+    assert!(matches!(error, Err(ShareError::CutOff { .. })), "{error:?}");
+    let joined = publisher.next_event().await.unwrap();
+    assert!(matches!(joined, Event::Joined { .. }), "{joined:?}");
+    let cut_off = publisher.next_event().await.unwrap();
+    let Event::CutOff { why, held, .. } = cut_off else {
+        panic!("{cut_off:?}");
+    };
+    assert!(matches!(why, CutOff::Late { .. }), "{why}");
+    assert_eq!(held, [id]);
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn dropped_futures_lose_nothing() {
+    let (publisher, id) = publish().await;
+    let subscriber = subscribe(&publisher).await;
+    // Nothing of this name: waiting ends with the future, and holds nothing up.
+    assert!(timeout(SHORT, subscriber.buffer("other")).await.is_err());
+    let held = lease(&subscriber).await;
+    assert!(timeout(SHORT, held.wanted()).await.is_err());
+    // The migration goes on without the one who asked for it.
+    let asked = publisher.migrate(id, LONG);
+    assert!(timeout(SHORT, asked).await.is_err());
+    assert!(held.wanted_back().is_some());
+    drop(held);
+    let generation = publisher.with(move |p| p.generation(id)).await;
+    assert_eq!(generation.unwrap(), Some(2));
+    assert_eq!(lease(&subscriber).await.generation(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_tasks_use_one_publisher() {
+    let (publisher, first) = publish().await;
+    let publisher = std::sync::Arc::new(publisher);
+    let mut tasks = Vec::new();
+    for number in 0..16 {
+        let publisher = publisher.clone();
+        tasks.push(tokio::spawn(async move {
+            let name = format!("buffer {number}");
+            let id = publisher.publish(&name, memory()).await.unwrap();
+            for generation in 2..6 {
+                let moved = publisher.migrate(id, LONG).await.unwrap();
+                assert_eq!(moved.generation, generation);
+            }
+            publisher.withdraw(id, LONG).await.unwrap();
+            let gone = publisher.migrate(id, LONG).await;
+            assert!(matches!(gone, Err(ShareError::Unknown { .. })), "{gone:?}");
+        }));
+    }
+    for task in tasks {
+        task.await.unwrap();
+    }
+    let moved = publisher.migrate_all(&[first, first], LONG).await.unwrap();
+    assert!(moved[0].is_ok());
+    assert!(matches!(moved[1], Err(ShareError::StillInUse { .. })));
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn a_publisher_is_given_back_or_goes() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("socket");
+    let blocking = peerbuf::share::Publisher::bind(&path).unwrap();
+    let publisher = Publisher::serve(blocking).unwrap();
+    let id = publisher.publish("b", memory()).await.unwrap();
+    let subscriber = Subscriber::connect(&path).await.unwrap();
+    let held = lease(&subscriber).await;
+    let mut blocking = publisher.stop().await.unwrap();
+    assert_eq!(
+        (blocking.generation(id), blocking.holders(id)),
+        (Some(1), 1)
+    );
+    drop(held);
+    assert_eq!(blocking.migrate(id, LONG).unwrap().released, 1);
+
+    let publisher = Publisher::serve(blocking).unwrap();
+    let held = lease(&subscriber).await;
+    assert_eq!(held.generation(), 2);
+    drop(publisher);
+    let wanted = timeout(LONG, held.wanted()).await;
+    assert_eq!(wanted.expect("the publisher has gone"), None);
+    let gone = subscriber.buffer("b").await;
+    assert!(matches!(gone, Err(ShareError::PeerGone)), "{gone:?}");
+    // Nobody's any more, and still memory.
+    put(&held, 1);
+    assert_eq!(get(&held), 1);
+}
