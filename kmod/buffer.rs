@@ -30,7 +30,7 @@ use crate::{
     abi,
     device::{Bar, Device},
     ffi,
-    mapping::Mapping,
+    mapping::{Mapping, Mappings},
     system::{self, System},
     watch::{Counters, Refusal, Watchers},
 };
@@ -112,12 +112,12 @@ pub(crate) struct State {
     pub(crate) moving: bool,
     /// Raised by each move, revoke and restore, from 1.
     pub(crate) generation: u64,
+    /// Somebody waits for a change, or is about to.
+    awaited: bool,
     /// The whole buffer, in order.
     pub(crate) pieces: KVec<Piece>,
-    /// The pieces that are in the BAR, in order, neighbours joined: as the P2PDMA core wants them.
-    pub(crate) ranges: KVec<bindings::phys_vec>,
     /// The mappings that importers have.
-    pub(crate) mappings: KVec<Mapping>,
+    pub(crate) mappings: Mappings,
     /// Pins of all importers.
     pub(crate) pins: u32,
     /// Attachments that need system memory.
@@ -130,22 +130,37 @@ pub(crate) struct State {
 }
 
 impl State {
-    /// Bytes in the BAR.
-    pub(crate) fn device_len(&self) -> u64 {
-        self.ranges.iter().map(|range| range.len as u64).sum()
+    /// The places in the BAR of the pieces that are there, in order: offset and length.
+    pub(crate) fn at_home(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
+        let at_home = |piece: &Piece| match &piece.system {
+            None => piece.home.map(|home| (home, piece.len)),
+            Some(_) => None,
+        };
+        self.pieces.iter().filter_map(at_home)
     }
 
-    /// Whether any byte is in system memory.
-    pub(crate) fn has_system(&self) -> bool {
-        self.pieces.iter().any(|piece| piece.system.is_some())
+    /// Where the buffer begins in the BAR, if it is there in one run.
+    pub(crate) fn one_run(&self) -> Option<u64> {
+        let (mut first, mut next) = (None, None);
+        for piece in &self.pieces {
+            match (piece.home, &piece.system) {
+                (Some(home), None) if next.is_none_or(|next| next == home) => {
+                    first.get_or_insert(home);
+                    next = Some(home + piece.len);
+                }
+                _ => return None,
+            }
+        }
+        first
     }
 
     /// The `PLACEMENT_*` of the whole.
     pub(crate) fn placement(&self) -> u32 {
-        match (self.ranges.is_empty(), self.has_system()) {
-            (false, false) => abi::PLACEMENT_DEVICE,
-            (false, true) => abi::PLACEMENT_MIXED,
-            (true, _) => abi::PLACEMENT_SYSTEM,
+        let mut placements = self.pieces.iter().map(Piece::placement);
+        let first = placements.next().unwrap_or(abi::PLACEMENT_SYSTEM);
+        match placements.all(|placement| placement == first) {
+            true => first,
+            false => abi::PLACEMENT_MIXED,
         }
     }
 
@@ -216,22 +231,6 @@ pub(crate) fn cut(pieces: KVec<Piece>, part: &Range<u64>) -> Result<KVec<Piece>>
     Ok(cut)
 }
 
-/// The ranges in the BAR of `pieces`, neighbours joined. ENOMEM.
-pub(crate) fn ranges(pieces: &[Piece], bar: &Bar) -> Result<KVec<bindings::phys_vec>> {
-    let mut ranges: KVec<bindings::phys_vec> = KVec::new();
-    for piece in pieces {
-        let (Some(home), None) = (piece.home, &piece.system) else {
-            continue;
-        };
-        let (paddr, len) = (bar.start + home, piece.len as usize);
-        match ranges.last_mut() {
-            Some(last) if last.paddr + last.len as u64 == paddr => last.len += len,
-            _ => ranges.push(bindings::phys_vec { paddr, len }, GFP_KERNEL)?,
-        }
-    }
-    Ok(ranges)
-}
-
 /// An export.
 #[pin_data]
 pub(crate) struct Buffer {
@@ -242,8 +241,8 @@ pub(crate) struct Buffer {
     pub(crate) len: u64,
     /// Whether it may move to system memory for importers that need it there.
     pub(crate) may_move: bool,
-    /// Its ranges of the BAR: offset and length, as they were taken from the regions.
-    pub(crate) homes: KVec<(u64, u64)>,
+    /// Whether any byte has a place in the BAR.
+    pub(crate) has_home: bool,
     /// Done, for an instant, whenever somebody may have stopped waiting: a mapping came back, a move
     /// has ended. Waiters look again. (`kernel::sync::Completion` cannot be waited for with a
     /// limit.)
@@ -271,13 +270,7 @@ impl Buffer {
         may_move: bool,
         pieces: KVec<Piece>,
     ) -> Result<Arc<Self>> {
-        let ranges = ranges(&pieces, &device.bars[bar])?;
-        let mut homes = KVec::with_capacity(pieces.len(), GFP_KERNEL)?;
-        for piece in &pieces {
-            if let Some(home) = piece.home {
-                homes.push((home, piece.len), GFP_KERNEL)?;
-            }
-        }
+        let has_home = pieces.iter().any(|piece| piece.home.is_some());
         let len = pieces.iter().map(|piece| piece.len).sum();
         Arc::pin_init(
             pin_init!(Self {
@@ -285,7 +278,7 @@ impl Buffer {
                 bar,
                 len,
                 may_move,
-                homes,
+                has_home,
                 changed <- Opaque::ffi_init(|slot: *mut bindings::completion| {
                     // SAFETY: `slot` is valid for writes, and pinned.
                     unsafe { bindings::init_completion(slot) };
@@ -295,9 +288,9 @@ impl Buffer {
                 state: UnsafeCell::new(State {
                     moving: false,
                     generation: 1,
+                    awaited: false,
                     pieces,
-                    ranges,
-                    mappings: KVec::new(),
+                    mappings: Mappings::new(),
                     pins: 0,
                     need_system: 0,
                     kernel_mapping: None,
@@ -337,18 +330,12 @@ impl Buffer {
 
     /// Whether CPU mappings have struct pages wherever the bytes are.
     pub(crate) fn has_pages(&self) -> bool {
-        self.homes.is_empty() || self.bar().pages.is_some()
+        !self.has_home || self.bar().pages.is_some()
     }
 
     /// The BAR that the buffer has its places in.
     pub(crate) fn bar(&self) -> &Bar {
         &self.device.bars[self.bar]
-    }
-
-    /// Wakes those who wait for something to change.
-    pub(crate) fn notify(&self) {
-        // SAFETY: Initialised with the buffer.
-        unsafe { bindings::complete_all(self.changed.get()) };
     }
 
     /// Waits until something changes, or for `ms`. The reservation lock is not held, so what was
@@ -455,9 +442,12 @@ impl<'a> Locked<'a> {
         (self.buffer, &mut *self)
     }
 
-    /// Something that others wait for may have come true.
-    pub(crate) fn notify(&self) {
-        self.buffer.notify();
+    /// Something may have come true that others wait for with [`Buffer::wait_changed`].
+    pub(crate) fn notify(&mut self) {
+        if core::mem::take(&mut self.awaited) {
+            // SAFETY: Initialised with the buffer.
+            unsafe { bindings::complete_all(self.buffer.changed.get()) };
+        }
     }
 
     /// The attachments, newest first. The pointers are valid while the lock is held.
@@ -481,7 +471,8 @@ impl<'a> Locked<'a> {
     }
 
     /// What comes next is what [`Buffer::wait_changed`] waits for.
-    pub(crate) fn expect_change(&self) {
+    pub(crate) fn expect_change(&mut self) {
+        self.awaited = true;
         // SAFETY: Initialised with the buffer. Waiters that are woken already stay so.
         unsafe { ffi::peerbuf_reinit_completion(self.buffer.changed.get()) };
     }

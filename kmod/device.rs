@@ -21,9 +21,10 @@ use crate::{
     buffer::{revoked, Buffer, Locked, Piece, SystemPart},
     exporter, ffi,
     pages::Pages,
+    peers::Peers,
     region::{Place, Regions},
     revoke::{self, Scope},
-    system::System,
+    system::{Contents, System},
 };
 
 /// One BAR, as it was found at probe time.
@@ -213,6 +214,7 @@ unsafe impl Send for State {}
 pub(crate) struct Device {
     pdev: ARef<pci::Device>,
     pub(crate) bars: [Bar; abi::NUM_BARS],
+    pub(crate) peers: Peers,
     #[pin]
     state: Mutex<State>,
 }
@@ -249,6 +251,7 @@ impl Device {
             pin_init!(Self {
                 pdev: pdev.into(),
                 bars,
+                peers: Peers::new(),
                 state <- new_mutex!(State {
                     presence: Presence::Live,
                     regions,
@@ -342,7 +345,7 @@ impl Device {
             let system = match part.place {
                 Some(_) => None,
                 None => Some(SystemPart {
-                    pages: System::alloc(part.len)?,
+                    pages: System::alloc(part.len, Contents::Zeroes)?,
                     first: 0,
                 }),
             };
@@ -379,7 +382,7 @@ impl Device {
             }
             Err(e) => {
                 for part in parts[..taken].iter().filter(|part| part.place.is_some()) {
-                    state.regions[index].give_back(part.offset, false);
+                    state.regions[index].give_back(part.offset, part.len, |_, _| false);
                 }
                 Err(e)
             }
@@ -391,15 +394,18 @@ impl Device {
         let mut state = self.state.lock();
         state.exports.retain(|&mut entry| entry != dmabuf);
         if state.presence != Presence::Gone {
-            for &(offset, len) in &buffer.homes {
-                // Direct I/O may outlive both the mapping it was started on and the descriptor.
-                let in_use = buffer.may_have_busy_pages()
-                    && buffer
-                        .bar()
-                        .pages
-                        .as_ref()
-                        .is_some_and(|pages| pages.busy(offset, len) != 0);
-                state.regions[buffer.bar].give_back(offset, in_use);
+            // Direct I/O may outlive both the mapping it was started on and the descriptor.
+            let in_use = |offset, len| {
+                let pages = buffer.bar().pages.as_ref();
+                buffer.may_have_busy_pages()
+                    && pages.is_some_and(|pages| pages.busy(offset, len) != 0)
+            };
+            // SAFETY: The dma-buf is being released: it is valid, and nobody else has it.
+            let locked = unsafe { Locked::lock(dmabuf) };
+            for piece in &locked.pieces {
+                if let Some(home) = piece.home {
+                    state.regions[buffer.bar].give_back(home, piece.len, in_use);
+                }
             }
         }
     }

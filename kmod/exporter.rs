@@ -24,9 +24,8 @@ use kernel::{
 use crate::{
     abi,
     buffer::{Buffer, KernelMapping, Locked, Piece, State},
-    device,
     ffi::{self, Table},
-    mapping::{self, Mapping},
+    mapping::Mapping,
     moves::{self, To},
 };
 
@@ -158,11 +157,19 @@ impl Importer {
             | flag(self.needs_system(), abi::ATTACHMENT_NEEDS_SYSTEM)
     }
 
+    /// Whether the importer can use the BAR of `buffer`, by a route that was asked for before.
+    fn is_known_peer(&self, buffer: &Buffer) -> bool {
+        // SAFETY: By the promise to `of`.
+        unsafe {
+            (*self.0).peer2peer && self.revocable() && buffer.device.peers.know((*self.0).dev)
+        }
+    }
+
     /// Why the importer cannot use the BAR of `buffer`: an `abi::REFUSED_*` and the errno for it.
     fn obstacle(&self, buffer: &Buffer) -> Option<(u32, Error)> {
         // Bytes that are never in the BAR, and a driver that copies with the processor, are
         // nobody's peer.
-        if buffer.homes.is_empty() || !self.does_dma() {
+        if !buffer.has_home || !self.does_dma() {
             return None;
         }
         // SAFETY: By the promise to `of`.
@@ -172,12 +179,9 @@ impl Importer {
         if !self.revocable() {
             return Some((abi::REFUSED_NOT_REVOCABLE, ffi::errno(bindings::EOPNOTSUPP)));
         }
-        let provider = device::raw(buffer.device.pci());
-        // SAFETY: Both devices are kept, the provider's by the buffer's. The array has one entry.
-        let distance = unsafe {
-            bindings::pci_p2pdma_distance_many(provider, &raw mut (*self.0).dev, 1, false)
-        };
-        if distance < 0 {
+        let (peers, provider) = (&buffer.device.peers, buffer.device.pci());
+        // SAFETY: By the promise to `of`; an importer keeps its device while it attaches.
+        if !unsafe { peers.reach((*self.0).dev, provider) } {
             return Some((abi::REFUSED_NO_ROUTE, ffi::errno(bindings::EREMOTEIO)));
         }
         None
@@ -196,11 +200,23 @@ unsafe extern "C" fn attach(
     // SAFETY: The dma-buf core calls with valid pointers and a reference held.
     let (object, importer) = unsafe { (buffer(dmabuf), Importer::of(attachment)) };
     importer.set_note(0);
-    let obstacle = importer.obstacle(object);
-    if obstacle.is_none() && !object.revoked() {
+    if importer.is_known_peer(object) && !object.revoked() {
         return 0;
     }
-    // SAFETY: As above; the core does not hold the lock here.
+    // SAFETY: As above.
+    unsafe { attach_new(dmabuf, object, importer) }
+}
+
+/// [`attach`] where more is to be asked or done.
+///
+/// # Safety
+///
+/// `object` is the buffer of `dmabuf`, which the caller keeps, and the importer's attachment is being
+/// made.
+#[cold]
+unsafe fn attach_new(dmabuf: *mut bindings::dma_buf, object: &Buffer, importer: Importer) -> c_int {
+    let obstacle = importer.obstacle(object);
+    // SAFETY: By the caller's promise; the core does not hold the lock here.
     let mut locked = unsafe { Locked::lock(dmabuf) };
     if locked.buffer().revoked() {
         return ENODEV.to_errno();
@@ -294,15 +310,15 @@ unsafe extern "C" fn map(
         }
         // Not reached while `need_system` holds: the buffer went there when the importer came,
         // and does not leave.
-        if importer.needs_system() && state.device_len() != 0 {
+        if importer.needs_system() && state.at_home().next().is_some() {
             return Err(ffi::errno(bindings::EREMOTEIO));
         }
         // Room first, so that nothing can fail once the mapping is made.
-        state.mappings.reserve(1, GFP_KERNEL)?;
+        state.mappings.reserve()?;
         // SAFETY: The lock is held, the buffer is not revoked, and the attachment is one of its.
         let mapping = unsafe { Mapping::map(attachment, object, state, dir)? };
         let sgt = mapping.sgt();
-        let _ = state.mappings.push_within_capacity(mapping);
+        state.mappings.push(mapping);
         state.counters.maps += 1;
         Ok(sgt)
     })();
@@ -317,7 +333,7 @@ unsafe extern "C" fn unmap(
 ) {
     // SAFETY: As in `map`, and `sgt` is a table that `map` made for the attachment.
     let mut locked = unsafe { Locked::held((*attachment).dmabuf) };
-    if let Some(mapping) = mapping::take(&mut locked.mappings, attachment, sgt) {
+    if let Some(mapping) = locked.mappings.take(attachment, sgt) {
         // SAFETY: The lock is held, and `dir` is what the importer has mapped in.
         unsafe { mapping.unmap(dir) };
     }
@@ -370,8 +386,8 @@ unsafe extern "C" fn end_cpu_access(
     // A peer may reach the memory by a path that the processor's posted writes do not take.
     let (object, state) = locked.parts();
     // One read pushes the writes to the whole of the BAR.
-    if let Some(range) = state.ranges.first() {
-        object.bar().flush(range.paddr - object.bar().start);
+    if let Some((offset, _)) = state.at_home().next() {
+        object.bar().flush(offset);
     }
     for mapping in state.mappings.iter_mut() {
         // SAFETY: The lock is held.
@@ -416,12 +432,10 @@ fn kernel_mapping(object: &Buffer, state: &State) -> Result<KernelMapping> {
         abi::PLACEMENT_SYSTEM => false,
         _ => return Err(ffi::errno(bindings::EOPNOTSUPP)),
     };
-    if let (true, [range]) = (device, &*state.ranges) {
+    if let Some(home) = state.one_run() {
         // The kernel has the BAR mapped already.
         return Ok(KernelMapping {
-            address: object
-                .bar()
-                .kernel_address(range.paddr - object.bar().start)?,
+            address: object.bar().kernel_address(home)?,
             vmapped: false,
             device,
             _pages: KVec::new(),

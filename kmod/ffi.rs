@@ -62,7 +62,9 @@ extern "C" {
     pub(crate) fn memremap_compat_align() -> c_ulong;
 
     pub(crate) fn peerbuf_pfn_to_page(pfn: c_ulong) -> *mut bindings::page;
-    pub(crate) fn peerbuf_page_ref_count(page: *const bindings::page) -> c_int;
+    pub(crate) fn peerbuf_page_count(page: *const bindings::page) -> c_int;
+    pub(crate) fn peerbuf_page_head(page: *mut bindings::page) -> *mut bindings::page;
+    pub(crate) fn peerbuf_page_order(page: *mut bindings::page) -> c_uint;
     pub(crate) fn peerbuf_set_page_count(page: *mut bindings::page, count: c_int);
     pub(crate) fn peerbuf_pci_resource_flags(pdev: *mut bindings::pci_dev, bar: c_int) -> c_ulong;
 

@@ -16,7 +16,9 @@
 
 /* Rust calls them; no C file does. */
 struct page *peerbuf_pfn_to_page(unsigned long pfn);
-int peerbuf_page_ref_count(const struct page *page);
+int peerbuf_page_count(const struct page *page);
+struct page *peerbuf_page_head(struct page *page);
+unsigned int peerbuf_page_order(struct page *page);
 void peerbuf_set_page_count(struct page *page, int count);
 unsigned long peerbuf_pci_resource_flags(struct pci_dev *pdev, int bar);
 void peerbuf_device_lock(struct device *dev);
@@ -40,9 +42,19 @@ struct page *peerbuf_pfn_to_page(unsigned long pfn)
 	return pfn_to_page(pfn);
 }
 
-int peerbuf_page_ref_count(const struct page *page)
+int peerbuf_page_count(const struct page *page)
 {
-	return page_ref_count(page);
+	return page_count(page);
+}
+
+struct page *peerbuf_page_head(struct page *page)
+{
+	return compound_head(page);
+}
+
+unsigned int peerbuf_page_order(struct page *page)
+{
+	return compound_order(page);
 }
 
 void peerbuf_set_page_count(struct page *page, int count)

@@ -32,6 +32,7 @@ use crate::{
     attachment::{Attachment, DmaBuf, Manner},
     ffi::{self, Table},
     misc::{read_struct, write_struct, Fd, Misc},
+    reset,
 };
 
 static NODE_FOPS: Table<bindings::file_operations> = Table(bindings::file_operations {
@@ -174,8 +175,14 @@ unsafe extern "C" fn device_changes(
     action: c_ulong,
     dev: *mut c_void,
 ) -> c_int {
+    const UNBINDS: c_ulong = bindings::bus_notifier_event_BUS_NOTIFY_UNBIND_DRIVER as c_ulong;
+    const UNBOUND: c_ulong = bindings::bus_notifier_event_BUS_NOTIFY_UNBOUND_DRIVER as c_ulong;
+    const REMOVED: c_ulong = bindings::bus_notifier_event_BUS_NOTIFY_REMOVED_DEVICE as c_ulong;
+    if matches!(action, UNBOUND | REMOVED) {
+        reset::each_bound(|device| device.peers.forget());
+    }
     // Before the driver's removal begins: everything of the device is in place.
-    if action == bindings::bus_notifier_event_BUS_NOTIFY_UNBIND_DRIVER as c_ulong {
+    if action == UNBINDS {
         // None is added meanwhile, since that takes the device's lock.
         let next = || {
             let shared = SHARED.lock();

@@ -20,7 +20,8 @@
 //!   not in a BAR;
 //! - `moves.rs` and `revoke.rs`: the two state machines; `watch.rs`: events and counters;
 //! - `importer.rs`: the importer's node, and whose device goes; `attachment.rs`: what it attaches;
-//!   `route.rs`: where the addresses lead that an attachment was given;
+//!   `route.rs`: where the addresses lead that an attachment was given; `peers.rs`: to which devices
+//!   there is a route;
 //! - `abi.rs`: the interface to userspace; `ffi.rs`, `helpers.c`: what `bindings` lacks.
 //!
 //! # Locks, outermost first
@@ -59,6 +60,7 @@ mod misc;
 mod moves;
 mod node;
 mod pages;
+mod peers;
 mod region;
 mod reset;
 mod revoke;

@@ -6,7 +6,7 @@
 //! memory is shown by the kernel's own helper for exporters, which knows the routes; system pages
 //! by the ordinary DMA API; a mixed buffer by both, joined in the buffer's order.
 
-use core::ptr;
+use core::{ptr, slice};
 
 use kernel::{
     bindings,
@@ -18,6 +18,7 @@ use kernel::{
 };
 
 use crate::{
+    abi,
     buffer::{Buffer, State},
     ffi,
     system::System,
@@ -68,24 +69,36 @@ impl Mapping {
     pub(crate) unsafe fn map(
         attachment: *mut bindings::dma_buf_attachment,
         buffer: &Buffer,
-        state: &mut State,
+        state: &State,
         dir: bindings::dma_data_direction,
     ) -> Result<Self> {
-        let (sgt, backing) = match (state.device_len() != 0, state.has_system()) {
-            (_, false) => {
-                // SAFETY: By the caller's promise.
-                let sgt = unsafe { map_device(attachment, buffer, state, dir)? };
-                (sgt, Backing::Device)
-            }
-            (false, true) => {
-                // SAFETY: By the caller's promise.
-                let mut table = unsafe { SystemTable::map((*attachment).dev, state, dir)? };
-                (&raw mut table.sgt, Backing::System(table))
-            }
-            (true, true) => {
-                // SAFETY: By the caller's promise.
-                let mut table = unsafe { MixedTable::map(attachment, buffer, state, dir)? };
-                (&raw mut table.sgt, Backing::Mixed(table))
+        // SAFETY: By the caller's promise, in each case.
+        let (sgt, backing) = unsafe {
+            match state.one_run() {
+                // Most buffers: no list is needed.
+                Some(home) => {
+                    let mut range = bindings::phys_vec {
+                        paddr: buffer.bar().start + home,
+                        len: buffer.len as usize,
+                    };
+                    let range = slice::from_mut(&mut range);
+                    let sgt = map_ranges(attachment, buffer, range, dir)?;
+                    (sgt, Backing::Device)
+                }
+                None => match state.placement() {
+                    abi::PLACEMENT_DEVICE => {
+                        let sgt = map_device(attachment, buffer, state, dir)?;
+                        (sgt, Backing::Device)
+                    }
+                    abi::PLACEMENT_SYSTEM => {
+                        let mut table = SystemTable::map((*attachment).dev, state, dir)?;
+                        (&raw mut table.sgt, Backing::System(table))
+                    }
+                    _ => {
+                        let mut table = MixedTable::map(attachment, buffer, state, dir)?;
+                        (&raw mut table.sgt, Backing::Mixed(table))
+                    }
+                },
             }
         };
         Ok(Self {
@@ -157,18 +170,41 @@ impl Mapping {
 unsafe fn map_device(
     attachment: *mut bindings::dma_buf_attachment,
     buffer: &Buffer,
-    state: &mut State,
+    state: &State,
     dir: bindings::dma_data_direction,
 ) -> Result<*mut bindings::sg_table> {
-    let len = state.device_len() as usize;
+    let start = buffer.bar().start;
+    let mut ranges: KVec<bindings::phys_vec> = KVec::new();
+    for (offset, len) in state.at_home() {
+        let (paddr, len) = (start + offset, len as usize);
+        match ranges.last_mut() {
+            // Neighbours are joined.
+            Some(last) if last.paddr + last.len as u64 == paddr => last.len += len,
+            _ => ranges.push(bindings::phys_vec { paddr, len }, GFP_KERNEL)?,
+        }
+    }
+    // SAFETY: By the caller's promise.
+    unsafe { map_ranges(attachment, buffer, &mut ranges, dir) }
+}
+
+/// # Safety
+///
+/// As for [`Mapping::map`]; the ranges are the buffer's own.
+unsafe fn map_ranges(
+    attachment: *mut bindings::dma_buf_attachment,
+    buffer: &Buffer,
+    ranges: &mut [bindings::phys_vec],
+    dir: bindings::dma_data_direction,
+) -> Result<*mut bindings::sg_table> {
+    let len = ranges.iter().map(|range| range.len).sum();
     // SAFETY: Not revoked, under the lock, means that the device is bound, so the provider is
     // valid, until every scatter table came back.
     from_err_ptr(unsafe {
         ffi::dma_buf_phys_vec_to_sgt(
             attachment,
             buffer.bar().provider,
-            state.ranges.as_mut_ptr(),
-            state.ranges.len(),
+            ranges.as_mut_ptr(),
+            ranges.len(),
             len,
             dir,
         )
@@ -263,7 +299,7 @@ impl MixedTable {
     unsafe fn map(
         attachment: *mut bindings::dma_buf_attachment,
         buffer: &Buffer,
-        state: &mut State,
+        state: &State,
         dir: bindings::dma_data_direction,
     ) -> Result<KBox<Self>> {
         // SAFETY: By the caller's promise, here and below.
@@ -381,15 +417,64 @@ unsafe fn join(
     entries
 }
 
-/// The mapping whose table an importer gives back, taken out of the list.
-pub(crate) fn take(
-    mappings: &mut KVec<Mapping>,
-    attachment: *mut bindings::dma_buf_attachment,
-    sgt: *mut bindings::sg_table,
-) -> Option<Mapping> {
-    // The newest are the likeliest to go.
-    let index = mappings
-        .iter()
-        .rposition(|mapping| ptr::eq(mapping.sgt, sgt) && mapping.attachment == attachment)?;
-    mappings.remove(index).ok()
+/// The mappings that importers have of a buffer. Most have one, which costs no list.
+pub(crate) struct Mappings {
+    first: Option<Mapping>,
+    more: KVec<Mapping>,
+}
+
+impl Mappings {
+    pub(crate) const fn new() -> Self {
+        Self {
+            first: None,
+            more: KVec::new(),
+        }
+    }
+
+    /// Makes room for one more. ENOMEM.
+    pub(crate) fn reserve(&mut self) -> Result {
+        if self.first.is_some() {
+            self.more.reserve(1, GFP_KERNEL)?;
+        }
+        Ok(())
+    }
+
+    /// Adds one, for which there is room.
+    pub(crate) fn push(&mut self, mapping: Mapping) {
+        if self.first.is_none() {
+            self.first = Some(mapping);
+        } else {
+            let _ = self.more.push_within_capacity(mapping);
+        }
+    }
+
+    /// Takes out the mapping whose table an importer gives back.
+    pub(crate) fn take(
+        &mut self,
+        attachment: *mut bindings::dma_buf_attachment,
+        sgt: *mut bindings::sg_table,
+    ) -> Option<Mapping> {
+        let wanted =
+            |mapping: &mut Mapping| ptr::eq(mapping.sgt, sgt) && mapping.attachment == attachment;
+        if let Some(first) = self.first.take_if(wanted) {
+            return Some(first);
+        }
+        // The newest are the likeliest to go. The order is nobody's business.
+        let index = self.more.iter_mut().rposition(wanted)?;
+        let last = self.more.len() - 1;
+        self.more.swap(index, last);
+        self.more.pop()
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &Mapping> {
+        Iterator::chain(self.first.iter(), &*self.more)
+    }
+
+    pub(crate) fn iter_mut(&mut self) -> impl Iterator<Item = &mut Mapping> {
+        Iterator::chain(self.first.iter_mut(), &mut *self.more)
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        usize::from(self.first.is_some()) + self.more.len()
+    }
 }

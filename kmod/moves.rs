@@ -25,9 +25,9 @@ use core::ops::Range;
 use kernel::{bindings, ffi::c_void, page::PAGE_SIZE, prelude::*, sync::Arc};
 
 use crate::{
-    buffer::{cut, ranges, Buffer, Locked, Piece, SystemPart},
+    buffer::{cut, Buffer, Locked, Piece, SystemPart},
     device, ffi,
-    system::{self, System},
+    system::{self, Contents, System},
     watch::Wait,
 };
 
@@ -121,7 +121,7 @@ fn check(state: &Locked<'_>, part: &Range<u64>, to: To) -> Result<bool> {
 ///
 /// `buffer` is locked for `dmabuf`, which the caller keeps.
 unsafe fn relock<'a>(
-    buffer: Locked<'a>,
+    mut buffer: Locked<'a>,
     dmabuf: *mut bindings::dma_buf,
     wait: &Wait,
 ) -> Result<Locked<'a>> {
@@ -165,7 +165,7 @@ unsafe fn prepare<'a>(
             Ok(None) => return (buffer, Err(EBUSY)),
             Err(e) => return (buffer, Err(e)),
         }
-        buffer.zap(part);
+        buffer.zap(&whole_blocks(&buffer, part));
         let object = buffer.buffer();
         let in_use = object.busy_pages(&buffer, part, |piece| to.moves(piece));
         let stale = to == To::Device && buffer.has_stale_device_mapping();
@@ -185,6 +185,26 @@ unsafe fn prepare<'a>(
             Err(e) => return (buffer, Err(e)),
         }
     }
+}
+
+/// `part`, and what is in one block of system memory with it: page table entries of the rest would
+/// look like uses of the part.
+fn whole_blocks(buffer: &Locked<'_>, part: &Range<u64>) -> Range<u64> {
+    let mut whole = part.clone();
+    for (start, piece) in buffer.placed() {
+        let (from, to) = (part.start.max(start), part.end.min(start + piece.len));
+        let pages = piece.system_pages();
+        if from >= to || pages.is_empty() {
+            continue;
+        }
+        let page = |at: u64| pages[(at - start) as usize / PAGE_SIZE];
+        let (before, _) = system::beside(page(from));
+        let (_, after) = system::beside(page(to - 1));
+        whole.start = whole.start.min(from.saturating_sub(before));
+        whole.end = whole.end.max(to + after);
+    }
+    whole.end = whole.end.min(buffer.buffer().len);
+    whole
 }
 
 /// Step 5: nobody uses the part, and the lock is held throughout.
@@ -211,7 +231,7 @@ fn commit(buffer: &mut Locked<'_>, part: &Range<u64>, to: To) -> Result<Moved> {
         }
         match to {
             To::System => {
-                let pages = System::alloc(piece.len)?;
+                let pages = System::alloc(piece.len, Contents::Old)?;
                 copy_out(object, piece, &pages)?;
                 piece.system = Some(SystemPart { pages, first: 0 });
             }
@@ -223,14 +243,12 @@ fn commit(buffer: &mut Locked<'_>, part: &Range<u64>, to: To) -> Result<Moved> {
         copied += piece.len;
     }
     join(&mut pieces);
-    let ranges = ranges(&pieces, object.bar())?;
     // A device that was pulled out answers reads with ones and drops writes, without an error.
     // SAFETY: The device structure is kept by ours.
     if !unsafe { bindings::pci_device_is_present(device::raw(object.device.pci())) } {
         return Err(ENODEV);
     }
     state.pieces = pieces;
-    state.ranges = ranges;
     state.generation += 1;
     state.counters.moves += 1;
     state.counters.copied += copied;
@@ -272,14 +290,15 @@ fn each_run(
     let mut at = 0;
     while at < pages.len() {
         let address = system::address(pages[at]);
-        // As many pages as follow each other.
+        // As many pages as follow each other. The structures of neighbours are neighbours, too,
+        // on every kernel with P2PDMA (SPARSEMEM_VMEMMAP).
+        let follows =
+            |(i, &page): &(usize, &*mut bindings::page)| page == pages[at].wrapping_add(*i);
         let run = pages[at..]
             .iter()
             .enumerate()
             .take(STEP / PAGE_SIZE)
-            .take_while(|&(i, &page)| {
-                system::address(page) == address.wrapping_byte_add(i * PAGE_SIZE)
-            })
+            .take_while(follows)
             .count();
         let io = bar.kernel_address(home + (at * PAGE_SIZE) as u64)?;
         copy(io, address, run * PAGE_SIZE);

@@ -106,7 +106,7 @@ impl Pages {
         (first..first + len as usize / PAGE_SIZE)
             .filter_map(|i| self.page(i).ok())
             // SAFETY: By the type invariant it is a valid struct page.
-            .filter(|&page| unsafe { ffi::peerbuf_page_ref_count(page) } > 1)
+            .filter(|&page| unsafe { ffi::peerbuf_page_count(page) } > 1)
             .count()
     }
 

@@ -105,16 +105,16 @@ impl Regions {
         Ok(start)
     }
 
-    /// Gives back the export that begins at `start`; it stays taken, as draining, while its pages
-    /// are `in_use`.
-    pub(crate) fn give_back(&mut self, start: u64, in_use: bool) {
-        if let Some(i) = self.taken.iter().position(|r| r.start == start) {
-            if in_use {
-                self.taken[i].holder = Holder::Draining;
-            } else {
-                let _ = self.taken.remove(i);
+    /// Gives back the exports' ranges that begin in the `len` bytes from `start`; those for which
+    /// `in_use(start, len)` says yes stay taken, as draining.
+    pub(crate) fn give_back(&mut self, start: u64, len: u64, in_use: impl Fn(u64, u64) -> bool) {
+        self.taken.retain(|r| {
+            if !(start..start + len).contains(&r.start) {
+                return true;
             }
-        }
+            r.holder = Holder::Draining;
+            in_use(r.start, r.len)
+        });
     }
 
     /// Frees the draining ranges for which `in_use(start, len)` says no.

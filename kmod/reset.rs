@@ -62,6 +62,11 @@ impl Drop for Resets {
     }
 }
 
+/// Calls `each` for every device that is bound.
+pub(crate) fn each_bound(each: impl FnMut(&Arc<Device>)) {
+    BOUND.lock().iter().for_each(each);
+}
+
 fn find(pdev: *mut bindings::pci_dev) -> Option<Arc<Device>> {
     let bound = BOUND.lock();
     let device = bound

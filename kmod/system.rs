@@ -12,26 +12,35 @@ const fn bit(number: u32) -> bindings::gfp_t {
     1 << number
 }
 
-/// Zeroed, on the account of whoever asks. A request that cannot be met fails (ENOMEM): it calls
-/// no OOM killer, and says nothing in the log.
-const SINGLE: bindings::gfp_t = bindings::GFP_KERNEL_ACCOUNT
-    | bindings::__GFP_ZERO
-    | bindings::__GFP_NOWARN
-    | bit(bindings::___GFP_RETRY_MAYFAIL_BIT);
+/// On the account of whoever asks. A request that cannot be met fails (ENOMEM): it calls no OOM
+/// killer, and says nothing in the log.
+const SINGLE: bindings::gfp_t =
+    bindings::GFP_KERNEL_ACCOUNT | bindings::__GFP_NOWARN | bit(bindings::___GFP_RETRY_MAYFAIL_BIT);
 
-/// As [`SINGLE`], but only if it is to be had at once.
-const LARGE: bindings::gfp_t =
-    (SINGLE & !bit(bindings::___GFP_RETRY_MAYFAIL_BIT)) | bit(bindings::___GFP_NORETRY_BIT);
+/// As [`SINGLE`], but only if it is to be had at once, and as one block (a folio).
+const LARGE: bindings::gfp_t = (SINGLE & !bit(bindings::___GFP_RETRY_MAYFAIL_BIT))
+    | bit(bindings::___GFP_NORETRY_BIT)
+    | bit(bindings::___GFP_COMP_BIT);
 
-/// The orders that are tried, so that scatter lists are short where memory is not fragmented.
+/// What the pages hold at first.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Contents {
+    Zeroes,
+    /// What they held before, so every byte is to be written before anybody else sees them.
+    Old,
+}
+
+/// The orders that are tried, so that scatter lists are short where memory is not fragmented, and
+/// taking and freeing is quick.
 const ORDERS: [u32; 3] = [9, 4, 0];
 
 /// Pages of system memory.
 ///
 /// # Invariants
 ///
-/// Each entry is a page of order 0, not in high memory, to which this object has one reference. A
-/// count above one means that a page table entry or an I/O request uses the page.
+/// The entries are the pages, in order, of blocks of one of the [`ORDERS`], not in high memory. This
+/// object has one reference to each block. A count above one means that a page table entry or an I/O
+/// request uses a page of the block: the kernel counts a block's references as one.
 pub(crate) struct System {
     pages: KVVec<*mut bindings::page>,
 }
@@ -42,8 +51,12 @@ unsafe impl Send for System {}
 unsafe impl Sync for System {}
 
 impl System {
-    /// Takes `len` bytes, a multiple of the page size, zeroed. ENOMEM is the only error.
-    pub(crate) fn alloc(len: u64) -> Result<Arc<Self>> {
+    /// Takes `len` bytes, a multiple of the page size. ENOMEM is the only error.
+    pub(crate) fn alloc(len: u64, contents: Contents) -> Result<Arc<Self>> {
+        let zero = match contents {
+            Contents::Zeroes => bindings::__GFP_ZERO,
+            Contents::Old => 0,
+        };
         let count = usize::try_from(len).map_err(|_| ENOMEM)? / PAGE_SIZE;
         // Dropped on an error, with what it has by then.
         let mut this = Self {
@@ -59,16 +72,12 @@ impl System {
             }
             let gfp = if order == 0 { SINGLE } else { LARGE };
             // SAFETY: A plain allocation by a task that may sleep.
-            let first = unsafe { ffi::peerbuf_alloc_pages(gfp, order) };
+            let first = unsafe { ffi::peerbuf_alloc_pages(gfp | zero, order) };
             if first.is_null() {
                 orders = smaller;
                 continue;
             }
-            if order > 0 {
-                // SAFETY: The block was just allocated, is not compound, and nobody else has it.
-                unsafe { bindings::split_page(first, order) };
-            }
-            // INVARIANT: After the split each page has a count of one, which is ours.
+            // INVARIANT: The block has a count of one, which is ours.
             for i in 0..1 << order {
                 // Cannot fail: there is room for `count`.
                 let _ = this.pages.push_within_capacity(first.wrapping_add(i));
@@ -85,10 +94,15 @@ impl System {
 
 impl Drop for System {
     fn drop(&mut self) {
-        for &page in &self.pages {
-            // SAFETY: By the type invariant the reference is ours. Direct I/O that outlives the
-            // buffer has its own, and frees the page when it is done.
-            unsafe { bindings::__free_pages(page, 0) };
+        let mut at = 0;
+        while let Some(&first) = self.pages.get(at) {
+            // SAFETY: By the type invariant a block begins here, and the reference is ours. Direct
+            // I/O that outlives the buffer has its own, and frees the block when it is done.
+            unsafe {
+                let order = ffi::peerbuf_page_order(first);
+                bindings::__free_pages(first, order);
+                at += 1 << order;
+            }
         }
     }
 }
@@ -99,11 +113,23 @@ pub(crate) fn address(page: *mut bindings::page) -> *mut c_void {
     unsafe { ffi::peerbuf_page_address(page) }
 }
 
-/// How many of `pages` have a count above `base`: a page table entry or I/O uses them.
+/// The bytes of a page's block before the page and after it.
+pub(crate) fn beside(page: *mut bindings::page) -> (u64, u64) {
+    // SAFETY: The callers' pages are valid, and ours, so their blocks stay.
+    let (first, order) = unsafe {
+        let first = ffi::peerbuf_page_head(page);
+        (first, ffi::peerbuf_page_order(first))
+    };
+    let before = (page.addr() - first.addr()) / size_of::<bindings::page>();
+    let after = (1 << order) - before - 1;
+    ((before * PAGE_SIZE) as u64, (after * PAGE_SIZE) as u64)
+}
+
+/// How many of `pages` a page table entry or I/O may use: those of blocks that are in use.
 pub(crate) fn busy(pages: &[*mut bindings::page]) -> usize {
     let used = |page: &&*mut bindings::page| {
         // SAFETY: The callers' pages are valid.
-        unsafe { ffi::peerbuf_page_ref_count(ptr::from_ref(&***page)) > 1 }
+        unsafe { ffi::peerbuf_page_count(ptr::from_ref(&***page)) > 1 }
     };
     pages.iter().filter(used).count()
 }

@@ -705,6 +705,31 @@ fn no_byte_is_lost_when_processes_write_through_moves() {
     });
 }
 
+/// System memory comes in blocks of up to 2 MiB, each in use as a whole; the rest of one that is mapped
+/// does not hold up a part.
+#[test]
+fn single_pages_come_back_from_a_block_whose_rest_is_mapped() {
+    let node = Node::largest();
+    let len = 6 * MIB;
+    let (fd, _) = node.export(None, len).unwrap();
+    let seen = map(&fd, len);
+    let pages = (len / PAGE) as usize;
+    let touch = || (0..pages).for_each(|i| assert_eq!(seen.read(i * PAGE as usize), i as u64));
+    for i in 0..pages {
+        seen.write(i * PAGE as usize, i as u64);
+    }
+    node.move_to(&fd, PLACEMENT_SYSTEM).unwrap();
+    for page in [0, 1, 511, 512, 700, 1023, 1535] {
+        // Every page has an entry in this process's page table.
+        touch();
+        let moved = node.move_part(&fd, PLACEMENT_DEVICE, page * PAGE, PAGE, 1000);
+        assert_eq!(moved.unwrap().1, PAGE, "page {page}");
+    }
+    touch();
+    node.move_to(&fd, PLACEMENT_DEVICE).unwrap();
+    touch();
+}
+
 #[test]
 fn fdinfo_of_a_node_tells_what_the_query_tells() {
     let node = Node::largest();
