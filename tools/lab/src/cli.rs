@@ -2,7 +2,7 @@
 
 use std::{ffi::OsString, path::PathBuf};
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::{
     guest::{Machine, Topology},
@@ -143,9 +143,23 @@ pub struct GuestArgs {
     /// [default: 64M]
     #[arg(long, value_name = "SIZE", value_parser = mebibytes)]
     pub bar_size: Option<u32>,
+    /// Soft-RoCE on the guest's network card: the kernel's own, which takes no dma-bufs, or one of
+    /// the same source with the lab's patches, which does
+    #[arg(long, value_enum, default_value = "stock")]
+    pub rdma: Rdma,
     /// Lets the guest unplug its own devices and the like, through a port, as the suite's tests do
     #[arg(long)]
     pub events: bool,
+}
+
+/// Which soft-RoCE.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum Rdma {
+    /// The kernel's.
+    #[default]
+    Stock,
+    /// With registrations of dma-bufs.
+    Dmabuf,
 }
 
 impl GuestArgs {
@@ -162,6 +176,7 @@ impl GuestArgs {
             bare: false,
             memory: Machine::default().memory_mib,
             bar_size: None,
+            rdma: Rdma::Stock,
             events: false,
         }
     }
@@ -202,13 +217,14 @@ mod tests {
     #[test]
     fn run_takes_every_option_and_leaves_the_command_alone() {
         let line = "lab run --topology host-bridge --iommu --kernel 7.2.12+deb13 --icount --share d \
-                    --with a,b --timeout 9 -- prog --topology x -- y";
+                    --with a,b --timeout 9 --rdma dmabuf -- prog --topology x -- y";
         let (args, command) = guest(line).unwrap();
         assert_eq!(args.topology, Topology::HostBridge);
         assert!(args.iommu && args.icount && !args.bare);
         assert_eq!(args.kernel.kernel, "7.2.12+deb13");
         assert_eq!(args.with, ["a", "b"]);
         assert_eq!(args.timeout, Some(9));
+        assert_eq!(args.rdma, Rdma::Dmabuf);
         assert_eq!(command, ["prog", "--topology", "x", "--", "y"]);
     }
 
@@ -229,6 +245,7 @@ mod tests {
         assert_eq!(args.topology, Topology::Switch);
         assert_eq!(args.kernel.kernel, "stock");
         assert_eq!((args.timeout, args.share), (None, None));
+        assert_eq!(args.rdma, Rdma::Stock);
     }
 
     #[test]
@@ -236,6 +253,7 @@ mod tests {
         for line in [
             "lab run",
             "lab run --topology ring -- x",
+            "lab run --rdma iwarp -- x",
             "lab run --timeout 0 -- x",
             "lab kbuild",
             "lab run x",

@@ -11,12 +11,13 @@ use anyhow::{Context, Result, bail};
 use crate::{
     accel,
     cache::Cache,
-    cli::GuestArgs,
+    cli::{GuestArgs, Rdma},
     disk, fixtures,
     guest::{self, Accelerator, Machine},
     kernel::{Kernel, Source},
     project::Project,
     run::{BOOT_LIMIT, DEFAULT_TIMEOUT, Ground, Job},
+    rxe,
     tree::Tree,
 };
 
@@ -48,12 +49,17 @@ pub fn ground(cache: &Cache, args: &GuestArgs) -> Result<Ground> {
     } else {
         Some(tree.layer(cache, &args.with)?)
     };
+    let rxe = match args.rdma {
+        Rdma::Stock => None,
+        Rdma::Dmabuf => Some(rxe::get(cache, &tree, &kernel)?),
+    };
     Ok(Ground {
         cache: cache.clone(),
         tree,
         kernel,
         disk,
         layer,
+        rxe,
     })
 }
 

@@ -21,6 +21,7 @@ mod lab;
 mod progress;
 mod project;
 mod run;
+mod rxe;
 mod sandbox;
 mod selftests;
 mod suite;

@@ -28,6 +28,7 @@ use crate::{
     kernel::Kernel,
     klog::{self, Complaint},
     progress::Step,
+    rxe,
     sandbox::{self, Mount},
     terminal::Raw,
     tree::Tree,
@@ -61,6 +62,8 @@ pub struct Ground {
     pub disk: Entry,
     /// Further packages.
     pub layer: Option<Entry>,
+    /// Holds a soft-RoCE to load in place of the kernel's.
+    pub rxe: Option<Entry>,
 }
 
 /// What to run, and in which machine.
@@ -424,7 +427,7 @@ impl Guest {
 fn start(ground: &Ground, job: &Job) -> Result<Guest> {
     let dir = ground.cache.run_dir()?;
     let path = dir.path().to_owned();
-    stage(job, &path.join("opt")).context("staging what the guest needs")?;
+    stage(ground, job, &path.join("opt")).context("staging what the guest needs")?;
     guest::make_scratch(&path)?;
     let mut waiting = Vec::new();
     for name in job.machine.port_names() {
@@ -509,7 +512,7 @@ fn listener(dir: &Path, name: &str) -> Result<UnixListener> {
 }
 
 /// Fills what the guest sees as `/opt/peerbuf`.
-fn stage(job: &Job, opt: &Path) -> Result<()> {
+fn stage(ground: &Ground, job: &Job, opt: &Path) -> Result<()> {
     for dir in ["bin", "fixtures", "init", "modules", "run"] {
         fs::create_dir_all(opt.join(dir))?;
     }
@@ -522,6 +525,9 @@ fn stage(job: &Job, opt: &Path) -> Result<()> {
     if let Some(module) = &job.module {
         copy_into(module, &opt.join("modules"))?;
     }
+    if let Some(rxe) = &ground.rxe {
+        copy_into(&rxe.path().join(rxe::MODULE), &opt.join("modules"))?;
+    }
     if let Some(fixtures) = &job.fixtures {
         for file in fs::read_dir(fixtures)? {
             copy_into(&file?.path(), &opt.join("fixtures"))?;
@@ -529,10 +535,11 @@ fn stage(job: &Job, opt: &Path) -> Result<()> {
     }
     let yes = |on: bool| if on { "1" } else { "" };
     let settings = format!(
-        "PEERBUF_LAB_TOPOLOGY={}\nSHARE={}\nMODULE={}\nSHELL_WANTED={}\n",
+        "PEERBUF_LAB_TOPOLOGY={}\nSHARE={}\nMODULE={}\nRXE={}\nSHELL_WANTED={}\n",
         job.machine.topology.name(),
         yes(job.share.is_some()),
         yes(job.module.is_some()),
+        yes(ground.rxe.is_some()),
         yes(job.machine.shell),
     );
     fs::write(opt.join("run/settings"), settings)?;

@@ -1,0 +1,58 @@
+//! Soft-RoCE that imports dma-bufs: the source of the guest's kernel with the patches in
+//! `recipes/rxe`, for a guest to load in place of its own (`--rdma dmabuf`).
+
+use std::fs;
+
+use anyhow::Result;
+
+use crate::{
+    cache::{Cache, Entry, Recipe, remove_tree},
+    kernel::{Kernel, Source},
+    tree::Tree,
+};
+
+const RECIPE: &str = include_str!("../recipes/rxe.sh");
+const PATCHES: [(&str, &str); 2] = [
+    (
+        "1.patch",
+        include_str!(
+            "../recipes/rxe/0001-RDMA-rxe-Refuse-to-prefetch-memory-regions-that-are-.patch"
+        ),
+    ),
+    (
+        "2.patch",
+        include_str!("../recipes/rxe/0002-RDMA-rxe-Add-memory-regions-over-dma-bufs.patch"),
+    ),
+];
+
+/// The module's name.
+pub const MODULE: &str = "rdma_rxe.ko";
+
+/// The directory that holds the module for `kernel`, made first if the cache has none.
+///
+/// # Errors
+/// When a patch does not fit the kernel's source, or it does not compile.
+pub fn get(cache: &Cache, tree: &Tree, kernel: &Kernel) -> Result<Entry> {
+    let build = Source::get(cache, tree, kernel)?;
+    let mut recipe = Recipe::new(format!("rxe-{}", kernel.release()))
+        .with(build.dir().display().to_string())
+        .with(RECIPE);
+    for (_, text) in PATCHES {
+        recipe = recipe.with(text);
+    }
+    cache.entry(recipe, "building soft-RoCE with dma-bufs", |dir| {
+        let source = Source::prepared(cache, tree, kernel.package())?;
+        let patches = dir.join("patches");
+        fs::create_dir(&patches)?;
+        for (name, text) in PATCHES {
+            fs::write(patches.join(name), text)?;
+        }
+        tree.recipe(RECIPE, dir)
+            .bind_read_only(source.tarball(), "/lab/source.tar.xz")
+            .bind_read_only(&patches, "/lab/patches")
+            .bind_read_only(build.dir(), "/lab/linux")
+            .args(build.make_variables())
+            .run("building soft-RoCE with dma-bufs")?;
+        remove_tree(&patches)
+    })
+}
