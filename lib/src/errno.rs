@@ -30,6 +30,8 @@ impl Errno {
     pub const NODEV: Errno = Errno(19);
     /// `ETIME`: it took too long.
     pub const TIME: Errno = Errno(62);
+    /// `EPROTONOSUPPORT`: an interface that the kernel or the driver lacks.
+    pub const PROTONOSUPPORT: Errno = Errno(93);
     /// `EOPNOTSUPP`: the operation is not supported.
     pub const OPNOTSUPP: Errno = Errno(95);
     /// `EREMOTEIO`: how newer block layers refuse peer-to-peer memory.

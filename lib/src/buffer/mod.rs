@@ -165,14 +165,31 @@ struct Inner {
     vouched: bool,
     /// Dropped after the descriptors were closed; every mapping is gone by then. Last for that
     /// reason.
-    _last: Option<Box<dyn LastHandle>>,
+    last: Option<Box<dyn LastHandle>>,
 }
 
 /// Something that is to be dropped when a buffer's last handle in this process is gone.
-pub(crate) trait LastHandle: fmt::Debug + Send + Sync {}
+pub(crate) trait LastHandle: fmt::Debug + Send + Sync {
+    /// For a buffer that is lent to this process.
+    fn lease(&self) -> Option<LeaseState> {
+        None
+    }
+}
+
+/// A lent buffer.
+pub(crate) struct LeaseState {
+    /// The number of the generation.
+    pub(crate) generation: u64,
+    /// Whether it is still lent: the publisher waits for it before there is another generation.
+    pub(crate) current: bool,
+}
 
 /// A buffer that is another's bytes keeps that one in use.
-impl LastHandle for BufferRange {}
+impl LastHandle for BufferRange {
+    fn lease(&self) -> Option<LeaseState> {
+        self.buffer.lease()
+    }
+}
 
 impl Buffer {
     /// A buffer that is a dma-buf and nothing else.
@@ -187,7 +204,7 @@ impl Buffer {
             writable,
             provenance,
             vouched: true,
-            _last: None,
+            last: None,
         };
         Buffer {
             inner: Arc::new(inner),
@@ -260,7 +277,7 @@ impl Buffer {
             writable,
             provenance,
             vouched: true,
-            _last: None,
+            last: None,
         };
         Ok(Buffer {
             inner: Arc::new(inner),
@@ -279,9 +296,14 @@ impl Buffer {
     /// this process is gone and its descriptors are closed. For a buffer that nobody shares yet.
     pub(crate) fn with_last_handle(mut self, last: Box<dyn LastHandle>) -> Buffer {
         if let Some(inner) = Arc::get_mut(&mut self.inner) {
-            inner._last = Some(last);
+            inner.last = Some(last);
         }
         self
+    }
+
+    /// What is known of its loan; `None` for a buffer that is not lent.
+    pub(crate) fn lease(&self) -> Option<LeaseState> {
+        self.inner.last.as_ref()?.lease()
     }
 
     /// How many handles there are in this process: clones, ranges, mappings, attachments.

@@ -19,7 +19,7 @@ use super::backing::Placement;
 use super::channel::{Channel, open_buffer};
 use super::policy::Grant;
 use super::wire::{self, CheckedEntry, Farewell, Message, Note};
-use crate::buffer::{Buffer, LastHandle};
+use crate::buffer::{Buffer, LastHandle, LeaseState};
 use crate::error::{ShareError, SystemError};
 
 /// The most messages that are taken before they are answered.
@@ -110,7 +110,18 @@ struct Return {
     note: Note,
 }
 
-impl LastHandle for Return {}
+impl LastHandle for Return {
+    fn lease(&self) -> Option<LeaseState> {
+        let session = self.session.upgrade();
+        Some(LeaseState {
+            generation: self.note.generation,
+            current: session.is_some_and(|session| {
+                let state = session.lock();
+                state.ended.is_none() && !state.closing
+            }),
+        })
+    }
+}
 
 impl Drop for Return {
     fn drop(&mut self) {

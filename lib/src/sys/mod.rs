@@ -10,7 +10,9 @@ pub(crate) mod memory;
 pub(crate) mod peerbuf;
 pub(crate) mod sync_file;
 pub(crate) mod udmabuf;
+pub(crate) mod uverbs;
 pub(crate) mod v4l2;
+pub(crate) mod verbs;
 pub(crate) mod vfio;
 
 use crate::errno::Errno;

@@ -1,0 +1,708 @@
+//! Reliable connections: posting work, and what becomes of it.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use super::{Card, Piece};
+use crate::error::{BufferError, RdmaError, SystemError};
+use crate::sys::verbs::{Done, Peer, QueuePair, Verb};
+
+/// The longest message of one request, in bytes: what every card can.
+pub(crate) const LONGEST: u64 = 1 << 30;
+
+/// Where one end of a connection is, for the other to know. 32 bytes on the wire.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Address {
+    peer: Peer,
+}
+
+impl Address {
+    /// For the other end: address of the card, number of the queue pair, number of its first
+    /// packet (32 bits each, big-endian), code of the port's MTU, zeroes.
+    pub fn to_bytes(&self) -> [u8; 32] {
+        let Peer {
+            gid,
+            queue,
+            sequence,
+            mtu,
+        } = self.peer;
+        let mut bytes = [0; 32];
+        bytes[..16].copy_from_slice(&gid);
+        bytes[16..20].copy_from_slice(&queue.to_be_bytes());
+        bytes[20..24].copy_from_slice(&sequence.to_be_bytes());
+        bytes[24] = mtu as u8;
+        bytes
+    }
+
+    /// What the other end has sent, checked: it goes to the card's driver.
+    ///
+    /// # Errors
+    /// [`RdmaError::Malformed`].
+    pub fn from_bytes(bytes: &[u8; 32]) -> Result<Address, RdmaError> {
+        let word = |at: usize| {
+            let mut word = [0; 4];
+            word.copy_from_slice(&bytes[at..at + 4]);
+            u32::from_be_bytes(word)
+        };
+        let mut gid = [0; 16];
+        gid.copy_from_slice(&bytes[..16]);
+        let (queue, sequence, mtu) = (word(16), word(20), bytes[24]);
+        let rules = [
+            (gid != [0; 16], "an address of zeroes"),
+            (gid[0] != 0xff, "a multicast address"),
+            (queue > 1 && queue < 1 << 24, "no number of a queue pair"),
+            (sequence < 1 << 24, "no number of a packet"),
+            ((1..=5).contains(&mtu), "no code of an MTU"),
+            (bytes[25..] == [0; 7], "bytes that are not zero"),
+        ];
+        for (holds, what) in rules {
+            if !holds {
+                let what = format!("the other end's address: {what}");
+                return Err(RdmaError::Malformed { what });
+            }
+        }
+        let mtu = mtu.into();
+        let peer = Peer {
+            gid,
+            queue,
+            sequence,
+            mtu,
+        };
+        Ok(Address { peer })
+    }
+}
+
+/// Memory of the other end's that this end may use: addresses, and the key for them. 24 bytes on the
+/// wire.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Remote {
+    address: u64,
+    length: u64,
+    key: u32,
+}
+
+impl Remote {
+    pub(super) fn new(address: u64, length: u64, key: u32) -> Remote {
+        Remote {
+            address,
+            length,
+            key,
+        }
+    }
+
+    /// Bytes.
+    pub fn len(&self) -> u64 {
+        self.length
+    }
+
+    /// True when it has no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.length == 0
+    }
+
+    /// A part of it; `offset` counts from its beginning.
+    ///
+    /// # Errors
+    /// [`BufferError::OutOfRange`] when the bytes are not all inside.
+    pub fn slice(&self, offset: u64, length: u64) -> Result<Remote, BufferError> {
+        match offset.checked_add(length) {
+            Some(end) if end <= self.length => Ok(Remote {
+                // Cannot overflow: the end is inside, by `from_bytes` or by its maker.
+                address: self.address + offset,
+                length,
+                key: self.key,
+            }),
+            _ => Err(BufferError::OutOfRange {
+                object: "the other end's buffer".into(),
+                offset,
+                length,
+                size: self.length,
+            }),
+        }
+    }
+
+    /// For the other end: address and length (64 bits), key (32 bits), big-endian, and zeroes.
+    pub fn to_bytes(&self) -> [u8; 24] {
+        let mut bytes = [0; 24];
+        bytes[..8].copy_from_slice(&self.address.to_be_bytes());
+        bytes[8..16].copy_from_slice(&self.length.to_be_bytes());
+        bytes[16..20].copy_from_slice(&self.key.to_be_bytes());
+        bytes
+    }
+
+    /// What the other end has sent.
+    ///
+    /// # Errors
+    /// [`RdmaError::Malformed`] for bytes beyond the last address.
+    pub fn from_bytes(bytes: &[u8; 24]) -> Result<Remote, RdmaError> {
+        let word = |at: usize| {
+            let mut word = [0; 8];
+            word.copy_from_slice(&bytes[at..at + 8]);
+            u64::from_be_bytes(word)
+        };
+        let (address, length, last) = (word(0), word(8), word(16));
+        if address.checked_add(length).is_none() || last & 0xffff_ffff != 0 {
+            let what = "the other end's memory: addresses that there are not".into();
+            return Err(RdmaError::Malformed { what });
+        }
+        Ok(Remote::new(address, length, (last >> 32) as u32))
+    }
+}
+
+/// One end of a connection that is to be.
+pub struct Endpoint {
+    queue: QueuePair,
+    card: Card,
+    sequence: u32,
+    mtu: i32,
+    depth: u32,
+}
+
+impl fmt::Debug for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Endpoint")
+            .field("card", &self.card)
+            .field("address", &self.address())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Card {
+    /// Makes an end of a reliable connection, for so many requests in flight in each direction.
+    ///
+    /// # Errors
+    /// The call that failed: `ENETDOWN` while the card's port is not active, `ENOMEM` and `EINVAL`
+    /// for more requests than the card can.
+    pub fn endpoint(&self, depth: u32) -> Result<Endpoint, RdmaError> {
+        let domain = &self.inner.domain;
+        let failed = |call| move |errno| SystemError::new(call, self.name(), errno);
+        let mtu = domain.active_mtu().map_err(failed("ibv_query_port"))?;
+        let queue = QueuePair::new(domain, depth).map_err(failed("ibv_create_qp"))?;
+        Ok(Endpoint {
+            queue,
+            card: self.clone(),
+            sequence: rand::random::<u32>() >> 8,
+            mtu,
+            depth,
+        })
+    }
+}
+
+impl Endpoint {
+    /// What the other end needs to know.
+    pub fn address(&self) -> Address {
+        let peer = Peer {
+            gid: self.card.inner.address.gid(),
+            queue: self.queue.number(),
+            sequence: self.sequence,
+            mtu: self.mtu,
+        };
+        Address { peer }
+    }
+
+    /// Connects it to the other end, which does the same. Work for it can be posted at once; the
+    /// other end's own must have connected before it arrives, within some two seconds.
+    ///
+    /// # Errors
+    /// The call that failed: `EINVAL`, `ENETUNREACH` or `ETIMEDOUT` for an address that the card
+    /// finds no way to.
+    pub fn connect(self, peer: &Address) -> Result<Connection, RdmaError> {
+        let source = self.card.inner.address.index() as u8;
+        let peer = Peer {
+            mtu: self.mtu.min(peer.peer.mtu),
+            ..peer.peer
+        };
+        self.queue
+            .connect(&peer, source, self.sequence)
+            .map_err(|errno| SystemError::new("ibv_modify_qp", self.card.name(), errno))?;
+        Ok(Connection {
+            queue: self.queue,
+            in_flight: HashMap::new(),
+            card: self.card,
+            last: 0,
+            depth: self.depth,
+        })
+    }
+}
+
+/// Names one request of a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct WorkId(u64);
+
+/// What a request was.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Operation {
+    /// An RDMA write.
+    Write,
+    /// An RDMA read.
+    Read,
+    /// A send.
+    Send,
+    /// Room for what the other end sends, or for the number that comes with a write.
+    Receive,
+}
+
+impl fmt::Display for Operation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Operation::Write => "RDMA write",
+            Operation::Read => "RDMA read",
+            Operation::Send => "send",
+            Operation::Receive => "receive",
+        })
+    }
+}
+
+/// What a card says of a request that failed (`enum ibv_wc_status`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Status(i32);
+
+impl Status {
+    /// This end's own memory was not there: the registration is gone or was revoked.
+    pub const LOCAL_PROTECTION: Status = Status(4);
+    /// It was given up, because an earlier one failed or the connection was stopped.
+    pub const FLUSHED: Status = Status(5);
+    /// The other end's memory was not there, or not for this: a wrong key or range, or a
+    /// registration that is gone or was revoked.
+    pub const REMOTE_ACCESS: Status = Status(10);
+    /// The other end does not answer.
+    pub const UNANSWERED: Status = Status(12);
+
+    /// Its name in `infiniband/verbs.h`, without `IBV_WC_`; `None` for a number without one.
+    pub fn name(self) -> Option<&'static str> {
+        const NAMES: [&str; 24] = [
+            "SUCCESS",
+            "LOC_LEN_ERR",
+            "LOC_QP_OP_ERR",
+            "LOC_EEC_OP_ERR",
+            "LOC_PROT_ERR",
+            "WR_FLUSH_ERR",
+            "MW_BIND_ERR",
+            "BAD_RESP_ERR",
+            "LOC_ACCESS_ERR",
+            "REM_INV_REQ_ERR",
+            "REM_ACCESS_ERR",
+            "REM_OP_ERR",
+            "RETRY_EXC_ERR",
+            "RNR_RETRY_EXC_ERR",
+            "LOC_RDD_VIOL_ERR",
+            "REM_INV_RD_REQ_ERR",
+            "REM_ABORT_ERR",
+            "INV_EECN_ERR",
+            "INV_EEC_STATE_ERR",
+            "FATAL_ERR",
+            "RESP_TIMEOUT_ERR",
+            "GENERAL_ERR",
+            "TM_ERR",
+            "TM_RNDV_INCOMPLETE",
+        ];
+        NAMES.get(usize::try_from(self.0).ok()?).copied()
+    }
+
+    fn meaning(self) -> &'static str {
+        match self {
+            Status::LOCAL_PROTECTION => {
+                "this end's memory is not registered for it, or was taken away"
+            }
+            Status::FLUSHED => "an earlier request failed, or the connection was stopped",
+            Status::REMOTE_ACCESS => {
+                "the other end's memory is not registered for it, or was taken away"
+            }
+            Status::UNANSWERED => "the other end does not answer",
+            _ => "see ibv_poll_cq(3)",
+        }
+    }
+}
+
+impl fmt::Display for Status {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.name() {
+            Some(name) => write!(f, "IBV_WC_{name} ({})", self.meaning()),
+            None => write!(f, "status {}", self.0),
+        }
+    }
+}
+
+/// A request that failed. The connection is of no use any more, and whatever was posted after it
+/// fails too.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("{operation}: {status}")]
+pub struct WorkError {
+    /// What it was.
+    pub operation: Operation,
+    /// What the card says.
+    pub status: Status,
+    /// The card's own code for it, for its maker.
+    pub vendor: u32,
+}
+
+/// What became of a request.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Completion {
+    /// Which.
+    pub id: WorkId,
+    /// What it was.
+    pub operation: Operation,
+    /// The bytes of it. Of a failed one an unknown part has arrived.
+    pub result: Result<u64, WorkError>,
+    /// The number that came with it.
+    pub immediate: Option<u32>,
+    /// Bytes that the processor copied for it on this end.
+    pub host_bytes: u64,
+}
+
+struct Posted {
+    operation: Operation,
+    /// Keeps the registration until the card is done with it.
+    piece: Option<Piece>,
+    host_bytes: u64,
+}
+
+/// A reliable connection. Requests are done in the order in which they were posted.
+///
+/// Dropping it stops the card first, then lets go of the registrations that work was in flight on.
+pub struct Connection {
+    // First, so that the card has stopped when the registrations go.
+    queue: QueuePair,
+    in_flight: HashMap<u64, Posted>,
+    card: Card,
+    last: u64,
+    depth: u32,
+}
+
+impl fmt::Debug for Connection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Connection")
+            .field("card", &self.card)
+            .field("in_flight", &self.in_flight.len())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Connection {
+    /// Writes a piece to the other end's memory, as long as the piece. With `immediate` the other
+    /// end gets the number, in a receive of its own, when the bytes are there.
+    ///
+    /// # Errors
+    /// [`RdmaError::Stale`], [`RdmaError::Mismatch`] for pieces that do not fit each other, the card
+    /// or one request; what copying into the staging memory failed with; `EAGAIN` with as many
+    /// requests in flight as the connection was made for.
+    pub fn write(
+        &mut self,
+        from: &Piece,
+        to: &Remote,
+        immediate: Option<u32>,
+    ) -> Result<WorkId, RdmaError> {
+        let verb = Verb::Write {
+            to: to.address,
+            key: to.key,
+            immediate,
+        };
+        self.post(from, Some(to), Operation::Write, verb)
+    }
+
+    /// Reads the other end's memory into a piece, which is as long.
+    ///
+    /// # Errors
+    /// As [`Connection::write`], and [`BufferError::Access`] for a buffer that is not writable.
+    pub fn read(&mut self, into: &Piece, from: &Remote) -> Result<WorkId, RdmaError> {
+        writable(into)?;
+        let verb = Verb::Read {
+            from: from.address,
+            key: from.key,
+        };
+        self.post(into, Some(from), Operation::Read, verb)
+    }
+
+    /// Sends a piece, for which the other end has posted room.
+    ///
+    /// # Errors
+    /// As [`Connection::write`].
+    pub fn send(&mut self, piece: &Piece, immediate: Option<u32>) -> Result<WorkId, RdmaError> {
+        self.post(piece, None, Operation::Send, Verb::Send { immediate })
+    }
+
+    /// Posts room for what the other end sends; or, with `None`, for a number that comes with a
+    /// write.
+    ///
+    /// # Errors
+    /// As [`Connection::read`].
+    pub fn receive(&mut self, into: Option<&Piece>) -> Result<WorkId, RdmaError> {
+        if let Some(piece) = into {
+            self.fits(piece)?;
+            writable(piece)?;
+        }
+        self.has_room()?;
+        let local = into.map(Piece::local).unwrap_or_default();
+        let id = self.last + 1;
+        self.queue
+            .post_receive(id, local)
+            .map_err(|errno| SystemError::new("ibv_post_recv", self.card.name(), errno))?;
+        let posted = Posted {
+            operation: Operation::Receive,
+            piece: into.cloned(),
+            host_bytes: 0,
+        };
+        Ok(self.posted(id, posted))
+    }
+
+    fn post(
+        &mut self,
+        piece: &Piece,
+        remote: Option<&Remote>,
+        operation: Operation,
+        verb: Verb,
+    ) -> Result<WorkId, RdmaError> {
+        self.fits(piece)?;
+        if let Some(remote) = remote
+            && remote.length != piece.len()
+        {
+            let what = format!(
+                "{} bytes here and {} at the other end",
+                piece.len(),
+                remote.length
+            );
+            return Err(RdmaError::Mismatch { what });
+        }
+        self.has_room()?;
+        let host_bytes = match operation {
+            Operation::Write | Operation::Send => {
+                piece.registration().refresh(piece.offset(), piece.len())?
+            }
+            _ => 0,
+        };
+        let id = self.last + 1;
+        self.queue
+            .post(id, piece.local(), verb)
+            .map_err(|errno| SystemError::new("ibv_post_send", self.card.name(), errno))?;
+        let posted = Posted {
+            operation,
+            piece: Some(piece.clone()),
+            host_bytes,
+        };
+        Ok(self.posted(id, posted))
+    }
+
+    fn posted(&mut self, id: u64, posted: Posted) -> WorkId {
+        self.last = id;
+        self.in_flight.insert(id, posted);
+        WorkId(id)
+    }
+
+    /// What the card must not be bothered with.
+    fn fits(&self, piece: &Piece) -> Result<(), RdmaError> {
+        let registration = piece.registration();
+        if !std::sync::Arc::ptr_eq(&registration.card().inner, &self.card.inner) {
+            let what = format!(
+                "the buffer is registered with {}, and the connection is {}'s",
+                registration.card().name(),
+                self.card.name()
+            );
+            return Err(RdmaError::Mismatch { what });
+        }
+        if piece.len() > LONGEST {
+            let what = format!("{} bytes in one request, of at most {LONGEST}", piece.len());
+            return Err(RdmaError::Mismatch { what });
+        }
+        registration.check()
+    }
+
+    fn has_room(&self) -> Result<(), RdmaError> {
+        // Each direction has as much; together they are what the completion queue holds.
+        if self.in_flight.len() < 2 * self.depth as usize {
+            return Ok(());
+        }
+        Err(SystemError::new("ibv_post_send", self.card.name(), crate::Errno::AGAIN).into())
+    }
+
+    /// How many requests the card has.
+    pub fn in_flight(&self) -> usize {
+        self.in_flight.len()
+    }
+
+    /// What has been done, if something has: the next completion.
+    ///
+    /// # Errors
+    /// The call that failed, or what copying from the staging memory into the buffer failed with:
+    /// the bytes are lost then.
+    pub fn poll(&mut self) -> Result<Option<Completion>, RdmaError> {
+        let done = self
+            .queue
+            .poll()
+            .map_err(|errno| SystemError::new("ibv_poll_cq", self.card.name(), errno))?;
+        done.map(|done| self.complete(&done)).transpose()
+    }
+
+    fn complete(&mut self, done: &Done) -> Result<Completion, RdmaError> {
+        let Some(posted) = self.in_flight.remove(&done.id) else {
+            let what = format!("{} completed what nobody posted", self.card.name());
+            return Err(RdmaError::Malformed { what });
+        };
+        let Posted {
+            operation,
+            piece,
+            mut host_bytes,
+        } = posted;
+        let arrived = match operation {
+            // The number of a write without bytes in the receive says how many were written.
+            Operation::Receive => done.bytes.into(),
+            _ => piece.as_ref().map_or(0, Piece::len),
+        };
+        let result = match done.status {
+            0 => Ok(arrived),
+            status => Err(WorkError {
+                operation,
+                status: Status(status),
+                vendor: done.vendor,
+            }),
+        };
+        if let (Ok(_), Operation::Read | Operation::Receive, Some(piece)) =
+            (&result, operation, &piece)
+        {
+            let length = arrived.min(piece.len());
+            host_bytes += piece.registration().deliver(piece.offset(), length)?;
+        }
+        Ok(Completion {
+            id: WorkId(done.id),
+            operation,
+            result,
+            immediate: done.immediate,
+            host_bytes,
+        })
+    }
+
+    /// Waits for the next completion, by the card's event.
+    ///
+    /// # Errors
+    /// As [`Connection::poll`], and [`RdmaError::TimedOut`].
+    pub fn wait(&mut self, limit: Duration) -> Result<Completion, RdmaError> {
+        let deadline = Instant::now() + limit;
+        let name = self.card.name().to_owned();
+        let failed = |call| move |errno| SystemError::new(call, name, errno);
+        loop {
+            if let Some(completion) = self.poll()? {
+                return Ok(completion);
+            }
+            self.queue
+                .arm()
+                .map_err(failed.clone()("ibv_req_notify_cq"))?;
+            // What came before the queue was armed makes no event.
+            if let Some(completion) = self.poll()? {
+                return Ok(completion);
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                let what = format!("a completion of {}", self.card.name());
+                return Err(RdmaError::TimedOut { what, limit });
+            }
+            let left = Timespec::try_from(left).ok();
+            let events = self.queue.events();
+            let mut wanted = [PollFd::from_borrowed_fd(events, PollFlags::IN)];
+            match poll(&mut wanted, left.as_ref()) {
+                Ok(0) | Err(rustix::io::Errno::INTR) => continue,
+                Ok(_) => {}
+                Err(errno) => return Err(failed("poll")(errno.into()).into()),
+            }
+            self.queue
+                .take_event()
+                .map_err(failed.clone()("ibv_get_cq_event"))?;
+        }
+    }
+
+    /// Stops the card's work and waits until it has let go of all that was posted, at most `limit`.
+    /// What was not done comes back as [`Status::FLUSHED`].
+    ///
+    /// # Errors
+    /// As [`Connection::wait`].
+    pub fn drain(&mut self, limit: Duration) -> Result<Vec<Completion>, RdmaError> {
+        self.queue
+            .stop()
+            .map_err(|errno| SystemError::new("ibv_modify_qp", self.card.name(), errno))?;
+        let deadline = Instant::now() + limit;
+        let mut all = Vec::new();
+        while !self.in_flight.is_empty() {
+            all.push(self.wait(deadline.saturating_duration_since(Instant::now()))?);
+        }
+        Ok(all)
+    }
+}
+
+fn writable(piece: &Piece) -> Result<(), BufferError> {
+    let buffer = piece.registration().range().buffer();
+    if buffer.is_writable() {
+        return Ok(());
+    }
+    Err(BufferError::Access {
+        object: buffer.name().to_owned(),
+        wanted: "write",
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn address() -> Address {
+        let peer = Peer {
+            gid: [7; 16],
+            queue: 17,
+            sequence: 0xff_ffff,
+            mtu: 3,
+        };
+        Address { peer }
+    }
+
+    #[test]
+    fn an_address_comes_back_from_the_wire() {
+        let bytes = address().to_bytes();
+        assert_eq!(Address::from_bytes(&bytes), Ok(address()));
+    }
+
+    #[test]
+    fn a_forged_address_is_refused() {
+        let good = address().to_bytes();
+        for (at, byte) in [
+            (16, 1),
+            (20, 1),
+            (24, 0),
+            (24, 6),
+            (25, 1),
+            (31, 1),
+            (0, 0xff),
+        ] {
+            let mut bytes = good;
+            bytes[at] = byte;
+            assert!(Address::from_bytes(&bytes).is_err(), "byte {at} is {byte}");
+        }
+        assert!(Address::from_bytes(&[0; 32]).is_err());
+    }
+
+    #[test]
+    fn remote_memory_comes_back_and_cannot_wrap() {
+        let remote = Remote::new(4096, 1 << 33, 77);
+        assert_eq!(Remote::from_bytes(&remote.to_bytes()), Ok(remote));
+        let part = remote.slice(1 << 32, 5).unwrap();
+        assert_eq!((part.address, part.len()), (4096 + (1 << 32), 5));
+        assert!(remote.slice(1 << 33, 1).is_err());
+        assert!(remote.slice(u64::MAX, 2).is_err());
+        let wraps = Remote::new(u64::MAX, 2, 0).to_bytes();
+        assert!(Remote::from_bytes(&wraps).is_err());
+        let mut padded = remote.to_bytes();
+        padded[23] = 1;
+        assert!(Remote::from_bytes(&padded).is_err());
+    }
+
+    #[test]
+    fn a_status_has_the_name_that_people_search_for() {
+        assert_eq!(Status::REMOTE_ACCESS.name(), Some("REM_ACCESS_ERR"));
+        assert_eq!(Status::LOCAL_PROTECTION.name(), Some("LOC_PROT_ERR"));
+        assert_eq!(Status::FLUSHED.name(), Some("WR_FLUSH_ERR"));
+        assert_eq!(Status::UNANSWERED.name(), Some("RETRY_EXC_ERR"));
+        assert_eq!(Status(24).name(), None);
+        assert_eq!(Status(-1).name(), None);
+    }
+}

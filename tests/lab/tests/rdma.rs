@@ -1,0 +1,692 @@
+//! Buffers registered with soft-RoCE, and bytes over loop-back connections, on the kernel's own
+//! (`--rdma stock`) and on the lab's (`--rdma dmabuf`). Runs in the guest.
+
+use std::collections::BTreeMap;
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use peerbuf::error::{BufferError, RdmaError};
+use peerbuf::export::peerbuf::{Device, Request};
+use peerbuf::export::{heap, memfd, udmabuf};
+use peerbuf::import::rdma::{
+    self, Address, Card, Completion, Connection, Layer, Operation, Registration, Remote, Rung,
+    Status,
+};
+use peerbuf::plan::{Path, ReasonCode};
+use peerbuf::share::{Channel, Copied, Publisher, Subscriber};
+use peerbuf::{Access, Buffer, BufferRange, Errno};
+use peerbuf_lab_suite::bytes::{get, put};
+use peerbuf_lab_suite::node::Node;
+
+const LIMIT: Duration = Duration::from_secs(30);
+const ALL: Option<Access> = Some(Access::ReadWrite);
+
+/// Whether the guest's soft-RoCE takes dma-bufs.
+fn takes_dma_bufs() -> bool {
+    match std::env::var("PEERBUF_LAB_RDMA").as_deref() {
+        Ok("dmabuf") => true,
+        Ok("stock") => false,
+        other => panic!("PEERBUF_LAB_RDMA is {other:?}"),
+    }
+}
+
+fn card() -> Card {
+    Card::open("rxe0").unwrap()
+}
+
+fn device() -> Device {
+    Device::open(Node::largest().bdf.parse().unwrap()).unwrap()
+}
+
+fn bar(length: u64) -> Buffer {
+    let request = Request {
+        bar: 2,
+        offset: None,
+        length,
+        access: Access::ReadWrite,
+    };
+    device().export(request).unwrap()
+}
+
+/// Both ends of a connection, on one card.
+fn connected(card: &Card, depth: u32) -> (Connection, Connection) {
+    let ends = [card.endpoint(depth).unwrap(), card.endpoint(depth).unwrap()];
+    // As they would go over the network.
+    let [a, b] = [0, 1].map(|n| Address::from_bytes(&ends[n].address().to_bytes()).unwrap());
+    let [first, second] = ends;
+    (first.connect(&b).unwrap(), second.connect(&a).unwrap())
+}
+
+fn random(length: u64, seed: u64) -> Vec<u8> {
+    let mut x = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut bytes = Vec::with_capacity(length as usize + 8);
+    while bytes.len() < length as usize {
+        // xorshift64
+        x ^= x << 13;
+        x ^= x >> 7;
+        x ^= x << 17;
+        bytes.extend_from_slice(&x.to_le_bytes());
+    }
+    bytes.truncate(length as usize);
+    bytes
+}
+
+fn good(completion: Completion) -> u64 {
+    completion.result.unwrap()
+}
+
+/// A range and its registration, with what is on either side of it in the buffer.
+struct Under {
+    registration: Registration,
+    range: BufferRange,
+    around: BufferRange,
+}
+
+/// Writes to, reads from, sends to and sends from a registration, and looks at each byte, also at
+/// those beside it.
+fn exercise(card: &Card, under: &Under) {
+    let Under {
+        registration,
+        range,
+        around,
+    } = under;
+    let (length, lead) = (range.len(), range.offset() - around.offset());
+    let bytes = |seed| random(length, seed);
+    let remote = registration.remote().unwrap();
+    let remote = Remote::from_bytes(&remote.to_bytes()).unwrap();
+    let other = memfd::export("other end", length).unwrap().whole();
+    let mine = card.register(&other, ALL).unwrap();
+    assert_eq!(mine.rung(), Rung::SharedMemory);
+    let piece = mine.slice(0, length).unwrap();
+    let whole = registration.slice(0, length).unwrap();
+    let (mut here, mut there) = connected(card, 16);
+    let canary = random(around.len(), 77);
+    let check = |seed: u64, what: &str| {
+        let mut expected = canary.clone();
+        expected[lead as usize..][..length as usize].copy_from_slice(&bytes(seed));
+        let got = get(around);
+        let at = got.iter().zip(&expected).position(|(a, b)| a != b);
+        assert_eq!(
+            at, None,
+            "{what}: first wrong byte, of {} at {lead}",
+            length
+        );
+    };
+    put(around, &canary);
+
+    // An RDMA write, then one with a number.
+    put(&other, &bytes(1));
+    here.write(&piece, &remote, None).unwrap();
+    assert_eq!(good(here.wait(LIMIT).unwrap()), length);
+    registration.deliver(0, length).unwrap();
+    check(1, "write");
+    put(&other, &bytes(2));
+    there.receive(None).unwrap();
+    here.write(&piece, &remote, Some(0xfeed_beef)).unwrap();
+    let told = there.wait(LIMIT).unwrap();
+    assert_eq!(
+        (told.operation, told.immediate),
+        (Operation::Receive, Some(0xfeed_beef))
+    );
+    assert_eq!(good(told), length);
+    good(here.wait(LIMIT).unwrap());
+    registration.deliver(0, length).unwrap();
+    check(2, "write with a number");
+
+    // An RDMA read.
+    put(range, &bytes(3));
+    registration.refresh(0, length).unwrap();
+    here.read(&piece, &remote).unwrap();
+    assert_eq!(good(here.wait(LIMIT).unwrap()), length);
+    assert!(get(&other) == bytes(3), "read");
+
+    // Sent to it, by polling.
+    put(&other, &bytes(4));
+    there.receive(Some(&whole)).unwrap();
+    here.send(&piece, None).unwrap();
+    let mut arrived = None;
+    while arrived.is_none() {
+        arrived = there.poll().unwrap();
+    }
+    let arrived = arrived.unwrap();
+    assert_eq!(arrived.immediate, None);
+    assert_eq!(
+        arrived.host_bytes,
+        if registration.rung() == Rung::Staged {
+            length
+        } else {
+            0
+        }
+    );
+    assert_eq!(good(arrived), length);
+    good(here.wait(LIMIT).unwrap());
+    check(4, "send to it");
+
+    // Sent from it, with a number, and written from it.
+    put(range, &bytes(5));
+    here.receive(Some(&piece)).unwrap();
+    there.send(&whole, Some(5)).unwrap();
+    assert_eq!(here.wait(LIMIT).unwrap().immediate, Some(5));
+    good(there.wait(LIMIT).unwrap());
+    assert!(get(&other) == bytes(5), "send from it");
+    put(range, &bytes(6));
+    there.write(&whole, &mine.remote().unwrap(), None).unwrap();
+    good(there.wait(LIMIT).unwrap());
+    assert!(get(&other) == bytes(6), "write from it");
+    // Read into it.
+    put(&other, &bytes(7));
+    there.read(&whole, &mine.remote().unwrap()).unwrap();
+    good(there.wait(LIMIT).unwrap());
+    check(7, "read into it");
+}
+
+/// What each rung should come to, for each kind of buffer.
+fn expected(kind: &str) -> Vec<Rung> {
+    let mut rungs = Vec::new();
+    if takes_dma_bufs() && kind != "memfd" {
+        // librxe has no entry for it, whatever the kernel has.
+        rungs.push(Rung::DmaBufByKernel);
+    }
+    if matches!(kind, "memfd" | "udmabuf") {
+        rungs.push(Rung::SharedMemory);
+    }
+    rungs.push(Rung::Staged);
+    rungs
+}
+
+fn buffers(size: u64) -> Vec<(&'static str, Buffer)> {
+    vec![
+        ("memfd", memfd::export("memfd", size).unwrap()),
+        ("udmabuf", udmabuf::export("udmabuf", size).unwrap()),
+        (
+            "heap",
+            heap::Heap::open("system")
+                .unwrap()
+                .export("heap", size)
+                .unwrap(),
+        ),
+        ("bar", bar(size)),
+    ]
+}
+
+#[test]
+fn the_structures_are_those_of_the_header() {
+    let output = Command::new("/opt/peerbuf/fixtures/verbs_layout")
+        .output()
+        .unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    let header: BTreeMap<&str, usize> = text
+        .lines()
+        .map(|line| {
+            let (name, offset) = line.rsplit_once(' ').unwrap();
+            (name, offset.parse().unwrap())
+        })
+        .collect();
+    let ours: BTreeMap<&str, usize> = rdma::layout().into_iter().collect();
+    assert_eq!(ours, header);
+}
+
+#[test]
+fn the_card_is_found_and_a_wrong_name_is_not() {
+    assert!(rdma::probe().unwrap().contains(&"rxe0".to_owned()));
+    assert!(card().is_software());
+    let RdmaError::System(error) = Card::open("mlx5_0").unwrap_err() else {
+        panic!("not a system error");
+    };
+    assert_eq!(error.errno, Errno::NODEV);
+}
+
+#[test]
+fn each_rung_carries_every_byte_of_every_kind_of_buffer() {
+    let card = card();
+    for (kind, buffer) in buffers(256 << 10) {
+        let expected = expected(kind);
+        for rung in Rung::ALL {
+            let whole = buffer.whole();
+            let result = card.register_by(&whole, ALL, &[rung]);
+            assert_eq!(
+                result.is_ok(),
+                expected.contains(&rung),
+                "{kind} by {rung}: {result:?}"
+            );
+            let Ok(registration) = result else { continue };
+            assert_eq!(registration.rung(), rung);
+            exercise(
+                &card,
+                &Under {
+                    registration,
+                    range: whole.clone(),
+                    around: whole,
+                },
+            );
+        }
+    }
+}
+
+#[test]
+fn the_best_rung_is_taken_and_the_better_ones_say_why_not() {
+    let card = card();
+    for (kind, buffer) in buffers(64 << 10) {
+        let registration = card.register(&buffer.whole(), ALL).unwrap();
+        assert_eq!(registration.rung(), expected(kind)[0], "{kind}");
+        let tried: Vec<Rung> = registration.attempts().iter().map(|a| a.rung).collect();
+        let better = Rung::ALL
+            .into_iter()
+            .take_while(|r| *r != registration.rung());
+        assert_eq!(tried, better.collect::<Vec<_>>(), "{kind}");
+        let attempt = |rung| {
+            registration
+                .attempts()
+                .iter()
+                .find(|a| a.rung == rung)
+                .unwrap()
+        };
+        let library = attempt(Rung::DmaBufByLibrary);
+        if kind == "memfd" {
+            assert_eq!(
+                (library.layer, library.code),
+                (Layer::Buffer, ReasonCode::NoDmaBuf)
+            );
+            continue;
+        }
+        assert_eq!(library.errno, Some(Errno::OPNOTSUPP));
+        assert!(library.evidence.contains("ibv_reg_dmabuf_mr"), "{library}");
+        assert!(library.evidence.contains("EOPNOTSUPP"), "{library}");
+        if takes_dma_bufs() {
+            assert_eq!(library.layer, Layer::Library, "{kind}");
+        } else {
+            let kernel = attempt(Rung::DmaBufByKernel);
+            assert_eq!(kernel.errno, Some(Errno::OPNOTSUPP), "{kind}");
+            assert_eq!(
+                (library.layer, kernel.layer),
+                (Layer::Driver, Layer::Driver)
+            );
+        }
+        let plan = registration.plan();
+        let path = match (kind, takes_dma_bufs()) {
+            ("udmabuf", _) | ("heap", true) => Path::SharedHostMemory,
+            _ => Path::StagedCopy,
+        };
+        assert_eq!(plan.path, path, "{kind}: {plan}");
+        assert!(!plan.reasons.is_empty(), "{kind}");
+    }
+}
+
+#[test]
+fn offsets_and_lengths_are_the_ranges_at_every_edge_of_a_page() {
+    let card = card();
+    for (kind, buffer) in buffers(64 << 10) {
+        for rung in expected(kind) {
+            for (offset, length) in [
+                (0, 1),
+                (1, 4095),
+                (4095, 2),
+                (4096, 4096),
+                (4097, 8191),
+                (12287, 8194),
+                ((64 << 10) - 1, 1),
+            ] {
+                let range = buffer.range(offset, length).unwrap();
+                let registration = card.register_by(&range, ALL, &[rung]).unwrap();
+                exercise(
+                    &card,
+                    &Under {
+                        registration,
+                        range,
+                        around: buffer.whole(),
+                    },
+                );
+            }
+        }
+    }
+}
+
+/// What a card says of a write, after which its connection is gone.
+fn written(connection: &mut Connection, from: &Registration, to: &Remote) -> Status {
+    let piece = from.slice(0, to.len()).unwrap();
+    connection.write(&piece, to, None).unwrap();
+    let completion = connection.wait(LIMIT).unwrap();
+    completion.result.unwrap_err().status
+}
+
+#[test]
+fn wrong_keys_and_ranges_are_refused_and_others_unharmed() {
+    let card = card();
+    let target = udmabuf::export("target", 64 << 10).unwrap();
+    put(&target.whole(), &random(64 << 10, 1));
+    let part = target.range(4096, 8192).unwrap();
+    let registration = card.register(&part, ALL).unwrap();
+    let source = memfd::export("source", 64 << 10).unwrap();
+    let source = card.register(&source.whole(), None).unwrap();
+    assert!(matches!(source.remote(), Err(RdmaError::NotShared { .. })));
+    let (mut unharmed, _its_peer) = connected(&card, 4);
+
+    let right = registration.remote().unwrap();
+    let forged = |address: u64, length: u64, key_flip: u8| {
+        let mut bytes = right.to_bytes();
+        bytes[..8].copy_from_slice(&address.to_be_bytes());
+        bytes[8..16].copy_from_slice(&length.to_be_bytes());
+        bytes[19] ^= key_flip;
+        Remote::from_bytes(&bytes).unwrap()
+    };
+    let read_only = card.register(&part, Some(Access::Read)).unwrap();
+    for (what, remote) in [
+        ("another key", forged(4096, 16, 1)),
+        ("before it", forged(4095, 16, 0)),
+        ("behind it", forged(4096 + 8192 - 15, 16, 0)),
+        ("far away", forged(1 << 40, 16, 0)),
+        (
+            "not for writing",
+            read_only.remote().unwrap().slice(0, 16).unwrap(),
+        ),
+    ] {
+        let (mut here, _there) = connected(&card, 4);
+        assert_eq!(
+            written(&mut here, &source, &remote),
+            Status::REMOTE_ACCESS,
+            "{what}"
+        );
+        // What is posted to it now comes back.
+        let piece = source.slice(0, 16).unwrap();
+        here.write(&piece, &right.slice(0, 16).unwrap(), None)
+            .unwrap();
+        assert_eq!(
+            here.wait(LIMIT).unwrap().result.unwrap_err().status,
+            Status::FLUSHED
+        );
+    }
+    let gone = {
+        let registration = card.register(&part, ALL).unwrap();
+        registration.remote().unwrap().slice(0, 16).unwrap()
+    };
+    let (mut here, _there) = connected(&card, 4);
+    assert_eq!(
+        written(&mut here, &source, &gone),
+        Status::REMOTE_ACCESS,
+        "deregistered"
+    );
+
+    assert_eq!(get(&target.whole()), random(64 << 10, 1));
+    let piece = source.slice(0, 16).unwrap();
+    unharmed
+        .write(&piece, &right.slice(0, 16).unwrap(), None)
+        .unwrap();
+    assert_eq!(good(unharmed.wait(LIMIT).unwrap()), 16);
+
+    // Before the card sees it.
+    let refused = unharmed.write(&piece, &right.slice(0, 17).unwrap(), None);
+    assert!(matches!(refused, Err(RdmaError::Mismatch { .. })));
+    let elsewhere = Card::open("rxe0").unwrap();
+    let (mut foreign, _its_peer) = connected(&elsewhere, 4);
+    let refused = foreign.write(&piece, &right.slice(0, 16).unwrap(), None);
+    assert!(matches!(refused, Err(RdmaError::Mismatch { .. })));
+    assert!(matches!(
+        right.slice(8192, 1),
+        Err(BufferError::OutOfRange { .. })
+    ));
+    assert!(matches!(
+        registration.slice(8000, 193),
+        Err(BufferError::OutOfRange { .. })
+    ));
+    assert!(matches!(
+        card.register(&target.range(5, 0).unwrap(), None),
+        Err(RdmaError::Empty { .. })
+    ));
+}
+
+#[test]
+fn a_registration_of_a_revoked_buffer_is_refused_before_the_card_sees_it() {
+    let (card, device) = (card(), device());
+    let buffer = bar(64 << 10);
+    let dmabuf = buffer.dmabuf().unwrap();
+    let other = memfd::export("other", 4096).unwrap();
+    let other = card.register(&other.whole(), ALL).unwrap();
+    let (mut here, _there) = connected(&card, 4);
+    for rung in expected("bar") {
+        let registration = card.register_by(&buffer.whole(), ALL, &[rung]).unwrap();
+        let generation = registration.generation().unwrap();
+        registration.check().unwrap();
+        assert!(device.revoke(dmabuf, LIMIT).unwrap().is_complete());
+        let piece = registration.slice(0, 4096).unwrap();
+        for _ in 0..2 {
+            let refused = here
+                .write(&piece, &other.remote().unwrap(), None)
+                .unwrap_err();
+            assert!(
+                matches!(refused, RdmaError::Stale { .. }),
+                "{rung}: {refused}"
+            );
+            assert!(matches!(
+                here.receive(Some(&piece)),
+                Err(RdmaError::Stale { .. })
+            ));
+            assert_eq!(here.in_flight(), 0);
+            // Access again does not make an old registration good.
+            let _ = device.restore(dmabuf);
+        }
+        let again = card.register_by(&buffer.whole(), ALL, &[rung]).unwrap();
+        assert!(again.generation().unwrap() > generation);
+        let piece = again.slice(0, 4096).unwrap();
+        here.write(&piece, &other.remote().unwrap(), None).unwrap();
+        good(here.wait(LIMIT).unwrap());
+    }
+}
+
+#[test]
+fn a_revoke_in_mid_transfer_ends_it_with_an_error_and_nothing_else_changes() {
+    if !takes_dma_bufs() {
+        // The card never has the BAR itself; what becomes of copies is the test above.
+        return;
+    }
+    const CHUNK: u64 = 64 << 10;
+    const CHUNKS: u64 = 64;
+    let (card, device) = (card(), device());
+    let [before, buffer, after] = [64 << 10, CHUNK * CHUNKS, 64 << 10].map(bar);
+    for neighbour in [&before, &after] {
+        put(&neighbour.whole(), &random(64 << 10, 9));
+    }
+    let old = random(CHUNK * CHUNKS, 1);
+    put(&buffer.whole(), &old);
+    let new = random(CHUNK * CHUNKS, 2);
+    let source = udmabuf::export("source", CHUNK * CHUNKS).unwrap();
+    put(&source.whole(), &new);
+    let source = card.register(&source.whole(), None).unwrap();
+    let target = card.register(&buffer.whole(), ALL).unwrap();
+    let remote = target.remote().unwrap();
+    let (mut here, mut there) = connected(&card, 16);
+
+    let dmabuf = buffer.dmabuf().unwrap();
+    let begun = AtomicBool::new(false);
+    let (failed_at, revoked) = std::thread::scope(|scope| {
+        let revoking = scope.spawn(|| {
+            while !begun.load(Ordering::Acquire) {
+                std::thread::yield_now();
+            }
+            device.revoke(dmabuf, LIMIT).unwrap()
+        });
+        let mut failed_at = None;
+        for n in 0..CHUNKS {
+            let piece = source.slice(n * CHUNK, CHUNK).unwrap();
+            here.write(&piece, &remote.slice(n * CHUNK, CHUNK).unwrap(), None)
+                .unwrap();
+            if n == 3 {
+                begun.store(true, Ordering::Release);
+            }
+            match here.wait(LIMIT).unwrap().result {
+                Ok(_) => {}
+                Err(error) => {
+                    assert_eq!(error.status, Status::REMOTE_ACCESS, "{error}");
+                    failed_at = Some(n);
+                    break;
+                }
+            }
+        }
+        (failed_at, revoking.join().unwrap())
+    });
+    let failed_at = failed_at.expect("4 MiB take longer than a revoke");
+    assert!(failed_at >= 3);
+    assert!(revoked.is_complete(), "{revoked:?}");
+
+    // This end's own work on it is an error, too.
+    let (mut fresh, _its_peer) = connected(&card, 4);
+    let refused = fresh.write(
+        &target.slice(0, 64).unwrap(),
+        &remote.slice(0, 64).unwrap(),
+        None,
+    );
+    assert!(matches!(refused, Err(RdmaError::Stale { .. })));
+    there.drain(LIMIT).unwrap();
+
+    // The key is nobody else's while the registration is there.
+    let slot = |remote: &Remote| remote.to_bytes()[16..19].to_vec();
+    let page = source.range().buffer().range(0, 4096).unwrap();
+    for _ in 0..500 {
+        let other = card.register(&page, ALL).unwrap();
+        assert_ne!(slot(&other.remote().unwrap()), slot(&remote));
+    }
+
+    // Recovery: what had been reported as done is there, what was not begun is as it was.
+    device.restore(dmabuf).unwrap();
+    let now = get(&buffer.whole());
+    let at = |n: u64| (n * CHUNK) as usize;
+    assert!(now[..at(failed_at)] == new[..at(failed_at)]);
+    assert!(now[at(failed_at + 1)..] == old[at(failed_at + 1)..]);
+    for neighbour in [&before, &after] {
+        assert!(get(&neighbour.whole()) == random(64 << 10, 9));
+    }
+    let again = card.register(&buffer.whole(), ALL).unwrap();
+    assert_eq!(again.rung(), Rung::DmaBufByKernel);
+    let (mut here, _there) = connected(&card, 4);
+    let all = source.slice(0, CHUNK * CHUNKS).unwrap();
+    here.write(&all, &again.remote().unwrap(), None).unwrap();
+    good(here.wait(LIMIT).unwrap());
+    assert!(get(&buffer.whole()) == new);
+}
+
+#[test]
+fn a_registered_dma_buf_does_not_move_and_a_staged_one_does() {
+    let (card, device) = (card(), device());
+    let node = Node::largest();
+    let fd = node.export_movable(64 << 10).unwrap();
+    let dmabuf = peerbuf::DmaBuf::from_fd(fd).unwrap();
+    let provenance = bar(4096).provenance().clone();
+    let buffer = Buffer::from_dmabuf(dmabuf, provenance);
+    let dmabuf = buffer.dmabuf().unwrap();
+    let other = memfd::export("other", 64 << 10).unwrap();
+    let from = card.register(&other.whole(), ALL).unwrap();
+    let (mut here, _there) = connected(&card, 4);
+    for rung in expected("bar") {
+        let registration = card.register_by(&buffer.whole(), ALL, &[rung]).unwrap();
+        let to = peerbuf::export::peerbuf::MoveTo::System;
+        let moved = device.move_buffer(dmabuf, to, Duration::from_millis(100));
+        if rung.is_dma_buf() {
+            assert_eq!(moved.unwrap_err().cause.errno, Errno::BUSY);
+        } else {
+            moved.unwrap();
+        }
+        registration.check().unwrap();
+        put(&other.whole(), &random(64 << 10, 3));
+        let piece = from.slice(0, 64 << 10).unwrap();
+        here.write(&piece, &registration.remote().unwrap(), None)
+            .unwrap();
+        good(here.wait(LIMIT).unwrap());
+        registration.deliver(0, 64 << 10).unwrap();
+        assert!(get(&buffer.whole()) == random(64 << 10, 3), "{rung}");
+    }
+}
+
+#[test]
+fn a_lent_buffer_that_is_lent_no_more_is_stale() {
+    let (ours, theirs) = Channel::pair().unwrap();
+    let mut publisher = Publisher::new().unwrap();
+    publisher.add(ours).unwrap();
+    let backing = Copied::new(|_| memfd::export("lent", 4096)).unwrap();
+    publisher.publish("lent", backing).unwrap();
+    let subscriber = std::thread::spawn(move || Subscriber::new(theirs).unwrap());
+    publisher.serve_for(Duration::from_millis(200)).unwrap();
+    let subscriber = subscriber.join().unwrap();
+    let lease = subscriber.buffer_within("lent", LIMIT).unwrap();
+    let card = card();
+    let registration = card.register(&lease.whole(), ALL).unwrap();
+    assert_eq!(registration.generation(), Some(1));
+    registration.check().unwrap();
+    drop(subscriber);
+    assert!(matches!(registration.check(), Err(RdmaError::Stale { .. })));
+}
+
+#[test]
+fn things_can_be_dropped_in_any_order_with_work_in_flight() {
+    let card = card();
+    let target = udmabuf::export("target", 1 << 20).unwrap();
+    for order in 0..4 {
+        let source = udmabuf::export("source", 1 << 20).unwrap();
+        let from = card.register(&source.whole(), None).unwrap();
+        let to = card.register(&target.whole(), ALL).unwrap();
+        let (mut here, there) = connected(&card, 16);
+        for _ in 0..8 {
+            let piece = from.slice(0, 1 << 20).unwrap();
+            here.write(&piece, &to.remote().unwrap(), None).unwrap();
+        }
+        match order {
+            // The registrations first: work in flight keeps this end's.
+            0 => {
+                drop((source, from));
+                good(here.wait(LIMIT).unwrap());
+                drop((to, here, there));
+            }
+            // The other end's first: what comes after is refused.
+            1 => {
+                drop(to);
+                while here.wait(LIMIT).unwrap().result.is_ok() {
+                    assert_ne!(here.in_flight(), 0, "a write without a registration");
+                }
+                drop((there, here, from, source));
+            }
+            // The connection first.
+            2 => drop((here, there, from, to, source)),
+            // Stopped in an orderly way: each request comes back, once.
+            _ => {
+                let back = here.drain(LIMIT).unwrap();
+                assert_eq!(back.len(), 8);
+                assert_eq!(here.in_flight(), 0);
+            }
+        }
+    }
+}
+
+#[test]
+fn ten_thousand_registrations_leave_nothing_behind() {
+    let card = card();
+    let buffer = udmabuf::export("buffer", 64 << 10).unwrap();
+    let in_bar = bar(64 << 10);
+    let descriptors = || std::fs::read_dir("/proc/self/fd").unwrap().count();
+    let regions = || {
+        let output = Command::new("rdma")
+            .args(["resource", "show", "mr"])
+            .output()
+            .unwrap();
+        String::from_utf8(output.stdout).unwrap().lines().count()
+    };
+    let resident = || {
+        let text = std::fs::read_to_string("/proc/self/statm").unwrap();
+        text.split(' ').nth(1).unwrap().parse::<u64>().unwrap()
+    };
+    let round = |n: u64| {
+        let range = buffer.range(n % 4096, 8192 + n % 31).unwrap();
+        drop(card.register(&range, ALL).unwrap());
+        drop(
+            card.register(&in_bar.range(n % 4096, 4096).unwrap(), ALL)
+                .unwrap(),
+        );
+    };
+    (0..500).for_each(round);
+    let (fds, mrs, pages) = (descriptors(), regions(), resident());
+    (0..5000).for_each(round);
+    assert_eq!((descriptors(), regions()), (fds, mrs));
+    assert!(
+        resident() <= pages + 64,
+        "{} pages, {pages} before",
+        resident()
+    );
+}
