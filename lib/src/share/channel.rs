@@ -112,7 +112,8 @@ impl Channel {
     /// is not an offer; [`ShareError::Buffer`] for descriptors that are not what the offer says.
     pub fn receive_buffer(&self) -> Result<BufferRange, ShareError> {
         let (message, descriptors) = self.receive_message(wire::HAND_OVER_SIZE)?;
-        let what = wire::hand_over(&message)?;
+        let description = wire::hand_over(&message)?;
+        let what = wire::decode(&description)?;
         if descriptors.len() != what.descriptors() {
             let what = format!(
                 "{} descriptors came with it, {} were announced",
@@ -122,7 +123,7 @@ impl Channel {
             return Err(ShareError::Malformed { what });
         }
         let (offset, length) = (what.offset, what.length);
-        let buffer = open_buffer(what, &mut descriptors.into_iter())?;
+        let buffer = open_buffer(&what, &mut descriptors.into_iter())?;
         Ok(buffer.range(offset, length)?)
     }
 
@@ -269,15 +270,15 @@ pub(super) fn descriptors(
 
 /// Makes a buffer of what was announced and of the descriptors that came, after a look at each.
 pub(super) fn open_buffer(
-    what: wire::Checked,
+    what: &wire::Checked<'_>,
     descriptors: &mut impl Iterator<Item = OwnedFd>,
 ) -> Result<Buffer, ShareError> {
     let dmabuf = what.has_dmabuf.then(|| descriptors.next()).flatten();
     let dmabuf = dmabuf.map(DmaBuf::from_fd).transpose()?;
     let host = what.has_host_memory.then(|| descriptors.next()).flatten();
     let buffer = match (dmabuf, host) {
-        (dmabuf, Some(host)) => Buffer::from_host_memory(host, dmabuf, what.provenance)?,
-        (Some(dmabuf), None) => Buffer::from_dmabuf(dmabuf, what.provenance),
+        (dmabuf, Some(host)) => Buffer::from_host_memory(host, dmabuf, what.provenance())?,
+        (Some(dmabuf), None) => Buffer::from_dmabuf(dmabuf, what.provenance()),
         (None, None) => {
             return Err(ShareError::Malformed {
                 what: "it has no descriptor".into(),

@@ -10,6 +10,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use rustc_hash::FxHashMap;
 use rustix::event::{Timespec, epoll};
 use rustix::fs::{Mode, OFlags};
 
@@ -42,6 +43,10 @@ const WAKE: u64 = u64::MAX;
 /// A buffer that was published.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct BufferId(u64);
+
+/// Something for each of many buffers. The quick hash is safe here: the numbers are this side's own,
+/// and what others send is only looked up.
+type Numbered<T> = FxHashMap<BufferId, T>;
 
 /// A connected subscriber. Never used twice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -190,7 +195,7 @@ struct Connection {
     channel: Channel,
     peer: Peer,
     greeted: bool,
-    held: BTreeMap<BufferId, Holding>,
+    held: Numbered<Holding>,
     /// Buffers that it may have to be offered.
     unseen: BTreeSet<BufferId>,
     /// What it is to be told about buffers that it holds.
@@ -213,7 +218,7 @@ pub struct Publisher {
     listener: Option<Listener>,
     listening: bool,
     policy: Box<dyn Policy>,
-    buffers: BTreeMap<BufferId, Published>,
+    buffers: Numbered<Published>,
     /// What they are published as.
     names: BTreeSet<String>,
     subscribers: BTreeMap<SubscriberId, Connection>,
@@ -248,7 +253,7 @@ impl Publisher {
             listener: None,
             listening: false,
             policy: Box::new(SameUser),
-            buffers: BTreeMap::new(),
+            buffers: Numbered::default(),
             names: BTreeSet::new(),
             subscribers: BTreeMap::new(),
             last_buffer: 0,
@@ -312,7 +317,7 @@ impl Publisher {
             channel,
             peer,
             greeted: false,
-            held: BTreeMap::new(),
+            held: Numbered::default(),
             unseen: BTreeSet::new(),
             notices: VecDeque::new(),
             under_way: 0,
@@ -833,17 +838,14 @@ impl Publisher {
         if !connection.greeted || connection.full {
             return Ok(());
         }
-        while !connection.unseen.is_empty() && connection.under_way < WINDOW {
-            let mut batch = Vec::new();
+        while connection.under_way < WINDOW {
+            let mut batch: Vec<(BufferId, Grant)> = Vec::new();
             let mut descriptors = 0;
-            let mut handled = Vec::new();
-            for &buffer in &connection.unseen {
+            while let Some(buffer) = connection.unseen.pop_first() {
                 let Some(published) = self.buffers.get_mut(&buffer) else {
-                    handled.push(buffer);
                     continue;
                 };
                 if published.state != State::Live || connection.held.contains_key(&buffer) {
-                    handled.push(buffer);
                     continue;
                 }
                 let current = published.backing.buffer();
@@ -851,81 +853,71 @@ impl Publisher {
                     .policy
                     .grant(&connection.peer, &published.name, current);
                 let offered = match grant {
-                    Grant::Nothing => {
-                        handled.push(buffer);
-                        continue;
-                    }
-                    Grant::ReadWrite => Ok(grant),
-                    Grant::ReadOnly => published.open_read_only().map(|()| grant),
+                    Grant::Nothing => continue,
+                    Grant::ReadWrite => Ok(()),
+                    Grant::ReadOnly => published.open_read_only(),
                 };
-                let grant = match offered {
-                    Ok(grant) => grant,
-                    Err(error) => {
-                        handled.push(buffer);
-                        let why = error.to_string();
-                        let event = Event::NotOffered {
-                            subscriber: id,
-                            buffer,
-                            why,
-                        };
-                        self.events.push_back(event);
-                        continue;
-                    }
-                };
+                if let Err(error) = offered {
+                    let event = Event::NotOffered {
+                        subscriber: id,
+                        buffer,
+                        why: error.to_string(),
+                    };
+                    self.events.push_back(event);
+                    continue;
+                }
                 let count = published.descriptors(grant).count();
                 if !batch.is_empty() && descriptors + count > self.batch {
+                    connection.unseen.insert(buffer);
                     break;
                 }
                 descriptors += count;
-                batch.push((buffer, grant, count));
-                handled.push(buffer);
+                batch.push((buffer, grant));
             }
-            if !batch.is_empty() {
-                let offered = || {
-                    let published = |(id, grant, _): &(BufferId, Grant, usize)| {
-                        Some((*id, *grant, self.buffers.get(id)?))
-                    };
-                    batch.iter().filter_map(published)
+            if batch.is_empty() {
+                return Ok(());
+            }
+            let mut entries = Vec::with_capacity(batch.len());
+            let mut fds = Vec::with_capacity(descriptors);
+            for &(buffer, grant) in &batch {
+                if let Some(published) = self.buffers.get(&buffer) {
+                    entries.push(published.entry(buffer, grant));
+                    fds.extend(published.descriptors(grant));
+                }
+            }
+            wire::encode_into(&mut self.message, Message::Offer, &entries);
+            let sent = connection.channel.try_send(&self.message, &fds);
+            if !matches!(sent, Ok(true)) {
+                connection.unseen.extend(batch.iter().map(|(id, _)| *id));
+            }
+            match sent {
+                Ok(true) => {}
+                Ok(false) => {
+                    connection.full = true;
+                    return Ok(());
+                }
+                // Too many descriptors are under way for this user. It will pass.
+                Err(ShareError::System(SystemError { errno, .. }))
+                    if errno == Errno::from(rustix::io::Errno::TOOMANYREFS) =>
+                {
+                    connection.refused = true;
+                    return Ok(());
+                }
+                Err(error) => return Err(error),
+            }
+            for &(buffer, grant) in &batch {
+                let Some(published) = self.buffers.get_mut(&buffer) else {
+                    continue;
                 };
-                let entries: Vec<wire::Entry> = offered()
-                    .map(|(id, grant, published)| published.entry(id, grant))
-                    .collect();
-                let fds: Vec<BorrowedFd<'_>> = offered()
-                    .flat_map(|(_, grant, published)| published.descriptors(grant))
-                    .collect();
-                wire::encode_into(&mut self.message, Message::Offer, &entries);
-                match connection.channel.try_send(&self.message, &fds) {
-                    Ok(true) => {}
-                    Ok(false) => {
-                        connection.full = true;
-                        return Ok(());
-                    }
-                    // Too many descriptors are under way for this user. It will pass.
-                    Err(ShareError::System(SystemError { errno, .. }))
-                        if errno == Errno::from(rustix::io::Errno::TOOMANYREFS) =>
-                    {
-                        connection.refused = true;
-                        return Ok(());
-                    }
-                    Err(error) => return Err(error),
-                }
-                for &(buffer, _, count) in &batch {
-                    let Some(published) = self.buffers.get_mut(&buffer) else {
-                        continue;
-                    };
-                    published.holders += 1;
-                    let holding = Holding {
-                        generation: published.generation,
-                        descriptors: count,
-                        accepted: false,
-                    };
-                    connection.held.insert(buffer, holding);
-                }
-                connection.under_way += descriptors;
+                published.holders += 1;
+                let holding = Holding {
+                    generation: published.generation,
+                    descriptors: published.descriptors(grant).count(),
+                    accepted: false,
+                };
+                connection.held.insert(buffer, holding);
             }
-            for buffer in handled {
-                connection.unseen.remove(&buffer);
-            }
+            connection.under_way += descriptors;
         }
         Ok(())
     }
@@ -1047,7 +1039,7 @@ impl Publisher {
         match message {
             Message::Hello => {
                 connection.greeted = true;
-                connection.unseen.extend(self.buffers.keys());
+                connection.unseen = self.buffers.keys().copied().collect();
                 let peer = connection.peer;
                 let event = Event::Joined {
                     subscriber: id,
@@ -1140,7 +1132,9 @@ impl Publisher {
         drop(connection.channel);
         // There may be room for those who could not be accepted.
         let _ = self.listen(true);
-        connection.held.into_keys().collect()
+        let mut held: Vec<BufferId> = connection.held.into_keys().collect();
+        held.sort_unstable();
+        held
     }
 }
 

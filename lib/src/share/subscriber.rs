@@ -18,7 +18,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use super::backing::Placement;
 use super::channel::{Channel, open_buffer};
 use super::policy::Grant;
-use super::wire::{self, CheckedEntry, Farewell, Message, Note};
+use super::wire::{self, Entry, Farewell, Message, Note};
 use crate::buffer::{Buffer, LastHandle, LeaseState};
 use crate::error::{ShareError, SystemError};
 
@@ -49,7 +49,6 @@ pub struct Lease {
 /// What is known of one generation of one buffer.
 #[derive(Debug)]
 struct Terms {
-    id: u64,
     generation: u64,
     grant: Grant,
     placement: Placement,
@@ -71,7 +70,8 @@ pub(super) struct Session {
 
 #[derive(Debug, Default)]
 struct State {
-    buffers: BTreeMap<u64, Slot>,
+    /// What can be had; a buffer is not in it while it moves.
+    offers: BTreeMap<u64, Box<Offer>>,
     outbox: VecDeque<(Message, Note)>,
     /// More is about to come, and goes in one message.
     gathering: bool,
@@ -80,25 +80,19 @@ struct State {
     closing: bool,
 }
 
-/// A buffer that was offered at least once.
-#[derive(Debug)]
-struct Slot {
-    name: String,
-    /// The generation that can be had; `None` while it moves.
-    offer: Option<Offer>,
-}
-
+/// One generation of a buffer, as it was offered. There may be very many, of which a program uses
+/// few, so each is kept as it came, checked, until it is asked for.
 #[derive(Debug)]
 struct Offer {
-    terms: Arc<Terms>,
+    entry: Entry,
     content: Content,
 }
 
 #[derive(Debug)]
 enum Content {
     /// Nobody asked for it yet, and the descriptors were not looked at.
-    Packed(wire::Checked, Vec<OwnedFd>),
-    Open(Buffer),
+    Packed([Option<OwnedFd>; 2]),
+    Open(Buffer, Arc<Terms>),
     /// It is not what the publisher said.
     Unusable(ShareError),
 }
@@ -193,8 +187,8 @@ impl Subscriber {
     /// The names of the buffers that can be had at this moment.
     pub fn names(&self) -> Vec<String> {
         let state = self.session.lock();
-        let offered = state.buffers.values().filter(|slot| slot.offer.is_some());
-        offered.map(|slot| slot.name.clone()).collect()
+        let offers = state.offers.values();
+        offers.map(|offer| offer.entry.name().to_owned()).collect()
     }
 
     /// Why the connection ended; `None` while it has not.
@@ -239,13 +233,14 @@ impl Subscriber {
 
 impl Drop for Subscriber {
     fn drop(&mut self) {
-        let slots = {
+        let offers = {
             let mut state = self.session.lock();
             state.closing = true;
-            std::mem::take(&mut state.buffers)
+            std::mem::take(&mut state.offers)
         };
-        let offers = slots.into_values().filter_map(|slot| slot.offer);
-        offers.for_each(|offer| offer.give_back(&self.session));
+        for offer in offers.into_values() {
+            offer.give_back(&self.session);
+        }
         self.session.wake();
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
@@ -307,23 +302,22 @@ impl Deref for Lease {
 
 impl Offer {
     /// The buffer, after a look at its descriptors the first time.
-    fn open(&mut self, session: &Arc<Session>) -> Result<Buffer, ShareError> {
-        if let Content::Packed(what, descriptors) = &mut self.content {
+    fn open(&mut self, session: &Arc<Session>) -> Result<Lease, ShareError> {
+        if let Content::Packed(descriptors) = &mut self.content {
             let descriptors = std::mem::take(descriptors);
-            let opened = open_buffer(what.clone(), &mut descriptors.into_iter());
-            self.content = match opened {
-                Ok(buffer) => {
-                    let session = Arc::downgrade(session);
-                    let note = Note::new(self.terms.id, self.terms.generation, 0);
-                    Content::Open(buffer.with_last_handle(Box::new(Return { session, note })))
-                }
+            self.content = match unpack(&self.entry, descriptors, session) {
+                Ok((buffer, terms)) => Content::Open(buffer, Arc::new(terms)),
                 Err(error) => Content::Unusable(error),
             };
         }
         match &self.content {
-            Content::Open(buffer) => Ok(buffer.clone()),
+            Content::Open(buffer, terms) => Ok(Lease {
+                buffer: buffer.clone(),
+                terms: Arc::clone(terms),
+                session: Arc::clone(session),
+            }),
             Content::Unusable(error) => Err(error.clone()),
-            Content::Packed(..) => Err(ShareError::Malformed {
+            Content::Packed(_) => Err(ShareError::Malformed {
                 what: "it has no descriptor".into(),
             }),
         }
@@ -331,16 +325,35 @@ impl Offer {
 
     /// Lets go of the session's own handle. Not with the state locked: it may be the last one.
     fn give_back(self, session: &Session) {
-        let note = |value| Note::new(self.terms.id, self.terms.generation, value);
+        let note = |value| Note::new(self.entry.id, self.entry.generation, value);
         match self.content {
-            Content::Open(buffer) => drop(buffer),
-            Content::Packed(_, descriptors) => {
+            Content::Open(buffer, _) => drop(buffer),
+            Content::Packed(descriptors) => {
                 drop(descriptors);
                 session.post(Message::Released, note(0));
             }
             Content::Unusable(_) => session.post(Message::Released, note(1)),
         }
     }
+}
+
+fn unpack(
+    entry: &Entry,
+    descriptors: [Option<OwnedFd>; 2],
+    session: &Arc<Session>,
+) -> Result<(Buffer, Terms), ShareError> {
+    let checked = entry.check()?;
+    let buffer = open_buffer(&checked.what, &mut descriptors.into_iter().flatten())?;
+    let session = Arc::downgrade(session);
+    let note = Note::new(checked.id, checked.generation, 0);
+    let terms = Terms {
+        generation: checked.generation,
+        grant: checked.grant,
+        placement: checked.what.placement,
+        wanted: OnceLock::new(),
+    };
+    let buffer = buffer.with_last_handle(Box::new(Return { session, note }));
+    Ok((buffer, terms))
 }
 
 #[cfg(feature = "tokio")]
@@ -373,18 +386,9 @@ impl Session {
         if let Some(error) = &state.ended {
             return Err(error.clone());
         }
-        let slots = state.buffers.values_mut();
-        let mut offers = slots
-            .filter(|slot| slot.name == name)
-            .filter_map(|slot| slot.offer.as_mut());
-        let Some(offer) = offers.next() else {
-            return Ok(None);
-        };
-        Ok(Some(Lease {
-            buffer: offer.open(self)?,
-            terms: Arc::clone(&offer.terms),
-            session: Arc::clone(self),
-        }))
+        let mut offers = state.offers.values_mut();
+        let offer = offers.find(|offer| offer.entry.name() == name);
+        offer.map(|offer| offer.open(self)).transpose()
     }
 
     fn tell(&self) {
@@ -462,9 +466,9 @@ impl Session {
         // A farewell says more than the end of the connection after it.
         state.ended = said.or(Some(ended));
         // What is not on lease is of no use to anybody.
-        let slots = std::mem::take(&mut state.buffers);
+        let offers = std::mem::take(&mut state.offers);
         drop(state);
-        drop(slots);
+        drop(offers);
         self.channel.shut_down();
         self.tell();
     }
@@ -522,7 +526,7 @@ impl Session {
         match kind {
             Message::Offer => {
                 let entries = wire::entries(records)?;
-                let announced: usize = entries.iter().map(|entry| entry.what.descriptors()).sum();
+                let announced: usize = entries.iter().map(|(_, descriptors)| descriptors).sum();
                 if announced != descriptors.len() {
                     return wrong(format!(
                         "{} descriptors came with an offer, {announced} were announced",
@@ -534,9 +538,7 @@ impl Session {
             Message::Invalidate | Message::Withdraw => {
                 let notes = wire::notes(records)?;
                 self.lock().gathering = true;
-                let result = notes
-                    .into_iter()
-                    .try_for_each(|note| self.give_back(kind, note));
+                let result = notes.into_iter().try_for_each(|note| self.give_back(note));
                 // The next turn sends what has come together.
                 self.lock().gathering = false;
                 self.tell();
@@ -555,61 +557,45 @@ impl Session {
 
     fn take_offers(
         &self,
-        entries: Vec<CheckedEntry>,
+        entries: Vec<(Entry, usize)>,
         descriptors: Vec<OwnedFd>,
     ) -> Result<(), ShareError> {
         let mut descriptors = descriptors.into_iter();
         let mut state = self.lock();
-        for entry in entries {
-            let known = state.buffers.get(&entry.id);
-            if known.is_some_and(|slot| slot.offer.is_some()) {
+        for (entry, count) in entries {
+            if state.offers.contains_key(&entry.id) {
                 let what = "a buffer is offered again before it was wanted back".into();
                 return Err(ShareError::Malformed { what });
             }
-            let own = descriptors
-                .by_ref()
-                .take(entry.what.descriptors())
-                .collect();
-            let offer = Offer {
-                terms: Arc::new(Terms {
-                    id: entry.id,
-                    generation: entry.generation,
-                    grant: entry.grant,
-                    placement: entry.what.placement,
-                    wanted: OnceLock::new(),
-                }),
-                content: Content::Packed(entry.what, own),
-            };
-            let slot = Slot {
-                name: entry.name,
-                offer: Some(offer),
-            };
-            // What it replaces has no buffer in it, whose drop would want the lock.
-            state.buffers.insert(entry.id, slot);
-            let note = Note::new(entry.id, entry.generation, 0);
+            let mut own = [None, None];
+            own.iter_mut()
+                .zip(descriptors.by_ref().take(count))
+                .for_each(|(place, descriptor)| *place = Some(descriptor));
             // The next turn sends all of them.
+            let note = Note::new(entry.id, entry.generation, 0);
             state.outbox.push_back((Message::Accepted, note));
+            let content = Content::Packed(own);
+            let offer = Box::new(Offer { entry, content });
+            state.offers.insert(offer.entry.id, offer);
         }
         drop(state);
         self.tell();
         Ok(())
     }
 
-    fn give_back(&self, kind: Message, note: Note) -> Result<(), ShareError> {
+    fn give_back(&self, note: Note) -> Result<(), ShareError> {
         let mut state = self.lock();
-        let wanted = |offer: &mut Offer| offer.terms.generation == note.generation;
-        let slot = state.buffers.get_mut(&note.id);
-        let Some(offer) = slot.and_then(|slot| slot.offer.take_if(wanted)) else {
+        let offer = state.offers.remove(&note.id);
+        drop(state);
+        let Some(offer) = offer.filter(|offer| offer.entry.generation == note.generation) else {
             let what = "a buffer is wanted back that was not offered".into();
             return Err(ShareError::Malformed { what });
         };
-        if kind == Message::Withdraw {
-            state.buffers.remove(&note.id);
+        if let Content::Open(_, terms) = &offer.content {
+            let limit = Duration::from_millis(note.value.into());
+            // It is set once for each generation: an offer that is gone cannot be wanted back again.
+            let _ = terms.wanted.set(Instant::now() + limit);
         }
-        drop(state);
-        let limit = Duration::from_millis(note.value.into());
-        // It is set once for each generation: an offer that is gone cannot be wanted back again.
-        let _ = offer.terms.wanted.set(Instant::now() + limit);
         offer.give_back(self);
         Ok(())
     }

@@ -68,28 +68,33 @@ const BUFFERS: usize = 64 * MAX_DESCRIPTORS;
 
 pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     raise_descriptor_limit()?;
-    let median = |take: &dyn Fn() -> Result<f64, Failure>| -> Result<f64, Failure> {
-        let figures: Result<Vec<f64>, Failure> = (0..arguments.rounds).map(|_| take()).collect();
-        let mut figures = figures?;
-        figures.sort_by(f64::total_cmp);
-        Ok(figures[figures.len() / 2])
-    };
+    let rounds = arguments.rounds;
     // First, while nothing that was freed can be used again.
     let memory = memory()?;
     let mut hand_over = Vec::new();
     for batch in [MAX_DESCRIPTORS, 1] {
+        let (per_second, bare_per_second) = beside(
+            rounds,
+            || published_per_second(batch),
+            || bare_per_second(batch),
+        )?;
         hand_over.push(HandOver {
             descriptors_per_message: batch,
-            per_second: median(&|| published_per_second(batch))?,
-            bare_per_second: median(&|| bare_per_second(batch))?,
+            per_second,
+            bare_per_second,
         });
     }
     let mut moves = Vec::new();
     for subscribers in [1, 2, 4, 8, 16, 32, 64] {
+        let (microseconds, bare_microseconds) = beside(
+            rounds,
+            || move_microseconds(subscribers),
+            || bare_move_microseconds(subscribers),
+        )?;
         moves.push(Move {
             subscribers,
-            microseconds: median(&|| move_microseconds(subscribers))?,
-            bare_microseconds: median(&|| bare_move_microseconds(subscribers))?,
+            microseconds,
+            bare_microseconds,
         });
     }
     let report = Report {
@@ -103,6 +108,25 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
         say::answer(text(&report))?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The medians of a figure and of its floor, taken in turn, so that both meet the same machine.
+fn beside(
+    rounds: u32,
+    figure: impl Fn() -> Result<f64, Failure>,
+    floor: impl Fn() -> Result<f64, Failure>,
+) -> Result<(f64, f64), Failure> {
+    let mut figures = Vec::new();
+    let mut floors = Vec::new();
+    for _ in 0..rounds {
+        figures.push(figure()?);
+        floors.push(floor()?);
+    }
+    let median = |mut figures: Vec<f64>| {
+        figures.sort_by(f64::total_cmp);
+        figures[figures.len() / 2]
+    };
+    Ok((median(figures), median(floors)))
 }
 
 fn text(report: &Report) -> String {
