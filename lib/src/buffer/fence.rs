@@ -205,6 +205,7 @@ mod tests {
     use super::*;
 
     #[test]
+    #[cfg_attr(miri, ignore = "a system call that Miri does not have")]
     fn what_is_no_sync_file_is_refused() {
         let (reader, _writer) = std::io::pipe().unwrap();
         let refused = SyncFile::from_fd(reader.into()).unwrap_err();
@@ -215,6 +216,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "a system call that Miri does not have")]
     fn waiting_ends_at_its_limit() {
         let (reader, _writer) = std::io::pipe().unwrap();
         let limit = Duration::from_millis(20);

@@ -467,6 +467,7 @@ mod tests {
     use crate::export::memfd;
 
     #[test]
+    #[cfg_attr(miri, ignore = "a system call that Miri does not have")]
     fn bytes_come_back_at_every_offset_and_length() {
         let buffer = memfd::export("test", 1 << 16).unwrap();
         let pattern: Vec<u8> = (0..200u8).collect();
@@ -484,6 +485,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "a system call that Miri does not have")]
     fn a_range_that_starts_off_a_page_maps_its_own_bytes() {
         let buffer = memfd::export("test", 3 << 12).unwrap();
         let mut all = buffer.whole().map(Access::ReadWrite).unwrap();
@@ -502,6 +504,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "a system call that Miri does not have")]
     fn values_cross_at_any_offset() {
         let buffer = memfd::export("test", 4096).unwrap();
         let mut mapping = buffer.whole().map(Access::ReadWrite).unwrap();
@@ -520,6 +523,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "a system call that Miri does not have")]
     fn bytes_outside_a_range_are_refused() {
         let buffer = memfd::export("test", 4096).unwrap();
         assert!(matches!(
@@ -540,6 +544,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "a system call that Miri does not have")]
     fn access_other_than_the_one_begun_is_refused() {
         let buffer = memfd::export("test", 4096).unwrap();
         let mut mapping = buffer.whole().map(Access::Read).unwrap();
@@ -555,6 +560,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "a system call that Miri does not have")]
     fn memory_that_a_peer_could_shrink_is_refused() {
         let fd = rustix::fs::memfd_create("x", rustix::fs::MemfdFlags::ALLOW_SEALING).unwrap();
         let provenance = Provenance {

@@ -284,6 +284,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "a system call that Miri does not have")]
     fn two_ports_of_one_switch_have_its_upstream_port_in_common() {
         let tree = Tree::new("switch");
         let up = "pci0000:00/0000:00:03.0/0000:01:00.0";
@@ -298,6 +299,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "a system call that Miri does not have")]
     fn two_root_ports_have_no_bridge_in_common() {
         let tree = Tree::new("ports");
         for (address, port) in [
@@ -313,6 +315,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "a system call that Miri does not have")]
     fn a_partition_leads_to_its_disks_controller_and_block_size() {
         let tree = Tree::new("partition");
         let disk = tree.device("pci0000:00/0000:00:03.0/0000:01:00.0/nvme/nvme0/nvme0n1");
@@ -327,6 +330,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "a system call that Miri does not have")]
     fn a_mapped_disk_leads_to_all_that_it_is_made_of() {
         let tree = Tree::new("mapped");
         let mapped = tree.device("virtual/block/dm-0");
@@ -345,6 +349,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "a system call that Miri does not have")]
     fn an_nvme_multipath_head_leads_to_its_controllers() {
         let tree = Tree::new("multipath");
         let head = tree.device("virtual/nvme-subsystem/nvme-subsys0/nvme0n1");

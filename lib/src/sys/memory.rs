@@ -311,3 +311,79 @@ impl Drop for HostMemory {
         debug_assert!(result.is_ok(), "munmap: {result:?}");
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A mapping of memory of this process alone, which Miri has too.
+    fn anonymous(start: usize, length: usize) -> Map {
+        let memory = HostMemory::new(start + length).unwrap();
+        let map = Map {
+            base: memory.base,
+            mapped: memory.length,
+            start,
+            length,
+            writable: true,
+        };
+        // Now the mapping's.
+        std::mem::forget(memory);
+        map
+    }
+
+    #[test]
+    fn every_byte_crosses_once_at_any_alignment() {
+        let map = anonymous(3, 64);
+        for offset in 0..16 {
+            for length in 0..=40 {
+                map.copy_in(0, &[0xee; 64]);
+                let sent: Vec<u8> = (1..=length as u8).collect();
+                map.copy_in(offset, &sent);
+                let mut all = [0; 64];
+                map.copy_out(0, &mut all);
+                let mut expected = [0xee; 64];
+                expected[offset..offset + length].copy_from_slice(&sent);
+                assert_eq!(all, expected, "{length} bytes at {offset}");
+                let mut received = vec![0; length];
+                map.copy_out(offset, &mut received);
+                assert_eq!(received, sent);
+            }
+        }
+        map.flush_writes(63);
+        map.flush_writes(64);
+    }
+
+    #[test]
+    fn accesses_are_as_wide_as_address_and_length_allow() {
+        let map = anonymous(0, 64);
+        let at = |offset| map.window(offset, 0).address.cast_const();
+        for (offset, left, width) in [(0, 64, 8), (0, 7, 4), (4, 64, 4), (6, 64, 2), (2, 1, 1)] {
+            assert_eq!(
+                width_at(at(offset), left),
+                width,
+                "{left} bytes at {offset}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_window_beyond_the_end_is_refused() {
+        let map = anonymous(8, 64);
+        for (offset, length) in [(65, 0), (64, 1), (0, 65), (usize::MAX, 2)] {
+            let outside = std::panic::AssertUnwindSafe(|| map.window(offset, length).length);
+            assert!(
+                std::panic::catch_unwind(outside).is_err(),
+                "{length} at {offset}"
+            );
+        }
+        assert_eq!(map.window(64, 0).length, 0);
+    }
+
+    #[test]
+    fn host_memory_is_zero_at_first_and_keeps_what_is_written() {
+        let mut memory = HostMemory::new(5000).unwrap();
+        assert!(memory.bytes().iter().all(|&byte| byte == 0));
+        memory.bytes_mut()[4999] = 7;
+        assert_eq!((memory.bytes()[4999], memory.bytes().len()), (7, 5000));
+    }
+}

@@ -143,6 +143,7 @@ const SIZES: &[usize] = &[
 ];
 
 #[test]
+#[cfg_attr(miri, ignore = "takes Miri minutes")]
 fn every_size_arrives_whole_on_every_path_and_touches_nothing_else() {
     for &size in SIZES {
         let bytes = random(size);
@@ -206,6 +207,7 @@ fn check_account(receipt: &Receipt, buffer: &Buffer, behaviour: Behaviour, size:
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "takes Miri minutes")]
 fn a_write_into_the_middle_of_a_file_leaves_the_rest() {
     let Some(file) = file_with(&[1; 20_000]) else {
         return;
@@ -221,6 +223,7 @@ fn a_write_into_the_middle_of_a_file_leaves_the_rest() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "takes Miri minutes")]
 fn a_refusal_by_the_kernel_is_told_from_other_errors() {
     let Some(file) = file_with(&random(100_000)) else {
         return;
@@ -255,6 +258,7 @@ fn a_refusal_by_the_kernel_is_told_from_other_errors() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "takes Miri minutes")]
 fn bytes_that_do_not_arrive_are_caught_in_the_direction_that_loses_them() {
     let bytes = random(200_000);
     let Some(source) = file_with(&bytes) else {
@@ -293,6 +297,7 @@ fn bytes_that_do_not_arrive_are_caught_in_the_direction_that_loses_them() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "takes Miri minutes")]
 fn a_bus_that_answers_with_a_constant_proves_nothing() {
     let Some(file) = file_with(&random(70_000)) else {
         return;
@@ -311,6 +316,7 @@ fn a_bus_that_answers_with_a_constant_proves_nothing() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "takes Miri minutes")]
 fn a_proof_changes_neither_the_buffer_nor_the_file() {
     let bytes = random(300_000);
     let Some(file) = file_with(&bytes) else {
@@ -336,6 +342,7 @@ fn a_proof_changes_neither_the_buffer_nor_the_file() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "takes Miri minutes")]
 fn a_pair_is_proved_once_for_each_direction_until_the_proofs_are_forgotten() {
     let Some(file) = file_with(&random(65536)) else {
         return;
@@ -352,6 +359,7 @@ fn a_pair_is_proved_once_for_each_direction_until_the_proofs_are_forgotten() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "takes Miri minutes")]
 fn a_device_named_by_another_process_gets_no_credit_for_what_was_proved_of_it() {
     let Some(file) = file_with(&random(65536)) else {
         return;
@@ -379,6 +387,7 @@ fn a_device_named_by_another_process_gets_no_credit_for_what_was_proved_of_it() 
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "takes Miri minutes")]
 fn holes_and_zeros_do_not_count_as_bytes_that_arrived() {
     // A hole is filled by the CPU, so a path that loses everything would seem to work.
     let Some(file) = file_with(&[]) else { return };
@@ -401,6 +410,7 @@ fn holes_and_zeros_do_not_count_as_bytes_that_arrived() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "takes Miri minutes")]
 fn a_path_that_stops_working_is_left_and_the_bytes_arrive_all_the_same() {
     let bytes = random(9 << 20);
     let Some(file) = file_with(&bytes) else {
@@ -417,6 +427,7 @@ fn a_path_that_stops_working_is_left_and_the_bytes_arrive_all_the_same() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "takes Miri minutes")]
 fn a_misaligned_transfer_names_the_alignment_and_arrives() {
     let bytes = random(100_000);
     let Some(file) = file_with(&bytes) else {
@@ -454,6 +465,7 @@ fn a_misaligned_transfer_names_the_alignment_and_arrives() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "takes Miri minutes")]
 fn a_caller_who_insists_on_a_path_is_told_why_it_is_not_possible() {
     let Some(file) = file_with(&random(65536)) else {
         return;
@@ -470,6 +482,7 @@ fn a_caller_who_insists_on_a_path_is_told_why_it_is_not_possible() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "takes Miri minutes")]
 fn reading_at_and_after_the_end_of_a_file_gives_what_there_is() {
     let bytes = random(6000);
     let Some(file) = file_with(&bytes) else {
@@ -488,6 +501,7 @@ fn reading_at_and_after_the_end_of_a_file_gives_what_there_is() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "takes Miri minutes")]
 fn a_file_that_is_open_for_reading_is_not_written() {
     let Some(directory) = directory() else { return };
     let path = directory.join(format!("read-only-{}", std::process::id()));
@@ -505,6 +519,7 @@ fn a_file_that_is_open_for_reading_is_not_written() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "takes Miri minutes")]
 fn a_file_without_direct_io_is_staged_and_says_so() {
     let memory = memfd::sealed("a file in memory", 10_000).unwrap();
     let importer = FileImporter::from_fd(memory, "a file in memory").unwrap();
@@ -520,6 +535,7 @@ fn a_file_without_direct_io_is_staged_and_says_so() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "takes Miri minutes")]
 fn what_is_no_file_is_refused() {
     assert!(matches!(
         FileImporter::open("/dev/null"),
