@@ -16,6 +16,7 @@ use std::fmt;
 
 /// The record from which on the log is judged.
 pub const BEGIN: &str = "peerbuf-lab: begin";
+const OURS: &str = "peerbuf-lab: ";
 const EXPECT: &str = "peerbuf-lab: expect: ";
 const ERROR: &str = "peerbuf-lab: ERROR: ";
 const PROGRAM: &str = "peerbuf-lab: program ";
@@ -114,6 +115,18 @@ const CONTINUES: &[&str] = &[
     "stack backtrace",
 ];
 
+/// Reports whose every line says something, up to [`TRACE_ENDS`] behind the back trace. (Of KASAN's
+/// there are several traces; the first is that of the access.)
+const TOLD_WHOLE: &[&str] = &[
+    "possible circular locking",
+    "possible recursive locking",
+    "possible irq lock inversion",
+    "inconsistent lock state",
+    "suspicious RCU usage",
+    "KASAN:",
+];
+const TRACE_ENDS: &str = "</TASK>";
+
 /// A report of the kernel that nobody announced.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Complaint {
@@ -158,6 +171,7 @@ pub fn complaints(messages: &[String]) -> Vec<Complaint> {
     let mut expected: Vec<&str> = Vec::new();
     // Whether the report being read is one to keep; none while no report is being read.
     let mut report: Option<bool> = None;
+    let mut whole = false;
     let begin = messages
         .iter()
         .position(|m| m.contains(BEGIN))
@@ -190,7 +204,9 @@ pub fn complaints(messages: &[String]) -> Vec<Complaint> {
             } else {
                 report = Some(false);
             }
-        } else if report.is_some() && text_continues(text) {
+            whole = TOLD_WHOLE.iter().any(|w| text.contains(w));
+        } else if report.is_some() && (text_continues(text) || (whole && !text.starts_with(OURS))) {
+            whole &= !text.contains(TRACE_ENDS);
             if let (Some(true), Some(last)) = (report, found.last_mut()) {
                 last.lines.push(line.clone());
             }
@@ -348,6 +364,27 @@ mod tests {
             found[0].lines[0].ends_with("the pages are gone")
                 && found[0].lines[1].contains("WARNING:")
         );
+    }
+
+    #[test]
+    fn a_report_on_locks_is_told_whole() {
+        let lines = [
+            "WARNING: possible circular locking dependency detected",
+            "insmod/77 is trying to acquire lock:",
+            "ffffffffc0 (first){+.+.}-{3:3}, at: hello_init+0x10/0x20 [hello]",
+            "peerbuf-lab: test a",
+            "which lock already depends on the new lock.",
+            " <TASK>",
+            " </TASK>",
+            "fine again",
+        ];
+        let found = complaints(&log(&lines[..3]));
+        assert_eq!(found[0].lines.len(), 3, "{found:?}");
+        let with_trace = [&lines[..3], &lines[4..]].concat();
+        let found = complaints(&log(&with_trace));
+        assert_eq!((found.len(), found[0].lines.len()), (1, 6), "{found:?}");
+        // What a test says in between ends it.
+        assert_eq!(complaints(&log(&lines))[0].lines.len(), 3);
     }
 
     #[test]
