@@ -257,10 +257,18 @@ unsafe extern "C" fn detach(
 ) {
     // SAFETY: The dma-buf core calls with valid pointers and a reference held.
     let importer = unsafe { Importer::of(attachment) };
-    if importer.needs_system() {
-        // SAFETY: As above; the core does not hold the lock here.
-        unsafe { Locked::lock(dmabuf) }.need_system -= 1;
+    if importer.note() == 0 {
+        return;
     }
+    // SAFETY: As above; the core does not hold the lock here.
+    let mut locked = unsafe { Locked::lock(dmabuf) };
+    if importer.needs_system() {
+        locked.need_system -= 1;
+    }
+    // An importer that goes without unpinning has a bug, which is not to keep the buffer in its
+    // place for ever.
+    locked.pins -= importer.pins();
+    locked.notify();
 }
 
 /// `dma_buf_ops.pin`, with the reservation lock held. A pinned buffer does not move; it can be

@@ -22,6 +22,12 @@ pub(crate) fn signal_pending() -> bool {
     kernel::current!().signal_pending()
 }
 
+/// Whether the task is being killed.
+pub(crate) fn fatal_signal_pending() -> bool {
+    // SAFETY: It looks at the current task.
+    unsafe { peerbuf_fatal_signal_pending() }
+}
+
 /// ENOTCONN, likewise.
 pub(crate) fn enotconn() -> kernel::error::Error {
     kernel::error::Error::from_errno(-(bindings::ENOTCONN as c_int))
@@ -76,7 +82,8 @@ extern "C" {
         flags: c_int,
     ) -> *mut bindings::file;
 
-    pub(crate) fn peerbuf_device_lock(dev: *mut bindings::device);
+    /// EINTR on a signal.
+    pub(crate) fn peerbuf_device_lock(dev: *mut bindings::device) -> c_int;
     pub(crate) fn peerbuf_device_unlock(dev: *mut bindings::device);
     pub(crate) fn peerbuf_dma_to_phys(
         dev: *mut bindings::device,
@@ -99,6 +106,8 @@ extern "C" {
     ) -> *mut c_void;
     pub(crate) fn peerbuf_wmb();
     pub(crate) fn peerbuf_cond_resched();
+    fn peerbuf_fatal_signal_pending() -> bool;
+    pub(crate) fn peerbuf_totalram_pages() -> c_ulong;
     pub(crate) fn peerbuf_alloc_pages(gfp: bindings::gfp_t, order: c_uint) -> *mut bindings::page;
 
     /// `linux/vmalloc.h`.

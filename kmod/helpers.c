@@ -12,6 +12,7 @@
 #include <linux/mm.h>
 #include <linux/pci.h>
 #include <linux/sched.h>
+#include <linux/sched/signal.h>
 #include <linux/vmalloc.h>
 
 /* Rust calls them; no C file does. */
@@ -21,7 +22,7 @@ struct page *peerbuf_page_head(struct page *page);
 unsigned int peerbuf_page_order(struct page *page);
 void peerbuf_set_page_count(struct page *page, int count);
 unsigned long peerbuf_pci_resource_flags(struct pci_dev *pdev, int bar);
-void peerbuf_device_lock(struct device *dev);
+int peerbuf_device_lock(struct device *dev);
 void peerbuf_device_unlock(struct device *dev);
 phys_addr_t peerbuf_dma_to_phys(struct device *dev, dma_addr_t address);
 pci_bus_addr_t peerbuf_pci_bus_address(struct pci_dev *pdev, int bar);
@@ -35,6 +36,8 @@ void peerbuf_reinit_completion(struct completion *completion);
 void *peerbuf_vmap(struct page **pages, unsigned int count, bool device);
 void peerbuf_wmb(void);
 void peerbuf_cond_resched(void);
+bool peerbuf_fatal_signal_pending(void);
+unsigned long peerbuf_totalram_pages(void);
 struct page *peerbuf_alloc_pages(gfp_t gfp, unsigned int order);
 
 struct page *peerbuf_pfn_to_page(unsigned long pfn)
@@ -104,9 +107,9 @@ void peerbuf_wmb(void)
 	wmb();
 }
 
-void peerbuf_device_lock(struct device *dev)
+int peerbuf_device_lock(struct device *dev)
 {
-	device_lock(dev);
+	return device_lock_interruptible(dev);
 }
 
 void peerbuf_device_unlock(struct device *dev)
@@ -137,6 +140,16 @@ void peerbuf_dma_fence_put(struct dma_fence *fence)
 void peerbuf_cond_resched(void)
 {
 	cond_resched();
+}
+
+bool peerbuf_fatal_signal_pending(void)
+{
+	return fatal_signal_pending(current);
+}
+
+unsigned long peerbuf_totalram_pages(void)
+{
+	return totalram_pages();
 }
 
 struct page *peerbuf_alloc_pages(gfp_t gfp, unsigned int order)

@@ -22,7 +22,7 @@ use kernel::{
     prelude::*,
     sync::{aref::ARef, Arc, ArcBorrow},
     time::msecs_to_jiffies,
-    transmute::{AsBytes, FromBytes},
+    transmute::FromBytes,
     uaccess::UserPtr,
     workqueue::Queue,
 };
@@ -31,7 +31,7 @@ use crate::{
     abi,
     attachment::{Attachment, DmaBuf, Manner},
     ffi::{self, Table},
-    misc::{read_struct, write_struct, Fd, Misc},
+    misc::{begin, deliver, read_struct, write_struct, Fd, Misc},
     reset,
 };
 
@@ -288,8 +288,12 @@ impl Attached {
                 unsafe { ffi::peerbuf_device_unlock(self.0) };
             }
         }
+        // Who holds it may be the device's removal, and that may wait for another attachment of this
+        // very process, which only the process's end gives up: so a signal has to end the wait.
         // SAFETY: The attachment keeps the device.
-        unsafe { ffi::peerbuf_device_lock(attachment.dev()) };
+        if unsafe { ffi::peerbuf_device_lock(attachment.dev()) } != 0 {
+            return Err(EINTR);
+        }
         let _lock = DeviceLock(attachment.dev());
         // SAFETY: As above; the lock keeps the driver as it is.
         if !unsafe { can_import(attachment.dev()) } {
@@ -413,24 +417,12 @@ unsafe extern "C" fn attachment_ioctl(
     })
 }
 
-/// Reads a struct that will be written back, after `valid` has looked at it. Writing it back as it
-/// was shows that the answer can be delivered, before anything is done that cannot be undone.
-fn begin<T: FromBytes + AsBytes>(arg: UserPtr, valid: impl FnOnce(&T) -> bool) -> Result<T> {
-    let request = read_struct(arg)?;
-    if !valid(&request) {
-        return Err(EINVAL);
-    }
-    write_struct(arg, &request)?;
-    Ok(request)
-}
-
 fn step(arg: UserPtr, act: impl FnOnce() -> Result<u64>) -> Result {
     let mut step: abi::ImportStep = begin(arg, |step: &abi::ImportStep| {
         step.flags == 0 && step.ns == 0
     })?;
     step.ns = act()?;
-    // If the memory went away since, the answer is missed by nobody else.
-    let _ = write_struct(arg, &step);
+    deliver(arg, &step);
     Ok(())
 }
 
@@ -442,7 +434,7 @@ fn map(this: &Attachment, arg: UserPtr) -> Result {
             && request.ns == 0
     })?;
     request.ns = this.map(request.direction as bindings::dma_data_direction)?;
-    let _ = write_struct(arg, &request);
+    deliver(arg, &request);
     Ok(())
 }
 

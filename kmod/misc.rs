@@ -174,6 +174,26 @@ pub(crate) fn read_struct<T: FromBytes>(arg: UserPtr) -> Result<T> {
     Ok(value)
 }
 
+/// Reads a struct that will be written back, after `valid` has looked at it. Writing it back as it
+/// was shows that the answer can be delivered, before anything is done that cannot be undone.
+pub(crate) fn begin<T: FromBytes + AsBytes>(
+    arg: UserPtr,
+    valid: impl FnOnce(&T) -> bool,
+) -> Result<T> {
+    let request = read_struct(arg)?;
+    if !valid(&request) {
+        return Err(EINVAL);
+    }
+    write_struct(arg, &request)?;
+    Ok(request)
+}
+
+/// The answer to what [`begin`] has begun and what is done by now. If the memory went away since, the
+/// answer is missed by nobody but who took it away.
+pub(crate) fn deliver<T: AsBytes>(arg: UserPtr, answer: &T) {
+    let _ = write_struct(arg, answer);
+}
+
 /// Writes a struct of the interface back to where it was read.
 pub(crate) fn write_struct<T: AsBytes>(arg: UserPtr, value: &T) -> Result {
     UserSlice::new(arg, size_of::<T>()).writer().write(value)

@@ -23,7 +23,7 @@ use crate::{
     device::{self, Device, Part},
     exporter,
     ffi::Table,
-    misc::{read_struct, write_struct, Fd, Misc},
+    misc::{begin, deliver, read_struct, write_struct, Fd, Misc},
     moves::{self, To},
     region::Place,
     revoke::{self, Scope},
@@ -196,19 +196,17 @@ impl Open<'_> {
     }
 
     fn move_buffer(&self, arg: UserPtr) -> Result {
-        let mut request: abi::Move = read_struct(arg)?;
+        let mut request: abi::Move = begin(arg, |request: &abi::Move| {
+            request.flags == 0
+                && request.reserved == 0
+                && request.generation == 0
+                && request.copied == 0
+        })?;
         let to = match request.placement {
             abi::PLACEMENT_DEVICE => To::Device,
             abi::PLACEMENT_SYSTEM => To::System,
             _ => return Err(EINVAL),
         };
-        if request.flags != 0
-            || request.reserved != 0
-            || request.generation != 0
-            || request.copied != 0
-        {
-            return Err(EINVAL);
-        }
         self.check_writable()?;
         let dmabuf = self.get(request.fd)?;
         let len = dmabuf.len();
@@ -225,19 +223,18 @@ impl Open<'_> {
         let moved = unsafe { moves::move_part(dmabuf.0, part, to, request.timeout_ms)? };
         request.generation = moved.generation;
         request.copied = moved.copied;
-        write_struct(arg, &request)
+        deliver(arg, &request);
+        Ok(())
     }
 
     fn revoke(&self, arg: UserPtr) -> Result {
-        let mut request: abi::Revoke = read_struct(arg)?;
-        if request.flags != 0
-            || request.generation != 0
-            || request.holders != 0
-            || request.fences != 0
-            || request.pages != 0
-        {
-            return Err(EINVAL);
-        }
+        let mut request: abi::Revoke = begin(arg, |request: &abi::Revoke| {
+            request.flags == 0
+                && request.generation == 0
+                && request.holders == 0
+                && request.fences == 0
+                && request.pages == 0
+        })?;
         self.check_writable()?;
         let dmabuf = self.get(request.fd)?;
         let limit = request.timeout_ms;
@@ -247,18 +244,19 @@ impl Open<'_> {
         request.holders = left.holders as u32;
         request.fences = u32::from(left.fences);
         request.pages = left.pages as u64;
-        write_struct(arg, &request)
+        deliver(arg, &request);
+        Ok(())
     }
 
     fn restore(&self, arg: UserPtr) -> Result {
-        let mut request: abi::Restore = read_struct(arg)?;
-        if request.flags != 0 || request.reserved != 0 || request.generation != 0 {
-            return Err(EINVAL);
-        }
+        let mut request: abi::Restore = begin(arg, |request: &abi::Restore| {
+            request.flags == 0 && request.reserved == 0 && request.generation == 0
+        })?;
         self.check_writable()?;
         let dmabuf = self.get(request.fd)?;
         request.generation = revoke::restore(&mut dmabuf.lock(), revoked::BY_OWNER)?;
-        write_struct(arg, &request)
+        deliver(arg, &request);
+        Ok(())
     }
 
     fn watch(&self, arg: UserPtr, begin: bool) -> Result {

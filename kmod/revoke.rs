@@ -48,7 +48,8 @@ pub(crate) enum Scope {
 /// The longest that the lock is kept for fences, or given up, at a time.
 const SLICE_MS: u32 = 20;
 
-/// Takes access away for the reason `why`, a `revoked::*` bit, and waits at most `limit_ms`.
+/// Takes access away for the reason `why`, a `revoked::*` bit, and waits at most `limit_ms`. A process
+/// that is killed stops waiting for what it has revoked; a device that goes away does not.
 ///
 /// # Safety
 ///
@@ -76,10 +77,11 @@ pub(crate) unsafe fn revoke(
     buffer.zap(&whole);
     let left = loop {
         let slice = wait.left_ms().min(SLICE_MS);
-        // A signal does not end it: the caller's limit does. EINTR cannot come.
+        // A signal does not interrupt it, so EINTR cannot come.
         let fences = buffer.wait_fences(false, Wait::jiffies(slice)) != Ok(Some(()));
         let left = count(&buffer, scope, fences);
-        if left.nobody() || wait.left_ms() == 0 {
+        let given_up = why == revoked::BY_OWNER && ffi::fatal_signal_pending();
+        if left.nobody() || wait.left_ms() == 0 || given_up {
             break left;
         }
         let object = buffer.buffer();

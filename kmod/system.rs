@@ -51,19 +51,31 @@ unsafe impl Send for System {}
 unsafe impl Sync for System {}
 
 impl System {
-    /// Takes `len` bytes, a multiple of the page size. ENOMEM is the only error.
+    /// Takes `len` bytes, a multiple of the page size. It may take long and lets others run.
+    ///
+    /// Errors: ENOMEM; EINTR where the task is being killed, which nobody sees but the task's end.
     pub(crate) fn alloc(len: u64, contents: Contents) -> Result<Arc<Self>> {
         let zero = match contents {
             Contents::Zeroes => bindings::__GFP_ZERO,
             Contents::Old => 0,
         };
         let count = usize::try_from(len).map_err(|_| ENOMEM)? / PAGE_SIZE;
+        // What cannot be had is refused before the list of it, which alone might take all there is.
+        // SAFETY: It only returns a number.
+        if count > unsafe { ffi::peerbuf_totalram_pages() } {
+            return Err(ENOMEM);
+        }
         // Dropped on an error, with what it has by then.
         let mut this = Self {
-            pages: KVVec::with_capacity(count, GFP_KERNEL | __GFP_NOWARN)?,
+            pages: KVVec::with_capacity(count, GFP_KERNEL_ACCOUNT | __GFP_NOWARN)?,
         };
         let mut orders = ORDERS.as_slice();
         while this.pages.len() < count {
+            // SAFETY: The callers may sleep: the allocations do.
+            unsafe { ffi::peerbuf_cond_resched() };
+            if ffi::fatal_signal_pending() {
+                return Err(EINTR);
+            }
             let left = count - this.pages.len();
             let (&order, smaller) = orders.split_first().ok_or(ENOMEM)?;
             if 1 << order > left {

@@ -10,7 +10,8 @@
 //   shorter struct refuses trailing bytes that are not zero (E2BIG); one that knows a longer
 //   struct takes what is missing as zero. A size below the first version's is EINVAL.
 // - Unknown flags are EINVAL, and so is padding that is not zero.
-// - On an error nothing has changed and nothing was written back.
+// - On an error nothing has changed and nothing was written back; but with EFAULT part of an answer
+//   may have been written.
 // - The ioctl numbers carry no size (`_IO`), so they stay when a struct grows.
 
 /// The version of this interface, reported by [`IOC_QUERY`].
@@ -149,6 +150,8 @@ pub struct Bar {
 }
 
 /// [`IOC_QUERY`]: what the device is and what its BARs can do.
+///
+/// Errors: EINVAL, E2BIG, ENODEV (the device is gone), EAGAIN (it is being reset), EFAULT.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "bytemuck", derive(bytemuck::Pod, bytemuck::Zeroable))]
@@ -179,7 +182,8 @@ pub struct Query {
 /// offset or length that is not a multiple of the page size, a range that ends beyond the BAR),
 /// EOVERFLOW (offset and length together exceed 64 bits), E2BIG (trailing bytes that are not
 /// zero), EOPNOTSUPP (the BAR is below a page), EBUSY (another export, or I/O that outlived one,
-/// holds part of the range), ENOSPC (no free run is that long), ENODEV (the device is gone),
+/// holds part of the range), ENOSPC (no free run is that long), ENODEV (the device is gone), EAGAIN
+/// (it is being reset), EACCES (a descriptor for writing, by a node that was opened read-only),
 /// EMFILE, ENFILE, ENOMEM, EFAULT.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -540,8 +544,8 @@ pub const IMPORT_DEVICE_GONE: u32 = 1 << 7;
 /// Errors: EINVAL (size, flags, padding, a malformed address, times without the misbehaviour that
 /// they are for or above [`IMPORT_MAX_MS`], not a dma-buf), E2BIG (trailing bytes that are not
 /// zero), EBADF (no such descriptor), ENXIO (no such PCI device), EUNATCH (the device has no driver
-/// that does DMA through the kernel, or may not master the bus), EMFILE, ENFILE, ENOMEM, EFAULT; or
-/// what the exporter answers, of which EOPNOTSUPP, ENODEV, EINVAL and EREMOTEIO are usual.
+/// that does DMA through the kernel, or may not master the bus), EINTR (a signal came while the
+/// device's driver was coming or going), EMFILE, ENFILE, ENOMEM, EFAULT; or what the exporter answers, of which EOPNOTSUPP, ENODEV, EINVAL and EREMOTEIO are usual.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "bytemuck", derive(bytemuck::Pod, bytemuck::Zeroable))]

@@ -3,13 +3,14 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use bytemuck::Zeroable;
 use peerbuf_lab_suite::importer::{self, DYNAMIC, Importer, Mapping, PEER};
 use peerbuf_lab_suite::node::{
-    MIB, Map, Node, PAGE, assert_all_free, differs, errno, fill, nvme_bdf,
+    MIB, Map, Node, PAGE, assert_all_free, differs, errno, fill, in_child, nvme_bdf,
 };
 use peerbuf_uapi as abi;
 use peerbuf_uapi::{PLACEMENT_DEVICE, PLACEMENT_MIXED, PLACEMENT_SYSTEM};
@@ -134,6 +135,36 @@ fn a_pinned_buffer_refuses_who_would_move_it() {
 }
 
 #[test]
+fn the_pins_of_an_importer_that_forgets_them_end_when_it_detaches() {
+    let node = Node::largest();
+    let (fd, _) = node.export(None, MIB).unwrap();
+    let bdf = nvme_bdf();
+    let hex = |digits: &str| u32::from_str_radix(digits, 16).unwrap();
+    let (bus, slot, function) = (hex(&bdf[5..7]), hex(&bdf[8..10]), hex(&bdf[11..12]));
+    let loaded = Command::new("insmod")
+        .arg("/opt/peerbuf/fixtures/forgetful.ko")
+        .args([
+            format!("bus={bus}"),
+            format!("devfn={}", slot << 3 | function),
+        ])
+        // The loader has the buffer as its standard input.
+        .args(["fd=0", "pins=3"])
+        .stdin(fd.try_clone().unwrap())
+        .status();
+    assert!(loaded.unwrap().success());
+    let removed = Command::new("rmmod").arg("forgetful").status();
+    assert!(removed.unwrap().success());
+    let query = node.buffer(&fd).unwrap();
+    assert_eq!((query.nr_attachments, query.pins), (0, 0));
+    // The pins of others are theirs.
+    let peer = attach(&fd, DYNAMIC | PEER).unwrap();
+    peer.step(abi::IOC_IMPORT_PIN).unwrap();
+    assert_eq!(errno(node.move_to(&fd, PLACEMENT_SYSTEM)), libc::EBUSY);
+    peer.step(abi::IOC_IMPORT_UNPIN).unwrap();
+    node.move_to(&fd, PLACEMENT_SYSTEM).unwrap();
+}
+
+#[test]
 fn importers_of_every_kind_share_a_buffer() {
     let node = Node::largest();
     let fd = node.export_movable(MIB).unwrap();
@@ -247,6 +278,25 @@ fn revoke_names_who_does_not_let_go() {
     assert_eq!(node.revoke(&fd, 1000).unwrap().holders, 0);
     node.restore(&fd).unwrap();
     good.map().unwrap();
+}
+
+#[test]
+fn who_waits_long_for_a_revoke_can_be_killed() {
+    let node = Node::largest();
+    let (fd, _) = node.export(None, MIB).unwrap();
+    let holder = attach_that(&fd, DYNAMIC | PEER, abi::IMPORT_ON_INVALIDATE_HOLD);
+    holder.map().unwrap();
+    let child = in_child(|| node.revoke(&fd, u32::MAX).unwrap().holders as i32);
+    thread::sleep(Duration::from_millis(300));
+    assert_eq!(node.buffer(&fd).unwrap().state, abi::STATE_REVOKED);
+    child.kill(libc::SIGKILL);
+    let began = Instant::now();
+    assert_eq!(child.wait(), Err(libc::SIGKILL));
+    assert!(began.elapsed() < Duration::from_secs(5));
+    // It stays revoked: nobody gets new access, whoever asked for that.
+    assert_eq!(errno(node.restore(&fd)), libc::EBUSY);
+    holder.unmap();
+    node.restore(&fd).unwrap();
 }
 
 #[test]

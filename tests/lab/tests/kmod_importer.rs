@@ -1,7 +1,7 @@
 //! What peerbuf.ko's importer promises, with buffers of three exporters. Runs in the guest.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::process::Command;
@@ -584,6 +584,36 @@ fn a_mapping_is_held_until_told() {
     assert_eq!((holder.query().state, holder.query().invalidations), (0, 1));
     assert_eq!(lawful.query().invalidations, 1);
     assert_eq!(errno(holder.map()), libc::ENODEV);
+    Node::bind(&bdf);
+}
+
+#[test]
+fn who_attaches_for_a_device_that_is_going_can_be_killed() {
+    let node = Node::largest();
+    let bdf = node.bdf.clone();
+    let (fd, _) = node.export(None, MIB).unwrap();
+    let mut request = importer::request(fd.as_fd(), &nvme_bdf(), DYNAMIC | PEER);
+    request.on_invalidate = abi::IMPORT_ON_INVALIDATE_HOLD;
+    let (told, telling) = std::io::pipe().unwrap();
+    // It holds what the unbinding waits for, and waits for the unbinding.
+    let child = in_child(|| {
+        let holder = Importer::attach_as(request).unwrap();
+        holder.map().unwrap();
+        (&telling).write_all(b"!").unwrap();
+        wait_until("told", || holder.query().state & abi::IMPORT_STALE != 0);
+        errno(Importer::attach(fd.as_fd(), &bdf, DYNAMIC | PEER, 0))
+    });
+    (&told).read_exact(&mut [0]).unwrap();
+    thread::scope(|scope| {
+        let unbinding = scope.spawn(|| Node::unbind(&bdf));
+        thread::sleep(ms(800));
+        assert!(!unbinding.is_finished(), "it waits for the mapping");
+        child.kill(libc::SIGKILL);
+        let (end, waited) = took(|| child.wait());
+        assert_eq!(end, Err(libc::SIGKILL));
+        assert!(waited < ms(10_000), "{waited:?}");
+        unbinding.join().unwrap();
+    });
     Node::bind(&bdf);
 }
 

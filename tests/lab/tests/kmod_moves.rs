@@ -219,6 +219,32 @@ fn several_ranges_are_one_buffer_in_the_callers_order() {
 }
 
 #[test]
+fn taking_much_memory_ends_with_the_process_that_wants_it() {
+    let node = Node::largest();
+    // So much takes a while: every page of it is cleared.
+    let length = 512 * MIB;
+    let take = || node.export_ranges(0, &mut [range(length, abi::RANGE_SYSTEM)]);
+    let began = Instant::now();
+    take().unwrap();
+    let whole = began.elapsed();
+    let child = in_child(|| {
+        loop {
+            let _ = take();
+        }
+    });
+    thread::sleep(whole / 2);
+    let killed = Instant::now();
+    child.kill(libc::SIGKILL);
+    assert_eq!(child.wait(), Err(libc::SIGKILL));
+    let ended = killed.elapsed();
+    assert!(
+        ended < whole / 4,
+        "{ended:?} after the kill, {whole:?} for all"
+    );
+    assert_all_free(&node);
+}
+
+#[test]
 fn bad_ranges_get_their_errno_and_change_nothing() {
     let node = Node::largest();
     let before = node.query().unwrap();
