@@ -76,6 +76,19 @@ pub enum Command {
         #[arg(last = true, required = true, value_name = "CMD")]
         command: Vec<OsString>,
     },
+    /// Runs CMD in two guests that are joined by a network; their lines of output begin with
+    /// 'first: ' and 'second: ', and the exit status is the higher one's
+    ///
+    /// CMD finds which it is in $PEERBUF_LAB_END, its address in $PEERBUF_LAB_ADDRESS and the other's
+    /// in $PEERBUF_LAB_PEER. Each has soft-RoCE (rxe0) on that network, which leads nowhere else.
+    Pair {
+        /// Both guests
+        #[command(flatten)]
+        guest: GuestArgs,
+        /// The command and its arguments, not a line for a shell
+        #[arg(last = true, required = true, value_name = "CMD")]
+        command: Vec<OsString>,
+    },
     /// An interactive shell in a guest
     Shell {
         /// The guest

@@ -19,6 +19,8 @@ pub const INITRAMFS: &str = "/run/initramfs";
 pub const DISK: &str = "/run/disk";
 /// The directory of `--share`.
 pub const SHARE: &str = "/run/share";
+/// The directory with the socket that joins a pair.
+pub const WIRE: &str = "/run/wire";
 
 /// Size of the BAR that stands for device memory, if nothing else is asked for.
 pub const BAR_MIB: u32 = 64;
@@ -83,6 +85,28 @@ pub enum Accelerator {
     Kvm,
 }
 
+/// Which of two guests that are joined by a network.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// It waits for the other.
+    First,
+    /// It connects.
+    Second,
+}
+
+impl End {
+    /// Both.
+    pub const BOTH: [Self; 2] = [Self::First, Self::Second];
+
+    /// What the guest's programs find in `$PEERBUF_LAB_END`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::First => "first",
+            Self::Second => "second",
+        }
+    }
+}
+
 /// What a guest is to have.
 #[derive(Debug, Clone)]
 pub struct Machine {
@@ -103,6 +127,8 @@ pub struct Machine {
     pub bar_mib: u32,
     /// Whether the guest may ask for devices to be unplugged and the like.
     pub events: bool,
+    /// Its network leads to another guest instead of to the host's.
+    pub end: Option<End>,
 }
 
 impl Default for Machine {
@@ -116,6 +142,7 @@ impl Default for Machine {
             shell: false,
             bar_mib: BAR_MIB,
             events: false,
+            end: None,
         }
     }
 }
@@ -269,8 +296,18 @@ impl Machine {
         }
         // A device with a DMA engine that a process can drive, for VFIO.
         args.device("edu,bus=pcie.0,addr=0x14");
-        args.add("-netdev", "user,id=net");
-        args.device("virtio-net-pci,netdev=net,id=net0,romfile=");
+        let socket = format!("stream,id=net,addr.type=unix,addr.path={WIRE}/lan");
+        let (net, mac) = match self.end {
+            None => ("user,id=net".into(), ""),
+            Some(End::First) => (socket + ",server=on", ",mac=52:54:00:00:00:01"),
+            // The first may not be there yet.
+            Some(End::Second) => (
+                socket + ",server=off,reconnect-ms=100",
+                ",mac=52:54:00:00:00:02",
+            ),
+        };
+        args.add("-netdev", net);
+        args.device(format!("virtio-net-pci,netdev=net,id=net0,romfile={mac}"));
     }
 
     /// The ports by which the lab talks with the guest; a socket in the run's directory for each.
@@ -445,6 +482,29 @@ mod tests {
                 assert!(line.contains(&format!("id={id},size={mib}M,reserve=off ")));
             }
             assert_eq!(machine.pluggable("nvme0"), None);
+        }
+    }
+
+    #[test]
+    fn a_pair_is_joined_and_each_end_has_an_address_of_its_own() {
+        let [first, second] = End::BOTH.map(|end| {
+            line(&Machine {
+                end: Some(end),
+                ..machine(Topology::Switch)
+            })
+        });
+        for (line, how, mac) in [
+            (&first, "server=on", "romfile=,mac=52:54:00:00:00:01"),
+            (&second, "server=off", "romfile=,mac=52:54:00:00:00:02"),
+        ] {
+            assert!(
+                line.contains("addr.path=/run/wire/lan") && line.contains(how),
+                "{line}"
+            );
+            assert!(
+                line.contains(mac) && !line.contains("user,id=net"),
+                "{line}"
+            );
         }
     }
 

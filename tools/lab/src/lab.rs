@@ -97,6 +97,7 @@ pub fn job(ground: &Ground, args: &GuestArgs, parts: Parts) -> Result<Job> {
         shell: false,
         bar_mib: args.bar_size.unwrap_or(guest::BAR_MIB),
         events: args.events,
+        end: None,
     };
     if !args.icount {
         machine.accelerator = accel::choose(ground, &machine);

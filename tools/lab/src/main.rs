@@ -46,8 +46,8 @@ use signal_hook::{
 
 use crate::{
     cache::Cache,
-    cli::{Cli, Command, GuestArgs, KernelArgs},
-    guest::Topology,
+    cli::{Cli, Command, GuestArgs, KernelArgs, Rdma},
+    guest::{End, Topology},
     kernel::{Kernel, Source},
     lab::Parts,
     progress::note,
@@ -80,7 +80,8 @@ fn main() {
 }
 
 fn command(cli: Cli) -> Result<i32> {
-    if let Command::Run { guest, .. } | Command::Shell { guest } = &cli.command
+    if let Command::Run { guest, .. } | Command::Pair { guest, .. } | Command::Shell { guest } =
+        &cli.command
         && let Some(why) = guest::conflict(guest.topology, guest.iommu)
     {
         note(why);
@@ -103,6 +104,7 @@ fn command(cli: Cli) -> Result<i32> {
             arguments,
         } => fuzz(&cache, minutes, kernel, arguments),
         Command::Run { guest, command } => run_command(&cache, &guest, command),
+        Command::Pair { guest, command } => pair(&cache, &guest, &command),
         Command::Shell { guest } => shell(&cache, &guest),
         Command::Kmod { kernel } => kmod(&cache, &kernel),
         Command::Kbuild { dir, kernel } => kbuild(&cache, &dir, &kernel),
@@ -149,6 +151,97 @@ fn run_command(cache: &Cache, args: &GuestArgs, command: Vec<OsString>) -> Resul
     let outcome = run::run(&ground, &job, person())?;
     let _ = write!(io::stderr(), "{}", outcome.report());
     Ok(outcome.status())
+}
+
+/// Runs a command in two guests at a time, and returns what became of each.
+fn run_pair(
+    cache: &Cache,
+    args: &GuestArgs,
+    command: &[OsString],
+    streams: &(dyn Fn(End) -> Streams + Sync),
+) -> Result<Vec<(End, Outcome)>> {
+    let ground = lab::ground(cache, args)?;
+    let parts = if args.bare {
+        Parts::default()
+    } else {
+        lab::parts(&Project::find()?, &ground)?
+    };
+    let wire = cache.run_dir()?;
+    let one = |end| -> Result<Outcome> {
+        let mut job = lab::job(&ground, args, parts.clone())?;
+        job.machine.end = Some(end);
+        job.wire = Some(wire.path().to_owned());
+        job.command = command.to_vec();
+        run::run(&ground, &job, streams(end))
+    };
+    std::thread::scope(|scope| {
+        let started = End::BOTH.map(|end| (end, scope.spawn(move || one(end))));
+        started
+            .into_iter()
+            .map(|(end, guest)| {
+                let outcome = guest
+                    .join()
+                    .map_err(|_| anyhow!("the lab itself failed on the {} guest", end.name()))?;
+                Ok((end, outcome?))
+            })
+            .collect()
+    })
+}
+
+fn pair(cache: &Cache, args: &GuestArgs, command: &[OsString]) -> Result<i32> {
+    let streams = |end: End| Streams {
+        stdin: None,
+        stdout: Box::new(Named::new(end, io::stdout())),
+        stderr: Box::new(Named::new(end, io::stderr())),
+    };
+    let outcomes = run_pair(cache, args, command, &streams)?;
+    for (end, outcome) in &outcomes {
+        let report = outcome.report();
+        if !report.is_empty() {
+            let _ = write!(io::stderr(), "the {} guest: {report}", end.name());
+        }
+    }
+    let statuses = outcomes.iter().map(|(_, outcome)| outcome.status());
+    Ok(statuses.max().unwrap_or(LAB_FAILED))
+}
+
+/// Writes whole lines, with a guest's name in front.
+struct Named<W: Write> {
+    end: End,
+    to: W,
+    line: Vec<u8>,
+}
+
+impl<W: Write> Drop for Named<W> {
+    fn drop(&mut self) {
+        if !self.line.is_empty() {
+            let _ = self.write_all(b"\n");
+        }
+    }
+}
+
+impl<W: Write> Named<W> {
+    fn new(end: End, to: W) -> Self {
+        let line = Vec::new();
+        Self { end, to, line }
+    }
+}
+
+impl<W: Write> Write for Named<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.line.extend_from_slice(bytes);
+        while let Some(at) = self.line.iter().position(|byte| *byte == b'\n') {
+            let line: Vec<u8> = self.line.drain(..=at).collect();
+            let mut named = format!("{}: ", self.end.name()).into_bytes();
+            named.extend_from_slice(&line);
+            self.to.write_all(&named)?;
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.to.flush()
+    }
 }
 
 fn shell(cache: &Cache, args: &GuestArgs) -> Result<i32> {
@@ -241,7 +334,48 @@ fn demo(cache: &Cache, kernel: &KernelArgs) -> Result<i32> {
             }
         }
     }
+    for rdma in [Rdma::Stock, Rdma::Dmabuf] {
+        failed += two_machines(cache, kernel, rdma)?;
+    }
     Ok(i32::from(failed > 0))
+}
+
+/// A file goes from one guest's disk to another's; prints what each hop was. How many failed.
+fn two_machines(cache: &Cache, kernel: &KernelArgs, rdma: Rdma) -> Result<i32> {
+    let args = GuestArgs {
+        rdma,
+        ..GuestArgs::plain(kernel)
+    };
+    let kept = End::BOTH.map(|_| (Kept::default(), Kept::default()));
+    let streams = |end: End| {
+        let (out, err) = &kept[end as usize];
+        Streams {
+            stdin: None,
+            stdout: Box::new(out.clone()),
+            stderr: Box::new(err.clone()),
+        }
+    };
+    let script = ["sh", "/opt/peerbuf/init/two-machines"].map(OsString::from);
+    let outcomes = run_pair(cache, &args, &script, &streams)?;
+    let card = match rdma {
+        Rdma::Stock => "the kernel's soft-RoCE",
+        Rdma::Dmabuf => "a soft-RoCE that takes dma-bufs",
+    };
+    writeln!(
+        io::stdout(),
+        "== two machines, {card} ==\ndisk -> BAR -> RDMA -> BAR -> disk"
+    )?;
+    let mut failed = 0;
+    for (end, outcome) in outcomes {
+        let (out, err) = &kept[end as usize];
+        for line in out.text().lines() {
+            writeln!(io::stdout(), "{}: {line}", end.name())?;
+        }
+        let _ = write!(io::stderr(), "{}{}", err.text(), outcome.report());
+        failed += i32::from(outcome.status() != 0);
+    }
+    io::stdout().flush()?;
+    Ok(failed)
 }
 
 fn test(cache: &Cache, filter: Option<&str>, kernel: &KernelArgs) -> Result<i32> {

@@ -35,13 +35,17 @@ use crate::{
 };
 
 /// What the guest finds in /opt/peerbuf/init.
-const INIT: [(&str, &str); 3] = [
+const INIT: [(&str, &str); 4] = [
     ("init", include_str!("../../../tests/lab/init/init")),
     (
         "functions",
         include_str!("../../../tests/lab/init/functions"),
     ),
     ("suite", include_str!("../../../tests/lab/init/suite")),
+    (
+        "two-machines",
+        include_str!("../../../tests/lab/init/two-machines"),
+    ),
 ];
 
 /// From start to CMD, and from CMD's end to the guest's. Ten times what a boot takes on two idle
@@ -86,6 +90,8 @@ pub struct Job {
     pub deadline: Deadline,
     /// From start to command, and from the command's end to the guest's.
     pub boot_limit: Duration,
+    /// The directory with the socket to the other guest of a pair.
+    pub wire: Option<PathBuf>,
 }
 
 /// When the command is to have ended.
@@ -126,6 +132,7 @@ impl Default for Job {
             timeout: Some(DEFAULT_TIMEOUT),
             deadline: Deadline::default(),
             boot_limit: BOOT_LIMIT,
+            wire: None,
         }
     }
 }
@@ -463,6 +470,9 @@ fn start(ground: &Ground, job: &Job) -> Result<Guest> {
     if let Some(share) = &job.share {
         qemu = qemu.bind(share, guest::SHARE);
     }
+    if let Some(wire) = &job.wire {
+        qemu = qemu.bind(wire, guest::WIRE);
+    }
     let said = fs::File::create(path.join("qemu"))?;
     let child = qemu
         .command()?
@@ -535,11 +545,12 @@ fn stage(ground: &Ground, job: &Job, opt: &Path) -> Result<()> {
     }
     let yes = |on: bool| if on { "1" } else { "" };
     let settings = format!(
-        "PEERBUF_LAB_TOPOLOGY={}\nSHARE={}\nMODULE={}\nRXE={}\nSHELL_WANTED={}\n",
+        "PEERBUF_LAB_TOPOLOGY={}\nSHARE={}\nMODULE={}\nRXE={}\nEND={}\nSHELL_WANTED={}\n",
         job.machine.topology.name(),
         yes(job.share.is_some()),
         yes(job.module.is_some()),
         yes(ground.rxe.is_some()),
+        job.machine.end.map_or("", guest::End::name),
         yes(job.machine.shell),
     );
     fs::write(opt.join("run/settings"), settings)?;

@@ -8,6 +8,7 @@ mod info;
 mod matrix;
 mod places;
 mod progress;
+mod rdma;
 mod say;
 mod size;
 mod table;
@@ -49,6 +50,8 @@ enum Command {
     Info(info::Arguments),
     /// Let each exporter meet each importer, with checked bytes, and show the paths
     Matrix(matrix::Arguments),
+    /// Show a buffer to another machine, or move a file's bytes into or out of one, by RDMA
+    Rdma(rdma::Arguments),
     /// The second process of the demo, started by the first
     #[command(hide = true)]
     DemoWorker,
@@ -66,6 +69,7 @@ fn main() -> ExitCode {
         Command::Export(arguments) => export::run(&arguments),
         Command::Info(arguments) => info::run(&arguments),
         Command::Matrix(arguments) => matrix::run(&arguments),
+        Command::Rdma(arguments) => rdma::run(&arguments),
         Command::DemoWorker => demo::worker::run(),
     };
     match result {

@@ -1,0 +1,242 @@
+//! `peerbuf rdma` between two processes of one guest, and against those who break its protocol.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::path::Path;
+use std::process::{Child, ChildStdout, Command, Stdio};
+use std::time::Duration;
+
+use peerbuf_lab_suite::node::Node;
+use rand::Rng;
+use serde_json::Value;
+
+/// Where the servers of these tests listen.
+const ADDRESS: &str = "127.0.0.1:7471";
+
+struct Server {
+    child: Child,
+    out: BufReader<ChildStdout>,
+}
+
+impl Server {
+    fn start(arguments: &[&str]) -> Server {
+        let mut child = Command::new("peerbuf")
+            .args(["rdma", "serve", "--listen", ADDRESS])
+            .args(arguments)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut out = BufReader::new(child.stdout.take().unwrap());
+        // Written when it listens.
+        let mut line = String::new();
+        out.read_line(&mut line).unwrap();
+        if !line.contains(ADDRESS) {
+            let mut why = String::new();
+            let _ = child.stderr.take().unwrap().read_to_string(&mut why);
+            panic!("{line}{why}");
+        }
+        Server { child, out }
+    }
+
+    /// Waits for its end by itself.
+    fn end(mut self) -> (bool, String) {
+        let status = self.child.wait().unwrap();
+        let mut said = String::new();
+        let _ = self.out.read_to_string(&mut said);
+        let _ = self.child.stderr.take().unwrap().read_to_string(&mut said);
+        (status.success(), said)
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn client(what: &str, arguments: &[&str]) -> (bool, String, String) {
+    let output = Command::new("peerbuf")
+        .args(["rdma", what, "--connect", ADDRESS])
+        .args(arguments)
+        .output()
+        .unwrap();
+    (
+        output.status.success(),
+        String::from_utf8(output.stdout).unwrap(),
+        String::from_utf8(output.stderr).unwrap(),
+    )
+}
+
+fn summary(what: &str, arguments: &[&str]) -> Value {
+    let (good, out, err) = client(what, &[&["--json"], arguments].concat());
+    assert!(good, "{err}");
+    serde_json::from_str(&out).unwrap()
+}
+
+fn random_file(path: &str, length: usize) -> Vec<u8> {
+    let mut bytes = vec![0; length];
+    rand::rng().fill_bytes(&mut bytes);
+    std::fs::write(path, &bytes).unwrap();
+    std::fs::File::open(path).unwrap().sync_all().unwrap();
+    bytes
+}
+
+fn bar() -> String {
+    format!("bar:{}:2", Node::largest().bdf)
+}
+
+/// What the best registration of such a buffer is in this guest.
+fn best(buffer: &str) -> &'static str {
+    let dma_bufs = std::env::var("PEERBUF_LAB_RDMA").unwrap() == "dmabuf";
+    match (dma_bufs, buffer) {
+        (true, _) => "dma-buf-by-kernel",
+        (false, "udmabuf") => "shared-memory",
+        (false, _) => "staged",
+    }
+}
+
+#[test]
+fn a_file_goes_from_disk_to_disk_through_both_buffers() {
+    let (from, to) = ("/mnt/nvme/rdma-from", "/mnt/nvme/rdma-to");
+    let bar = bar();
+    for (there, here, size) in [
+        ("udmabuf", bar.as_str(), 3 << 20),
+        (bar.as_str(), "udmabuf", (1 << 20) + 4097),
+        (bar.as_str(), bar.as_str(), 2 << 20),
+    ] {
+        let bytes = random_file(from, size);
+        std::fs::write(to, "").unwrap();
+        let server = Server::start(&["--once", "--buffer", there, "--size", "1M", "--file", to]);
+        let summary = summary("put", &["--buffer", here, "--size", "2M", from]);
+        let (good, said) = server.end();
+        assert!(good, "{said}");
+        assert!(std::fs::read(to).unwrap() == bytes, "{here} to {there}");
+        assert_eq!(summary["bytes"], size, "{summary}");
+        assert_eq!(summary["verified"], true, "{summary}");
+        for (end, buffer) in [("here", here), ("there", there)] {
+            assert_eq!(
+                summary[end]["registration"],
+                best(buffer),
+                "{end}: {summary}"
+            );
+            let copied = summary[format!("copied_{end}")].as_u64().unwrap();
+            let staged = best(buffer) == "staged";
+            assert_eq!(
+                copied,
+                if staged { size as u64 } else { 0 },
+                "{end}: {summary}"
+            );
+        }
+        // Peer to peer between the disk and a BAR, where the length is whole blocks.
+        for (end, buffer) in [("file_here", here), ("file_there", there)] {
+            let path = summary[end]["path"].as_str().unwrap();
+            let expected = match buffer {
+                "udmabuf" => "shared-host-memory",
+                _ => "peer-to-peer",
+            };
+            if size % 4096 == 0 {
+                assert_eq!(path, expected, "{end}: {summary}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_buffer_is_read_into_a_file() {
+    let (held, got) = ("/mnt/nvme/rdma-held", "/mnt/nvme/rdma-got");
+    let bytes = random_file(held, 1 << 20);
+    for buffer in ["udmabuf", &bar()] {
+        let _ = std::fs::remove_file(got);
+        let server = Server::start(&["--once", "--buffer", buffer, "--size", "1M", "--file", held]);
+        // In several rounds.
+        let summary = summary("get", &["--buffer", "udmabuf", "--size", "256K", got]);
+        assert_eq!(summary["verified"], true, "{summary}");
+        assert_eq!(summary["there"]["registration"], best(buffer));
+        assert!(server.end().0);
+        assert!(std::fs::read(got).unwrap() == bytes, "{buffer}");
+        assert!(std::fs::read(held).unwrap() == bytes, "{buffer}");
+    }
+}
+
+/// A message as the protocol has it.
+fn framed(text: &str) -> Vec<u8> {
+    let mut bytes = (text.len() as u32).to_be_bytes().to_vec();
+    bytes.extend_from_slice(text.as_bytes());
+    bytes
+}
+
+fn hello(address: [u8; 32]) -> Value {
+    serde_json::json!({
+        "version": 1,
+        "address": address,
+        "remote": null,
+        "receipt": {"card": "x", "buffer": "x", "registration": "x", "attempts": [], "path": "x"},
+    })
+}
+
+#[test]
+fn forged_messages_end_their_own_connection_and_no_other() {
+    let server = Server::start(&["--buffer", "udmabuf", "--size", "64K"]);
+    // An address that the card can be given, of nobody.
+    let mut address = [0; 32];
+    address[10..12].fill(0xff);
+    address[12..16].copy_from_slice(&[10, 0, 2, 15]);
+    address[18] = 7;
+    address[24] = 3;
+    let right = hello(address);
+    let mut other_version = right.clone();
+    other_version["version"] = 2.into();
+    let mut more = right.clone();
+    more["more"] = 1.into();
+    let request = |text: &str| [framed(&right.to_string()), framed(text)].concat();
+    let forged: Vec<(&str, Vec<u8>)> = vec![
+        ("a huge length", vec![0xff; 4]),
+        ("no JSON", framed("hello")),
+        ("a message that is cut off", vec![0, 0, 1, 0, 0x7b]),
+        ("another version", framed(&other_version.to_string())),
+        ("an unknown field", framed(&more.to_string())),
+        ("no address", framed(&hello([0; 32]).to_string())),
+        (
+            "more bytes than there are",
+            request(r#"{"Written":{"at":0,"length":65537}}"#),
+        ),
+        (
+            "a range that wraps",
+            request(r#"{"Read":{"at":18446744073709551615,"length":2}}"#),
+        ),
+        ("an unknown request", request(r#"{"Erase":{}}"#)),
+    ];
+    for (what, bytes) in &forged {
+        let mut stream = TcpStream::connect(ADDRESS).unwrap();
+        stream
+            .set_read_timeout(Some(Duration::from_secs(30)))
+            .unwrap();
+        stream.write_all(bytes).unwrap();
+        stream.shutdown(std::net::Shutdown::Write).unwrap();
+        // Answers, perhaps, and then the end of the connection.
+        let mut rest = Vec::new();
+        match stream.read_to_end(&mut rest) {
+            Ok(_) => {}
+            Err(e) if e.kind() == std::io::ErrorKind::ConnectionReset => {}
+            Err(e) => panic!("{what}: {e}"),
+        }
+        let text = String::from_utf8_lossy(&rest);
+        assert!(!text.contains("Done"), "{what}: {text}");
+    }
+    // The server is there for others as before.
+    let from = "/mnt/nvme/rdma-after";
+    random_file(from, 64 << 10);
+    let summary = summary("put", &["--size", "64K", from]);
+    assert_eq!(summary["verified"], true);
+    drop(server);
+    assert!(Path::new(from).exists());
+}
+
+#[test]
+fn a_client_that_nobody_answers_says_what_it_tried() {
+    let (good, _, err) = client("put", &["--size", "64K", "/etc/passwd"]);
+    assert!(!good);
+    assert!(err.contains(ADDRESS) && err.contains("refused"), "{err}");
+}

@@ -1,0 +1,78 @@
+//! `peerbuf rdma`: one machine shows a buffer, another writes a file's bytes into it or reads them
+//! out of it.
+//!
+//! Bytes go by RDMA and by nothing else; what the ends have to tell each other goes over TCP. The
+//! client moves at most a bufferful at a time: file to its buffer, buffer to buffer, and, where the
+//! server was given a file, buffer to file. Both ends take a checksum of what is in their buffer.
+
+mod client;
+mod place;
+mod serve;
+mod wire;
+
+use std::process::ExitCode;
+
+use peerbuf::import::rdma::{self, Card, Registration};
+
+use crate::Failure;
+use wire::Receipt;
+
+/// Arguments of `peerbuf rdma`.
+#[derive(clap::Args)]
+#[command(after_help = AFTER_HELP)]
+pub struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(clap::Subcommand)]
+enum Command {
+    /// Show a buffer to whoever connects, until Ctrl-C
+    Serve(serve::Arguments),
+    /// Write a file's bytes into the buffer of the machine that serves
+    Put(client::Arguments),
+    /// Read the buffer of the machine that serves into a file
+    Get(client::Arguments),
+}
+
+const AFTER_HELP: &str = "\
+  first$  peerbuf rdma serve --listen 10.0.0.1:7471 --buffer bar:0000:04:00.0:2 --size 16M --file /mnt/in
+  second$ peerbuf rdma put --connect 10.0.0.1:7471 --buffer bar:0000:04:00.0:2 /mnt/out
+
+Whoever reaches the TCP address may use the buffer, and with --file write the file: there is no
+password, and RDMA is not encrypted. Use it on networks that you trust.";
+
+/// Runs the command.
+pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
+    match &arguments.command {
+        Command::Serve(arguments) => serve::run(arguments),
+        Command::Put(arguments) => client::put(arguments),
+        Command::Get(arguments) => client::get(arguments),
+    }
+}
+
+/// The card of this name, or the first.
+fn card(name: Option<&str>) -> Result<Card, Failure> {
+    let first = match name {
+        Some(name) => name.to_owned(),
+        None => rdma::probe()?.swap_remove(0),
+    };
+    Ok(Card::open(&first)?)
+}
+
+/// How many requests an end has in flight.
+const DEPTH: u32 = 16;
+
+fn receipt(registration: &Registration) -> Receipt {
+    Receipt {
+        card: registration.card().name().into(),
+        buffer: registration.range().buffer().name().into(),
+        registration: registration.rung().as_str().into(),
+        attempts: registration
+            .attempts()
+            .iter()
+            .map(ToString::to_string)
+            .collect(),
+        path: registration.plan().path.as_str().into(),
+    }
+}
