@@ -22,5 +22,5 @@ macro_rules! plain {
 
 plain! {
     Query Export Range ExportRanges Move Revoke Restore Watch Attachment Piece BufferQuery
-    ImportAttach ImportMap ImportStep ImportFence ImportQuery
+    ProviderOpen ImportAttach ImportMap ImportStep ImportFence ImportQuery
 }

@@ -31,6 +31,7 @@ use crate::{
     device::{Bar, Device},
     ffi,
     mapping::{Mapping, Mappings},
+    provider::Chunk,
     system::{self, System},
     watch::{Counters, Refusal, Watchers},
 };
@@ -116,6 +117,8 @@ pub(crate) struct State {
     awaited: bool,
     /// The whole buffer, in order.
     pub(crate) pieces: KVec<Piece>,
+    /// What it has of a provider's pool. Emptied when the provider goes.
+    pub(crate) chunks: KVec<Chunk>,
     /// The mappings that importers have.
     pub(crate) mappings: Mappings,
     /// Pins of all importers.
@@ -269,6 +272,7 @@ impl Buffer {
         bar: usize,
         may_move: bool,
         pieces: KVec<Piece>,
+        chunks: KVec<Chunk>,
     ) -> Result<Arc<Self>> {
         let has_home = pieces.iter().any(|piece| piece.home.is_some());
         let len = pieces.iter().map(|piece| piece.len).sum();
@@ -290,6 +294,7 @@ impl Buffer {
                     generation: 1,
                     awaited: false,
                     pieces,
+                    chunks,
                     mappings: Mappings::new(),
                     pins: 0,
                     need_system: 0,

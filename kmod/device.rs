@@ -2,7 +2,10 @@
 
 //! A bound PCI device: its BARs, who has what of them, and going away.
 
-use core::{mem::ManuallyDrop, ptr};
+use core::{
+    mem::{self, ManuallyDrop},
+    ptr,
+};
 
 use kernel::{
     bindings,
@@ -22,6 +25,7 @@ use crate::{
     exporter, ffi,
     pages::Pages,
     peers::Peers,
+    provider::Chunk,
     region::{Place, Regions},
     revoke::{self, Scope},
     system::{Contents, System},
@@ -55,22 +59,16 @@ impl Bar {
         kernel: ptr::null_mut(),
     };
 
-    /// Reads what BAR `index` is, and makes struct pages for it where the kernel can.
+    /// Reads where BAR `bar` is, and of which kind.
     ///
     /// # Safety
     ///
-    /// Called from the probe of `dev`, after `pcim_p2pdma_init`, once for each index below
-    /// `NUM_BARS`. [`Device::remove`] runs before the devres of `dev` is released, unless nothing
-    /// was exported.
-    unsafe fn probe(dev: &pci::Device<Core<'_>>, index: u32) -> Self {
-        let pdev = raw(dev);
-        let bar = index as c_int;
-        // SAFETY: `pdev` is valid and `bar` is the index of a standard BAR, by the caller's
-        // promise. The same for the two calls that follow.
-        let resource = unsafe { ffi::peerbuf_pci_resource_flags(pdev, bar) } as u32;
-        // SAFETY: As above.
-        let (start, size) = unsafe {
+    /// `pdev` is valid, and `bar` is below `NUM_BARS`.
+    unsafe fn describe(pdev: *mut bindings::pci_dev, bar: c_int) -> Self {
+        // SAFETY: By the caller's promise.
+        let (resource, start, size) = unsafe {
             (
+                ffi::peerbuf_pci_resource_flags(pdev, bar) as u32,
                 bindings::pci_resource_start(pdev, bar),
                 bindings::pci_resource_len(pdev, bar),
             )
@@ -93,8 +91,46 @@ impl Bar {
         if resource & bindings::IORESOURCE_MEM_64 != 0 {
             this.flags |= abi::BAR_64BIT;
         }
+        this
+    }
+
+    /// Adds what a provider's BAR needs to be exported. Its pool is somewhere in it, and `chunk` is
+    /// part of that.
+    ///
+    /// # Safety
+    ///
+    /// `pdev` is the provider, whose driver is bound, and the chunk lies in its BAR `bar`, this one.
+    unsafe fn of_provider(
+        mut self,
+        pdev: *mut bindings::pci_dev,
+        bar: c_int,
+        chunk: &Chunk,
+    ) -> Self {
+        let (paddr, kaddr) = chunk.place();
+        // The kernel has the pages in its linear mapping, so one distance is right for all.
+        self.kernel = kaddr.wrapping_byte_sub((paddr - self.start) as usize);
+        self.pages = Some(Pages::of_provider(self.kernel, self.start, self.size));
+        // SAFETY: By the caller's promise. A device with a pool has one for each memory BAR.
+        self.provider = unsafe { bindings::pcim_p2pdma_provider(pdev, bar) };
+        self.flags |= abi::BAR_EXPORT | abi::BAR_PAGES;
+        self
+    }
+
+    /// Reads what BAR `index` is, and makes struct pages for it where the kernel can.
+    ///
+    /// # Safety
+    ///
+    /// Called from the probe of `dev`, after `pcim_p2pdma_init`, once for each index below
+    /// `NUM_BARS`. [`Device::remove`] runs before the devres of `dev` is released, unless nothing
+    /// was exported.
+    unsafe fn probe(dev: &pci::Device<Core<'_>>, index: u32) -> Self {
+        let pdev = raw(dev);
+        let bar = index as c_int;
+        // SAFETY: `pdev` is valid.
+        let mut this = unsafe { Self::describe(pdev, bar) };
+        let (start, size) = (this.start, this.size);
         let page = PAGE_SIZE as u64;
-        if start % page != 0 || size % page != 0 {
+        if this.flags & abi::BAR_MEMORY == 0 || start % page != 0 || size % page != 0 {
             return this;
         }
         // SAFETY: As above, and `pcim_p2pdma_init` was called.
@@ -215,6 +251,8 @@ pub(crate) struct Device {
     pdev: ARef<pci::Device>,
     pub(crate) bars: [Bar; abi::NUM_BARS],
     pub(crate) peers: Peers,
+    /// Another driver's, which lends its memory from a pool; no range of it is ours.
+    is_provider: bool,
     #[pin]
     state: Mutex<State>,
 }
@@ -247,11 +285,47 @@ impl Device {
             *bar = unsafe { Bar::probe(pdev, index) };
         }
         let regions = bars.each_ref().map(|bar| Regions::new(bar.size));
-        let device = Arc::pin_init(
+        Ok(Binding(Self::new(pdev.into(), bars, regions, false)?))
+    }
+
+    /// A device whose driver has published memory for peers.
+    ///
+    /// Errors: ENOSPC where all of it is taken, ENOMEM.
+    ///
+    /// # Safety
+    ///
+    /// Its driver has a pool, and is bound. The caller sees to it that [`Device::remove`] is called
+    /// before it is unbound.
+    pub(crate) unsafe fn provider(pdev: ARef<pci::Device>) -> Result<Arc<Self>> {
+        let raw = raw(&*pdev);
+        // Only what the pool gives shows where it is.
+        // SAFETY: By the caller's promise, here and below.
+        let chunk = unsafe { Chunk::take(raw, PAGE_SIZE as u64)? };
+        let (paddr, _) = chunk.place();
+        let mut bars = [Bar::ABSENT; abi::NUM_BARS];
+        for (index, bar) in (0..).zip(bars.iter_mut()) {
+            // SAFETY: As above.
+            *bar = unsafe { Bar::describe(raw, index) };
+            if paddr.wrapping_sub(bar.start) < bar.size {
+                // SAFETY: As above.
+                *bar = unsafe { bar.of_provider(raw, index, &chunk) };
+            }
+        }
+        Self::new(pdev, bars, [const { Regions::new(0) }; abi::NUM_BARS], true)
+    }
+
+    fn new(
+        pdev: ARef<pci::Device>,
+        bars: [Bar; abi::NUM_BARS],
+        regions: [Regions; abi::NUM_BARS],
+        is_provider: bool,
+    ) -> Result<Arc<Self>> {
+        Arc::pin_init(
             pin_init!(Self {
-                pdev: pdev.into(),
+                pdev,
                 bars,
                 peers: Peers::new(),
+                is_provider,
                 state <- new_mutex!(State {
                     presence: Presence::Live,
                     regions,
@@ -259,8 +333,11 @@ impl Device {
                 }),
             }),
             GFP_KERNEL,
-        )?;
-        Ok(Binding(device))
+        )
+    }
+
+    pub(crate) fn is_provider(&self) -> bool {
+        self.is_provider
     }
 
     /// The PCI address, as `DDDD:BB:DD.F`.
@@ -290,18 +367,19 @@ impl Device {
 
         let mut state = self.state.lock();
         state.present()?;
-        for ((out, bar), regions) in query
-            .bars
-            .iter_mut()
-            .zip(&self.bars)
-            .zip(state.regions.iter_mut())
-        {
+        let State {
+            regions, exports, ..
+        } = &mut *state;
+        for ((out, bar), regions) in query.bars.iter_mut().zip(&self.bars).zip(regions) {
             bar.reap(regions);
             *out = abi::Bar {
                 size: bar.size,
                 free: regions.free(),
                 largest_free: regions.largest_free(),
-                exports: regions.count(),
+                exports: match self.is_provider && bar.flags & abi::BAR_EXPORT != 0 {
+                    true => exports.len() as u32,
+                    false => regions.count(),
+                },
                 flags: bar.flags,
             };
         }
@@ -364,14 +442,18 @@ impl Device {
         info.reap(&mut state.regions[index]);
         let mut taken = 0;
         let exported = (|| {
+            let mut chunks = KVec::new();
             for (part, piece) in parts.iter_mut().zip(pieces.iter_mut()) {
                 if let Some(place) = part.place {
-                    part.offset = state.regions[index].take(place, part.len)?;
+                    part.offset = match self.is_provider {
+                        true => self.borrow(info, place, part.len, &mut chunks)?,
+                        false => state.regions[index].take(place, part.len)?,
+                    };
                     piece.home = Some(part.offset);
                 }
                 taken += 1;
             }
-            let buffer = Buffer::new(self.into(), index, may_move, pieces)?;
+            let buffer = Buffer::new(self.into(), index, may_move, pieces, chunks)?;
             exporter::export(buffer, fd_flags)
         })();
         match exported {
@@ -387,6 +469,25 @@ impl Device {
                 Err(e)
             }
         }
+    }
+
+    /// Takes `len` bytes from the pool that is in `bar`, and returns where in the BAR they are. The
+    /// state is locked, and the device present: so its driver is bound.
+    ///
+    /// Errors: EINVAL for a place of one's own choice, ENOSPC, ENOMEM.
+    fn borrow(&self, bar: &Bar, place: Place, len: u64, chunks: &mut KVec<Chunk>) -> Result<u64> {
+        let Place::Any = place else {
+            return Err(EINVAL);
+        };
+        // SAFETY: The driver is bound, as said, and has a pool.
+        let chunk = unsafe { Chunk::take(raw(&*self.pdev), len)? };
+        let offset = chunk.place().0.wrapping_sub(bar.start);
+        // A pool may have memory of several BARs.
+        if offset >= bar.size {
+            return Err(ENOSPC);
+        }
+        chunks.push(chunk, GFP_KERNEL)?;
+        Ok(offset)
     }
 
     /// Forgets an export whose dma-buf is being released, and gives its ranges back.
@@ -417,13 +518,16 @@ impl Device {
     /// then direct I/O on pages of those mappings. The waits have no limit, since the memory is
     /// gone when this returns; they are for the importers' drivers and for I/O that a disk has
     /// accepted, both of which end by themselves, and what is waited for is logged.
-    fn remove(&self) {
+    pub(crate) fn remove(&self) {
         self.state.lock().presence = Presence::Gone;
         while let Some(dmabuf) = self.take_export() {
             // SAFETY: `take_export` returned it with a reference to its file, which is dropped
             // below.
             unsafe {
                 self.revoke_bar(dmabuf, revoked::GONE);
+                // From here on nobody looks at the places of the buffer any more.
+                let chunks = mem::take(&mut Locked::lock(dmabuf).chunks);
+                drop(chunks);
                 bindings::fput((*dmabuf).file);
             }
         }
@@ -535,7 +639,11 @@ impl Device {
         }
     }
 
+    /// Pages in use of the BARs that are ours.
     fn busy_pages(&self) -> usize {
+        if self.is_provider {
+            return 0;
+        }
         self.bars
             .iter()
             .filter_map(|bar| Some(bar.pages.as_ref()?.busy(0, bar.size)))

@@ -104,6 +104,9 @@ extern "C" {
         count: c_uint,
         device: bool,
     ) -> *mut c_void;
+    pub(crate) fn peerbuf_virt_to_page(address: *const c_void) -> *mut bindings::page;
+    pub(crate) fn peerbuf_get_pgmap(page: *mut bindings::page, references: c_ulong);
+    pub(crate) fn peerbuf_put_page(page: *mut bindings::page);
     pub(crate) fn peerbuf_wmb();
     pub(crate) fn peerbuf_cond_resched();
     fn peerbuf_fatal_signal_pending() -> bool;

@@ -9,6 +9,7 @@
 #include <linux/dma-fence.h>
 #include <linux/dma-mapping.h>
 #include <linux/gfp.h>
+#include <linux/memremap.h>
 #include <linux/mm.h>
 #include <linux/pci.h>
 #include <linux/sched.h>
@@ -34,6 +35,9 @@ unsigned long peerbuf_page_to_pfn(const struct page *page);
 unsigned int peerbuf_dma_max_segment(struct device *dev);
 void peerbuf_reinit_completion(struct completion *completion);
 void *peerbuf_vmap(struct page **pages, unsigned int count, bool device);
+struct page *peerbuf_virt_to_page(const void *address);
+void peerbuf_get_pgmap(struct page *page, unsigned long references);
+void peerbuf_put_page(struct page *page);
 void peerbuf_wmb(void);
 void peerbuf_cond_resched(void);
 bool peerbuf_fatal_signal_pending(void);
@@ -100,6 +104,21 @@ void peerbuf_reinit_completion(struct completion *completion)
 void *peerbuf_vmap(struct page **pages, unsigned int count, bool device)
 {
 	return vmap(pages, count, VM_MAP, device ? pgprot_noncached(PAGE_KERNEL) : PAGE_KERNEL);
+}
+
+struct page *peerbuf_virt_to_page(const void *address)
+{
+	return virt_to_page(address);
+}
+
+void peerbuf_get_pgmap(struct page *page, unsigned long references)
+{
+	percpu_ref_get_many(&page_pgmap(page)->ref, references);
+}
+
+void peerbuf_put_page(struct page *page)
+{
+	put_page(page);
 }
 
 void peerbuf_wmb(void)

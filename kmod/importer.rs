@@ -30,9 +30,10 @@ use kernel::{
 use crate::{
     abi,
     attachment::{Attachment, DmaBuf, Manner},
+    devices,
     ffi::{self, Table},
-    misc::{begin, deliver, read_struct, write_struct, Fd, Misc},
-    reset,
+    misc::{begin, deliver, read_struct, write_struct, DeviceLock, Fd, Misc},
+    provider,
 };
 
 static NODE_FOPS: Table<bindings::file_operations> = Table(bindings::file_operations {
@@ -179,7 +180,7 @@ unsafe extern "C" fn device_changes(
     const UNBOUND: c_ulong = bindings::bus_notifier_event_BUS_NOTIFY_UNBOUND_DRIVER as c_ulong;
     const REMOVED: c_ulong = bindings::bus_notifier_event_BUS_NOTIFY_REMOVED_DEVICE as c_ulong;
     if matches!(action, UNBOUND | REMOVED) {
-        reset::each_bound(|device| device.peers.forget());
+        devices::each(|device| device.peers.forget());
     }
     // Before the driver's removal begins: everything of the device is in place.
     if action == UNBINDS {
@@ -192,6 +193,9 @@ unsafe extern "C" fn device_changes(
         while let Some(attachment) = next() {
             let _ = attachment.let_go(abi::IMPORT_DEVICE_GONE);
         }
+        // Not before: what is waited for there may be such an attachment.
+        // SAFETY: The notifier is that of the PCI bus.
+        unsafe { provider::unbinds(dev.cast()) };
     }
     0 // NOTIFY_DONE
 }
@@ -280,21 +284,8 @@ struct Attached {
 impl Attached {
     /// Attaches, if the device has a driver in the kernel that does DMA.
     fn new(attachment: Arc<Attachment>) -> Result<Self> {
-        /// The device's lock, held.
-        struct DeviceLock(*mut bindings::device);
-        impl Drop for DeviceLock {
-            fn drop(&mut self) {
-                // SAFETY: Locked below, and the attachment keeps the device.
-                unsafe { ffi::peerbuf_device_unlock(self.0) };
-            }
-        }
-        // Who holds it may be the device's removal, and that may wait for another attachment of this
-        // very process, which only the process's end gives up: so a signal has to end the wait.
         // SAFETY: The attachment keeps the device.
-        if unsafe { ffi::peerbuf_device_lock(attachment.dev()) } != 0 {
-            return Err(EINTR);
-        }
-        let _lock = DeviceLock(attachment.dev());
+        let _lock = unsafe { DeviceLock::new(attachment.dev()) }?;
         // SAFETY: As above; the lock keeps the driver as it is.
         if !unsafe { can_import(attachment.dev()) } {
             return Err(ffi::eunatch());
@@ -464,7 +455,7 @@ fn query(this: &Attachment, arg: UserPtr) -> Result {
 /// The PCI device at an address, `DDDD:BB:DD.F`, with as many digits of the domain as it has.
 ///
 /// Errors: EINVAL (that is no address), ENXIO (no such device).
-fn find(bdf: &[u8; 16]) -> Result<ARef<pci::Device>> {
+pub(crate) fn find(bdf: &[u8; 16]) -> Result<ARef<pci::Device>> {
     let end = bdf.iter().position(|&byte| byte == 0).ok_or(EINVAL)?;
     let (text, padding) = bdf.split_at(end);
     if padding.iter().any(|&byte| byte != 0) {

@@ -12,9 +12,10 @@
 //!
 //! # Rooms
 //!
-//! - `device.rs`: a bound device and going away; `reset.rs`: resets of it; `node.rs`: its node and
-//!   ioctls; `misc.rs`: what every node needs;
-//! - `region.rs`: who has which bytes of a BAR; `pages.rs`: a BAR's struct pages;
+//! - `device.rs`: a bound device and going away; `devices.rs`: all of them; `reset.rs`: resets;
+//!   `node.rs`: a device's node and ioctls; `misc.rs`: what every node needs;
+//! - `region.rs`: who has which bytes of a BAR; `pages.rs`: a BAR's struct pages; `provider.rs`:
+//!   memory that another driver lends to peers;
 //! - `buffer.rs`: the movable object behind a dma-buf, and its lock; `exporter.rs`: the dma-buf
 //!   operations; `mapping.rs`: the scatter tables that importers get; `system.rs`: memory that is
 //!   not in a BAR;
@@ -29,7 +30,7 @@
 //! The driver core holds the PCI device's lock around probe and removal; the importer takes that of
 //! the device for which it attaches. All of the below come after it.
 //!
-//! 1. `misc_mtx` of the misc core: opening a node, and unregistering it;
+//! 1. `misc_mtx` of the misc core: opening a node, and unregistering it; the list of `devices.rs`;
 //! 2. `Device::state`: the BARs' regions, the list of exports, whether the device is live;
 //! 3. `mmap_lock` of a process;
 //! 4. the reservation lock of a dma-buf: all of `buffer::State`;
@@ -52,6 +53,7 @@ mod abi;
 mod attachment;
 mod buffer;
 mod device;
+mod devices;
 mod exporter;
 mod ffi;
 mod importer;
@@ -61,6 +63,7 @@ mod moves;
 mod node;
 mod pages;
 mod peers;
+mod provider;
 mod region;
 mod reset;
 mod revoke;
@@ -69,16 +72,17 @@ mod system;
 mod watch;
 
 use device::{Binding, Device};
+use devices::Listed;
 use importer::Importer;
 use node::Node;
-use reset::Resets;
+use provider::Providers;
 
 /// What a bound device owns, dropped in this order before its devres is released.
 struct Bound {
     /// First: nobody new comes in by the node.
     _node: Node,
     /// Nor by a reset, which cannot happen meanwhile anyway.
-    _resets: Resets,
+    _listed: Listed,
     /// Then the device takes away what was given out, and waits until it is.
     _device: Binding,
 }
@@ -106,12 +110,13 @@ impl pci::Driver for Driver {
         _info: &'bound Self::IdInfo,
     ) -> impl PinInit<Self::Data<'bound>, Error> + 'bound {
         let device = Device::probe(pdev)?;
-        let resets = Resets::register(device.device())?;
+        let listed = Listed::new(device.device())?;
+        reset::hear_of(device.device());
         let node = node::register(device.device())?;
         dev_info!(pdev, "/dev/peerbuf/{}\n", device.device().name());
         Ok(Bound {
             _node: node,
-            _resets: resets,
+            _listed: listed,
             _device: device,
         })
     }
@@ -120,6 +125,7 @@ impl pci::Driver for Driver {
 /// The module: its fields are dropped in this order when it is unloaded.
 #[pin_data]
 struct Peerbuf {
+    _providers: Providers,
     _importer: Importer,
     #[pin]
     _driver: kernel::driver::Registration<pci::Adapter<Driver>>,
@@ -127,9 +133,10 @@ struct Peerbuf {
 
 impl kernel::InPlaceModule for Peerbuf {
     fn init(module: &'static ThisModule) -> impl PinInit<Self, Error> {
-        // SAFETY: A module is initialised once, and its driver is registered below.
-        unsafe { reset::init() };
+        // SAFETY: A module is initialised once, and all else of it is registered below.
+        unsafe { devices::init() };
         try_pin_init!(Self {
+            _providers: Providers::register()?,
             // SAFETY: A module is initialised once, and this is the only importer.
             _importer: unsafe { Importer::register() }?,
             _driver <- kernel::driver::Registration::new(

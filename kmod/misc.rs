@@ -19,7 +19,7 @@ use kernel::{
     uaccess::{UserPtr, UserSlice},
 };
 
-use crate::ffi::Table;
+use crate::ffi::{self, Table};
 
 /// What a node needs at an address that stays.
 struct Registration<T> {
@@ -114,6 +114,32 @@ impl<T> Drop for Misc<T> {
             bindings::misc_deregister(&raw mut (*raw).misc);
             drop(KBox::from_raw(raw));
         }
+    }
+}
+
+/// A device's lock, held.
+pub(crate) struct DeviceLock(*mut bindings::device);
+
+impl DeviceLock {
+    /// Who holds it may be the device's removal, and that may wait for an attachment of this very
+    /// process, which only the process's end gives up: so a signal ends the wait (EINTR).
+    ///
+    /// # Safety
+    ///
+    /// The caller keeps the device as long as the result lives.
+    pub(crate) unsafe fn new(dev: *mut bindings::device) -> Result<Self> {
+        // SAFETY: By the caller's promise.
+        match unsafe { ffi::peerbuf_device_lock(dev) } {
+            0 => Ok(Self(dev)),
+            _ => Err(EINTR),
+        }
+    }
+}
+
+impl Drop for DeviceLock {
+    fn drop(&mut self) {
+        // SAFETY: Locked by `new`, to which the caller has promised to keep it.
+        unsafe { ffi::peerbuf_device_unlock(self.0) };
     }
 }
 

@@ -22,7 +22,7 @@ use crate::{
     buffer::{revoked, Locked},
     device::{self, Device, Part},
     exporter,
-    ffi::Table,
+    ffi::{self, Table},
     misc::{begin, deliver, read_struct, write_struct, Fd, Misc},
     moves::{self, To},
     region::Place,
@@ -82,6 +82,25 @@ unsafe extern "C" fn show_fdinfo(to: *mut bindings::seq_file, file: *mut binding
         (ArcBorrow::from_raw(device), SeqFile::from_raw(to))
     };
     device.each_export(|buffer| watch::print(buffer, to));
+}
+
+/// A file for a device that has no node: a provider. ENOMEM, ENFILE.
+pub(crate) fn open_unnamed(device: Arc<Device>, flags: u32) -> Result<*mut bindings::file> {
+    let device = Arc::into_raw(device);
+    // SAFETY: The operations are static, and expect what is given as private data.
+    let file = from_err_ptr(unsafe {
+        ffi::anon_inode_getfile(
+            c"[peerbuf-provider]".as_char_ptr(),
+            &FOPS.0,
+            device.cast_mut().cast(),
+            (flags & bindings::O_ACCMODE) as c_int,
+        )
+    });
+    if file.is_err() {
+        // SAFETY: No file has taken the reference over.
+        drop(unsafe { Arc::from_raw(device) });
+    }
+    file
 }
 
 /// An open node, as its ioctls see it.
@@ -300,26 +319,14 @@ impl Open<'_> {
         write_struct(arg, &request)
     }
 
-    /// EACCES where the node was opened read-only.
     fn check_writable(&self) -> Result {
         // SAFETY: The file is the one that the ioctl came by.
-        match unsafe { (*self.file).f_mode } & FMODE_WRITE {
-            0 => Err(EACCES),
-            _ => Ok(()),
-        }
+        unsafe { check_writable(self.file) }
     }
 
-    /// How a new descriptor is opened: EINVAL, or EACCES for writing where the node was opened
-    /// read-only.
     fn check_fd_flags(&self, flags: u32) -> Result {
-        if flags & !(bindings::O_ACCMODE | bindings::O_CLOEXEC) != 0 {
-            return Err(EINVAL);
-        }
-        match flags & bindings::O_ACCMODE {
-            bindings::O_RDONLY => Ok(()),
-            bindings::O_RDWR => self.check_writable(),
-            _ => Err(EINVAL),
-        }
+        // SAFETY: As above.
+        unsafe { check_fd_flags(self.file, flags) }
     }
 
     /// The dma-buf behind a descriptor. EBADF; EINVAL where it is no dma-buf, or none that this
@@ -337,6 +344,36 @@ impl Open<'_> {
         } else {
             Err(EINVAL)
         }
+    }
+}
+
+/// EACCES where `file` was opened read-only.
+///
+/// # Safety
+///
+/// It is an open file.
+unsafe fn check_writable(file: *mut bindings::file) -> Result {
+    // SAFETY: By the caller's promise.
+    match unsafe { (*file).f_mode } & FMODE_WRITE {
+        0 => Err(EACCES),
+        _ => Ok(()),
+    }
+}
+
+/// How a new descriptor is opened: EINVAL, or EACCES for writing where `file` was opened read-only.
+///
+/// # Safety
+///
+/// It is an open file.
+pub(crate) unsafe fn check_fd_flags(file: *mut bindings::file, flags: u32) -> Result {
+    if flags & !(bindings::O_ACCMODE | bindings::O_CLOEXEC) != 0 {
+        return Err(EINVAL);
+    }
+    match flags & bindings::O_ACCMODE {
+        bindings::O_RDONLY => Ok(()),
+        // SAFETY: By the caller's promise.
+        bindings::O_RDWR => unsafe { check_writable(file) },
+        _ => Err(EINVAL),
     }
 }
 

@@ -22,7 +22,8 @@ use crate::{device, ffi};
 ///
 /// From [`Pages::publish`] until the devres of the device is released, the frames
 /// `first..first + count` have struct pages, each with a count of one or more, and are mapped
-/// uncached in the kernel at `kaddr`.
+/// uncached in the kernel at `kaddr`. Of a BAR of which this module has only chunks, that is so for
+/// the chunks, as long as there is one (`provider.rs`).
 #[derive(Clone, Copy)]
 pub(crate) struct Pages {
     kaddr: *mut c_void,
@@ -83,6 +84,16 @@ impl Pages {
             GFP_KERNEL,
         )?;
         Ok(this)
+    }
+
+    /// Those of a BAR, or of part of it, that another driver has made and published.
+    pub(crate) fn of_provider(kaddr: *mut c_void, start: u64, len: u64) -> Self {
+        // INVARIANT: Nobody asks for a page that is not in a chunk of the provider's pool.
+        Self {
+            kaddr,
+            first: start as usize / PAGE_SIZE,
+            count: len as usize / PAGE_SIZE,
+        }
     }
 
     /// The `index`th page of the BAR.

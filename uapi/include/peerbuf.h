@@ -197,6 +197,20 @@ struct peerbuf_buffer_query {
 	__u32 refused_errno;   /* out: positive */
 };
 
+/*
+ * On /dev/peerbuf/provider; the argument is a pointer to struct peerbuf_provider_open. What it gives
+ * takes the ioctls of /dev/peerbuf/<BDF>.
+ */
+#define PEERBUF_IOC_PROVIDER_OPEN _IO(PEERBUF_IOC_MAGIC, 0x20)
+
+struct peerbuf_provider_open {
+	__u32 size;     /* in: sizeof(struct peerbuf_provider_open) */
+	__u32 flags;    /* in: 0 */
+	__u32 fd_flags; /* in: O_RDONLY or O_RDWR, O_CLOEXEC */
+	__s32 fd;       /* out: the descriptor; 0 on entry */
+	__u8 bdf[16];   /* in: "DDDD:BB:DD.F", NUL-padded */
+};
+
 /* On /dev/peerbuf/importer; the argument is a pointer to struct peerbuf_import_attach. */
 #define PEERBUF_IOC_IMPORT_ATTACH _IO(PEERBUF_IOC_MAGIC, 0x40)
 /* On an attachment; the argument is a pointer to the struct named. */

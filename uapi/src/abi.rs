@@ -55,6 +55,10 @@ pub const IOC_UNWATCH: u32 = io(0x07);
 /// `_IO(0xBB, 0x08)`: says where a buffer is and who uses it, by [`BufferQuery`].
 pub const IOC_BUFFER: u32 = io(0x08);
 
+/// `_IO(0xBB, 0x20)`: opens a provider, by [`ProviderOpen`]. On `/dev/peerbuf/provider`. What it
+/// gives takes the ioctls of a `/dev/peerbuf/<BDF>` node.
+pub const IOC_PROVIDER_OPEN: u32 = io(0x20);
+
 /// The number of base address registers that a PCI function has.
 pub const NUM_BARS: usize = 6;
 
@@ -447,6 +451,37 @@ pub struct BufferQuery {
     pub refused_reason: u32,
     /// Out: the errno that it was given, positive.
     pub refused_errno: u32,
+}
+
+/// [`IOC_PROVIDER_OPEN`]: opens a device whose own driver has published memory for peers, such as an
+/// NVMe disk with a controller memory buffer.
+///
+/// The descriptor takes the ioctls of a node, with these differences. The one BAR with `BAR_EXPORT`
+/// is that in which the memory is; how much of it is free nobody but sysfs knows
+/// (`p2pmem/available`), so [`Bar::free`] and [`Bar::largest_free`] are zero. The pool chooses the
+/// place of exports: `EXPORT_ANY_OFFSET` or `RANGE_ANY_OFFSET` is needed (EINVAL), and ENOSPC says
+/// that there is no run of that length left. Exports begin as zeroes. When the driver is unbound,
+/// buffers are revoked for good.
+///
+/// Errors: EINVAL (size, flags, padding, a malformed address), E2BIG (trailing bytes that are not
+/// zero), ENXIO (no such PCI device), ENODEV (it has no driver), EOPNOTSUPP (that has published no
+/// memory, or the device is bound to peerbuf.ko and has a node), ENOSPC (all of the memory is taken),
+/// EACCES (for writing, where `/dev/peerbuf/provider` was opened read-only), EINTR, EMFILE, ENFILE, ENOMEM,
+/// EFAULT.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "bytemuck", derive(bytemuck::Pod, bytemuck::Zeroable))]
+pub struct ProviderOpen {
+    /// In: the size of this struct as the caller knows it.
+    pub size: u32,
+    /// In: zero.
+    pub flags: u32,
+    /// In: how the descriptor is opened: `O_RDONLY` or `O_RDWR`, with or without `O_CLOEXEC`.
+    pub fd_flags: u32,
+    /// Out: the descriptor; zero on entry.
+    pub fd: i32,
+    /// In: the PCI address `DDDD:BB:DD.F`, NUL-terminated and NUL-padded.
+    pub bdf: [u8; 16],
 }
 
 // The importer: `/dev/peerbuf/importer`, which attaches dma-bufs of any exporter on behalf of a

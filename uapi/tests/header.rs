@@ -9,7 +9,8 @@ use std::process::Command;
 
 use peerbuf_uapi::{
     self as abi, Attachment, Bar, BufferQuery, Export, ExportRanges, ImportAttach, ImportFence,
-    ImportMap, ImportQuery, ImportStep, Move, Piece, Query, Range, Restore, Revoke, Watch,
+    ImportMap, ImportQuery, ImportStep, Move, Piece, ProviderOpen, Query, Range, Restore, Revoke,
+    Watch,
 };
 
 /// C expression and the value that Rust has for it.
@@ -55,6 +56,7 @@ fn header_and_rust_agree() {
     asked.constant("BAR_EXPORT", abi::BAR_EXPORT);
     asked.constant("BAR_PAGES", abi::BAR_PAGES);
     asked.constant("EXPORT_ANY_OFFSET", abi::EXPORT_ANY_OFFSET);
+    asked.constant("IOC_PROVIDER_OPEN", abi::IOC_PROVIDER_OPEN);
     asked.constant("IOC_IMPORT_ATTACH", abi::IOC_IMPORT_ATTACH);
     asked.constant("IOC_IMPORT_MAP", abi::IOC_IMPORT_MAP);
     asked.constant("IOC_IMPORT_UNMAP", abi::IOC_IMPORT_UNMAP);
@@ -126,6 +128,7 @@ fn header_and_rust_agree() {
             size, flags, abi_version, page_size, vendor, device, reserved, bdf, bars
         }
         Export "export" { size, flags, bar, fd_flags, offset, length, fd, reserved }
+        ProviderOpen "provider_open" { size, flags, fd_flags, fd, bdf }
         ImportAttach "import_attach" {
             size, flags, dmabuf, fd_flags, on_invalidate, hold_ms, detach_ms, fd, bdf, ns
         }
@@ -246,6 +249,10 @@ fn numbers_never_change() {
         abi::IOC_IMPORT_QUERY,
     ];
     assert!(numbers.into_iter().eq(0xBB40..=0xBB4A));
+    assert_eq!(
+        (abi::IOC_PROVIDER_OPEN, size_of::<ProviderOpen>()),
+        (0xBB20, 32)
+    );
     assert_eq!(size_of::<ImportAttach>(), 56);
     assert_eq!(size_of::<ImportMap>(), 24);
     assert_eq!(size_of::<ImportStep>(), 16);

@@ -4,20 +4,19 @@
 //! | module | whose memory | needs |
 //! |---|---|---|
 //! | [`peerbuf`] | a BAR of any PCI device | peerbuf.ko |
+//! | [`provider`] | what another driver lends to peers: an NVMe controller memory buffer | peerbuf.ko |
 //! | [`vfio`] | a BAR of a PCI device that this process drives | `vfio-pci` and an IOMMU |
 //! | [`drm`] | a GPU's or display driver's, or the system's | a DRM driver, such as `vgem` |
 //! | [`v4l2`] | pictures of a video device | a capture device, such as `vivid` |
 //! | [`heap`] | the system's, or what a platform sets aside | `/dev/dma_heap` |
 //! | [`udmabuf`] | this process's own, and memfds that others gave it | `/dev/udmabuf` |
 //! | [`memfd`] | the system's, without a dma-buf: the stand-in | nothing |
-//!
-//! Memory that another driver provides for peers, such as an NVMe controller memory buffer, has
-//! no exporter here yet.
 
 pub mod drm;
 pub mod heap;
 pub mod memfd;
 pub mod peerbuf;
+pub mod provider;
 pub mod udmabuf;
 pub mod v4l2;
 pub mod vfio;

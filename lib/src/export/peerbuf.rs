@@ -12,7 +12,7 @@ use rustix::fs::{Mode, OFlags};
 use crate::buffer::{Access, Buffer, DmaBuf, Kind, Provenance};
 use crate::errno::Errno;
 use crate::error::{ExportError, SystemError, Unavailable};
-use crate::plan::topology::PciAddress;
+use crate::plan::topology::{PciAddress, Sysfs};
 use crate::sys;
 
 mod control;
@@ -66,6 +66,8 @@ pub fn probe() -> Result<Vec<PathBuf>, Unavailable> {
 pub struct Device {
     fd: OwnedFd,
     path: PathBuf,
+    /// Where the memory is another driver's.
+    provider: Option<PciAddress>,
 }
 
 /// What a device is, and what its BARs are at this moment.
@@ -83,16 +85,23 @@ pub struct DeviceInfo {
     pub bars: Vec<BarInfo>,
 }
 
+impl DeviceInfo {
+    /// The first BAR of which parts can be exported; of a provider, the only one.
+    pub fn exportable(&self) -> Option<&BarInfo> {
+        self.bars.iter().find(|bar| bar.exportable)
+    }
+}
+
 /// One memory BAR. Sizes are in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BarInfo {
     /// Its index, 0 to 5.
     pub index: u8,
-    /// Its size.
+    /// Its size; of a provider's BAR, that of the pool which is in it.
     pub size: u64,
     /// Bytes in no export.
     pub free: u64,
-    /// The largest export possible now.
+    /// The largest export possible now; of a provider, at most that.
     pub largest_free: u64,
     /// Exports whose range is taken.
     pub exports: u32,
@@ -148,7 +157,16 @@ impl Device {
             }
             .into(),
         })?;
-        let device = Device { fd, path };
+        Device::opened(fd, path, None)
+    }
+
+    /// With a descriptor that takes the ioctls of a node.
+    pub(super) fn opened(
+        fd: OwnedFd,
+        path: PathBuf,
+        provider: Option<PciAddress>,
+    ) -> Result<Device, ExportError> {
+        let device = Device { fd, path, provider };
         let found = device.raw_query()?.abi_version;
         if found != ABI_VERSION {
             let object = device.path.display().to_string();
@@ -213,13 +231,28 @@ impl Device {
                 pages: has(BAR_PAGES),
             })
         };
-        Ok(DeviceInfo {
+        let mut info = DeviceInfo {
             address,
             vendor: query.vendor,
             device: query.device,
             page_size: query.page_size,
             bars: query.bars.iter().enumerate().filter_map(memory).collect(),
-        })
+        };
+        if let Some(pool) = self.provider.and_then(|at| Sysfs::default().pool(at)) {
+            for bar in info.bars.iter_mut().filter(|bar| bar.exportable) {
+                (bar.size, bar.free, bar.largest_free) =
+                    (pool.size, pool.available, pool.available);
+            }
+        }
+        Ok(info)
+    }
+
+    /// Whose buffers these are.
+    fn kind(&self) -> Kind {
+        match self.provider {
+            Some(_) => Kind::Provider,
+            None => Kind::Bar,
+        }
     }
 
     /// Exports part of a BAR (`PEERBUF_IOC_EXPORT`). The range is taken until the last
@@ -259,7 +292,7 @@ impl Device {
         })?;
         let name = format!("{} BAR {} at {offset:#x}", info.address, request.bar);
         let provenance = Provenance {
-            kind: Kind::Bar,
+            kind: self.kind(),
             device: Some(info.address),
             bar: Some(request.bar),
             name,

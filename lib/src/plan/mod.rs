@@ -8,6 +8,7 @@ use std::fmt;
 
 use crate::buffer::{Buffer, Kind, Provenance};
 use crate::export::peerbuf::{Device, Placement};
+use crate::export::provider;
 
 pub use proof::forget_proofs;
 pub use reason::{Reason, ReasonCode};
@@ -115,8 +116,11 @@ impl Plan {
 fn module_placement(buffer: &Buffer) -> Option<Placement> {
     let Provenance { kind, device, .. } = buffer.provenance();
     match (kind, device, buffer.dmabuf()) {
-        (Kind::Bar, Some(device), Some(dmabuf)) => {
-            let device = Device::open(*device).ok()?;
+        (Kind::Bar | Kind::Provider, Some(device), Some(dmabuf)) => {
+            let device = match kind {
+                Kind::Bar => Device::open(*device).ok()?,
+                _ => provider::open(*device).ok()?,
+            };
             Some(device.status(dmabuf).ok()?.placement)
         }
         _ => kind.is_device_memory().then_some(Placement::Device),

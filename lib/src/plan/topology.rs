@@ -89,6 +89,17 @@ pub struct BlockDevice {
     pub logical_block: u32,
 }
 
+/// Memory that a device's driver has put into the kernel's pool for peers. Sizes are in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pool {
+    /// All of it.
+    pub size: u64,
+    /// What nobody has taken.
+    pub available: u64,
+    /// Whether the driver lets others take from it.
+    pub published: bool,
+}
+
 impl Sysfs {
     /// The tree whose `class`, `dev` and `devices` are in `root`.
     pub fn at(root: impl Into<PathBuf>) -> Sysfs {
@@ -141,6 +152,29 @@ impl Sysfs {
             u16::from_str_radix(text.trim().strip_prefix("0x")?, 16).ok()
         };
         Some((id("vendor")?, id("device")?))
+    }
+
+    /// Every PCI function.
+    pub fn pci_devices(&self) -> Vec<PciAddress> {
+        let entries = std::fs::read_dir(self.root.join("bus/pci/devices"));
+        let addresses = entries.into_iter().flatten().flatten();
+        addresses
+            .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+            .collect()
+    }
+
+    /// The pool of a function, where its driver has made one.
+    pub fn pool(&self, address: PciAddress) -> Option<Pool> {
+        let directory = self.root.join("bus/pci/devices").join(address.to_string());
+        let number = |file| -> Option<u64> {
+            let text = std::fs::read_to_string(directory.join("p2pmem").join(file)).ok()?;
+            text.trim().parse().ok()
+        };
+        Some(Pool {
+            size: number("size")?,
+            available: number("available")?,
+            published: number("published")? != 0,
+        })
     }
 
     /// Whether a BAR is memory that may be read and written like memory. False for registers, and

@@ -4,9 +4,11 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use peerbuf_uapi::{
     Attachment, BufferQuery, Export, ExportRanges, IOC_BUFFER, IOC_EXPORT, IOC_EXPORT_RANGES,
-    IOC_MOVE, IOC_QUERY, IOC_RESTORE, IOC_REVOKE, IOC_WATCH, Move, Piece, Query, Range, Restore,
-    Revoke, Watch,
+    IOC_MOVE, IOC_PROVIDER_OPEN, IOC_QUERY, IOC_RESTORE, IOC_REVOKE, IOC_WATCH, Move, Piece,
+    ProviderOpen, Query, Range, Restore, Revoke, Watch,
 };
+
+use rustix::fs::OFlags;
 
 use crate::errno::Errno;
 
@@ -19,6 +21,7 @@ mod raw {
     nix::ioctl_readwrite_bad!(restore, super::IOC_RESTORE, super::Restore);
     nix::ioctl_readwrite_bad!(watch, super::IOC_WATCH, super::Watch);
     nix::ioctl_readwrite_bad!(buffer, super::IOC_BUFFER, super::BufferQuery);
+    nix::ioctl_readwrite_bad!(open_provider, super::IOC_PROVIDER_OPEN, super::ProviderOpen);
 }
 
 /// `PEERBUF_IOC_QUERY`
@@ -107,4 +110,19 @@ pub(crate) fn buffer(
     // SAFETY: as in `query`; the lists are ours, and as long as they say.
     unsafe { raw::buffer(fd.as_raw_fd(), argument) }.map_err(super::ioctl_errno)?;
     Ok(())
+}
+
+/// `PEERBUF_IOC_PROVIDER_OPEN`, for reading and writing.
+pub(crate) fn open_provider(fd: BorrowedFd<'_>, bdf: &str) -> Result<OwnedFd, Errno> {
+    let mut argument = ProviderOpen {
+        size: size_of::<ProviderOpen>() as u32,
+        fd_flags: (OFlags::RDWR | OFlags::CLOEXEC).bits(),
+        ..ProviderOpen::default()
+    };
+    let text = argument.bdf.get_mut(..bdf.len()).ok_or(Errno::INVAL)?;
+    text.copy_from_slice(bdf.as_bytes());
+    // SAFETY: as in `query`.
+    unsafe { raw::open_provider(fd.as_raw_fd(), &mut argument) }.map_err(super::ioctl_errno)?;
+    // SAFETY: as in `export`.
+    Ok(unsafe { OwnedFd::from_raw_fd(argument.fd) })
 }

@@ -64,7 +64,7 @@ impl Node {
         let entries = fs::read_dir("/dev/peerbuf").expect("/dev/peerbuf");
         let mut nodes: Vec<Self> = entries
             .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-            .filter(|name| name != "importer")
+            .filter(|name| name.contains(':'))
             .map(|bdf| Self::open(&bdf).unwrap())
             .collect();
         nodes.sort_by_key(|node| std::cmp::Reverse(node.query().unwrap().bars[2].size));
@@ -316,6 +316,30 @@ impl Node {
     pub fn bind(bdf: &str) {
         fs::write("/sys/bus/pci/drivers/peerbuf/bind", bdf).expect("bind");
     }
+}
+
+/// [`abi::IOC_PROVIDER_OPEN`]: what the driver of `bdf` lends, as a node.
+///
+/// # Errors
+///
+/// What the kernel answers.
+pub fn open_provider(bdf: &str) -> io::Result<Node> {
+    let node = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/peerbuf/provider")?;
+    let mut request = abi::ProviderOpen {
+        size: size_of::<abi::ProviderOpen>() as u32,
+        fd_flags: (libc::O_RDWR | libc::O_CLOEXEC) as u32,
+        ..Zeroable::zeroed()
+    };
+    request.bdf[..bdf.len()].copy_from_slice(bdf.as_bytes());
+    let at = (&raw mut request).addr();
+    ioctl(node.as_fd(), abi::IOC_PROVIDER_OPEN, at)?;
+    // SAFETY: The ioctl has just made this descriptor, and nobody else knows of it.
+    let file = unsafe { File::from_raw_fd(request.fd) };
+    let bdf = bdf.to_owned();
+    Ok(Node { file, bdf })
 }
 
 /// The PCI address of the NVMe disk.

@@ -10,6 +10,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use peerbuf::Access;
 use peerbuf::buffer::Buffer;
 use peerbuf::export::peerbuf::{Device, Request};
+use peerbuf::export::provider;
 use peerbuf::plan::topology::PciAddress;
 use peerbuf::share::Listener;
 use rustix::event::{PollFd, PollFlags};
@@ -25,9 +26,15 @@ pub struct Arguments {
     #[arg(value_name = "DDDD:BB:DD.F")]
     device: PciAddress,
 
-    /// The BAR's index
+    /// The BAR's index, of a device that peerbuf.ko has
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(0..=5))]
-    bar: u8,
+    #[arg(required_unless_present = "provider")]
+    bar: Option<u8>,
+
+    /// Take memory that the device's own driver lends to peers, such as an NVMe disk's controller
+    /// memory buffer
+    #[arg(long, conflicts_with_all = ["bar", "offset"])]
+    provider: bool,
 
     /// Where in the BAR, or `any`
     #[arg(long, value_name = "OFFSET", default_value = "any", value_parser = parse_offset)]
@@ -60,7 +67,8 @@ $PEERBUF_LENGTH has its length; the exit status is the command's. With --socket 
 the range stays taken until Ctrl-C.
 
   peerbuf export 0000:03:00.0 --bar 2 --length 16M -- ./consumer
-  peerbuf export 0000:03:00.0 --bar 2 --length 16M --offset 1M --socket /run/buffer";
+  peerbuf export 0000:03:00.0 --bar 2 --length 16M --offset 1M --socket /run/buffer
+  peerbuf export 0000:04:00.0 --provider --length 1M -- ./consumer";
 
 #[derive(Debug, Clone, Copy)]
 struct Offset(Option<u64>);
@@ -87,8 +95,16 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     } else {
         Access::ReadWrite
     };
-    let buffer = Device::open(arguments.device)?.export(Request {
-        bar: arguments.bar,
+    let (device, bar) = match arguments.bar {
+        Some(bar) => (Device::open(arguments.device)?, bar),
+        None => {
+            let device = provider::open(arguments.device)?;
+            let bar = device.query()?.exportable().map_or(0, |bar| bar.index);
+            (device, bar)
+        }
+    };
+    let buffer = device.export(Request {
+        bar,
         offset: arguments.offset.0,
         length: arguments.length,
         access,

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use peerbuf::error::{ExportError, Unavailable};
-use peerbuf::export::{peerbuf as module, udmabuf};
+use peerbuf::export::{peerbuf as module, provider, udmabuf};
 use peerbuf::plan::topology::{PciAddress, Sysfs};
 use serde::Serialize;
 
@@ -24,6 +24,7 @@ struct Info {
     /// The version of the peerbuf.ko that is loaded.
     module: Option<String>,
     devices: Vec<Device>,
+    providers: Vec<Provider>,
     udmabuf: bool,
     disks: Vec<Disk>,
     missing: Vec<Missing>,
@@ -49,6 +50,14 @@ struct Bar {
     is_64bit: bool,
     exportable: bool,
     pages: bool,
+}
+
+/// A device whose own driver lends memory to peers.
+#[derive(Serialize)]
+struct Provider {
+    address: String,
+    size: u64,
+    available: u64,
 }
 
 #[derive(Serialize)]
@@ -108,6 +117,22 @@ fn collect() -> Info {
         }
         Err(error) => missing.push(lack(&error)),
     }
+    let mut providers = Vec::new();
+    match provider::probe() {
+        Ok(found) => {
+            for address in found {
+                let Some(pool) = Sysfs::default().pool(address) else {
+                    continue;
+                };
+                providers.push(Provider {
+                    address: address.to_string(),
+                    size: pool.size,
+                    available: pool.available,
+                });
+            }
+        }
+        Err(error) => missing.push(lack(&error)),
+    }
     let udmabuf = match udmabuf::probe() {
         Ok(()) => true,
         Err(error) => {
@@ -132,6 +157,7 @@ fn collect() -> Info {
         kernel: line("/proc/sys/kernel/osrelease").unwrap_or_else(|| "unknown".into()),
         module: loaded.then(|| line("/sys/module/peerbuf/version").unwrap_or("loaded".into())),
         devices,
+        providers,
         udmabuf,
         disks,
         missing,
@@ -235,6 +261,17 @@ fn show(info: &Info) -> String {
                     yes_no(bar.pages).into(),
                 ]);
             }
+        }
+        text += &format!("\n{table}\n");
+    }
+    if !info.providers.is_empty() {
+        let mut table = table::new(&["lends memory to peers", "size", "free"]);
+        for provider in &info.providers {
+            table.add_row([
+                provider.address.clone(),
+                size::show(provider.size),
+                size::show(provider.available),
+            ]);
         }
         text += &format!("\n{table}\n");
     }

@@ -10,7 +10,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd};
 use rustix::fs::OFlags;
 
 use super::Device;
-use crate::buffer::{Access, Buffer, DmaBuf, Kind, Provenance};
+use crate::buffer::{Access, Buffer, DmaBuf, Provenance};
 use crate::errno::Errno;
 use crate::error::{ControlError, ExportError, SystemError};
 use crate::sys;
@@ -298,7 +298,7 @@ impl Device {
             ranges.len()
         );
         let provenance = Provenance {
-            kind: Kind::Bar,
+            kind: self.kind(),
             device: Some(info.address),
             bar: Some(request.bar),
             name,

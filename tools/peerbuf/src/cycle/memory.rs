@@ -50,11 +50,13 @@ impl Source {
     }
 }
 
-/// A card that has a BAR to move buffers in and out of.
+/// Device memory to move buffers in and out of.
 #[derive(Debug, Clone)]
 pub struct Bar {
     pub device: Arc<Device>,
     pub index: u8,
+    /// Names it in the summary.
+    pub what: &'static str,
 }
 
 /// What all buffers of a run have in common.

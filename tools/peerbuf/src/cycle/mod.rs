@@ -27,6 +27,7 @@ use peerbuf::Errno;
 use peerbuf::device::drm::Card;
 use peerbuf::export::memfd::HugePages;
 use peerbuf::export::peerbuf::{self as peerbuf_ko, Device, MoveTo};
+use peerbuf::export::provider;
 use peerbuf::export::{drm, heap};
 use peerbuf::share::{BufferId, Channel, CutOff, Event, Fault, Publisher};
 
@@ -126,6 +127,9 @@ enum Backing {
     Udmabuf,
     /// The BAR of a card that peerbuf.ko has, which the kernel moves to system memory and back
     Bar,
+    /// Memory that an NVMe disk's driver lends to peers, its controller memory buffer, which the kernel
+    /// moves as that of a BAR
+    Cmb,
     /// A dma-heap
     Heap,
     /// Buffers of a graphics driver
@@ -253,15 +257,11 @@ impl<'a> Storm<'a> {
         debug_assert_eq!(lanes.length % CELL, 0);
         let mut missing = Vec::new();
         let bar = match arguments.backing {
-            Backing::Bar | Backing::Mixed => match find_bar(arguments.size) {
-                Ok(bar) => Some(bar),
-                Err(error) => {
-                    missing.push(error.to_string());
-                    None
-                }
-            },
+            Backing::Bar | Backing::Mixed => Some(find_bar(arguments.size)),
+            Backing::Cmb => Some(find_lent(arguments.size)),
             _ => None,
         };
+        let bar = bar.and_then(|found| found.map_err(|e| missing.push(e.to_string())).ok());
         let no_bar = bar.is_none();
         let sources = sources(arguments.backing, arguments.size, no_bar, &mut missing)?;
         let scratch = arguments
@@ -315,7 +315,7 @@ impl<'a> Storm<'a> {
         for index in 0..buffers {
             let in_bar = bar
                 .as_ref()
-                .filter(|_| arguments.backing == Backing::Bar || index % 2 == 1);
+                .filter(|_| arguments.backing != Backing::Mixed || index % 2 == 1);
             let moving = Moving::new(index, arguments.size, in_bar, &shared)?;
             ids.push(publisher.publish(&name(index), moving)?);
         }
@@ -638,7 +638,7 @@ impl<'a> Storm<'a> {
         kinds.extend(
             self.bar
                 .as_ref()
-                .map(|_| "BAR and system memory, by peerbuf.ko".into()),
+                .map(|bar| format!("{} and system memory, by peerbuf.ko", bar.what)),
         );
         Ok(Summary {
             backing: kinds.join(", "),
@@ -684,11 +684,45 @@ fn find_bar(size: u64) -> Result<Bar, Failure> {
             {
                 let device = Arc::clone(&device);
                 let index = bar.index;
-                best = Some((key, Bar { device, index }));
+                let what = "BAR";
+                best = Some((
+                    key,
+                    Bar {
+                        device,
+                        index,
+                        what,
+                    },
+                ));
             }
         }
     }
     let (_, bar) = best.ok_or_else(|| format!("no BAR has {size} bytes free"))?;
+    Ok(bar)
+}
+
+/// A provider's memory, with the most room.
+fn find_lent(size: u64) -> Result<Bar, Failure> {
+    let mut best = None;
+    for address in provider::probe()? {
+        let device = Arc::new(provider::open(address)?);
+        let info = device.query()?;
+        let Some(bar) = info.exportable() else {
+            continue;
+        };
+        if bar.free >= size && best.as_ref().is_none_or(|(free, _)| *free < bar.free) {
+            let index = bar.index;
+            let what = "lent memory";
+            best = Some((
+                bar.free,
+                Bar {
+                    device,
+                    index,
+                    what,
+                },
+            ));
+        }
+    }
+    let (_, bar) = best.ok_or_else(|| format!("no driver lends {size} bytes"))?;
     Ok(bar)
 }
 
@@ -732,7 +766,7 @@ fn sources(
             Err(error) => missing.push(error.to_string()),
         }
     }
-    if sources.is_empty() && (backing != Backing::Bar || no_bar) {
+    if sources.is_empty() && (!matches!(backing, Backing::Bar | Backing::Cmb) || no_bar) {
         missing.push("memfds stand in for what moves".into());
         sources.push(Source::Memfd);
     }

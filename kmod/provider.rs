@@ -1,0 +1,262 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! `/dev/peerbuf/provider`: memory that another driver lends to peers, such as the controller memory
+//! buffer of an NVMe disk.
+//!
+//! The owner has put it in the P2PDMA core's pool and published that (`pci_p2pmem_publish`); anybody
+//! in the kernel may take from it. Opening the node takes a right, by its permissions; its one ioctl
+//! opens a provider, and what it gives is a descriptor like those of the nodes of bound devices, for
+//! that one provider. The exports are the same buffers, too: only their places come from the pool
+//! ([`Chunk`]) instead of a BAR's regions.
+//!
+//! # Lifetimes
+//!
+//! - The pool, its pages and the `p2pdma_provider` are there while the owner's driver is bound.
+//!   [`open_device`] looks whether it is under the device's lock, so no unbinding is under way.
+//!   From then on the driver core tells of an unbinding before it begins (`BUS_NOTIFY_UNBIND_DRIVER`,
+//!   with the device's lock held), and [`unbinds`] does what removal does for devices of our own:
+//!   nothing new is exported, every buffer is revoked, no importer has a mapping when it returns.
+//!   Whatever uses the pool holds the lock of `Device::state`, after a look that the device is
+//!   there; or the reservation lock, after a look that the buffer is not gone.
+//! - Each page of a chunk has a count of its own and a reference to the pool, as those that
+//!   `p2pmem_alloc_mmap` gives to processes: it goes back by itself when the last user lets go.
+//!   Direct I/O may keep some when the chunk is given up. The owner's removal waits for them
+//!   (`memunmap_pages`), after the owner's driver has ended the I/O of its own disk.
+//! - A dying descriptor's buffer gives its chunk up in its release, which nothing here holds up, and
+//!   the owner's removal waits for that in the same way.
+
+use core::ptr;
+
+use kernel::{
+    bindings, container_of,
+    error::from_err_ptr,
+    ffi::*,
+    page::PAGE_SIZE,
+    pci,
+    prelude::*,
+    sync::{aref::ARef, Arc},
+    uaccess::UserPtr,
+};
+
+use crate::{
+    abi,
+    device::{self, Device},
+    devices,
+    ffi::{self, Table},
+    importer,
+    misc::{read_struct, write_struct, DeviceLock, Fd, Misc},
+    node,
+};
+
+static FOPS: Table<bindings::file_operations> = Table(bindings::file_operations {
+    owner: crate::THIS_MODULE.as_ptr(),
+    open: Some(open),
+    unlocked_ioctl: Some(ioctl),
+    // The structs are the same for 32-bit callers.
+    compat_ioctl: bindings::compat_ptr_ioctl,
+    llseek: Some(bindings::noop_llseek),
+    // SAFETY: Null function pointers are operations that the node does not have.
+    ..unsafe { core::mem::zeroed() }
+});
+
+/// The registered node. Dropped when the module is unloaded: no descriptor of a provider is left then,
+/// and no buffer.
+pub(crate) struct Providers {
+    _node: Misc<()>,
+}
+
+impl Providers {
+    pub(crate) fn register() -> Result<Self> {
+        // SAFETY: The node has no parent.
+        let node = unsafe { Misc::register(c"provider", ptr::null_mut(), &FOPS, ()) }?;
+        Ok(Self { _node: node })
+    }
+}
+
+impl Drop for Providers {
+    fn drop(&mut self) {
+        // Those whose driver was never unbound.
+        while let Some(provider) = devices::find_provider() {
+            devices::remove(&provider);
+        }
+    }
+}
+
+/// Pages taken from a provider's pool, in one run. Dropping it gives them back.
+///
+/// # Invariants
+///
+/// From `first` on there are `count` pages of the pool, not zero, each with a count that is ours and
+/// with a reference to the pool's memory (`pgmap->ref`).
+pub(crate) struct Chunk {
+    first: *mut bindings::page,
+    count: usize,
+    kaddr: *mut c_void,
+}
+
+// SAFETY: Pages are not tied to a thread.
+unsafe impl Send for Chunk {}
+
+/// The most bytes that are cleared without letting others run.
+const STEP: usize = 1 << 20;
+
+impl Chunk {
+    /// Takes `len` bytes, whole pages and not zero, and clears them: who had them before may be
+    /// anybody in the kernel. ENOSPC.
+    ///
+    /// # Safety
+    ///
+    /// The driver of `pdev` is bound, and stays so until this returns; it has a pool.
+    pub(crate) unsafe fn take(pdev: *mut bindings::pci_dev, len: u64) -> Result<Self> {
+        let len = usize::try_from(len).map_err(|_| ENOSPC)?;
+        // SAFETY: By the caller's promise.
+        let kaddr = unsafe { bindings::pci_alloc_p2pmem(pdev, len) };
+        if kaddr.is_null() {
+            return Err(ENOSPC);
+        }
+        let count = len / PAGE_SIZE;
+        // INVARIANT: The pool gave the pages, uncounted and with one reference for all of them.
+        // SAFETY: They are ours.
+        let first = unsafe {
+            let first = ffi::peerbuf_virt_to_page(kaddr);
+            ffi::peerbuf_get_pgmap(first, count - 1);
+            for at in 0..count {
+                ffi::peerbuf_set_page_count(first.wrapping_add(at), 1);
+            }
+            first
+        };
+        let this = Self {
+            first,
+            count,
+            kaddr,
+        };
+        for at in (0..len).step_by(STEP) {
+            // SAFETY: The kernel sees the pages at that address.
+            unsafe {
+                bindings::memset_io(kaddr.wrapping_byte_add(at), 0, STEP.min(len - at));
+                ffi::peerbuf_cond_resched();
+            }
+        }
+        Ok(this)
+    }
+
+    /// Where it begins, as the processor sees it: physically, and in the kernel's mapping.
+    pub(crate) fn place(&self) -> (u64, *mut c_void) {
+        // SAFETY: By the type invariant.
+        let pfn = unsafe { ffi::peerbuf_page_to_pfn(self.first) };
+        (pfn as u64 * PAGE_SIZE as u64, self.kaddr)
+    }
+}
+
+impl Drop for Chunk {
+    fn drop(&mut self) {
+        for at in 0..self.count {
+            // SAFETY: By the type invariant the count is ours. With the last one the page goes back
+            // to the pool, which the page's reference has kept.
+            unsafe { ffi::peerbuf_put_page(self.first.wrapping_add(at)) };
+        }
+    }
+}
+
+/// `file_operations.open`.
+unsafe extern "C" fn open(_inode: *mut bindings::inode, file: *mut bindings::file) -> c_int {
+    // SAFETY: The file is being opened. What `misc_open` has put there may go before the file does.
+    unsafe { (*file).private_data = ptr::null_mut() };
+    0
+}
+
+/// `file_operations.unlocked_ioctl`.
+unsafe extern "C" fn ioctl(file: *mut bindings::file, cmd: c_uint, arg: c_ulong) -> c_long {
+    let arg = UserPtr::from_addr(arg as usize);
+    let answer = match cmd {
+        // SAFETY: The file is the one that the ioctl came by.
+        abi::IOC_PROVIDER_OPEN => unsafe { open_provider(file, arg) },
+        _ => Err(ENOTTY),
+    };
+    match answer {
+        Ok(()) => 0,
+        Err(e) => e.to_errno() as c_long,
+    }
+}
+
+/// # Safety
+///
+/// `file` is an open file.
+unsafe fn open_provider(file: *mut bindings::file, arg: UserPtr) -> Result {
+    let mut request: abi::ProviderOpen = read_struct(arg)?;
+    if request.flags != 0 || request.fd != 0 {
+        return Err(EINVAL);
+    }
+    // SAFETY: By the caller's promise.
+    unsafe { node::check_fd_flags(file, request.fd_flags)? };
+    let device = open_device(importer::find(&request.bdf)?)?;
+
+    // The descriptor is published last: until then every step can be undone.
+    let fd = Fd::reserve(request.fd_flags)?;
+    request.fd = fd.number();
+    let file = node::open_unnamed(device, request.fd_flags)?;
+    if let Err(e) = write_struct(arg, &request) {
+        // SAFETY: This is the file's only reference.
+        unsafe { bindings::fput(file) };
+        return Err(e);
+    }
+    // SAFETY: The number was reserved above and is not given back any more; the file's reference goes
+    // with it.
+    unsafe { bindings::fd_install(fd.into_number(), file) };
+    Ok(())
+}
+
+/// The provider that a PCI device is.
+///
+/// Errors: ENODEV (it has no driver), EOPNOTSUPP (that has published no memory), ENOSPC (all of it is
+/// taken, so it is not to be seen where it is), EINTR, ENOMEM.
+fn open_device(pdev: ARef<pci::Device>) -> Result<Arc<Device>> {
+    let raw = device::raw(&*pdev);
+    // SAFETY: It is kept.
+    let dev = unsafe { &raw mut (*raw).dev };
+    // SAFETY: As above. No lock is held.
+    let _lock = unsafe { DeviceLock::new(dev) }?;
+    // SAFETY: As above; the lock keeps the driver as it is.
+    if unsafe { (*dev).driver.is_null() } {
+        return Err(ENODEV);
+    }
+    if let Some(known) = devices::find(raw) {
+        return match known.is_provider() {
+            true => Ok(known),
+            // One of our own, which has a node.
+            false => Err(ffi::errno(bindings::EOPNOTSUPP)),
+        };
+    }
+    // The one way to ask: among all that have published memory, the device's own is the closest to it.
+    let mut client = dev;
+    // SAFETY: The array has one entry. The answer comes with a reference, or is null.
+    let closest = unsafe {
+        let closest = bindings::pci_p2pmem_find_many(&mut client, 1);
+        bindings::pci_dev_put(closest);
+        closest
+    };
+    if !ptr::eq(closest, raw) {
+        return Err(ffi::errno(bindings::EOPNOTSUPP));
+    }
+    // SAFETY: The lock keeps the driver, and it has published its pool, until this returns.
+    let provider = unsafe { Device::provider(pdev)? };
+    devices::add(&provider)?;
+    Ok(provider)
+}
+
+/// The driver of a device is about to be unbound, and the device's lock is held. Returns when nobody
+/// can reach its memory through us, but for direct I/O that the owner waits for.
+///
+/// # Safety
+///
+/// `dev` is that of a PCI device.
+pub(crate) unsafe fn unbinds(dev: *mut bindings::device) {
+    // SAFETY: By the caller's promise.
+    let pdev = unsafe { container_of!(dev, bindings::pci_dev, dev) };
+    if let Some(device) = devices::find(pdev) {
+        if device.is_provider() {
+            device.remove();
+            devices::remove(&device);
+        }
+    }
+}

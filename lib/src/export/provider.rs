@@ -1,0 +1,95 @@
+//! peerbuf.ko: a dma-buf of memory that another driver lends to peers, such as the controller memory
+//! buffer of an NVMe disk that its own driver keeps.
+//!
+//! An open provider is a [`Device`], and its buffers do what those of a BAR do. It differs in two
+//! points: the driver's pool chooses where an export begins, and others in the kernel take from the
+//! pool, too.
+
+use std::path::Path;
+
+use rustix::fs::{Mode, OFlags};
+
+use super::peerbuf::Device;
+use crate::errno::Errno;
+use crate::error::{ExportError, SystemError, Unavailable};
+use crate::plan::topology::{PciAddress, Pool, Sysfs};
+use crate::sys;
+
+/// Where providers are opened.
+pub const NODE: &str = "/dev/peerbuf/provider";
+
+/// The devices whose drivers lend memory, in order of address, after a look that it can be asked for.
+///
+/// # Errors
+/// [`Unavailable`] where the module is not loaded, its node may not be opened, or no driver lends
+/// memory.
+pub fn probe() -> Result<Vec<PciAddress>, Unavailable> {
+    open_node()?;
+    let sysfs = Sysfs::default();
+    let lends = |address: &PciAddress| sysfs.pool(*address).is_some_and(|pool| pool.published);
+    let mut found: Vec<PciAddress> = sysfs.pci_devices().into_iter().filter(lends).collect();
+    found.sort();
+    if found.is_empty() {
+        let noent = Errno(rustix::io::Errno::NOENT.raw_os_error());
+        return Err(Unavailable {
+            what: "memory of a provider",
+            cause: SystemError::new("open", "/sys/bus/pci/devices/*/p2pmem/published", noent),
+            remedy: "no driver here lends memory to peers: an NVMe disk with a controller memory \
+                     buffer does"
+                .into(),
+        });
+    }
+    Ok(found)
+}
+
+fn open_node() -> Result<std::os::fd::OwnedFd, Unavailable> {
+    let opened = rustix::fs::open(NODE, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty());
+    opened.map_err(|errno| Unavailable {
+        what: "memory of a provider",
+        cause: SystemError::new("open", NODE, errno),
+        remedy: match errno {
+            rustix::io::Errno::ACCESS | rustix::io::Errno::PERM => {
+                "the node is root's until an administrator gives it to somebody (chown, setfacl)"
+            }
+            rustix::io::Errno::NOENT => "load peerbuf.ko (see kmod/)",
+            _ => "see the error",
+        }
+        .into(),
+    })
+}
+
+/// Opens the provider at `address` (`PEERBUF_IOC_PROVIDER_OPEN`).
+///
+/// # Errors
+/// [`ExportError::Unavailable`] when the module's node may not be opened; [`ExportError::System`] with
+/// the module's answer: `ENXIO` (no such device), `ENODEV` (it has no driver), `EOPNOTSUPP` (that
+/// lends no memory), `ENOSPC` (all of it is taken); [`ExportError::Version`].
+pub fn open(address: PciAddress) -> Result<Device, ExportError> {
+    let node = open_node()?;
+    let opened = sys::peerbuf::open_provider(std::os::fd::AsFd::as_fd(&node), &address.to_string());
+    let fd = opened.map_err(|errno| ExportError::System {
+        cause: SystemError::new(
+            "ioctl(PEERBUF_IOC_PROVIDER_OPEN)",
+            address.to_string(),
+            errno,
+        ),
+        hint: explain(errno, Sysfs::default().pool(address)),
+    })?;
+    Device::opened(fd, Path::new(NODE).into(), Some(address))
+}
+
+/// What is known about why the module refused to open a provider.
+fn explain(errno: Errno, pool: Option<Pool>) -> String {
+    match (errno, pool) {
+        (
+            _,
+            Some(Pool {
+                published: false, ..
+            }),
+        ) => ": its driver keeps its peer memory for itself (p2pmem/published is 0)".into(),
+        (Errno(28), Some(pool)) => format!(": {} of {} bytes are free", pool.available, pool.size),
+        (Errno(95), None) => ": its driver has no memory for peers".into(),
+        (Errno(19), _) => ": it has no driver".into(),
+        _ => String::new(),
+    }
+}

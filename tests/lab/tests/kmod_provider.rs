@@ -1,0 +1,354 @@
+//! Memory that another driver lends: the controller memory buffer of the NVMe disk, which the kernel's
+//! own driver keeps. Runs in the guest.
+
+use std::fs;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::process::Command;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use peerbuf_lab_suite::disk::{SCRATCH, open_direct, read_into, write_from};
+use peerbuf_lab_suite::importer::{DYNAMIC, Importer, PEER};
+use peerbuf_lab_suite::modules;
+use peerbuf_lab_suite::node::{
+    MIB, Map, Node, PAGE, differs, errno, fill, in_child, nvme_bdf, open_provider,
+};
+use peerbuf_uapi as abi;
+
+const LEN: u64 = 2 * MIB;
+
+/// Bytes of the disk's pool that nobody has.
+fn available(bdf: &str) -> u64 {
+    let path = format!("/sys/bus/pci/devices/{bdf}/p2pmem/available");
+    fs::read_to_string(path).unwrap().trim().parse().unwrap()
+}
+
+/// Waits for pages that the block layer gives back a moment after it told the end of its I/O.
+fn assert_available(bdf: &str, bytes: u64) {
+    let start = Instant::now();
+    while available(bdf) != bytes && start.elapsed() < Duration::from_secs(10) {
+        sleep(Duration::from_millis(10));
+    }
+    assert_eq!(available(bdf), bytes);
+}
+
+fn map(fd: &OwnedFd, len: u64) -> Map {
+    Map::new(fd.as_fd(), len as usize, true).unwrap()
+}
+
+/// The disk without its filesystem, so that its driver can be unbound. Dropping it brings both back.
+struct Unmounted(String);
+
+impl Unmounted {
+    fn new() -> Self {
+        let done = Command::new("umount").arg("/mnt/nvme").status().unwrap();
+        assert!(done.success(), "umount /mnt/nvme");
+        Self(nvme_bdf())
+    }
+
+    fn unbind(&self) {
+        fs::write("/sys/bus/pci/drivers/nvme/unbind", &self.0).unwrap();
+    }
+
+    fn bind(&self) {
+        loop {
+            fs::write("/sys/bus/pci/drivers/nvme/bind", &self.0).unwrap();
+            let start = Instant::now();
+            while !(Path::new("/dev/nvme0n1").exists() && Path::new(SCRATCH).exists()) {
+                assert!(start.elapsed() < Duration::from_secs(60), "no disk");
+                sleep(Duration::from_millis(20));
+            }
+            // The kernel looks for both namespaces at once and numbers them as it finds them. What is
+            // the scratch disk's name must not become that of the filesystem.
+            let namespace = fs::read_to_string("/sys/block/nvme0n1/nsid").unwrap();
+            if namespace.trim() == "1" {
+                break;
+            }
+            self.unbind();
+        }
+    }
+}
+
+impl Drop for Unmounted {
+    fn drop(&mut self) {
+        if !Path::new("/sys/bus/pci/drivers/nvme")
+            .join(&self.0)
+            .exists()
+        {
+            self.bind();
+        }
+        let mount = ["-t", "ext4", "/dev/nvme0n1", "/mnt/nvme"];
+        assert!(
+            Command::new("mount")
+                .args(mount)
+                .status()
+                .unwrap()
+                .success()
+        );
+    }
+}
+
+#[test]
+fn every_byte_of_lent_memory_goes_every_way_and_is_given_back() {
+    let bdf = nvme_bdf();
+    let before = available(&bdf);
+    let provider = open_provider(&bdf).unwrap();
+    let (fd, offset) = provider.export(None, LEN).unwrap();
+    assert_eq!(available(&bdf), before - LEN);
+    assert!(offset + LEN <= provider.bar2().size);
+    assert_eq!(provider.bar2().exports, 1);
+    let seen = map(&fd, LEN);
+    let words = || (0..LEN as usize).step_by(8);
+    assert!(words().all(|at| seen.read(at) == 0), "it begins as zeroes");
+
+    // The processor, then the disk's DMA engine, and back from the disk into another export.
+    fill(&seen, 0, LEN as usize, 1);
+    let disk = open_direct(SCRATCH).unwrap();
+    let len = LEN as usize;
+    assert_eq!(write_from(&disk, &seen, 0, len, 0).unwrap(), len);
+    let (other, other_offset) = provider.export(None, LEN).unwrap();
+    assert!(other_offset >= offset + LEN || other_offset + LEN <= offset);
+    let other_seen = map(&other, LEN);
+    assert_eq!(read_into(&disk, &other_seen, 0, len, 0).unwrap(), len);
+    assert_eq!(differs(&other_seen, 0, len, 1), None);
+
+    // An importer, which for this disk is the owner of the memory itself.
+    let importer = Importer::attach(fd.as_fd(), &bdf, DYNAMIC | PEER, 0).unwrap();
+    importer.map().unwrap();
+    let state = importer.query();
+    assert_eq!(
+        (state.bytes, state.bus_bytes + state.bridge_bytes),
+        (LEN, LEN)
+    );
+    assert_eq!(&state.provider[..bdf.len()], bdf.as_bytes());
+
+    // To system memory and back, in whole and in part.
+    let query = |fd| provider.buffer(fd).unwrap();
+    provider.move_to(&fd, abi::PLACEMENT_SYSTEM).unwrap();
+    assert_eq!(importer.state().mapped, 0);
+    assert_eq!(query(&fd).placement, abi::PLACEMENT_SYSTEM);
+    assert_eq!(differs(&seen, 0, len, 1), None);
+    fill(&seen, 0, len, 2);
+    importer.map().unwrap();
+    assert_eq!(importer.query().system_bytes, LEN);
+    importer.unmap();
+    let part = (PAGE, 7 * PAGE);
+    provider
+        .move_part(&fd, abi::PLACEMENT_DEVICE, part.0, part.1, 1000)
+        .unwrap();
+    assert_eq!(query(&fd).placement, abi::PLACEMENT_MIXED);
+    assert_eq!(differs(&seen, 0, len, 2), None);
+    provider.move_to(&fd, abi::PLACEMENT_DEVICE).unwrap();
+    assert_eq!(differs(&seen, 0, len, 2), None);
+    assert_eq!(write_from(&disk, &seen, 0, len, 0).unwrap(), len);
+    assert_eq!(read_into(&disk, &other_seen, 0, len, 0).unwrap(), len);
+    assert_eq!(differs(&other_seen, 0, len, 2), None);
+
+    // Its place is kept while it is elsewhere, and nothing stays when it is gone.
+    assert_eq!(available(&bdf), before - 2 * LEN);
+    drop((importer, seen, other_seen, fd, other, provider));
+    assert_available(&bdf, before);
+}
+
+#[test]
+fn who_cannot_use_peer_memory_gets_it_in_system_memory() {
+    let bdf = nvme_bdf();
+    let before = available(&bdf);
+    let provider = open_provider(&bdf).unwrap();
+    let (fixed, _) = provider.export(None, PAGE).unwrap();
+    let refused = Importer::attach(fixed.as_fd(), &bdf, DYNAMIC, 0);
+    assert_eq!(errno(refused), libc::EOPNOTSUPP);
+    let movable = provider.export_movable(LEN).unwrap();
+    let seen = map(&movable, LEN);
+    fill(&seen, 0, LEN as usize, 3);
+    let importer = Importer::attach(movable.as_fd(), &bdf, 0, 0).unwrap();
+    importer.map().unwrap();
+    assert_eq!(importer.query().system_bytes, LEN);
+    assert_eq!(differs(&seen, 0, LEN as usize, 3), None);
+    drop((importer, seen, movable, fixed, provider));
+    assert_available(&bdf, before);
+}
+
+#[test]
+fn bad_requests_get_their_errno_and_take_nothing() {
+    let bdf = nvme_bdf();
+    let before = available(&bdf);
+    let provider = open_provider(&bdf).unwrap();
+    let pool = provider.export(Some(0), PAGE);
+    assert_eq!(errno(pool), libc::EINVAL, "the pool chooses the place");
+    assert_eq!(errno(provider.export(None, 0)), libc::EINVAL);
+    assert_eq!(errno(provider.export(None, PAGE + 1)), libc::EINVAL);
+    assert_eq!(errno(provider.export(None, before + PAGE)), libc::ENOSPC);
+    let mut other_bar = Node::request(None, PAGE);
+    other_bar.bar = 0;
+    assert_ne!(errno(provider.export_request(other_bar)), 0);
+    // Half of what was asked for is given back.
+    let range = |length| abi::Range {
+        length,
+        flags: abi::RANGE_ANY_OFFSET,
+        ..Default::default()
+    };
+    let ranges = provider.export_ranges(0, &mut [range(MIB), range(before)]);
+    assert_eq!(errno(ranges), libc::ENOSPC);
+    assert_available(&bdf, before);
+
+    for (who, expected) in [
+        ("0000:00:1f.7", libc::ENXIO),
+        ("nonsense", libc::EINVAL),
+        // The host bridge has no driver; a card of ours has a node; the network card lends nothing.
+        ("0000:00:00.0", libc::ENODEV),
+        (&*Node::largest().bdf, libc::EOPNOTSUPP),
+        (&*modules::find_pci(0x1af4, 0x1000), libc::EOPNOTSUPP),
+    ] {
+        assert_eq!(errno(open_provider(who)), expected, "{who}");
+    }
+    let user = in_child(|| {
+        // SAFETY: The child has one thread.
+        assert_eq!(unsafe { libc::setuid(1000) }, 0);
+        errno(open_provider(&nvme_bdf()))
+    });
+    assert_eq!(user.wait(), Ok(libc::EACCES));
+}
+
+#[test]
+fn a_mixed_buffer_of_lent_and_system_memory_holds_its_order() {
+    let bdf = nvme_bdf();
+    let before = available(&bdf);
+    let provider = open_provider(&bdf).unwrap();
+    let mut ranges = [
+        abi::RANGE_ANY_OFFSET,
+        abi::RANGE_SYSTEM,
+        abi::RANGE_ANY_OFFSET,
+    ]
+    .map(|flags| abi::Range {
+        length: MIB,
+        flags,
+        ..Default::default()
+    });
+    let (fd, len) = provider.export_ranges(0, &mut ranges).unwrap();
+    assert_eq!(len, 3 * MIB);
+    let seen = map(&fd, len);
+    fill(&seen, 0, len as usize, 4);
+    let importer = Importer::attach(fd.as_fd(), &bdf, DYNAMIC | PEER, 0).unwrap();
+    importer.map().unwrap();
+    let state = importer.query();
+    assert_eq!((state.bytes, state.system_bytes), (len, MIB));
+    provider.move_to(&fd, abi::PLACEMENT_SYSTEM).unwrap();
+    assert_eq!(differs(&seen, 0, len as usize, 4), None);
+    drop((importer, seen, fd, provider));
+    assert_available(&bdf, before);
+}
+
+#[test]
+fn unbinding_the_owner_revokes_what_it_lends() {
+    let disk = Unmounted::new();
+    let bdf = disk.0.clone();
+    let whole = available(&bdf);
+    for round in 0..3 {
+        let provider = open_provider(&bdf).unwrap();
+        let (fd, _) = provider.export(None, LEN).unwrap();
+        let moved = provider.export(None, LEN).unwrap().0;
+        let (seen, moved_seen) = (map(&fd, LEN), map(&moved, LEN));
+        fill(&seen, 0, LEN as usize, round);
+        fill(&moved_seen, 0, LEN as usize, round);
+        provider.move_to(&moved, abi::PLACEMENT_SYSTEM).unwrap();
+        // One that lets go when it is told, and one that takes its time.
+        let importer = Importer::attach(fd.as_fd(), &bdf, DYNAMIC | PEER, 0).unwrap();
+        importer.map().unwrap();
+        let late = Importer::attach(fd.as_fd(), &bdf, DYNAMIC | PEER, 300).unwrap();
+        late.map().unwrap();
+
+        disk.unbind();
+        for fd in [&fd, &moved] {
+            assert_eq!(provider.buffer(fd).unwrap().state, abi::STATE_GONE);
+        }
+        for importer in [&importer, &late] {
+            assert_eq!(importer.state().mapped, 0);
+        }
+        for seen in [&seen, &moved_seen] {
+            let read = in_child(|| seen.read(0) as i32);
+            assert_eq!(read.wait(), Err(libc::SIGBUS));
+        }
+        assert_eq!(errno(provider.export(None, PAGE)), libc::ENODEV);
+        assert_eq!(
+            errno(provider.move_to(&fd, abi::PLACEMENT_SYSTEM)),
+            libc::ENODEV
+        );
+        assert_eq!(errno(open_provider(&bdf)), libc::ENODEV);
+
+        disk.bind();
+        assert_eq!(available(&bdf), whole, "round {round}");
+        assert_eq!(errno(provider.export(None, PAGE)), libc::ENODEV);
+        let anew = open_provider(&bdf).unwrap();
+        anew.export(None, PAGE).unwrap();
+    }
+    assert_available(&bdf, whole);
+}
+
+#[test]
+fn unbinding_the_owner_while_its_disk_works_on_what_it_lends() {
+    let disk = Unmounted::new();
+    let bdf = disk.0.clone();
+    let whole = available(&bdf);
+    for round in 0..4u64 {
+        let provider = open_provider(&bdf).unwrap();
+        let (fd, _) = provider.export(None, LEN).unwrap();
+        // Reads as long as the disk is there.
+        let reader = in_child(|| {
+            let seen = map(&fd, LEN);
+            let file = open_direct(SCRATCH).unwrap();
+            let mut done = 0;
+            while read_into(&file, &seen, 0, LEN as usize, 0).is_ok_and(|n| n > 0) {
+                done += 1;
+            }
+            i32::from(done == 0)
+        });
+        sleep(Duration::from_millis(150 + 40 * round));
+        // Every other time nobody but the I/O has the buffer.
+        let fd = (round % 2 == 0).then_some(fd);
+        disk.unbind();
+        assert_eq!(reader.wait(), Ok(0), "round {round}");
+        drop(fd);
+        disk.bind();
+        assert_eq!(available(&bdf), whole, "round {round}");
+    }
+}
+
+#[test]
+fn the_crate_lends_too() {
+    use peerbuf::Access;
+    use peerbuf::buffer::Kind;
+    use peerbuf::export::{peerbuf as module, provider};
+
+    let bdf = nvme_bdf();
+    let before = available(&bdf);
+    assert_eq!(provider::probe().unwrap(), [bdf.parse().unwrap()]);
+    let device = provider::open(bdf.parse().unwrap()).unwrap();
+    let info = device.query().unwrap();
+    let bar = info.exportable().unwrap();
+    assert_eq!((bar.index, bar.free, bar.pages), (2, before, true));
+    let request = module::Request {
+        bar: bar.index,
+        offset: None,
+        length: LEN,
+        access: Access::ReadWrite,
+    };
+    let buffer = device.export(request).unwrap();
+    assert_eq!(buffer.provenance().kind, Kind::Provider);
+    let status = device.status(buffer.dmabuf().unwrap()).unwrap();
+    assert_eq!(status.placement, module::Placement::Device);
+    let full = device.export(module::Request {
+        length: before,
+        ..request
+    });
+    let said = full.unwrap_err().to_string();
+    assert!(
+        said.contains("ENOSPC") && said.contains("are free"),
+        "{said}"
+    );
+    let card = provider::open(Node::largest().bdf.parse().unwrap());
+    assert!(card.unwrap_err().to_string().contains("EOPNOTSUPP"));
+    drop((buffer, device));
+    assert_available(&bdf, before);
+}
