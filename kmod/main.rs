@@ -47,7 +47,7 @@
 //! dma-buf refers to in the device is used only under its reservation lock while it is not
 //! revoked, and removal revokes all before it returns.
 
-use kernel::{device::Core, pci, prelude::*};
+use kernel::{debugfs, device::Core, pci, prelude::*};
 
 mod abi;
 mod attachment;
@@ -125,6 +125,8 @@ impl pci::Driver for Driver {
 /// The module: its fields are dropped in this order when it is unloaded.
 #[pin_data]
 struct Peerbuf {
+    #[pin]
+    _buffers: debugfs::File<()>,
     _providers: Providers,
     _importer: Importer,
     #[pin]
@@ -135,7 +137,9 @@ impl kernel::InPlaceModule for Peerbuf {
     fn init(module: &'static ThisModule) -> impl PinInit<Self, Error> {
         // SAFETY: A module is initialised once, and all else of it is registered below.
         unsafe { devices::init() };
+        let debug = debugfs::Dir::new(c"peerbuf");
         try_pin_init!(Self {
+            _buffers <- debug.read_callback_file(c"buffers", (), &watch::print_all),
             _providers: Providers::register()?,
             // SAFETY: A module is initialised once, and this is the only importer.
             _importer: unsafe { Importer::register() }?,

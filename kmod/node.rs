@@ -81,7 +81,10 @@ unsafe extern "C" fn show_fdinfo(to: *mut bindings::seq_file, file: *mut binding
         let device = (*file).private_data.cast_const().cast::<Device>();
         (ArcBorrow::from_raw(device), SeqFile::from_raw(to))
     };
-    device.each_export(|buffer| watch::print(buffer, to));
+    device.each_export(|buffer| {
+        // The file takes whatever is written.
+        let _ = watch::print(buffer, &mut watch::Text(to));
+    });
 }
 
 /// A file for a device that has no node: a provider. ENOMEM, ENFILE.

@@ -4,11 +4,20 @@
 
 use core::ptr;
 
-use kernel::{bindings, error::from_err_ptr, ffi::*, prelude::*, seq_file::SeqFile, seq_print};
+use kernel::{
+    bindings,
+    error::from_err_ptr,
+    ffi::*,
+    fmt::{self, Write},
+    prelude::*,
+    seq_file::SeqFile,
+    seq_print,
+};
 
 use crate::{
     abi,
     buffer::{revoked, Locked, State},
+    devices,
     exporter::Importer,
 };
 
@@ -261,7 +270,7 @@ pub(crate) fn pieces(state: &State, most: usize) -> Result<KVec<abi::Piece>> {
 }
 
 /// Writes a buffer as text, as `fdinfo` of a node and debugfs show it.
-pub(crate) fn print(locked: &Locked<'_>, to: &SeqFile) {
+pub(crate) fn print(locked: &Locked<'_>, to: &mut impl Write) -> fmt::Result {
     let mut query = abi::BufferQuery::default();
     self::query(locked, &mut query);
     let placement = match query.placement {
@@ -276,8 +285,7 @@ pub(crate) fn print(locked: &Locked<'_>, to: &SeqFile) {
     };
     // SAFETY: The dma-buf is valid, and so is its file's inode.
     let inode = unsafe { (*(*(*locked.dmabuf()).file).f_inode).i_ino };
-    seq_print!(
-        to,
+    to.write_fmt(fmt!(
         "buffer:\t{} bar {} length {} placement {} state {} generation {}\n",
         inode,
         query.bar,
@@ -285,9 +293,8 @@ pub(crate) fn print(locked: &Locked<'_>, to: &SeqFile) {
         placement,
         state,
         query.generation
-    );
-    seq_print!(
-        to,
+    ))?;
+    to.write_fmt(fmt!(
         "counters:\tmoves {} invalidations {} maps {} copied {} longest_wait_ns {} pins {} vmaps {} busy_pages {} refusals {}\n",
         query.moves,
         query.invalidations,
@@ -298,15 +305,14 @@ pub(crate) fn print(locked: &Locked<'_>, to: &SeqFile) {
         query.vmaps,
         query.busy_pages,
         query.refusals
-    );
+    ))?;
     for raw in locked.attachments() {
         let shown = attachment(locked, raw);
         let has = |flag| u32::from(shown.flags & flag != 0);
         // SAFETY: As in `attachment`.
         let device: &kernel::device::Device =
             unsafe { kernel::device::Device::from_raw((*raw).dev) };
-        seq_print!(
-            to,
+        to.write_fmt(fmt!(
             "attachment:\t{} dynamic {} revocable {} peer {} needs_system {} mapped {} pinned {} stale {} generation {}\n",
             device.name(),
             has(abi::ATTACHMENT_DYNAMIC),
@@ -317,6 +323,28 @@ pub(crate) fn print(locked: &Locked<'_>, to: &SeqFile) {
             shown.pinned,
             has(abi::ATTACHMENT_STALE),
             shown.generation
-        );
+        ))?;
     }
+    Ok(())
+}
+
+/// A file of procfs as a sink for text.
+pub(crate) struct Text<'a>(pub(crate) &'a SeqFile);
+
+impl Write for Text<'_> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        seq_print!(self.0, "{}", text);
+        Ok(())
+    }
+}
+
+/// What `peerbuf/buffers` in debugfs shows: every device, and its buffers as [`print`] has them.
+pub(crate) fn print_all(_: &(), to: &mut fmt::Formatter<'_>) -> fmt::Result {
+    let mut result = Ok(());
+    devices::each(|device| {
+        let name = device.name();
+        result = result.and_then(|()| to.write_fmt(fmt!("device:\t{}\n", name)));
+        device.each_export(|buffer| result = result.and_then(|()| print(buffer, to)));
+    });
+    result
 }

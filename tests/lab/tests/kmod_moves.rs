@@ -8,9 +8,10 @@ use std::time::{Duration, Instant};
 
 use bytemuck::Zeroable;
 use peerbuf_lab_suite::disk::{self, SCRATCH, Slow};
+use peerbuf_lab_suite::importer::{DYNAMIC, Importer};
 use peerbuf_lab_suite::node::{
     MIB, Map, Node, PAGE, SYNC_END, SYNC_READ, SYNC_WRITE, assert_all_free, differs, errno, fill,
-    in_child, pattern, sync,
+    in_child, nvme_bdf, pattern, sync,
 };
 use peerbuf_uapi as abi;
 use peerbuf_uapi::{PLACEMENT_DEVICE, PLACEMENT_MIXED, PLACEMENT_SYSTEM};
@@ -767,6 +768,21 @@ fn fdinfo_of_a_node_tells_what_the_query_tells() {
         format!("buffer:\t{inode} bar 2 length {MIB} placement system state live generation 2\n");
     assert!(text.contains(&expected), "{text}");
     assert!(text.contains("moves 1 "), "{text}");
+    // Debugfs has the same below each device's name, and the devices that have none.
+    let importer = Importer::attach(fd.as_fd(), &nvme_bdf(), DYNAMIC, 0);
+    assert!(importer.is_err(), "it may not move for an importer");
+    let fdinfo =
+        fs::read_to_string(format!("/proc/self/fdinfo/{}", node.file.as_raw_fd())).unwrap();
+    let ours = &fdinfo[fdinfo.find("buffer:").unwrap()..];
+    assert!(ours.contains("refusals 1"), "{ours}");
+    let all = fs::read_to_string("/sys/kernel/debug/peerbuf/buffers").unwrap();
+    assert!(
+        all.contains(&format!("device:\t{}\n{ours}", node.bdf)),
+        "{all}"
+    );
+    for other in Node::all() {
+        assert!(all.contains(&format!("device:\t{}\n", other.bdf)), "{all}");
+    }
 }
 
 #[test]
