@@ -140,9 +140,10 @@ impl kernel::InPlaceModule for Peerbuf {
         let debug = debugfs::Dir::new(c"peerbuf");
         try_pin_init!(Self {
             _buffers <- debug.read_callback_file(c"buffers", (), &watch::print_all),
-            _providers: Providers::register()?,
             // SAFETY: A module is initialised once, and this is the only importer.
             _importer: unsafe { Importer::register() }?,
+            // After the importer, which hears of drivers that are unbound.
+            _providers: Providers::register()?,
             _driver <- kernel::driver::Registration::new(
                 <Self as kernel::ModuleMetadata>::NAME,
                 module,

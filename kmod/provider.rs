@@ -24,6 +24,8 @@
 //!   (`memunmap_pages`), after the owner's driver has ended the I/O of its own disk.
 //! - A dying descriptor's buffer gives its chunk up in its release, which nothing here holds up, and
 //!   the owner's removal waits for that in the same way.
+//!
+//! Nobody tells the pool's users of a reset of the owner's device; that is between it and its memory.
 
 use core::ptr;
 
