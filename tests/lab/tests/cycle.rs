@@ -54,6 +54,29 @@ fn loses_nothing(arguments: &[&str], cycles: u64, importers: &[&str]) -> Value {
 }
 
 #[test]
+fn nothing_is_lost_in_memory_that_a_disk_lends() {
+    let _alone = alone();
+    let summary = loses_nothing(
+        &[
+            "--backing",
+            "cmb",
+            "--processes",
+            "3",
+            "--buffers",
+            "2",
+            "--size",
+            "64K",
+            "--kill",
+            "0.01",
+        ],
+        150,
+        &["cpu", "nvme", "probe"],
+    );
+    let backing = summary["backing"].as_str().unwrap();
+    assert!(backing.contains("lent memory"), "{backing}");
+}
+
+#[test]
 fn nothing_is_lost_on_udmabufs_whoever_is_killed_or_stopped() {
     let _alone = alone();
     modules::vgem();
