@@ -31,6 +31,11 @@ const SWITCH: &[Row] = &[
         "peerbuf.ko BAR without pages",
         &[STAGED, STAGED, "importer-not-peer", P2P, "kernel-refused"],
     ),
+    (
+        "provider's memory",
+        &[STAGED, P2P, "importer-not-peer", P2P, P2P],
+    ),
+    ("provider's, may move", &[STAGED, P2P, SHARED, P2P, P2P]),
     ("udmabuf", &[SHARED; 5]),
     (
         "udmabuf of pieces",
@@ -57,6 +62,14 @@ const IOMMU: &[Row] = &[
     ),
     (
         "peerbuf.ko BAR, may move",
+        &[STAGED, P2P, SHARED, P2P, "not-pinnable", P2P],
+    ),
+    (
+        "provider's memory",
+        &[STAGED, P2P, "importer-not-peer", P2P, "not-pinnable", P2P],
+    ),
+    (
+        "provider's, may move",
         &[STAGED, P2P, SHARED, P2P, "not-pinnable", P2P],
     ),
     (

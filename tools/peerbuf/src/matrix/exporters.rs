@@ -7,7 +7,7 @@ use peerbuf::device::edu;
 use peerbuf::device::v4l2::VideoDevice;
 use peerbuf::device::vfio::VfioDevice;
 use peerbuf::error::{ExportError, Unavailable};
-use peerbuf::export::{drm, heap, memfd, peerbuf as module, udmabuf, v4l2, vfio};
+use peerbuf::export::{drm, heap, memfd, peerbuf as module, provider, udmabuf, v4l2, vfio};
 use peerbuf::plan::topology::Sysfs;
 use peerbuf::{Access, Buffer};
 
@@ -38,12 +38,20 @@ type Found = Result<Vec<Exporter>, Unavailable>;
 
 /// All that there are, for buffers of `size` bytes.
 pub fn all(size: u64, missing: &mut Vec<Missing>) -> Vec<Exporter> {
-    let kinds: [fn(u64) -> Found; 7] =
-        [bars, vfio_bars, udmabufs, heaps, graphics, video, |size| {
+    let kinds: [fn(u64) -> Found; 8] = [
+        bars,
+        providers,
+        vfio_bars,
+        udmabufs,
+        heaps,
+        graphics,
+        video,
+        |size| {
             Ok(vec![Exporter::new("memfd", move || {
                 Ok(memfd::export("memfd", size)?)
             })])
-        }];
+        },
+    ];
     let mut rows = Vec::new();
     for kind in kinds {
         match kind(size) {
@@ -81,6 +89,29 @@ fn bars(size: u64) -> Found {
         for &(name, may_move) in kinds {
             let device = Rc::clone(&device);
             rows.push(Exporter::new(name, move || {
+                let offset = None;
+                let length = size;
+                Ok(device.export_ranges(&module::RangesRequest {
+                    bar,
+                    ranges: vec![module::RangeRequest::Bar { offset, length }],
+                    may_move,
+                    access: Access::ReadWrite,
+                })?)
+            }));
+        }
+    }
+    Ok(rows)
+}
+
+/// What the first provider lends.
+fn providers(size: u64) -> Found {
+    let mut rows = Vec::new();
+    if let Some(&address) = provider::probe()?.first() {
+        for (name, may_move) in [("provider's memory", false), ("provider's, may move", true)] {
+            rows.push(Exporter::new(name, move || {
+                // Opened anew: its driver may have been bound anew since.
+                let device = provider::open(address)?;
+                let bar = device.query()?.exportable().map_or(0, |bar| bar.index);
                 let offset = None;
                 let length = size;
                 Ok(device.export_ranges(&module::RangesRequest {
