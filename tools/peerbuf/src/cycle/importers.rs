@@ -4,6 +4,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use peerbuf::buffer::Kind as Made;
 use peerbuf::buffer::{BufferRange, Mapping};
 use peerbuf::device::drm::Card;
 use peerbuf::export::memfd;
@@ -221,7 +222,8 @@ impl Prober {
         attachment.map(Direction::Bidirectional)?;
         work()?;
         let report = attachment.report()?;
-        let moves_by_itself = buffer.provenance().kind == peerbuf::buffer::Kind::Bar;
+        let kind = buffer.provenance().kind;
+        let moves_by_itself = matches!(kind, Made::Bar | Made::Provider);
         if report.invalidations > 0 && !moves_by_itself {
             return Err(format!("invalidated while it was lent: {report:?}").into());
         }
