@@ -1,0 +1,326 @@
+//! A device goes away while everything that can be done with it is under way. Runs in the guest.
+//!
+//! The ways of going: unbinding, being unplugged (QEMU's `device_del`: the slot's button), a reset, and
+//! the module's unloading, which is refused. Under way are: loads and stores of a process, system
+//! calls on mappings, direct I/O that a disk has accepted, importers of every kind, some of which let
+//! go late or not by themselves, fences, a kernel mapping, and a move that has told the importers and
+//! waits for direct I/O.
+
+use std::fs;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use peerbuf_lab_suite::disk::{self, SCRATCH, Slow};
+use peerbuf_lab_suite::importer::{self, DYNAMIC, Importer, PEER};
+use peerbuf_lab_suite::machine::{Machine, give_to_peerbuf};
+use peerbuf_lab_suite::node::{
+    MIB, Map, Node, PAGE, SYNC_READ, SYNC_WRITE, assert_all_free, errno, in_child, nvme_bdf, sync,
+};
+use peerbuf_lab_suite::pci::wait_until;
+use peerbuf_uapi as abi;
+use peerbuf_uapi::{PLACEMENT_DEVICE, PLACEMENT_SYSTEM};
+use rustix::event::{EventfdFlags, eventfd};
+
+/// What the slowest of those under way makes the device wait, and four times that again for a busy
+/// host. (A slot's button is thought over for 5 s.)
+const LIMIT: Duration = Duration::from_secs(20);
+
+/// How long who is late takes to let go.
+const LATE_MS: u32 = 700;
+
+/// What is in the way of the device.
+struct Busy {
+    node: Node,
+    /// Mapped and used by the processor, and watched.
+    touched: OwnedFd,
+    /// Read into by a disk.
+    read: OwnedFd,
+    /// Being moved.
+    moved: OwnedFd,
+    /// Has importers of every kind.
+    imported: OwnedFd,
+    /// In system memory, for an importer that needs it there.
+    settled: OwnedFd,
+}
+
+impl Busy {
+    fn new(bdf: &str) -> Self {
+        let node = Node::open(bdf).unwrap();
+        let buffer = |size| node.export(None, size).unwrap().0;
+        Self {
+            touched: buffer(MIB),
+            read: buffer(2 * MIB),
+            moved: buffer(2 * MIB),
+            imported: buffer(MIB),
+            settled: node.export_movable(MIB).unwrap(),
+            node,
+        }
+    }
+
+    fn all(&self) -> [&OwnedFd; 5] {
+        [
+            &self.touched,
+            &self.read,
+            &self.moved,
+            &self.imported,
+            &self.settled,
+        ]
+    }
+}
+
+fn attach(fd: &OwnedFd, flags: u32, on_invalidate: u32, hold_ms: u32) -> Importer {
+    let mut request = importer::request(fd.as_fd(), &nvme_bdf(), flags);
+    request.on_invalidate = on_invalidate;
+    request.hold_ms = hold_ms;
+    Importer::attach_as(request).unwrap()
+}
+
+fn map(fd: &OwnedFd, size: u64) -> Map {
+    Map::new(fd.as_fd(), size as usize, true).unwrap()
+}
+
+/// Tells threads to stop, also where the test fails.
+struct Stop<'a>(&'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Has the kernel read a mapping; its errno.
+fn kernel_reads(map: &Map, at: usize) -> i32 {
+    let (read, write) = std::io::pipe().unwrap();
+    // SAFETY: The range lies in the mapping, which only the kernel reads here.
+    let n = unsafe { libc::write(write.as_raw_fd(), map.as_ptr().byte_add(at), 512) };
+    drop(read);
+    match n {
+        512 => 0,
+        _ => std::io::Error::last_os_error().raw_os_error().unwrap(),
+    }
+}
+
+/// Gets everything under way, then has the device go by `go`, which says whether access comes back.
+fn with_everything_under_way(bdf: &str, go: impl FnOnce(&Busy) -> bool) {
+    let busy = Busy::new(bdf);
+    let Busy { node, .. } = &busy;
+    let stop = AtomicBool::new(false);
+    let touches = AtomicU64::new(0);
+    let (touched, read, moved) = (
+        map(&busy.touched, MIB),
+        map(&busy.read, 2 * MIB),
+        map(&busy.moved, 2 * MIB),
+    );
+    let event = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).unwrap();
+    node.watch(abi::IOC_WATCH, &busy.touched, event.as_fd())
+        .unwrap();
+
+    let told = abi::IMPORT_ON_INVALIDATE_UNMAP;
+    let (remaps, holds) = (
+        abi::IMPORT_ON_INVALIDATE_REMAP,
+        abi::IMPORT_ON_INVALIDATE_HOLD,
+    );
+    let good = attach(&busy.imported, DYNAMIC | PEER, told, 0);
+    let again = attach(&busy.imported, DYNAMIC | PEER, remaps, 0);
+    let late = attach(&busy.imported, DYNAMIC | PEER, holds, LATE_MS);
+    let stubborn = attach(&busy.imported, DYNAMIC | PEER, holds, 0);
+    let kernel = attach(&busy.touched, DYNAMIC | PEER, told, 0);
+    let settled = attach(&busy.settled, 0, told, 0);
+    for importer in [&good, &again, &late, &stubborn, &settled] {
+        importer.map().unwrap();
+    }
+    good.step(abi::IOC_IMPORT_PIN).unwrap();
+    again.fence(abi::IMPORT_FENCE_BOOKKEEP, LATE_MS).unwrap();
+    kernel.step(abi::IOC_IMPORT_VMAP).unwrap();
+
+    // A process of its own, since a load from what was revoked ends it.
+    let loader = in_child(|| {
+        for word in 0.. {
+            let at = word * 8 % (64 * PAGE as usize);
+            touched.write(at, touched.read(at) + 1);
+        }
+        0
+    });
+    // So slow that the move still waits when the device begins to go, on a busy host, too.
+    let _slow = Slow::new(MIB / 2);
+    let restored = thread::scope(|scope| {
+        let (stop, touches, busy) = (&stop, &touches, &busy);
+        let (touched, read, moved) = (&touched, &read, &moved);
+        let node = &busy.node;
+        let stopping = Stop(stop);
+        // System calls on the mapping: they go on through it all, with EFAULT while access is gone.
+        scope.spawn(move || {
+            while !stop.load(Ordering::Relaxed) {
+                let at = touches.fetch_add(1, Ordering::Relaxed) as usize * 4096 % (1 << 20);
+                let answer = kernel_reads(touched, at);
+                assert!([0, libc::EFAULT].contains(&answer), "{answer}");
+            }
+        });
+        // What the disk has accepted takes some seconds.
+        let reading = scope.spawn(move || {
+            let disk = disk::open_direct(SCRATCH).unwrap();
+            let first = disk::read_into(&disk, read, 0, 2 << 20, 0);
+            (first, disk::read_into(&disk, moved, 0, 2 << 20, 0))
+        });
+        wait_until("the disk reads", || {
+            node.buffer(&busy.read).unwrap().busy_pages >= 256
+        });
+        // The move finds pages in use that the disk gets next, and waits for it, half-way.
+        let held = scope.spawn(move || {
+            let disk = disk::open_direct(SCRATCH).unwrap();
+            disk::write_from(&disk, moved, 0, 2 << 20, 4 << 20)
+        });
+        wait_until("the disk writes", || {
+            node.buffer(&busy.moved).unwrap().busy_pages >= 256
+        });
+        let before = node.buffer(&busy.moved).unwrap().invalidations;
+        let moving =
+            scope.spawn(move || errno(node.move_part(&busy.moved, PLACEMENT_SYSTEM, 0, 0, 60_000)));
+        wait_until("the move has told the importers", || {
+            node.buffer(&busy.moved).unwrap().invalidations > before
+        });
+        // Two that let go only when somebody tells them, some time after they should have.
+        let pause = Duration::from_millis(u64::from(LATE_MS));
+        let (stubborn, kernel) = (&stubborn, &kernel);
+        scope.spawn(move || {
+            wait_until("its mapping is stale", || {
+                stubborn.query().state & abi::IMPORT_STALE != 0
+            });
+            thread::sleep(pause);
+            stubborn.unmap();
+        });
+        scope.spawn(move || {
+            wait_until("its buffer is revoked", || {
+                node.buffer(&busy.touched).unwrap().state != abi::STATE_LIVE
+            });
+            thread::sleep(pause);
+            kernel.step(abi::IOC_IMPORT_VUNMAP).unwrap();
+        });
+
+        let began = Instant::now();
+        let restored = go(busy);
+        let took = began.elapsed();
+        assert!(took < LIMIT, "{took:?}");
+
+        assert_eq!(
+            moving.join().unwrap(),
+            libc::ENODEV,
+            "it was revoked meanwhile"
+        );
+        if !restored {
+            // Nobody reaches the device any more; what is in flight has ended.
+            for fd in busy.all() {
+                let query = node.buffer(fd).unwrap();
+                assert_eq!(query.state, abi::STATE_GONE);
+                assert_eq!(query.vmaps, 0);
+                let stale = node.buffer_lists(fd).unwrap().0;
+                let device = query.placement == PLACEMENT_DEVICE;
+                assert!(!device || stale.iter().all(|a| a.mapped == 0), "{stale:?}");
+                assert!(!device || query.busy_pages == 0, "{query:?}");
+            }
+            for importer in [&good, &again, &late, stubborn] {
+                assert_eq!(importer.query().state & abi::IMPORT_MAPPED, 0);
+                assert_eq!(errno(importer.map()), libc::ENODEV);
+            }
+            assert_eq!(kernel_reads(touched, 0), libc::EFAULT);
+            for fd in busy.all() {
+                assert_eq!(errno(sync(fd, SYNC_READ)), libc::ENODEV);
+                assert_eq!(errno(Map::new(fd.as_fd(), 4096, false)), libc::ENODEV);
+                assert_eq!(errno(node.move_to(fd, PLACEMENT_SYSTEM)), libc::ENODEV);
+            }
+            assert_eq!(errno(node.export(None, PAGE)), libc::ENODEV);
+        } else {
+            assert_eq!(node.buffer(&busy.touched).unwrap().state, abi::STATE_LIVE);
+            assert_eq!(kernel_reads(touched, 0), 0);
+            good.map().unwrap();
+            sync(&busy.touched, SYNC_WRITE).unwrap();
+        }
+        drop(stopping);
+        // What the disk was asked for it has either done or refused as a whole.
+        for answer in [reading.join().unwrap().0, held.join().unwrap()] {
+            assert!([0, libc::EFAULT].contains(&errno(answer)));
+        }
+        restored
+    });
+    assert!(touches.load(Ordering::Relaxed) > 10);
+    if restored {
+        loader.kill(libc::SIGKILL);
+    }
+    let end = loader.wait();
+    assert!(
+        [Err(libc::SIGBUS), Err(libc::SIGKILL)].contains(&end),
+        "{end:?}"
+    );
+    let mut count = [0; 8];
+    rustix::io::read(&event, &mut count).expect("the watcher was told");
+    // System memory is nobody's device: who has it may keep it.
+    assert_eq!(settled.state().mapped, 1);
+    settled.unmap();
+}
+
+fn nothing_is_left(bdf: &str) {
+    assert_all_free(&Node::open(bdf).unwrap());
+    wait_until("nobody uses the module", || {
+        let users = fs::read_to_string("/sys/module/peerbuf/refcnt").unwrap();
+        users.trim() == "0"
+    });
+}
+
+#[test]
+fn unbinding_with_everything_under_way() {
+    let bdf = Node::largest().bdf;
+    for _ in 0..2 {
+        with_everything_under_way(&bdf, |_| {
+            Node::unbind(&bdf);
+            false
+        });
+        Node::bind(&bdf);
+        nothing_is_left(&bdf);
+    }
+}
+
+#[test]
+fn being_unplugged_with_everything_under_way() {
+    let bdf = Node::largest().bdf;
+    let mut machine = Machine::new();
+    for _ in 0..2 {
+        with_everything_under_way(&bdf, |_| {
+            machine.unplug("bar0");
+            false
+        });
+        machine.plug("bar0", &bdf).unwrap();
+        give_to_peerbuf(&bdf);
+        nothing_is_left(&bdf);
+    }
+}
+
+#[test]
+fn a_reset_with_everything_under_way() {
+    let bdf = Node::largest().bdf;
+    for _ in 0..2 {
+        with_everything_under_way(&bdf, |_| {
+            fs::write(format!("/sys/bus/pci/devices/{bdf}/reset"), "1").unwrap();
+            true
+        });
+        nothing_is_left(&bdf);
+    }
+}
+
+#[test]
+fn unloading_is_refused_with_everything_under_way() {
+    let bdf = Node::largest().bdf;
+    with_everything_under_way(&bdf, |busy| {
+        let refused = Command::new("rmmod").arg("peerbuf").output().unwrap();
+        assert!(!refused.status.success());
+        // And nothing has changed by it.
+        let query = busy.node.buffer(&busy.imported).unwrap();
+        assert_eq!((query.state, query.generation), (abi::STATE_LIVE, 1));
+        Node::unbind(&bdf);
+        false
+    });
+    Node::bind(&bdf);
+    nothing_is_left(&bdf);
+}
