@@ -144,6 +144,16 @@ pub fn device(bdf: &str) -> PathBuf {
     Path::new("/sys/bus/pci/devices").join(bdf)
 }
 
+/// True on the kernel of `--kernel debug`, which checks every access and lock.
+///
+/// # Panics
+///
+/// When the kernel does not tell its release.
+pub fn is_debug_kernel() -> bool {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").expect("the kernel's release");
+    release.contains("peerbuf-debug")
+}
+
 /// The driver that a PCI device shows.
 pub fn driver_of(bdf: &str) -> Option<PathBuf> {
     fs::read_link(device(bdf).join("driver")).ok()
