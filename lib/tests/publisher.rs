@@ -24,26 +24,18 @@ const LIMIT: Duration = Duration::from_millis(300);
 const LONG: Duration = Duration::from_secs(20);
 
 fn put(buffer: &Buffer, at: u64, word: u64) {
-    let mut mapping = buffer.range(at, 8).unwrap().map(Access::ReadWrite).unwrap();
-    let mut cpu = mapping.begin_cpu_access(Access::Write).unwrap();
-    cpu.write_at(0, &word.to_ne_bytes()).unwrap();
-    cpu.end().unwrap();
+    let range = buffer.range(at, 8).unwrap();
+    range.write_bytes(&word.to_ne_bytes()).unwrap();
 }
 
 fn get(buffer: &Buffer, at: u64) -> u64 {
     let mut word = [0; 8];
-    let mut mapping = buffer.range(at, 8).unwrap().map(Access::Read).unwrap();
-    let cpu = mapping.begin_cpu_access(Access::Read).unwrap();
-    cpu.read_at(0, &mut word).unwrap();
+    buffer.range(at, 8).unwrap().read_bytes(&mut word).unwrap();
     u64::from_ne_bytes(word)
 }
 
 fn all(buffer: &Buffer) -> Vec<u8> {
-    let mut bytes = vec![0; buffer.size() as usize];
-    let mut mapping = buffer.whole().map(Access::Read).unwrap();
-    let cpu = mapping.begin_cpu_access(Access::Read).unwrap();
-    cpu.read_at(0, &mut bytes).unwrap();
-    bytes
+    buffer.whole().to_vec().unwrap()
 }
 
 /// A process that is killed when the test is over.

@@ -2,29 +2,17 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 
+use peerbuf::BufferRange;
 use peerbuf::error::{BufferError, ShareError};
 use peerbuf::export::memfd;
 use peerbuf::share::{Channel, Listener, MAX_DESCRIPTORS};
-use peerbuf::{Access, BufferRange};
 
 fn put(range: &BufferRange, bytes: &[u8]) {
-    let mut mapping = range.map(Access::Write).unwrap();
-    mapping
-        .begin_cpu_access(Access::Write)
-        .unwrap()
-        .write_at(0, bytes)
-        .unwrap();
+    range.write_bytes(bytes).unwrap();
 }
 
 fn get(range: &BufferRange) -> Vec<u8> {
-    let mut bytes = vec![0; range.len() as usize];
-    let mut mapping = range.map(Access::Read).unwrap();
-    mapping
-        .begin_cpu_access(Access::Read)
-        .unwrap()
-        .read_at(0, &mut bytes)
-        .unwrap();
-    bytes
+    range.to_vec().unwrap()
 }
 
 /// The bytes and descriptors of a real offer, to be spoilt.

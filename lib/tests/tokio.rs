@@ -3,11 +3,11 @@
 
 use std::time::{Duration, Instant};
 
+use peerbuf::Buffer;
 use peerbuf::error::ShareError;
 use peerbuf::export::memfd;
 use peerbuf::share::tokio::{Publisher, Subscriber};
 use peerbuf::share::{Backing, BufferId, Channel, Copied, CutOff, Event, Lease};
-use peerbuf::{Access, Buffer};
 use tokio::time::{sleep, timeout};
 
 const SIZE: u64 = 64 << 10;
@@ -21,17 +21,13 @@ fn memory() -> impl Backing + 'static {
 }
 
 fn put(buffer: &Buffer, word: u64) {
-    let mut mapping = buffer.range(0, 8).unwrap().map(Access::ReadWrite).unwrap();
-    let mut cpu = mapping.begin_cpu_access(Access::Write).unwrap();
-    cpu.write_at(0, &word.to_ne_bytes()).unwrap();
-    cpu.end().unwrap();
+    let range = buffer.range(0, 8).unwrap();
+    range.write_bytes(&word.to_ne_bytes()).unwrap();
 }
 
 fn get(buffer: &Buffer) -> u64 {
     let mut word = [0; 8];
-    let mut mapping = buffer.range(0, 8).unwrap().map(Access::Read).unwrap();
-    let cpu = mapping.begin_cpu_access(Access::Read).unwrap();
-    cpu.read_at(0, &mut word).unwrap();
+    buffer.range(0, 8).unwrap().read_bytes(&mut word).unwrap();
     u64::from_ne_bytes(word)
 }
 

@@ -91,6 +91,26 @@ impl Mapping {
         }
         Ok(guard)
     }
+
+    /// Copies bytes to its beginning, within one CPU access.
+    ///
+    /// # Errors
+    /// As [`Mapping::begin_cpu_access`]; [`BufferError::OutOfRange`] for more bytes than it has.
+    pub fn write_bytes(&mut self, bytes: &[u8]) -> Result<(), BufferError> {
+        let mut cpu = self.begin_cpu_access(Access::Write)?;
+        cpu.write_at(0, bytes)?;
+        cpu.end()
+    }
+
+    /// Copies bytes from its beginning, as many as `into` has room for, within one CPU access.
+    ///
+    /// # Errors
+    /// As [`Mapping::write_bytes`].
+    pub fn read_bytes(&mut self, into: &mut [u8]) -> Result<(), BufferError> {
+        let cpu = self.begin_cpu_access(Access::Read)?;
+        cpu.read_at(0, into)?;
+        cpu.end()
+    }
 }
 
 /// The CPU's access to a mapping, from [`Mapping::begin_cpu_access`] until it is dropped or

@@ -194,18 +194,19 @@ impl LastHandle for BufferRange {
 impl Buffer {
     /// A buffer that is a dma-buf and nothing else.
     pub fn from_dmabuf(dmabuf: DmaBuf, provenance: Provenance) -> Buffer {
-        let (size, writable) = (dmabuf.size(), dmabuf.is_writable());
-        let dmabuf = Some(dmabuf);
-        let inner = Inner {
-            dmabuf,
+        Buffer::new(Inner {
+            size: dmabuf.size(),
+            writable: dmabuf.is_writable(),
+            dmabuf: Some(dmabuf),
             host: None,
             view: None,
-            size,
-            writable,
             provenance,
             vouched: true,
             last: None,
-        };
+        })
+    }
+
+    fn new(inner: Inner) -> Buffer {
         Buffer {
             inner: Arc::new(inner),
         }
@@ -268,20 +269,16 @@ impl Buffer {
         }
         let writable = flags & OFlags::RWMODE == OFlags::RDWR
             && !seals.intersects(SealFlags::WRITE | SealFlags::FUTURE_WRITE);
-        let host = Some(memfd);
-        let inner = Inner {
+        Ok(Buffer::new(Inner {
             dmabuf,
-            host,
+            host: Some(memfd),
             view: None,
             size,
             writable,
             provenance,
             vouched: true,
             last: None,
-        };
-        Ok(Buffer {
-            inner: Arc::new(inner),
-        })
+        }))
     }
 
     /// Marks the provenance as hearsay. For a buffer that nobody shares yet.
@@ -458,6 +455,37 @@ impl BufferRange {
         };
         let map = map.map_err(|errno| SystemError::new("mmap", self.buffer.name(), errno))?;
         Ok(Mapping::new(map, self.clone(), access))
+    }
+
+    /// Copies bytes to its beginning: one mapping, one CPU access. To do it often, keep a
+    /// [`Mapping`].
+    ///
+    /// # Errors
+    /// As [`BufferRange::map`] and [`Mapping::begin_cpu_access`]; [`BufferError::OutOfRange`] for more
+    /// bytes than it has.
+    pub fn write_bytes(&self, bytes: &[u8]) -> Result<(), BufferError> {
+        self.map(Access::ReadWrite)?.write_bytes(bytes)
+    }
+
+    /// Copies bytes from its beginning, as many as `into` has room for, likewise.
+    ///
+    /// # Errors
+    /// As [`BufferRange::write_bytes`].
+    pub fn read_bytes(&self, into: &mut [u8]) -> Result<(), BufferError> {
+        self.map(Access::Read)?.read_bytes(into)
+    }
+
+    /// A copy of its bytes, likewise.
+    ///
+    /// # Errors
+    /// As [`BufferRange::write_bytes`].
+    ///
+    /// # Panics
+    /// When there is not as much memory.
+    pub fn to_vec(&self) -> Result<Vec<u8>, BufferError> {
+        let mut bytes = vec![0; self.len() as usize];
+        self.read_bytes(&mut bytes)?;
+        Ok(bytes)
     }
 }
 

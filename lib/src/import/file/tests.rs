@@ -97,23 +97,11 @@ fn random(length: usize) -> Vec<u8> {
 }
 
 fn get(range: &BufferRange) -> Vec<u8> {
-    let mut bytes = vec![0; range.len() as usize];
-    let mut mapping = range.map(Access::Read).unwrap();
-    mapping
-        .begin_cpu_access(Access::Read)
-        .unwrap()
-        .read_at(0, &mut bytes)
-        .unwrap();
-    bytes
+    range.to_vec().unwrap()
 }
 
 fn put(range: &BufferRange, bytes: &[u8]) {
-    let mut mapping = range.map(Access::Write).unwrap();
-    mapping
-        .begin_cpu_access(Access::Write)
-        .unwrap()
-        .write_at(0, bytes)
-        .unwrap();
+    range.write_bytes(bytes).unwrap();
 }
 
 fn content(file: &File) -> Vec<u8> {

@@ -4,8 +4,8 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use peerbuf::buffer::BufferRange;
 use peerbuf::buffer::Kind as Made;
-use peerbuf::buffer::{BufferRange, Mapping};
 use peerbuf::device::drm::Card;
 use peerbuf::export::memfd;
 use peerbuf::import::drm::{self, DrmImporter};
@@ -83,34 +83,14 @@ impl Importer for Cpu {
     }
 
     fn write(&mut self, range: &BufferRange, bytes: &[u8]) -> Result<Done, Failure> {
-        put(range, bytes)?;
+        range.write_bytes(bytes)?;
         Ok(Done::Plainly)
     }
 
     fn read(&mut self, range: &BufferRange, into: &mut [u8]) -> Result<Done, Failure> {
-        get(range, into)?;
+        range.read_bytes(into)?;
         Ok(Done::Plainly)
     }
-}
-
-pub fn put(range: &BufferRange, bytes: &[u8]) -> Result<(), Failure> {
-    put_mapped(range.map(Access::ReadWrite)?, bytes)
-}
-
-fn get(range: &BufferRange, into: &mut [u8]) -> Result<(), Failure> {
-    get_mapped(range.map(Access::Read)?, into)
-}
-
-fn put_mapped(mut mapping: Mapping, bytes: &[u8]) -> Result<(), Failure> {
-    let mut cpu = mapping.begin_cpu_access(Access::Write)?;
-    cpu.write_at(0, bytes)?;
-    Ok(cpu.end()?)
-}
-
-fn get_mapped(mut mapping: Mapping, into: &mut [u8]) -> Result<(), Failure> {
-    let cpu = mapping.begin_cpu_access(Access::Read)?;
-    cpu.read_at(0, into)?;
-    Ok(cpu.end()?)
 }
 
 /// Bytes go through a file of this worker's own, and on the way between file and range they are
@@ -140,7 +120,7 @@ impl Importer for Disk {
 
     fn write(&mut self, range: &BufferRange, bytes: &[u8]) -> Result<Done, Failure> {
         let own = self.own.range(0, bytes.len() as u64)?;
-        put(&own, bytes)?;
+        own.write_bytes(bytes)?;
         self.file.attach(&own)?.write(0)?;
         let receipt = self.file.attach(range)?.read(0)?;
         if receipt.bytes != range.len() {
@@ -153,7 +133,7 @@ impl Importer for Disk {
         let receipt = self.file.attach(range)?.write(0)?;
         let own = self.own.range(0, into.len() as u64)?;
         self.file.attach(&own)?.read(0)?;
-        get(&own, into)?;
+        own.read_bytes(into)?;
         Ok(Done::By(receipt.plan.path))
     }
 }
@@ -178,12 +158,18 @@ impl Importer for Graphics {
     }
 
     fn write(&mut self, range: &BufferRange, bytes: &[u8]) -> Result<Done, Failure> {
-        put_mapped(self.importer.attach(range)?.map(Access::ReadWrite)?, bytes)?;
+        self.importer
+            .attach(range)?
+            .map(Access::ReadWrite)?
+            .write_bytes(bytes)?;
         Ok(Done::Plainly)
     }
 
     fn read(&mut self, range: &BufferRange, into: &mut [u8]) -> Result<Done, Failure> {
-        get_mapped(self.importer.attach(range)?.map(Access::Read)?, into)?;
+        self.importer
+            .attach(range)?
+            .map(Access::Read)?
+            .read_bytes(into)?;
         Ok(Done::Plainly)
     }
 }
@@ -237,11 +223,11 @@ impl Importer for Prober {
     }
 
     fn write(&mut self, range: &BufferRange, bytes: &[u8]) -> Result<Done, Failure> {
-        self.mapped(range, || put(range, bytes))
+        self.mapped(range, || Ok(range.write_bytes(bytes)?))
     }
 
     fn read(&mut self, range: &BufferRange, into: &mut [u8]) -> Result<Done, Failure> {
-        self.mapped(range, || get(range, into))
+        self.mapped(range, || Ok(range.read_bytes(into)?))
     }
 }
 

@@ -94,16 +94,6 @@ pub fn name(index: usize) -> String {
     format!("buffer {index}")
 }
 
-/// All bytes of a buffer.
-pub fn read(buffer: &Buffer, offset: u64, length: u64) -> Result<Vec<u8>, ShareError> {
-    let mut bytes = vec![0; length as usize];
-    let mut mapping = buffer.range(offset, length)?.map(Access::Read)?;
-    let cpu = mapping.begin_cpu_access(Access::Read)?;
-    cpu.read_at(0, &mut bytes)?;
-    cpu.end()?;
-    Ok(bytes)
-}
-
 impl Moving {
     pub fn new(
         index: usize,
@@ -175,7 +165,7 @@ impl Backing for Moving {
             tear(self.buffer())?;
         }
         let after = shared.ledger.progress(self.index)?;
-        let bytes = read(self.buffer(), 0, self.buffer().size())?;
+        let bytes = self.buffer().whole().to_vec()?;
         let ledger = &mut shared.ledger;
         ledger.check(self.index, order.generation, &bytes, &before, &after);
         self.tell(&mut shared)

@@ -370,7 +370,7 @@ impl<'a> Storm<'a> {
         let mut found = Vec::new();
         for id in &self.ids {
             let buffer = self.publisher.buffer(*id).ok_or("a buffer is gone")?;
-            found.push(memory::read(buffer, lane, self.lanes.length as u64)?);
+            found.push(buffer.range(lane, self.lanes.length as u64)?.to_vec()?);
         }
         let orders = Orders {
             writer: self.writers,

@@ -265,7 +265,7 @@ impl Worker {
             let mark = self.mark(buffer, lease, progress.begun);
             pattern::fill(&mut self.bytes, mark, self.orders.lane, self.orders.key);
             self.board.set_progress(buffer, progress)?;
-            if importers::put(&range, &self.bytes).is_err() {
+            if range.write_bytes(&self.bytes).is_err() {
                 // The kernel took the memory away, which is as good.
                 return Ok(());
             }

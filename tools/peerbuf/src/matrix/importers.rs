@@ -19,7 +19,7 @@ use peerbuf::import::vfio::VfioImporter;
 use peerbuf::import::{cpu, v4l2};
 use peerbuf::plan::topology::{PciAddress, Sysfs};
 use peerbuf::plan::{Plan, ReasonCode};
-use peerbuf::{Access, Buffer, BufferRange};
+use peerbuf::{Access, Buffer};
 
 use super::Missing;
 
@@ -124,23 +124,6 @@ fn random(length: u64) -> Vec<u8> {
     bytes
 }
 
-/// The exporter's side: what the importer does is seen by a mapping of the buffer's own.
-fn put(range: &BufferRange, bytes: &[u8]) -> Result<(), BufferError> {
-    let mut mapping = range.map(Access::ReadWrite)?;
-    let mut cpu = mapping.begin_cpu_access(Access::Write)?;
-    cpu.write_at(0, bytes)?;
-    cpu.end()
-}
-
-fn get(range: &BufferRange) -> Result<Vec<u8>, BufferError> {
-    let mut bytes = vec![0; range.len() as usize];
-    let mut mapping = range.map(Access::Read)?;
-    let cpu = mapping.begin_cpu_access(Access::Read)?;
-    cpu.read_at(0, &mut bytes)?;
-    cpu.end()?;
-    Ok(bytes)
-}
-
 fn processor(buffer: &Buffer) -> Result<Met, Refusal> {
     let bytes = random(buffer.size());
     let mut attachment = cpu::attach(&buffer.whole(), Access::ReadWrite)?;
@@ -149,7 +132,7 @@ fn processor(buffer: &Buffer) -> Result<Met, Refusal> {
     access.end()?;
     Ok(Met {
         plan: attachment.plan(),
-        bytes: Some(get(&buffer.whole())? == bytes),
+        bytes: Some(buffer.whole().to_vec()? == bytes),
     })
 }
 
@@ -162,10 +145,10 @@ fn file(buffer: &Buffer, directory: &Path) -> Result<Met, Refusal> {
     first.sync_data()?;
     let (reader, writer) = (open(&first)?, open(&second)?);
     let read = reader.attach(&range)?.read(0)?;
-    let mut right = get(&range)? == bytes;
+    let mut right = range.to_vec()? == bytes;
 
     let bytes = random(range.len());
-    put(&range, &bytes)?;
+    range.write_bytes(&bytes)?;
     let written = writer.attach(&range)?.write(0)?;
     writer.sync()?;
     let mut found = vec![0; bytes.len()];
@@ -199,7 +182,7 @@ fn graphics() -> Found {
 /// Both ways through the GEM handle.
 fn surface(buffer: &Buffer, importer: &DrmImporter) -> Result<Met, Refusal> {
     let bytes = random(buffer.size());
-    put(&buffer.whole(), &bytes)?;
+    buffer.whole().write_bytes(&bytes)?;
     let attachment = importer.attach(&buffer.whole())?;
     let mut mapping = attachment.map(Access::ReadWrite)?;
     let mut access = mapping.begin_cpu_access(Access::ReadWrite)?;
@@ -209,7 +192,7 @@ fn surface(buffer: &Buffer, importer: &DrmImporter) -> Result<Met, Refusal> {
     let bytes = random(buffer.size());
     access.write_at(0, &bytes)?;
     access.end()?;
-    right &= get(&buffer.whole())? == bytes;
+    right &= buffer.whole().to_vec()? == bytes;
     Ok(Met {
         plan: attachment.plan(),
         bytes: Some(right),
@@ -252,18 +235,18 @@ fn camera(buffer: &Buffer) -> Result<Met, Refusal> {
     let mut device = open_vivid().map_err(|error| Refusal::Failed(error.to_string()))?;
     let size = device.format()?.size as usize;
     let whole = buffer.whole();
-    put(&whole, &vec![FILL; whole.len() as usize])?;
+    whole.write_bytes(&vec![FILL; whole.len() as usize])?;
     let plan = {
         let ranges = [whole.clone()];
         let attachment = v4l2::attach(&mut device, &ranges)?;
         attachment.one(LIMIT)?;
         attachment.plan(0)
     };
-    let found = get(&whole)?;
+    let found = whole.to_vec()?;
     let own = peerbuf::export::v4l2::export(&mut device, 2);
     let own = own.map_err(|error| Refusal::Failed(error.to_string()))?;
     let picture = own.one(LIMIT)?;
-    let expected = get(&own.buffers()[picture.index].whole())?;
+    let expected = own.buffers()[picture.index].whole().to_vec()?;
     let right = found[..size] == expected[..size]
         && found[size..].iter().all(|&byte| byte == FILL)
         // A picture of one colour would prove little.
@@ -278,11 +261,11 @@ fn camera(buffer: &Buffer) -> Result<Met, Refusal> {
 fn driven(buffer: &Buffer, edu: &mut Edu) -> Result<Met, Refusal> {
     let range = buffer.range(0, 4 * CHUNK)?;
     let bytes = random(CHUNK);
-    put(&range, &vec![0; range.len() as usize])?;
-    put(&range, &bytes)?;
+    range.write_bytes(&vec![0; range.len() as usize])?;
+    range.write_bytes(&bytes)?;
     let attachment = VfioImporter::new(edu.device()).attach(&range, 1 << 20)?;
     edu.copy(attachment.iova(), attachment.iova() + 2 * CHUNK)?;
-    let found = get(&range)?;
+    let found = range.to_vec()?;
     let part = |number: usize| &found[number * CHUNK as usize..][..CHUNK as usize];
     let untouched = |number| part(number).iter().all(|&byte| byte == 0);
     let right = part(0) == bytes && untouched(1) && part(2) == bytes && untouched(3);
