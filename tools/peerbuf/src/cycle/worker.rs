@@ -54,6 +54,9 @@ pub enum Report {
 /// How long it waits for a buffer before it takes another.
 const PATIENCE: Duration = Duration::from_millis(20);
 
+/// How long the word that it was cut off may take, after an importer has failed.
+const NEWS: Duration = Duration::from_millis(500);
+
 /// How often it goes on writing to memory after it was cut off.
 const LATE_WRITES: u64 = 20;
 
@@ -121,6 +124,18 @@ fn is_end(error: &Failure) -> bool {
     )
 }
 
+/// Why the connection ended, if it does within `limit`.
+fn end_within(subscriber: &Subscriber, limit: Duration) -> Option<ShareError> {
+    let begun = Instant::now();
+    loop {
+        let ended = subscriber.ended();
+        if ended.is_some() || begun.elapsed() >= limit {
+            return ended;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
 impl Worker {
     fn work(&mut self, subscriber: &Subscriber) -> Result<(), Failure> {
         loop {
@@ -138,7 +153,12 @@ impl Worker {
             } else {
                 self.verify(buffer, &lease, which)
             };
-            if let Some(ended) = subscriber.ended() {
+            let ended = match &result {
+                Ok(_) => subscriber.ended(),
+                // The kernel may have taken the memory before the word of it is here.
+                Err(_) => end_within(subscriber, NEWS),
+            };
+            if let Some(ended) = ended {
                 // It was cut off, maybe in the middle: what it does to this memory now must not
                 // reach anybody.
                 if matches!(ended, ShareError::CutOff { .. }) {
