@@ -25,7 +25,8 @@ pub struct Cli {
 /// What to do.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Runs `peerbuf demo` in each of the four topologies and prints the four tables
+    /// Runs `peerbuf demo` in each of the four topologies, then a transfer between two machines by RDMA,
+    /// and prints what each found
     Demo {
         /// The kernel to boot
         #[command(flatten)]
