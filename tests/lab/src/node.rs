@@ -460,17 +460,29 @@ impl Child {
         // SAFETY: The child is ours and was not waited for.
         let pid = unsafe { libc::waitpid(self.0, &raw mut status, 0) };
         assert_eq!(pid, self.0);
-        if libc::WIFSIGNALED(status) {
-            Err(libc::WTERMSIG(status))
-        } else {
-            Ok(libc::WEXITSTATUS(status))
-        }
+        ending(status)
+    }
+
+    /// How it ended, as [`Child::wait`] says it, if it has. Not to be waited for again then.
+    pub fn has_ended(&self) -> Option<Result<i32, i32>> {
+        let mut status = 0;
+        // SAFETY: The child is ours.
+        let pid = unsafe { libc::waitpid(self.0, &raw mut status, libc::WNOHANG) };
+        (pid == self.0).then(|| ending(status))
     }
 
     /// Sends it a signal.
     pub fn kill(&self, signal: i32) {
         // SAFETY: The child is ours and was not waited for.
         assert_eq!(unsafe { libc::kill(self.0, signal) }, 0);
+    }
+}
+
+fn ending(status: i32) -> Result<i32, i32> {
+    if libc::WIFSIGNALED(status) {
+        Err(libc::WTERMSIG(status))
+    } else {
+        Ok(libc::WEXITSTATUS(status))
     }
 }
 

@@ -1,0 +1,175 @@
+//! What is called, and what it may answer.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use peerbuf_uapi as abi;
+
+/// A kind of call.
+pub struct Call {
+    /// Its name.
+    pub name: &'static str,
+    /// The ioctl's number; zero where it is none.
+    pub number: u32,
+    /// What it may answer besides [`ALWAYS`].
+    errnos: &'static [i32],
+    /// Whether a run that never gets past its checks has tested nothing.
+    pub must_succeed: bool,
+}
+
+/// What every call may answer: it is sent with descriptors that were closed, or that stand for
+/// something else by now, and with memory that is not there.
+const ALWAYS: &[i32] = &[
+    libc::EBADF,
+    libc::ENOTTY,
+    libc::EINVAL,
+    libc::EFAULT,
+    libc::E2BIG,
+    libc::ENOMEM,
+];
+
+const fn ioctl(name: &'static str, number: u32, errnos: &'static [i32]) -> Call {
+    Call {
+        name,
+        number,
+        errnos,
+        must_succeed: true,
+    }
+}
+
+const fn other(name: &'static str, errnos: &'static [i32], must_succeed: bool) -> Call {
+    Call {
+        name,
+        number: 0,
+        errnos,
+        must_succeed,
+    }
+}
+
+macro_rules! calls {
+    ($($name:ident = $call:expr;)*) => {
+        calls!(@index 0usize; $($name)*);
+        /// Every kind of call; the constants are places in it.
+        pub const CALLS: &[Call] = &[$($call),*];
+    };
+    (@index $at:expr; $name:ident $($rest:ident)*) => {
+        #[allow(missing_docs)]
+        pub const $name: usize = $at;
+        calls!(@index $at + 1; $($rest)*);
+    };
+    (@index $at:expr;) => {};
+}
+
+use libc::{
+    EACCES, EAGAIN, EALREADY, EBUSY, EINTR, EIO, EMFILE, ENOBUFS, ENODATA, ENODEV, ENOENT, ENOSPC,
+    ENOTCONN, ENXIO, EOPNOTSUPP, EOVERFLOW, EREMOTEIO, ESPIPE, ETIMEDOUT, EUNATCH,
+};
+
+/// What an exporter may answer to an importer that maps.
+const MAPPING: &[i32] = &[
+    EBUSY, ENOTCONN, EINTR, ETIMEDOUT, ENODEV, EREMOTEIO, EOPNOTSUPP,
+];
+
+calls! {
+    QUERY = ioctl("QUERY", abi::IOC_QUERY, &[ENODEV, EAGAIN]);
+    EXPORT = ioctl("EXPORT", abi::IOC_EXPORT,
+        &[EOVERFLOW, EOPNOTSUPP, EBUSY, ENOSPC, ENODEV, EAGAIN, EACCES, EMFILE]);
+    EXPORT_RANGES = ioctl("EXPORT_RANGES", abi::IOC_EXPORT_RANGES,
+        &[EOVERFLOW, EOPNOTSUPP, EBUSY, ENOSPC, ENODEV, EAGAIN, EACCES, EMFILE]);
+    MOVE = ioctl("MOVE", abi::IOC_MOVE, &[EBUSY, EOPNOTSUPP, ENODEV, EACCES, EINTR]);
+    REVOKE = ioctl("REVOKE", abi::IOC_REVOKE, &[ENODEV, EACCES]);
+    RESTORE = ioctl("RESTORE", abi::IOC_RESTORE, &[EBUSY, EALREADY, ENODEV, EACCES]);
+    WATCH = ioctl("WATCH", abi::IOC_WATCH, &[ENOSPC, ENODEV]);
+    UNWATCH = ioctl("UNWATCH", abi::IOC_UNWATCH, &[ENOENT, ENODEV]);
+    PROVIDER_OPEN = ioctl("PROVIDER_OPEN", abi::IOC_PROVIDER_OPEN,
+        &[ENXIO, EUNATCH, ENODEV, EOPNOTSUPP, ENOSPC, EINTR, EACCES, EMFILE]);
+    BUFFER = ioctl("BUFFER", abi::IOC_BUFFER, &[]);
+    ATTACH = ioctl("ATTACH", abi::IOC_IMPORT_ATTACH,
+        &[ENXIO, EUNATCH, EMFILE, EOPNOTSUPP, ENODEV, EREMOTEIO, EBUSY, EINTR]);
+    MAP = ioctl("MAP", abi::IOC_IMPORT_MAP, MAPPING);
+    UNMAP = ioctl("UNMAP", abi::IOC_IMPORT_UNMAP, &[ENOENT]);
+    PIN = ioctl("PIN", abi::IOC_IMPORT_PIN, &[EBUSY, ENOTCONN, ENODEV]);
+    UNPIN = ioctl("UNPIN", abi::IOC_IMPORT_UNPIN, &[ENOENT, EBUSY, ENOTCONN]);
+    FENCE = ioctl("FENCE", abi::IOC_IMPORT_FENCE, &[EBUSY, ENOTCONN]);
+    SIGNAL = ioctl("SIGNAL", abi::IOC_IMPORT_SIGNAL, &[ENOENT]);
+    VMAP = ioctl("VMAP", abi::IOC_IMPORT_VMAP, MAPPING);
+    VUNMAP = ioctl("VUNMAP", abi::IOC_IMPORT_VUNMAP, &[ENOENT]);
+    DETACH = ioctl("DETACH", abi::IOC_IMPORT_DETACH, &[ENOTCONN]);
+    IMPORT_QUERY = ioctl("IMPORT_QUERY", abi::IOC_IMPORT_QUERY, &[]);
+    SYNC = ioctl("DMA_BUF_SYNC", 0x4008_6200, &[ENODEV, EINTR]);
+    SET_NAME = ioctl("DMA_BUF_SET_NAME", 0x4008_6201, &[]);
+    EXPORT_SYNC_FILE = ioctl("DMA_BUF_EXPORT_SYNC_FILE", 0xc008_6202, &[EMFILE]);
+    IMPORT_SYNC_FILE = ioctl("DMA_BUF_IMPORT_SYNC_FILE", 0x4008_6203, &[]);
+    NO_IOCTL = other("an ioctl that does not exist", &[], false);
+    OPEN = other("open", &[ENOENT, ENODEV, ENXIO], true);
+    CLOSE = other("close", &[], true);
+    MMAP = other("mmap", &[ENODEV, EACCES], true);
+    MUNMAP = other("munmap", &[], true);
+    // A pipe between two threads: full, or empty.
+    TOUCH = other("touch a mapping", &[EAGAIN], true);
+    READ_DISK = other("direct read", &[EIO, EREMOTEIO, ENODATA, EOPNOTSUPP], true);
+    WRITE_DISK = other("direct write", &[EIO, EREMOTEIO, ENODATA, EOPNOTSUPP], true);
+    POLL = other("poll", &[EINTR], true);
+    SEEK = other("lseek", &[ESPIPE], true);
+    FDINFO = other("fdinfo", &[ENOENT, ENOBUFS], true);
+}
+
+impl Call {
+    /// Whether it may answer so.
+    pub fn may_answer(&self, errno: i32) -> bool {
+        errno == 0 || ALWAYS.contains(&errno) || self.errnos.contains(&errno)
+    }
+}
+
+/// Errnos from 0, which is success, up to the last that has a name.
+pub const ERRNOS: usize = 134;
+
+/// How often each call answered what. Lives in memory that processes share, all zero at first.
+#[repr(C)]
+pub struct Counts([[AtomicU64; ERRNOS]; CALLS.len()]);
+
+impl Counts {
+    /// Counts an answer.
+    pub fn add(&self, call: usize, errno: i32) {
+        let errno = usize::try_from(errno).unwrap_or(ERRNOS).min(ERRNOS - 1);
+        self.0[call][errno].fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Calls that were answered.
+    pub fn all(&self) -> u64 {
+        (0..CALLS.len()).map(|call| self.of(call)).sum()
+    }
+
+    /// Those of one kind.
+    pub fn of(&self, call: usize) -> u64 {
+        let counts = self.0[call].iter();
+        counts.map(|count| count.load(Ordering::Relaxed)).sum()
+    }
+
+    /// Those that succeeded.
+    pub fn succeeded(&self, call: usize) -> u64 {
+        self.0[call][0].load(Ordering::Relaxed)
+    }
+
+    /// A line for each call.
+    pub fn table(&self) -> String {
+        let mut text = format!("{:<30} {:>9} {:>9}  errnos\n", "call", "made", "done");
+        for (call, about) in CALLS.iter().enumerate() {
+            let failed: Vec<String> = (1..ERRNOS)
+                .filter_map(|errno| {
+                    let count = self.0[call][errno].load(Ordering::Relaxed);
+                    let name = peerbuf::Errno(errno as i32);
+                    let name = name.name().map_or(format!("{errno}"), str::to_owned);
+                    (count != 0).then(|| format!("{name} {count}"))
+                })
+                .collect();
+            text += &format!(
+                "{:<30} {:>9} {:>9}  {}\n",
+                about.name,
+                self.of(call),
+                self.succeeded(call),
+                failed.join(", ")
+            );
+        }
+        text + &format!("{:<30} {:>9}\n", "all", self.all())
+    }
+}

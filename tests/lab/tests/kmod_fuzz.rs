@@ -1,0 +1,23 @@
+//! The fuzzer, for as many calls as a test may take. Runs in the guest.
+//!
+//! `cargo lab fuzz --minutes N` goes on longer, from other seeds.
+
+use peerbuf_lab_suite::fuzz::{Plan, run};
+
+#[test]
+fn two_hundred_thousand_random_calls_do_no_harm() {
+    let plan = Plan {
+        seed: 20,
+        calls: 200_000,
+        ..Plan::default()
+    };
+    let report = run(&plan);
+    println!("{report}");
+    assert!(report.calls() >= 200_000);
+    // Calls that are all refused at the door would test nothing but the door.
+    let in_vain = report.in_vain(100);
+    assert!(
+        in_vain.is_empty(),
+        "hardly ever done: {in_vain:?}\n{report}"
+    );
+}
