@@ -281,6 +281,10 @@ impl Device {
             length: request.length,
             ..Export::default()
         };
+        let range = RangeRequest::Bar {
+            offset: request.offset,
+            length: request.length,
+        };
         let exported = sys::peerbuf::export(self.fd.as_fd(), argument);
         let (offset, fd) = exported.map_err(|errno| ExportError::System {
             cause: SystemError::new(
@@ -288,13 +292,24 @@ impl Device {
                 format!("{} BAR {}", info.address, request.bar),
                 errno,
             ),
-            hint: explain(errno, &info, &request),
+            hint: explain(errno, &info, request.bar, &[range]),
         })?;
         let name = format!("{} BAR {} at {offset:#x}", info.address, request.bar);
+        self.exported(fd, &info, request.bar, name)
+    }
+
+    /// The buffer behind a descriptor that the module has just given.
+    fn exported(
+        &self,
+        fd: OwnedFd,
+        info: &DeviceInfo,
+        bar: u8,
+        name: String,
+    ) -> Result<Buffer, ExportError> {
         let provenance = Provenance {
             kind: self.kind(),
             device: Some(info.address),
-            bar: Some(request.bar),
+            bar: Some(bar),
             name,
         };
         Ok(Buffer::from_dmabuf(DmaBuf::from_fd(fd)?, provenance))
@@ -302,26 +317,35 @@ impl Device {
 }
 
 /// What is known about why the module refused an export.
-fn explain(errno: Errno, info: &DeviceInfo, request: &Request) -> String {
-    let Some(bar) = info.bars.iter().find(|bar| bar.index == request.bar) else {
+/// What a person can do about an export that was refused.
+fn explain(errno: Errno, info: &DeviceInfo, bar: u8, ranges: &[RangeRequest]) -> String {
+    let Some(bar) = info.bars.iter().find(|found| found.index == bar) else {
         let have: Vec<String> = info.bars.iter().map(|bar| bar.index.to_string()).collect();
         return format!(": the memory BARs of this device are {}", have.join(", "));
     };
     let page = u64::from(info.page_size);
-    let offset = request.offset.unwrap_or(0);
+    let places = || {
+        ranges.iter().map(|range| match *range {
+            RangeRequest::Bar { offset, length } => (offset.unwrap_or(0), length, bar.size),
+            RangeRequest::System { length } => (0, length, u64::MAX),
+        })
+    };
     match errno {
         Errno(28 | 16) => format!(
             ": {} of {} bytes are free, the longest run is {}",
             bar.free, bar.size, bar.largest_free
         ),
-        Errno::INVAL if request.length == 0 => ": the length is 0".into(),
-        Errno::INVAL if !(offset | request.length).is_multiple_of(page) => {
+        Errno::INVAL if ranges.is_empty() => ": there is no range".into(),
+        Errno::INVAL if places().any(|(_, length, _)| length == 0) => ": the length is 0".into(),
+        Errno::INVAL
+            if places().any(|(offset, length, _)| !(offset | length).is_multiple_of(page)) =>
+        {
             format!(": offset and length must be multiples of {page}")
         }
         Errno::INVAL
-            if offset
-                .checked_add(request.length)
-                .is_none_or(|end| end > bar.size) =>
+            if places().any(|(offset, length, size)| {
+                offset.checked_add(length).is_none_or(|end| end > size)
+            }) =>
         {
             format!(": the BAR has {} bytes", bar.size)
         }
@@ -330,3 +354,56 @@ fn explain(errno: Errno, info: &DeviceInfo, request: &Request) -> String {
 }
 
 const _: () = assert!(NUM_BARS <= u8::MAX as usize);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refusal_of_any_range_says_what_can_be_done() {
+        let info = DeviceInfo {
+            address: "0000:04:00.0".parse().unwrap(),
+            vendor: 0,
+            device: 0,
+            page_size: 4096,
+            bars: vec![BarInfo {
+                index: 2,
+                size: 1 << 20,
+                free: 8192,
+                largest_free: 4096,
+                exports: 1,
+                prefetchable: true,
+                is_64bit: true,
+                exportable: true,
+                pages: true,
+            }],
+        };
+        let bar = |offset, length| RangeRequest::Bar { offset, length };
+        let system = |length| RangeRequest::System { length };
+        let good = bar(None, 4096);
+        let invalid = Errno::INVAL;
+        for (errno, index, ranges, said) in [
+            (
+                invalid,
+                3,
+                &[good][..],
+                "the memory BARs of this device are 2",
+            ),
+            (invalid, 2, &[], "there is no range"),
+            (invalid, 2, &[good, system(0)], "the length is 0"),
+            (invalid, 2, &[good, bar(Some(1), 4096)], "multiples of 4096"),
+            (
+                invalid,
+                2,
+                &[good, bar(Some(1 << 20), 4096)],
+                "1048576 bytes",
+            ),
+            (Errno::BUSY, 2, &[good], "8192 of 1048576 bytes are free"),
+        ] {
+            let hint = explain(errno, &info, index, ranges);
+            assert!(hint.contains(said), "{hint:?} does not say {said:?}");
+        }
+        // As much system memory as one likes: that is for the kernel to refuse.
+        assert_eq!(explain(invalid, &info, 2, &[good, system(1 << 40)]), "");
+    }
+}

@@ -9,8 +9,8 @@ use peerbuf_uapi as abi;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd};
 use rustix::fs::OFlags;
 
-use super::Device;
-use crate::buffer::{Access, Buffer, DmaBuf, Provenance};
+use super::{Device, explain};
+use crate::buffer::{Access, Buffer, DmaBuf};
 use crate::errno::Errno;
 use crate::error::{ControlError, ExportError, SystemError};
 use crate::sys;
@@ -288,7 +288,7 @@ impl Device {
                 format!("{} BAR {}", info.address, request.bar),
                 errno,
             ),
-            hint: String::new(),
+            hint: explain(errno, &info, request.bar, &request.ranges),
         })?;
         let first = ranges.first().map_or(0, |range| range.offset);
         let name = format!(
@@ -297,13 +297,7 @@ impl Device {
             request.bar,
             ranges.len()
         );
-        let provenance = Provenance {
-            kind: self.kind(),
-            device: Some(info.address),
-            bar: Some(request.bar),
-            name,
-        };
-        Ok(Buffer::from_dmabuf(DmaBuf::from_fd(fd)?, provenance))
+        self.exported(fd, &info, request.bar, name)
     }
 
     /// Moves a buffer that this device has exported (`PEERBUF_IOC_MOVE`). When it returns, every
