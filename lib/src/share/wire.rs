@@ -11,6 +11,7 @@ use bytemuck::{Pod, Zeroable};
 use super::{Grant, Placement};
 use crate::buffer::{Buffer, BufferRange, Kind, Provenance};
 use crate::error::ShareError;
+use crate::fuzz::Said;
 use crate::plan::topology::PciAddress;
 
 const MAGIC: [u8; 8] = *b"peerbuf\0";
@@ -495,14 +496,28 @@ fn text(field: &[u8]) -> Option<&str> {
 }
 
 /// What any end does with a message. For tests.
-pub(crate) fn decode_any(message: &[u8]) -> Result<(), ShareError> {
+pub(crate) fn decode_any(message: &[u8]) -> Result<Said, ShareError> {
     let (kind, records) = open(message)?;
+    let mut said = Said::default();
+    let describe = |said: &mut Said, what: &Checked<'_>| {
+        said.ranges.push([what.offset, what.length, what.size]);
+        said.bars.extend(what.bar);
+        said.texts.push(what.name.to_owned());
+        said.descriptors.push(what.descriptors());
+    };
     match kind {
-        Message::HandOver => decode(&hand_over(message)?).map(drop),
-        Message::Hello => Ok(()),
-        Message::Offer => entries(records).map(drop),
-        _ => notes(records).map(drop),
+        Message::HandOver => describe(&mut said, &decode(&hand_over(message)?)?),
+        Message::Hello => {}
+        Message::Offer => {
+            for (entry, _) in &entries(records)? {
+                let entry = entry.check()?;
+                describe(&mut said, &entry.what);
+                said.texts.push(entry.name.to_owned());
+            }
+        }
+        _ => said.notes = notes(records)?.len(),
     }
+    Ok(said)
 }
 
 /// A valid message of each kind. For tests.

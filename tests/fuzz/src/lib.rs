@@ -1,11 +1,21 @@
-//! Fuzz targets for what decodes bytes from outside: messages of other processes, and the kernel's
-//! texts.
+//! Fuzz targets for what decodes bytes from outside: messages of other processes and machines, and
+//! the kernel's texts.
 //!
-//! They run in plain `cargo test`, each for a second or so, by `proptest`: `cargo fuzz` would be the
-//! usual tool, but needs a nightly compiler, which a machine that builds peerbuf need not have. Each
-//! case begins with a file of the corpus and mutates it. A case that fails is shrunk, and kept by
-//! `proptest` in a file beside the test that is run first from then on. More cases:
-//! `PROPTEST_CASES=1000000 cargo test -p peerbuf-fuzz --release`.
+//! A target is a function in [`targets`], which panics when a promise is broken. Two programs call it:
+//!
+//! - libFuzzer, which sees what each case reaches in the code and goes on from there.
+//!   `tests/fuzz/run SECONDS` gives each target that long, as CI does, and installs `cargo fuzz` first
+//!   where it is missing. With a `cargo fuzz` of your own, from the repository's root:
+//!   `cargo fuzz run --fuzz-dir tests/fuzz --sanitizer none message`. Without a sanitizer the stable
+//!   compiler will do, and the decoders have no `unsafe` for one to look at.
+//! - `proptest` in plain `cargo test`, each for a second or so, on any machine: libFuzzer needs a C++
+//!   compiler. Each case begins with a file of the corpus and mutates it. A case that fails is shrunk,
+//!   and kept in a file beside the test that is run first from then on. More cases:
+//!   `PROPTEST_CASES=1000000 cargo test -p peerbuf-fuzz --release`.
+//!
+//! Both begin with the same corpus.
+
+pub mod targets;
 
 use std::path::Path;
 
@@ -69,4 +79,21 @@ pub fn mutate(bytes: &mut Vec<u8>, mutations: &[Mutation]) {
             }
         }
     }
+}
+
+/// The `main` of a program in `fuzz_targets`: libFuzzer's, or a word on how to get that.
+#[macro_export]
+macro_rules! program {
+    ($target:ident) => {
+        #[cfg(fuzzing)]
+        libfuzzer_sys::fuzz_target!(|bytes: &[u8]| $crate::targets::$target(bytes));
+
+        #[cfg(not(fuzzing))]
+        fn main() {
+            eprintln!(
+                "built without libFuzzer, so there is nothing to run: see tests/fuzz/src/lib.rs"
+            );
+            std::process::exit(2);
+        }
+    };
 }

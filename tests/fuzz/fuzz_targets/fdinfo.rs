@@ -1,0 +1,4 @@
+//! What procfs says of a dma-buf, under libFuzzer.
+#![cfg_attr(fuzzing, no_main)]
+
+peerbuf_fuzz::program!(fdinfo);
