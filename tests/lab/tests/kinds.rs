@@ -6,11 +6,12 @@ use std::time::{Duration, Instant};
 use peerbuf::buffer::{FenceState, Kind};
 use peerbuf::device::drm::Card;
 use peerbuf::device::v4l2::VideoDevice;
-use peerbuf::error::{BufferError, ExportError, ImportError};
+use peerbuf::error::{BufferError, ExportError, ImportError, ShareError};
 use peerbuf::export::{drm, heap, memfd, udmabuf};
 use peerbuf::import::drm::DrmImporter;
 use peerbuf::import::{iommufd, v4l2};
 use peerbuf::plan::{Path, ReasonCode};
+use peerbuf::share::{Channel, Copied, Publisher, Subscriber};
 use peerbuf::{Access, Buffer, DmaBuf};
 use peerbuf_lab_suite::bytes::{get, put};
 use peerbuf_lab_suite::modules;
@@ -248,6 +249,74 @@ fn waiting_for_a_device_ends_when_it_is_done_or_at_the_limit() {
     assert_eq!(fences.state().unwrap(), FenceState::Done);
     dmabuf.wait(Access::Write, SECOND).unwrap();
     other.wait(Access::Write, SECOND).unwrap();
+}
+
+/// Serves until `done`.
+fn serve(publisher: &mut Publisher, mut done: impl FnMut(&Publisher) -> bool) {
+    let begun = Instant::now();
+    while !done(publisher) {
+        assert!(begun.elapsed() < 20 * SECOND, "it never happened");
+        publisher.serve_for(Duration::from_millis(1)).unwrap();
+    }
+}
+
+#[test]
+fn a_published_buffer_stays_where_it_is_and_is_withheld_while_a_device_works_on_it() {
+    let limit = Duration::from_millis(100);
+    let busy = |error: ShareError| match error {
+        ShareError::DeviceBusy { name, limit: told } => {
+            assert_eq!((name.as_str(), told), ("frames", limit));
+        }
+        other => panic!("{other}"),
+    };
+    let card = modules::vgem();
+    let mut publisher = Publisher::new().unwrap();
+    let (ours, theirs) = Channel::pair().unwrap();
+    publisher.add(ours).unwrap();
+    let subscriber = Subscriber::new(theirs).unwrap();
+    let backing = Copied::new(|_| udmabuf::export("memory", MIB)).unwrap();
+    let id = publisher.publish("frames", backing).unwrap();
+    serve(&mut publisher, |publisher| publisher.accepted(id) == 1);
+
+    // The subscriber lets go at once; what it began goes on.
+    let bytes = random(MIB);
+    let lease = subscriber.buffer("frames").unwrap();
+    put(&lease.whole(), &bytes);
+    let attached = DrmImporter::new(&card).attach(&lease.whole()).unwrap();
+    let work = Work::begin(&card, attached.handle().into(), false);
+    drop((attached, lease));
+    let begun = Instant::now();
+    busy(publisher.migrate(id, limit).unwrap_err());
+    assert!((limit..5 * SECOND).contains(&begun.elapsed()));
+    assert_eq!(publisher.generation(id), Some(1));
+    // It was given back, and nobody gets it, while the old subscriber is as good as before.
+    publisher.serve_for(limit).unwrap();
+    assert_eq!(
+        (publisher.holders(id), publisher.subscribers().count()),
+        (0, 1)
+    );
+    let nobody = subscriber.buffer_within("frames", limit);
+    assert!(
+        matches!(nobody, Err(ShareError::TimedOut { .. })),
+        "{nobody:?}"
+    );
+
+    work.end();
+    assert_eq!(publisher.migrate(id, SECOND).unwrap().generation, 2);
+    serve(&mut publisher, |publisher| publisher.accepted(id) == 1);
+    let lease = subscriber.buffer("frames").unwrap();
+    assert_eq!(lease.generation(), 2);
+    assert!(get(&lease.whole()) == bytes);
+
+    // As much for taking it back, also from one that is gone in the meantime.
+    let attached = DrmImporter::new(&card).attach(&lease.whole()).unwrap();
+    let work = Work::begin(&card, attached.handle().into(), true);
+    drop((attached, lease, subscriber));
+    busy(publisher.withdraw(id, limit).unwrap_err());
+    assert!(publisher.buffer(id).is_some());
+    work.end();
+    publisher.withdraw(id, SECOND).unwrap();
+    assert!(publisher.buffer(id).is_none());
 }
 
 #[test]
