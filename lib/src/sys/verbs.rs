@@ -895,8 +895,9 @@ impl QueuePair {
             QpAttr {
                 qp_state: 3, // RTS
                 sq_psn: sequence,
-                timeout: 16, // 0.27 s, of which there are seven
-                retry_cnt: 7,
+                timeout: 18, // 1.07 s, of which there are seven
+                // Not 7, which is for ever with soft-RoCE: nobody would hear of a peer that is gone.
+                retry_cnt: 6,
                 rnr_retry: 7, // for ever: the other end has not posted a receive yet
                 max_rd_atomic: 16,
                 ..QpAttr::default()

@@ -204,7 +204,8 @@ impl Endpoint {
     }
 
     /// Connects it to the other end, which does the same. Work for it can be posted at once; the
-    /// other end's own must have connected before it arrives, within some two seconds.
+    /// other end's own must have connected before it arrives, within some seven seconds. So long also
+    /// is an end that has gone waited for ([`Status::UNANSWERED`]).
     ///
     /// # Errors
     /// The call that failed: `EINVAL`, `ENETUNREACH` or `ETIMEDOUT` for an address that the card
