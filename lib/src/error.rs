@@ -339,6 +339,19 @@ pub enum RdmaError {
         /// What has happened.
         why: String,
     },
+    /// The connection was stopped, because a buffer had to be given back that it was using. Nothing
+    /// was given to the card.
+    #[error(
+        "the connection of {card} was stopped, because a buffer had to be given back that it was \
+         using; connect again"
+    )]
+    Stopped {
+        /// The card.
+        card: String,
+    },
+    /// What a publisher lends could not be had.
+    #[error(transparent)]
+    Share(Box<ShareError>),
     /// Parts of a request do not fit each other. Nothing was given to the card.
     #[error("these do not go together: {what}")]
     Mismatch {

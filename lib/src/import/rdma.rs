@@ -13,6 +13,16 @@
 //! An address in a registration is an offset in the buffer: byte 4096 of the buffer is at address
 //! 4096, whichever part of it was registered. So an offset cannot get lost between two machines.
 //!
+//! # When the buffer moves
+//!
+//! A registered dma-buf is pinned: it can be revoked, and does not move. Most cards cannot fault, so a
+//! region whose memory has gone could only ever answer with errors, and the kernel has no way to
+//! give it other memory under the same key. What moves a registered buffer is therefore an agreement
+//! between programs: a [`Publisher`](crate::share::Publisher) wants it back, whoever has it registered
+//! lets go, and registers what it becomes. A [`Follower`] does that by itself, and
+//! [`Follower::write`] and [`Follower::read`] carry bytes meanwhile. A buffer of this process can be
+//! lent by a publisher of this process, over [`Channel::pair`](crate::share::Channel::pair).
+//!
 //! libibverbs is opened when it is first needed. Without it, [`probe`] says so, and the rest of the
 //! crate works.
 //!
@@ -51,7 +61,9 @@
 //! each field with the header.
 
 mod connection;
+mod follow;
 mod registration;
+mod transfer;
 
 use std::path::Path as FilePath;
 use std::sync::Arc;
@@ -59,7 +71,9 @@ use std::sync::Arc;
 pub use connection::{
     Address, Completion, Connection, Endpoint, Operation, Remote, Status, WorkError, WorkId,
 };
+pub use follow::Follower;
 pub use registration::{Attempt, Layer, Piece, Registration, Rung};
+pub use transfer::{Link, Span, Transferred};
 
 use crate::error::{RdmaError, SystemError, Unavailable};
 use crate::sys::verbs::{self, Domain, GidEntry};

@@ -773,9 +773,9 @@ pub(crate) struct Peer {
 /// A queue pair of the reliable-connected kind, with a completion queue and channel of its own.
 ///
 /// # Invariants
-/// All three are live. Posting and polling are called with `&mut self` only, so from one thread at
-/// a time.
-pub(crate) struct QueuePair {
+/// All three are live. Posting and polling are called by the one [`QueuePair`] only, with
+/// `&mut self`, so from one thread at a time; changing the state from any.
+pub(crate) struct Pair {
     domain: Arc<Domain>,
     channel: NonNull<CompChannel>,
     cq: NonNull<Cq>,
@@ -783,7 +783,15 @@ pub(crate) struct QueuePair {
 }
 
 // SAFETY: nothing in them is tied to a thread.
-unsafe impl Send for QueuePair {}
+unsafe impl Send for Pair {}
+// SAFETY: what is called with `&self` is `ibv_modify_qp`, which may be called from any thread
+// (libibverbs and its providers lock what needs it), and reading fields that do not change.
+unsafe impl Sync for Pair {}
+
+/// The right to post to a [`Pair`] and to poll it.
+pub(crate) struct QueuePair {
+    pair: Arc<Pair>,
+}
 
 impl QueuePair {
     /// Makes one for so many requests in each direction.
@@ -835,14 +843,17 @@ impl QueuePair {
             }
             return Err(errno);
         };
-        // INVARIANT: just made.
-        let pair = QueuePair {
+        // INVARIANT: just made, and there is one `QueuePair` for it.
+        let pair = Pair {
             domain: Arc::clone(domain),
             channel,
             cq,
             qp,
         };
-        pair.modify(
+        let pair = QueuePair {
+            pair: Arc::new(pair),
+        };
+        pair.pair.modify(
             QpAttr {
                 qp_state: 1, // INIT
                 port_num: PORT,
@@ -855,15 +866,15 @@ impl QueuePair {
         Ok(pair)
     }
 
-    fn modify(&self, mut attributes: QpAttr, mask: c_int) -> Result<(), Errno> {
-        // SAFETY: the pair is live, and the struct is whole.
-        check(unsafe { (self.domain.library.modify_qp)(self.qp.as_ptr(), &mut attributes, mask) })
+    /// What other threads may stop it by.
+    pub(crate) fn pair(&self) -> &Arc<Pair> {
+        &self.pair
     }
 
     /// Its number, 24 bits.
     pub(crate) fn number(&self) -> u32 {
         // SAFETY: live; the field does not change.
-        unsafe { (*self.qp.as_ptr()).qp_num }
+        unsafe { (*self.pair.qp.as_ptr()).qp_num }
     }
 
     /// Connects it: `RTR`, then `RTS`. `source` is the place of this end's address in its table,
@@ -877,7 +888,7 @@ impl QueuePair {
             port_num: PORT,
             ..AhAttr::default()
         };
-        self.modify(
+        self.pair.modify(
             QpAttr {
                 qp_state: 2, // RTR
                 path_mtu: peer.mtu,
@@ -891,7 +902,7 @@ impl QueuePair {
             // IBV_QP_STATE, AV, PATH_MTU, RQ_PSN, MIN_RNR_TIMER, MAX_DEST_RD_ATOMIC, DEST_QPN
             1 << 0 | 1 << 7 | 1 << 8 | 1 << 12 | 1 << 15 | 1 << 17 | 1 << 20,
         )?;
-        self.modify(
+        self.pair.modify(
             QpAttr {
                 qp_state: 3, // RTS
                 sq_psn: sequence,
@@ -905,15 +916,6 @@ impl QueuePair {
             // IBV_QP_STATE, TIMEOUT, RETRY_CNT, RNR_RETRY, MAX_QP_RD_ATOMIC, SQ_PSN
             1 << 0 | 1 << 9 | 1 << 10 | 1 << 11 | 1 << 13 | 1 << 16,
         )
-    }
-
-    /// Ends all work: what is posted completes as flushed.
-    pub(crate) fn stop(&self) -> Result<(), Errno> {
-        let attributes = QpAttr {
-            qp_state: 6, // ERR
-            ..QpAttr::default()
-        };
-        self.modify(attributes, 1 << 0)
     }
 
     /// Posts a request of this end. Its completion has the id.
@@ -947,8 +949,8 @@ impl QueuePair {
         // SAFETY: the pair is live, and its context's functions are the provider's. The request is
         // copied during the call.
         check(unsafe {
-            let post = (*self.domain.context.as_ptr()).ops.post_send;
-            post(self.qp.as_ptr(), &mut request, &mut bad)
+            let post = (*self.pair.domain.context.as_ptr()).ops.post_send;
+            post(self.pair.qp.as_ptr(), &mut request, &mut bad)
         })
     }
 
@@ -964,8 +966,8 @@ impl QueuePair {
         let mut bad = ptr::null_mut();
         // SAFETY: as in `post`.
         check(unsafe {
-            let post = (*self.domain.context.as_ptr()).ops.post_recv;
-            post(self.qp.as_ptr(), &mut request, &mut bad)
+            let post = (*self.pair.domain.context.as_ptr()).ops.post_recv;
+            post(self.pair.qp.as_ptr(), &mut request, &mut bad)
         })
     }
 
@@ -974,8 +976,8 @@ impl QueuePair {
         let mut done = Wc::default();
         // SAFETY: the queue is live, and there is room for the one completion that is asked for.
         let count = unsafe {
-            let poll = (*self.domain.context.as_ptr()).ops.poll_cq;
-            poll(self.cq.as_ptr(), 1, &mut done)
+            let poll = (*self.pair.domain.context.as_ptr()).ops.poll_cq;
+            poll(self.pair.cq.as_ptr(), 1, &mut done)
         };
         match count {
             0 => Ok(None),
@@ -994,15 +996,15 @@ impl QueuePair {
     pub(crate) fn arm(&mut self) -> Result<(), Errno> {
         // SAFETY: the queue is live.
         check(unsafe {
-            let notify = (*self.domain.context.as_ptr()).ops.req_notify_cq;
-            notify(self.cq.as_ptr(), 0)
+            let notify = (*self.pair.domain.context.as_ptr()).ops.req_notify_cq;
+            notify(self.pair.cq.as_ptr(), 0)
         })
     }
 
     /// Readable when there is an event.
     pub(crate) fn events(&self) -> BorrowedFd<'_> {
         // SAFETY: the channel is live and keeps its descriptor open.
-        unsafe { BorrowedFd::borrow_raw((*self.channel.as_ptr()).fd) }
+        unsafe { BorrowedFd::borrow_raw((*self.pair.channel.as_ptr()).fd) }
     }
 
     /// Takes one event, once [`QueuePair::events`] is readable.
@@ -1010,10 +1012,14 @@ impl QueuePair {
         let (mut cq, mut context) = (ptr::null_mut(), ptr::null_mut());
         // SAFETY: the channel is live.
         check(unsafe {
-            (self.domain.library.get_cq_event)(self.channel.as_ptr(), &mut cq, &mut context)
+            (self.pair.domain.library.get_cq_event)(
+                self.pair.channel.as_ptr(),
+                &mut cq,
+                &mut context,
+            )
         })?;
         // SAFETY: it is the queue's event, which is acknowledged once.
-        unsafe { (self.domain.library.ack_cq_events)(cq, 1) };
+        unsafe { (self.pair.domain.library.ack_cq_events)(cq, 1) };
         Ok(())
     }
 }
@@ -1026,7 +1032,33 @@ fn sge(local: Local) -> Sge {
     }
 }
 
-impl Drop for QueuePair {
+impl Pair {
+    fn modify(&self, mut attributes: QpAttr, mask: c_int) -> Result<(), Errno> {
+        // SAFETY: the pair is live, and the struct is whole.
+        check(unsafe { (self.domain.library.modify_qp)(self.qp.as_ptr(), &mut attributes, mask) })
+    }
+
+    /// Ends all work: what is posted completes as flushed.
+    pub(crate) fn stop(&self) -> Result<(), Errno> {
+        let attributes = QpAttr {
+            qp_state: 6, // ERR
+            ..QpAttr::default()
+        };
+        self.modify(attributes, 1 << 0)
+    }
+
+    /// Ends all work, of both ends, and forgets it: when this returns the card is done with every
+    /// region, and nothing more completes.
+    pub(crate) fn forget(&self) -> Result<(), Errno> {
+        // First, since what is flushed by it can still be polled.
+        self.stop()?;
+        // IBV_QPS_RESET. Soft-RoCE keeps the region of a message of which only a part has come until
+        // then, and deregistering it would wait for the rest.
+        self.modify(QpAttr::default(), 1 << 0)
+    }
+}
+
+impl Drop for Pair {
     fn drop(&mut self) {
         let library = self.domain.library;
         // The card has stopped when the pair is destroyed.

@@ -540,7 +540,7 @@ fn a_revoke_in_mid_transfer_ends_it_with_an_error_and_nothing_else_changes() {
 
     // The key is nobody else's while the registration is there.
     let slot = |remote: &Remote| remote.to_bytes()[16..19].to_vec();
-    let page = source.range().buffer().range(0, 4096).unwrap();
+    let page = source.range().unwrap().buffer().range(0, 4096).unwrap();
     for _ in 0..500 {
         let other = card.register(&page, ALL).unwrap();
         assert_ne!(slot(&other.remote().unwrap()), slot(&remote));

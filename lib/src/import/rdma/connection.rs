@@ -1,14 +1,17 @@
 //! Reliable connections: posting work, and what becomes of it.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::fmt;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
-use super::{Card, Piece};
+use super::{Card, Piece, Registration};
 use crate::error::{BufferError, RdmaError, SystemError};
-use crate::sys::verbs::{Done, Peer, QueuePair, Verb};
+use crate::sys::verbs::{Done, Pair, Peer, QueuePair, Verb};
 
 /// The longest message of one request, in bytes: what every card can.
 pub(crate) const LONGEST: u64 = 1 << 30;
@@ -152,9 +155,31 @@ impl Remote {
     }
 }
 
+/// What others may stop a connection by, from any thread.
+pub(super) struct Line {
+    pair: Arc<Pair>,
+    /// Set when the card has forgotten all that was posted.
+    stopped: AtomicBool,
+    /// Readable from then on.
+    wake: OwnedFd,
+}
+
+impl Line {
+    /// Ends all work, of both ends. When this returns the card is done with every region; what was
+    /// in flight comes back to the connection's owner as flushed.
+    pub(super) fn stop(&self) {
+        // It fails for a card that is gone, and with it the work.
+        let _ = self.pair.forget();
+        self.stopped.store(true, Ordering::Release);
+        // It can only be full of wake-ups already.
+        let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+    }
+}
+
 /// One end of a connection that is to be.
 pub struct Endpoint {
     queue: QueuePair,
+    line: Arc<Line>,
     card: Card,
     sequence: u32,
     mtu: i32,
@@ -180,9 +205,17 @@ impl Card {
         let domain = &self.inner.domain;
         let failed = |call| move |errno| SystemError::new(call, self.name(), errno);
         let mtu = domain.active_mtu().map_err(failed("ibv_query_port"))?;
+        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
+        let wake = eventfd(0, flags).map_err(|errno| failed("eventfd")(errno.into()))?;
         let queue = QueuePair::new(domain, depth).map_err(failed("ibv_create_qp"))?;
+        let line = Line {
+            pair: Arc::clone(queue.pair()),
+            stopped: AtomicBool::new(false),
+            wake,
+        };
         Ok(Endpoint {
             queue,
+            line: Arc::new(line),
             card: self.clone(),
             sequence: rand::random::<u32>() >> 8,
             mtu,
@@ -221,7 +254,8 @@ impl Endpoint {
             .map_err(|errno| SystemError::new("ibv_modify_qp", self.card.name(), errno))?;
         Ok(Connection {
             queue: self.queue,
-            in_flight: HashMap::new(),
+            line: self.line,
+            in_flight: BTreeMap::new(),
             card: self.card,
             last: 0,
             depth: self.depth,
@@ -232,6 +266,13 @@ impl Endpoint {
 /// Names one request of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct WorkId(u64);
+
+impl WorkId {
+    /// Later requests of a connection have higher ones.
+    pub(super) fn number(self) -> u64 {
+        self.0
+    }
+}
 
 /// What a request was.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -331,7 +372,7 @@ impl fmt::Display for Status {
 /// A request that failed. The connection is of no use any more, and whatever was posted after it
 /// fails too.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("{operation}: {status}")]
+#[error("{operation}: {status}{}", cut(*.cut_off))]
 pub struct WorkError {
     /// What it was.
     pub operation: Operation,
@@ -339,6 +380,17 @@ pub struct WorkError {
     pub status: Status,
     /// The card's own code for it, for its maker.
     pub vendor: u32,
+    /// It was in flight when the registration was ended ([`Registration::end`]): this end's buffer had
+    /// to be given back. Nothing is wrong with the request itself.
+    pub cut_off: bool,
+}
+
+fn cut(cut_off: bool) -> &'static str {
+    if cut_off {
+        "; the buffer had to be given back meanwhile"
+    } else {
+        ""
+    }
 }
 
 /// What became of a request.
@@ -367,9 +419,11 @@ struct Posted {
 ///
 /// Dropping it stops the card first, then lets go of the registrations that work was in flight on.
 pub struct Connection {
-    // First, so that the card has stopped when the registrations go.
+    // These two first, so that the card has stopped when the registrations go.
     queue: QueuePair,
-    in_flight: HashMap<u64, Posted>,
+    line: Arc<Line>,
+    /// By their number, which is the order in which they were posted.
+    in_flight: BTreeMap<u64, Posted>,
     card: Card,
     last: u64,
     depth: u32,
@@ -391,7 +445,7 @@ impl Connection {
     /// # Errors
     /// [`RdmaError::Stale`], [`RdmaError::Mismatch`] for pieces that do not fit each other, the card
     /// or one request; what copying into the staging memory failed with; `EAGAIN` with as many
-    /// requests in flight as the connection was made for.
+    /// requests in flight as the connection was made for; [`RdmaError::Stopped`].
     pub fn write(
         &mut self,
         from: &Piece,
@@ -438,11 +492,17 @@ impl Connection {
             writable(piece)?;
         }
         self.has_room()?;
-        let local = into.map(Piece::local).unwrap_or_default();
         let id = self.last + 1;
-        self.queue
-            .post_receive(id, local)
-            .map_err(|errno| SystemError::new("ibv_post_recv", self.card.name(), errno))?;
+        let line = Arc::downgrade(&self.line);
+        let failed = |errno| SystemError::new("ibv_post_recv", self.card.name(), errno);
+        match into {
+            None => self.queue.post_receive(id, Default::default()),
+            Some(piece) => {
+                let held = piece.registration().use_it(&line)?;
+                self.queue.post_receive(id, held.local(piece))
+            }
+        }
+        .map_err(failed)?;
         let posted = Posted {
             operation: Operation::Receive,
             piece: into.cloned(),
@@ -470,16 +530,18 @@ impl Connection {
             return Err(RdmaError::Mismatch { what });
         }
         self.has_room()?;
+        // From here on the registration cannot be ended until the card has the request, and is
+        // stopped with it then.
+        let held = piece.registration().use_it(&Arc::downgrade(&self.line))?;
         let host_bytes = match operation {
-            Operation::Write | Operation::Send => {
-                piece.registration().refresh(piece.offset(), piece.len())?
-            }
+            Operation::Write | Operation::Send => held.refresh(piece.offset(), piece.len())?,
             _ => 0,
         };
         let id = self.last + 1;
         self.queue
-            .post(id, piece.local(), verb)
+            .post(id, held.local(piece), verb)
             .map_err(|errno| SystemError::new("ibv_post_send", self.card.name(), errno))?;
+        drop(held);
         let posted = Posted {
             operation,
             piece: Some(piece.clone()),
@@ -512,12 +574,37 @@ impl Connection {
         registration.check()
     }
 
+    /// The other end was given the registration's key. Should the registration be ended
+    /// ([`Registration::end`]) this connection is stopped first.
+    pub fn shows(&self, registration: &Registration) {
+        // One that is ended already has nothing to be stopped for.
+        let _ = registration.use_it(&Arc::downgrade(&self.line));
+    }
+
+    /// True once it was stopped, for good, because a registration was ended that it was using.
+    pub fn is_stopped(&self) -> bool {
+        self.line.stopped.load(Ordering::Acquire)
+    }
+
+    fn stopped(&self) -> RdmaError {
+        let card = self.card.name().to_owned();
+        RdmaError::Stopped { card }
+    }
+
     fn has_room(&self) -> Result<(), RdmaError> {
+        if self.is_stopped() {
+            return Err(self.stopped());
+        }
         // Each direction has as much; together they are what the completion queue holds.
         if self.in_flight.len() < 2 * self.depth as usize {
             return Ok(());
         }
         Err(SystemError::new("ibv_post_send", self.card.name(), crate::Errno::AGAIN).into())
+    }
+
+    /// How many requests may be in flight in each direction.
+    pub fn depth(&self) -> usize {
+        self.depth as usize
     }
 
     /// How many requests the card has.
@@ -531,10 +618,21 @@ impl Connection {
     /// The call that failed, or what copying from the staging memory into the buffer failed with:
     /// the bytes are lost then.
     pub fn poll(&mut self) -> Result<Option<Completion>, RdmaError> {
+        // Asked first: once it is stopped nothing completes that was not there before.
+        let stopped = self.is_stopped();
         let done = self
             .queue
             .poll()
             .map_err(|errno| SystemError::new("ibv_poll_cq", self.card.name(), errno))?;
+        let forgotten = || Done {
+            id: self.in_flight.first_key_value().map_or(0, |(id, _)| *id),
+            status: Status::FLUSHED.0,
+            ..Done::default()
+        };
+        let done = match done {
+            None if stopped && !self.in_flight.is_empty() => Some(forgotten()),
+            done => done,
+        };
         done.map(|done| self.complete(&done)).transpose()
     }
 
@@ -542,6 +640,13 @@ impl Connection {
         let Some(posted) = self.in_flight.remove(&done.id) else {
             let what = format!("{} completed what nobody posted", self.card.name());
             return Err(RdmaError::Malformed { what });
+        };
+        let cut_off = self.is_stopped();
+        let failed = |operation, status| WorkError {
+            operation,
+            status: Status(status),
+            vendor: done.vendor,
+            cut_off,
         };
         let Posted {
             operation,
@@ -553,19 +658,25 @@ impl Connection {
             Operation::Receive => done.bytes.into(),
             _ => piece.as_ref().map_or(0, Piece::len),
         };
-        let result = match done.status {
+        let mut result = match done.status {
             0 => Ok(arrived),
-            status => Err(WorkError {
-                operation,
-                status: Status(status),
-                vendor: done.vendor,
-            }),
+            status => Err(failed(operation, status)),
         };
         if let (Ok(_), Operation::Read | Operation::Receive, Some(piece)) =
             (&result, operation, &piece)
         {
             let length = arrived.min(piece.len());
-            host_bytes += piece.registration().deliver(piece.offset(), length)?;
+            match piece.registration().deliver(piece.offset(), length) {
+                Ok(bytes) => host_bytes += bytes,
+                // They arrived, and were still to be copied.
+                Err(RdmaError::Stale { .. }) => {
+                    result = Err(WorkError {
+                        cut_off: true,
+                        ..failed(operation, Status::FLUSHED.0)
+                    });
+                }
+                Err(error) => return Err(error),
+            }
         }
         Ok(Completion {
             id: WorkId(done.id),
@@ -579,7 +690,8 @@ impl Connection {
     /// Waits for the next completion, by the card's event.
     ///
     /// # Errors
-    /// As [`Connection::poll`], and [`RdmaError::TimedOut`].
+    /// As [`Connection::poll`], and [`RdmaError::TimedOut`]; [`RdmaError::Stopped`] when it was
+    /// stopped and everything has come back.
     pub fn wait(&mut self, limit: Duration) -> Result<Completion, RdmaError> {
         let deadline = Instant::now() + limit;
         let name = self.card.name().to_owned();
@@ -595,6 +707,9 @@ impl Connection {
             if let Some(completion) = self.poll()? {
                 return Ok(completion);
             }
+            if self.is_stopped() && self.in_flight.is_empty() {
+                return Err(self.stopped());
+            }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 let what = format!("a completion of {}", self.card.name());
@@ -602,9 +717,13 @@ impl Connection {
             }
             let left = Timespec::try_from(left).ok();
             let events = self.queue.events();
-            let mut wanted = [PollFd::from_borrowed_fd(events, PollFlags::IN)];
+            let mut wanted = [
+                PollFd::from_borrowed_fd(events, PollFlags::IN),
+                PollFd::new(&self.line.wake, PollFlags::IN),
+            ];
             match poll(&mut wanted, left.as_ref()) {
-                Ok(0) | Err(rustix::io::Errno::INTR) => continue,
+                Err(rustix::io::Errno::INTR) => continue,
+                Ok(_) if wanted[0].revents().is_empty() => continue,
                 Ok(_) => {}
                 Err(errno) => return Err(failed("poll")(errno.into()).into()),
             }
@@ -620,9 +739,12 @@ impl Connection {
     /// # Errors
     /// As [`Connection::wait`].
     pub fn drain(&mut self, limit: Duration) -> Result<Vec<Completion>, RdmaError> {
-        self.queue
-            .stop()
-            .map_err(|errno| SystemError::new("ibv_modify_qp", self.card.name(), errno))?;
+        if !self.is_stopped() {
+            self.line
+                .pair
+                .stop()
+                .map_err(|errno| SystemError::new("ibv_modify_qp", self.card.name(), errno))?;
+        }
         let deadline = Instant::now() + limit;
         let mut all = Vec::new();
         while !self.in_flight.is_empty() {
@@ -633,12 +755,12 @@ impl Connection {
 }
 
 fn writable(piece: &Piece) -> Result<(), BufferError> {
-    let buffer = piece.registration().range().buffer();
-    if buffer.is_writable() {
+    let registration = piece.registration();
+    if registration.is_writable() {
         return Ok(());
     }
     Err(BufferError::Access {
-        object: buffer.name().to_owned(),
+        object: registration.name().to_owned(),
         wanted: "write",
     })
 }

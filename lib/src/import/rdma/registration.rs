@@ -3,9 +3,10 @@
 use std::fmt;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Weak};
 use std::time::Duration;
 
+use super::connection::Line;
 use super::{Card, Remote};
 use crate::buffer::{Access, Buffer, BufferRange, Kind, Mapping};
 use crate::errno::Errno;
@@ -13,7 +14,7 @@ use crate::error::{BufferError, RdmaError, SystemError};
 use crate::export::memfd;
 use crate::export::peerbuf::{Device, State, Watch};
 use crate::plan::{Path, Plan, Reason, ReasonCode};
-use crate::sys::verbs::{self, DmaBufRequest, Local, Region};
+use crate::sys::verbs::{self, DmaBufRequest, Keys, Local, Region};
 
 /// The ways in which a card can be given a buffer, the best first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -120,15 +121,31 @@ pub struct Registration {
 }
 
 struct Inner {
+    /// `None` once it was ended.
+    held: RwLock<Option<Arc<Held>>>,
+    /// The connections that use it, on this end's behalf or the other's.
+    lines: Mutex<Vec<Weak<Line>>>,
+    /// It is wanted back: work in flight may end, and none is begun.
+    wanted: AtomicBool,
+    name: String,
+    offset: u64,
+    length: u64,
+    writable: bool,
+    card: Card,
+    remote: Option<Access>,
+    keys: Keys,
+    rung: Rung,
+    attempts: Vec<Attempt>,
+    plan: Plan,
+    standing: Standing,
+}
+
+/// What keeps the buffer in use.
+struct Held {
     // First, so that it is dropped first: from then on no card reaches what comes after it.
     region: Region,
     staging: Option<Mutex<Staging>>,
     range: BufferRange,
-    card: Card,
-    remote: Option<Access>,
-    rung: Rung,
-    attempts: Vec<Attempt>,
-    standing: Standing,
 }
 
 /// The memory that the card has in place of the buffer, and the buffer.
@@ -267,14 +284,25 @@ impl Card {
                 Ok((region, staging)) => {
                     name_the_layer(&mut attempts, Some(rung));
                     let inner = Inner {
-                        region,
-                        staging: staging.map(Mutex::new),
-                        range: range.clone(),
+                        lines: Mutex::default(),
+                        wanted: AtomicBool::new(false),
+                        name: buffer.name().to_owned(),
+                        offset: range.offset(),
+                        length: range.len(),
+                        writable: buffer.is_writable(),
                         card: self.clone(),
                         remote,
+                        keys: region.keys(),
                         rung,
+                        // What a card has does not move, so this stays true.
+                        plan: plan(buffer, self, rung, &attempts),
                         attempts,
                         standing,
+                        held: RwLock::new(Some(Arc::new(Held {
+                            region,
+                            staging: staging.map(Mutex::new),
+                            range: range.clone(),
+                        }))),
                     };
                     return Ok(Registration {
                         inner: Arc::new(inner),
@@ -442,11 +470,46 @@ fn name_the_layer(attempts: &mut [Attempt], taken: Option<Rung>) {
     }
 }
 
+fn plan(buffer: &Buffer, card: &Card, rung: Rung, attempts: &[Attempt]) -> Plan {
+    if rung == Rung::Staged {
+        let failed = attempts.iter().map(|attempt| {
+            let path = match attempt.rung {
+                Rung::SharedMemory | Rung::Staged => Path::SharedHostMemory,
+                _ if buffer.provenance().kind.is_host_memory() => Path::SharedHostMemory,
+                _ => Path::PeerToPeer,
+            };
+            Reason::new(path, attempt.code, attempt.to_string())
+        });
+        return Plan {
+            path: Path::StagedCopy,
+            reasons: failed.collect(),
+        };
+    }
+    let plan = Plan::in_place(buffer);
+    if plan.path != Path::PeerToPeer || !card.is_software() {
+        return plan;
+    }
+    let software = format!(
+        "{} is software: the processor carries the bytes between the buffer and its packets",
+        card.name()
+    );
+    let host = "the bytes are in device memory";
+    Plan {
+        path: Path::StagedCopy,
+        reasons: vec![
+            Reason::new(Path::PeerToPeer, ReasonCode::NotADevice, software),
+            Reason::new(Path::SharedHostMemory, ReasonCode::NotHostMemory, host),
+        ],
+    }
+}
+
 impl fmt::Debug for Registration {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Registration")
             .field("card", &self.inner.card)
-            .field("range", &self.inner.range)
+            .field("buffer", &self.inner.name)
+            .field("offset", &self.inner.offset)
+            .field("length", &self.inner.length)
             .field("rung", &self.inner.rung)
             .finish_non_exhaustive()
     }
@@ -463,9 +526,115 @@ impl Registration {
         &self.inner.attempts
     }
 
-    /// What is registered.
-    pub fn range(&self) -> &BufferRange {
-        &self.inner.range
+    /// The buffer's name.
+    pub fn name(&self) -> &str {
+        &self.inner.name
+    }
+
+    /// Where the range begins, in bytes from the buffer's beginning.
+    pub fn offset(&self) -> u64 {
+        self.inner.offset
+    }
+
+    /// The range's length in bytes.
+    pub fn len(&self) -> u64 {
+        self.inner.length
+    }
+
+    /// Never: a range without bytes is not registered.
+    pub fn is_empty(&self) -> bool {
+        self.inner.length == 0
+    }
+
+    /// Whether this end's work may write it.
+    pub fn is_writable(&self) -> bool {
+        self.inner.writable
+    }
+
+    /// What is registered. Like any other handle it keeps the buffer in use.
+    ///
+    /// # Errors
+    /// [`RdmaError::Stale`] when it was ended.
+    pub fn range(&self) -> Result<BufferRange, RdmaError> {
+        Ok(self.hold()?.held.range.clone())
+    }
+
+    /// Takes the range from the card now, also with work in flight: connections that use it are
+    /// stopped ([`Connection::is_stopped`](super::Connection::is_stopped)), their work comes back as
+    /// [cut off](super::WorkError::cut_off), and the other end's ends there with an error. When this
+    /// returns no card reaches the buffer, and nothing of this registration keeps it in use. Clones
+    /// and pieces are [stale](RdmaError::Stale).
+    ///
+    /// Dropping the last clone does the same where nothing is in flight, and needs no connection to
+    /// be stopped. A connection whose other end has the key must be known for this
+    /// ([`Connection::shows`](super::Connection::shows)).
+    pub fn end(&self) {
+        let mut held = self
+            .inner
+            .held
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        let Some(held) = held.take() else { return };
+        let lines = std::mem::take(&mut *self.lines());
+        for line in lines.iter().filter_map(Weak::upgrade) {
+            line.stop();
+        }
+        drop(held);
+    }
+
+    /// From now on no work is begun.
+    pub(super) fn want_back(&self) {
+        self.inner.wanted.store(true, Ordering::Release);
+    }
+
+    /// True once [`Registration::want_back`] was called.
+    pub(super) fn is_wanted(&self) -> bool {
+        self.inner.wanted.load(Ordering::Acquire)
+    }
+
+    /// To look whether it is still in use.
+    pub(super) fn downgrade(&self) -> Weaker {
+        Weaker(Arc::downgrade(&self.inner))
+    }
+
+    fn lines(&self) -> MutexGuard<'_, Vec<Weak<Line>>> {
+        self.inner
+            .lines
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn stale(&self, why: &str) -> RdmaError {
+        RdmaError::Stale {
+            buffer: self.inner.name.clone(),
+            why: why.to_owned(),
+        }
+    }
+
+    /// Keeps it from being ended. Not to be called by who has it already: somebody waiting to end it
+    /// would stop both.
+    fn hold(&self) -> Result<Holding<'_>, RdmaError> {
+        let guard = self.inner.held.read();
+        let guard = guard.unwrap_or_else(PoisonError::into_inner);
+        match &*guard {
+            Some(held) => Ok(Holding {
+                held: Arc::clone(held),
+                _guard: guard,
+                of: self,
+            }),
+            None => Err(self.stale("it was ended, for the buffer to be given back")),
+        }
+    }
+
+    /// The same, for a connection, which is stopped when it is ended later.
+    pub(super) fn use_it(&self, line: &Weak<Line>) -> Result<Holding<'_>, RdmaError> {
+        let held = self.hold()?;
+        let mut lines = self.lines();
+        if !lines.iter().any(|known| known.ptr_eq(line)) {
+            lines.retain(|known| known.strong_count() > 0);
+            lines.push(line.clone());
+        }
+        Ok(held)
     }
 
     /// The card.
@@ -481,44 +650,8 @@ impl Registration {
 
     /// How the bytes get between the buffer and the card. Where the card is software and the
     /// buffer device memory, the processor carries them, also from a registered dma-buf.
-    pub fn plan(&self) -> Plan {
-        let Inner {
-            range, card, rung, ..
-        } = &*self.inner;
-        let buffer = range.buffer();
-        let failed = || {
-            let attempts = self.inner.attempts.iter();
-            attempts.map(|attempt| {
-                let path = match attempt.rung {
-                    Rung::SharedMemory | Rung::Staged => Path::SharedHostMemory,
-                    _ if buffer.provenance().kind.is_host_memory() => Path::SharedHostMemory,
-                    _ => Path::PeerToPeer,
-                };
-                Reason::new(path, attempt.code, attempt.to_string())
-            })
-        };
-        if *rung == Rung::Staged {
-            return Plan {
-                path: Path::StagedCopy,
-                reasons: failed().collect(),
-            };
-        }
-        let plan = Plan::in_place(buffer);
-        if plan.path != Path::PeerToPeer || !card.is_software() {
-            return plan;
-        }
-        let software = format!(
-            "{} is software: the processor carries the bytes between the buffer and its packets",
-            card.name()
-        );
-        let host = "the bytes are in device memory";
-        Plan {
-            path: Path::StagedCopy,
-            reasons: vec![
-                Reason::new(Path::PeerToPeer, ReasonCode::NotADevice, software),
-                Reason::new(Path::SharedHostMemory, ReasonCode::NotHostMemory, host),
-            ],
-        }
+    pub fn plan(&self) -> &Plan {
+        &self.inner.plan
     }
 
     /// What the other end needs to know to use the whole range.
@@ -527,20 +660,18 @@ impl Registration {
     /// [`RdmaError::NotShared`] for one that was registered for this end only.
     pub fn remote(&self) -> Result<Remote, RdmaError> {
         let Inner {
-            range,
-            region,
+            name,
+            offset,
+            length,
             remote,
+            keys,
             ..
         } = &*self.inner;
         if remote.is_none() {
-            let buffer = range.buffer().name().to_owned();
+            let buffer = name.clone();
             return Err(RdmaError::NotShared { buffer });
         }
-        Ok(Remote::new(
-            range.offset(),
-            range.len(),
-            region.keys().remote,
-        ))
+        Ok(Remote::new(*offset, *length, keys.remote))
     }
 
     /// Part of it, for this end's work; `offset` counts from the range's beginning.
@@ -548,12 +679,25 @@ impl Registration {
     /// # Errors
     /// [`BufferError::OutOfRange`] when the bytes are not all inside.
     pub fn slice(&self, offset: u64, length: u64) -> Result<Piece, BufferError> {
-        self.inner.range.slice(offset, length)?;
+        self.inside(offset, length)?;
         Ok(Piece {
             registration: self.clone(),
             offset,
             length,
         })
+    }
+
+    fn inside(&self, offset: u64, length: u64) -> Result<(), BufferError> {
+        let size = self.inner.length;
+        match offset.checked_add(length) {
+            Some(end) if end <= size => Ok(()),
+            _ => Err(BufferError::OutOfRange {
+                object: self.inner.name.clone(),
+                offset,
+                length,
+                size,
+            }),
+        }
     }
 
     /// Whether the buffer is still what was registered. Work is refused before the card sees it
@@ -562,18 +706,14 @@ impl Registration {
     /// # Errors
     /// [`RdmaError::Stale`].
     pub fn check(&self) -> Result<(), RdmaError> {
-        let Inner {
-            range,
-            rung,
-            standing,
-            ..
-        } = &*self.inner;
-        match standing.staleness(range.buffer(), *rung) {
+        if self.is_wanted() {
+            return Err(self.stale("the publisher wants it back"));
+        }
+        let held = self.hold()?;
+        let Inner { rung, standing, .. } = &*self.inner;
+        match standing.staleness(held.held.range.buffer(), *rung) {
             None => Ok(()),
-            Some(why) => Err(RdmaError::Stale {
-                buffer: range.buffer().name().to_owned(),
-                why,
-            }),
+            Some(why) => Err(self.stale(&why)),
         }
     }
 
@@ -582,9 +722,10 @@ impl Registration {
     /// `offset` counts from the range's beginning.
     ///
     /// # Errors
-    /// [`BufferError::OutOfRange`], or what access to the buffer failed with.
-    pub fn deliver(&self, offset: u64, length: u64) -> Result<u64, BufferError> {
-        self.copy(offset, length, |staging, at, chunk| {
+    /// [`BufferError::OutOfRange`], or what access to the buffer failed with; [`RdmaError::Stale`] when
+    /// it was ended, and the bytes with it.
+    pub fn deliver(&self, offset: u64, length: u64) -> Result<u64, RdmaError> {
+        self.hold()?.copy(offset, length, |staging, at, chunk| {
             let memory = staging.memory.begin_cpu_access(Access::Read)?;
             memory.read_at(staging.lead + at, chunk)?;
             memory.end()?;
@@ -599,7 +740,42 @@ impl Registration {
     ///
     /// # Errors
     /// As [`Registration::deliver`].
-    pub fn refresh(&self, offset: u64, length: u64) -> Result<u64, BufferError> {
+    pub fn refresh(&self, offset: u64, length: u64) -> Result<u64, RdmaError> {
+        self.hold()?.refresh(offset, length)
+    }
+}
+
+/// A registration that nobody keeps in use by this.
+pub(super) struct Weaker(Weak<Inner>);
+
+impl Weaker {
+    /// The registration, if anybody still has it.
+    pub(super) fn upgrade(&self) -> Option<Registration> {
+        let inner = self.0.upgrade()?;
+        Some(Registration { inner })
+    }
+}
+
+/// A registration that is not ended for as long as this is there.
+pub(super) struct Holding<'r> {
+    // Before the guard, so that whoever waits to end it finds no other handle.
+    held: Arc<Held>,
+    _guard: RwLockReadGuard<'r, Option<Arc<Held>>>,
+    of: &'r Registration,
+}
+
+impl Holding<'_> {
+    /// A piece as a request names it. The caller has checked the length.
+    pub(super) fn local(&self, piece: &Piece) -> Local {
+        Local {
+            iova: self.of.inner.offset + piece.offset,
+            length: piece.length as u32,
+            key: self.held.region.keys().local,
+        }
+    }
+
+    /// See [`Registration::refresh`].
+    pub(super) fn refresh(&self, offset: u64, length: u64) -> Result<u64, RdmaError> {
         self.copy(offset, length, |staging, at, chunk| {
             let buffer = staging.buffer.begin_cpu_access(Access::Read)?;
             buffer.read_at(at, chunk)?;
@@ -615,10 +791,10 @@ impl Registration {
         offset: u64,
         length: u64,
         step: impl Fn(&mut Staging, u64, &mut [u8]) -> Result<(), BufferError>,
-    ) -> Result<u64, BufferError> {
+    ) -> Result<u64, RdmaError> {
         const CHUNK: u64 = 256 << 10;
-        self.inner.range.slice(offset, length)?;
-        let Some(staging) = &self.inner.staging else {
+        self.of.inside(offset, length)?;
+        let Some(staging) = &self.held.staging else {
             return Ok(0);
         };
         let mut staging: MutexGuard<'_, Staging> =
@@ -661,15 +837,5 @@ impl Piece {
     /// True when it has no bytes.
     pub fn is_empty(&self) -> bool {
         self.length == 0
-    }
-
-    /// As a request names it. The caller has checked the length.
-    pub(super) fn local(&self) -> Local {
-        let Inner { range, region, .. } = &*self.registration.inner;
-        Local {
-            iova: range.offset() + self.offset,
-            length: self.length as u32,
-            key: region.keys().local,
-        }
     }
 }

@@ -66,7 +66,7 @@ const DEPTH: u32 = 16;
 fn receipt(registration: &Registration) -> Receipt {
     Receipt {
         card: registration.card().name().into(),
-        buffer: registration.range().buffer().name().into(),
+        buffer: registration.name().into(),
         registration: registration.rung().as_str().into(),
         attempts: registration
             .attempts()

@@ -135,7 +135,7 @@ impl Server {
         length: u64,
     ) -> Result<Account, Failure> {
         registration.check()?;
-        let range = registration.range().slice(0, length)?;
+        let range = registration.range()?.slice(0, length)?;
         let copied = registration.deliver(0, length)?;
         let mut account = Account {
             checksum: checksum(&range, &mut Sha256::new())?,
@@ -157,7 +157,7 @@ impl Server {
 /// The client is about to read.
 fn prepare(registration: &Registration, at: u64, length: u64) -> Result<Account, Failure> {
     registration.check()?;
-    let range = registration.range().slice(at, length)?;
+    let range = registration.range()?.slice(at, length)?;
     Ok(Account {
         copied: registration.refresh(at, length)?,
         checksum: checksum(&range, &mut Sha256::new())?,
