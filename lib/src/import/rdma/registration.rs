@@ -364,10 +364,27 @@ impl Card {
                     true => ReasonCode::ImporterNotPeer,
                     false => ReasonCode::AttachRefused,
                 };
+                // 'Not supported' is also what an exporter answers that does not serve the driver. The
+                // same request for what is no dma-buf tells them apart: no exporter is asked then.
+                let nobodys = DmaBufRequest {
+                    dmabuf: domain.uverbs(),
+                    ..request
+                };
+                let by_exporter = |attempt: Attempt, again: Option<Errno>| match attempt.errno {
+                    Some(Errno::OPNOTSUPP) if again.is_some_and(|e| e != Errno::OPNOTSUPP) => {
+                        let layer = Layer::Exporter;
+                        Attempt { layer, ..attempt }
+                    }
+                    _ => attempt,
+                };
                 if rung == Rung::DmaBufByKernel {
                     let call = "ioctl(UVERBS_METHOD_REG_DMABUF_MR)";
                     let region = Region::by_kernel(domain, &request);
-                    return Ok((region.map_err(refused(call, layer_in_kernel, code))?, None));
+                    let region = region.map_err(refused(call, layer_in_kernel, code));
+                    let region = region.map_err(|attempt| {
+                        by_exporter(attempt, Region::by_kernel(domain, &nobodys).err())
+                    });
+                    return Ok((region?, None));
                 }
                 let Some(region) = Region::by_library(domain, &request) else {
                     let evidence = "libibverbs has no ibv_reg_dmabuf_mr (rdma-core 34 has)";
@@ -378,7 +395,12 @@ impl Card {
                     });
                 };
                 let call = "ibv_reg_dmabuf_mr";
-                Ok((region.map_err(refused(call, layer_by_library, code))?, None))
+                let region = region.map_err(refused(call, layer_by_library, code));
+                let region = region.map_err(|attempt| {
+                    let again = Region::by_library(domain, &nobodys);
+                    by_exporter(attempt, again.and_then(Result::err))
+                });
+                Ok((region?, None))
             }
             Rung::SharedMemory => {
                 if buffer.host_memory().is_none() {
@@ -438,8 +460,8 @@ fn layer_by_library(errno: Errno) -> Layer {
 
 fn layer_in_kernel(errno: Errno) -> Layer {
     match errno {
-        // uverbs' answers for a driver without it. (An exporter that does not serve the driver may
-        // say EOPNOTSUPP too: it has one number for both.)
+        // uverbs' answers for a driver without it. (That it was not the exporter is found out by the
+        // caller.)
         Errno::PROTONOSUPPORT | Errno::OPNOTSUPP => Layer::Driver,
         // ENOTTY: a kernel, or a node, without such methods; EACCES, EBADF
         Errno(25) | Errno(13) | Errno(9) => Layer::Uverbs,
