@@ -520,11 +520,11 @@ impl Device {
     /// accepted, both of which end by themselves, and what is waited for is logged.
     pub(crate) fn remove(&self) {
         self.state.lock().presence = Presence::Gone;
+        self.revoke_all(revoked::GONE);
         while let Some(dmabuf) = self.take_export() {
             // SAFETY: `take_export` returned it with a reference to its file, which is dropped
             // below.
             unsafe {
-                self.revoke_bar(dmabuf, revoked::GONE);
                 // From here on nobody looks at the places of the buffer any more.
                 let chunks = mem::take(&mut Locked::lock(dmabuf).chunks);
                 drop(chunks);
@@ -541,13 +541,7 @@ impl Device {
     /// lock, so the device is not removed meanwhile.
     pub(crate) fn reset_prepare(&self) {
         self.state.lock().presence = Presence::Resetting;
-        while let Some(dmabuf) = self.unreset_export() {
-            // SAFETY: It came with a reference to its file, which is dropped below.
-            unsafe {
-                self.revoke_bar(dmabuf, revoked::BY_RESET);
-                bindings::fput((*dmabuf).file);
-            }
-        }
+        self.revoke_all(revoked::BY_RESET);
         self.wait_idle();
     }
 
@@ -564,33 +558,41 @@ impl Device {
         }
     }
 
-    /// An export that a reset under way has not revoked yet, with a reference to its file.
-    fn unreset_export(&self) -> Option<*mut bindings::dma_buf> {
-        let state = self.state.lock();
-        let found = state.exports.iter().find(|&&dmabuf| {
-            // SAFETY: It is in the list, and the lock is held. Its buffer lives as long as it.
-            // Nobody but the reset takes this mark away, so what is read without the reservation
-            // lock is right.
-            unsafe { exporter::buffer(dmabuf).reasons() & revoked::BY_RESET == 0 && alive(dmabuf) }
+    /// Revokes every export, and waits, without a limit, until nobody can reach the BARs by DMA. New
+    /// exports are refused already. All are told before any is waited for, so that this takes as long
+    /// as the slowest importer, and not as long as all of them, one after the other.
+    fn revoke_all(&self, why: u32) {
+        self.each_kept(|dmabuf| {
+            // SAFETY: It is one of ours, and kept.
+            revoke::take_away(unsafe { &mut Locked::lock(dmabuf) }, why);
         });
-        found.copied()
+        self.each_kept(|dmabuf| {
+            // SAFETY: As above.
+            unsafe {
+                while !revoke::wait_for(dmabuf, why, Scope::Bar, 10_000).nobody() {
+                    revoke::name_holders(dmabuf);
+                }
+            }
+        });
     }
 
-    /// Revokes a buffer and waits, without a limit, until nobody can reach its part of the BAR by
-    /// DMA.
-    ///
-    /// # Safety
-    ///
-    /// The caller has a reference to the file of `dmabuf`, one of ours.
-    unsafe fn revoke_bar(&self, dmabuf: *mut bindings::dma_buf, why: u32) {
-        loop {
-            // SAFETY: By the caller's promise.
-            let left = unsafe { revoke::revoke(dmabuf, why, Scope::Bar, 10_000) };
-            if left.nobody() {
-                break;
+    /// Calls `each` for every export whose file is alive, with a reference to the file and no lock
+    /// held. New exports are refused already.
+    fn each_kept(&self, mut each: impl FnMut(*mut bindings::dma_buf)) {
+        let mut next = self.state.lock().exports.len();
+        // Downwards: when entries go meanwhile, some are met twice, and none is left out.
+        while next > 0 {
+            next -= 1;
+            let state = self.state.lock();
+            // SAFETY: It is in the list, and the lock is held.
+            let kept = state.exports.get(next).filter(|&&it| unsafe { alive(it) });
+            let kept = kept.copied();
+            drop(state);
+            if let Some(dmabuf) = kept {
+                each(dmabuf);
+                // SAFETY: The reference that `alive` took.
+                unsafe { bindings::fput((*dmabuf).file) };
             }
-            // SAFETY: By the caller's promise.
-            unsafe { revoke::name_holders(dmabuf) };
         }
     }
 

@@ -64,6 +64,29 @@ pub(crate) unsafe fn revoke(
     let wait = Wait::begin(limit_ms);
     // SAFETY: By the caller's promise.
     let mut buffer = unsafe { Locked::lock(dmabuf) };
+    take_away(&mut buffer, why);
+    // SAFETY: As above.
+    unsafe { wait_locked(buffer, dmabuf, why, scope, wait) }
+}
+
+/// As [`revoke`], of what [`take_away`] has revoked: importers are not told again.
+///
+/// # Safety
+///
+/// As for [`revoke`].
+pub(crate) unsafe fn wait_for(
+    dmabuf: *mut bindings::dma_buf,
+    why: u32,
+    scope: Scope,
+    limit_ms: u32,
+) -> Left {
+    let wait = Wait::begin(limit_ms);
+    // SAFETY: By the caller's promise.
+    unsafe { wait_locked(Locked::lock(dmabuf), dmabuf, why, scope, wait) }
+}
+
+/// Takes access away for the reason `why`, and tells who has it still; waits for nobody.
+pub(crate) fn take_away(buffer: &mut Locked<'_>, why: u32) {
     let reasons = buffer.buffer().reasons();
     if reasons == 0 {
         buffer.generation += 1;
@@ -75,6 +98,20 @@ pub(crate) unsafe fn revoke(
     let whole = 0..buffer.buffer().len;
     // After the mark no fault puts in another page, so what is zapped here stays so.
     buffer.zap(&whole);
+}
+
+/// Waits until nobody has access any more, or the time is over.
+///
+/// # Safety
+///
+/// As for [`revoke`], but that `buffer` is `dmabuf` locked.
+unsafe fn wait_locked(
+    mut buffer: Locked<'_>,
+    dmabuf: *mut bindings::dma_buf,
+    why: u32,
+    scope: Scope,
+    wait: Wait,
+) -> Left {
     let left = loop {
         let slice = wait.left_ms().min(SLICE_MS);
         // A signal does not interrupt it, so EINTR cannot come.

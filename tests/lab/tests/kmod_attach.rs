@@ -422,6 +422,40 @@ fn unbinding_leaves_system_memory_to_those_who_have_it() {
 }
 
 #[test]
+fn all_are_told_before_any_is_waited_for() {
+    const LATE: Duration = Duration::from_millis(800);
+    let node = Node::largest();
+    let bdf = node.bdf.clone();
+    let exports: [OwnedFd; 6] = std::array::from_fn(|_| node.export(None, PAGE).unwrap().0);
+    let late = |fd: &OwnedFd| {
+        let late_ms = LATE.as_millis() as u32;
+        Importer::attach(fd.as_fd(), &nvme_bdf(), DYNAMIC | PEER, late_ms).unwrap()
+    };
+    let importers: Vec<Importer> = exports.iter().map(late).collect();
+    let in_the_time_of_one = |what: &str, end: &dyn Fn()| {
+        for importer in &importers {
+            importer.map().unwrap();
+        }
+        let began = Instant::now();
+        end();
+        let took = began.elapsed();
+        assert!(took >= LATE / 2, "{what} waited for nobody: {took:?}");
+        assert!(took < LATE * 3, "{what} took {took:?}");
+        for importer in &importers {
+            let state = importer.state();
+            assert_eq!(state.mapped, 0, "{what}");
+        }
+    };
+    let reset = format!("/sys/bus/pci/devices/{bdf}/reset");
+    in_the_time_of_one("a reset", &|| std::fs::write(&reset, "1").unwrap());
+    in_the_time_of_one("an unbind", &|| Node::unbind(&bdf));
+    assert!(importers.iter().all(|it| it.state().invalidations == 2));
+    Node::bind(&bdf);
+    drop((importers, exports, node));
+    assert_all_free(&Node::open(&bdf).unwrap());
+}
+
+#[test]
 fn a_reset_revokes_first_and_gives_access_again_after() {
     use peerbuf_lab_suite::disk::{self, SCRATCH, Slow};
     let node = Node::largest();
