@@ -64,6 +64,12 @@ pub enum Command {
         #[arg(last = true, value_name = "ARGS")]
         arguments: Vec<OsString>,
     },
+    /// Breaks peerbuf.ko in each of the ways that tests/lab/mutants.toml lists, one at a time, and
+    /// sees whether the suite notices
+    Mutants {
+        /// Only those whose name or test contains this
+        filter: Option<String>,
+    },
     /// Runs CMD in a guest; its output and exit status are CMD's own
     ///
     /// Exit status 124: CMD was still running after --timeout. 125: the guest died, or its kernel

@@ -102,7 +102,7 @@ pub fn job(ground: &Ground, args: &GuestArgs, parts: Parts) -> Result<Job> {
     if !args.icount {
         machine.accelerator = accel::choose(ground, &machine);
     }
-    let slower = if ground.kernel.is_debug() { SLOWER } else { 1 };
+    let slower = slower(ground);
     Ok(Job {
         machine,
         share,
@@ -116,6 +116,11 @@ pub fn job(ground: &Ground, args: &GuestArgs, parts: Parts) -> Result<Job> {
         boot_limit: BOOT_LIMIT * slower,
         ..Job::default()
     })
+}
+
+/// How many times the limits of the stock kernel a guest is given.
+pub fn slower(ground: &Ground) -> u32 {
+    if ground.kernel.is_debug() { SLOWER } else { 1 }
 }
 
 fn shared(dir: &Path) -> Result<PathBuf> {

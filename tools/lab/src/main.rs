@@ -18,6 +18,7 @@ mod host;
 mod kernel;
 mod klog;
 mod lab;
+mod mutants;
 mod progress;
 mod project;
 mod run;
@@ -103,6 +104,7 @@ fn command(cli: Cli) -> Result<i32> {
             kernel,
             arguments,
         } => fuzz(&cache, minutes, kernel, arguments),
+        Command::Mutants { filter } => mutants::run(&cache, filter.as_deref()),
         Command::Run { guest, command } => run_command(&cache, &guest, command),
         Command::Pair { guest, command } => pair(&cache, &guest, &command),
         Command::Shell { guest } => shell(&cache, &guest),

@@ -160,30 +160,56 @@ impl Project {
         for part in ["kmod", "uapi"] {
             mirror(&self.root.join(part), &work.join(part))?;
         }
-        let module = work.join("kmod/peerbuf.ko");
-        let stamp = work.join("made-of");
-        let made_of = made_of(&[&work.join("kmod"), &work.join("uapi")], source)?;
-        // Even a make that finds nothing to do takes seconds to find it.
-        if module.is_file() && fs::read_to_string(&stamp).ok().as_deref() == Some(&made_of) {
-            return Ok(Some(module));
-        }
-        let step = Step::start("building peerbuf.ko");
-        // Built for another prepared tree, the objects there are of no use.
-        let against = work.join("built-against");
-        let tree_dir = source.dir().display().to_string();
-        let args = |target| ["-C", "/lab/build/kmod", "KDIR=/lab/linux", target];
-        if fs::read_to_string(&against).ok().as_deref() != Some(&tree_dir) {
-            make(tree, source, &work, &args("clean"))?;
-            fs::write(&against, tree_dir)?;
-        }
-        make(tree, source, &work, &args("modules"))?;
-        if !module.is_file() {
-            bail!("building kmod/ made no peerbuf.ko");
-        }
-        fs::write(&stamp, made_of)?;
-        step.done();
-        Ok(Some(module))
+        make_module(tree, source, &work).map(Some)
     }
+
+    /// Builds the module as [`Project::module`] does, of sources that `change` has had in hand: it
+    /// is given the directory of the copied `kmod/`.
+    ///
+    /// # Errors
+    /// Those of `change`; and when it does not compile.
+    pub fn changed_module(
+        &self,
+        tree: &Tree,
+        source: &Source,
+        release: &str,
+        change: impl FnOnce(&Path) -> Result<()>,
+    ) -> Result<PathBuf> {
+        let work = self.work_dir(&format!("kmod-changed-{release}"))?;
+        let _lock = lock(&work)?;
+        for part in ["kmod", "uapi"] {
+            mirror(&self.root.join(part), &work.join(part))?;
+        }
+        change(&work.join("kmod"))?;
+        make_module(tree, source, &work)
+    }
+}
+
+/// Builds `peerbuf.ko` of the sources in `work`, unless it is there already.
+fn make_module(tree: &Tree, source: &Source, work: &Path) -> Result<PathBuf> {
+    let module = work.join("kmod/peerbuf.ko");
+    let stamp = work.join("made-of");
+    let made_of = made_of(&[&work.join("kmod"), &work.join("uapi")], source)?;
+    // Even a make that finds nothing to do takes seconds to find it.
+    if module.is_file() && fs::read_to_string(&stamp).ok().as_deref() == Some(&made_of) {
+        return Ok(module);
+    }
+    let step = Step::start("building peerbuf.ko");
+    // Built for another prepared tree, the objects there are of no use.
+    let against = work.join("built-against");
+    let tree_dir = source.dir().display().to_string();
+    let args = |target| ["-C", "/lab/build/kmod", "KDIR=/lab/linux", target];
+    if fs::read_to_string(&against).ok().as_deref() != Some(&tree_dir) {
+        make(tree, source, work, &args("clean"))?;
+        fs::write(&against, tree_dir)?;
+    }
+    make(tree, source, work, &args("modules"))?;
+    if !module.is_file() {
+        bail!("building kmod/ made no peerbuf.ko");
+    }
+    fs::write(&stamp, made_of)?;
+    step.done();
+    Ok(module)
 }
 
 /// A text that changes with any source below `dirs` and with the kernel they are built for.
