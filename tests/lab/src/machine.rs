@@ -131,6 +131,15 @@ impl Machine {
         let state = if up { "up" } else { "down" };
         self.ask(&format!("link {id} {state}")).map(drop)
     }
+
+    /// Has a disk read, and write, at most `rate` bytes a second; 0 is no limit.
+    ///
+    /// # Errors
+    ///
+    /// What the lab or QEMU says.
+    pub fn slow(&mut self, id: &str, rate: u64) -> Result<(), String> {
+        self.ask(&format!("slow {id} {rate}")).map(drop)
+    }
 }
 
 impl Default for Machine {

@@ -594,7 +594,7 @@ fn direct_io_that_outlives_its_descriptor_keeps_the_range() {
     use io_uring::{IoUring, opcode, types};
     let node = Node::largest();
     let disk = disk::open_direct(SCRATCH).unwrap();
-    let _slow = Slow::new(MIB);
+    let _slow = Slow::new(MIB / 2);
     let mut ring = IoUring::new(4).unwrap();
 
     let (fd, at) = node.export(None, 2 * MIB).unwrap();
@@ -854,7 +854,7 @@ fn unbinding_waits_for_direct_io_in_flight() {
     let bdf = node.bdf.clone();
     let (fd, _) = node.export(None, 2 * MIB).unwrap();
     let map = Map::new(fd.as_fd(), 2 * MIB as usize, true).unwrap();
-    let slow = Slow::new(MIB);
+    let slow = Slow::new(MIB / 2);
     let reader = in_child(|| {
         let disk = disk::open_direct(SCRATCH).unwrap();
         let count = disk::read_into(&disk, &map, 0, 2 << 20, 0).unwrap();

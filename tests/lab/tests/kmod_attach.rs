@@ -485,7 +485,7 @@ fn a_reset_revokes_first_and_gives_access_again_after() {
     late.hold_ms = 300;
     let late = Importer::attach_as(late).unwrap();
     late.map().unwrap();
-    let _slow = Slow::new(2 * MIB);
+    let _slow = Slow::new(MIB);
     thread::scope(|scope| {
         let reading = scope.spawn(|| disk::read_into(&disk, &seen, 0, 2 << 20, 0).unwrap());
         thread::sleep(Duration::from_millis(100));

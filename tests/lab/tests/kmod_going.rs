@@ -286,13 +286,12 @@ fn unbinding_with_everything_under_way() {
 #[test]
 fn being_unplugged_with_everything_under_way() {
     let bdf = Node::largest().bdf;
-    let mut machine = Machine::new();
     for _ in 0..2 {
         with_everything_under_way(&bdf, |_| {
-            machine.unplug("bar0");
+            Machine::new().unplug("bar0");
             false
         });
-        machine.plug("bar0", &bdf).unwrap();
+        Machine::new().plug("bar0", &bdf).unwrap();
         give_to_peerbuf(&bdf);
         nothing_is_left(&bdf);
     }

@@ -824,7 +824,8 @@ fn a_storm_of_calls_on_shared_attachments_ends_well() {
     let storm = |salt: u64| {
         let mut rng = StdRng::seed_from_u64(salt);
         let mut calls = 0u32;
-        while Instant::now() < end {
+        // So many at least, however slow the machine is.
+        while Instant::now() < end || calls <= 300 {
             let buffer = match rng.random_range(0..3) {
                 0 => udmabuf(4 * PAGE),
                 1 => heap(4 * PAGE),
@@ -883,14 +884,13 @@ fn a_storm_of_calls_on_shared_attachments_ends_well() {
             });
             calls += 60;
         }
-        calls
     };
     thread::scope(|scope| {
         let storms: Vec<_> = (0..3)
             .map(|salt| scope.spawn(move || storm(salt)))
             .collect();
         let mut rng = StdRng::seed_from_u64(5);
-        while Instant::now() < end {
+        while storms.iter().any(|storm| !storm.is_finished()) {
             thread::sleep(ms(rng.random_range(10..60)));
             Node::unbind(&largest);
             Node::bind(&largest);
@@ -898,9 +898,6 @@ fn a_storm_of_calls_on_shared_attachments_ends_well() {
                 fs::write("/sys/bus/pci/drivers/ahci/unbind", &spare).unwrap();
                 fs::write("/sys/bus/pci/drivers/ahci/bind", &spare).unwrap();
             }
-        }
-        for storm in storms {
-            assert!(storm.join().unwrap() > 300);
         }
     });
     // The last of them linger.

@@ -621,7 +621,7 @@ fn direct_io_in_flight_is_waited_for_within_the_limit() {
         );
         fill(&seen, 0, 2 << 20, 99);
         thread::scope(|scope| {
-            let _slow = Slow::new(MIB);
+            let _slow = Slow::new(MIB / 2);
             let reading = scope.spawn(|| disk::read_into(&disk, &seen, 0, 2 << 20, 0).unwrap());
             thread::sleep(Duration::from_millis(300));
             let began = Instant::now();
@@ -912,7 +912,7 @@ fn the_crate_says_it_all() {
     let dmabuf = buffer.dmabuf().unwrap();
     let disk = disk::open_direct(SCRATCH).unwrap();
     let seen = Map::new(dmabuf.as_fd(), length as usize, true).unwrap();
-    let _slow = Slow::new(MIB);
+    let _slow = Slow::new(MIB / 2);
     thread::scope(|scope| {
         let reading = scope.spawn(|| disk::read_into(&disk, &seen, 0, 2 << 20, 0).unwrap());
         thread::sleep(Duration::from_millis(300));

@@ -9,9 +9,10 @@
 //! gone ID         whether it has let go: 'yes' or 'no'
 //! plug ID         plugs in again what has gone, with empty memory
 //! link ID up|down the network card's link
+//! slow ID RATE    the disk reads, and writes, at most so many bytes a second; 0 is no limit
 //! ```
 //!
-//! Only devices listed in [`UNPLUGGABLE`] and [`LINKS`] can be named.
+//! Only devices listed in [`UNPLUGGABLE`], [`LINKS`] and [`DISKS`] can be named.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -28,12 +29,15 @@ use std::{
 use anyhow::{Result, anyhow, bail};
 use serde_json::{Value, json};
 
-use crate::guest::Machine;
+use crate::guest::{self, Machine};
 
 /// Devices that can go.
 const UNPLUGGABLE: &[&str] = &["bar0", "bar1", "nvme0"];
 /// Network cards.
 const LINKS: &[&str] = &["net0"];
+
+/// Disks that can be slow.
+const DISKS: &[&str] = &[guest::SCRATCH];
 
 /// QEMU answers at once; a device that goes is reported later.
 const ANSWER_LIMIT: Duration = Duration::from_secs(30);
@@ -112,7 +116,22 @@ fn answer(machine: &Machine, monitor: &mut Monitor, request: &str) -> Result<Str
             monitor.execute("set_link", json!({ "name": id, "up": state == "up" }))?;
             Ok(String::new())
         }
-        _ => bail!("unknown request {request:?}: unplug ID, gone ID, plug ID, link ID up|down"),
+        ["slow", id, rate] => {
+            known(DISKS, id)?;
+            let rate: u64 = rate.parse().map_err(|_| {
+                anyhow!("{request:?}: a rate is a number of bytes a second, 0 for no limit")
+            })?;
+            // Requests beyond it stay in the disk's queue: the guest has handed them over.
+            monitor.execute(
+                "block_set_io_throttle",
+                json!({ "id": id, "bps": 0, "bps_rd": rate, "bps_wr": rate,
+                        "iops": 0, "iops_rd": 0, "iops_wr": 0 }),
+            )?;
+            Ok(String::new())
+        }
+        _ => bail!(
+            "unknown request {request:?}: unplug ID, gone ID, plug ID, link ID up|down, slow ID RATE"
+        ),
     }
 }
 

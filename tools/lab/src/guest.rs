@@ -32,6 +32,8 @@ pub const SMALL_BAR_MIB: u32 = 1;
 pub const CMB_MIB: u32 = 16;
 /// Size of the NVMe disk's second, empty namespace.
 pub const SCRATCH_MIB: u32 = 128;
+/// The namespace on it, as QEMU calls it.
+pub const SCRATCH: &str = "scratch-disk";
 
 /// How the devices hang together, and so what the kernel says to traffic between them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -129,6 +131,8 @@ pub struct Machine {
     pub events: bool,
     /// Its network leads to another guest instead of to the host's.
     pub end: Option<End>,
+    /// How fast the host's time stamp counter runs, where that is known.
+    pub tsc_khz: Option<u64>,
 }
 
 impl Default for Machine {
@@ -143,6 +147,7 @@ impl Default for Machine {
             bar_mib: BAR_MIB,
             events: false,
             end: None,
+            tsc_khz: None,
         }
     }
 }
@@ -188,6 +193,10 @@ impl Machine {
             // emulation, and on a busy host so long that the watchdog ended a guest.
             "cryptomgr.notests=1",
         ];
+        // How fast the TSC runs the kernel finds out by itself, on a busy host now and then wrongly: the
+        // clock of one guest ran twenty times too fast.
+        let tsc_khz = self.tsc_khz.map(|khz| format!("tsc_early_khz={khz}"));
+        words.extend(tsc_khz.as_deref());
         if self.has_iommu() {
             // QEMU's IOMMU remaps no interrupts here, which VFIO would take for unsafe.
             words.push("intel_iommu=on vfio_iommu_type1.allow_unsafe_interrupts=1");
@@ -282,7 +291,9 @@ impl Machine {
             slots[0]
         ));
         args.device("nvme-ns,drive=disk,bus=nvme0,nsid=1,shared=off");
-        args.device("nvme-ns,drive=scratch,bus=nvme0,nsid=2,shared=off,detached=on");
+        args.device(format!(
+            "nvme-ns,id={SCRATCH},drive=scratch,bus=nvme0,nsid=2,shared=off,detached=on"
+        ));
         for (id, mib, place) in [
             ("bar0", self.bar_mib, format!("bus={}", slots[1])),
             ("bar1", SECOND_BAR_MIB, format!("bus={}", slots[2])),

@@ -209,9 +209,46 @@ pub fn apt_proxy() -> Vec<String> {
         .collect()
 }
 
+/// How fast the time stamp counter runs, in kHz, where the host says so: a virtual machine whose
+/// hypervisor does. An emulated processor shows the host's counter.
+pub fn tsc_khz() -> Option<u64> {
+    known_tsc_khz(&fs::read_to_string("/proc/cpuinfo").ok()?)
+}
+
+fn known_tsc_khz(cpuinfo: &str) -> Option<u64> {
+    let field = |name: &str| {
+        let line = cpuinfo.lines().find(|line| line.starts_with(name))?;
+        Some(line.split_once(':')?.1.trim())
+    };
+    let flags: Vec<&str> = field("flags")?.split_whitespace().collect();
+    let has = |flag| flags.contains(&flag);
+    // With aperfmperf it is the core's speed at the moment that stands there.
+    if !has("hypervisor") || !has("tsc_known_freq") || has("aperfmperf") {
+        return None;
+    }
+    let mhz: f64 = field("cpu MHz")?.parse().ok()?;
+    (mhz > 0.0).then_some((mhz * 1000.0).round() as u64)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_counters_speed_is_taken_only_from_who_knows_it() {
+        let cpuinfo = |flags: &str| {
+            format!(
+                "processor\t: 0\ncpu MHz\t\t: 2445.428\nflags\t\t: fpu tsc {flags}\n\nprocessor\t: 1\n"
+            )
+        };
+        let of = |flags| known_tsc_khz(&cpuinfo(flags));
+        assert_eq!(of("hypervisor tsc_known_freq"), Some(2_445_428));
+        assert_eq!(of("hypervisor"), None);
+        assert_eq!(of("tsc_known_freq aperfmperf"), None);
+        assert_eq!(of("hypervisor tsc_known_freq aperfmperf"), None);
+        assert_eq!(known_tsc_khz("flags: hypervisor tsc_known_freq"), None);
+        assert_eq!(known_tsc_khz(""), None);
+    }
 
     #[test]
     fn the_mirror_is_the_one_that_serves_the_hosts_own_suite() {

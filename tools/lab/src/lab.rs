@@ -14,6 +14,7 @@ use crate::{
     cli::{GuestArgs, Rdma},
     disk, fixtures,
     guest::{self, Accelerator, Machine},
+    host,
     kernel::{Kernel, Source},
     project::Project,
     run::{BOOT_LIMIT, DEFAULT_TIMEOUT, Ground, Job},
@@ -98,6 +99,7 @@ pub fn job(ground: &Ground, args: &GuestArgs, parts: Parts) -> Result<Job> {
         bar_mib: args.bar_size.unwrap_or(guest::BAR_MIB),
         events: args.events,
         end: None,
+        tsc_khz: host::tsc_khz(),
     };
     if !args.icount {
         machine.accelerator = accel::choose(ground, &machine);
