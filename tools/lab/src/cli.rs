@@ -33,12 +33,15 @@ pub enum Command {
         kernel: KernelArgs,
     },
     /// Builds everything, boots, runs the lab's suite and reports each test
+    ///
+    /// Without FILTER and --kernel the suite runs on the stock kernel, and then on the debug one those of
+    /// its programs that say so in tests/lab/Cargo.toml.
     Test {
         /// Only tests whose name, or whose run's name, contains this
         filter: Option<String>,
-        /// The kernel to boot
-        #[command(flatten)]
-        kernel: KernelArgs,
+        /// The kernel to boot, as for `run` [default: stock]
+        #[arg(long, value_name = "stock|debug|VERSION")]
+        kernel: Option<String>,
     },
     /// Runs a program of tests/lab/benches in a guest whose clock counts instructions, and prints
     /// what it prints: the same figures on any host, however busy
@@ -125,7 +128,7 @@ pub enum Command {
 pub struct KernelArgs {
     /// The kernel package's version, such as 7.2.12+deb13; 'stock' for the newest 7.2 there is; or
     /// 'debug' for that one's source with lockdep, KASAN, kmemleak and fault injection
-    #[arg(long, value_name = "stock|debug|VERSION", default_value = "stock")]
+    #[arg(long, value_name = "stock|debug|VERSION", default_value = kernel::STOCK)]
     pub kernel: String,
 }
 

@@ -30,6 +30,8 @@ const DEBUG_CONFIG: &str = include_str!("../recipes/debug-kernel.config");
 
 /// What `--kernel` calls the instrumented kernel.
 pub const DEBUG: &str = "debug";
+/// What a person calls the distribution's newest kernel of the lab's series.
+pub const STOCK: &str = "stock";
 /// The packages whose programs compile the instrumented kernel.
 const COMPILERS: &[&str] = &[
     "clang-19", "lld-19", "llvm-19", "rustc", "rust-src", "bindgen",
@@ -285,7 +287,7 @@ const SERIES: &str = "7.2.";
 fn choose<'a>(offered: &'a [String], wanted: &str) -> Option<&'a str> {
     let name = wanted.strip_prefix("linux-image-").unwrap_or(wanted);
     let newest = || offered.iter().rev().find(|o| o.starts_with(SERIES));
-    let found = if name == "stock" || name == DEBUG {
+    let found = if name == STOCK || name == DEBUG {
         newest()
     } else {
         offered

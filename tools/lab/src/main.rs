@@ -93,7 +93,7 @@ fn command(cli: Cli) -> Result<i32> {
     let cache = Cache::open()?;
     match cli.command {
         Command::Demo { kernel } => demo(&cache, &kernel),
-        Command::Test { filter, kernel } => test(&cache, filter.as_deref(), &kernel),
+        Command::Test { filter, kernel } => test(&cache, filter.as_deref(), kernel),
         Command::Bench {
             name,
             kernel,
@@ -380,7 +380,27 @@ fn two_machines(cache: &Cache, kernel: &KernelArgs, rdma: Rdma) -> Result<i32> {
     Ok(failed)
 }
 
-fn test(cache: &Cache, filter: Option<&str>, kernel: &KernelArgs) -> Result<i32> {
+fn test(cache: &Cache, filter: Option<&str>, kernel: Option<String>) -> Result<i32> {
+    let everything = filter.is_none() && kernel.is_none();
+    let kernel = kernel.unwrap_or_else(|| kernel::STOCK.into());
+    let (mut passed, mut failed) = test_on(cache, filter, &KernelArgs { kernel }, false)?;
+    if everything {
+        note("on the debug kernel, what is to run there, too:");
+        let kernel = kernel::DEBUG.into();
+        let more = test_on(cache, None, &KernelArgs { kernel }, true)?;
+        (passed, failed) = (passed + more.0, failed + more.1);
+    }
+    writeln!(io::stdout(), "{passed} passed, {failed} failed")?;
+    Ok(i32::from(failed > 0))
+}
+
+/// Runs the suite, or only what asks for this kernel, and returns (passed, failed).
+fn test_on(
+    cache: &Cache,
+    filter: Option<&str>,
+    kernel: &KernelArgs,
+    asked_for_only: bool,
+) -> Result<(u32, u32)> {
     let project = Project::find()?;
     // The parts for each kernel are built once, before the first guest that needs them.
     let built: Mutex<HashMap<String, Parts>> = Mutex::default();
@@ -420,12 +440,11 @@ fn test(cache: &Cache, filter: Option<&str>, kernel: &KernelArgs) -> Result<i32>
     let runner = Runner {
         project: &project,
         debug: kernel.kernel == kernel::DEBUG,
+        asked_for_only,
         at_once: AT_ONCE,
         in_guest: &in_guest,
     };
-    let (passed, failed) = runner.run(filter)?;
-    writeln!(io::stdout(), "{passed} passed, {failed} failed")?;
-    Ok(i32::from(failed > 0))
+    runner.run(filter)
 }
 
 fn bench(cache: &Cache, name: &str, kernel: &KernelArgs, arguments: Vec<OsString>) -> Result<i32> {

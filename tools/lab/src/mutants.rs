@@ -26,7 +26,7 @@ use serde::Deserialize;
 use crate::{
     cache::Cache,
     cli::{GuestArgs, KernelArgs},
-    kernel::Source,
+    kernel::{self, Source},
     lab,
     project::Project,
     run::{Ending, Outcome},
@@ -58,7 +58,7 @@ struct Mutant {
 }
 
 fn stock() -> String {
-    "stock".into()
+    kernel::STOCK.into()
 }
 
 impl Mutant {
@@ -195,7 +195,7 @@ mod tests {
             let tests = fs::read_to_string(&tests).unwrap();
             let there = tests.contains(&format!("#[test]\nfn {test}()"));
             assert!(there, "{}: no test {}", mutant.name, mutant.noticed_by);
-            let kernels = ["stock", crate::kernel::DEBUG];
+            let kernels = [kernel::STOCK, kernel::DEBUG];
             assert!(kernels.contains(&mutant.kernel.as_str()), "{}", mutant.name);
         }
     }

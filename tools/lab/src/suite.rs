@@ -7,8 +7,11 @@
 //! test = "kmod"                         # tests/lab/tests/kmod.rs
 //! options = ["--topology", "switch"]    # as for cargo lab run
 //! where = "guest"                       # or "host": runs here, with PEERBUF_LAB set
-//! kernel = "any"                        # or "stock", "debug": runs with that one only
+//! kernel = "any"                        # or "stock", "debug": runs with that one only; or "each"
 //! ```
+//!
+//! A call that names neither a kernel nor a test runs everything on the stock kernel, and then on the
+//! debug one what is for "debug" or for "each".
 //!
 //! A test program may have several runs. Runs with the same options share a guest, one after the
 //! other (`tests/lab/init/suite` gives each a fresh peerbuf.ko); as many guests as are worth their
@@ -56,6 +59,8 @@ pub enum With {
     /// With each that a person chooses.
     #[default]
     Any,
+    /// As `Any`, and with both where a person chooses none.
+    Each,
     /// With a distribution's.
     Stock,
     /// With the instrumented one.
@@ -126,6 +131,8 @@ pub struct Runner<'a> {
     pub project: &'a Project,
     /// Whether the kernel is the instrumented one.
     pub debug: bool,
+    /// Leaves out what does not ask for this kernel.
+    pub asked_for_only: bool,
     /// How many guests at a time.
     pub at_once: usize,
     /// Boots a guest with these options and programs in its `/opt/peerbuf/bin`, runs the suite's
@@ -203,7 +210,9 @@ impl Runner<'_> {
             let Some(tests) = select(&run, program, filter)? else {
                 continue;
             };
-            if run.kernel == if self.debug { With::Stock } else { With::Debug } {
+            if run.kernel == if self.debug { With::Stock } else { With::Debug }
+                || (self.asked_for_only && run.kernel == With::Any)
+            {
                 continue;
             }
             let same = |g: &Group| g.place == run.place && g.options == run.options;
