@@ -53,7 +53,7 @@
 //!
 //! # Which binding
 //!
-//! The declarations of libibverbs are this crate's own (`sys/verbs.rs`), and the library is opened
+//! The declarations of libibverbs are this crate's own (`sys/verbs`), and the library is opened
 //! with `libloading`. The `ibverbs` crate links the library, or builds rdma-core: a program would not
 //! start, or not build, without it. `rdma-mummy-sys`, and `sideway` over it, do open it at run time,
 //! but need CMake and clang to build, on every machine that builds this crate. Some twenty

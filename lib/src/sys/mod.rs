@@ -1,4 +1,4 @@
-//! The only `unsafe` of the crate: one file per kernel interface, each with a safe face.
+//! The only `unsafe` of the crate: one module per kernel interface, each with a safe face.
 #![allow(unsafe_code)]
 
 pub(crate) mod direct;
