@@ -12,3 +12,4 @@ pub mod memory;
 pub mod modules;
 pub mod node;
 pub mod pci;
+pub mod rdma;

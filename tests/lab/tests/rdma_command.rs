@@ -4,9 +4,10 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use peerbuf_lab_suite::node::Node;
+use peerbuf_lab_suite::node::{Node, assert_all_free};
+use peerbuf_lab_suite::pci::wait_until;
 use rand::Rng;
 use serde_json::Value;
 
@@ -232,6 +233,59 @@ fn forged_messages_end_their_own_connection_and_no_other() {
     assert_eq!(summary["verified"], true);
     drop(server);
     assert!(Path::new(from).exists());
+}
+
+/// Packets that the card has sent.
+fn packets() -> u64 {
+    let counters = "/sys/class/infiniband/rxe0/ports/1/hw_counters";
+    let count = std::fs::read_to_string(format!("{counters}/sent_pkts")).unwrap();
+    count.trim().parse().unwrap()
+}
+
+#[test]
+fn a_command_that_is_killed_in_mid_transfer_is_noticed_and_others_are_served() {
+    const LENGTH: usize = 16 << 20;
+    let (from, bar) = ("/mnt/nvme/rdma-killed", bar());
+    random_file(from, LENGTH);
+    let serve = || Server::start(&["--buffer", &bar, "--size", "16M"]);
+    let mut server = serve();
+    // Another client, whose transfer has begun when this returns.
+    let begin = || {
+        let before = packets();
+        let mut client = Command::new("peerbuf");
+        client.args(["rdma", "put", "--connect", ADDRESS, from]);
+        client.args(["--buffer", &bar, "--size", "16M"]);
+        client.stdout(Stdio::null()).stderr(Stdio::piped());
+        let client = client.spawn().unwrap();
+        wait_until("packets", || packets() > before + 1000);
+        client
+    };
+    let put = || summary("put", &["--buffer", &bar, "--size", "16M", from]);
+
+    // The one that writes: the server says so and serves the next.
+    let mut client = begin();
+    client.kill().unwrap();
+    let killed = client.wait().unwrap();
+    assert_eq!(killed.code(), None, "it had ended");
+    assert_eq!(put()["verified"], true);
+
+    // The one that serves.
+    let client = begin();
+    server.child.kill().unwrap();
+    let begun = Instant::now();
+    let output = client.wait_with_output().unwrap();
+    let took = begun.elapsed();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success(), "{said}");
+    assert!(said.contains("IBV_WC_RETRY_EXC_ERR"), "{said}");
+    assert!(said.contains("the other end does not answer"), "{said}");
+    assert!(took < Duration::from_secs(20), "{took:?}: {said}");
+    let said = server.end().1;
+    assert!(said.contains("closed the connection"), "{said}");
+    let server = serve();
+    assert_eq!(put()["verified"], true);
+    drop(server);
+    assert_all_free(&Node::largest());
 }
 
 #[test]

@@ -58,6 +58,115 @@ fn with_dma_bufs_they_go_from_bar_to_bar() {
     a_file_goes_from_disk_to_disk("dmabuf", "dma-buf-by-kernel");
 }
 
+/// A file goes by RDMA from the one BAR to the other, four times, each time with new bytes. At the second
+/// guest the cable is cut in mid-transfer for two seconds, and then for longer than anybody waits for an
+/// answer; then at the first one; the fourth time it stays.
+const CUT: &str = r#"
+. /opt/peerbuf/init/functions
+for d in /dev/peerbuf/0*; do
+    bar=bar:${d##*/}:2
+    [ "$($b stat -c %s "/sys/bus/pci/devices/${d##*/}/resource2")" -ge 67108864 ] && break
+done
+for d in /sys/class/virtio-ports/*; do
+    read -r name <"$d/name"
+    [ "$name" = peerbuf.events ] && events=/dev/${d##*/}
+done
+exec 8<>"$events"
+link() {
+    echo "t link net0 $1" >&8
+    read -r answer <&8
+    [ "$answer" = "t ok" ] || echo "link $1: $answer"
+}
+nic=$(cd /sys/class/net && for n in *; do [ -e "$n/device" ] && echo "$n"; done)
+count() { read -r n <"/sys/class/net/$nic/statistics/$1_bytes"; echo "$n"; }
+after_2_mib() { # rx|tx
+    before=$(count "$1")
+    until [ $(($(count "$1") - before)) -gt 2097152 ]; do $b usleep 10000; done
+}
+file=/mnt/nvme/cut
+
+if [ "$PEERBUF_LAB_END" = second ]; then
+    cut() { # SECONDS
+        after_2_mib rx
+        link down
+        $b usleep 500000
+        had=$(count rx)
+        $b sleep "$1"
+        echo "$((had - before < 16777216)) $(($(count rx) - had))"
+        link up
+    }
+    step() { $b nc -l -p 7472 </dev/null; }
+    : >$file
+    peerbuf rdma serve --listen "$PEERBUF_LAB_ADDRESS:7471" --buffer "$bar" --size 16M --file $file >/dev/null &
+    serve=$!
+    cut 2
+    step
+    cut 12
+    step
+    step
+    $b sha256sum <$file
+    kill $serve
+    exit 0
+fi
+step() { until echo "$1" | $b nc "$PEERBUF_LAB_PEER" 7472; do $b usleep 200000; done; }
+put() { peerbuf rdma put --wait 120 --connect "$PEERBUF_LAB_PEER:7471" --buffer "$bar" --size 16M --json $file 2>/tmp/err; }
+file() { $b dd if=/dev/urandom of=$file bs=1M count=16 2>/dev/null; $b sync; }
+file
+put
+step short
+file
+begun=$($b date +%s)
+put
+echo "$? $(($($b date +%s) - begun))"
+$b cat /tmp/err
+step long
+put
+file
+put &
+after_2_mib tx
+link down
+wait $!
+echo $?
+$b cat /tmp/err
+link up
+put
+$b sha256sum <$file
+step here
+"#;
+
+#[test]
+fn a_short_cut_of_the_cable_costs_time_and_a_long_one_the_connection() {
+    let output = pair(&["--rdma", "dmabuf", "--events"], &["sh", "-c", CUT]);
+    let out = String::from_utf8_lossy(&output.stdout);
+    let err = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(0), "{out}{err}");
+    let (first, second) = (lines(&out, "first"), lines(&out, "second"));
+    let [short, long, why, after, here, why_here, after_here, sum] = first[..] else {
+        panic!("{out}{err}");
+    };
+    for summary in [short, after, after_here] {
+        let summary: Value = serde_json::from_str(summary).unwrap();
+        assert_eq!(summary["bytes"], 16 << 20, "{summary}");
+        assert_eq!(summary["verified"], true, "{summary}");
+        assert_eq!(summary["here"]["registration"], "dma-buf-by-kernel");
+    }
+    // Cut before the last byte, and none came then.
+    assert_eq!(
+        second,
+        ["1 0", "short", "1 0", "long", "here", sum],
+        "{out}"
+    );
+    let (status, seconds) = long.split_once(' ').unwrap();
+    let seconds: u32 = seconds.parse().unwrap();
+    assert!(status == "1" && (7..30).contains(&seconds), "{long}");
+    assert!(why.contains("IBV_WC_RETRY_EXC_ERR"), "{why}");
+    // Soft-RoCE gives up at once where its own link is down, and does not wait for a cable.
+    assert_eq!(here, "1", "{out}");
+    let says = |what| assert!(why_here.contains(what), "{why_here}");
+    says("IBV_WC_WR_FLUSH_ERR");
+    says("network is down");
+}
+
 #[test]
 fn the_higher_status_is_the_pairs_and_lines_are_named() {
     let script = "echo a $PEERBUF_LAB_END; [ $PEERBUF_LAB_END = first ] || exit 7";

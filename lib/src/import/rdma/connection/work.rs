@@ -46,7 +46,8 @@ pub struct Status(pub(super) i32);
 impl Status {
     /// This end's own memory was not there: the registration is gone or was revoked.
     pub const LOCAL_PROTECTION: Status = Status(4);
-    /// It was given up, because an earlier one failed or the connection was stopped.
+    /// It was given up, because an earlier one failed or the connection was stopped. Soft-RoCE also
+    /// says so, of all, when its own network interface takes no packets.
     pub const FLUSHED: Status = Status(5);
     /// The other end's memory was not there, or not for this: a wrong key or range, or a
     /// registration that is gone or was revoked.
@@ -90,7 +91,9 @@ impl Status {
             Status::LOCAL_PROTECTION => {
                 "this end's memory is not registered for it, or was taken away"
             }
-            Status::FLUSHED => "an earlier request failed, or the connection was stopped",
+            Status::FLUSHED => {
+                "an earlier request failed, the connection was stopped, or the card's network is down"
+            }
             Status::REMOTE_ACCESS => {
                 "the other end's memory is not registered for it, or was taken away"
             }

@@ -1,0 +1,207 @@
+//! Registrations and connections of one card, in one guest.
+
+use std::time::Duration;
+
+use peerbuf::export::memfd;
+use peerbuf::export::peerbuf::{Device, Request};
+use peerbuf::import::rdma::{
+    Address, Card, Completion, Connection, Operation, Registration, Remote, Rung,
+};
+use peerbuf::{Access, Buffer, BufferRange};
+
+use crate::bytes::{get, put};
+use crate::node::Node;
+
+/// For one request.
+pub const LIMIT: Duration = Duration::from_secs(30);
+/// The other end may read and write.
+pub const ALL: Option<Access> = Some(Access::ReadWrite);
+
+/// Whether the guest's soft-RoCE takes dma-bufs.
+///
+/// # Panics
+///
+/// In a guest that does not say which it has.
+pub fn takes_dma_bufs() -> bool {
+    match std::env::var("PEERBUF_LAB_RDMA").as_deref() {
+        Ok("dmabuf") => true,
+        Ok("stock") => false,
+        other => panic!("PEERBUF_LAB_RDMA is {other:?}"),
+    }
+}
+
+/// The guest's card.
+///
+/// # Panics
+///
+/// When there is none, as in the rest of this module.
+pub fn card() -> Card {
+    Card::open("rxe0").unwrap()
+}
+
+/// The device with the largest BAR.
+pub fn device() -> Device {
+    Device::open(Node::largest().bdf.parse().unwrap()).unwrap()
+}
+
+/// So much of its BAR, anywhere.
+pub fn bar(length: u64) -> Buffer {
+    let request = Request {
+        bar: 2,
+        offset: None,
+        length,
+        access: Access::ReadWrite,
+    };
+    device().export(request).unwrap()
+}
+
+/// Both ends of a connection, on one card.
+pub fn connected(card: &Card, depth: u32) -> (Connection, Connection) {
+    let ends = [card.endpoint(depth).unwrap(), card.endpoint(depth).unwrap()];
+    // As they would go over the network.
+    let [a, b] = [0, 1].map(|n| Address::from_bytes(&ends[n].address().to_bytes()).unwrap());
+    let [first, second] = ends;
+    (first.connect(&b).unwrap(), second.connect(&a).unwrap())
+}
+
+/// Bytes that follow from `seed`.
+pub fn random(length: u64, seed: u64) -> Vec<u8> {
+    let mut x = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut bytes = Vec::with_capacity(length as usize + 8);
+    while bytes.len() < length as usize {
+        // xorshift64
+        x ^= x << 13;
+        x ^= x >> 7;
+        x ^= x << 17;
+        bytes.extend_from_slice(&x.to_le_bytes());
+    }
+    bytes.truncate(length as usize);
+    bytes
+}
+
+/// The bytes of a request that has worked.
+pub fn good(completion: Completion) -> u64 {
+    completion.result.unwrap()
+}
+
+/// A range and its registration, with what is on either side of it in the buffer.
+pub struct Under {
+    /// Of the range.
+    pub registration: Registration,
+    /// What is registered.
+    pub range: BufferRange,
+    /// It, and what is beside it.
+    pub around: BufferRange,
+}
+
+/// Writes to, reads from, sends to and sends from a registration, and looks at each byte, also at
+/// those beside it.
+pub fn exercise(card: &Card, under: &Under) {
+    let Under {
+        registration,
+        range,
+        around,
+    } = under;
+    let (length, lead) = (range.len(), range.offset() - around.offset());
+    let bytes = |seed| random(length, seed);
+    let remote = registration.remote().unwrap();
+    let remote = Remote::from_bytes(&remote.to_bytes()).unwrap();
+    let other = memfd::export("other end", length).unwrap().whole();
+    let mine = card.register(&other, ALL).unwrap();
+    assert_eq!(mine.rung(), Rung::SharedMemory);
+    let piece = mine.slice(0, length).unwrap();
+    let whole = registration.slice(0, length).unwrap();
+    let (mut here, mut there) = connected(card, 16);
+    let canary = random(around.len(), 77);
+    let check = |seed: u64, what: &str| {
+        let mut expected = canary.clone();
+        expected[lead as usize..][..length as usize].copy_from_slice(&bytes(seed));
+        let got = get(around);
+        let at = got.iter().zip(&expected).position(|(a, b)| a != b);
+        assert_eq!(
+            at, None,
+            "{what}: first wrong byte, of {} at {lead}",
+            length
+        );
+    };
+    put(around, &canary);
+
+    // An RDMA write, then one with a number.
+    put(&other, &bytes(1));
+    here.write(&piece, &remote, None).unwrap();
+    assert_eq!(good(here.wait(LIMIT).unwrap()), length);
+    registration.deliver(0, length).unwrap();
+    check(1, "write");
+    put(&other, &bytes(2));
+    there.receive(None).unwrap();
+    here.write(&piece, &remote, Some(0xfeed_beef)).unwrap();
+    let told = there.wait(LIMIT).unwrap();
+    assert_eq!(
+        (told.operation, told.immediate),
+        (Operation::Receive, Some(0xfeed_beef))
+    );
+    assert_eq!(good(told), length);
+    good(here.wait(LIMIT).unwrap());
+    registration.deliver(0, length).unwrap();
+    check(2, "write with a number");
+
+    // An RDMA read.
+    put(range, &bytes(3));
+    registration.refresh(0, length).unwrap();
+    here.read(&piece, &remote).unwrap();
+    assert_eq!(good(here.wait(LIMIT).unwrap()), length);
+    assert!(get(&other) == bytes(3), "read");
+
+    // Sent to it, by polling.
+    put(&other, &bytes(4));
+    there.receive(Some(&whole)).unwrap();
+    here.send(&piece, None).unwrap();
+    let mut arrived = None;
+    while arrived.is_none() {
+        arrived = there.poll().unwrap();
+    }
+    let arrived = arrived.unwrap();
+    assert_eq!(arrived.immediate, None);
+    assert_eq!(
+        arrived.host_bytes,
+        if registration.rung() == Rung::Staged {
+            length
+        } else {
+            0
+        }
+    );
+    assert_eq!(good(arrived), length);
+    good(here.wait(LIMIT).unwrap());
+    check(4, "send to it");
+
+    // Sent from it, with a number, and written from it.
+    put(range, &bytes(5));
+    here.receive(Some(&piece)).unwrap();
+    there.send(&whole, Some(5)).unwrap();
+    assert_eq!(here.wait(LIMIT).unwrap().immediate, Some(5));
+    good(there.wait(LIMIT).unwrap());
+    assert!(get(&other) == bytes(5), "send from it");
+    put(range, &bytes(6));
+    there.write(&whole, &mine.remote().unwrap(), None).unwrap();
+    good(there.wait(LIMIT).unwrap());
+    assert!(get(&other) == bytes(6), "write from it");
+    // Read into it.
+    put(&other, &bytes(7));
+    there.read(&whole, &mine.remote().unwrap()).unwrap();
+    good(there.wait(LIMIT).unwrap());
+    check(7, "read into it");
+}
+
+/// What each rung should come to, for each kind of buffer.
+pub fn expected(kind: &str) -> Vec<Rung> {
+    let mut rungs = Vec::new();
+    if takes_dma_bufs() && kind != "memfd" {
+        // librxe has no entry for it, whatever the kernel has.
+        rungs.push(Rung::DmaBufByKernel);
+    }
+    if matches!(kind, "memfd" | "udmabuf") {
+        rungs.push(Rung::SharedMemory);
+    }
+    rungs.push(Rung::Staged);
+    rungs
+}

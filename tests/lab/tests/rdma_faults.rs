@@ -1,0 +1,428 @@
+//! The other end goes in mid-transfer, or the way there: a process is killed, the link cut. On the kernel's
+//! soft-RoCE and on the lab's. Runs in the guest. (A cable between two guests: `rdma_pair.rs`.)
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use peerbuf::Buffer;
+use peerbuf::export::udmabuf;
+use peerbuf::import::rdma::{
+    Address, Card, Connection, Operation, Registration, Remote, Status, WorkError,
+};
+use peerbuf_lab_suite::bytes::{get, put};
+use peerbuf_lab_suite::machine::Machine;
+use peerbuf_lab_suite::node::{Child, MIB, Node, assert_all_free, in_child};
+use peerbuf_lab_suite::pci::wait_until;
+use peerbuf_lab_suite::rdma::{ALL, LIMIT, bar, card, good, random};
+use rustix::process::{Signal, set_parent_process_death_signal};
+
+/// An end that has gone is noticed after some seven seconds; a busy host has more.
+const NOTICED: Duration = Duration::from_secs(20);
+
+/// One request.
+const CHUNK: u64 = MIB;
+/// Requests of a transfer, all of them in flight at the beginning.
+const CHUNKS: usize = 16;
+/// What is registered: the middle of a buffer, whose edges nobody is to touch.
+const LENGTH: u64 = CHUNK * CHUNKS as u64;
+const EDGE: u64 = 64 << 10;
+const SIZE: u64 = LENGTH + 2 * EDGE;
+
+/// What the buffers hold at first: that of the process that is killed, and the survivor's.
+const THEIRS: u64 = 1;
+const OURS: u64 = 2;
+
+fn buffer(kind: &str) -> Buffer {
+    match kind {
+        "bar" => bar(SIZE),
+        _ => udmabuf::export("udmabuf", SIZE).unwrap(),
+    }
+}
+
+fn registered(card: &Card, buffer: &Buffer, seed: u64) -> Registration {
+    put(&buffer.whole(), &random(SIZE, seed));
+    let middle = buffer.range(EDGE, LENGTH).unwrap();
+    let registration = card.register(&middle, ALL).unwrap();
+    registration.refresh(0, LENGTH).unwrap();
+    registration
+}
+
+/// Posts the whole transfer.
+fn begin(connection: &mut Connection, what: Operation, of: &Registration, remote: &Remote) {
+    for n in 0..CHUNKS as u64 {
+        let piece = of.slice(n * CHUNK, CHUNK).unwrap();
+        let remote = remote.slice(n * CHUNK, CHUNK).unwrap();
+        match what {
+            Operation::Write => connection.write(&piece, &remote, None).unwrap(),
+            _ => connection.read(&piece, &remote).unwrap(),
+        };
+    }
+}
+
+/// Which end moves the bytes, and to where.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Role {
+    Writes,
+    Reads,
+    IsWritten,
+    IsRead,
+}
+
+/// A second process with a card and a buffer of its own, which does what it is told until it is
+/// killed or the survivor closes the channel.
+struct Other {
+    child: Child,
+    channel: UnixStream,
+}
+
+impl Other {
+    /// Not to be called while this process has a card open, whose end the child would put off.
+    fn start(kind: &str) -> Other {
+        let (channel, theirs) = UnixStream::pair().unwrap();
+        channel.set_read_timeout(Some(LIMIT)).unwrap();
+        let child = in_child(|| {
+            set_parent_process_death_signal(Some(Signal::KILL)).unwrap();
+            Other::run(&theirs, kind);
+            0
+        });
+        Other { child, channel }
+    }
+
+    fn run(mut channel: &UnixStream, kind: &str) {
+        let card = card();
+        let buffer = buffer(kind);
+        let registration = registered(&card, &buffer, THEIRS);
+        let end = card.endpoint(CHUNKS as u32).unwrap();
+        channel.write_all(&end.address().to_bytes()).unwrap();
+        let remote = registration.remote().unwrap();
+        channel.write_all(&remote.to_bytes()).unwrap();
+        let (address, remote) = Other::told(channel);
+        let mut role = [0];
+        channel.read_exact(&mut role).unwrap();
+        let mut connection = end.connect(&address).unwrap();
+        connection.shows(&registration);
+        channel.write_all(&[0]).unwrap();
+        let does = match role[0] {
+            r if r == Role::IsWritten as u8 => Some(Operation::Write),
+            r if r == Role::IsRead as u8 => Some(Operation::Read),
+            _ => None,
+        };
+        if let Some(operation) = does {
+            begin(&mut connection, operation, &registration, &remote);
+            for _ in 0..CHUNKS {
+                good(connection.wait(LIMIT).unwrap());
+                channel.write_all(&[1]).unwrap();
+            }
+        }
+        assert_eq!(channel.read(&mut [0]).unwrap(), 0);
+    }
+
+    fn told(mut channel: &UnixStream) -> (Address, Remote) {
+        let (mut address, mut remote) = ([0; 32], [0; 24]);
+        channel.read_exact(&mut address).unwrap();
+        channel.read_exact(&mut remote).unwrap();
+        let address = Address::from_bytes(&address).unwrap();
+        (address, Remote::from_bytes(&remote).unwrap())
+    }
+
+    /// Connects with it and gives it its role.
+    fn connect(&mut self, registration: &Registration, role: Role) -> (Connection, Remote) {
+        let (address, remote) = Other::told(&self.channel);
+        let end = registration.card().endpoint(CHUNKS as u32).unwrap();
+        let ours = end.address().to_bytes();
+        let connection = end.connect(&address).unwrap();
+        connection.shows(registration);
+        self.channel.write_all(&ours).unwrap();
+        let shown = registration.remote().unwrap();
+        self.channel.write_all(&shown.to_bytes()).unwrap();
+        self.channel.write_all(&[role as u8]).unwrap();
+        self.channel.read_exact(&mut [0]).unwrap();
+        (connection, remote)
+    }
+
+    /// Waits until it has done so many requests.
+    fn done(&mut self, count: usize) {
+        self.channel.read_exact(&mut vec![0; count]).unwrap();
+    }
+
+    /// What else it had done.
+    fn rest(mut self) -> usize {
+        assert_eq!(self.child.wait(), Err(libc::SIGKILL));
+        let mut rest = Vec::new();
+        self.channel.read_to_end(&mut rest).unwrap();
+        rest.len()
+    }
+
+    fn kill(&self) -> Instant {
+        self.child.kill(libc::SIGKILL);
+        Instant::now()
+    }
+
+    fn end(self) {
+        // (The child has a copy of this end.)
+        self.channel.shutdown(Shutdown::Both).unwrap();
+        assert_eq!(self.child.wait(), Ok(0));
+    }
+}
+
+/// What the card has for its users.
+fn resources() -> String {
+    let output = Command::new("rdma").args(["resource", "show"]).output();
+    let output = output.unwrap();
+    assert!(output.status.success(), "{output:?}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn descriptors() -> usize {
+    fs::read_dir("/proc/self/fd").unwrap().count()
+}
+
+/// How many hold peerbuf.ko: while there are any it cannot be unloaded.
+fn module_users() -> String {
+    let count = fs::read_to_string("/sys/module/peerbuf/refcnt").unwrap();
+    count.trim().to_owned()
+}
+
+/// The first is not answered, and those after it are given up.
+fn assert_unanswered(errors: &[WorkError]) {
+    for (n, error) in errors.iter().enumerate() {
+        let status = if n == 0 {
+            Status::UNANSWERED
+        } else {
+            Status::FLUSHED
+        };
+        assert_eq!((error.status, error.cut_off), (status, false), "{n}");
+    }
+    let text = errors[0].to_string();
+    assert!(text.contains("does not answer"), "{text}");
+}
+
+/// Kills the other process when it, or this one, has done `after` of its requests. Returns how many
+/// are known to have been done in the end.
+fn killed_in_mid_transfer(
+    mut other: Other,
+    registration: &Registration,
+    role: Role,
+    after: usize,
+) -> usize {
+    let (mut here, remote) = other.connect(registration, role);
+    let noticed = |here: &mut Connection, left: usize, killed: Instant| {
+        let mut done = 0;
+        let mut errors = Vec::new();
+        for _ in 0..left {
+            match here.wait(NOTICED).unwrap().result {
+                Ok(_) => done += 1,
+                Err(error) => errors.push(error),
+            }
+            assert!(killed.elapsed() < NOTICED, "{role:?}: {errors:?}");
+        }
+        assert!(!errors.is_empty(), "{role:?}: killed when all was done");
+        assert_unanswered(&errors);
+        eprintln!("{role:?}: noticed after {:?}", killed.elapsed());
+        done
+    };
+    let done = match role {
+        Role::Writes | Role::Reads => {
+            let operation = match role {
+                Role::Writes => Operation::Write,
+                _ => Operation::Read,
+            };
+            begin(&mut here, operation, registration, &remote);
+            for _ in 0..after {
+                good(here.wait(LIMIT).unwrap());
+            }
+            let killed = other.kill();
+            let done = after + noticed(&mut here, CHUNKS - after, killed);
+            assert_eq!(other.rest(), 0);
+            done
+        }
+        Role::IsWritten | Role::IsRead => {
+            other.done(after);
+            other.kill();
+            let done = after + other.rest();
+            assert!(done < CHUNKS, "{role:?}: killed when all was done");
+            if role == Role::IsWritten {
+                // To a staged one's buffer, before a request copies from there.
+                registration.deliver(0, LENGTH).unwrap();
+            }
+            // This end's own requests are not answered.
+            let piece = registration.slice(0, 64).unwrap();
+            here.send(&piece, None).unwrap();
+            assert_eq!(noticed(&mut here, 1, Instant::now()), 0);
+            done
+        }
+    };
+    assert_eq!(here.in_flight(), 0);
+    done
+}
+
+/// What a transfer that broke off may leave in the survivor's buffer, and nothing else.
+fn check(buffer: &Buffer, role: Role, done: usize) {
+    let old = random(SIZE, OURS);
+    let now = get(&buffer.whole());
+    if matches!(role, Role::Writes | Role::IsRead) {
+        assert!(now == old, "{role:?}");
+        return;
+    }
+    let new = random(SIZE, THEIRS);
+    let (begin, end) = (EDGE as usize, (EDGE + LENGTH) as usize);
+    let known = begin + done * CHUNK as usize;
+    assert!(now[..begin] == old[..begin], "{role:?}: before it");
+    assert!(now[begin..known] == new[begin..known], "{role:?}: done");
+    let neither = (known..end).find(|&at| now[at] != old[at] && now[at] != new[at]);
+    assert_eq!(neither, None, "{role:?}: from neither");
+    assert!(now[known..end] != new[known..end], "{role:?}: all arrived");
+    assert!(now[end..] == old[end..], "{role:?}: behind it");
+}
+
+/// A new connection of the same registration, there and back.
+fn works_again(mut other: Other, buffer: &Buffer, registration: &Registration) {
+    const COUNT: u64 = CHUNK + 4099;
+    let (mut here, remote) = other.connect(registration, Role::Writes);
+    let bytes = random(COUNT, 3);
+    put(&buffer.range(EDGE + 5, COUNT).unwrap(), &bytes);
+    let piece = registration.slice(5, COUNT).unwrap();
+    let there = remote.slice(77, COUNT).unwrap();
+    here.write(&piece, &there, None).unwrap();
+    assert_eq!(good(here.wait(LIMIT).unwrap()), COUNT);
+    let back = 4 * CHUNK + 1;
+    here.read(&registration.slice(back, COUNT).unwrap(), &there)
+        .unwrap();
+    assert_eq!(good(here.wait(LIMIT).unwrap()), COUNT);
+    assert!(get(&buffer.range(EDGE + back, COUNT).unwrap()) == bytes);
+    drop(here);
+    other.end();
+}
+
+#[test]
+fn a_process_killed_in_mid_transfer_costs_the_other_an_error_and_nothing_else() {
+    // What the library opens once.
+    drop(card());
+    let nothing = (descriptors(), resources(), module_users());
+    for kind in ["bar", "udmabuf"] {
+        for (role, after) in [
+            (Role::Writes, 2),
+            (Role::Reads, 1),
+            (Role::IsWritten, 3),
+            (Role::IsRead, 1),
+        ] {
+            let [first, second] = [Other::start(kind), Other::start(kind)];
+            let card = card();
+            let buffer = buffer(kind);
+            let registration = registered(&card, &buffer, OURS);
+            let done = killed_in_mid_transfer(first, &registration, role, after);
+            check(&buffer, role, done);
+            registration.check().unwrap();
+            works_again(second, &buffer, &registration);
+            drop((registration, buffer, card));
+            wait_until("the killed process' resources", || resources() == nothing.1);
+            assert_all_free(&Node::largest());
+            wait_until("the module's users", || module_users() == nothing.2);
+            assert_eq!(descriptors(), nothing.0, "{kind}: {role:?}");
+        }
+    }
+    assert_eq!(nothing.2, "0");
+}
+
+/// Both ends of a connection of one card.
+fn connected(card: &Card) -> (Connection, Connection) {
+    peerbuf_lab_suite::rdma::connected(card, CHUNKS as u32)
+}
+
+/// The guest's network interface, which soft-RoCE is on.
+fn interface() -> String {
+    let all = fs::read_dir("/sys/class/net").unwrap();
+    let mut all = all.map(|entry| entry.unwrap());
+    let card = all.find(|entry| entry.path().join("device").exists());
+    card.unwrap().file_name().into_string().unwrap()
+}
+
+fn ip(arguments: &[&str]) {
+    let done = Command::new("/bin/busybox")
+        .arg("ip")
+        .args(arguments)
+        .output();
+    let done = done.unwrap();
+    assert!(done.status.success(), "ip {arguments:?}: {done:?}");
+}
+
+/// Begins a transfer between two ends of one card, and has `cut` happen in its middle. Returns how many
+/// requests were done, and what the others say.
+fn cut_in_mid_transfer(card: &Card, cut: impl FnOnce()) -> (usize, Vec<WorkError>) {
+    let [from, to] = ["udmabuf", "udmabuf"].map(buffer);
+    let ours = registered(card, &from, OURS);
+    let theirs = registered(card, &to, THEIRS);
+    let (mut here, _there) = connected(card);
+    begin(
+        &mut here,
+        Operation::Write,
+        &ours,
+        &theirs.remote().unwrap(),
+    );
+    good(here.wait(LIMIT).unwrap());
+    cut();
+    let rest = (1..CHUNKS).map(|_| here.wait(NOTICED).unwrap().result);
+    let (good, bad): (Vec<_>, Vec<_>) = rest.partition(Result::is_ok);
+    let done = 1 + good.len();
+    let (begin, end) = (EDGE as usize, (EDGE + LENGTH) as usize);
+    let known = begin + done * CHUNK as usize;
+    let now = get(&to.whole());
+    let (old, new) = (random(SIZE, THEIRS), random(SIZE, OURS));
+    assert!(now[begin..known] == new[begin..known], "done");
+    assert!(now[..begin] == old[..begin], "before it");
+    assert!(now[end..] == old[end..], "behind it");
+    assert!(get(&from.whole()) == new, "the source");
+    (done, bad.into_iter().filter_map(Result::err).collect())
+}
+
+/// What a new connection answers while there is no way out.
+fn assert_no_connection(card: &Card) {
+    wait_until("the port is down", || card.endpoint(1).is_err());
+    let error = card.endpoint(1).unwrap_err().to_string();
+    for what in ["ibv_query_port", "rxe0", "ENETDOWN"] {
+        assert!(error.contains(what), "{error}");
+    }
+}
+
+fn assert_it_works_again(card: &Card) {
+    wait_until("the port is up", || card.endpoint(1).is_ok());
+    assert_eq!(cut_in_mid_transfer(card, || ()), (CHUNKS, Vec::new()));
+}
+
+#[test]
+fn without_a_cable_one_card_still_reaches_itself_and_others_are_refused() {
+    let mut machine = Machine::new();
+    let card = card();
+    let cut = cut_in_mid_transfer(&card, || machine.link("net0", false).unwrap());
+    assert_eq!(cut, (CHUNKS, Vec::new()));
+    assert_no_connection(&card);
+    machine.link("net0", true).unwrap();
+    assert_it_works_again(&card);
+}
+
+#[test]
+fn an_interface_that_is_switched_off_ends_connections_at_once() {
+    let name = interface();
+    let card = card();
+    let mut cut = None;
+    let (done, errors) = cut_in_mid_transfer(&card, || {
+        ip(&["link", "set", &name, "down"]);
+        cut = Some(Instant::now());
+    });
+    let took = cut.unwrap().elapsed();
+    assert!(took < Duration::from_secs(5), "{took:?}");
+    assert!(done < CHUNKS, "all was done");
+    // Soft-RoCE gives up its own error with the rest.
+    for error in errors {
+        assert_eq!((error.status, error.cut_off), (Status::FLUSHED, false));
+        assert!(error.to_string().contains("network"), "{error}");
+    }
+    assert_no_connection(&card);
+    ip(&["link", "set", &name, "up"]);
+    ip(&["route", "add", "default", "via", "10.0.2.2"]);
+    assert_it_works_again(&card);
+}
