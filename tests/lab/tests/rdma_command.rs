@@ -161,6 +161,28 @@ fn a_buffer_is_read_into_a_file() {
     }
 }
 
+#[test]
+fn a_file_arrives_whole_while_both_buffers_move_at_random() {
+    let (from, to) = ("/mnt/nvme/rdma-moved-from", "/mnt/nvme/rdma-moved-to");
+    let bar = bar();
+    let moving = ["--move-every", "40", "--size", "1M"];
+    for (there, here) in [(bar.as_str(), bar.as_str()), ("udmabuf", bar.as_str())] {
+        let bytes = random_file(from, 8 << 20);
+        std::fs::write(to, "").unwrap();
+        let of_server = [&["--once", "--buffer", there, "--file", to], &moving[..]].concat();
+        let server = Server::start(&of_server);
+        let summary = summary("put", &[&["--buffer", here, from], &moving[..]].concat());
+        let (good, said) = server.end();
+        assert!(good, "{said}");
+        assert!(std::fs::read(to).unwrap() == bytes, "{here} to {there}");
+        assert_eq!(summary["bytes"], 8 << 20, "{summary}");
+        assert_eq!(summary["verified"], true, "{summary}");
+        for end in ["moves_here", "moves_there"] {
+            assert!(summary[end].as_u64().unwrap() > 0, "{end}: {summary}");
+        }
+    }
+}
+
 /// A message as the protocol has it.
 fn framed(text: &str) -> Vec<u8> {
     let mut bytes = (text.len() as u32).to_be_bytes().to_vec();
@@ -168,13 +190,8 @@ fn framed(text: &str) -> Vec<u8> {
     bytes
 }
 
-fn hello(address: [u8; 32]) -> Value {
-    serde_json::json!({
-        "version": 1,
-        "address": address,
-        "remote": null,
-        "receipt": {"card": "x", "buffer": "x", "registration": "x", "attempts": [], "path": "x"},
-    })
+fn begin(address: [u8; 32]) -> Vec<u8> {
+    framed(&serde_json::json!({"Begin": {"connect": address}}).to_string())
 }
 
 #[test]
@@ -186,19 +203,28 @@ fn forged_messages_end_their_own_connection_and_no_other() {
     address[12..16].copy_from_slice(&[10, 0, 2, 15]);
     address[18] = 7;
     address[24] = 3;
-    let right = hello(address);
+    let right = serde_json::json!({"version": 2, "size": 65536});
     let mut other_version = right.clone();
-    other_version["version"] = 2.into();
+    other_version["version"] = 3.into();
     let mut more = right.clone();
     more["more"] = 1.into();
-    let request = |text: &str| [framed(&right.to_string()), framed(text)].concat();
+    let greeted = |rest: &[u8]| [framed(&right.to_string()).as_slice(), rest].concat();
+    let request = |text: &str| greeted(&[begin(address), framed(text)].concat());
     let forged: Vec<(&str, Vec<u8>)> = vec![
         ("a huge length", vec![0xff; 4]),
         ("no JSON", framed("hello")),
         ("a message that is cut off", vec![0, 0, 1, 0, 0x7b]),
         ("another version", framed(&other_version.to_string())),
         ("an unknown field", framed(&more.to_string())),
-        ("no address", framed(&hello([0; 32]).to_string())),
+        ("no address", greeted(&begin([0; 32]))),
+        (
+            "bytes for no connection",
+            greeted(&framed(r#"{"Written":{"at":0,"length":1}}"#)),
+        ),
+        (
+            "a buffer for no connection",
+            greeted(&framed(r#"{"Begin":{"connect":null}}"#)),
+        ),
         (
             "more bytes than there are",
             request(r#"{"Written":{"at":0,"length":65537}}"#),

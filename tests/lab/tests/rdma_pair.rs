@@ -168,6 +168,25 @@ fn a_short_cut_of_the_cable_costs_time_and_a_long_one_the_connection() {
 }
 
 #[test]
+fn with_both_buffers_moving_at_random_no_byte_is_lost() {
+    for rdma in ["stock", "dmabuf"] {
+        let script = "MOVE_EVERY=40 SIZE=1M sh /opt/peerbuf/init/two-machines --json";
+        let output = pair(&["--rdma", rdma], &["sh", "-c", script]);
+        let out = String::from_utf8_lossy(&output.stdout);
+        let err = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(0), "{out}{err}");
+        let (first, second) = (lines(&out, "first"), lines(&out, "second"));
+        let summary: Value = serde_json::from_str(first[0]).unwrap();
+        assert_eq!(summary["bytes"], 8 << 20, "{summary}");
+        assert_eq!(summary["verified"], true, "{summary}");
+        for end in ["moves_here", "moves_there"] {
+            assert!(summary[end].as_u64().unwrap() > 0, "{end}: {summary}");
+        }
+        assert_eq!(first[1], second[0], "{out}");
+    }
+}
+
+#[test]
 fn the_higher_status_is_the_pairs_and_lines_are_named() {
     let script = "echo a $PEERBUF_LAB_END; [ $PEERBUF_LAB_END = first ] || exit 7";
     let output = pair(&["--bare"], &["sh", "-c", script]);

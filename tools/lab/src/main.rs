@@ -336,14 +336,19 @@ fn demo(cache: &Cache, kernel: &KernelArgs) -> Result<i32> {
             }
         }
     }
-    for rdma in [Rdma::Stock, Rdma::Dmabuf] {
-        failed += two_machines(cache, kernel, rdma)?;
+    for (rdma, moving) in [
+        (Rdma::Stock, false),
+        (Rdma::Dmabuf, false),
+        (Rdma::Dmabuf, true),
+    ] {
+        failed += two_machines(cache, kernel, rdma, moving)?;
     }
     Ok(i32::from(failed > 0))
 }
 
-/// A file goes from one guest's disk to another's; prints what each hop was. How many failed.
-fn two_machines(cache: &Cache, kernel: &KernelArgs, rdma: Rdma) -> Result<i32> {
+/// A file goes from one guest's disk to another's, where asked while both buffers move at random;
+/// prints what each hop was. How many failed.
+fn two_machines(cache: &Cache, kernel: &KernelArgs, rdma: Rdma, moving: bool) -> Result<i32> {
     let args = GuestArgs {
         rdma,
         ..GuestArgs::plain(kernel)
@@ -357,22 +362,28 @@ fn two_machines(cache: &Cache, kernel: &KernelArgs, rdma: Rdma) -> Result<i32> {
             stderr: Box::new(err.clone()),
         }
     };
-    let script = ["sh", "/opt/peerbuf/init/two-machines"].map(OsString::from);
+    let settings = if moving { "MOVE_EVERY=40 SIZE=1M " } else { "" };
+    let line = format!("{settings}exec sh /opt/peerbuf/init/two-machines");
+    let script = ["sh".into(), "-c".into(), line.into()];
     let outcomes = run_pair(cache, &args, &script, &streams)?;
     let card = match rdma {
         Rdma::Stock => "the kernel's soft-RoCE",
         Rdma::Dmabuf => "a soft-RoCE that takes dma-bufs",
     };
+    let moves = if moving { ", both buffers moving" } else { "" };
     writeln!(
         io::stdout(),
-        "== two machines, {card} ==\ndisk -> BAR -> RDMA -> BAR -> disk"
+        "== two machines, {card}{moves} ==\ndisk -> BAR -> RDMA -> BAR -> disk"
     )?;
     let mut failed = 0;
     for (end, outcome) in outcomes {
         let (out, err) = &kept[end as usize];
-        for line in out.text().lines() {
-            writeln!(io::stdout(), "{}: {line}", end.name())?;
+        let out = out.text();
+        let (told, sum) = out.trim_end().rsplit_once('\n').unwrap_or(("", &out));
+        if !told.is_empty() {
+            writeln!(io::stdout(), "{told}")?;
         }
+        writeln!(io::stdout(), "{}: {}", end.name(), sum.trim_end())?;
         let _ = write!(io::stderr(), "{}{}", err.text(), outcome.report());
         failed += i32::from(outcome.status() != 0);
     }

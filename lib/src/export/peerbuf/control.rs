@@ -291,12 +291,10 @@ impl Device {
             hint: explain(errno, &info, request.bar, &request.ranges),
         })?;
         let first = ranges.first().map_or(0, |range| range.offset);
-        let name = format!(
-            "{} BAR {} at {first:#x}, {} ranges",
-            info.address,
-            request.bar,
-            ranges.len()
-        );
+        let mut name = format!("{} BAR {} at {first:#x}", info.address, request.bar);
+        if ranges.len() > 1 {
+            name += &format!(", {} ranges", ranges.len());
+        }
         self.exported(fd, &info, request.bar, name)
     }
 

@@ -6,14 +6,15 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use peerbuf::Buffer;
+use peerbuf::BufferRange;
+use peerbuf::error::RdmaError;
 use peerbuf::import::file::FileImporter;
-use peerbuf::import::rdma::{Connection, Registration, Remote};
-use serde::Serialize;
-use sha2::{Digest, Sha256};
+use peerbuf::import::rdma::{Address, Card, Link, Remote, Span, Status};
 
+use super::lent::{Every, Lent, PATIENCE};
 use super::place::{Place, checksum};
-use super::wire::{self, Account, FileAccount, Hello, Receipt, Request, Response};
+use super::report::Tally;
+use super::wire::{self, Account, Hello, Receipt, Request, Response};
 use super::{DEPTH, card, receipt};
 use crate::progress::Progress;
 use crate::{Failure, say, size};
@@ -45,7 +46,12 @@ pub struct Arguments {
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     length: Option<u64>,
 
-    /// One JSON object instead of the summary
+    /// Move this end's buffer meanwhile, about every MS milliseconds, at random: one in a BAR to system
+    /// memory and back, any other to new memory
+    #[arg(long, value_name = "MS")]
+    move_every: Option<Every>,
+
+    /// One JSON object instead of the table
     #[arg(long)]
     json: bool,
 
@@ -53,8 +59,8 @@ pub struct Arguments {
     file: PathBuf,
 }
 
-/// How long the other end and the card may take for one bufferful.
-const PATIENCE: Duration = Duration::from_secs(120);
+/// How often a transfer is begun anew before it is given up.
+const TRIES: u32 = 100;
 
 /// Connects to the other end, which may not be there yet.
 fn reach(arguments: &Arguments) -> Result<TcpStream, Failure> {
@@ -70,207 +76,194 @@ fn reach(arguments: &Arguments) -> Result<TcpStream, Failure> {
     }
 }
 
-/// What was done, with the fields of `--json`.
-#[derive(Serialize)]
-struct Summary {
-    bytes: u64,
-    /// Of all bytes, as they were in this end's buffer.
-    sha256: String,
-    /// Each bufferful had the same checksum in both buffers.
-    verified: bool,
-    seconds: f64,
-    here: Receipt,
-    there: Receipt,
-    /// Bytes that the processor copied between the buffer and the card's memory.
-    copied_here: u64,
-    copied_there: u64,
-    file_here: FileAccount,
-    /// Of what the other end wrote to its file.
-    file_there: Option<FileAccount>,
-}
-
-/// The connections to the other end.
-struct Session {
+/// The other end.
+struct There {
     stream: TcpStream,
-    connection: Connection,
-    registration: Registration,
-    remote: Remote,
-    buffer: Buffer,
-    there: Receipt,
+    card: Card,
+    /// How large its buffer is.
+    size: u64,
+    receipt: Receipt,
+    /// How often a connection took the place of one whose work was cut off.
+    retries: u32,
 }
 
-impl Session {
-    fn begin(arguments: &Arguments) -> Result<Session, Failure> {
-        let mut stream = reach(arguments)?;
-        stream.set_read_timeout(Some(PATIENCE))?;
-        stream.set_write_timeout(Some(PATIENCE))?;
-        stream.set_nodelay(true)?;
-        let card = card(arguments.card.as_deref())?;
-        let buffer = arguments.buffer.make(arguments.size.unwrap_or(8 << 20))?;
-        let registration = card.register(&buffer.whole(), None)?;
-        let end = card.endpoint(DEPTH)?;
-        let hello = Hello::new(&end.address(), None, receipt(&registration));
-        wire::send(&mut stream, &hello)?;
-        let theirs: Hello = wire::receive(&mut stream)?.ok_or(
-            "the other end closed the connection; the reason is in what `peerbuf rdma serve` says there",
-        )?;
-        let (peer, remote, there) = theirs.open()?;
-        Ok(Session {
-            connection: end.connect(&peer)?,
-            remote: remote.ok_or("malformed: the other end shows no buffer")?,
-            stream,
-            registration,
-            buffer,
-            there,
-        })
-    }
+/// This end's buffer.
+struct Here {
+    lent: Lent,
+    receipt: Receipt,
+}
 
-    fn ask(&mut self, request: &Request) -> Result<Account, Failure> {
+impl Here {
+    /// The beginning of the buffer, for the shortest time: it does not move meanwhile.
+    fn range(&mut self, length: u64) -> Result<BufferRange, Failure> {
+        let registration = self.lent.registration()?;
+        self.receipt.follow(receipt(&registration));
+        Ok(registration.range()?.slice(0, length)?)
+    }
+}
+
+fn begin(arguments: &Arguments) -> Result<(Here, There), Failure> {
+    let mut stream = reach(arguments)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    stream.set_nodelay(true)?;
+    let card = card(arguments.card.as_deref())?;
+    let size = arguments.size.unwrap_or(8 << 20);
+    let lent = Lent::new(&card, &arguments.buffer, size, arguments.move_every, None)?;
+    wire::send(&mut stream, &Hello::new(lent.size))?;
+    let theirs: Hello = wire::receive(&mut stream)?.ok_or(
+        "the other end closed the connection; the reason is in what `peerbuf rdma serve` says there",
+    )?;
+    let there = There {
+        size: theirs.open()?,
+        stream,
+        card,
+        receipt: Receipt::default(),
+        retries: 0,
+    };
+    let receipt = receipt(&lent.registration()?);
+    Ok((Here { lent, receipt }, there))
+}
+
+impl There {
+    fn ask(&mut self, request: &Request) -> Result<Response, Failure> {
         wire::send(&mut self.stream, request)?;
         match wire::receive(&mut self.stream)? {
-            Some(Response::Done(account)) => {
-                if let Some(file) = &account.file {
-                    wire::plain(&file.path)?;
-                }
-                Ok(account)
-            }
             Some(Response::Refused(why)) => {
                 Err(format!("the other end: {}", wire::plain(&why)?).into())
             }
+            Some(answer) => Ok(answer),
             None => Err("the other end closed the connection".into()),
         }
     }
 
-    /// The most bytes of one round.
-    fn bufferful(&self) -> u64 {
-        self.buffer.size().min(self.remote.len())
-    }
-
-    /// Cuts a transfer of the first `length` bytes of this end's buffer, and of the other's from `at`
-    /// on, into requests of a size that every card likes, and waits for all. Returns the bytes that
-    /// the processor copied.
-    fn transfer(&mut self, at: u64, length: u64, write: bool) -> Result<u64, Failure> {
-        const REQUEST: u64 = 1 << 20;
-        let (mut posted, mut copied) = (0, 0);
-        while posted < length || self.connection.in_flight() > 0 {
-            if posted < length && self.connection.in_flight() < DEPTH as usize {
-                let now = (length - posted).min(REQUEST);
-                let piece = self.registration.slice(posted, now)?;
-                let remote = self.remote.slice(at + posted, now)?;
-                if write {
-                    self.connection.write(&piece, &remote, None)?;
-                } else {
-                    self.connection.read(&piece, &remote)?;
+    /// Asks for something that is done, or to be begun again.
+    fn account(&mut self, request: &Request) -> Result<Option<Account>, Failure> {
+        match self.ask(request)? {
+            Response::Done(account) => {
+                if let Some(file) = &account.file {
+                    wire::plain(&file.path)?;
                 }
-                posted += now;
-                continue;
+                Ok(Some(account))
             }
-            let done = self.connection.wait(PATIENCE)?;
-            copied += done.host_bytes;
-            done.result?;
+            Response::Again => Ok(None),
+            other => Err(format!("malformed: {other:?} for an answer").into()),
         }
-        Ok(copied)
     }
-}
 
-/// What both directions count.
-struct Tally {
-    summary: Summary,
-    sum: Sha256,
-    began: Instant,
-}
+    /// The other end's buffer as it is now, over a connection that there is.
+    fn show(&mut self, connect: Option<&Address>) -> Result<(Option<Address>, Remote), Failure> {
+        let connect = connect.map(Address::to_bytes);
+        match self.ask(&Request::Begin { connect })? {
+            Response::Ready(shown) => {
+                let (address, remote, receipt) = shown.open()?;
+                self.receipt.follow(receipt);
+                Ok((address, remote))
+            }
+            other => Err(format!("malformed: {other:?} for a beginning").into()),
+        }
+    }
 
-impl Tally {
-    fn new(session: &Session) -> Tally {
-        let summary = Summary {
-            bytes: 0,
-            sha256: String::new(),
-            verified: true,
-            seconds: 0.0,
-            here: receipt(&session.registration),
-            there: session.there.clone(),
-            copied_here: 0,
-            copied_there: 0,
-            file_here: FileAccount {
-                path: String::new(),
-                host_bytes: 0,
-            },
-            file_there: None,
+    fn connect(&mut self) -> Result<Link, Failure> {
+        let end = self.card.endpoint(DEPTH)?;
+        let (theirs, remote) = self.show(Some(&end.address()))?;
+        let theirs = theirs.ok_or("malformed: the other end has not connected")?;
+        Ok(Link {
+            connection: end.connect(&theirs)?,
+            remote,
+            limit: PATIENCE,
+        })
+    }
+
+    /// A new connection in place of one whose work was cut off; for nothing else.
+    fn again(&mut self, why: RdmaError) -> Result<Link, Failure> {
+        let moved = match &why {
+            RdmaError::Work(error) => {
+                error.cut_off || matches!(error.status, Status::REMOTE_ACCESS | Status::UNANSWERED)
+            }
+            RdmaError::Stopped { .. } => true,
+            _ => false,
         };
-        Tally {
-            summary,
-            sum: Sha256::new(),
-            began: Instant::now(),
+        self.retries += 1;
+        if !moved || self.retries > TRIES {
+            return Err(why.into());
         }
+        // Where the other end has gone, what the card said is the reason.
+        self.connect()
+            .map_err(|error| format!("{why}; nor over another connection: {error}").into())
     }
 
-    /// Adds one bufferful: its checksum on this end, and what the other end says of it.
-    fn add(&mut self, length: u64, ours: [u8; 32], theirs: Account, copied: u64) {
-        let summary = &mut self.summary;
-        summary.bytes += length;
-        summary.verified &= ours == theirs.checksum;
-        summary.copied_here += copied;
-        summary.copied_there += theirs.copied;
-        if let Some(file) = theirs.file {
-            let host_bytes = summary.file_there.take().map_or(0, |f| f.host_bytes);
-            summary.file_there = Some(FileAccount {
-                host_bytes: host_bytes + file.host_bytes,
-                ..file
-            });
-        }
+    /// Begins a bufferful over the connection that there is.
+    fn ready(&mut self, link: &mut Link) -> Result<(), Failure> {
+        link.remote = self.show(None)?.1;
+        Ok(())
     }
 
-    fn end(mut self, arguments: &Arguments) -> Result<ExitCode, Failure> {
-        let sum: [u8; 32] = self.sum.finalize().into();
-        self.summary.sha256 = sum.iter().map(|byte| format!("{byte:02x}")).collect();
-        self.summary.seconds = self.began.elapsed().as_secs_f64();
-        let summary = self.summary;
-        if arguments.json {
-            say::answer(serde_json::to_string(&summary)?)?;
-        } else {
-            tell(&summary, arguments)?;
+    /// Has so many bytes of the buffer made ready to be read.
+    fn prepare(&mut self, link: &mut Link, at: u64, length: u64) -> Result<Account, Failure> {
+        for _ in 0..TRIES {
+            if let Some(account) = self.account(&Request::Read { at, length })? {
+                return Ok(account);
+            }
+            self.retries += 1;
+            *link = self.connect()?;
         }
-        if !summary.verified {
-            return Err("the checksums of the two ends differ".into());
-        }
-        Ok(ExitCode::SUCCESS)
+        Err("the other end's buffer moves too often to be read".into())
     }
 }
 
-fn tell(summary: &Summary, arguments: &Arguments) -> Result<(), Failure> {
-    say::answer(format_args!(
-        "{} bytes in {:.2} s, checksums {}",
-        summary.bytes,
-        summary.seconds,
-        if summary.verified { "agree" } else { "DIFFER" },
-    ))?;
-    let file = |account: &FileAccount, name: &str| {
-        format!(
-            "  {name}: {}, {} bytes through system memory",
-            account.path, account.host_bytes
-        )
+/// One bufferful to the other end, and into its file: what it says of it, and the bytes copied here.
+fn write(
+    here: &Here,
+    there: &mut There,
+    link: &mut Link,
+    at: u64,
+    length: u64,
+) -> Result<(Account, u64), Failure> {
+    let span = Span {
+        offset: 0,
+        at: 0,
+        length,
     };
-    for (end, receipt, copied) in [
-        ("here", &summary.here, summary.copied_here),
-        ("there", &summary.there, summary.copied_there),
-    ] {
-        say::answer(format_args!(
-            "{end}: {} with {}: {} ({}), {copied} bytes copied",
-            receipt.buffer, receipt.card, receipt.registration, receipt.path,
-        ))?;
-        for attempt in &receipt.attempts {
-            say::answer(format_args!("  not {attempt}"))?;
+    let mut copied = 0;
+    loop {
+        there.ready(link)?;
+        let follower = here.lent.follower();
+        copied += follower
+            .write(link, span, |why| there.again(why))?
+            .host_bytes;
+        if let Some(account) = there.account(&Request::Written { at, length })? {
+            return Ok((account, copied));
         }
-        match (end, &summary.file_there) {
-            ("here", _) => {
-                let name = arguments.file.display().to_string();
-                say::answer(file(&summary.file_here, &name))?;
-            }
-            (_, Some(account)) => say::answer(file(account, "its file"))?,
-            _ => {}
+        there.retries += 1;
+        if there.retries > TRIES {
+            return Err("the other end's buffer moves too often to be written".into());
         }
+        *link = there.connect()?;
     }
-    Ok(())
+}
+
+/// One bufferful of the other end: what it says of it, and the bytes copied here.
+fn read(
+    here: &Here,
+    there: &mut There,
+    link: &mut Link,
+    at: u64,
+    length: u64,
+) -> Result<(Account, u64), Failure> {
+    let span = Span {
+        offset: 0,
+        at,
+        length,
+    };
+    there.ready(link)?;
+    let account = there.prepare(link, at, length)?;
+    let done = here.lent.follower().read(link, span, |why| {
+        let mut link = there.again(why)?;
+        there.prepare(&mut link, at, length)?;
+        Ok::<Link, Failure>(link)
+    })?;
+    Ok((account, done.host_bytes))
 }
 
 /// `peerbuf rdma put`
@@ -281,39 +274,38 @@ pub fn put(arguments: &Arguments) -> Result<ExitCode, Failure> {
     if length > held {
         return Err(format!("{} has {held} bytes", arguments.file.display()).into());
     }
-    let mut session = Session::begin(arguments)?;
+    let (mut here, mut there) = begin(arguments)?;
     let _progress = Progress::start(format!(
         "{} -> {}",
         arguments.file.display(),
         arguments.connect
     ));
-    let mut tally = Tally::new(&session);
+    let mut tally = Tally::new();
+    let mut link = there.connect()?;
     let mut at = 0;
     while at < length {
-        let now = session.bufferful().min(length - at);
-        let range = session.buffer.range(0, now)?;
-        let read = file.attach(&range)?.read(at)?;
-        if read.bytes != now {
+        let now = here.lent.size.min(there.size).min(length - at);
+        let range = here.range(now)?;
+        let receipt = file.attach(&range)?.read(at)?;
+        if receipt.bytes != now {
             return Err(format!("{} became shorter", arguments.file.display()).into());
         }
-        tally.summary.file_here.path = read.plan.path.as_str().into();
-        tally.summary.file_here.host_bytes += read.host_bytes;
-        let ours = checksum(&range, &mut tally.sum)?;
-        let copied = session.transfer(0, now, true)?;
-        let account = session.ask(&Request::Written { at, length: now })?;
+        drop(range);
+        let ours = checksum(&here.range(now)?, tally.sum())?;
+        let (account, copied) = write(&here, &mut there, &mut link, at, now)?;
         tally.add(now, ours, account, copied);
+        tally.file(&receipt);
         at += now;
     }
-    wire::send(&mut session.stream, &Request::End)?;
-    tally.end(arguments)
+    end(here, there, link, tally, arguments)
 }
 
 /// `peerbuf rdma get`
 pub fn get(arguments: &Arguments) -> Result<ExitCode, Failure> {
-    let mut session = Session::begin(arguments)?;
-    let length = arguments.length.unwrap_or(session.remote.len());
-    if length > session.remote.len() {
-        return Err(format!("the other end's buffer has {} bytes", session.remote.len()).into());
+    let (mut here, mut there) = begin(arguments)?;
+    let length = arguments.length.unwrap_or(there.size);
+    if length > there.size {
+        return Err(format!("the other end's buffer has {} bytes", there.size).into());
     }
     // Made here: there may be none.
     File::create(&arguments.file)
@@ -324,21 +316,41 @@ pub fn get(arguments: &Arguments) -> Result<ExitCode, Failure> {
         arguments.connect,
         arguments.file.display()
     ));
-    let mut tally = Tally::new(&session);
+    let mut tally = Tally::new();
+    let mut link = there.connect()?;
     let mut at = 0;
     while at < length {
-        let now = session.bufferful().min(length - at);
-        let account = session.ask(&Request::Read { at, length: now })?;
-        let copied = session.transfer(at, now, false)?;
-        let range = session.buffer.range(0, now)?;
-        let ours = checksum(&range, &mut tally.sum)?;
-        let written = file.attach(&range)?.write(at)?;
-        tally.summary.file_here.path = written.plan.path.as_str().into();
-        tally.summary.file_here.host_bytes += written.host_bytes;
+        let now = here.lent.size.min(there.size).min(length - at);
+        let (account, copied) = read(&here, &mut there, &mut link, at, now)?;
+        let ours = checksum(&here.range(now)?, tally.sum())?;
+        let receipt = file.attach(&here.range(now)?)?.write(at)?;
         tally.add(now, ours, account, copied);
+        tally.file(&receipt);
         at += now;
     }
     file.sync()?;
-    wire::send(&mut session.stream, &Request::End)?;
-    tally.end(arguments)
+    end(here, there, link, tally, arguments)
+}
+
+fn end(
+    here: Here,
+    mut there: There,
+    link: Link,
+    tally: Tally,
+    arguments: &Arguments,
+) -> Result<ExitCode, Failure> {
+    drop(link);
+    wire::send(&mut there.stream, &Request::End)?;
+    let moves = here.lent.moves();
+    here.lent.end()?;
+    let summary = tally.end(here.receipt, there.receipt, moves, there.retries);
+    if arguments.json {
+        say::answer(serde_json::to_string(&summary)?)?;
+    } else {
+        say::answer(summary.table(&arguments.file.display().to_string()))?;
+    }
+    if !summary.verified {
+        return Err("the checksums of the two ends differ".into());
+    }
+    Ok(ExitCode::SUCCESS)
 }

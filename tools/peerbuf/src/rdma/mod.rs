@@ -4,15 +4,21 @@
 //! Bytes go by RDMA and by nothing else; what the ends have to tell each other goes over TCP. The
 //! client moves at most a bufferful at a time: file to its buffer, buffer to buffer, and, where the
 //! server was given a file, buffer to file. Both ends take a checksum of what is in their buffer.
+//!
+//! Each end lends its buffer to itself, and can so move it meanwhile (`--move-every`). What was cut
+//! off by a move, of either end, is done again over a new connection.
 
 mod client;
+mod lent;
 mod place;
+mod report;
 mod serve;
 mod wire;
 
 use std::process::ExitCode;
 
 use peerbuf::import::rdma::{self, Card, Registration};
+use peerbuf::plan::Path;
 
 use crate::Failure;
 use wire::Receipt;
@@ -64,6 +70,10 @@ fn card(name: Option<&str>) -> Result<Card, Failure> {
 const DEPTH: u32 = 16;
 
 fn receipt(registration: &Registration) -> Receipt {
+    let plan = registration.plan();
+    // Of a card that is software the plan says that the processor carries the bytes. It does so from
+    // the buffer's own memory, and nothing is copied on the way to the packets.
+    let by_processor = registration.rung().is_dma_buf() && plan.path == Path::StagedCopy;
     Receipt {
         card: registration.card().name().into(),
         buffer: registration.name().into(),
@@ -73,6 +83,9 @@ fn receipt(registration: &Registration) -> Receipt {
             .iter()
             .map(ToString::to_string)
             .collect(),
-        path: registration.plan().path.as_str().into(),
+        path: match by_processor {
+            true => "processor-in-place".into(),
+            false => plan.path.as_str().into(),
+        },
     }
 }

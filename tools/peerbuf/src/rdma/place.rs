@@ -1,11 +1,14 @@
 //! The buffers that `peerbuf rdma` can make, and bytes between one and a file.
 
 use std::str::FromStr;
+use std::sync::Arc;
 
+use peerbuf::error::BufferError;
 use peerbuf::export::heap::Heap;
 use peerbuf::export::{peerbuf as module, udmabuf};
 use peerbuf::plan::topology::PciAddress;
-use peerbuf::{Access, Buffer, BufferRange};
+use peerbuf::share::{Backing, Copied, Movable};
+use peerbuf::{Access, BufferRange};
 use sha2::{Digest, Sha256};
 
 use crate::{Failure, size};
@@ -41,30 +44,30 @@ impl FromStr for Place {
 }
 
 impl Place {
-    /// Makes it, of whole pages.
-    pub fn make(&self, bytes: u64) -> Result<Buffer, Failure> {
+    /// Makes it, of whole pages, of the kind that moves: one in a BAR to system memory and back, any
+    /// other to new memory of its kind.
+    pub fn make(&self, bytes: u64) -> Result<Box<dyn Backing>, Failure> {
         let page = rustix::param::page_size() as u64;
         let length = bytes
             .max(1)
             .checked_next_multiple_of(page)
             .ok_or_else(|| format!("{} is too large", size::show(bytes)))?;
         Ok(match self {
-            Place::Udmabuf => udmabuf::export("udmabuf", length)?,
-            Place::Heap(name) => Heap::open(name)?.export(name, length)?,
+            Place::Udmabuf => Box::new(Copied::new(move |_| udmabuf::export("udmabuf", length))?),
+            Place::Heap(name) => {
+                let (heap, name) = (Heap::open(name)?, name.clone());
+                Box::new(Copied::new(move |_| heap.export(&name, length))?)
+            }
             Place::Bar(address, bar) => {
-                module::Device::open(*address)?.export(module::Request {
-                    bar: *bar,
-                    offset: None,
-                    length,
-                    access: Access::ReadWrite,
-                })?
+                let device = Arc::new(module::Device::open(*address)?);
+                Box::new(Movable::new(device, *bar, length)?)
             }
         })
     }
 }
 
 /// SHA-256 of what the processor sees in a range; `all` gets the same bytes.
-pub fn checksum(range: &BufferRange, all: &mut Sha256) -> Result<[u8; 32], Failure> {
+pub fn checksum(range: &BufferRange, all: &mut Sha256) -> Result<[u8; 32], BufferError> {
     let mut sum = Sha256::new();
     let mut mapping = range.map(Access::Read)?;
     let cpu = mapping.begin_cpu_access(Access::Read)?;

@@ -3,15 +3,16 @@
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Duration;
 
+use peerbuf::Access;
+use peerbuf::error::RdmaError;
 use peerbuf::import::file::FileImporter;
-use peerbuf::import::rdma::{Card, Registration};
-use peerbuf::{Access, Buffer};
+use peerbuf::import::rdma::{Address, Card, Connection, Registration, Rung};
 use sha2::{Digest, Sha256};
 
+use super::lent::{Every, Lent, PATIENCE};
 use super::place::{Place, checksum};
-use super::wire::{self, Account, FileAccount, Hello, Request, Response};
+use super::wire::{self, Account, FileAccount, Hello, Request, Response, Shown};
 use super::{DEPTH, card, receipt};
 use crate::{Failure, say, size};
 
@@ -38,25 +39,34 @@ pub struct Arguments {
     #[arg(long, value_name = "FILE")]
     file: Option<PathBuf>,
 
+    /// Move the buffer meanwhile, about every MS milliseconds, at random: one in a BAR to system memory
+    /// and back, any other to new memory
+    #[arg(long, value_name = "MS")]
+    move_every: Option<Every>,
+
     /// End after one client; its failure is the exit status
     #[arg(long)]
     once: bool,
 }
 
-/// How long a client may say nothing.
-const PATIENCE: Duration = Duration::from_secs(60);
-
 struct Server {
     card: Card,
-    buffer: Buffer,
+    lent: Lent,
     file: Option<FileImporter>,
 }
 
 /// Serves one client after the other.
 pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
+    let card = card(arguments.card.as_deref())?;
     let server = Server {
-        card: card(arguments.card.as_deref())?,
-        buffer: arguments.buffer.make(arguments.size)?,
+        lent: Lent::new(
+            &card,
+            &arguments.buffer,
+            arguments.size,
+            arguments.move_every,
+            Some(Access::ReadWrite),
+        )?,
+        card,
         file: arguments
             .file
             .as_ref()
@@ -66,14 +76,15 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     if let Some(file) = &server.file
         && file.size()? > 0
     {
-        file.attach(&server.buffer.whole())?.read(0)?;
+        let range = server.lent.registration()?.range()?;
+        file.attach(&range)?.read(0)?;
     }
     let listener = TcpListener::bind(arguments.listen)
         .map_err(|error| format!("listening at {}: {error}", arguments.listen))?;
     say::answer(format_args!(
         "{}, {}, at {}",
-        server.buffer,
-        size::show(server.buffer.size()),
+        server.lent.what,
+        size::show(server.lent.size),
         listener.local_addr()?
     ))?;
     loop {
@@ -84,39 +95,44 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
         }
         if arguments.once {
             served?;
+            server.lent.end()?;
             return Ok(ExitCode::SUCCESS);
         }
     }
 }
 
+/// What one client has of the buffer.
+struct Served {
+    /// Before the registration: the card has stopped when that goes.
+    connection: Option<Connection>,
+    /// While the client uses it. Its key is of no use without the connection.
+    shown: Option<Registration>,
+    moves: u64,
+}
+
 impl Server {
-    /// Serves one client to its end. The buffer is registered for it alone: when it is gone, so is
-    /// its key.
+    /// Serves one client to its end.
     fn serve(&self, mut stream: TcpStream) -> Result<(), Failure> {
         stream.set_read_timeout(Some(PATIENCE))?;
         stream.set_write_timeout(Some(PATIENCE))?;
         stream.set_nodelay(true)?;
         let hello: Hello = wire::receive(&mut stream)?.ok_or("it closed the connection")?;
-        let (peer, _, _) = hello.open()?;
-        let whole = self.buffer.whole();
-        let registration = self.card.register(&whole, Some(Access::ReadWrite))?;
-        let end = self.card.endpoint(DEPTH)?;
-        let ours = Hello::new(
-            &end.address(),
-            Some(&registration.remote()?),
-            receipt(&registration),
-        );
-        // All that is done on this end is to be there: the client writes and reads.
-        let _connection = end.connect(&peer)?;
-        wire::send(&mut stream, &ours)?;
+        hello.open()?;
+        wire::send(&mut stream, &Hello::new(self.lent.size))?;
+        let mut served = Served {
+            connection: None,
+            shown: None,
+            moves: self.lent.moves(),
+        };
         while let Some(request) = wire::receive(&mut stream)? {
             let answer = match request {
                 Request::End => return Ok(()),
-                Request::Written { at, length } => self.written(&registration, at, length),
-                Request::Read { at, length } => prepare(&registration, at, length),
+                Request::Begin { connect } => self.begin(&mut served, connect),
+                Request::Written { at, length } => self.written(&mut served, at, length),
+                Request::Read { at, length } => self.prepare(&served, at, length),
             };
             let (answer, failed) = match answer {
-                Ok(account) => (Response::Done(account), None),
+                Ok(answer) => (answer, None),
                 Err(error) => (Response::Refused(error.to_string()), Some(error)),
             };
             wire::send(&mut stream, &answer)?;
@@ -127,40 +143,78 @@ impl Server {
         Err("it closed the connection before the end".into())
     }
 
+    fn begin(&self, served: &mut Served, connect: Option<[u8; 32]>) -> Result<Response, Failure> {
+        let mut ours = None;
+        if let Some(theirs) = connect {
+            // What it had goes first: with the connection the key is of no use to it.
+            served.connection = None;
+            served.shown = None;
+            let theirs = Address::from_bytes(&theirs)?;
+            let end = self.card.endpoint(DEPTH)?;
+            ours = Some(end.address());
+            served.connection = Some(end.connect(&theirs)?);
+        }
+        served.shown = None;
+        let connection = served.connection.as_ref();
+        let connection = connection.ok_or("malformed: it has not connected")?;
+        let registration = self.lent.registration()?;
+        // All that is done on this end is to be there: the client writes and reads.
+        connection.shows(&registration);
+        let shown = Shown::new(
+            ours.as_ref(),
+            &registration.remote()?,
+            receipt(&registration),
+        );
+        served.shown = Some(registration);
+        Ok(Response::Ready(shown))
+    }
+
     /// The client has written the beginning of the buffer; those bytes belong at `at` of the file.
-    fn written(
-        &self,
-        registration: &Registration,
-        at: u64,
-        length: u64,
-    ) -> Result<Account, Failure> {
-        registration.check()?;
-        let range = registration.range()?.slice(0, length)?;
-        let copied = registration.deliver(0, length)?;
+    fn written(&self, served: &mut Served, at: u64, length: u64) -> Result<Response, Failure> {
+        let shown = served.shown.take().ok_or("malformed: it has not begun")?;
+        let copied = match shown.deliver(0, length) {
+            Ok(copied) => copied,
+            // What had arrived was in the buffer, and has moved with it.
+            Err(RdmaError::Stale { .. }) if shown.rung() != Rung::Staged => 0,
+            Err(RdmaError::Stale { .. }) => return Ok(Response::Again),
+            Err(error) => return Err(error.into()),
+        };
+        drop(shown);
+        let range = self.lent.registration()?.range()?.slice(0, length)?;
         let mut account = Account {
             checksum: checksum(&range, &mut Sha256::new())?,
             copied,
+            moves: self.lent.moves() - served.moves,
             file: None,
         };
         if let Some(file) = &self.file {
             let receipt = file.attach(&range)?.write(at)?;
+            drop(range);
             file.sync()?;
             account.file = Some(FileAccount {
                 path: receipt.plan.path.as_str().into(),
                 host_bytes: receipt.host_bytes,
             });
         }
-        Ok(account)
+        Ok(Response::Done(account))
     }
-}
 
-/// The client is about to read.
-fn prepare(registration: &Registration, at: u64, length: u64) -> Result<Account, Failure> {
-    registration.check()?;
-    let range = registration.range()?.slice(at, length)?;
-    Ok(Account {
-        copied: registration.refresh(at, length)?,
-        checksum: checksum(&range, &mut Sha256::new())?,
-        file: None,
-    })
+    /// The client is about to read.
+    fn prepare(&self, served: &Served, at: u64, length: u64) -> Result<Response, Failure> {
+        let shown = served.shown.as_ref().ok_or("malformed: it has not begun")?;
+        let prepared = || -> Result<Account, RdmaError> {
+            let range = shown.range()?.slice(at, length)?;
+            Ok(Account {
+                copied: shown.refresh(at, length)?,
+                checksum: checksum(&range, &mut Sha256::new())?,
+                moves: self.lent.moves() - served.moves,
+                file: None,
+            })
+        };
+        match prepared() {
+            Ok(account) => Ok(Response::Done(account)),
+            Err(RdmaError::Stale { .. }) => Ok(Response::Again),
+            Err(error) => Err(error.into()),
+        }
+    }
 }

@@ -13,10 +13,10 @@ use crate::Failure;
 /// The longest message.
 const LIMIT: u32 = 64 << 10;
 /// Of this protocol; the first thing that either end says.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// How one end's card has its buffer.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Receipt {
     /// The card's name.
@@ -31,30 +31,55 @@ pub struct Receipt {
     pub path: String,
 }
 
-/// One end of a connection.
+impl Receipt {
+    /// Takes the place of an earlier one, whose paths are kept beside the new: a buffer that moves has
+    /// several.
+    pub fn follow(&mut self, later: Receipt) {
+        let mut path = std::mem::take(&mut self.path);
+        add(&mut path, &later.path);
+        let mut registration = std::mem::take(&mut self.registration);
+        add(&mut registration, &later.registration);
+        *self = Receipt {
+            path,
+            registration,
+            ..later
+        };
+    }
+
+    /// Checked: it is the other end's, and is going to be printed.
+    fn checked(self) -> Result<Receipt, Failure> {
+        let Receipt {
+            card,
+            buffer,
+            registration,
+            attempts,
+            path,
+        } = &self;
+        let texts = [card, buffer, registration, path];
+        for text in texts.into_iter().chain(attempts) {
+            plain(text)?;
+        }
+        Ok(self)
+    }
+}
+
+/// The first message, of both ends.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Hello {
     version: u32,
-    address: [u8; 32],
-    /// The buffer, of the end that shows one.
-    remote: Option<[u8; 24]>,
-    /// The receipt of the end that speaks.
-    pub receipt: Receipt,
+    /// How large the buffer is.
+    size: u64,
 }
 
 impl Hello {
-    pub fn new(address: &Address, remote: Option<&Remote>, receipt: Receipt) -> Hello {
-        Hello {
-            version: VERSION,
-            address: address.to_bytes(),
-            remote: remote.map(Remote::to_bytes),
-            receipt,
-        }
+    pub fn new(size: u64) -> Hello {
+        let version = VERSION;
+        Hello { version, size }
     }
 
-    /// What it says, checked.
-    pub fn open(self) -> Result<(Address, Option<Remote>, Receipt), Failure> {
+    /// The size of the buffer there, checked.
+    pub fn open(self) -> Result<u64, Failure> {
         if self.version != VERSION {
             return Err(format!(
                 "the other end speaks version {} of the protocol, this one {VERSION}",
@@ -62,21 +87,7 @@ impl Hello {
             )
             .into());
         }
-        let Receipt {
-            card,
-            buffer,
-            registration,
-            attempts,
-            path,
-        } = &self.receipt;
-        for text in [card, buffer, registration, path]
-            .into_iter()
-            .chain(attempts)
-        {
-            plain(text)?;
-        }
-        let remote = self.remote.as_ref().map(Remote::from_bytes).transpose()?;
-        Ok((Address::from_bytes(&self.address)?, remote, self.receipt))
+        Ok(self.size)
     }
 }
 
@@ -84,6 +95,9 @@ impl Hello {
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub enum Request {
+    /// It wants to use the buffer. With an address it connects to there, and gives up the connection
+    /// it had.
+    Begin { connect: Option<[u8; 32]> },
     /// It has written the first `length` bytes of the buffer; they belong at `at` in the file.
     Written { at: u64, length: u64 },
     /// It is going to read so many bytes of the buffer.
@@ -96,10 +110,41 @@ pub enum Request {
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub enum Response {
+    /// The buffer is there until the next request but `Read`, or until it has to move.
+    Ready(Shown),
     /// Done, or can be done now.
     Done(Account),
+    /// The buffer had to move before the bytes were in it: they are to be written again.
+    Again,
     /// Not done.
     Refused(String),
+}
+
+/// The buffer as it is now.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Shown {
+    /// Of the new connection's end.
+    connect: Option<[u8; 32]>,
+    remote: [u8; 24],
+    receipt: Receipt,
+}
+
+impl Shown {
+    pub fn new(connect: Option<&Address>, remote: &Remote, receipt: Receipt) -> Shown {
+        Shown {
+            connect: connect.map(Address::to_bytes),
+            remote: remote.to_bytes(),
+            receipt,
+        }
+    }
+
+    /// What it says, checked.
+    pub fn open(self) -> Result<(Option<Address>, Remote, Receipt), Failure> {
+        let connect = self.connect.as_ref().map(Address::from_bytes).transpose()?;
+        let remote = Remote::from_bytes(&self.remote)?;
+        Ok((connect, remote, self.receipt.checked()?))
+    }
 }
 
 /// What the serving end has seen and done.
@@ -110,16 +155,28 @@ pub struct Account {
     pub checksum: [u8; 32],
     /// Bytes that the processor copied between the card's memory and the buffer.
     pub copied: u64,
+    /// How often the buffer has moved since this client came.
+    pub moves: u64,
     /// Of the bytes written to a file: the path, and how many were in system memory.
     pub file: Option<FileAccount>,
 }
 
 /// One end's file.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct FileAccount {
     pub path: String,
     pub host_bytes: u64,
+}
+
+/// Adds to a list of different things, but for one that is on it.
+pub fn add(list: &mut String, thing: &str) {
+    if list.is_empty() {
+        *list = thing.to_owned();
+    } else if !list.split(", ").any(|known| known == thing) {
+        list.push_str(", ");
+        list.push_str(thing);
+    }
 }
 
 /// Text of the other end's that is going to be printed, unless a terminal would obey it.
@@ -214,7 +271,11 @@ mod tests {
     }
 
     #[test]
-    fn a_greeting_of_another_version_or_with_a_forged_address_is_refused() {
+    fn a_greeting_of_another_version_and_a_forged_buffer_are_refused() {
+        let hello = |version| Hello { version, size: 1 };
+        assert_eq!(hello(VERSION).open().unwrap(), 1);
+        assert!(hello(VERSION + 1).open().is_err());
+
         let receipt = Receipt {
             card: String::new(),
             buffer: String::new(),
@@ -222,10 +283,9 @@ mod tests {
             attempts: Vec::new(),
             path: String::new(),
         };
-        let hello = |version, address| Hello {
-            version,
-            address,
-            remote: None,
+        let shown = |address, remote| Shown {
+            connect: Some(address),
+            remote,
             receipt: receipt.clone(),
         };
         let mut address = [7; 32];
@@ -233,10 +293,14 @@ mod tests {
         address[20] = 0;
         address[24] = 3;
         address[25..].fill(0);
-        assert!(hello(VERSION, address).open().is_ok());
-        assert!(hello(VERSION + 1, address).open().is_err());
-        assert!(hello(VERSION, [0; 32]).open().is_err());
-        let mut colourful = hello(VERSION, address);
+        let mut remote = [0; 24];
+        remote[15] = 1;
+        assert!(shown(address, remote).open().is_ok());
+        assert!(shown([0; 32], remote).open().is_err());
+        let mut wraps = [0xff; 24];
+        wraps[20..].fill(0);
+        assert!(shown(address, wraps).open().is_err());
+        let mut colourful = shown(address, remote);
         colourful.receipt.attempts = vec!["\x1b[31m".into()];
         assert!(colourful.open().is_err());
     }
