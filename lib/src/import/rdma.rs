@@ -30,8 +30,9 @@
 //! use std::time::Duration;
 //! use peerbuf::{Access, export::udmabuf, import::rdma::{Address, Card, Remote}};
 //!
-//! # fn exchange(_: [u8; 32], _: [u8; 24]) -> Result<(Address, Remote), peerbuf::error::RdmaError> { todo!() }
-//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # fn example(
+//! #     exchange: impl Fn([u8; 32], [u8; 24]) -> Result<(Address, Remote), peerbuf::error::RdmaError>,
+//! # ) -> Result<(), Box<dyn std::error::Error>> {
 //! let card = Card::open("rxe0")?;
 //! let buffer = udmabuf::export("weights", 1 << 20)?;
 //! let weights = card.register(&buffer.whole(), Some(Access::Write))?;

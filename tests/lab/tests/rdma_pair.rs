@@ -59,8 +59,8 @@ fn with_dma_bufs_they_go_from_bar_to_bar() {
 }
 
 /// A file goes by RDMA from the one BAR to the other, four times, each time with new bytes. At the second
-/// guest the cable is cut in mid-transfer for two seconds, and then for longer than anybody waits for an
-/// answer; then at the first one; the fourth time it stays.
+/// guest the cable is cut in mid-transfer for two seconds, and then for longer than a card waits for an
+/// answer; then at the first one; the other times it stays.
 const CUT: &str = r#"
 . /opt/peerbuf/init/functions
 for d in /dev/peerbuf/0*; do
@@ -115,10 +115,7 @@ file
 put
 step short
 file
-begun=$($b date +%s)
 put
-echo "$? $(($($b date +%s) - begun))"
-$b cat /tmp/err
 step long
 put
 file
@@ -135,20 +132,22 @@ step here
 "#;
 
 #[test]
-fn a_short_cut_of_the_cable_costs_time_and_a_long_one_the_connection() {
+fn a_short_cut_of_the_cable_costs_time_and_a_long_one_another_connection() {
     let output = pair(&["--rdma", "dmabuf", "--events"], &["sh", "-c", CUT]);
     let out = String::from_utf8_lossy(&output.stdout);
     let err = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(0), "{out}{err}");
     let (first, second) = (lines(&out, "first"), lines(&out, "second"));
-    let [short, long, why, after, here, why_here, after_here, sum] = first[..] else {
+    let [short, long, after, here, why_here, after_here, sum] = first[..] else {
         panic!("{out}{err}");
     };
-    for summary in [short, after, after_here] {
+    let arrived = [(short, 0), (long, 1), (after, 0), (after_here, 0)];
+    for (summary, further_connections) in arrived {
         let summary: Value = serde_json::from_str(summary).unwrap();
         assert_eq!(summary["bytes"], 16 << 20, "{summary}");
         assert_eq!(summary["verified"], true, "{summary}");
         assert_eq!(summary["here"]["registration"], "dma-buf-by-kernel");
+        assert_eq!(summary["retries"], further_connections, "{summary}");
     }
     // Cut before the last byte, and none came then.
     assert_eq!(
@@ -156,15 +155,13 @@ fn a_short_cut_of_the_cable_costs_time_and_a_long_one_the_connection() {
         ["1 0", "short", "1 0", "long", "here", sum],
         "{out}"
     );
-    let (status, seconds) = long.split_once(' ').unwrap();
-    let seconds: u32 = seconds.parse().unwrap();
-    assert!(status == "1" && (7..30).contains(&seconds), "{long}");
-    assert!(why.contains("IBV_WC_RETRY_EXC_ERR"), "{why}");
-    // Soft-RoCE gives up at once where its own link is down, and does not wait for a cable.
+    // Where this end's own link is down there is no other connection to be had.
     assert_eq!(here, "1", "{out}");
-    let says = |what| assert!(why_here.contains(what), "{why_here}");
-    says("IBV_WC_WR_FLUSH_ERR");
-    says("network is down");
+    let down = ["IBV_WC_WR_FLUSH_ERR", "ENETDOWN"];
+    assert!(
+        down.iter().any(|what| why_here.contains(what)),
+        "{why_here}"
+    );
 }
 
 #[test]

@@ -8,7 +8,7 @@ cd /lab/out
 # order of loading: under emulation, unpacking xz and reading modules.dep cost seconds. Their type
 # information for BPF goes, and with it their signature: the kernel's checks of the two are three
 # of the seven billion instructions of a boot. The code is the distribution's own.
-mkdir -p ramfs/bin ramfs/dev ramfs/proc ramfs/sys ramfs/root ramfs/lower ramfs/over ramfs/modules
+mkdir -p ramfs/bin ramfs/dev ramfs/proc ramfs/sys ramfs/sysroot ramfs/lower ramfs/over ramfs/modules
 cp /bin/busybox ramfs/bin/busybox
 cp /lab/init ramfs/init
 chmod 755 ramfs/init

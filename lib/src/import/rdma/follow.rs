@@ -33,8 +33,7 @@ const SLICE: Duration = Duration::from_millis(100);
 /// use std::time::Duration;
 /// use peerbuf::{error::RdmaError, import::rdma::{Card, Follower, Link, Span}, share::Subscriber};
 ///
-/// # fn connect() -> Result<Link, RdmaError> { todo!() }
-/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # fn example(connect: impl Fn() -> Result<Link, RdmaError>) -> Result<(), Box<dyn std::error::Error>> {
 /// let subscriber = Arc::new(Subscriber::connect("/run/weights")?);
 /// let weights = Follower::new(&Card::open("rxe0")?, &subscriber, "weights", None)?;
 /// let mut link = connect()?;
