@@ -192,6 +192,10 @@ impl Machine {
             // The kernel's own tests of its cryptography, which nothing here uses, take long under
             // emulation, and on a busy host so long that the watchdog ended a guest.
             "cryptomgr.notests=1",
+            // Whether the timer's interrupts arrive the kernel tries for a hundredth of a second, by the
+            // TSC, and panics if they do not. On a busy host the emulated processor may not have
+            // run for that long.
+            "no_timer_check",
         ];
         // How fast the TSC runs the kernel finds out by itself, on a busy host now and then wrongly: the
         // clock of one guest ran twenty times too fast.

@@ -9,6 +9,7 @@
 //! file = "moves.rs"                    # below kmod/
 //! replace = "..."                      # found there exactly once
 //! with = "..."
+//! # A run of tests/lab/Cargo.toml and its test; with its options in brackets, if the first is not meant.
 //! noticed_by = "kmod_moves: moves_wait_for_fences_of_every_usage"
 //! kernel = "debug"                     # where only that one sees it
 //! ```
@@ -191,6 +192,7 @@ mod tests {
             fs::copy(root.join("kmod").join(&mutant.file), &file).unwrap();
             mutant.apply(copy.path()).unwrap();
             let (program, test) = mutant.test().unwrap();
+            let program = program.split(" [").next().unwrap();
             let tests = root.join(format!("tests/lab/tests/{program}.rs"));
             let tests = fs::read_to_string(&tests).unwrap();
             let there = tests.contains(&format!("#[test]\nfn {test}()"));

@@ -588,21 +588,22 @@ pub fn fuzzer(project: &Project) -> Result<PathBuf> {
     Ok(program.context("building the fuzzer made no program")?.file)
 }
 
-/// A test program of the suite, built, with the options of its first run.
+/// A test program of the suite, built, with the options of the run that is named, or of its first.
 ///
 /// # Errors
 /// When there is none of that name, or it does not compile.
 pub fn program(project: &Project, name: &str) -> Result<(GuestArgs, PathBuf)> {
     let runs = list(project)?;
-    let run = runs
-        .iter()
-        .find(|run| run.test == name)
+    let named = runs.iter().find(|run| run.name() == name);
+    let run = named
+        .or_else(|| runs.iter().find(|run| run.test == name))
         .with_context(|| format!("tests/lab/Cargo.toml lists no run of a test {name:?}"))?;
+    let name = &run.test;
     let step = crate::progress::Step::start(format!("building the test {name}"));
     let package = "--package=peerbuf-lab-suite";
     let programs = project.cargo_build(&["test", "--no-run", package, "--test", name])?;
     step.done();
-    let program = programs.into_iter().find(|p| p.is_test && p.name == name);
+    let program = programs.into_iter().find(|p| p.is_test && p.name == *name);
     let program = program.with_context(|| format!("building the test {name} made no program"))?;
     Ok((guest_args(run)?, program.file))
 }
