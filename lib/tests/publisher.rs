@@ -338,11 +338,11 @@ fn a_subscriber_that_sends_rubbish_is_cut_off_at_once() {
             channel.send_message(&message, &[]).unwrap();
         }),
         ("not offered", &|channel| {
-            // Accepts generation 77 of everything.
+            // Accepts 77 offers.
             let mut message = hello.clone();
             message[12] = 7;
             message[20] = 1;
-            for word in [1u64, 77, 0] {
+            for word in [77u64, 0, 0] {
                 message.extend(word.to_ne_bytes());
             }
             message[16] = message.len() as u8;

@@ -100,7 +100,8 @@ impl Channel {
     /// [`ShareError::PeerGone`], or the call that failed.
     pub fn send_buffer(&self, range: &BufferRange) -> Result<(), ShareError> {
         let description = wire::describe(range, super::Placement::Unknown);
-        let descriptors: Vec<BorrowedFd<'_>> = descriptors(range.buffer(), true).collect();
+        let descriptors = descriptors(range.buffer()).into_iter().flatten();
+        let descriptors: Vec<BorrowedFd<'_>> = descriptors.collect();
         let message = wire::encode(wire::Message::HandOver, &[description]);
         self.send_message(&message, &descriptors)
     }
@@ -229,27 +230,28 @@ impl Channel {
             }
         };
         // Owned before anything is checked, so that every way out closes them.
-        let mut arrived = Vec::new();
+        let before = descriptors.len();
         for part in control.drain() {
             if let RecvAncillaryMessage::ScmRights(rights) = part {
-                arrived.extend(rights);
+                descriptors.reserve(rights.size_hint().0);
+                descriptors.extend(rights);
             }
         }
-        if received.flags.contains(ReturnFlags::CTRUNC) {
-            return Err(ShareError::Truncated {
+        let error = if received.flags.contains(ReturnFlags::CTRUNC) {
+            ShareError::Truncated {
                 what: "descriptors are missing",
-            });
-        }
-        if received.flags.contains(ReturnFlags::TRUNC) {
-            return Err(ShareError::Truncated {
+            }
+        } else if received.flags.contains(ReturnFlags::TRUNC) {
+            ShareError::Truncated {
                 what: "it is longer than any message expected",
-            });
-        }
-        if received.bytes == 0 {
-            return Err(ShareError::PeerGone);
-        }
-        descriptors.append(&mut arrived);
-        Ok(Some(received.bytes))
+            }
+        } else if received.bytes == 0 {
+            ShareError::PeerGone
+        } else {
+            return Ok(Some(received.bytes));
+        };
+        descriptors.truncate(before);
+        Err(error)
     }
 
     /// Ends the connection for both ends, even where another process holds this end too.
@@ -260,12 +262,8 @@ impl Channel {
 }
 
 /// A buffer's descriptors, in the order in which they travel.
-pub(super) fn descriptors(
-    buffer: &Buffer,
-    with_dmabuf: bool,
-) -> impl Iterator<Item = BorrowedFd<'_>> {
-    let dmabuf = buffer.dmabuf().filter(|_| with_dmabuf).map(AsFd::as_fd);
-    dmabuf.into_iter().chain(buffer.host_memory())
+pub(super) fn descriptors(buffer: &Buffer) -> [Option<BorrowedFd<'_>>; 2] {
+    [buffer.dmabuf().map(AsFd::as_fd), buffer.host_memory()]
 }
 
 /// Makes a buffer of what was announced and of the descriptors that came, after a look at each.

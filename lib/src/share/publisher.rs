@@ -4,15 +4,16 @@
 //! subscriber says what it is still to be told, and [`Publisher::pump`] tells it as far as there
 //! is room in its socket, so that one that does not read holds nobody up.
 
+use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use rustc_hash::FxHashMap;
 use rustix::event::{Timespec, epoll};
 use rustix::fs::{Mode, OFlags};
+use slotmap::{Key, KeyData, SecondaryMap, SlotMap};
 
 use super::backing::{Backing, Order, Placement};
 use super::channel::{self, Channel, Listener, MAX_DESCRIPTORS, Peer};
@@ -24,7 +25,11 @@ use crate::error::{BufferError, ShareError, SystemError};
 
 /// A subscriber is sent no further offers while this many descriptors wait for it. The kernel
 /// limits what is under way for a user as a whole, so one that does not read must not use it up.
-const WINDOW: usize = 2 * MAX_DESCRIPTORS;
+const WINDOW: usize = 3 * MAX_DESCRIPTORS;
+
+/// After so many descriptors a subscriber is asked what has arrived, so that the window moves on
+/// before it is used up.
+const ASK: usize = MAX_DESCRIPTORS;
 
 /// How many messages each subscriber may have waiting when its time is up: it accepts and gives
 /// back, of a few buffers.
@@ -40,13 +45,22 @@ const LISTENER: u64 = 0;
 #[cfg(feature = "tokio")]
 const WAKE: u64 = u64::MAX;
 
-/// A buffer that was published.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct BufferId(u64);
+slotmap::new_key_type! {
+    /// A buffer that was published. Never used twice.
+    pub struct BufferId;
+}
 
-/// Something for each of many buffers. The quick hash is safe here: the numbers are this side's own,
-/// and what others send is only looked up.
-type Numbered<T> = FxHashMap<BufferId, T>;
+impl BufferId {
+    /// Its number in messages.
+    fn number(self) -> u64 {
+        self.data().as_ffi()
+    }
+
+    /// The buffer that a message means. There may be none: it is only looked up.
+    fn from_number(number: u64) -> BufferId {
+        KeyData::from_ffi(number).into()
+    }
+}
 
 /// A connected subscriber. Never used twice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -172,6 +186,8 @@ enum State {
 }
 
 struct Published {
+    /// What a subscriber that may write is sent, ready to be copied.
+    entry: wire::Entry,
     name: String,
     backing: Box<dyn Backing>,
     generation: u64,
@@ -181,27 +197,41 @@ struct Published {
     /// One that never gave it back may still reach this generation.
     tainted: bool,
     /// The memory again, open for reading only. Made when it is first needed.
-    read_only: Option<OwnedFd>,
+    read_only: OnceCell<OwnedFd>,
+}
+
+/// What is between a subscriber and a buffer that it may have to be offered, or holds.
+#[derive(Debug, Clone, Copy)]
+enum Standing {
+    /// It waits in the connection's queue.
+    Unseen,
+    Held(Holding),
 }
 
 #[derive(Debug, Clone, Copy)]
 struct Holding {
     generation: u64,
-    descriptors: usize,
-    accepted: bool,
+    /// The offer that it came with, counted from 1.
+    offer: u64,
 }
 
 struct Connection {
     channel: Channel,
     peer: Peer,
     greeted: bool,
-    held: Numbered<Holding>,
-    /// Buffers that it may have to be offered.
-    unseen: BTreeSet<BufferId>,
+    standing: SecondaryMap<BufferId, Standing>,
+    /// Buffers that it may have to be offered, each once.
+    unseen: VecDeque<BufferId>,
     /// What it is to be told about buffers that it holds.
     notices: VecDeque<(Message, Note)>,
-    /// Descriptors that were sent and not accepted yet.
+    /// How many offers it was sent, and how many it says have arrived.
+    sent: u64,
+    arrived: u64,
+    /// How many descriptors are in each offer that has not arrived yet, and in all of them.
+    waiting: VecDeque<usize>,
     under_way: usize,
+    /// Descriptors that were sent since it was last asked what has arrived.
+    unasked: usize,
     /// Its socket was full; it is waited for.
     full: bool,
     /// The wait for room is registered.
@@ -218,11 +248,10 @@ pub struct Publisher {
     listener: Option<Listener>,
     listening: bool,
     policy: Box<dyn Policy>,
-    buffers: Numbered<Published>,
+    buffers: SlotMap<BufferId, Published>,
     /// What they are published as.
     names: BTreeSet<String>,
     subscribers: BTreeMap<SubscriberId, Connection>,
-    last_buffer: u64,
     last_subscriber: u64,
     batch: usize,
     events: VecDeque<Event>,
@@ -253,10 +282,9 @@ impl Publisher {
             listener: None,
             listening: false,
             policy: Box::new(SameUser),
-            buffers: Numbered::default(),
+            buffers: SlotMap::with_key(),
             names: BTreeSet::new(),
             subscribers: BTreeMap::new(),
-            last_buffer: 0,
             last_subscriber: 0,
             batch: MAX_DESCRIPTORS,
             events: VecDeque::new(),
@@ -317,10 +345,14 @@ impl Publisher {
             channel,
             peer,
             greeted: false,
-            held: Numbered::default(),
-            unseen: BTreeSet::new(),
+            standing: SecondaryMap::new(),
+            unseen: VecDeque::new(),
             notices: VecDeque::new(),
+            sent: 0,
+            arrived: 0,
+            waiting: VecDeque::new(),
             under_way: 0,
+            unasked: 0,
             full: false,
             awaits_room: false,
             refused: false,
@@ -342,7 +374,7 @@ impl Publisher {
     ) -> Result<BufferId, ShareError> {
         let mut ids = self.publish_all([(name, Box::new(backing) as Box<dyn Backing>)])?;
         // One went in, so one came out.
-        Ok(ids.pop().unwrap_or(BufferId(0)))
+        Ok(ids.pop().unwrap_or_default())
     }
 
     /// Publishes many buffers at once, which takes fewer messages than one after the other.
@@ -374,20 +406,21 @@ impl Publisher {
         }
         let mut ids = Vec::new();
         for (name, backing) in buffers {
-            self.last_buffer += 1;
-            let id = BufferId(self.last_buffer);
-            let published = Published {
-                name: name.to_owned(),
-                backing,
-                generation: 1,
-                state: State::Live,
-                holders: 0,
-                tainted: false,
-                read_only: None,
-            };
-            self.names.insert(published.name.clone());
-            self.buffers.insert(id, published);
-            ids.push(id);
+            self.names.insert(name.to_owned());
+            ids.push(self.buffers.insert_with_key(|id| {
+                let mut published = Published {
+                    entry: bytemuck::Zeroable::zeroed(),
+                    name: name.to_owned(),
+                    backing,
+                    generation: 1,
+                    state: State::Live,
+                    holders: 0,
+                    tainted: false,
+                    read_only: OnceCell::new(),
+                };
+                published.describe(id);
+                published
+            }));
         }
         self.offer(&ids);
         Ok(ids)
@@ -395,24 +428,27 @@ impl Publisher {
 
     /// The current generation of a buffer. Let go of it before the buffer is moved.
     pub fn buffer(&self, id: BufferId) -> Option<&Buffer> {
-        Some(self.buffers.get(&id)?.backing.buffer())
+        Some(self.buffers.get(id)?.backing.buffer())
     }
 
     /// The number of the current generation; the first is 1.
     pub fn generation(&self, id: BufferId) -> Option<u64> {
-        Some(self.buffers.get(&id)?.generation)
+        Some(self.buffers.get(id)?.generation)
     }
 
     /// How many subscribers hold the current generation or were just offered it.
     pub fn holders(&self, id: BufferId) -> usize {
-        self.buffers.get(&id).map_or(0, |buffer| buffer.holders)
+        self.buffers.get(id).map_or(0, |buffer| buffer.holders)
     }
 
     /// How many of them have confirmed that it arrived.
     pub fn accepted(&self, id: BufferId) -> usize {
-        let holding = |connection: &Connection| connection.held.get(&id).copied();
-        let holdings = self.subscribers.values().filter_map(holding);
-        holdings.filter(|holding| holding.accepted).count()
+        let connections = self.subscribers.values();
+        let accepted = |connection: &&Connection| {
+            let holding = connection.holding(id);
+            holding.is_some_and(|holding| holding.offer <= connection.arrived)
+        };
+        connections.filter(accepted).count()
     }
 
     /// How many descriptors are on their way to subscribers that have not confirmed them.
@@ -423,7 +459,7 @@ impl Publisher {
     /// True when somebody who was cut off, or who died, may still be able to write to the current
     /// generation. Moving the buffer ends that.
     pub fn is_tainted(&self, id: BufferId) -> bool {
-        self.buffers.get(&id).is_some_and(|buffer| buffer.tainted)
+        self.buffers.get(id).is_some_and(|buffer| buffer.tainted)
     }
 
     /// The subscribers that are there, and the processes that the kernel says they are.
@@ -469,7 +505,7 @@ impl Publisher {
     ) -> Result<Migration, ShareError> {
         let moved = self.move_together(&[id], to, time_limit).pop();
         moved.unwrap_or_else(|| {
-            let name = format!("number {}", id.0);
+            let name = format!("number {}", id.number());
             Err(ShareError::Unknown { name })
         })
     }
@@ -503,7 +539,7 @@ impl Publisher {
                 let name = self.named(id)?;
                 let idle = self
                     .buffers
-                    .get(&id)
+                    .get(id)
                     .is_some_and(|buffer| buffer.backing.is_idle());
                 match idle && seen.insert(id) {
                     true => Ok(id),
@@ -559,7 +595,7 @@ impl Publisher {
         let transferring = Instant::now();
         self.wait_for_devices(id, begun, time_limit)?;
         let name = self.named(id)?;
-        let Some(published) = self.buffers.get_mut(&id) else {
+        let Some(published) = self.buffers.get_mut(id) else {
             return Err(ShareError::Unknown { name });
         };
         let order = Order {
@@ -574,8 +610,9 @@ impl Publisher {
         } else {
             published.generation = order.generation;
             published.tainted = moved.is_err() && published.tainted;
-            published.read_only = None;
+            published.read_only = OnceCell::new();
             published.state = State::Live;
+            published.describe(id);
         }
         moved?;
         Ok(Migration {
@@ -603,7 +640,7 @@ impl Publisher {
         self.take_back(&[id], Message::Withdraw, time_limit);
         self.drain(&[id], begun, time_limit)?;
         self.wait_for_devices(id, begun, time_limit)?;
-        self.buffers.remove(&id);
+        self.buffers.remove(id);
         self.names.remove(&name);
         Ok(())
     }
@@ -664,10 +701,10 @@ impl Publisher {
     }
 
     fn named(&self, id: BufferId) -> Result<String, ShareError> {
-        match self.buffers.get(&id) {
+        match self.buffers.get(id) {
             Some(buffer) => Ok(buffer.name.clone()),
             None => Err(ShareError::Unknown {
-                name: format!("number {}", id.0),
+                name: format!("number {}", id.number()),
             }),
         }
     }
@@ -676,7 +713,7 @@ impl Publisher {
         let holders = self
             .subscribers
             .iter()
-            .filter(|(_, c)| c.held.contains_key(&id));
+            .filter(|(_, c)| c.holding(id).is_some());
         holders.map(|(subscriber, _)| *subscriber).collect()
     }
 
@@ -684,7 +721,7 @@ impl Publisher {
     fn take_back(&mut self, ids: &[BufferId], message: Message, time_limit: Duration) {
         let milliseconds = u32::try_from(time_limit.as_millis()).unwrap_or(u32::MAX);
         for id in ids {
-            if let Some(published) = self.buffers.get_mut(id) {
+            if let Some(published) = self.buffers.get_mut(*id) {
                 published.state = State::Leaving;
             }
         }
@@ -694,8 +731,8 @@ impl Publisher {
                 continue;
             };
             for id in ids {
-                if let Some(holding) = connection.held.get(id) {
-                    let note = Note::new(id.0, holding.generation, milliseconds);
+                if let Some(holding) = connection.holding(*id) {
+                    let note = Note::new(id.number(), holding.generation, milliseconds);
                     connection.notices.push_back((message, note));
                 }
             }
@@ -742,7 +779,7 @@ impl Publisher {
         begun: Instant,
         limit: Duration,
     ) -> Result<(), ShareError> {
-        let Some(published) = self.buffers.get_mut(&id) else {
+        let Some(published) = self.buffers.get_mut(id) else {
             return Ok(());
         };
         let Some(dmabuf) = published.backing.buffer().dmabuf() else {
@@ -763,9 +800,11 @@ impl Publisher {
     fn forget_holders(&mut self, ids: &[BufferId]) {
         for id in ids {
             for connection in self.subscribers.values_mut() {
-                connection.held.remove(id);
+                if connection.holding(*id).is_some() {
+                    connection.standing.remove(*id);
+                }
             }
-            if let Some(published) = self.buffers.get_mut(id) {
+            if let Some(published) = self.buffers.get_mut(*id) {
                 published.holders = 0;
             }
         }
@@ -776,7 +815,7 @@ impl Publisher {
         let subscribers: Vec<SubscriberId> = self.subscribers.keys().copied().collect();
         for subscriber in subscribers {
             if let Some(connection) = self.subscribers.get_mut(&subscriber) {
-                connection.unseen.extend(ids);
+                ids.iter().for_each(|id| connection.queue(*id));
             }
             self.pump(subscriber);
         }
@@ -839,56 +878,67 @@ impl Publisher {
             return Ok(());
         }
         while connection.under_way < WINDOW {
-            let mut batch: Vec<(BufferId, Grant)> = Vec::new();
-            let mut descriptors = 0;
-            while let Some(buffer) = connection.unseen.pop_first() {
-                let Some(published) = self.buffers.get_mut(&buffer) else {
+            let most = self.batch.min(connection.unseen.len());
+            let mut batch: Vec<BufferId> = Vec::with_capacity(most);
+            let mut fds: Vec<BorrowedFd<'_>> = Vec::with_capacity(most);
+            let mut follow = false;
+            let mut message = wire::begin(&mut self.message);
+            while let Some(&buffer) = connection.unseen.front() {
+                let published = self.buffers.get(buffer);
+                let Some(published) = published.filter(|p| p.state == State::Live) else {
+                    connection.skip();
                     continue;
                 };
-                if published.state != State::Live || connection.held.contains_key(&buffer) {
-                    continue;
-                }
                 let current = published.backing.buffer();
                 let grant = self
                     .policy
                     .grant(&connection.peer, &published.name, current);
-                let offered = match grant {
-                    Grant::Nothing => continue,
-                    Grant::ReadWrite => Ok(()),
-                    Grant::ReadOnly => published.open_read_only(),
-                };
-                if let Err(error) = offered {
-                    let event = Event::NotOffered {
-                        subscriber: id,
-                        buffer,
-                        why: error.to_string(),
-                    };
-                    self.events.push_back(event);
+                if grant == Grant::Nothing {
+                    connection.skip();
                     continue;
                 }
-                let count = published.descriptors(grant).count();
-                if !batch.is_empty() && descriptors + count > self.batch {
-                    connection.unseen.insert(buffer);
+                let given = match published.descriptors(current, grant) {
+                    Ok(given) => given,
+                    Err(error) => {
+                        let event = Event::NotOffered {
+                            subscriber: id,
+                            buffer,
+                            why: error.to_string(),
+                        };
+                        self.events.push_back(event);
+                        connection.skip();
+                        continue;
+                    }
+                };
+                let count = given.iter().flatten().count();
+                if !batch.is_empty() && fds.len() + count > self.batch {
+                    follow = true;
                     break;
                 }
-                descriptors += count;
-                batch.push((buffer, grant));
+                match grant {
+                    Grant::ReadWrite => message.push(&published.entry),
+                    _ => message.push(&published.entry.granted(grant)),
+                }
+                fds.extend(given.into_iter().flatten());
+                batch.push(buffer);
+                connection.unseen.pop_front();
             }
-            if batch.is_empty() {
+            let descriptors = fds.len();
+            // Those that were to follow may have gone meanwhile; then the question goes alone.
+            if batch.is_empty() && connection.unasked == 0 {
                 return Ok(());
             }
-            let mut entries = Vec::with_capacity(batch.len());
-            let mut fds = Vec::with_capacity(descriptors);
-            for &(buffer, grant) in &batch {
-                if let Some(published) = self.buffers.get(&buffer) {
-                    entries.push(published.entry(buffer, grant));
-                    fds.extend(published.descriptors(grant));
-                }
-            }
-            wire::encode_into(&mut self.message, Message::Offer, &entries);
-            let sent = connection.channel.try_send(&self.message, &fds);
+            let ask = !follow || connection.unasked + descriptors >= ASK;
+            let kind = if ask {
+                Message::LastOffer
+            } else {
+                Message::Offer
+            };
+            let sent = connection.channel.try_send(message.end(kind), &fds);
             if !matches!(sent, Ok(true)) {
-                connection.unseen.extend(batch.iter().map(|(id, _)| *id));
+                for buffer in batch.iter().rev() {
+                    connection.unseen.push_front(*buffer);
+                }
             }
             match sent {
                 Ok(true) => {}
@@ -905,19 +955,25 @@ impl Publisher {
                 }
                 Err(error) => return Err(error),
             }
-            for &(buffer, grant) in &batch {
-                let Some(published) = self.buffers.get_mut(&buffer) else {
+            connection.sent += 1;
+            for buffer in batch {
+                let Some(published) = self.buffers.get_mut(buffer) else {
                     continue;
                 };
                 published.holders += 1;
                 let holding = Holding {
                     generation: published.generation,
-                    descriptors: published.descriptors(grant).count(),
-                    accepted: false,
+                    offer: connection.sent,
                 };
-                connection.held.insert(buffer, holding);
+                connection.standing.insert(buffer, Standing::Held(holding));
             }
+            connection.waiting.push_back(descriptors);
             connection.under_way += descriptors;
+            connection.unasked = if ask {
+                0
+            } else {
+                connection.unasked + descriptors
+            };
         }
         Ok(())
     }
@@ -1039,7 +1095,7 @@ impl Publisher {
         match message {
             Message::Hello => {
                 connection.greeted = true;
-                connection.unseen = self.buffers.keys().copied().collect();
+                self.buffers.keys().for_each(|id| connection.queue(id));
                 let peer = connection.peer;
                 let event = Event::Joined {
                     subscriber: id,
@@ -1049,29 +1105,29 @@ impl Publisher {
             }
             Message::Accepted => {
                 for note in wire::notes(records)? {
-                    match connection.held.get_mut(&BufferId(note.id)) {
-                        Some(held) if held.generation == note.generation && !held.accepted => {
-                            held.accepted = true;
-                            connection.under_way -= held.descriptors;
-                        }
-                        _ if self.fault.is_some() => {}
-                        _ => return wrong("it accepts what it was not offered"),
+                    let news = connection.arrived + 1..=connection.sent;
+                    if !news.contains(&note.id) || (note.generation, note.value) != (0, 0) {
+                        return wrong("it accepts what it was not offered");
                     }
+                    for _ in connection.arrived..note.id {
+                        connection.under_way -= connection.waiting.pop_front().unwrap_or(0);
+                    }
+                    connection.arrived = note.id;
                 }
             }
             Message::Released => {
                 for note in wire::notes(records)? {
-                    let buffer = BufferId(note.id);
-                    match connection.held.get(&buffer) {
-                        Some(held) if held.generation == note.generation && held.accepted => {}
+                    let buffer = BufferId::from_number(note.id);
+                    match connection.holding(buffer) {
+                        Some(held) if held.generation == note.generation => {}
                         _ if self.fault.is_some() => continue,
                         _ => return wrong("it gives back what it does not have"),
                     }
                     if note.value > 1 {
                         return wrong("it gives a buffer back in a way that is unknown");
                     }
-                    connection.held.remove(&buffer);
-                    if let Some(published) = self.buffers.get_mut(&buffer) {
+                    connection.standing.remove(buffer);
+                    if let Some(published) = self.buffers.get_mut(buffer) {
                         published.holders -= 1;
                     }
                     if note.value == 1 {
@@ -1123,8 +1179,11 @@ impl Publisher {
         };
         // Another process may hold a copy of our end, so closing it is not enough.
         let _ = epoll::delete(&self.waiting, &connection.channel);
-        for buffer in connection.held.keys() {
-            if let Some(published) = self.buffers.get_mut(buffer) {
+        let standing = connection.standing.iter();
+        let held = standing.filter(|(_, standing)| matches!(standing, Standing::Held(_)));
+        let held: Vec<BufferId> = held.map(|(buffer, _)| buffer).collect();
+        for buffer in &held {
+            if let Some(published) = self.buffers.get_mut(*buffer) {
                 published.holders -= 1;
                 published.tainted = true;
             }
@@ -1132,36 +1191,65 @@ impl Publisher {
         drop(connection.channel);
         // There may be room for those who could not be accepted.
         let _ = self.listen(true);
-        let mut held: Vec<BufferId> = connection.held.into_keys().collect();
-        held.sort_unstable();
         held
     }
 }
 
+impl Connection {
+    fn holding(&self, buffer: BufferId) -> Option<&Holding> {
+        match self.standing.get(buffer)? {
+            Standing::Held(holding) => Some(holding),
+            Standing::Unseen => None,
+        }
+    }
+
+    /// Has a buffer offered, if it is neither held nor waiting.
+    fn queue(&mut self, buffer: BufferId) {
+        if !self.standing.contains_key(buffer) {
+            self.standing.insert(buffer, Standing::Unseen);
+            self.unseen.push_back(buffer);
+        }
+    }
+
+    /// The first buffer that waits is not offered.
+    fn skip(&mut self) {
+        if let Some(buffer) = self.unseen.pop_front() {
+            self.standing.remove(buffer);
+        }
+    }
+}
+
 impl Published {
-    fn entry(&self, id: BufferId, grant: Grant) -> wire::Entry {
+    /// Makes ready what is said of the current generation.
+    fn describe(&mut self, id: BufferId) {
         let placement = self.backing.placement();
         let buffer = self.backing.buffer();
-        wire::entry(id.0, self.generation, grant, placement, &self.name, buffer)
+        let id = id.number();
+        self.entry = wire::entry(id, self.generation, placement, &self.name, buffer);
     }
 
-    /// The descriptors that go with an offer.
-    fn descriptors(&self, grant: Grant) -> impl Iterator<Item = BorrowedFd<'_>> {
-        let replaced = self.read_only.as_ref().filter(|_| grant == Grant::ReadOnly);
-        let all = channel::descriptors(self.backing.buffer(), true);
-        let all = all.filter(move |_| replaced.is_none());
-        replaced.map(AsFd::as_fd).into_iter().chain(all)
-    }
-
-    /// Makes sure that there is something to give to those who may only read.
-    fn open_read_only(&mut self) -> Result<(), ShareError> {
-        if self.read_only.is_some() {
-            return Ok(());
+    /// The descriptors that go with an offer, in their order.
+    fn descriptors<'p>(
+        &'p self,
+        buffer: &'p Buffer,
+        grant: Grant,
+    ) -> Result<[Option<BorrowedFd<'p>>; 2], ShareError> {
+        if grant == Grant::ReadOnly
+            && let Some(memory) = self.read_only(buffer)?
+        {
+            return Ok([Some(memory), None]);
         }
-        let buffer = self.backing.buffer();
+        Ok(channel::descriptors(buffer))
+    }
+
+    /// What those get who may only read, where it is not what the others get.
+    fn read_only(&self, buffer: &Buffer) -> Result<Option<BorrowedFd<'_>>, ShareError> {
+        if let Some(memory) = self.read_only.get() {
+            return Ok(Some(memory.as_fd()));
+        }
         let Some(memory) = buffer.host_memory() else {
             if !buffer.is_writable() {
-                return Ok(());
+                return Ok(None);
             }
             // Every descriptor of a dma-buf is the same open file, with the same mode.
             let object = self.name.clone();
@@ -1177,8 +1265,7 @@ impl Published {
         let path = format!("/proc/self/fd/{}", memory.as_raw_fd());
         let flags = OFlags::RDONLY | OFlags::CLOEXEC;
         let again = rustix::fs::open(path, flags, Mode::empty()).map_err(failed("open"))?;
-        self.read_only = Some(again);
-        Ok(())
+        Ok(Some(self.read_only.get_or_init(|| again).as_fd()))
     }
 }
 

@@ -70,6 +70,10 @@ pub(super) struct Session {
 
 #[derive(Debug, Default)]
 struct State {
+    /// Offers as they came, not yet looked at.
+    parcels: Vec<Parcel>,
+    /// How many came, these and earlier ones.
+    arrived: u64,
     /// What can be had; a buffer is not in it while it moves.
     offers: BTreeMap<u64, Box<Offer>>,
     outbox: VecDeque<(Message, Note)>,
@@ -78,6 +82,14 @@ struct State {
     ended: Option<ShareError>,
     /// The application does not want to hear any more.
     closing: bool,
+}
+
+/// The entries of an offer, and their descriptors. Many come at once when a publisher has many buffers;
+/// they are unpacked when the burst is over and somebody wants to know what there is.
+#[derive(Debug)]
+struct Parcel {
+    records: Box<[u8]>,
+    descriptors: Vec<OwnedFd>,
 }
 
 /// One generation of a buffer, as it was offered. There may be very many, of which a program uses
@@ -186,14 +198,14 @@ impl Subscriber {
 
     /// The names of the buffers that can be had at this moment.
     pub fn names(&self) -> Vec<String> {
-        let state = self.session.lock();
+        let state = self.session.sorted();
         let offers = state.offers.values();
         offers.map(|offer| offer.entry.name().to_owned()).collect()
     }
 
     /// Why the connection ended; `None` while it has not.
     pub fn ended(&self) -> Option<ShareError> {
-        self.session.lock().ended.clone()
+        self.session.sorted().ended.clone()
     }
 
     fn lease(&self, name: &str, limit: Option<Duration>) -> Result<Lease, ShareError> {
@@ -234,7 +246,7 @@ impl Subscriber {
 impl Drop for Subscriber {
     fn drop(&mut self) {
         let offers = {
-            let mut state = self.session.lock();
+            let mut state = self.session.sorted();
             state.closing = true;
             std::mem::take(&mut state.offers)
         };
@@ -297,6 +309,26 @@ impl Deref for Lease {
 
     fn deref(&self) -> &Buffer {
         &self.buffer
+    }
+}
+
+impl State {
+    fn unpack(&mut self, parcel: Parcel) -> Result<(), ShareError> {
+        let mut descriptors = parcel.descriptors.into_iter();
+        for (entry, count) in wire::entries(&parcel.records)? {
+            if self.offers.contains_key(&entry.id) {
+                let what = "a buffer is offered again before it was wanted back".into();
+                return Err(ShareError::Malformed { what });
+            }
+            let mut own = [None, None];
+            own.iter_mut()
+                .zip(descriptors.by_ref().take(count))
+                .for_each(|(place, descriptor)| *place = Some(descriptor));
+            let content = Content::Packed(own);
+            let offer = Box::new(Offer { entry, content });
+            self.offers.insert(offer.entry.id, offer);
+        }
+        Ok(())
     }
 }
 
@@ -383,6 +415,7 @@ impl Session {
         state: &mut State,
         name: &str,
     ) -> Result<Option<Lease>, ShareError> {
+        self.unpack(state);
         if let Some(error) = &state.ended {
             return Err(error.clone());
         }
@@ -400,6 +433,23 @@ impl Session {
     fn lock(&self) -> MutexGuard<'_, State> {
         // A panic while it was locked leaves the state as it was between two changes.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// As [`Session::lock`], with all offers unpacked.
+    fn sorted(&self) -> MutexGuard<'_, State> {
+        let mut state = self.lock();
+        self.unpack(&mut state);
+        state
+    }
+
+    /// Checks each offer that came. The connection ends at one that makes no sense.
+    fn unpack(&self, state: &mut State) {
+        for parcel in std::mem::take(&mut state.parcels) {
+            if let Err(error) = state.unpack(parcel) {
+                state.ended.get_or_insert(error);
+                self.channel.shut_down();
+            }
+        }
     }
 
     fn wait<'s>(
@@ -466,9 +516,12 @@ impl Session {
         // A farewell says more than the end of the connection after it.
         state.ended = said.or(Some(ended));
         // What is not on lease is of no use to anybody.
-        let offers = std::mem::take(&mut state.offers);
+        let unused = (
+            std::mem::take(&mut state.parcels),
+            std::mem::take(&mut state.offers),
+        );
         drop(state);
-        drop(offers);
+        drop(unused);
         self.channel.shut_down();
         self.tell();
     }
@@ -505,10 +558,6 @@ impl Session {
                 Some(bytes) => self.handle(&message[..bytes], descriptors)?,
                 None => break,
             }
-            let mut state = self.lock();
-            if state.outbox.len() >= TOGETHER {
-                self.flush(&mut state);
-            }
         }
         Ok(true)
     }
@@ -520,20 +569,33 @@ impl Session {
     ) -> Result<(), ShareError> {
         let wrong = |what: String| Err(ShareError::Malformed { what });
         let (kind, records) = wire::open(message)?;
-        if kind != Message::Offer && !descriptors.is_empty() {
+        let offers = matches!(kind, Message::Offer | Message::LastOffer);
+        if !offers && !descriptors.is_empty() {
             return wrong(format!("{kind:?} came with descriptors"));
         }
         match kind {
-            Message::Offer => {
-                let entries = wire::entries(records)?;
-                let announced: usize = entries.iter().map(|(_, descriptors)| descriptors).sum();
+            Message::Offer | Message::LastOffer => {
+                let announced = wire::announced(records)?;
                 if announced != descriptors.len() {
                     return wrong(format!(
                         "{} descriptors came with an offer, {announced} were announced",
                         descriptors.len()
                     ));
                 }
-                self.take_offers(entries, descriptors)
+                let mut state = self.lock();
+                state.parcels.push(Parcel {
+                    records: records.into(),
+                    descriptors,
+                });
+                state.arrived += 1;
+                if kind == Message::LastOffer {
+                    let arrived = Note::new(state.arrived, 0, 0);
+                    state.outbox.push_back((Message::Accepted, arrived));
+                    self.flush(&mut state);
+                }
+                drop(state);
+                self.tell();
+                Ok(())
             }
             Message::Invalidate | Message::Withdraw => {
                 let notes = wire::notes(records)?;
@@ -555,36 +617,8 @@ impl Session {
         }
     }
 
-    fn take_offers(
-        &self,
-        entries: Vec<(Entry, usize)>,
-        descriptors: Vec<OwnedFd>,
-    ) -> Result<(), ShareError> {
-        let mut descriptors = descriptors.into_iter();
-        let mut state = self.lock();
-        for (entry, count) in entries {
-            if state.offers.contains_key(&entry.id) {
-                let what = "a buffer is offered again before it was wanted back".into();
-                return Err(ShareError::Malformed { what });
-            }
-            let mut own = [None, None];
-            own.iter_mut()
-                .zip(descriptors.by_ref().take(count))
-                .for_each(|(place, descriptor)| *place = Some(descriptor));
-            // The next turn sends all of them.
-            let note = Note::new(entry.id, entry.generation, 0);
-            state.outbox.push_back((Message::Accepted, note));
-            let content = Content::Packed(own);
-            let offer = Box::new(Offer { entry, content });
-            state.offers.insert(offer.entry.id, offer);
-        }
-        drop(state);
-        self.tell();
-        Ok(())
-    }
-
     fn give_back(&self, note: Note) -> Result<(), ShareError> {
-        let mut state = self.lock();
+        let mut state = self.sorted();
         let offer = state.offers.remove(&note.id);
         drop(state);
         let Some(offer) = offer.filter(|offer| offer.entry.generation == note.generation) else {

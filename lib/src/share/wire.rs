@@ -15,7 +15,7 @@ use crate::fuzz::Said;
 use crate::plan::topology::PciAddress;
 
 const MAGIC: [u8; 8] = *b"peerbuf\0";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// What a message says. Its number is in the header.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,6 +26,8 @@ pub(super) enum Message {
     Hello,
     /// Publisher to subscriber: buffers it may use from now on ([`Entry`]).
     Offer,
+    /// As `Offer`, or no records; the publisher waits to hear what has arrived.
+    LastOffer,
     /// Publisher to subscriber: buffers to be given back ([`Note`]; the value is the time limit in
     /// milliseconds).
     Invalidate,
@@ -34,14 +36,15 @@ pub(super) enum Message {
     Withdraw,
     /// Publisher to subscriber, last of all: it was cut off ([`Note`]; the value is a [`Farewell`]).
     Farewell,
-    /// Subscriber to publisher: offers that arrived ([`Note`]).
+    /// Subscriber to publisher, after a `LastOffer`: so many offers have arrived since the beginning
+    /// ([`Note`]; its id is the number, the rest is zero).
     Accepted,
     /// Subscriber to publisher: nothing of these is used by it any more ([`Note`]; the value is
     /// zero, or 1 when the offer could not be used at all).
     Released,
 }
 
-const MESSAGES: [(u32, Message, usize); 8] = [
+const MESSAGES: [(u32, Message, usize); 9] = [
     (1, Message::HandOver, size_of::<Description>()),
     (2, Message::Hello, 0),
     (3, Message::Offer, size_of::<Entry>()),
@@ -50,6 +53,7 @@ const MESSAGES: [(u32, Message, usize); 8] = [
     (6, Message::Farewell, size_of::<Note>()),
     (7, Message::Accepted, size_of::<Note>()),
     (8, Message::Released, size_of::<Note>()),
+    (9, Message::LastOffer, size_of::<Entry>()),
 ];
 
 /// The most records in one message: each offer has a descriptor, and the kernel takes 253.
@@ -220,6 +224,23 @@ impl Entry {
         })
     }
 
+    /// The same for one that has this grant. For reading only, a buffer in system memory goes without
+    /// its dma-buf, which cannot be made read-only.
+    pub(super) fn granted(&self, grant: Grant) -> Entry {
+        let mut entry = *self;
+        match grant {
+            Grant::ReadWrite => {}
+            Grant::ReadOnly => {
+                entry.access = 1;
+                if entry.description.descriptors & HAS_HOST_MEMORY != 0 {
+                    entry.description.descriptors = HAS_HOST_MEMORY;
+                }
+            }
+            Grant::Nothing => entry.access = 0,
+        }
+        entry
+    }
+
     /// What it is published as; nothing where that is not text.
     pub(super) fn name(&self) -> &str {
         text(&self.name).unwrap_or_default()
@@ -235,18 +256,45 @@ pub(super) fn encode<R: Pod>(message: Message, records: &[R]) -> Vec<u8> {
 
 /// As [`encode`], into memory that is there already.
 pub(super) fn encode_into<R: Pod>(bytes: &mut Vec<u8>, message: Message, records: &[R]) {
-    let records_bytes: &[u8] = bytemuck::cast_slice(records);
-    let number = MESSAGES.iter().find(|(_, known, _)| *known == message);
-    let header = Header {
-        magic: MAGIC,
-        version: VERSION,
-        message: number.map_or(0, |(number, ..)| *number),
-        bytes: (HEADER_SIZE + records_bytes.len()) as u32,
-        count: records.len() as u32,
-    };
+    let mut writing = begin(bytes);
+    for record in records {
+        writing.push(record);
+    }
+    writing.end(message);
+}
+
+/// A message that is being written.
+pub(super) struct Writing<'b> {
+    bytes: &'b mut Vec<u8>,
+    count: u32,
+}
+
+/// Begins a message in memory that is there already.
+pub(super) fn begin(bytes: &mut Vec<u8>) -> Writing<'_> {
     bytes.clear();
-    bytes.extend_from_slice(bytemuck::bytes_of(&header));
-    bytes.extend_from_slice(records_bytes);
+    bytes.resize(HEADER_SIZE, 0);
+    Writing { bytes, count: 0 }
+}
+
+impl<'b> Writing<'b> {
+    pub(super) fn push<R: Pod>(&mut self, record: &R) {
+        self.bytes.extend_from_slice(bytemuck::bytes_of(record));
+        self.count += 1;
+    }
+
+    /// The whole message.
+    pub(super) fn end(self, message: Message) -> &'b [u8] {
+        let number = MESSAGES.iter().find(|(_, known, _)| *known == message);
+        let header = Header {
+            magic: MAGIC,
+            version: VERSION,
+            message: number.map_or(0, |(number, ..)| *number),
+            bytes: self.bytes.len() as u32,
+            count: self.count,
+        };
+        self.bytes[..HEADER_SIZE].copy_from_slice(bytemuck::bytes_of(&header));
+        self.bytes
+    }
 }
 
 fn wrong<T>(what: impl Into<String>) -> Result<T, ShareError> {
@@ -291,6 +339,7 @@ pub(super) fn open(message: &[u8]) -> Result<(Message, &[u8]), ShareError> {
     let right = match kind {
         Message::HandOver | Message::Farewell => count == 1,
         Message::Hello => count == 0,
+        Message::LastOffer => (0..=MAX_RECORDS).contains(&count),
         _ => (1..=MAX_RECORDS).contains(&count),
     };
     if !right {
@@ -318,6 +367,23 @@ pub(super) fn notes(records: &[u8]) -> Result<Vec<Note>, ShareError> {
         .collect()
 }
 
+/// How many descriptors go with an offer. The rest of it is still to be looked at.
+pub(super) fn announced(records: &[u8]) -> Result<usize, ShareError> {
+    const AT: usize =
+        std::mem::offset_of!(Entry, description) + std::mem::offset_of!(Description, descriptors);
+    let mut all = 0;
+    let mut seen = 0;
+    for entry in records.chunks_exact(size_of::<Entry>()) {
+        let descriptors: u32 = bytemuck::pod_read_unaligned(&entry[AT..AT + 4]);
+        all += descriptors.count_ones() as usize;
+        seen |= descriptors;
+    }
+    match seen & !(HAS_DMABUF | HAS_HOST_MEMORY) {
+        0 => Ok(all),
+        _ => wrong(format!("its descriptors are {seen:#x}")),
+    }
+}
+
 /// The entries of an offer, and how many descriptors go with each. Every field of them makes sense.
 pub(super) fn entries(records: &[u8]) -> Result<Vec<(Entry, usize)>, ShareError> {
     let entries = records.chunks_exact(size_of::<Entry>());
@@ -338,33 +404,23 @@ pub(super) fn hand_over(message: &[u8]) -> Result<Description, ShareError> {
     }
 }
 
-/// Says what one generation of a buffer is. With `grant` for reading only, a buffer in system
-/// memory goes without its dma-buf, which cannot be made read-only.
+/// Says what one generation of a buffer is, to one that may write it.
 pub(super) fn entry(
     id: u64,
     generation: u64,
-    grant: Grant,
     placement: Placement,
     name: &str,
     buffer: &Buffer,
 ) -> Entry {
-    let mut description = describe(&buffer.whole(), placement);
-    if grant == Grant::ReadOnly && buffer.host_memory().is_some() {
-        description.descriptors = HAS_HOST_MEMORY;
-    }
     let mut field = [0; MAX_NAME];
     put_text(&mut field, name);
     Entry {
         id,
         generation,
         name: field,
-        access: match grant {
-            Grant::ReadOnly => 1,
-            Grant::ReadWrite => 2,
-            Grant::Nothing => 0,
-        },
+        access: 2,
         reserved: 0,
-        description,
+        description: describe(&buffer.whole(), placement),
     }
 }
 
@@ -508,7 +564,8 @@ pub(crate) fn decode_any(message: &[u8]) -> Result<Said, ShareError> {
     match kind {
         Message::HandOver => describe(&mut said, &decode(&hand_over(message)?)?),
         Message::Hello => {}
-        Message::Offer => {
+        Message::Offer | Message::LastOffer => {
+            announced(records)?;
             for (entry, _) in &entries(records)? {
                 let entry = entry.check()?;
                 describe(&mut said, &entry.what);
@@ -567,7 +624,8 @@ pub(crate) fn samples() -> Vec<(&'static str, Vec<u8>)> {
         ("invalidate", encode(Message::Invalidate, &note)),
         ("withdraw", encode(Message::Withdraw, &note)),
         ("farewell", encode(Message::Farewell, &note[..1])),
-        ("accepted", encode(Message::Accepted, &note)),
+        ("last-offer", encode::<Entry>(Message::LastOffer, &[])),
+        ("accepted", encode(Message::Accepted, &note[..1])),
         ("released", encode(Message::Released, &note)),
     ]
 }
@@ -620,8 +678,8 @@ mod tests {
         let range = buffer.range(100, 200).unwrap();
         let described = describe(&range, Placement::System);
         assert_eq!(bytes_of(&described), bytes_of(&description()));
-        let (grant, placement) = (Grant::ReadOnly, Placement::System);
-        let whole = entry(1, 7, grant, placement, "published", &buffer);
+        let grant = Grant::ReadOnly;
+        let whole = entry(1, 7, Placement::System, "published", &buffer).granted(grant);
         let expected = Description {
             offset: 0,
             length: 8192,
@@ -701,7 +759,7 @@ mod tests {
         let good = message();
         let cases: &[(usize, &[u8], &str)] = &[
             (0, b"peerbuf1", "magic"),
-            (8, &2u32.to_ne_bytes(), "version is 2"),
+            (8, &3u32.to_ne_bytes(), "version is 3"),
             (12, &99u32.to_ne_bytes(), "type 99"),
             (16, &12u32.to_ne_bytes(), "12 bytes"),
             (20, &2u32.to_ne_bytes(), "2 records"),
@@ -717,8 +775,8 @@ mod tests {
             );
         }
         let many = [Note::new(1, 1, 0); MAX_RECORDS + 1];
-        assert!(decode_any(&encode(Message::Accepted, &many)).is_err());
-        assert!(decode_any(&encode(Message::Accepted, &many[..MAX_RECORDS])).is_ok());
+        assert!(decode_any(&encode(Message::Released, &many)).is_err());
+        assert!(decode_any(&encode(Message::Released, &many[..MAX_RECORDS])).is_ok());
         let reserved = Note {
             reserved: 1,
             ..many[0]
