@@ -99,6 +99,45 @@ fn best(buffer: &str) -> &'static str {
 }
 
 #[test]
+fn what_is_measured_moves_the_bytes_of_each_kind_of_buffer() {
+    let bar = bar();
+    for (there, here) in [("udmabuf", bar.as_str()), (bar.as_str(), "udmabuf")] {
+        let server = Server::start(&["--once", "--buffer", there, "--size", "256K"]);
+        let own = ["--buffer", here, "--size", "128K", "--requests", "3000,64K"];
+        let few = ["--bytes", "400000", "--rounds", "2", "--depth", "7"];
+        let report = summary("bench", &[&own[..], &few[..]].concat());
+        let (good, said) = server.end();
+        assert!(good, "{said}");
+        assert_eq!(report["verified"], true, "{report}");
+        for (end, buffer) in [("here", here), ("there", there)] {
+            assert_eq!(report[end]["registration"], best(buffer), "{report}");
+        }
+        for (row, (bytes, requests)) in [(3000, 134), (65536, 7)].into_iter().enumerate() {
+            let row = &report["rows"][row];
+            assert_eq!(row["bytes"], bytes, "{report}");
+            assert_eq!(row["requests"], requests, "{report}");
+            for figure in ["write_mib_per_second", "read_mib_per_second"] {
+                assert!(row[figure].as_f64().unwrap() > 0.0, "{report}");
+            }
+        }
+    }
+
+    let server = Server::start(&["--size", "64K"]);
+    let (good, _, why) = client("bench", &["--requests", "64K,65K"]);
+    assert!(
+        !good && why.contains("requests of 65 KiB and buffers of 64 KiB"),
+        "{why}"
+    );
+    // It serves the next one.
+    let report = summary(
+        "bench",
+        &["--requests", "64K", "--bytes", "1", "--rounds", "1"],
+    );
+    assert_eq!(report["rows"][0]["requests"], 1, "{report}");
+    drop(server);
+}
+
+#[test]
 fn a_file_goes_from_disk_to_disk_through_both_buffers() {
     let (from, to) = ("/mnt/nvme/rdma-from", "/mnt/nvme/rdma-to");
     let bar = bar();

@@ -184,6 +184,48 @@ fn with_both_buffers_moving_at_random_no_byte_is_lost() {
 }
 
 #[test]
+fn both_programs_measure_beside_each_other() {
+    let program = std::env::var_os("PEERBUF_LAB").expect("run this through `cargo lab test`");
+    let small = [
+        "--rounds",
+        "2",
+        "--requests",
+        "65536,262144",
+        "--bytes",
+        "1048576",
+    ];
+    let output = Command::new(program)
+        .args([&["bench", "rdma", "--"], &small[..]].concat())
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    let out = String::from_utf8_lossy(&output.stdout);
+    let err = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(0), "{out}{err}");
+    // Behind the two lines of the table's head.
+    let rows: Vec<Vec<&str>> = out
+        .lines()
+        .skip(2)
+        .map(|line| line.split('|').map(str::trim).collect())
+        .collect();
+    let named: Vec<_> = rows.iter().map(|row| (row[1], row[2], row[3])).collect();
+    let expected = [
+        ("65536", "16", "write"),
+        ("65536", "16", "read"),
+        ("262144", "5", "write"),
+        ("262144", "5", "read"),
+    ];
+    assert_eq!(named, expected, "{out}");
+    for row in &rows {
+        // The machine has other things to do, so nothing is said of how fast; only that something was.
+        for figure in &row[4..=5] {
+            assert!(figure.parse::<f64>().unwrap() > 0.0, "{out}");
+        }
+        assert_eq!(row[6].split(' ').count(), 3, "{out}");
+    }
+}
+
+#[test]
 fn the_higher_status_is_the_pairs_and_lines_are_named() {
     let script = "echo a $PEERBUF_LAB_END; [ $PEERBUF_LAB_END = first ] || exit 7";
     let output = pair(&["--bare"], &["sh", "-c", script]);

@@ -43,8 +43,10 @@ pub enum Command {
         #[arg(long, value_name = "stock|debug|VERSION")]
         kernel: Option<String>,
     },
-    /// Runs a program of tests/lab/benches in a guest whose clock counts instructions, and prints
-    /// what it prints: the same figures on any host, however busy
+    /// Runs a program of tests/lab/benches and prints what it prints
+    ///
+    /// Most run in a guest whose clock counts instructions: the same figures on any host, however busy.
+    /// `rdma` runs in two that are joined, by the time that passes.
     Bench {
         /// The program, tests/lab/benches/NAME.rs
         name: String,

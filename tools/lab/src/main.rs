@@ -54,7 +54,7 @@ use crate::{
     progress::note,
     project::Project,
     run::{Deadline, Job, Outcome, Streams},
-    suite::Runner,
+    suite::{Room, Runner},
     tree::Tree,
 };
 
@@ -155,19 +155,22 @@ fn run_command(cache: &Cache, args: &GuestArgs, command: Vec<OsString>) -> Resul
     Ok(outcome.status())
 }
 
-/// Runs a command in two guests at a time, and returns what became of each.
+/// Runs a command in two guests at a time, with further programs in their `/opt/peerbuf/bin`, and returns
+/// what became of each.
 fn run_pair(
     cache: &Cache,
     args: &GuestArgs,
     command: &[OsString],
+    programs: &[PathBuf],
     streams: &(dyn Fn(End) -> Streams + Sync),
 ) -> Result<Vec<(End, Outcome)>> {
     let ground = lab::ground(cache, args)?;
-    let parts = if args.bare {
+    let mut parts = if args.bare {
         Parts::default()
     } else {
         lab::parts(&Project::find()?, &ground)?
     };
+    parts.programs.extend_from_slice(programs);
     let wire = cache.run_dir()?;
     let one = |end| -> Result<Outcome> {
         let mut job = lab::job(&ground, args, parts.clone())?;
@@ -196,15 +199,20 @@ fn pair(cache: &Cache, args: &GuestArgs, command: &[OsString]) -> Result<i32> {
         stdout: Box::new(Named::new(end, io::stdout())),
         stderr: Box::new(Named::new(end, io::stderr())),
     };
-    let outcomes = run_pair(cache, args, command, &streams)?;
-    for (end, outcome) in &outcomes {
+    let outcomes = run_pair(cache, args, command, &[], &streams)?;
+    Ok(report_of_pair(&outcomes))
+}
+
+/// Says what went wrong in either guest, and returns the higher status.
+fn report_of_pair(outcomes: &[(End, Outcome)]) -> i32 {
+    for (end, outcome) in outcomes {
         let report = outcome.report();
         if !report.is_empty() {
             let _ = write!(io::stderr(), "the {} guest: {report}", end.name());
         }
     }
     let statuses = outcomes.iter().map(|(_, outcome)| outcome.status());
-    Ok(statuses.max().unwrap_or(LAB_FAILED))
+    statuses.max().unwrap_or(LAB_FAILED)
 }
 
 /// Writes whole lines, with a guest's name in front.
@@ -365,7 +373,7 @@ fn two_machines(cache: &Cache, kernel: &KernelArgs, rdma: Rdma, moving: bool) ->
     let settings = if moving { "MOVE_EVERY=40 SIZE=1M " } else { "" };
     let line = format!("{settings}exec sh /opt/peerbuf/init/two-machines");
     let script = ["sh".into(), "-c".into(), line.into()];
-    let outcomes = run_pair(cache, &args, &script, &streams)?;
+    let outcomes = run_pair(cache, &args, &script, &[], &streams)?;
     let card = match rdma {
         Rdma::Stock => "the kernel's soft-RoCE",
         Rdma::Dmabuf => "a soft-RoCE that takes dma-bufs",
@@ -459,10 +467,40 @@ fn test_on(
 }
 
 fn bench(cache: &Cache, name: &str, kernel: &KernelArgs, arguments: Vec<OsString>) -> Result<i32> {
-    let (mut args, program) = suite::bench(&Project::find()?, name)?;
+    let suite::Bench {
+        mut args,
+        room,
+        program,
+    } = suite::bench(&Project::find()?, name)?;
     args.kernel = kernel.clone();
-    args.icount = true;
-    run_program(cache, &args, program, arguments)
+    match room {
+        Room::Guest => {
+            args.icount = true;
+            run_program(cache, &args, program, arguments)
+        }
+        Room::Pair => {
+            let command = command_of(&program, arguments)?;
+            // The first one tells what there is to tell.
+            let streams = |end: End| Streams {
+                stdin: None,
+                stdout: match end {
+                    End::First => Box::new(io::stdout()),
+                    End::Second => Box::new(Named::new(end, io::stderr())),
+                },
+                stderr: Box::new(Named::new(end, io::stderr())),
+            };
+            let outcomes = run_pair(cache, &args, &command, &[program], &streams)?;
+            Ok(report_of_pair(&outcomes))
+        }
+    }
+}
+
+/// The words that start a program of the checkout in a guest.
+fn command_of(program: &Path, arguments: Vec<OsString>) -> Result<Vec<OsString>> {
+    let file = program.file_name().context("a program without a name")?;
+    let mut words = vec![Path::new("/opt/peerbuf/bin").join(file).into_os_string()];
+    words.extend(arguments);
+    Ok(words)
 }
 
 /// How much longer than asked for the fuzzer may take to end.
@@ -487,9 +525,7 @@ fn run_program(
     arguments: Vec<OsString>,
 ) -> Result<i32> {
     let (ground, mut job) = ready(cache, args)?;
-    let file = program.file_name().context("a program without a name")?;
-    job.command = vec![Path::new("/opt/peerbuf/bin").join(file).into_os_string()];
-    job.command.extend(arguments);
+    job.command = command_of(&program, arguments)?;
     job.programs.push(program);
     let streams = Streams {
         stdin: None,

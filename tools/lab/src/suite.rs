@@ -538,19 +538,42 @@ impl Took {
 /// A bench of the suite's.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Bench {
+struct Listed {
     name: String,
     #[serde(default)]
     options: Vec<String>,
+    #[serde(default, rename = "where")]
+    place: Room,
 }
 
-/// The guest that `tests/lab/Cargo.toml` wants for a bench, and its program, built.
+/// Where a bench runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Room {
+    /// In a guest whose clock counts instructions.
+    #[default]
+    Guest,
+    /// In two that are joined, by the time that passes.
+    Pair,
+}
+
+/// A bench, ready to run.
+pub struct Bench {
+    /// The guest that it wants.
+    pub args: GuestArgs,
+    /// And how many.
+    pub room: Room,
+    /// Built.
+    pub program: PathBuf,
+}
+
+/// A bench as `tests/lab/Cargo.toml` has it, with its program built.
 ///
 /// # Errors
 /// When there is no such bench, or it does not compile.
-pub fn bench(project: &Project, name: &str) -> Result<(GuestArgs, PathBuf)> {
+pub fn bench(project: &Project, name: &str) -> Result<Bench> {
     let metadata = &project.package_metadata("peerbuf-lab-suite")?["lab"]["bench"];
-    let benches: Vec<Bench> = match metadata {
+    let benches: Vec<Listed> = match metadata {
         serde_json::Value::Null => Vec::new(),
         list => serde_json::from_value(list.clone())
             .context("reading [[package.metadata.lab.bench]] in tests/lab/Cargo.toml")?,
@@ -565,11 +588,21 @@ pub fn bench(project: &Project, name: &str) -> Result<(GuestArgs, PathBuf)> {
     let args = options(&bench.options, name)?;
     let step = crate::progress::Step::start(format!("building the bench {name}"));
     let package = "--package=peerbuf-lab-suite";
-    let programs = project.cargo_build(&["bench", "--no-run", package, "--bench", name])?;
+    // One that only starts other programs needs no build of its own of all that it depends on.
+    let profile = match bench.place {
+        Room::Guest => "--profile=bench",
+        Room::Pair => "--profile=dev",
+    };
+    let what = ["bench", "--no-run", package, "--bench", name, profile];
+    let programs = project.cargo_build(&what)?;
     step.done();
     let program = programs.into_iter().find(|p| p.name == name);
     let program = program.with_context(|| format!("building the bench {name} made no program"))?;
-    Ok((args, program.file))
+    Ok(Bench {
+        args,
+        room: bench.place,
+        program: program.file,
+    })
 }
 
 /// The fuzzer, `tests/lab/src/bin/fuzz.rs`, built.

@@ -19,16 +19,16 @@ use super::{DEPTH, card, receipt};
 use crate::progress::Progress;
 use crate::{Failure, say, size};
 
-/// Arguments of `peerbuf rdma put` and `get`.
+/// Both ends, as a client sees them.
 #[derive(clap::Args)]
-pub struct Arguments {
+pub struct Ends {
     /// The card [default: the first]
     #[arg(long, value_name = "NAME")]
     card: Option<String>,
 
     /// Where the other machine listens
     #[arg(long, value_name = "HOST:PORT")]
-    connect: String,
+    pub connect: String,
 
     /// Try again for S seconds while nobody listens there
     #[arg(long, value_name = "S", default_value = "0")]
@@ -38,9 +38,16 @@ pub struct Arguments {
     #[arg(long, value_name = "BUFFER", default_value = "udmabuf")]
     buffer: Place,
 
-    /// How large it is [default: as the other end's]
-    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
-    size: Option<u64>,
+    /// How large it is
+    #[arg(long, value_name = "SIZE", default_value = "8M", value_parser = size::parse)]
+    size: u64,
+}
+
+/// Arguments of `peerbuf rdma put` and `get`.
+#[derive(clap::Args)]
+pub struct Arguments {
+    #[command(flatten)]
+    ends: Ends,
 
     /// How many bytes to move [put: all of the file; get: all of the buffer]
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
@@ -63,13 +70,13 @@ pub struct Arguments {
 const TRIES: u32 = 100;
 
 /// Connects to the other end, which may not be there yet.
-fn reach(arguments: &Arguments) -> Result<TcpStream, Failure> {
-    let deadline = Instant::now() + Duration::from_secs(arguments.wait);
+fn reach(ends: &Ends) -> Result<TcpStream, Failure> {
+    let deadline = Instant::now() + Duration::from_secs(ends.wait);
     loop {
-        match TcpStream::connect(&arguments.connect) {
+        match TcpStream::connect(&ends.connect) {
             Ok(stream) => return Ok(stream),
             Err(error) if Instant::now() >= deadline => {
-                return Err(format!("{}: {error}", arguments.connect).into());
+                return Err(format!("{}: {error}", ends.connect).into());
             }
             Err(_) => std::thread::sleep(Duration::from_millis(200)),
         }
@@ -77,19 +84,21 @@ fn reach(arguments: &Arguments) -> Result<TcpStream, Failure> {
 }
 
 /// The other end.
-struct There {
-    stream: TcpStream,
+pub struct There {
+    pub stream: TcpStream,
     card: Card,
+    /// How many requests a connection has in flight, at most.
+    pub depth: u32,
     /// How large its buffer is.
-    size: u64,
-    receipt: Receipt,
+    pub size: u64,
+    pub receipt: Receipt,
     /// How often a connection took the place of one whose work was cut off.
     retries: u32,
 }
 
 /// This end's buffer.
-struct Here {
-    lent: Lent,
+pub struct Here {
+    pub lent: Lent,
     receipt: Receipt,
 }
 
@@ -102,14 +111,14 @@ impl Here {
     }
 }
 
-fn begin(arguments: &Arguments) -> Result<(Here, There), Failure> {
-    let mut stream = reach(arguments)?;
+/// Reaches the other end and makes this end's buffer, which moves as often.
+pub fn begin(ends: &Ends, every: Option<Every>) -> Result<(Here, There), Failure> {
+    let mut stream = reach(ends)?;
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_write_timeout(Some(PATIENCE))?;
     stream.set_nodelay(true)?;
-    let card = card(arguments.card.as_deref())?;
-    let size = arguments.size.unwrap_or(8 << 20);
-    let lent = Lent::new(&card, &arguments.buffer, size, arguments.move_every, None)?;
+    let card = card(ends.card.as_deref())?;
+    let lent = Lent::new(&card, &ends.buffer, ends.size, every, None)?;
     wire::send(&mut stream, &Hello::new(lent.size))?;
     let theirs: Hello = wire::receive(&mut stream)?.ok_or(
         "the other end closed the connection; the reason is in what `peerbuf rdma serve` says there",
@@ -118,6 +127,7 @@ fn begin(arguments: &Arguments) -> Result<(Here, There), Failure> {
         size: theirs.open()?,
         stream,
         card,
+        depth: DEPTH,
         receipt: Receipt::default(),
         retries: 0,
     };
@@ -138,7 +148,7 @@ impl There {
     }
 
     /// Asks for something that is done, or to be begun again.
-    fn account(&mut self, request: &Request) -> Result<Option<Account>, Failure> {
+    pub fn account(&mut self, request: &Request) -> Result<Option<Account>, Failure> {
         match self.ask(request)? {
             Response::Done(account) => {
                 if let Some(file) = &account.file {
@@ -164,8 +174,9 @@ impl There {
         }
     }
 
-    fn connect(&mut self) -> Result<Link, Failure> {
-        let end = self.card.endpoint(DEPTH)?;
+    /// A connection, to the buffer as it is now.
+    pub fn connect(&mut self) -> Result<Link, Failure> {
+        let end = self.card.endpoint(self.depth)?;
         let (theirs, remote) = self.show(Some(&end.address()))?;
         let theirs = theirs.ok_or("malformed: the other end has not connected")?;
         Ok(Link {
@@ -194,13 +205,13 @@ impl There {
     }
 
     /// Begins a bufferful over the connection that there is.
-    fn ready(&mut self, link: &mut Link) -> Result<(), Failure> {
+    pub fn ready(&mut self, link: &mut Link) -> Result<(), Failure> {
         link.remote = self.show(None)?.1;
         Ok(())
     }
 
     /// Has so many bytes of the buffer made ready to be read.
-    fn prepare(&mut self, link: &mut Link, at: u64, length: u64) -> Result<Account, Failure> {
+    pub fn prepare(&mut self, link: &mut Link, at: u64, length: u64) -> Result<Account, Failure> {
         for _ in 0..TRIES {
             if let Some(account) = self.account(&Request::Read { at, length })? {
                 return Ok(account);
@@ -274,11 +285,11 @@ pub fn put(arguments: &Arguments) -> Result<ExitCode, Failure> {
     if length > held {
         return Err(format!("{} has {held} bytes", arguments.file.display()).into());
     }
-    let (mut here, mut there) = begin(arguments)?;
+    let (mut here, mut there) = begin(&arguments.ends, arguments.move_every)?;
     let _progress = Progress::start(format!(
         "{} -> {}",
         arguments.file.display(),
-        arguments.connect
+        arguments.ends.connect
     ));
     let mut tally = Tally::new();
     let mut link = there.connect()?;
@@ -302,7 +313,7 @@ pub fn put(arguments: &Arguments) -> Result<ExitCode, Failure> {
 
 /// `peerbuf rdma get`
 pub fn get(arguments: &Arguments) -> Result<ExitCode, Failure> {
-    let (mut here, mut there) = begin(arguments)?;
+    let (mut here, mut there) = begin(&arguments.ends, arguments.move_every)?;
     let length = arguments.length.unwrap_or(there.size);
     if length > there.size {
         return Err(format!("the other end's buffer has {} bytes", there.size).into());
@@ -313,7 +324,7 @@ pub fn get(arguments: &Arguments) -> Result<ExitCode, Failure> {
     let file = FileImporter::open(&arguments.file)?;
     let _progress = Progress::start(format!(
         "{} -> {}",
-        arguments.connect,
+        arguments.ends.connect,
         arguments.file.display()
     ));
     let mut tally = Tally::new();

@@ -8,6 +8,7 @@
 //! Each end lends its buffer to itself, and can so move it meanwhile (`--move-every`). What was cut
 //! off by a move, of either end, is done again over a new connection.
 
+mod bench;
 mod client;
 mod lent;
 mod place;
@@ -39,6 +40,11 @@ enum Command {
     Put(client::Arguments),
     /// Read the buffer of the machine that serves into a file
     Get(client::Arguments),
+    /// Measure how fast bytes go into the buffer of the machine that serves, and out of it
+    ///
+    /// A figure is of requests of one length, from the first one posted until the last one is done. The
+    /// other end's buffer has random bytes afterwards, and so has the beginning of its --file.
+    Bench(bench::Arguments),
 }
 
 const AFTER_HELP: &str = "\
@@ -54,6 +60,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
         Command::Serve(arguments) => serve::run(arguments),
         Command::Put(arguments) => client::put(arguments),
         Command::Get(arguments) => client::get(arguments),
+        Command::Bench(arguments) => bench::run(arguments),
     }
 }
 
