@@ -1,8 +1,9 @@
 //! Programs and modules that only tests want, built in the distribution tree.
 //!
-//! Each `tests/lab/fixtures/c/NAME.c` becomes the programs NAME and NAME-static, and each
-//! directory below `tests/lab/fixtures/modules` its modules. In a guest they are in
-//! `/opt/peerbuf/fixtures`, together with some of the kernel's own tests.
+//! Each `tests/lab/fixtures/c/NAME.c` becomes the programs NAME and NAME-static, each
+//! `tests/lab/fixtures/preload/NAME.c` the library NAME.so, and each directory below
+//! `tests/lab/fixtures/modules` its modules. In a guest they are in `/opt/peerbuf/fixtures`, together with
+//! the files of `tests/lab/fixtures/python`, some of the kernel's own tests, and rdma-core's.
 
 use std::{fs, path::PathBuf};
 
@@ -12,6 +13,7 @@ use crate::{
     kernel::Source,
     progress::Step,
     project::{self, Project},
+    rdma_core,
     run::Ground,
     sandbox::Mount,
     selftests,
@@ -19,7 +21,10 @@ use crate::{
 
 const COMPILE: &str = "set -eu; cd /lab/build/fixtures/c; for c in *.c; do [ -e \"$c\" ] || continue; \
     gcc-14 -O2 -Wall -Wextra -Werror -I/lab/build/uapi/include -o \"/lab/build/out/${c%.c}\" \"$c\"; \
-    gcc-14 -O2 -static -I/lab/build/uapi/include -o \"/lab/build/out/${c%.c}-static\" \"$c\"; done";
+    gcc-14 -O2 -static -I/lab/build/uapi/include -o \"/lab/build/out/${c%.c}-static\" \"$c\"; done; \
+    cd ../preload; for c in *.c; do [ -e \"$c\" ] || continue; \
+    gcc-14 -O2 -Wall -Wextra -Werror -shared -fPIC -o \"/lab/build/out/${c%.c}.so\" \"$c\" -libverbs; done; \
+    cp ../python/* /lab/build/out";
 
 /// Builds what changed and returns the directory with all of it, for the kernel of `source`.
 ///
@@ -28,6 +33,7 @@ const COMPILE: &str = "set -eu; cd /lab/build/fixtures/c; for c in *.c; do [ -e 
 pub fn build(project: &Project, ground: &Ground, source: &Source) -> Result<PathBuf> {
     let (tree, release) = (&ground.tree, ground.kernel.release());
     let selftests = selftests::get(&ground.cache, tree, &ground.kernel)?;
+    let rdma_core = rdma_core::get(&ground.cache, tree)?;
     let work = project.work_dir(&format!("fixtures-{release}"))?;
     let _lock = project::lock(&work)?;
     let out = work.join("out");
@@ -42,7 +48,8 @@ pub fn build(project: &Project, ground: &Ground, source: &Source) -> Result<Path
     )?;
     let made_of = project::made_of(&[&work.join("fixtures"), &work.join("uapi")], source)?
         + COMPILE
-        + &selftests.path().display().to_string();
+        + &selftests.path().display().to_string()
+        + &rdma_core.path().display().to_string();
     let stamp = work.join("made-of");
     if fs::read_to_string(&stamp).ok().as_deref() == Some(&made_of) {
         return Ok(out);
@@ -56,10 +63,12 @@ pub fn build(project: &Project, ground: &Ground, source: &Source) -> Result<Path
         .mount(Mount::Tmpfs { at: "/tmp".into() })
         .args(["-c", COMPILE])
         .run("compiling tests/lab/fixtures/c")?;
-    for file in fs::read_dir(selftests.path())? {
-        let file = file?;
-        fs::copy(file.path(), out.join(file.file_name()))
-            .with_context(|| format!("copying {}", file.path().display()))?;
+    for made in [&selftests, &rdma_core] {
+        for file in fs::read_dir(made.path())? {
+            let file = file?;
+            fs::copy(file.path(), out.join(file.file_name()))
+                .with_context(|| format!("copying {}", file.path().display()))?;
+        }
     }
     // Those of the checkout: of one that is gone, what was built of it is still in `work`.
     for dir in fs::read_dir(fixtures.join("modules"))? {

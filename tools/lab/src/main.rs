@@ -21,6 +21,7 @@ mod lab;
 mod mutants;
 mod progress;
 mod project;
+mod rdma_core;
 mod run;
 mod rxe;
 mod sandbox;

@@ -1,0 +1,134 @@
+//! The dma-buf tests of rdma-core's own Python suite, on buffers of ours: which pass, and which cannot run
+//! and why. Runs in the guest, on both soft-RoCEs; docs/rdma-core-tests.md is what comes of it.
+
+use std::process::Command;
+
+use peerbuf_lab_suite::node::Node;
+use peerbuf_lab_suite::rdma::takes_dma_bufs;
+
+/// In the order in which they run.
+const TESTS: [&str; 10] = [
+    "DmaBufMRTest.test_dmabuf_dereg_mr",
+    "DmaBufMRTest.test_dmabuf_dereg_mr_twice",
+    "DmaBufMRTest.test_dmabuf_lkey",
+    "DmaBufMRTest.test_dmabuf_read",
+    "DmaBufMRTest.test_dmabuf_reg_mr",
+    "DmaBufMRTest.test_dmabuf_reg_mr_bad_flags",
+    "DmaBufMRTest.test_dmabuf_rkey",
+    "DmaBufMRTest.test_dmabuf_write",
+    "DmaBufTestCase.test_dmabuf_rc_traffic",
+    "DmaBufTestCase.test_dmabuf_rdma_traffic",
+];
+
+/// Those that register with no flags of the suite's choice.
+const OWN_FLAGS: [&str; 3] = [
+    "DmaBufMRTest.test_dmabuf_reg_mr_bad_flags",
+    "DmaBufTestCase.test_dmabuf_rc_traffic",
+    "DmaBufTestCase.test_dmabuf_rdma_traffic",
+];
+
+/// `IBV_ACCESS_REMOTE_ATOMIC` (infiniband/verbs.h).
+const REMOTE_ATOMIC: u32 = 8;
+
+/// librxe does not have `ibv_reg_dmabuf_mr`; or the library that has it in its place.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Library {
+    AsItIs,
+    Completed,
+}
+
+/// What became of each test: its line, without the name.
+fn became(buffer: &str, atomics: &str, library: Library) -> Vec<(String, String)> {
+    let fixtures = "/opt/peerbuf/fixtures";
+    let mut command = Command::new("python3");
+    command
+        .arg(format!("{fixtures}/rdma_core.py"))
+        .args([buffer, atomics]);
+    if library == Library::Completed {
+        command.env("LD_PRELOAD", format!("{fixtures}/reg_dmabuf_mr.so"));
+    }
+    let output = command.output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    let out = String::from_utf8(output.stdout).unwrap();
+    let line = |line: &str| {
+        let (name, what) = line
+            .split_once(": ")
+            .unwrap_or_else(|| panic!("{out}{said}"));
+        (name.to_owned(), what.to_owned())
+    };
+    out.lines().map(line).collect()
+}
+
+fn all(what: &str) -> Vec<(String, String)> {
+    TESTS.map(|name| (name.to_owned(), what.to_owned())).into()
+}
+
+const NO_GPU: &str = "skipped: Device /dev/dri/renderD128 is not present";
+const NO_DRIVER: &str = "skipped: Reg dma-buf MR is not supported by the RDMA driver";
+
+#[test]
+fn with_a_graphics_cards_memory_none_runs_since_there_is_none() {
+    assert_eq!(became("gpu", "atomics", Library::Completed), all(NO_GPU));
+}
+
+#[test]
+fn without_the_entry_in_librxe_none_runs() {
+    assert_eq!(
+        became("udmabuf", "atomics", Library::AsItIs),
+        all(NO_DRIVER)
+    );
+}
+
+#[test]
+fn with_it_all_pass_where_the_driver_takes_dma_bufs() {
+    let bar = format!("/dev/peerbuf/{}", Node::largest().bdf);
+    let expected = all(if takes_dma_bufs() {
+        "passed"
+    } else {
+        NO_DRIVER
+    });
+    for buffer in ["udmabuf", &bar] {
+        assert_eq!(
+            became(buffer, "no-atomics", Library::Completed),
+            expected,
+            "{buffer}"
+        );
+    }
+}
+
+#[test]
+fn remote_atomics_are_refused_and_nothing_else() {
+    let expected: Vec<(String, String)> = TESTS
+        .map(|name| {
+            let what = match OWN_FLAGS.contains(&name) {
+                true => "passed",
+                false => "failed",
+            };
+            (name.to_owned(), what.to_owned())
+        })
+        .into();
+    if !takes_dma_bufs() {
+        assert_eq!(
+            became("udmabuf", "atomics", Library::Completed),
+            all(NO_DRIVER)
+        );
+        return;
+    }
+    let mut became = became("udmabuf", "atomics", Library::Completed);
+    for (name, what) in &mut became {
+        let Some((kind, why)) = what.split_once(": ") else {
+            continue;
+        };
+        assert!(
+            why.contains("Failed to register a dma-buf MR"),
+            "{name}: {why}"
+        );
+        let flags = why.split("access flags: ").nth(1).unwrap();
+        let flags: u32 = flags.split('.').next().unwrap().parse().unwrap();
+        assert_ne!(flags & REMOTE_ATOMIC, 0, "{name}: {why}");
+        assert!(why.contains("Operation not supported"), "{name}: {why}");
+        *what = kind.to_owned();
+    }
+    assert_eq!(became, expected);
+}
