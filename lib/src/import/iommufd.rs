@@ -1,7 +1,9 @@
 //! iommufd: an I/O address space that files are mapped into.
 //!
-//! It maps memfds, and dma-bufs that `vfio-pci` made; the kernel takes no others. That devices
-//! use the address space is VFIO's or another driver's business, by the id that is given here.
+//! It maps memfds, and dma-bufs that `vfio-pci` made of one range of a BAR; the kernel takes no others
+//! (drivers/iommu/iommufd/pages.c). It attaches and pins a dma-buf before it finds that out, so a
+//! buffer that moves for importers which do not reach it may have moved when it is refused. That
+//! devices use the address space is VFIO's or another driver's business, by the id that is given here.
 //!
 //! ```no_run
 //! use peerbuf::{export::udmabuf, import::iommufd::AddressSpace};
@@ -20,7 +22,7 @@ use std::sync::Arc;
 
 use rustix::fs::{Mode, OFlags};
 
-use super::{attach_refused, impossible};
+use super::impossible;
 use crate::buffer::BufferRange;
 use crate::errno::Errno;
 use crate::error::{ImportError, SystemError, Unavailable};
@@ -124,7 +126,10 @@ impl AddressSpace {
             let foreign =
                 memfd.is_none() && matches!(errno, Errno::INVAL | Errno::OPNOTSUPP | Errno::FAULT);
             if foreign {
-                attach_refused(WHAT, buffer, &cause)
+                let why = "iommufd takes a memfd, or one range of a BAR as vfio-pci exports it, \
+                           and this is another exporter's dma-buf";
+                let evidence = format!("{cause}: {why}");
+                impossible(WHAT, buffer, ReasonCode::AttachRefused, evidence)
             } else {
                 cause.into()
             }

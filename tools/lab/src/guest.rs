@@ -202,8 +202,9 @@ impl Machine {
         let tsc_khz = self.tsc_khz.map(|khz| format!("tsc_early_khz={khz}"));
         words.extend(tsc_khz.as_deref());
         if self.has_iommu() {
-            // QEMU's IOMMU remaps no interrupts here, which VFIO would take for unsafe.
+            // QEMU's IOMMU remaps no interrupts here, which VFIO and iommufd would take for unsafe.
             words.push("intel_iommu=on vfio_iommu_type1.allow_unsafe_interrupts=1");
+            words.push("iommufd.allow_unsafe_interrupts=1");
         }
         words.join(" ")
     }
