@@ -1,4 +1,4 @@
-//! The kernel memory that is in use.
+//! The memory that the kernel uses, and what is left.
 
 use std::fs;
 use std::path::Path;
@@ -28,4 +28,15 @@ pub fn in_use(ending: &str) -> u64 {
             names.contains(&name).then_some(active * size)
         })
         .sum()
+}
+
+/// Bytes that programs could still have (`MemAvailable`).
+pub fn available() -> u64 {
+    let text = fs::read_to_string("/proc/meminfo").expect("/proc/meminfo");
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kib = line.and_then(|line| line.split_whitespace().next());
+    let kib: u64 = kib.expect("MemAvailable").parse().expect("a number");
+    kib << 10
 }

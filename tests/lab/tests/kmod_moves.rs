@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use bytemuck::Zeroable;
 use peerbuf_lab_suite::disk::{self, SCRATCH, Slow};
 use peerbuf_lab_suite::importer::{DYNAMIC, Importer};
+use peerbuf_lab_suite::memory;
 use peerbuf_lab_suite::node::{
     MIB, Map, Node, PAGE, SYNC_END, SYNC_READ, SYNC_WRITE, assert_all_free, differs, errno, fill,
     in_child, nvme_bdf, pattern, sync,
@@ -224,6 +225,7 @@ fn taking_much_memory_ends_with_the_process_that_wants_it() {
     let node = Node::largest();
     // So much takes a while: every page of it is cleared.
     let length = 512 * MIB;
+    let available = memory::available();
     let take = || node.export_ranges(0, &mut [range(length, abi::RANGE_SYSTEM)]);
     let began = Instant::now();
     take().unwrap();
@@ -243,6 +245,11 @@ fn taking_much_memory_ends_with_the_process_that_wants_it() {
         "{ended:?} after the kill, {whole:?} for all"
     );
     assert_all_free(&node);
+    let now = memory::available();
+    assert!(
+        now + length / 2 > available,
+        "{available} before, {now} now"
+    );
 }
 
 #[test]

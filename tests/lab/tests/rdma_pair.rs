@@ -22,9 +22,11 @@ fn lines<'t>(text: &'t str, end: &str) -> Vec<&'t str> {
         .collect()
 }
 
-fn a_file_goes_from_disk_to_disk(rdma: &str, registration: &str) {
-    let script = ["sh", "/opt/peerbuf/init/two-machines", "--json"];
-    let output = pair(&["--rdma", rdma], &script);
+/// Sends a file from the one's disk to the other's. Returns the summary of it, after a look at the
+/// checksums: those in it, and those of the files by another program than ours.
+fn from_disk_to_disk(rdma: &str, environment: &str) -> Value {
+    let script = format!("{environment} sh /opt/peerbuf/init/two-machines --json");
+    let output = pair(&["--rdma", rdma], &["sh", "-c", &script]);
     let out = String::from_utf8_lossy(&output.stdout);
     let err = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(0), "{out}{err}");
@@ -32,6 +34,14 @@ fn a_file_goes_from_disk_to_disk(rdma: &str, registration: &str) {
     let summary: Value = serde_json::from_str(first[0]).unwrap();
     assert_eq!(summary["bytes"], 8 << 20, "{summary}");
     assert_eq!(summary["verified"], true, "{summary}");
+    assert_eq!(first[1], second[0], "{out}");
+    let sum = summary["sha256"].as_str().unwrap();
+    assert!(first[1].starts_with(sum), "{out}");
+    summary
+}
+
+fn a_file_goes_from_disk_to_disk(rdma: &str, registration: &str) {
+    let summary = from_disk_to_disk(rdma, "");
     for end in ["here", "there"] {
         assert_eq!(summary[end]["registration"], registration, "{summary}");
         let file = &summary[format!("file_{end}")];
@@ -40,12 +50,6 @@ fn a_file_goes_from_disk_to_disk(rdma: &str, registration: &str) {
         let copied = if registration == "staged" { 8 << 20 } else { 0 };
         assert_eq!(summary[format!("copied_{end}")], copied, "{summary}");
     }
-    // The files, by another program than ours.
-    assert_eq!(first[1], second[0], "{out}");
-    assert!(
-        first[1].starts_with(summary["sha256"].as_str().unwrap()),
-        "{out}"
-    );
 }
 
 #[test]
@@ -167,19 +171,10 @@ fn a_short_cut_of_the_cable_costs_time_and_a_long_one_another_connection() {
 #[test]
 fn with_both_buffers_moving_at_random_no_byte_is_lost() {
     for rdma in ["stock", "dmabuf"] {
-        let script = "MOVE_EVERY=40 SIZE=1M sh /opt/peerbuf/init/two-machines --json";
-        let output = pair(&["--rdma", rdma], &["sh", "-c", script]);
-        let out = String::from_utf8_lossy(&output.stdout);
-        let err = String::from_utf8_lossy(&output.stderr);
-        assert_eq!(output.status.code(), Some(0), "{out}{err}");
-        let (first, second) = (lines(&out, "first"), lines(&out, "second"));
-        let summary: Value = serde_json::from_str(first[0]).unwrap();
-        assert_eq!(summary["bytes"], 8 << 20, "{summary}");
-        assert_eq!(summary["verified"], true, "{summary}");
+        let summary = from_disk_to_disk(rdma, "MOVE_EVERY=40 SIZE=1M");
         for end in ["moves_here", "moves_there"] {
             assert!(summary[end].as_u64().unwrap() > 0, "{end}: {summary}");
         }
-        assert_eq!(first[1], second[0], "{out}");
     }
 }
 
