@@ -306,9 +306,6 @@ pub enum RdmaError {
     /// The buffer could not be mapped or accessed.
     #[error(transparent)]
     Buffer(#[from] BufferError),
-    /// There was no memory for staging.
-    #[error(transparent)]
-    Export(Box<ExportError>),
     /// A range without bytes.
     #[error("a range of {buffer} without bytes cannot be registered")]
     Empty {

@@ -17,6 +17,7 @@ pub mod cpu;
 pub mod drm;
 pub mod file;
 pub mod iommufd;
+mod ladder;
 pub mod probe;
 pub mod rdma;
 pub mod v4l2;

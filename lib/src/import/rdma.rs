@@ -73,8 +73,10 @@ pub use connection::{
     Address, Completion, Connection, Endpoint, Operation, Remote, Status, WorkError, WorkId,
 };
 pub use follow::Follower;
-pub use registration::{Attempt, Layer, Piece, Registration, Rung};
+pub use registration::{Piece, Registration};
 pub use transfer::{Link, Span, Transferred};
+
+pub use super::ladder::{Attempt, Layer, Rung};
 
 use crate::error::{RdmaError, SystemError, Unavailable};
 use crate::sys::verbs::{self, Domain, GidEntry};

@@ -1,21 +1,17 @@
 //! What a card was given: the registration, what holds it together, and its end. How the card gets
-//! the buffer is in `ladder`, and how a registration knows that it is stale in `standing`.
+//! the buffer is in `ladder`, and what that shares with other importers in `import::ladder`.
 
 mod ladder;
-mod rung;
-mod standing;
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Weak};
 
-pub use rung::{Attempt, Layer, Rung};
-use standing::Standing;
-
 use super::connection::Line;
 use super::{Card, Remote};
-use crate::buffer::{Access, BufferRange, Mapping};
+use crate::buffer::{Access, BufferRange};
 use crate::error::{BufferError, RdmaError};
+use crate::import::ladder::{Attempt, Rung, Staging, Standing};
 use crate::plan::Plan;
 use crate::sys::verbs::{Keys, Local, Region};
 
@@ -52,14 +48,6 @@ struct Held {
     region: Region,
     staging: Option<Mutex<Staging>>,
     range: BufferRange,
-}
-
-/// The memory that the card has in place of the buffer, and the buffer.
-struct Staging {
-    memory: Mapping,
-    /// Where in the memory the range begins: its place in a page is that of the range.
-    lead: u64,
-    buffer: Mapping,
 }
 
 impl fmt::Debug for Registration {
@@ -284,14 +272,7 @@ impl Registration {
     /// [`BufferError::OutOfRange`], or what access to the buffer failed with; [`RdmaError::Stale`] when
     /// it was ended, and the bytes with it.
     pub fn deliver(&self, offset: u64, length: u64) -> Result<u64, RdmaError> {
-        self.hold()?.copy(offset, length, |staging, at, chunk| {
-            let memory = staging.memory.begin_cpu_access(Access::Read)?;
-            memory.read_at(staging.lead + at, chunk)?;
-            memory.end()?;
-            let mut buffer = staging.buffer.begin_cpu_access(Access::Write)?;
-            buffer.write_at(at, chunk)?;
-            buffer.end()
-        })
+        self.hold()?.copy(offset, length, Staging::deliver)
     }
 
     /// Brings the buffer's bytes to where the other end reads them; the reverse of
@@ -335,36 +316,21 @@ impl Holding<'_> {
 
     /// See [`Registration::refresh`].
     pub(super) fn refresh(&self, offset: u64, length: u64) -> Result<u64, RdmaError> {
-        self.copy(offset, length, |staging, at, chunk| {
-            let buffer = staging.buffer.begin_cpu_access(Access::Read)?;
-            buffer.read_at(at, chunk)?;
-            buffer.end()?;
-            let mut memory = staging.memory.begin_cpu_access(Access::Write)?;
-            memory.write_at(staging.lead + at, chunk)?;
-            memory.end()
-        })
+        self.copy(offset, length, Staging::refresh)
     }
 
     fn copy(
         &self,
         offset: u64,
         length: u64,
-        step: impl Fn(&mut Staging, u64, &mut [u8]) -> Result<(), BufferError>,
+        step: impl FnOnce(&mut Staging, u64, u64) -> Result<(), BufferError>,
     ) -> Result<u64, RdmaError> {
-        const CHUNK: u64 = 256 << 10;
         self.of.inside(offset, length)?;
         let Some(staging) = &self.held.staging else {
             return Ok(0);
         };
-        let mut staging: MutexGuard<'_, Staging> =
-            staging.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut bytes = vec![0; length.min(CHUNK) as usize];
-        let mut done = 0;
-        while done < length {
-            let now = (length - done).min(CHUNK) as usize;
-            step(&mut staging, offset + done, &mut bytes[..now])?;
-            done += now as u64;
-        }
+        let mut staging = staging.lock().unwrap_or_else(PoisonError::into_inner);
+        step(&mut staging, offset, length)?;
         Ok(length)
     }
 }

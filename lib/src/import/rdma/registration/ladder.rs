@@ -1,17 +1,15 @@
 //! Trying the rungs, the best first, until the card has the buffer; who it was that refused each
 //! one that failed, and which path the bytes take on the one that was taken.
 
-use std::fmt;
 use std::os::fd::AsFd;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, RwLock};
 
-use super::standing::Standing;
-use super::{Attempt, Held, Inner, Layer, Registration, Rung, Staging};
+use super::{Held, Inner, Registration};
 use crate::buffer::{Access, Buffer, BufferRange};
 use crate::errno::Errno;
 use crate::error::{BufferError, RdmaError, SystemError};
-use crate::export::memfd;
+use crate::import::ladder::{Attempt, Layer, Rung, Staging, Standing, shared_memory};
 use crate::import::rdma::Card;
 use crate::plan::{Path, Plan, Reason, ReasonCode};
 use crate::sys::verbs::{self, DmaBufRequest, Region};
@@ -112,13 +110,6 @@ impl Card {
     ) -> Result<(Region, Option<Staging>), Attempt> {
         let buffer = range.buffer();
         let domain = &self.inner.domain;
-        let lacks = |code, evidence: &str| Attempt {
-            rung,
-            layer: Layer::Buffer,
-            code,
-            errno: None,
-            evidence: evidence.to_owned(),
-        };
         let refused = |call, layer: fn(Errno) -> Layer, code| {
             move |errno| Attempt {
                 rung,
@@ -128,15 +119,11 @@ impl Card {
                 evidence: SystemError::new(call, buffer.name(), errno).to_string(),
             }
         };
-        let no_mapping = |error: &dyn fmt::Display| Attempt {
-            layer: Layer::Exporter,
-            ..lacks(ReasonCode::NotMappable, &error.to_string())
-        };
         match rung {
             Rung::DmaBufByLibrary | Rung::DmaBufByKernel => {
                 let Some(dmabuf) = buffer.dmabuf() else {
                     let evidence = "it is memory alone, without a dma-buf over it";
-                    return Err(lacks(ReasonCode::NoDmaBuf, evidence));
+                    return Err(Attempt::lacking(rung, ReasonCode::NoDmaBuf, evidence));
                 };
                 let request = DmaBufRequest {
                     dmabuf: dmabuf.as_fd(),
@@ -176,7 +163,7 @@ impl Card {
                     let layer = Layer::Library;
                     return Err(Attempt {
                         layer,
-                        ..lacks(code, evidence)
+                        ..Attempt::lacking(rung, code, evidence)
                     });
                 };
                 let call = "ibv_reg_dmabuf_mr";
@@ -188,51 +175,21 @@ impl Card {
                 Ok((region?, None))
             }
             Rung::SharedMemory => {
-                if buffer.host_memory().is_none() {
-                    let evidence = "no memory of the host is behind it";
-                    return Err(lacks(ReasonCode::NotHostMemory, evidence));
-                }
-                let mapping = range
-                    .map(whole_access(buffer))
-                    .map_err(|error| no_mapping(&error))?;
+                let mapping = shared_memory(range)?;
                 let window = mapping.map().window(0, range.len() as usize);
                 let region = Region::of_pages(domain, window, range.offset(), access);
                 let code = ReasonCode::NotPinnable;
-                Ok((
-                    region.map_err(refused("ibv_reg_mr", |_| Layer::Memory, code))?,
-                    None,
-                ))
+                let region = region.map_err(refused("ibv_reg_mr", |_| Layer::Memory, code))?;
+                Ok((region, None))
             }
             Rung::Staged => {
-                let page = rustix::param::page_size() as u64;
-                let lead = range.offset() % page;
-                let staging = || -> Result<Staging, RdmaError> {
-                    let memory = memfd::export("RDMA staging", range.len() + lead)
-                        .map_err(|error| RdmaError::Export(Box::new(error)))?;
-                    Ok(Staging {
-                        memory: memory.whole().map(Access::ReadWrite)?,
-                        lead,
-                        buffer: range.map(whole_access(buffer))?,
-                    })
-                };
-                let staging = staging().map_err(|error| no_mapping(&error))?;
-                let map = staging.memory.map();
-                let window = map.window(lead as usize, range.len() as usize);
-                let region = Region::of_pages(domain, window, range.offset(), access);
+                let staging = Staging::of(range)?;
+                let region = Region::of_pages(domain, staging.window(), range.offset(), access);
                 let code = ReasonCode::NotPinnable;
                 let region = region.map_err(refused("ibv_reg_mr", |_| Layer::Memory, code))?;
                 Ok((region, Some(staging)))
             }
         }
-    }
-}
-
-/// The most that a mapping of the buffer can be used for.
-fn whole_access(buffer: &Buffer) -> Access {
-    if buffer.is_writable() {
-        Access::ReadWrite
-    } else {
-        Access::Read
     }
 }
 

@@ -96,6 +96,19 @@ pub struct Attempt {
     pub evidence: String,
 }
 
+impl Attempt {
+    /// One that nobody was asked about: the buffer lacks what the rung needs.
+    pub(in crate::import) fn lacking(rung: Rung, code: ReasonCode, evidence: &str) -> Attempt {
+        Attempt {
+            rung,
+            layer: Layer::Buffer,
+            code,
+            errno: None,
+            evidence: evidence.to_owned(),
+        }
+    }
+}
+
 impl fmt::Display for Attempt {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: {} ({})", self.rung, self.evidence, self.layer)
