@@ -10,7 +10,8 @@ use std::os::fd::BorrowedFd;
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{Ordering, fence};
 
-use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
+use nix::sys::mman::munmap;
+use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous};
 
 use crate::errno::Errno;
 
@@ -198,8 +199,11 @@ fn page_size(fd: BorrowedFd<'_>) -> Result<u64, Errno> {
 
 impl Drop for Map {
     fn drop(&mut self) {
+        // By the C library's function, and not by rustix's own system call: libraries that cache
+        // registrations of memory (libfabric's, UCX) watch that one, and take what is next mapped at
+        // the address for what was there before if they miss it.
         // SAFETY: the mapping is ours (invariant) and windows into it cannot outlive it.
-        let result = unsafe { munmap(self.base.as_ptr().cast::<c_void>(), self.mapped) };
+        let result = unsafe { munmap(self.base.cast::<c_void>(), self.mapped) };
         debug_assert!(result.is_ok(), "munmap: {result:?}");
     }
 }
@@ -307,7 +311,7 @@ impl HostMemory {
 impl Drop for HostMemory {
     fn drop(&mut self) {
         // SAFETY: the mapping is ours (invariant) and no borrow of it is left.
-        let result = unsafe { munmap(self.base.as_ptr().cast::<c_void>(), self.length) };
+        let result = unsafe { munmap(self.base.cast::<c_void>(), self.length) };
         debug_assert!(result.is_ok(), "munmap: {result:?}");
     }
 }
