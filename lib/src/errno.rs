@@ -1,7 +1,8 @@
 //! Error numbers, with the names that people search for.
 //!
 //! The kernel's own numbers from 512 on are not meant for userspace and no C library knows them,
-//! but drivers leak them (524 is seen most), so they have names here too.
+//! but drivers leak them (524 is seen most), so they have names here too. libfabric has numbers of
+//! its own from 256 on, where the kernel has none.
 
 use std::fmt;
 
@@ -58,6 +59,9 @@ impl fmt::Display for Errno {
         match self.name() {
             Some(name) if self.is_kernel_internal() => {
                 write!(f, "{name} (error {}, internal to the kernel)", self.0)
+            }
+            Some(name) if name.starts_with("FI_") => {
+                write!(f, "{name} (error {}, libfabric's own)", self.0)
             }
             Some(name) => {
                 let text = std::io::Error::from_raw_os_error(self.0).to_string();
@@ -222,6 +226,22 @@ const NAMES: &[(i32, &str)] = &[
     (130, "EOWNERDEAD"),
     (131, "ENOTRECOVERABLE"),
     (132, "ERFKILL"),
+    // rdma/fi_errno.h of libfabric 2.1
+    (256, "FI_EOTHER"),
+    (257, "FI_ETOOSMALL"),
+    (258, "FI_EOPBADSTATE"),
+    (259, "FI_EAVAIL"),
+    (260, "FI_EBADFLAGS"),
+    (261, "FI_ENOEQ"),
+    (262, "FI_EDOMAIN"),
+    (263, "FI_ENOCQ"),
+    (264, "FI_ECRC"),
+    (265, "FI_ETRUNC"),
+    (266, "FI_ENOKEY"),
+    (267, "FI_ENOAV"),
+    (268, "FI_EOVERRUN"),
+    (269, "FI_ENORX"),
+    (270, "FI_ENOMR"),
     (512, "ERESTARTSYS"),
     (513, "ERESTARTNOINTR"),
     (514, "ERESTARTNOHAND"),
@@ -260,6 +280,14 @@ mod tests {
             "ENOTSUPP (error 524, internal to the kernel)"
         );
         assert_eq!(Errno(517).name(), Some("EPROBE_DEFER"));
+    }
+
+    #[test]
+    fn a_number_of_libfabrics_is_named_as_its_own() {
+        assert_eq!(
+            Errno(266).to_string(),
+            "FI_ENOKEY (error 266, libfabric's own)"
+        );
     }
 
     #[test]

@@ -315,7 +315,7 @@ pub enum RdmaError {
     /// No way to give the card the buffer has worked.
     #[error("{card} cannot use {buffer}: {}", list(attempts))]
     NotRegistered {
-        /// The card.
+        /// The card, or libfabric's provider.
         card: String,
         /// The buffer's name.
         buffer: String,

@@ -6,6 +6,8 @@ pub(crate) mod dmabuf;
 pub(crate) mod heap;
 pub(crate) mod importer;
 pub(crate) mod iommufd;
+#[cfg(feature = "libfabric")]
+pub(crate) mod libfabric;
 pub(crate) mod memory;
 pub(crate) mod peerbuf;
 pub(crate) mod sync_file;

@@ -9,11 +9,11 @@ use crate::plan::ReasonCode;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Rung {
-    /// The dma-buf, by `ibv_reg_dmabuf_mr`.
+    /// The dma-buf, by `ibv_reg_dmabuf_mr`, or by libfabric with `FI_MR_DMABUF`.
     DmaBufByLibrary,
     /// The dma-buf, by the kernel's own method (`UVERBS_METHOD_REG_DMABUF_MR`).
     DmaBufByKernel,
-    /// The pages of the memfd behind the buffer, by `ibv_reg_mr`.
+    /// The pages of the memfd behind the buffer, as ordinary memory.
     SharedMemory,
     /// System memory of its own, which the processor copies from and to.
     Staged,
@@ -66,6 +66,10 @@ pub enum Layer {
     Exporter,
     /// The kernel's memory management.
     Memory,
+    /// libfabric's provider, or a library below it.
+    Provider,
+    /// Who opened the domain of libfabric, by how it was opened.
+    Domain,
 }
 
 impl fmt::Display for Layer {
@@ -77,6 +81,8 @@ impl fmt::Display for Layer {
             Layer::Driver => "the card's driver",
             Layer::Exporter => "the dma-buf's exporter",
             Layer::Memory => "the kernel's memory management",
+            Layer::Provider => "libfabric's provider",
+            Layer::Domain => "how the domain was opened",
         })
     }
 }

@@ -103,7 +103,7 @@ fn in_chunks(
 }
 
 /// The most that a mapping of the buffer can be used for.
-fn whole_access(buffer: &Buffer) -> Access {
+pub(in crate::import) fn whole_access(buffer: &Buffer) -> Access {
     if buffer.is_writable() {
         Access::ReadWrite
     } else {
@@ -111,7 +111,7 @@ fn whole_access(buffer: &Buffer) -> Access {
     }
 }
 
-fn no_mapping(rung: Rung, error: &dyn fmt::Display) -> Attempt {
+pub(in crate::import) fn no_mapping(rung: Rung, error: &dyn fmt::Display) -> Attempt {
     Attempt {
         layer: Layer::Exporter,
         ..Attempt::lacking(rung, ReasonCode::NotMappable, &error.to_string())
