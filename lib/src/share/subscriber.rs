@@ -9,6 +9,7 @@ use std::fmt;
 use std::ops::Deref;
 use std::os::fd::OwnedFd;
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -63,6 +64,9 @@ pub(super) struct Session {
     wake: OwnedFd,
     state: Mutex<State>,
     changed: Condvar,
+    /// How many threads wait for that: telling nobody is a system call, too. Raised with the state
+    /// locked, so whoever has changed the state sees those who saw it before.
+    waiting: AtomicUsize,
     /// The same, for those who wait with `async`.
     #[cfg(feature = "tokio")]
     news: tokio::sync::Notify,
@@ -160,6 +164,7 @@ impl Subscriber {
             wake,
             state: Mutex::default(),
             changed: Condvar::new(),
+            waiting: AtomicUsize::new(0),
             #[cfg(feature = "tokio")]
             news: tokio::sync::Notify::new(),
         });
@@ -425,7 +430,9 @@ impl Session {
     }
 
     fn tell(&self) {
-        self.changed.notify_all();
+        if self.waiting.load(Ordering::Relaxed) > 0 {
+            self.changed.notify_all();
+        }
         #[cfg(feature = "tokio")]
         self.news.notify_waiters();
     }
@@ -457,7 +464,8 @@ impl Session {
         state: MutexGuard<'s, State>,
         limit: Option<Duration>,
     ) -> MutexGuard<'s, State> {
-        match limit {
+        self.waiting.fetch_add(1, Ordering::Relaxed);
+        let state = match limit {
             None => self
                 .changed
                 .wait(state)
@@ -466,7 +474,9 @@ impl Session {
                 let waited = self.changed.wait_timeout(state, limit);
                 waited.unwrap_or_else(PoisonError::into_inner).0
             }
-        }
+        };
+        self.waiting.fetch_sub(1, Ordering::Relaxed);
+        state
     }
 
     fn wake(&self) {

@@ -44,6 +44,8 @@ struct HandOver {
     descriptors_per_message: usize,
     per_second: f64,
     bare_per_second: f64,
+    /// The median of what each round came to, beside its own floor.
+    ratio: f64,
 }
 
 /// Bytes for each buffer.
@@ -73,7 +75,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     let memory = memory()?;
     let mut hand_over = Vec::new();
     for batch in [MAX_DESCRIPTORS, 1] {
-        let (per_second, bare_per_second) = beside(
+        let (per_second, bare_per_second, ratio) = beside(
             rounds,
             || published_per_second(batch),
             || bare_per_second(batch),
@@ -82,11 +84,12 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
             descriptors_per_message: batch,
             per_second,
             bare_per_second,
+            ratio,
         });
     }
     let mut moves = Vec::new();
     for subscribers in [1, 2, 4, 8, 16, 32, 64] {
-        let (microseconds, bare_microseconds) = beside(
+        let (microseconds, bare_microseconds, _) = beside(
             rounds,
             || move_microseconds(subscribers),
             || bare_move_microseconds(subscribers),
@@ -110,23 +113,27 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The medians of a figure and of its floor, taken in turn, so that both meet the same machine.
+/// The medians of a figure, of its floor, and of their ratio in each round. Taken in turn, so that both
+/// meet the same machine.
 fn beside(
     rounds: u32,
     figure: impl Fn() -> Result<f64, Failure>,
     floor: impl Fn() -> Result<f64, Failure>,
-) -> Result<(f64, f64), Failure> {
+) -> Result<(f64, f64, f64), Failure> {
     let mut figures = Vec::new();
     let mut floors = Vec::new();
+    let mut ratios = Vec::new();
     for _ in 0..rounds {
-        figures.push(figure()?);
-        floors.push(floor()?);
+        let (figure, floor) = (figure()?, floor()?);
+        figures.push(figure);
+        floors.push(floor);
+        ratios.push(figure / floor);
     }
     let median = |mut figures: Vec<f64>| {
         figures.sort_by(f64::total_cmp);
         figures[figures.len() / 2]
     };
-    Ok((median(figures), median(floors)))
+    Ok((median(figures), median(floors), median(ratios)))
 }
 
 fn text(report: &Report) -> String {
@@ -137,7 +144,7 @@ fn text(report: &Report) -> String {
             row.descriptors_per_message,
             row.per_second,
             row.bare_per_second,
-            row.per_second / row.bare_per_second
+            row.ratio
         ));
     }
     lines.push(format!(
