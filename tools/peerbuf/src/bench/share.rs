@@ -141,10 +141,7 @@ fn text(report: &Report) -> String {
     for row in &report.hand_over {
         lines.push(format!(
             "  {:>3} a message   {:>9.0}   bare sendmsg {:>9.0}   {:.2} of it",
-            row.descriptors_per_message,
-            row.per_second,
-            row.bare_per_second,
-            row.ratio
+            row.descriptors_per_message, row.per_second, row.bare_per_second, row.ratio
         ));
     }
     lines.push(format!(
