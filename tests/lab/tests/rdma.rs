@@ -3,7 +3,6 @@
 
 use std::collections::BTreeMap;
 use std::process::Command;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use peerbuf::error::{BufferError, RdmaError};
@@ -295,97 +294,6 @@ fn a_registration_of_a_revoked_buffer_is_refused_before_the_card_sees_it() {
         here.write(&piece, &other.remote().unwrap(), None).unwrap();
         good(here.wait(LIMIT).unwrap());
     }
-}
-
-#[test]
-fn a_revoke_in_mid_transfer_ends_it_with_an_error_and_nothing_else_changes() {
-    if !takes_dma_bufs() {
-        // The card never has the BAR itself; what becomes of copies is the test above.
-        return;
-    }
-    const CHUNK: u64 = 64 << 10;
-    const CHUNKS: u64 = 64;
-    let (card, device) = (card(), device());
-    let [before, buffer, after] = [64 << 10, CHUNK * CHUNKS, 64 << 10].map(bar);
-    for neighbour in [&before, &after] {
-        put(&neighbour.whole(), &random(64 << 10, 9));
-    }
-    let old = random(CHUNK * CHUNKS, 1);
-    put(&buffer.whole(), &old);
-    let new = random(CHUNK * CHUNKS, 2);
-    let source = udmabuf::export("source", CHUNK * CHUNKS).unwrap();
-    put(&source.whole(), &new);
-    let source = card.register(&source.whole(), None).unwrap();
-    let target = card.register(&buffer.whole(), ALL).unwrap();
-    let remote = target.remote().unwrap();
-    let (mut here, mut there) = connected(&card, 16);
-
-    let dmabuf = buffer.dmabuf().unwrap();
-    let begun = AtomicBool::new(false);
-    let (failed_at, revoked) = std::thread::scope(|scope| {
-        let revoking = scope.spawn(|| {
-            while !begun.load(Ordering::Acquire) {
-                std::thread::yield_now();
-            }
-            device.revoke(dmabuf, LIMIT).unwrap()
-        });
-        let mut failed_at = None;
-        for n in 0..CHUNKS {
-            let piece = source.slice(n * CHUNK, CHUNK).unwrap();
-            here.write(&piece, &remote.slice(n * CHUNK, CHUNK).unwrap(), None)
-                .unwrap();
-            if n == 3 {
-                begun.store(true, Ordering::Release);
-            }
-            match here.wait(LIMIT).unwrap().result {
-                Ok(_) => {}
-                Err(error) => {
-                    assert_eq!(error.status, Status::REMOTE_ACCESS, "{error}");
-                    failed_at = Some(n);
-                    break;
-                }
-            }
-        }
-        (failed_at, revoking.join().unwrap())
-    });
-    let failed_at = failed_at.expect("4 MiB take longer than a revoke");
-    assert!(failed_at >= 3);
-    assert!(revoked.is_complete(), "{revoked:?}");
-
-    // This end's own work on it is an error, too.
-    let (mut fresh, _its_peer) = connected(&card, 4);
-    let refused = fresh.write(
-        &target.slice(0, 64).unwrap(),
-        &remote.slice(0, 64).unwrap(),
-        None,
-    );
-    assert!(matches!(refused, Err(RdmaError::Stale { .. })));
-    there.drain(LIMIT).unwrap();
-
-    // The key is nobody else's while the registration is there.
-    let slot = |remote: &Remote| remote.to_bytes()[16..19].to_vec();
-    let page = source.range().unwrap().buffer().range(0, 4096).unwrap();
-    for _ in 0..500 {
-        let other = card.register(&page, ALL).unwrap();
-        assert_ne!(slot(&other.remote().unwrap()), slot(&remote));
-    }
-
-    // Recovery: what had been reported as done is there, what was not begun is as it was.
-    device.restore(dmabuf).unwrap();
-    let now = get(&buffer.whole());
-    let at = |n: u64| (n * CHUNK) as usize;
-    assert!(now[..at(failed_at)] == new[..at(failed_at)]);
-    assert!(now[at(failed_at + 1)..] == old[at(failed_at + 1)..]);
-    for neighbour in [&before, &after] {
-        assert!(get(&neighbour.whole()) == random(64 << 10, 9));
-    }
-    let again = card.register(&buffer.whole(), ALL).unwrap();
-    assert_eq!(again.rung(), Rung::DmaBufByKernel);
-    let (mut here, _there) = connected(&card, 4);
-    let all = source.slice(0, CHUNK * CHUNKS).unwrap();
-    here.write(&all, &again.remote().unwrap(), None).unwrap();
-    good(here.wait(LIMIT).unwrap());
-    assert!(get(&buffer.whole()) == new);
 }
 
 #[test]
