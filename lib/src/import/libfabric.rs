@@ -21,8 +21,11 @@
 //! use peerbuf::{Access, export::udmabuf, import::libfabric::{Domain, Opened}};
 //!
 //! # fn fi_write(_: *mut c_void, _: usize, _: *mut c_void, _: (u64, u64)) {}
-//! # fn exchange(_: (u64, u64)) -> (u64, u64) { todo!() }
-//! # fn register(engines_domain: *mut c_void, mr_mode: u64) -> Result<(), Box<dyn std::error::Error>> {
+//! # fn register(
+//! #     engines_domain: *mut c_void,
+//! #     mr_mode: u64,
+//! #     exchange: impl Fn((u64, u64)) -> (u64, u64),
+//! # ) -> Result<(), Box<dyn std::error::Error>> {
 //! // From the engine: `fid_domain *`, and what its `fi_info` says.
 //! let opened = Opened {
 //!     provider: "verbs;ofi_rxm".into(),   // fabric_attr->prov_name
@@ -68,7 +71,7 @@ use std::fmt;
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::ladder::{Staging, Standing, no_mapping, shared_memory, whole_access};
+use super::ladder::{Staging, Standing, no_mapping, registrable, shared_memory, whole_access};
 use crate::buffer::{Access, BufferRange, Mapping};
 use crate::errno::Errno;
 use crate::error::{BufferError, RdmaError, SystemError};
@@ -209,16 +212,7 @@ impl Domain {
 
     /// The access to ask for, where this request can be made at all.
     fn allowed(&self, range: &BufferRange, remote: Option<Access>) -> Result<u64, RdmaError> {
-        let buffer = range.buffer();
-        if range.is_empty() {
-            let buffer = buffer.name().to_owned();
-            return Err(RdmaError::Empty { buffer });
-        }
-        if remote.is_some_and(Access::writes) && !buffer.is_writable() {
-            let object = buffer.name().to_owned();
-            let wanted = "write";
-            return Err(BufferError::Access { object, wanted }.into());
-        }
+        registrable(range, remote)?;
         if self.has(sys::MR_ENDPOINT) && !self.inner.domain.has_endpoint() {
             let name = self.name();
             let what = format!(
@@ -235,7 +229,7 @@ impl Domain {
             return Err(RdmaError::Mismatch { what });
         }
         let mut access = sys::SEND | sys::WRITE;
-        if buffer.is_writable() {
+        if range.buffer().is_writable() {
             access |= sys::RECV | sys::READ;
         }
         if remote.is_some_and(Access::writes) {

@@ -8,8 +8,8 @@ use std::sync::{Arc, Mutex, RwLock};
 use super::{Held, Inner, Registration};
 use crate::buffer::{Access, Buffer, BufferRange};
 use crate::errno::Errno;
-use crate::error::{BufferError, RdmaError, SystemError};
-use crate::import::ladder::{Attempt, Layer, Rung, Staging, Standing, shared_memory};
+use crate::error::{RdmaError, SystemError};
+use crate::import::ladder::{Attempt, Layer, Rung, Staging, Standing, registrable, shared_memory};
 use crate::import::rdma::Card;
 use crate::plan::{Path, Plan, Reason, ReasonCode};
 use crate::sys::verbs::{self, DmaBufRequest, Region};
@@ -41,15 +41,7 @@ impl Card {
         rungs: &[Rung],
     ) -> Result<Registration, RdmaError> {
         let buffer = range.buffer();
-        if range.is_empty() {
-            let buffer = buffer.name().to_owned();
-            return Err(RdmaError::Empty { buffer });
-        }
-        if remote.is_some_and(Access::writes) && !buffer.is_writable() {
-            let object = buffer.name().to_owned();
-            let wanted = "write";
-            return Err(BufferError::Access { object, wanted }.into());
-        }
+        registrable(range, remote)?;
         let mut access = 0;
         if buffer.is_writable() {
             access |= verbs::LOCAL_WRITE;
