@@ -295,6 +295,61 @@ fn a_subscriber_that_is_killed_delays_nobody() {
     });
 }
 
+/// The messages that wait on a connection that nobody else reads, each as the number of its kind and of its
+/// records.
+fn waiting(channel: &Channel) -> Vec<[u32; 2]> {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    let mut found = Vec::new();
+    let at_once = Timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    while poll(&mut [PollFd::new(channel, PollFlags::IN)], Some(&at_once)) == Ok(1) {
+        let (message, _) = channel.receive_message(100_000).unwrap();
+        let word = |at: usize| u32::from_ne_bytes(message[at..at + 4].try_into().unwrap());
+        found.push([word(12), word(20)]);
+    }
+    found
+}
+
+#[test]
+fn a_subscriber_is_asked_what_arrived_also_when_what_was_to_follow_is_gone() {
+    const LAST_OFFER: u32 = 9;
+    let hello = {
+        let (ours, theirs) = Channel::pair().unwrap();
+        let _subscriber = Subscriber::new(theirs).unwrap();
+        ours.receive_message(4096).unwrap().0
+    };
+    let memory = memfd::export("b", 4096).unwrap();
+    let mut publisher = Publisher::new().unwrap().with_batches_of(1);
+    let names: Vec<String> = (0..600).map(|n| format!("buffer {n}")).collect();
+    let all = names.iter().map(|name| {
+        let memory = memory.clone();
+        let backing = Copied::new(move |_| Ok(memory.clone())).unwrap();
+        (name.as_str(), Box::new(backing) as Box<dyn Backing>)
+    });
+    let ids = publisher.publish_all(all).unwrap();
+    let (ours, theirs) = Channel::pair().unwrap();
+    publisher.add(ours).unwrap();
+    theirs.send_message(&hello, &[]).unwrap();
+    // Until its socket is full: it does not read.
+    publisher.serve_for(Duration::from_millis(50)).unwrap();
+    let sent = publisher.unaccepted();
+    assert!(sent > 0 && sent < ids.len(), "{sent} of {}", ids.len());
+    for id in ids {
+        if publisher.holders(id) == 0 {
+            publisher.withdraw(id, LIMIT).unwrap();
+        }
+    }
+    let mut messages = waiting(&theirs);
+    assert_eq!(messages.len(), sent);
+    publisher.serve_for(Duration::from_millis(50)).unwrap();
+    let after = waiting(&theirs);
+    assert!(after.is_empty() || after == [[LAST_OFFER, 0]], "{after:?}");
+    messages.extend(after);
+    assert_eq!(messages.last().unwrap()[0], LAST_OFFER);
+}
+
 #[test]
 fn a_subscriber_that_sends_rubbish_is_cut_off_at_once() {
     let (backing, _old) = watched();

@@ -224,9 +224,8 @@ struct Connection {
     unseen: VecDeque<BufferId>,
     /// What it is to be told about buffers that it holds.
     notices: VecDeque<(Message, Note)>,
-    /// How many offers it was sent, and how many it says have arrived.
+    /// How many offers it was sent.
     sent: u64,
-    arrived: u64,
     /// How many descriptors are in each offer that has not arrived yet, and in all of them.
     waiting: VecDeque<usize>,
     under_way: usize,
@@ -349,7 +348,6 @@ impl Publisher {
             unseen: VecDeque::new(),
             notices: VecDeque::new(),
             sent: 0,
-            arrived: 0,
             waiting: VecDeque::new(),
             under_way: 0,
             unasked: 0,
@@ -446,7 +444,7 @@ impl Publisher {
         let connections = self.subscribers.values();
         let accepted = |connection: &&Connection| {
             let holding = connection.holding(id);
-            holding.is_some_and(|holding| holding.offer <= connection.arrived)
+            holding.is_some_and(|holding| holding.offer <= connection.arrived())
         };
         connections.filter(accepted).count()
     }
@@ -1105,14 +1103,14 @@ impl Publisher {
             }
             Message::Accepted => {
                 for note in wire::notes(records)? {
-                    let news = connection.arrived + 1..=connection.sent;
+                    let arrived = connection.arrived();
+                    let news = arrived + 1..=connection.sent;
                     if !news.contains(&note.id) || (note.generation, note.value) != (0, 0) {
                         return wrong("it accepts what it was not offered");
                     }
-                    for _ in connection.arrived..note.id {
+                    for _ in arrived..note.id {
                         connection.under_way -= connection.waiting.pop_front().unwrap_or(0);
                     }
-                    connection.arrived = note.id;
                 }
             }
             Message::Released => {
@@ -1196,6 +1194,11 @@ impl Publisher {
 }
 
 impl Connection {
+    /// How many offers it says have arrived.
+    fn arrived(&self) -> u64 {
+        self.sent - self.waiting.len() as u64
+    }
+
     fn holding(&self, buffer: BufferId) -> Option<&Holding> {
         match self.standing.get(buffer)? {
             Standing::Held(holding) => Some(holding),
