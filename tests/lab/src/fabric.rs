@@ -22,7 +22,7 @@ pub const VERSION: u32 = 1 << 16 | 20;
 const ADDRESS: &CStr = c"10.0.2.15";
 const SOURCE: &str = include_str!("../fixtures/fabric/engine.c");
 /// What librxe lacks; compiled into the engine it stands before libibverbs' own.
-const LIBRXE: &str = include_str!("../fixtures/fabric/librxe_dmabuf.c");
+const LIBRXE: &str = include_str!("../fixtures/preload/reg_dmabuf_mr.c");
 
 static WITH_LIBRXE: OnceLock<bool> = OnceLock::new();
 
@@ -83,7 +83,8 @@ fn functions() -> &'static Functions {
         let with_librxe = *WITH_LIBRXE.get_or_init(|| false);
         std::fs::write(&librxe, if with_librxe { LIBRXE } else { "" }).unwrap();
         let output = Command::new("gcc-14")
-            .args(["-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o"])
+            .args(["-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"])
+            .args(["-DWITHOUT_ATOMICS", "-o"])
             .args([&made, &engine, &librxe])
             .args(["-lfabric", "-libverbs"])
             .output()

@@ -1,6 +1,6 @@
 //! The rung of `FI_MR_DMABUF` through libfabric's verbs provider, on a soft-RoCE that takes dma-bufs
 //! (`--rdma dmabuf`). librxe has no entry for it, as other cards' libraries have; the engine brings one
-//! (`fixtures/fabric/librxe_dmabuf.c`). Runs in the guest, with Debian's libfabric.
+//! (`fixtures/preload/reg_dmabuf_mr.c`). Runs in the guest, with Debian's libfabric.
 
 use peerbuf::error::RdmaError;
 use peerbuf::import::libfabric::Rung;
