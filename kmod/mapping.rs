@@ -4,7 +4,8 @@
 //!
 //! A table per mapping, never shared or cached, and each keeps the system pages that it shows. Device
 //! memory is shown by the kernel's own helper for exporters, which knows the routes; system pages
-//! by the ordinary DMA API; a mixed buffer by both, joined in the buffer's order.
+//! by the ordinary DMA API; where one call of those does not do, by several, whose tables are joined in
+//! the buffer's order.
 
 use core::{ptr, slice};
 
@@ -39,7 +40,7 @@ pub(crate) struct Mapping {
 enum Backing {
     Device,
     System(KBox<SystemTable>),
-    Mixed(KBox<MixedTable>),
+    Joined(KBox<JoinedTable>),
 }
 
 struct SystemTable {
@@ -49,13 +50,15 @@ struct SystemTable {
     _pages: KVec<Arc<System>>,
 }
 
-struct MixedTable {
-    /// Both of the others' entries, in the buffer's order.
+struct JoinedTable {
+    /// The others' entries, in the buffer's order.
     sgt: bindings::sg_table,
-    /// By `dma_buf_phys_vec_to_sgt`.
-    device: *mut bindings::sg_table,
-    system: KBox<SystemTable>,
+    device: DeviceTables,
+    system: Option<KBox<SystemTable>>,
 }
+
+/// By `dma_buf_phys_vec_to_sgt`, in the buffer's order.
+type DeviceTables = KVec<*mut bindings::sg_table>;
 
 impl Mapping {
     /// Shows the buffer as it is now to an importer's device.
@@ -85,20 +88,22 @@ impl Mapping {
                     let sgt = map_ranges(attachment, buffer, range, dir)?;
                     (sgt, Backing::Device)
                 }
-                None => match state.placement() {
-                    abi::PLACEMENT_DEVICE => {
-                        let sgt = map_device(attachment, buffer, state, dir)?;
-                        (sgt, Backing::Device)
+                None if state.placement() == abi::PLACEMENT_SYSTEM => {
+                    let mut table = SystemTable::map((*attachment).dev, state, dir)?;
+                    (&raw mut table.sgt, Backing::System(table))
+                }
+                None => {
+                    let device = map_device(attachment, buffer, state, dir)?;
+                    match &*device {
+                        &[sgt] if state.placement() == abi::PLACEMENT_DEVICE => {
+                            (sgt, Backing::Device)
+                        }
+                        _ => {
+                            let mut table = JoinedTable::join(attachment, state, device, dir)?;
+                            (&raw mut table.sgt, Backing::Joined(table))
+                        }
                     }
-                    abi::PLACEMENT_SYSTEM => {
-                        let mut table = SystemTable::map((*attachment).dev, state, dir)?;
-                        (&raw mut table.sgt, Backing::System(table))
-                    }
-                    _ => {
-                        let mut table = MixedTable::map(attachment, buffer, state, dir)?;
-                        (&raw mut table.sgt, Backing::Mixed(table))
-                    }
-                },
+                }
             }
         };
         Ok(Self {
@@ -130,11 +135,7 @@ impl Mapping {
             match self.backing {
                 Backing::Device => unmap_device(self.attachment, self.sgt, dir),
                 Backing::System(mut table) => table.unmap((*self.attachment).dev),
-                Backing::Mixed(mut table) => {
-                    bindings::sg_free_table(&mut table.sgt);
-                    table.system.unmap((*self.attachment).dev);
-                    unmap_device(self.attachment, table.device, dir);
-                }
+                Backing::Joined(mut table) => table.unmap(self.attachment, dir),
             }
         }
     }
@@ -149,7 +150,10 @@ impl Mapping {
         let table = match &mut self.backing {
             Backing::Device => return,
             Backing::System(table) => table,
-            Backing::Mixed(table) => &mut table.system,
+            Backing::Joined(table) => match &mut table.system {
+                Some(table) => table,
+                None => return,
+            },
         };
         let (sgl, entries) = (table.sgt.sgl, table.sgt.orig_nents as c_int);
         // SAFETY: The table is mapped for the device, which its attachment keeps.
@@ -164,6 +168,8 @@ impl Mapping {
     }
 }
 
+/// The parts that are in the BAR: in one table, or with a table for each run of neighbours.
+///
 /// # Safety
 ///
 /// As for [`Mapping::map`].
@@ -172,7 +178,7 @@ unsafe fn map_device(
     buffer: &Buffer,
     state: &State,
     dir: bindings::dma_data_direction,
-) -> Result<*mut bindings::sg_table> {
+) -> Result<DeviceTables> {
     let start = buffer.bar().start;
     let mut ranges: KVec<bindings::phys_vec> = KVec::new();
     for (offset, len) in state.at_home() {
@@ -183,8 +189,28 @@ unsafe fn map_device(
             _ => ranges.push(bindings::phys_vec { paddr, len }, GFP_KERNEL)?,
         }
     }
-    // SAFETY: By the caller's promise.
-    unsafe { map_ranges(attachment, buffer, &mut ranges, dir) }
+    // Behind an IOMMU `dma_buf_phys_vec_to_sgt` of Linux 7.2 maps each of its ranges to the beginning of
+    // the IOVAs that it reserved for all (`dma_iova_link` with an offset of 0): with more than one it
+    // fails (EADDRINUSE). So it gets one at a time.
+    //
+    // SAFETY: An attachment keeps its device, and that its domain while it has a driver.
+    let translated = unsafe { !bindings::iommu_get_domain_for_dev((*attachment).dev).is_null() };
+    let at_once = if translated { 1 } else { ranges.len() };
+    let mut tables = KVec::with_capacity(ranges.len().div_ceil(at_once), GFP_KERNEL)?;
+    for ranges in ranges.chunks_mut(at_once) {
+        // SAFETY: By the caller's promise.
+        match unsafe { map_ranges(attachment, buffer, ranges, dir) } {
+            Ok(table) => {
+                let _ = tables.push_within_capacity(table);
+            }
+            Err(e) => {
+                // SAFETY: As above, and they were just made.
+                unsafe { unmap_tables(attachment, &tables, dir) };
+                return Err(e);
+            }
+        }
+    }
+    Ok(tables)
 }
 
 /// # Safety
@@ -213,7 +239,7 @@ unsafe fn map_ranges(
 
 /// # Safety
 ///
-/// The reservation lock is held and `sgt` came from [`map_device`] for this attachment.
+/// The reservation lock is held and `sgt` came from [`map_ranges`] for this attachment.
 unsafe fn unmap_device(
     attachment: *mut bindings::dma_buf_attachment,
     sgt: *mut bindings::sg_table,
@@ -226,6 +252,20 @@ unsafe fn unmap_device(
         // leaks its list. With the number put back, as here, it is freed.
         (*sgt).orig_nents = (*sgt).nents;
         ffi::dma_buf_free_sgt(attachment, sgt, dir);
+    }
+}
+
+/// # Safety
+///
+/// As for [`unmap_device`], for each.
+unsafe fn unmap_tables(
+    attachment: *mut bindings::dma_buf_attachment,
+    tables: &[*mut bindings::sg_table],
+    dir: bindings::dma_data_direction,
+) {
+    for &sgt in tables {
+        // SAFETY: By the caller's promise.
+        unsafe { unmap_device(attachment, sgt, dir) };
     }
 }
 
@@ -292,112 +332,151 @@ impl SystemTable {
     }
 }
 
-impl MixedTable {
+impl JoinedTable {
+    /// Maps the system pages, if there are any, and joins both. What was mapped is unmapped on an error.
+    ///
     /// # Safety
     ///
-    /// As for [`Mapping::map`].
-    unsafe fn map(
+    /// As for [`Mapping::map`]; `device` was mapped for the attachment from `state` as it is.
+    unsafe fn join(
         attachment: *mut bindings::dma_buf_attachment,
-        buffer: &Buffer,
         state: &State,
+        device: DeviceTables,
         dir: bindings::dma_data_direction,
     ) -> Result<KBox<Self>> {
-        // SAFETY: By the caller's promise, here and below.
-        unsafe {
-            let dev = (*attachment).dev;
-            let mut system = SystemTable::map(dev, state, dir)?;
-            let device = match map_device(attachment, buffer, state, dir) {
-                Ok(device) => device,
-                Err(e) => {
-                    system.unmap(dev);
-                    return Err(e);
-                }
-            };
-            let entries = join(state, device, &mut system.sgt, |_, _, _| {});
-            let mut joined = bindings::sg_table::default();
-            let made = to_result(bindings::sg_alloc_table(
-                &mut joined,
-                entries,
-                bindings::GFP_KERNEL,
-            ))
-            .and_then(|()| {
-                let mut to = joined.sgl;
-                join(state, device, &mut system.sgt, |_, address, len| {
-                    (*to).dma_address = address;
-                    (*to).dma_length = len;
-                    to = bindings::sg_next(to);
-                });
-                Ok(KBox::<Self>::new_uninit(GFP_KERNEL)?)
-            });
-            match made {
-                Ok(place) => Ok(place.write(Self {
-                    sgt: joined,
-                    device,
-                    system,
-                })),
-                Err(e) => {
-                    // Nothing to free where the first step failed.
-                    bindings::sg_free_table(&mut joined);
-                    system.unmap(dev);
-                    unmap_device(attachment, device, dir);
-                    Err(e)
-                }
+        let mut this = Self {
+            sgt: bindings::sg_table::default(),
+            device,
+            system: None,
+        };
+        // SAFETY: By the caller's promise.
+        let made = unsafe { this.fill((*attachment).dev, state, dir) }
+            .and_then(|()| Ok(KBox::<Self>::new_uninit(GFP_KERNEL)?));
+        match made {
+            Ok(place) => Ok(place.write(this)),
+            Err(e) => {
+                // SAFETY: As above. A table that was never filled is freed like one that was.
+                unsafe { this.unmap(attachment, dir) };
+                Err(e)
             }
+        }
+    }
+
+    /// # Safety
+    ///
+    /// As for [`JoinedTable::join`].
+    unsafe fn fill(
+        &mut self,
+        dev: *mut bindings::device,
+        state: &State,
+        dir: bindings::dma_data_direction,
+    ) -> Result {
+        let mut pages = [ptr::null_mut()];
+        let mut system: &[*mut bindings::sg_table] = &[];
+        if state.placement() != abi::PLACEMENT_DEVICE {
+            // SAFETY: By the caller's promise.
+            let table = self
+                .system
+                .insert(unsafe { SystemTable::map(dev, state, dir) }?);
+            pages = [&raw mut table.sgt];
+            system = &pages;
+        }
+        // SAFETY: By the caller's promise, for both.
+        let entries = unsafe { in_order(state, &self.device, system, |_, _| {}) };
+        // SAFETY: The table is ours, and empty.
+        to_result(unsafe {
+            bindings::sg_alloc_table(&mut self.sgt, entries, bindings::GFP_KERNEL)
+        })?;
+        let mut to = self.sgt.sgl;
+        // SAFETY: As above; it has as many entries as were counted.
+        unsafe {
+            in_order(state, &self.device, system, |address, len| {
+                (*to).dma_address = address;
+                (*to).dma_length = len;
+                to = bindings::sg_next(to);
+            });
+        }
+        // There is no list for the processor, as `dma_buf_phys_vec_to_sgt` says it, too.
+        self.sgt.orig_nents = 0;
+        Ok(())
+    }
+
+    /// # Safety
+    ///
+    /// The reservation lock is held, it was mapped for `attachment`, and is never used again.
+    unsafe fn unmap(
+        &mut self,
+        attachment: *mut bindings::dma_buf_attachment,
+        dir: bindings::dma_data_direction,
+    ) {
+        // SAFETY: By the caller's promise.
+        unsafe {
+            self.sgt.orig_nents = self.sgt.nents;
+            bindings::sg_free_table(&mut self.sgt);
+            if let Some(system) = &mut self.system {
+                system.unmap((*attachment).dev);
+            }
+            unmap_tables(attachment, &self.device, dir);
         }
     }
 }
 
-/// Where in a mapped table a walk has come to.
-struct Cursor {
+/// Where in mapped tables, one after the other, a walk has come to.
+struct Cursor<'a> {
     sg: *mut bindings::scatterlist,
     offset: u32,
+    more: slice::Iter<'a, *mut bindings::sg_table>,
 }
 
-impl Cursor {
+impl<'a> Cursor<'a> {
+    fn new(tables: &'a [*mut bindings::sg_table]) -> Self {
+        Self {
+            sg: ptr::null_mut(),
+            offset: 0,
+            more: tables.iter(),
+        }
+    }
+
     /// The next bytes, at most `most`: their DMA address and how many.
     ///
     /// # Safety
     ///
-    /// The table is mapped, and has not been walked to its end.
+    /// The tables are mapped, and have not been walked to the end of the last.
     unsafe fn take(&mut self, most: u64) -> (u64, u32) {
         // SAFETY: By the caller's promise.
         unsafe {
+            if self.sg.is_null() {
+                if let Some(&table) = self.more.next() {
+                    self.sg = (*table).sgl;
+                }
+            }
             let entry = self.sg;
             let left = (*entry).dma_length - self.offset;
             let len = u64::from(left).min(most) as u32;
             let address = (*entry).dma_address + u64::from(self.offset);
             self.offset += len;
             if len == left {
-                *self = Self {
-                    sg: bindings::sg_next(entry),
-                    offset: 0,
-                };
+                self.sg = bindings::sg_next(entry);
+                self.offset = 0;
             }
             (address, len)
         }
     }
 }
 
-/// Goes through a mixed buffer in order, and says for each entry of the joined list its number,
-/// DMA address and length. Returns how many there are.
+/// Goes through a buffer in order, and says for each entry of the joined list its DMA address and
+/// length. Returns how many there are.
 ///
 /// # Safety
 ///
 /// The tables were mapped from the device and the system pieces of `state` as it is now.
-unsafe fn join(
+unsafe fn in_order(
     state: &State,
-    device: *mut bindings::sg_table,
-    system: *mut bindings::sg_table,
-    mut each: impl FnMut(u32, u64, u32),
+    device: &[*mut bindings::sg_table],
+    system: &[*mut bindings::sg_table],
+    mut each: impl FnMut(u64, u32),
 ) -> u32 {
-    // SAFETY: Both tables are valid.
-    let start = |table: *mut bindings::sg_table| unsafe {
-        Cursor {
-            sg: (*table).sgl,
-            offset: 0,
-        }
-    };
-    let (mut device, mut system) = (start(device), start(system));
+    let (mut device, mut system) = (Cursor::new(device), Cursor::new(system));
     let mut entries = 0;
     for piece in &state.pieces {
         let from = if piece.system.is_some() {
@@ -407,9 +486,9 @@ unsafe fn join(
         };
         let mut left = piece.len;
         while left != 0 {
-            // SAFETY: Each table has as many bytes as its pieces together.
+            // SAFETY: Both have as many bytes as their pieces together.
             let (address, len) = unsafe { from.take(left) };
-            each(entries, address, len);
+            each(address, len);
             left -= u64::from(len);
             entries += 1;
         }

@@ -5,6 +5,7 @@ pub mod bytes;
 pub mod cost;
 pub mod demo;
 pub mod disk;
+pub mod edu;
 pub mod fabric;
 pub mod fuzz;
 pub mod importer;

@@ -310,8 +310,9 @@ impl Machine {
             );
             args.device(format!("ivshmem-plain,memdev={id},id={id},{place}"));
         }
-        // A device with a DMA engine that a process can drive, for VFIO.
-        args.device("edu,bus=pcie.0,addr=0x14");
+        // A device with a DMA engine that a process can drive, for VFIO, or a test's driver. It reaches
+        // every address, not only the 256 MiB that are its default.
+        args.device(format!("edu,bus=pcie.0,addr=0x14,dma_mask={}", u64::MAX));
         let socket = format!("stream,id=net,addr.type=unix,addr.path={WIRE}/lan");
         let (net, mac) = match self.end {
             None => ("user,id=net".into(), ""),
