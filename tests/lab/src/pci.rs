@@ -6,6 +6,8 @@ use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::machine::is_debug_kernel;
+
 /// A PCI device that has this driver.
 pub fn bound_to(driver: &str) -> Option<String> {
     let bound = fs::read_dir(Path::new("/sys/bus/pci/drivers").join(driver)).ok()?;
@@ -25,9 +27,10 @@ pub fn spare_device() -> String {
     bound_to("ahci").unwrap()
 }
 
-/// Waits until a condition holds, which it should before long.
+/// Waits until a condition holds, which it should before long, on the debug kernel not quite as soon.
 pub fn wait_until(what: &str, condition: impl Fn() -> bool) {
-    let end = Instant::now() + Duration::from_secs(20);
+    let seconds = if is_debug_kernel() { 100 } else { 20 };
+    let end = Instant::now() + Duration::from_secs(seconds);
     while !condition() {
         assert!(Instant::now() < end, "{what}");
         thread::sleep(Duration::from_millis(5));

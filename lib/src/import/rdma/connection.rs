@@ -26,6 +26,8 @@ pub(crate) const LONGEST: u64 = 1 << 30;
 /// What others may stop a connection by, from any thread.
 pub(super) struct Line {
     pair: Arc<Pair>,
+    /// Set before the card is told to give up what was posted: what it gives back from then on was cut off.
+    stopping: AtomicBool,
     /// Set when the card has forgotten all that was posted.
     stopped: AtomicBool,
     /// Readable from then on.
@@ -36,6 +38,7 @@ impl Line {
     /// Ends all work, of both ends. When this returns the card is done with every region; what was
     /// in flight comes back to the connection's owner as flushed.
     pub(super) fn stop(&self) {
+        self.stopping.store(true, Ordering::Release);
         // It fails for a card that is gone, and with it the work.
         let _ = self.pair.forget();
         self.stopped.store(true, Ordering::Release);
@@ -78,6 +81,7 @@ impl Card {
         let queue = QueuePair::new(domain, depth).map_err(failed("ibv_create_qp"))?;
         let line = Line {
             pair: Arc::clone(queue.pair()),
+            stopping: AtomicBool::new(false),
             stopped: AtomicBool::new(false),
             wake,
         };
@@ -364,7 +368,7 @@ impl Connection {
             let what = format!("{} completed what nobody posted", self.card.name());
             return Err(RdmaError::Malformed { what });
         };
-        let cut_off = self.is_stopped();
+        let cut_off = self.line.stopping.load(Ordering::Acquire);
         let failed = |operation, status| WorkError {
             operation,
             status: Status(status),

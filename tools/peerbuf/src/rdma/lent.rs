@@ -17,7 +17,7 @@ use crate::Failure;
 /// How long one request, one move, or the other end may take.
 pub const PATIENCE: Duration = Duration::from_secs(120);
 /// How long a move waits for the card's work before that is cut off.
-const DRAIN: Duration = Duration::from_secs(5);
+const DRAIN: Duration = Duration::from_secs(10);
 /// How long the publisher serves before it looks whether anything else is to be done.
 const SLICE: Duration = Duration::from_millis(5);
 const NAME: &str = "the buffer";
