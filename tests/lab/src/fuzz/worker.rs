@@ -17,7 +17,7 @@ use peerbuf_uapi as abi;
 use super::calls::{self, CALLS, Counts};
 use super::random::Random;
 use crate::disk::SCRATCH;
-use crate::node::PAGE;
+use crate::node::{PAGE, SYNC_END, SYNC_WRITE, sync};
 
 /// A table of descriptors; -1 where there is none. Whoever takes one out closes it, so each is closed
 /// once, while others may be using the number.
@@ -740,6 +740,11 @@ impl<'a> Worker<'a> {
                     && let Ok(fd) = dmabuf.try_clone()
                 {
                     let fd: std::os::fd::OwnedFd = fd.into();
+                    // Two threads that begin the first access at the same time make udmabuf of Linux 7.2 lose
+                    // a scatter list, which is not what is looked for here.
+                    for flags in [SYNC_WRITE, SYNC_WRITE | SYNC_END] {
+                        let _ = sync(&fd, flags);
+                    }
                     self.keep(
                         &self.shared.buffers,
                         std::os::fd::IntoRawFd::into_raw_fd(fd),
