@@ -14,6 +14,7 @@ mod disk;
 mod events;
 mod fixtures;
 mod guest;
+mod history;
 mod host;
 mod kernel;
 mod klog;
@@ -37,6 +38,7 @@ use std::{
     path::{Path, PathBuf},
     process::exit,
     sync::{Arc, Mutex},
+    time::Duration,
 };
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -50,6 +52,7 @@ use crate::{
     cache::Cache,
     cli::{Cli, Command, GuestArgs, KernelArgs, Rdma},
     guest::{End, Topology},
+    history::History,
     kernel::{Kernel, Source},
     lab::Parts,
     progress::note,
@@ -65,6 +68,10 @@ const LAB_FAILED: i32 = 125;
 /// Guests that run at a time where there are several to run. A guest has two processors, of which
 /// it mostly uses one.
 const AT_ONCE: usize = 2;
+
+/// For how long, in a call that runs everything, runs have their turn on the debug kernel, all of which would
+/// take more than an hour there.
+const IN_TURN: Duration = Duration::from_secs(12 * 60);
 
 fn main() {
     let args: Vec<OsString> = std::env::args_os().collect();
@@ -403,23 +410,24 @@ fn two_machines(cache: &Cache, kernel: &KernelArgs, rdma: Rdma, moving: bool) ->
 fn test(cache: &Cache, filter: Option<&str>, kernel: Option<String>) -> Result<i32> {
     let everything = filter.is_none() && kernel.is_none();
     let kernel = kernel.unwrap_or_else(|| kernel::STOCK.into());
-    let (mut passed, mut failed) = test_on(cache, filter, &KernelArgs { kernel }, false)?;
+    let (mut passed, mut failed) = test_on(cache, filter, &KernelArgs { kernel }, None)?;
     if everything {
-        note("on the debug kernel, what is to run there, too:");
+        note("on the debug kernel:");
         let kernel = kernel::DEBUG.into();
-        let more = test_on(cache, None, &KernelArgs { kernel }, true)?;
+        let more = test_on(cache, None, &KernelArgs { kernel }, Some(IN_TURN))?;
         (passed, failed) = (passed + more.0, failed + more.1);
     }
     writeln!(io::stdout(), "{passed} passed, {failed} failed")?;
     Ok(i32::from(failed > 0))
 }
 
-/// Runs the suite, or only what asks for this kernel, and returns (passed, failed).
+/// Runs the suite, or what asks for this kernel and as much more as that time allows, and returns
+/// (passed, failed).
 fn test_on(
     cache: &Cache,
     filter: Option<&str>,
     kernel: &KernelArgs,
-    asked_for_only: bool,
+    in_turn: Option<Duration>,
 ) -> Result<(u32, u32)> {
     let project = Project::find()?;
     // The parts for each kernel are built once, before the first guest that needs them.
@@ -457,10 +465,12 @@ fn test_on(
         job.deadline = deadline.clone();
         run::run(&ground, &job, streams)
     };
+    let debug = kernel.kernel == kernel::DEBUG;
     let runner = Runner {
         project: &project,
-        debug: kernel.kernel == kernel::DEBUG,
-        asked_for_only,
+        debug,
+        in_turn,
+        history: &History::of(cache, debug),
         at_once: AT_ONCE,
         in_guest: &in_guest,
     };

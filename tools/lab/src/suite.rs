@@ -11,7 +11,8 @@
 //! ```
 //!
 //! A call that names neither a kernel nor a test runs everything on the stock kernel, and then on the
-//! debug one what is for "debug" or for "each".
+//! debug one what is for "debug" or for "each", and of the rest some: those that passed there longest
+//! ago, as many as fit into the time for it. So all take turns.
 //!
 //! A test program may have several runs. Runs with the same options share a guest, one after the
 //! other (`tests/lab/init/suite` gives each a fresh peerbuf.ko); as many guests as are worth their
@@ -19,9 +20,7 @@
 //! `N passed, N failed`, and a kernel that complained counts as one failed test.
 
 use std::{
-    collections::HashMap,
     ffi::OsString,
-    fs,
     io::{self, Read, Write},
     path::PathBuf,
     process::{Command, Stdio},
@@ -37,6 +36,8 @@ use serde::Deserialize;
 
 use crate::{
     cli::GuestArgs,
+    history::History,
+    progress::note,
     project::{Program, Project},
     run::{Deadline, Ending, Outcome, Streams},
 };
@@ -59,7 +60,7 @@ pub enum With {
     /// With each that a person chooses.
     #[default]
     Any,
-    /// As `Any`, and with both where a person chooses none.
+    /// As `Any`, and always with both where a person chooses none.
     Each,
     /// With a distribution's.
     Stock,
@@ -131,8 +132,10 @@ pub struct Runner<'a> {
     pub project: &'a Project,
     /// Whether the kernel is the instrumented one.
     pub debug: bool,
-    /// Leaves out what does not ask for this kernel.
-    pub asked_for_only: bool,
+    /// Where it is not everything: how long that may take which does not ask for this kernel.
+    pub in_turn: Option<Duration>,
+    /// What is remembered of this kernel's runs.
+    pub history: &'a History,
     /// How many guests at a time.
     pub at_once: usize,
     /// Boots a guest with these options and programs in its `/opt/peerbuf/bin`, runs the suite's
@@ -150,8 +153,7 @@ impl Runner<'_> {
     /// # Errors
     /// When the suite does not compile, its list of runs is wrong or nothing was selected.
     pub fn run(&self, filter: Option<&str>) -> Result<(u32, u32)> {
-        let took = Took::read(self.project, self.debug)?;
-        let groups = Mutex::new(self.groups(filter, &took)?);
+        let groups = Mutex::new(self.groups(filter)?);
         let total = Mutex::new((0, 0));
         let tell = |verdict: Verdict| {
             let mut total = lock(&total);
@@ -163,7 +165,7 @@ impl Runner<'_> {
             for _ in 0..self.at_once {
                 scope.spawn(|| {
                     while let Some((n, first)) = next_group(&groups, self.boot()) {
-                        self.work(&groups, n, first, &took, &tell);
+                        self.work(&groups, n, first, &tell);
                         lock(&groups)[n].guests -= 1;
                     }
                 });
@@ -177,7 +179,27 @@ impl Runner<'_> {
         Duration::from_secs(if self.debug { 60 } else { 10 })
     }
 
-    fn groups(&self, filter: Option<&str>, took: &Took) -> Result<Vec<Group>> {
+    /// Without those for the other kernel, and where not everything is to run, without those whose turn it
+    /// is not.
+    fn chosen(&self, mut runs: Vec<Run>) -> Vec<Run> {
+        let other = if self.debug { With::Stock } else { With::Debug };
+        runs.retain(|run| run.kernel != other);
+        let Some(time) = self.in_turn else {
+            return runs;
+        };
+        let (others, mut chosen): (Vec<Run>, Vec<Run>) =
+            runs.into_iter().partition(|run| run.kernel == With::Any);
+        let (all, always) = (others.len(), chosen.len());
+        let time = time * u32::try_from(self.at_once).unwrap_or(u32::MAX);
+        take_turns(others, &mut chosen, self.history, time, self.boot());
+        note(format_args!(
+            "{always} runs that are always made with it, and {} of {all} others, which take turns",
+            chosen.len() - always
+        ));
+        chosen
+    }
+
+    fn groups(&self, filter: Option<&str>) -> Result<Vec<Group>> {
         let runs = list(self.project)?;
         let step = crate::progress::Step::start("building the lab's suite");
         let programs = self.project.cargo_build(&[
@@ -196,7 +218,7 @@ impl Runner<'_> {
             }
         }
         let mut groups: Vec<Group> = Vec::new();
-        for run in runs {
+        for run in self.chosen(runs) {
             let program = programs
                 .iter()
                 .find(|p| p.is_test && p.name == run.test)
@@ -210,11 +232,6 @@ impl Runner<'_> {
             let Some(tests) = select(&run, program, filter)? else {
                 continue;
             };
-            if run.kernel == if self.debug { With::Stock } else { With::Debug }
-                || (self.asked_for_only && run.kernel == With::Any)
-            {
-                continue;
-            }
             let same = |g: &Group| g.place == run.place && g.options == run.options;
             let n = match groups.iter().position(same) {
                 Some(n) => n,
@@ -233,7 +250,7 @@ impl Runner<'_> {
             let group = &mut groups[n];
             group.files.push(program.file.clone());
             group.waiting.push(Work {
-                expected: took.of(&run.name()),
+                expected: self.history.expected(&run.name()),
                 run,
                 file: program.file.clone(),
                 tests,
@@ -257,10 +274,16 @@ impl Runner<'_> {
         groups: &Mutex<Vec<Group>>,
         n: usize,
         first: Work,
-        took: &Took,
         tell: &(dyn Fn(Verdict) + Sync),
     ) {
         let next = || lock(groups)[n].waiting.pop();
+        let tell_of = |work: &Work, began: Instant, verdict: Verdict| {
+            if work.tests.is_empty() {
+                let passed = verdict.failed == 0;
+                self.history.note(&work.run.name(), began.elapsed(), passed);
+            }
+            tell(verdict);
+        };
         let (place, args, files) = {
             let group = &lock(groups)[n];
             (group.place, group.args.clone(), group.files.clone())
@@ -273,8 +296,7 @@ impl Runner<'_> {
                     Ok(output) => judge(&w.run.name(), &output),
                     Err(error) => failure(&w.run.name(), "the run", &format!("{error:#}\n")),
                 };
-                took.note(&w.run.name(), began.elapsed());
-                tell(verdict);
+                tell_of(&w, began, verdict);
                 work = next();
             }
             return;
@@ -313,8 +335,7 @@ impl Runner<'_> {
                 loop {
                     match heard.recv() {
                         Ok(Said::All(output)) => {
-                            took.note(&work.run.name(), began.elapsed());
-                            tell(judge(&work.run.name(), &output));
+                            tell_of(&work, began, judge(&work.run.name(), &output));
                             done.push(work);
                             current = next();
                             break;
@@ -339,17 +360,43 @@ impl Runner<'_> {
                     tell(judge(&name(work), &text));
                 } else if outcome.ending != Ending::Exit(0) {
                     let last = done.last().map(name).unwrap_or_default();
+                    self.history.failed(&last);
                     let what = format!("the guest's end ({:?})", outcome.ending);
                     tell(failure(&last, &what, &outcome.report_of_ending()));
                 }
                 done.extend(broken_off.map(|(work, _)| work));
-                complaints(&outcome, &done).into_iter().for_each(tell);
+                for (run, verdict) in complaints(&outcome, &done) {
+                    self.history.failed(&run);
+                    tell(verdict);
+                }
             }
             (Err(error), broken_off) => {
                 let work = broken_off.map(|(work, _)| work).or(done.pop());
                 let name = work.as_ref().map(name).unwrap_or_default();
                 tell(failure(&name, "the run", &format!("{error:#}\n")));
             }
+        }
+    }
+}
+
+/// Adds to `chosen` those of the others that passed longest ago or never, as many as fit into so much of
+/// guests' time; options that none of the chosen has take a guest of their own, and its boot.
+fn take_turns(
+    mut others: Vec<Run>,
+    chosen: &mut Vec<Run>,
+    history: &History,
+    mut time: Duration,
+    boot: Duration,
+) {
+    others.sort_by_cached_key(|run| (history.passed(&run.name()), run.name()));
+    for run in others {
+        let mut needs = history.expected(&run.name());
+        if !chosen.iter().any(|c| c.options == run.options) {
+            needs += boot;
+        }
+        if needs <= time {
+            time -= needs;
+            chosen.push(run);
         }
     }
 }
@@ -381,8 +428,8 @@ fn failure(name: &str, what: &str, text: &str) -> Verdict {
     }
 }
 
-/// The guest's kernel's complaints, one failure for each run and test that they belong to.
-fn complaints(outcome: &Outcome, done: &[Work]) -> Vec<Verdict> {
+/// The guest's kernel's complaints: runs with a failure, one for each run and test that they belong to.
+fn complaints(outcome: &Outcome, done: &[Work]) -> Vec<(String, Verdict)> {
     let mut verdicts: Vec<(String, String, String)> = Vec::new();
     for complaint in &outcome.complaints {
         let of = |work: &&Work| {
@@ -404,9 +451,10 @@ fn complaints(outcome: &Outcome, done: &[Work]) -> Vec<Verdict> {
         }
     }
     verdicts
-        .iter()
+        .into_iter()
         .map(|(run, what, text)| {
-            failure(run, what, &format!("peerbuf-lab: the guest's kernel complained, and nobody had announced it:\n{text}"))
+            let verdict = failure(&run, &what, &format!("peerbuf-lab: the guest's kernel complained, and nobody had announced it:\n{text}"));
+            (run, verdict)
         })
         .collect()
 }
@@ -495,44 +543,6 @@ impl Drop for Outputs {
 
 fn find(text: &[u8], what: &[u8]) -> Option<usize> {
     text.windows(what.len()).position(|w| w == what)
-}
-
-/// How long each run took the last time, so that the longest begins first.
-struct Took {
-    file: PathBuf,
-    known: Mutex<HashMap<String, u64>>,
-}
-
-impl Took {
-    fn read(project: &Project, debug: bool) -> Result<Self> {
-        let name = if debug {
-            "took-debug.json"
-        } else {
-            "took.json"
-        };
-        let file = project.work_dir("suite")?.join(name);
-        // Only a memory: without it, any order does.
-        let known = fs::read_to_string(&file)
-            .ok()
-            .and_then(|text| serde_json::from_str(&text).ok());
-        Ok(Self {
-            file,
-            known: Mutex::new(known.unwrap_or_default()),
-        })
-    }
-
-    fn of(&self, run: &str) -> Duration {
-        let known = lock(&self.known);
-        Duration::from_secs(known.get(run).copied().unwrap_or(30).max(1))
-    }
-
-    fn note(&self, run: &str, took: Duration) {
-        let mut known = lock(&self.known);
-        known.insert(run.to_owned(), took.as_secs());
-        if let Ok(text) = serde_json::to_string_pretty(&*known) {
-            let _ = fs::write(&self.file, text);
-        }
-    }
 }
 
 /// A bench of the suite's.
@@ -749,6 +759,8 @@ fn count(summary: &str, what: &str) -> u32 {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
     use crate::klog::Complaint;
 
@@ -813,6 +825,8 @@ mod tests {
             one(None, "BUG: z"),
         ]);
         let found = complaints(&outcome, &[work("paths", 1), work("kmod", 1)]);
+        assert!(found.iter().all(|(run, _)| run == "kmod"));
+        let found: Vec<Verdict> = found.into_iter().map(|(_, verdict)| verdict).collect();
         assert_eq!(found.len(), 2);
         assert!(found[0].text.contains("BUG: x\n    BUG: y"));
         assert!(
@@ -865,6 +879,47 @@ mod tests {
         // Nobody went on with c in the second guest of its group, so it waits for the first.
         let expected = [(1, "e"), (1, "d"), (0, "b")].map(|(n, s)| (n, s.to_owned()));
         assert_eq!(order, expected);
+    }
+
+    #[test]
+    fn runs_take_turns_the_one_that_passed_longest_ago_first() {
+        let directory = tempfile::tempdir().unwrap();
+        let cache = crate::cache::Cache::at(directory.path()).unwrap();
+        let history = History::of(&cache, true);
+        let run = |name: &str, memory: &str| Run {
+            options: vec!["--memory".into(), memory.into()],
+            ..work(name, 1).run
+        };
+        let others = || ["a", "b", "c", "d"].map(|name| run(name, "1")).to_vec();
+        for (name, took) in [("d", 20), ("b", 30), ("a", 100)] {
+            history.note(&run(name, "1").name(), Duration::from_secs(took), false);
+        }
+        // As if they had passed in this order, and c never: it needs 30 s, and they all a boot.
+        let file = directory.path().join("locks/runs-debug.json");
+        let mut known: serde_json::Value =
+            serde_json::from_str(&fs::read_to_string(&file).unwrap()).unwrap();
+        for (when, name) in (1..).zip(["d", "a", "b"]) {
+            known[run(name, "1").name()]["passed"] = when.into();
+        }
+        fs::write(&file, known.to_string()).unwrap();
+        let history = History::of(&cache, true);
+        let turn = |time| {
+            let mut chosen = vec![run("always", "2")];
+            let (time, boot) = (Duration::from_secs(time), Duration::from_secs(10));
+            take_turns(others(), &mut chosen, &history, time, boot);
+            let names = chosen[1..].iter().map(|run| run.test.clone());
+            names.collect::<String>()
+        };
+        assert_eq!(turn(0), "");
+        assert_eq!(turn(40), "c");
+        assert_eq!(turn(60), "cd");
+        // What does not fit lets the next one pass.
+        assert_eq!(turn(90), "cdb");
+        assert_eq!(turn(200), "cdab");
+        // One that passes has its next turn after the others, one that fails is the first.
+        history.note(&run("c", "1").name(), Duration::from_secs(30), true);
+        history.note(&run("b", "1").name(), Duration::from_secs(30), false);
+        assert_eq!(turn(200), "bdac");
     }
 
     #[test]

@@ -1,0 +1,108 @@
+//! What is remembered of the suite's runs, for each kernel: how long each took, so that the longest begins
+//! first, and when it last passed, so that those which take turns do.
+//!
+//! It is in the cache, for every checkout. Only a memory: without it any order does.
+
+use std::{
+    collections::HashMap,
+    fs,
+    path::PathBuf,
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::{Duration, SystemTime},
+};
+
+use serde::{Deserialize, Serialize};
+
+use crate::cache::Cache;
+
+/// What a run is taken to need of which nothing is known.
+const UNKNOWN: u64 = 30;
+/// How much longer one takes on the instrumented kernel, about.
+const SLOWER: u64 = 5;
+
+/// Of one run.
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
+struct Past {
+    /// How long it took the last time, in seconds.
+    took: u64,
+    /// When it last passed whole, in seconds since 1970.
+    passed: Option<u64>,
+}
+
+/// Of all runs with one kind of kernel.
+pub struct History {
+    file: PathBuf,
+    known: Mutex<HashMap<String, Past>>,
+    /// What is known of the other kernel, where this one's is asked for.
+    stock: HashMap<String, Past>,
+}
+
+fn read(file: &PathBuf) -> HashMap<String, Past> {
+    fs::read_to_string(file)
+        .ok()
+        .and_then(|text| serde_json::from_str(&text).ok())
+        .unwrap_or_default()
+}
+
+impl History {
+    /// Reads it.
+    pub fn of(cache: &Cache, debug: bool) -> Self {
+        let file = |name| cache.dir().join("locks").join(name);
+        let stock = file("runs-stock.json");
+        let (file, stock) = match debug {
+            true => (file("runs-debug.json"), read(&stock)),
+            false => (stock, HashMap::new()),
+        };
+        Self {
+            known: Mutex::new(read(&file)),
+            file,
+            stock,
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, Past>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How long a run will take, about; more than nothing.
+    pub fn expected(&self, run: &str) -> Duration {
+        let took = |past: &Past| past.took.max(1);
+        let known = self.lock().get(run).map(took);
+        let elsewhere = || self.stock.get(run).map(|past| SLOWER * took(past));
+        Duration::from_secs(known.or_else(elsewhere).unwrap_or(UNKNOWN))
+    }
+
+    /// When a run last passed; none if that is not known.
+    pub fn passed(&self, run: &str) -> Option<u64> {
+        self.lock().get(run)?.passed
+    }
+
+    /// It took so long, and passed whole or did not.
+    pub fn note(&self, run: &str, took: Duration, passed: bool) {
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+        let now = now.unwrap_or_default().as_secs();
+        let past = Past {
+            took: took.as_secs(),
+            passed: passed.then_some(now),
+        };
+        self.write(run, past);
+    }
+
+    /// It did not pass after all.
+    pub fn failed(&self, run: &str) {
+        let past = self.lock().get(run).copied().unwrap_or_default();
+        let passed = None;
+        self.write(run, Past { passed, ..past });
+    }
+
+    fn write(&self, run: &str, past: Past) {
+        let mut known = self.lock();
+        // Another lab may have written meanwhile; of the two the last word on a run counts.
+        let mut all = read(&self.file);
+        all.insert(run.to_owned(), past);
+        if let Ok(text) = serde_json::to_string_pretty(&all) {
+            let _ = fs::write(&self.file, text);
+        }
+        *known = all;
+    }
+}
