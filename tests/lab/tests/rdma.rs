@@ -12,6 +12,7 @@ use peerbuf::plan::{Path, ReasonCode};
 use peerbuf::share::{Channel, Copied, Publisher, Subscriber};
 use peerbuf::{Access, Buffer, Errno};
 use peerbuf_lab_suite::bytes::{get, put};
+use peerbuf_lab_suite::machine::is_debug_kernel;
 use peerbuf_lab_suite::node::Node;
 use peerbuf_lab_suite::rdma::{
     ALL, LIMIT, Under, bar, card, connected, device, exercise, expected, good, random,
@@ -413,8 +414,10 @@ fn ten_thousand_registrations_leave_nothing_behind() {
         );
     };
     (0..500).for_each(round);
+    // On the debug kernel kmemleak sees what a few hundred lose.
+    let rounds = if is_debug_kernel() { 500 } else { 5000 };
     let (fds, mrs, pages) = (descriptors(), regions(), resident());
-    (0..5000).for_each(round);
+    (0..rounds).for_each(round);
     assert_eq!((descriptors(), regions()), (fds, mrs));
     assert!(
         resident() <= pages + 64,
