@@ -70,10 +70,15 @@ pub fn build(project: &Project, ground: &Ground, source: &Source) -> Result<Path
                 .with_context(|| format!("copying {}", file.path().display()))?;
         }
     }
+    // One call of make for all, which tests/lab/fixtures/modules/Kbuild leads to each.
+    let modules = work.join("fixtures/modules");
+    project::build_module(tree, source, &modules)?;
     // Those of the checkout: of one that is gone, what was built of it is still in `work`.
     for dir in fs::read_dir(fixtures.join("modules"))? {
-        let dir = work.join("fixtures/modules").join(dir?.file_name());
-        project::build_module(tree, source, &dir)?;
+        let dir = modules.join(dir?.file_name());
+        if !dir.is_dir() {
+            continue;
+        }
         for file in fs::read_dir(&dir)? {
             let file = file?.path();
             if let (Some("ko"), Some(name)) =
