@@ -71,7 +71,7 @@ const AT_ONCE: usize = 2;
 
 /// For how long, in a call that runs everything, runs have their turn on the debug kernel, all of which would
 /// take more than an hour there.
-const IN_TURN: Duration = Duration::from_secs(12 * 60);
+const IN_TURN: Duration = Duration::from_secs(10 * 60);
 
 fn main() {
     let args: Vec<OsString> = std::env::args_os().collect();
