@@ -7,12 +7,12 @@
 //! test = "kmod"                         # tests/lab/tests/kmod.rs
 //! options = ["--topology", "switch"]    # as for cargo lab run
 //! where = "guest"                       # or "host": runs here, with PEERBUF_LAB set
-//! kernel = "any"                        # or "stock", "debug": runs with that one only; or "each"
+//! kernel = "any"                        # or "stock", "debug": runs with that one only; "each", "asked"
 //! ```
 //!
 //! A call that names neither a kernel nor a test runs everything on the stock kernel, and then on the
 //! debug one what is for "debug" or for "each", and of the rest some: those that passed there longest
-//! ago, as many as fit into the time for it. So all take turns.
+//! ago, as many as fit into the time for it. So all take turns, but for those that are for "asked".
 //!
 //! A test program may have several runs. Runs with the same options share a guest, one after the
 //! other (`tests/lab/init/suite` gives each a fresh peerbuf.ko); as many guests as are worth their
@@ -60,6 +60,8 @@ pub enum With {
     /// With each that a person chooses.
     #[default]
     Any,
+    /// As `Any`, but without a turn on the instrumented kernel where a person chooses none.
+    Asked,
     /// As `Any`, and always with both where a person chooses none.
     Each,
     /// With a distribution's.
@@ -187,6 +189,7 @@ impl Runner<'_> {
         let Some(time) = self.in_turn else {
             return runs;
         };
+        runs.retain(|run| run.kernel != With::Asked);
         let (others, mut chosen): (Vec<Run>, Vec<Run>) =
             runs.into_iter().partition(|run| run.kernel == With::Any);
         let (all, always) = (others.len(), chosen.len());
