@@ -195,7 +195,7 @@ unsafe fn map_device(
     //
     // SAFETY: An attachment keeps its device, and that its domain while it has a driver.
     let translated = unsafe { !bindings::iommu_get_domain_for_dev((*attachment).dev).is_null() };
-    let at_once = if translated { 1 } else { ranges.len() };
+    let at_once = if translated { 1 } else { ranges.len().max(1) };
     let mut tables = KVec::with_capacity(ranges.len().div_ceil(at_once), GFP_KERNEL)?;
     for ranges in ranges.chunks_mut(at_once) {
         // SAFETY: By the caller's promise.
