@@ -105,6 +105,14 @@ fn a_guest_out_of_memory_ends_with_125_and_the_end_of_the_console() {
 }
 
 #[test]
+fn a_guest_that_counts_instructions_tells_the_time_by_them() {
+    // Not the early clock, which the kernel keeps when it was told another frequency than it finds.
+    let script = "until grep -x tsc /sys/devices/system/clocksource/*0/current_clocksource; do sleep 1; done";
+    let output = bare(&["--icount", "--timeout", "60"], &["sh", "-c", script]);
+    assert_eq!(text(&output.stdout), "tsc\n", "{}", text(&output.stderr));
+}
+
+#[test]
 fn a_warning_that_nobody_announced_fails_the_run_and_an_announced_one_does_not() {
     let load = format!("insmod {}", fixture("warn.ko"));
     let output = lab(&["run", "--", "sh", "-c", &load]).output().unwrap();

@@ -198,8 +198,13 @@ impl Machine {
             "no_timer_check",
         ];
         // How fast the TSC runs the kernel finds out by itself, on a busy host now and then wrongly: the
-        // clock of one guest ran twenty times too fast.
-        let tsc_khz = self.tsc_khz.map(|khz| format!("tsc_early_khz={khz}"));
+        // clock of one guest ran twenty times too fast. A clock that counts instructions takes each
+        // for a nanosecond, and with another number the kernel would not take the TSC for its clock.
+        let tsc_khz = match self.accelerator {
+            Accelerator::CountingEmulation => Some(1_000_000),
+            _ => self.tsc_khz,
+        };
+        let tsc_khz = tsc_khz.map(|khz| format!("tsc_early_khz={khz}"));
         words.extend(tsc_khz.as_deref());
         if self.has_iommu() {
             // QEMU's IOMMU remaps no interrupts here, which VFIO and iommufd would take for unsafe.
