@@ -21,7 +21,7 @@ const UNKNOWN: u64 = 30;
 const SLOWER: u64 = 5;
 
 /// Of one run.
-#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 struct Past {
     /// How long it took the last time, in seconds.
     took: u64,
@@ -90,9 +90,12 @@ impl History {
 
     /// It did not pass after all.
     pub fn failed(&self, run: &str) {
-        let past = self.lock().get(run).copied().unwrap_or_default();
-        let passed = None;
-        self.write(run, Past { passed, ..past });
+        // One of which nothing is known has not passed.
+        let past = self.lock().get(run).copied();
+        if let Some(past) = past {
+            let passed = None;
+            self.write(run, Past { passed, ..past });
+        }
     }
 
     fn write(&self, run: &str, past: Past) {
@@ -101,8 +104,52 @@ impl History {
         let mut all = read(&self.file);
         all.insert(run.to_owned(), past);
         if let Ok(text) = serde_json::to_string_pretty(&all) {
-            let _ = fs::write(&self.file, text);
+            // Whole or not at all: who reads half of it would take it for empty, and write that.
+            let new = self
+                .file
+                .with_extension(format!("{}.new", std::process::id()));
+            if fs::write(&new, text).is_ok() {
+                let _ = fs::rename(&new, &self.file);
+            }
         }
         *known = all;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_passed_and_then_failed_has_not_passed() {
+        let directory = tempfile::tempdir().unwrap();
+        let cache = Cache::at(directory.path()).unwrap();
+        let seconds = Duration::from_secs;
+        let history = History::of(&cache, true);
+        history.note("a", seconds(7), true);
+        assert!(history.passed("a").is_some());
+        history.failed("a");
+        history.failed("nobody");
+        // As another lab reads it, and with what it adds.
+        let other = History::of(&cache, true);
+        other.note("b", seconds(3), true);
+        history.note("c", seconds(1), true);
+        let all = History::of(&cache, true);
+        assert_eq!((all.passed("a"), all.expected("a")), (None, seconds(7)));
+        assert!(all.passed("b").is_some() && all.passed("c").is_some());
+        assert_eq!(all.passed("nobody"), None);
+        let names = fs::read_dir(directory.path().join("locks")).unwrap();
+        assert_eq!(names.count(), 1, "no half of a file stays");
+    }
+
+    #[test]
+    fn what_is_unknown_on_the_debug_kernel_takes_five_times_as_long_as_on_the_other() {
+        let directory = tempfile::tempdir().unwrap();
+        let cache = Cache::at(directory.path()).unwrap();
+        History::of(&cache, false).note("a", Duration::from_secs(4), true);
+        let debug = History::of(&cache, true);
+        assert_eq!(debug.expected("a"), Duration::from_secs(20));
+        assert_eq!(debug.expected("b"), Duration::from_secs(UNKNOWN));
+        assert_eq!(debug.passed("a"), None, "it did not pass on this kernel");
     }
 }

@@ -359,6 +359,7 @@ impl Runner<'_> {
         match (outcome, broken_off) {
             (Ok(outcome), broken_off) => {
                 if let Some((work, output)) = &broken_off {
+                    self.history.failed(&name(work));
                     let text = output.clone() + &outcome.report_of_ending();
                     tell(judge(&name(work), &text));
                 } else if outcome.ending != Ending::Exit(0) {
@@ -376,6 +377,7 @@ impl Runner<'_> {
             (Err(error), broken_off) => {
                 let work = broken_off.map(|(work, _)| work).or(done.pop());
                 let name = work.as_ref().map(name).unwrap_or_default();
+                self.history.failed(&name);
                 tell(failure(&name, "the run", &format!("{error:#}\n")));
             }
         }
