@@ -54,7 +54,7 @@ fn reaches(edu: &Edu, seen: &Map, places: &[u64]) {
     }
 }
 
-/// The first and the last bytes of each part, and what crosses from one to the next.
+/// Where the first and the last [`CHUNK`] bytes of each part begin; a part reaches from bound to bound.
 fn edges(bounds: &[u64]) -> Vec<u64> {
     let chunk = CHUNK as u64;
     let mut places: Vec<u64> = bounds[..bounds.len() - 1].to_vec();

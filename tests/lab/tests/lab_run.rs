@@ -96,7 +96,7 @@ fn a_guest_out_of_memory_ends_with_125_and_the_end_of_the_console() {
     let script = "echo 1000 > /sys/kernel/mm/lru_gen/min_ttl_ms\n\
                   exec python3 -c 'x = []\nwhile True: x.append(bytearray(1 << 22))'";
     let output = bare(
-        &["--memory", "512", "--timeout", "300"],
+        &["--memory", "512", "--timeout", "120"],
         &["sh", "-c", script],
     );
     let error = text(&output.stderr);
