@@ -5,6 +5,7 @@ use std::{
     os::unix::fs::{FileTypeExt, PermissionsExt},
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    time::{Duration, Instant},
 };
 
 fn read(path: impl AsRef<Path>) -> String {
@@ -119,9 +120,16 @@ fn a_network_card_carries_soft_roce() {
         command
     };
     let mut server = pingpong(&[]).spawn().unwrap();
-    std::thread::sleep(std::time::Duration::from_secs(1));
-    let client = pingpong(&["127.0.0.1"]).status().unwrap();
-    assert!(client.success() && server.wait().unwrap().success());
+    // On a busy host it may be seconds before the server listens; until then the client fails.
+    let end = Instant::now() + Duration::from_secs(60);
+    while !pingpong(&["127.0.0.1"]).status().unwrap().success() {
+        assert!(
+            server.try_wait().unwrap().is_none() && Instant::now() < end,
+            "the two did not meet"
+        );
+        std::thread::sleep(Duration::from_millis(500));
+    }
+    assert!(server.wait().unwrap().success());
 }
 
 #[test]
