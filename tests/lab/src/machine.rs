@@ -163,6 +163,25 @@ pub fn is_debug_kernel() -> bool {
     release.contains("peerbuf-debug")
 }
 
+/// Announces what the kernel will complain of: reports that have these words in them fail nothing.
+///
+/// # Panics
+///
+/// When the log takes no words.
+pub fn expect(words: &str) {
+    fs::write("/dev/kmsg", format!("peerbuf-lab: expect: {words}")).expect("the kernel's log");
+}
+
+/// vfio-pci loses the list of each mapping of a dma-buf of its own (docs/exporter.md), which kmemleak finds.
+pub fn expect_what_vfio_loses() {
+    expect("vfio_pci_dma_buf_map");
+}
+
+/// What takes at most so many seconds on the stock kernel: on the debug one it has five times as long.
+pub fn seconds(stock: u64) -> Duration {
+    Duration::from_secs(if is_debug_kernel() { 5 * stock } else { stock })
+}
+
 /// The driver that a PCI device shows.
 pub fn driver_of(bdf: &str) -> Option<PathBuf> {
     fs::read_link(device(bdf).join("driver")).ok()

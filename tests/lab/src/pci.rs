@@ -6,7 +6,7 @@ use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::machine::is_debug_kernel;
+use crate::machine::seconds;
 
 /// A PCI device that has this driver.
 pub fn bound_to(driver: &str) -> Option<String> {
@@ -29,8 +29,7 @@ pub fn spare_device() -> String {
 
 /// Waits until a condition holds, which it should before long, on the debug kernel not quite as soon.
 pub fn wait_until(what: &str, condition: impl Fn() -> bool) {
-    let seconds = if is_debug_kernel() { 100 } else { 20 };
-    let end = Instant::now() + Duration::from_secs(seconds);
+    let end = Instant::now() + seconds(20);
     while !condition() {
         assert!(Instant::now() < end, "{what}");
         thread::sleep(Duration::from_millis(5));

@@ -5,7 +5,7 @@ use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use peerbuf_lab_suite::machine::is_debug_kernel;
+use peerbuf_lab_suite::machine::{is_debug_kernel, seconds};
 use peerbuf_lab_suite::node::Node;
 use rand::RngExt;
 
@@ -16,7 +16,9 @@ fn rounds() -> u32 {
 }
 
 /// How long the process that is left may take to notice.
-const PROMPT: Duration = Duration::from_secs(10);
+fn prompt() -> Duration {
+    seconds(10)
+}
 
 fn start() -> Child {
     let mut command = Command::new("peerbuf");
@@ -52,7 +54,11 @@ fn runs(pid: u32) -> bool {
 fn wait_until(what: &str, mut reached: impl FnMut() -> bool) {
     let start = Instant::now();
     while !reached() {
-        assert!(start.elapsed() < PROMPT, "not within {PROMPT:?}: {what}");
+        assert!(
+            start.elapsed() < prompt(),
+            "not within {:?}: {what}",
+            prompt()
+        );
         sleep(Duration::from_millis(2));
     }
 }

@@ -10,6 +10,7 @@ use peerbuf::import::vfio::VfioImporter;
 use peerbuf::plan::{Path, ReasonCode};
 use peerbuf::{Access, Buffer, DmaBuf};
 use peerbuf_lab_suite::bytes::{get, put};
+use peerbuf_lab_suite::machine::expect_what_vfio_loses;
 use peerbuf_lab_suite::modules;
 use peerbuf_lab_suite::node::Node;
 
@@ -24,6 +25,7 @@ fn random(length: u64) -> Vec<u8> {
 
 /// The card with the smallest BAR, given to vfio-pci.
 fn card() -> VfioDevice {
+    expect_what_vfio_loses();
     modules::load("vfio-pci");
     let address = match Node::all().last() {
         Some(node) if node.bar2().size == MIB => {

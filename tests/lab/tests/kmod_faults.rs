@@ -19,6 +19,7 @@ use std::path::Path;
 
 use bytemuck::Zeroable;
 use peerbuf_lab_suite::importer::{self, DYNAMIC, Importer, PEER};
+use peerbuf_lab_suite::machine::expect;
 use peerbuf_lab_suite::memory;
 use peerbuf_lab_suite::node::{
     Map, Node, PAGE, SYNC_END, SYNC_WRITE, assert_all_free, errno, ioctl, nvme_bdf, pattern, sync,
@@ -50,11 +51,7 @@ impl Faults {
         set("fail_page_alloc/ignore-gfp-highmem", "N");
         set("fail_page_alloc/min-order", "0");
         // What kmemleak does then is its own business.
-        fs::write(
-            "/dev/kmsg",
-            "peerbuf-lab: expect: kmemleak: Cannot allocate a scan area",
-        )
-        .unwrap();
+        expect("kmemleak: Cannot allocate a scan area");
         for kind in ["failslab", "fail_page_alloc", "fail_usercopy"] {
             set(&format!("{kind}/verbose"), "0");
         }
@@ -442,7 +439,7 @@ fn mapping() {
     let prepare = || attached(system, 0);
     each_place("MAP of a static one", 6, prepare, map, all_of);
     // The core calls an exporter's ENOMEM worth a warning.
-    fs::write("/dev/kmsg", "peerbuf-lab: expect: dma_buf_vmap").unwrap();
+    expect("dma_buf_vmap");
     for (what, make) in &makes[..2] {
         let prepare = || attached(make, DYNAMIC | PEER);
         let vmap = |stage: &mut Attached| stage.2.step(abi::IOC_IMPORT_VMAP).map(drop);

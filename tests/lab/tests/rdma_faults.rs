@@ -14,14 +14,16 @@ use peerbuf::import::rdma::{
     Address, Card, Connection, Operation, Registration, Remote, Status, WorkError,
 };
 use peerbuf_lab_suite::bytes::{get, put};
-use peerbuf_lab_suite::machine::Machine;
+use peerbuf_lab_suite::machine::{Machine, seconds};
 use peerbuf_lab_suite::node::{Child, MIB, Node, assert_all_free, in_child};
 use peerbuf_lab_suite::pci::wait_until;
 use peerbuf_lab_suite::rdma::{ALL, LIMIT, bar, card, good, random};
 use rustix::process::{Signal, set_parent_process_death_signal};
 
 /// An end that has gone is noticed after some seven seconds; a busy host has more.
-const NOTICED: Duration = Duration::from_secs(20);
+fn noticed_within() -> Duration {
+    seconds(20)
+}
 
 /// One request.
 const CHUNK: u64 = MIB;
@@ -214,11 +216,11 @@ fn killed_in_mid_transfer(
         let mut done = 0;
         let mut errors = Vec::new();
         for _ in 0..left {
-            match here.wait(NOTICED).unwrap().result {
+            match here.wait(noticed_within()).unwrap().result {
                 Ok(_) => done += 1,
                 Err(error) => errors.push(error),
             }
-            assert!(killed.elapsed() < NOTICED, "{role:?}: {errors:?}");
+            assert!(killed.elapsed() < noticed_within(), "{role:?}: {errors:?}");
         }
         assert!(!errors.is_empty(), "{role:?}: killed when all was done");
         assert_unanswered(&errors);
@@ -365,7 +367,7 @@ fn cut_in_mid_transfer(card: &Card, cut: impl FnOnce()) -> (usize, Vec<WorkError
     );
     good(here.wait(LIMIT).unwrap());
     cut();
-    let rest = (1..CHUNKS).map(|_| here.wait(NOTICED).unwrap().result);
+    let rest = (1..CHUNKS).map(|_| here.wait(noticed_within()).unwrap().result);
     let (good, bad): (Vec<_>, Vec<_>) = rest.partition(Result::is_ok);
     let done = 1 + good.len();
     let (begin, end) = (EDGE as usize, (EDGE + LENGTH) as usize);
@@ -414,7 +416,7 @@ fn an_interface_that_is_switched_off_ends_connections_at_once() {
         cut = Some(Instant::now());
     });
     let took = cut.unwrap().elapsed();
-    assert!(took < Duration::from_secs(5), "{took:?}");
+    assert!(took < seconds(5), "{took:?}");
     assert!(done < CHUNKS, "all was done");
     // Soft-RoCE gives up its own error with the rest.
     for error in errors {
