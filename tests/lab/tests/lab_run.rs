@@ -2,9 +2,9 @@
 
 use std::{
     fs,
-    io::Write,
-    path::PathBuf,
-    process::{Command, Output, Stdio},
+    io::{Read, Write},
+    path::{Path, PathBuf},
+    process::{Child, Command, Output, Stdio},
     time::{Duration, Instant},
 };
 
@@ -206,22 +206,8 @@ fn ending_the_lab_ends_the_guest() {
         let child = lab(&["run", "--bare", "--", "sleep", "1000"]).spawn();
         let mut child = child.unwrap();
         let id = child.id();
-        let began = Instant::now();
-        let guest = loop {
-            let found = children_of(id);
-            match found.first() {
-                Some(pid) if command_of(*pid).contains("qemu") => break *pid,
-                _ => std::thread::sleep(Duration::from_millis(20)),
-            }
-            assert!(
-                began.elapsed() < Duration::from_secs(60),
-                "no guest was started"
-            );
-        };
-        Command::new("kill")
-            .args([signal, &id.to_string()])
-            .status()
-            .unwrap();
+        let guest = guests_of(id, 1)[0];
+        kill(signal, id);
         child.wait().unwrap();
         let began = Instant::now();
         while command_of(guest).contains("qemu") {
@@ -235,14 +221,67 @@ fn ending_the_lab_ends_the_guest() {
 }
 
 #[test]
+fn a_guest_whose_qemu_crashes_before_the_command_is_started_again() {
+    let child = lab(&["run", "--bare", "--", "echo", "hello"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    kill("-ABRT", guests_of(child.id(), 1)[0]);
+    let output = child.wait_with_output().unwrap();
+    let error = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(0), "{error}");
+    assert_eq!(text(&output.stdout), "hello\n");
+    let told = ["QEMU itself crashed (signal 6)", "starting the guest again"];
+    assert!(told.iter().all(|what| error.contains(what)), "{error}");
+}
+
+#[test]
+fn a_qemu_that_crashes_under_the_command_is_told_from_a_guest_that_dies() {
+    let mut child = lab(&["run", "--bare", "--", "sh", "-c", "echo here; sleep 1000"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    await_lines(&mut child, 1);
+    kill("-ABRT", guests_of(child.id(), 1)[0]);
+    let output = child.wait_with_output().unwrap();
+    let error = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(125), "{error}");
+    assert!(error.contains("QEMU itself crashed (signal 6)"), "{error}");
+}
+
+#[test]
+fn a_pair_ends_when_one_of_its_guests_does() {
+    let script = "echo here; sleep 1000";
+    let mut child = lab(&["pair", "--bare", "--", "sh", "-c", script])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    await_lines(&mut child, 2);
+    kill("-ABRT", guests_of(child.id(), 2)[0]);
+    let began = Instant::now();
+    let output = child.wait_with_output().unwrap();
+    let error = text(&output.stderr);
+    assert!(began.elapsed() < Duration::from_secs(30), "{error}");
+    assert_eq!(output.status.code(), Some(125), "{error}");
+    for told in ["QEMU itself crashed", "is gone, so this one was ended"] {
+        assert!(error.contains(told), "{error}");
+    }
+}
+
+#[test]
 fn a_layer_whose_making_was_killed_is_made_again_and_its_package_is_in_the_guest() {
     let cache = cache_dir();
-    let made = || {
-        let entries = fs::read_dir(&cache).unwrap().flatten();
+    // Other layers may be made at the same time.
+    let layer = |directory: &Path| {
+        let entries = fs::read_dir(directory).unwrap().flatten();
         entries.map(|e| e.path()).find(|p| {
             fs::read_to_string(p.join("packages")).is_ok_and(|packages| packages == "hello\n")
         })
     };
+    let made = || layer(&cache);
     if let Some(old) = made() {
         fs::remove_dir_all(old).unwrap();
     }
@@ -261,15 +300,7 @@ fn a_layer_whose_making_was_killed_is_made_again_and_its_package_is_in_the_guest
         .spawn()
         .unwrap();
     let began = Instant::now();
-    let making = || {
-        let entries = fs::read_dir(cache.join("tmp")).unwrap().flatten();
-        entries.map(|e| e.path()).find(|p| {
-            p.file_name()
-                .unwrap()
-                .to_string_lossy()
-                .starts_with("with-")
-        })
-    };
+    let making = || layer(&cache.join("tmp"));
     while making().is_none_or(|tmp| !tmp.join("upper/var").exists()) {
         assert!(
             began.elapsed() < Duration::from_secs(60),
@@ -328,6 +359,41 @@ fn cache_dir() -> PathBuf {
         .or_else(|| set("XDG_CACHE_HOME").map(|d| d.join("peerbuf-lab")))
         .or_else(|| set("HOME").map(|d| d.join(".cache/peerbuf-lab")))
         .unwrap()
+}
+
+fn kill(signal: &str, pid: u32) {
+    let killed = Command::new("kill")
+        .args([signal, &pid.to_string()])
+        .status();
+    assert!(killed.unwrap().success());
+}
+
+/// Waits until the command, or both together, have written so many lines.
+fn await_lines(child: &mut Child, count: usize) {
+    let out = child.stdout.as_mut().unwrap();
+    let mut newlines = 0;
+    let mut byte = [0];
+    while newlines < count {
+        assert_eq!(out.read(&mut byte).unwrap(), 1, "it has ended");
+        newlines += usize::from(byte == *b"\n");
+    }
+}
+
+/// The lab's guests, as soon as it has so many.
+fn guests_of(lab: u32, count: usize) -> Vec<u32> {
+    let began = Instant::now();
+    loop {
+        let mut guests = children_of(lab);
+        guests.retain(|pid| command_of(*pid).contains("qemu"));
+        if guests.len() == count {
+            return guests;
+        }
+        assert!(
+            began.elapsed() < Duration::from_secs(60),
+            "no guest was started"
+        );
+        std::thread::sleep(Duration::from_millis(20));
+    }
 }
 
 fn children_of(pid: u32) -> Vec<u32> {

@@ -100,6 +100,14 @@ impl End {
     /// Both.
     pub const BOTH: [Self; 2] = [Self::First, Self::Second];
 
+    /// Which it is not.
+    pub fn other(self) -> Self {
+        match self {
+            Self::First => Self::Second,
+            Self::Second => Self::First,
+        }
+    }
+
     /// What the guest's programs find in `$PEERBUF_LAB_END`.
     pub fn name(self) -> &'static str {
         match self {

@@ -187,7 +187,7 @@ fn debug(cache: &Cache, tree: &Tree, package: &str) -> Result<Entry> {
     for compiler in tree.versions(COMPILERS)? {
         recipe = recipe.with(compiler);
     }
-    let what = "building the debug kernel (half an hour on two cores)";
+    let what = "building the debug kernel (twenty minutes on two cores)";
     cache.entry(recipe, what, |dir| {
         let source = Source::prepared(cache, tree, package)?;
         cache.make_room(2_500_000_000);

@@ -38,7 +38,7 @@ use std::{
     path::{Path, PathBuf},
     process::exit,
     sync::{Arc, Mutex},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -57,7 +57,7 @@ use crate::{
     lab::Parts,
     progress::note,
     project::Project,
-    run::{Deadline, Job, Outcome, Streams},
+    run::{Deadline, Ending, Job, Outcome, Streams},
     suite::{Room, Runner},
     tree::Tree,
 };
@@ -65,13 +65,9 @@ use crate::{
 /// The exit status of a lab that could not do what it was asked.
 const LAB_FAILED: i32 = 125;
 
-/// Guests that run at a time where there are several to run. A guest has two processors, of which
-/// it mostly uses one.
-const AT_ONCE: usize = 2;
-
-/// For how long, in a call that runs everything, runs have their turn on the debug kernel, all of which would
-/// take more than an hour there.
-const IN_TURN: Duration = Duration::from_secs(10 * 60);
+/// For how long, in a call that runs everything, runs have their turn on the debug kernel, all of which take
+/// the better part of an hour there. What this call took to build that kernel comes off it.
+const IN_TURN: Duration = Duration::from_secs(6 * 60);
 
 fn main() {
     let args: Vec<OsString> = std::env::args_os().collect();
@@ -180,14 +176,23 @@ fn run_pair(
     };
     parts.programs.extend_from_slice(programs);
     let wire = cache.run_dir()?;
-    let one = |end| -> Result<Outcome> {
+    let deadlines = End::BOTH.map(|_| Deadline::default());
+    let one = |end: End| -> Result<Outcome> {
         let mut job = lab::job(&ground, args, parts.clone())?;
         job.machine.end = Some(end);
         job.wire = Some(wire.path().to_owned());
         job.command = command.to_vec();
-        run::run(&ground, &job, streams(end))
+        job.deadline = deadlines[end as usize].clone();
+        let outcome = run::run(&ground, &job, streams(end));
+        // Without one, the other may wait for ever.
+        if !matches!(&outcome, Ok(outcome) if matches!(outcome.ending, Ending::Exit(_))) {
+            let why = format!("the {} guest is gone, so this one was ended", end.name());
+            deadlines[end.other() as usize].give_up(why);
+        }
+        outcome
     };
     std::thread::scope(|scope| {
+        let one = &one;
         let started = End::BOTH.map(|end| (end, scope.spawn(move || one(end))));
         started
             .into_iter()
@@ -328,7 +333,7 @@ fn demo(cache: &Cache, kernel: &KernelArgs) -> Result<i32> {
         run_and_keep(&ground, &job)
     };
     let mut failed = 0;
-    for pair in Topology::ALL.chunks(AT_ONCE) {
+    for pair in Topology::ALL.chunks(host::guests_at_once()) {
         let results = std::thread::scope(|scope| {
             let started: Vec<_> = pair.iter().map(|t| (*t, scope.spawn(|| one(*t)))).collect();
             started
@@ -444,8 +449,10 @@ fn test_on(
         built.insert(release.to_owned(), parts.clone());
         Ok(parts)
     };
+    let began = Instant::now();
     // What does not compile is said before anything runs.
     parts_for(&lab::ground(cache, &GuestArgs::plain(kernel))?)?;
+    let in_turn = in_turn.map(|time| time.saturating_sub(began.elapsed()));
     let in_guest = |args: &GuestArgs, files: &[PathBuf], streams: Streams, deadline: &Deadline| {
         let mut args = args.clone();
         args.kernel = kernel.clone();
@@ -471,7 +478,7 @@ fn test_on(
         debug,
         in_turn,
         history: &History::of(cache, debug),
-        at_once: AT_ONCE,
+        at_once: host::guests_at_once(),
         in_guest: &in_guest,
     };
     runner.run(filter)

@@ -141,7 +141,7 @@ fn noticed(outcome: &Outcome) -> Option<&'static str> {
         Ending::Exit(0) => Some("the kernel's log"),
         Ending::Exit(_) => Some("the test failed"),
         Ending::TimedOut(_) => Some("the test did not end"),
-        Ending::Died(_) => Some("the guest died"),
+        Ending::Died(_) | Ending::Crashed(_) => Some("the guest died"),
     }
 }
 
@@ -169,6 +169,9 @@ fn one(cache: &Cache, project: &Project, mutant: &Mutant) -> Result<Outcome> {
     job.programs.push(file);
     job.timeout = Some(LIMIT * lab::slower(&ground));
     let (outcome, out, err) = crate::run_and_keep(&ground, &job)?;
+    if let Ending::Crashed(why) = &outcome.ending {
+        bail!("{why}, which says nothing of the module; try again");
+    }
     if !out.contains(&format!("test {test} ...")) {
         bail!(
             "{} was not run:\n{out}{err}{}",

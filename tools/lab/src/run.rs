@@ -7,7 +7,7 @@ use std::{
     net::Shutdown,
     os::{
         fd::AsRawFd,
-        unix::{ffi::OsStrExt, net::UnixListener, net::UnixStream},
+        unix::{ffi::OsStrExt, net::UnixListener, net::UnixStream, process::ExitStatusExt},
     },
     path::{Path, PathBuf},
     process::{Child, Stdio},
@@ -27,7 +27,7 @@ use crate::{
     guest::{self, Machine},
     kernel::Kernel,
     klog::{self, Complaint},
-    progress::Step,
+    progress::{Step, note},
     rxe,
     sandbox::{self, Mount},
     terminal::Raw,
@@ -96,27 +96,48 @@ pub struct Job {
 
 /// When the command is to have ended.
 #[derive(Debug, Clone, Default)]
-pub struct Deadline(Arc<Mutex<Option<(Instant, Duration)>>>);
+pub struct Deadline(Arc<Mutex<Limit>>);
+
+#[derive(Debug, Default)]
+struct Limit {
+    /// When the time is over, and how much it was.
+    over: Option<(Instant, Duration)>,
+    /// Whoever set the limit has no use for the command any more; why, in words.
+    vain: Option<String>,
+}
 
 impl Deadline {
     /// From now on, `limit`.
     pub fn set(&self, limit: Option<Duration>) {
         if let Ok(mut deadline) = self.0.lock() {
-            *deadline = limit.map(|limit| (Instant::now() + limit, limit));
+            deadline.over = limit.map(|limit| (Instant::now() + limit, limit));
         }
     }
 
     /// The same limit, from now on.
     pub fn again(&self) {
         if let Ok(mut deadline) = self.0.lock() {
-            *deadline = deadline.map(|(_, limit)| (Instant::now() + limit, limit));
+            deadline.over = deadline
+                .over
+                .map(|(_, limit)| (Instant::now() + limit, limit));
         }
     }
 
-    /// The limit, if it is over.
-    fn missed(&self) -> Option<Duration> {
+    /// The command's end is not waited for any more.
+    pub fn give_up(&self, why: String) {
+        if let Ok(mut deadline) = self.0.lock() {
+            deadline.vain = Some(why);
+        }
+    }
+
+    /// How the command has ended, if it is over.
+    fn missed(&self) -> Option<Ending> {
         let deadline = self.0.lock().ok()?;
-        deadline.and_then(|(at, limit)| (Instant::now() >= at).then_some(limit))
+        if let Some(why) = &deadline.vain {
+            return Some(Ending::Died(why.clone()));
+        }
+        let (at, limit) = deadline.over?;
+        (Instant::now() >= at).then_some(Ending::TimedOut(limit))
     }
 }
 
@@ -156,6 +177,8 @@ pub enum Ending {
     TimedOut(Duration),
     /// The guest ended, or never got as far as the command; why, in words.
     Died(String),
+    /// QEMU itself crashed, which says nothing of what ran in the guest; its last words.
+    Crashed(String),
 }
 
 /// What is known after a run.
@@ -177,7 +200,7 @@ impl Outcome {
             Ending::Exit(_) if !self.complaints.is_empty() => 125,
             Ending::Exit(status) => *status,
             Ending::TimedOut(_) => 124,
-            Ending::Died(_) => 125,
+            Ending::Died(_) | Ending::Crashed(_) => 125,
         }
     }
 
@@ -209,13 +232,25 @@ impl Outcome {
                 "peerbuf-lab: the command did not end within {} s (--timeout); the guest was ended\n",
                 limit.as_secs()
             ),
-            Ending::Died(why) => format!(
+            Ending::Died(why) | Ending::Crashed(why) => format!(
                 "peerbuf-lab: {why}; the last lines of its console:\n{}",
                 sandbox::tail(&self.console.replace('\r', ""), 50)
             ),
         }
     }
 }
+
+/// QEMU crashed before there was a guest.
+#[derive(Debug)]
+struct CrashedAtOnce(i32);
+
+impl std::fmt::Display for CrashedAtOnce {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "QEMU itself crashed (signal {}) at once", self.0)
+    }
+}
+
+impl std::error::Error for CrashedAtOnce {}
 
 /// A guest that has been started and its connections.
 struct Guest {
@@ -234,15 +269,51 @@ impl Drop for Guest {
     }
 }
 
+/// How often a guest is started whose QEMU crashes before the command begins.
+const STARTS: u32 = 3;
+
+/// Starts a guest and waits for its command to begin, or for what came instead. Where QEMU itself crashes
+/// meanwhile, it is started again: QEMU 10's translation now and then loses its way
+/// (`iotlb_to_section`) while one processor moves a BAR and another one reads.
+fn boot(ground: &Ground, job: &Job) -> Result<(Guest, Receiver<Event>, Option<Ending>)> {
+    let mut starts = 1;
+    loop {
+        let mut guest = match start(ground, job) {
+            Err(error) if error.is::<CrashedAtOnce>() && starts < STARTS => {
+                note(format_args!("{error}; starting the guest again"));
+                starts += 1;
+                continue;
+            }
+            guest => guest?,
+        };
+        let told = listen(guest.take_port("control")?);
+        let instead = match told.recv_timeout(job.boot_limit) {
+            Ok(Event::Start) => None,
+            Ok(_) | Err(RecvTimeoutError::Disconnected) => {
+                Some(guest.ended("before the command began"))
+            }
+            Err(RecvTimeoutError::Timeout) => Some(Ending::Died(format!(
+                "the guest did not come to the command within {} s",
+                job.boot_limit.as_secs()
+            ))),
+        };
+        match &instead {
+            Some(Ending::Crashed(why)) if starts < STARTS => {
+                note(format_args!("{why}; starting the guest again"));
+                starts += 1;
+            }
+            _ => return Ok((guest, told, instead)),
+        }
+    }
+}
+
 /// Runs `job` to its end.
 ///
 /// # Errors
 /// When the guest could not even be started. A guest that dies is an outcome, not an error.
 pub fn run(ground: &Ground, job: &Job, streams: Streams) -> Result<Outcome> {
     let step = Step::start_on_terminal("starting a guest");
-    let mut guest = start(ground, job)?;
-    let control = guest.take_port("control")?;
-    let told = listen(control);
+    let (mut guest, told, instead) = boot(ground, job)?;
     if job.machine.events {
         let (port, monitor) = (
             guest.take_port(guest::EVENTS)?,
@@ -271,8 +342,8 @@ pub fn run(ground: &Ground, job: &Job, streams: Streams) -> Result<Outcome> {
     }
 
     let mut complaints = Vec::new();
-    let mut ending = match told.recv_timeout(job.boot_limit) {
-        Ok(Event::Start) => {
+    let mut ending = match instead {
+        None => {
             step.done();
             let _raw = job.machine.shell.then(Raw::enter);
             if let Some((from, to)) = stdin {
@@ -280,15 +351,12 @@ pub fn run(ground: &Ground, job: &Job, streams: Streams) -> Result<Outcome> {
                 carry_in(from, to);
             }
             job.deadline.set(job.timeout);
-            wait_for_exit(&told, &job.deadline)
+            match wait_for_exit(&told, &job.deadline) {
+                Some(ending) => ending,
+                None => guest.ended("before the command did"),
+            }
         }
-        Ok(_) | Err(RecvTimeoutError::Disconnected) => {
-            Ending::Died("the guest ended before the command began".into())
-        }
-        Err(RecvTimeoutError::Timeout) => Ending::Died(format!(
-            "the guest did not come to the command within {} s",
-            job.boot_limit.as_secs()
-        )),
+        Some(ending) => ending,
     };
     if let Ending::Exit(status) = ending {
         let limit = job.boot_limit;
@@ -313,7 +381,7 @@ pub fn run(ground: &Ground, job: &Job, streams: Streams) -> Result<Outcome> {
         let _ = output.join();
     }
     let mut console = read_lossy(&guest.dir.path().join("console"));
-    if console.is_empty() && matches!(ending, Ending::Died(_)) {
+    if console.is_empty() && matches!(ending, Ending::Died(_) | Ending::Crashed(_)) {
         console = read_lossy(&guest.dir.path().join("qemu"));
     }
     Ok(Outcome {
@@ -327,16 +395,17 @@ fn read_lossy(path: &Path) -> String {
     String::from_utf8_lossy(&fs::read(path).unwrap_or_default()).into_owned()
 }
 
-fn wait_for_exit(events: &Receiver<Event>, deadline: &Deadline) -> Ending {
+/// How the command ended; `None` if the guest did before it.
+fn wait_for_exit(events: &Receiver<Event>, deadline: &Deadline) -> Option<Ending> {
     loop {
         match events.recv_timeout(Duration::from_millis(100)) {
-            Ok(Event::Exit(status)) => return Ending::Exit(status),
+            Ok(Event::Exit(status)) => return Some(Ending::Exit(status)),
             Err(RecvTimeoutError::Timeout) => {
-                if let Some(limit) = deadline.missed() {
-                    return Ending::TimedOut(limit);
+                if let Some(ending) = deadline.missed() {
+                    return Some(ending);
                 }
             }
-            _ => return Ending::Died("the guest ended before the command did".into()),
+            _ => return None,
         }
     }
 }
@@ -423,6 +492,26 @@ fn carry_in(mut from: Box<dyn Read + Send>, mut to: UnixStream) {
 }
 
 impl Guest {
+    /// Why it is over, for a guest whose connections have closed.
+    fn ended(&mut self, when: &str) -> Ending {
+        // They close before the process is quite dead.
+        let end = Instant::now() + Duration::from_secs(10);
+        while Instant::now() < end {
+            if let Ok(Some(status)) = self.child.try_wait() {
+                let Some(signal) = status.signal() else {
+                    break;
+                };
+                let said = read_lossy(&self.dir.path().join("qemu"));
+                let last = said.lines().last().unwrap_or_default();
+                return Ending::Crashed(format!(
+                    "QEMU itself crashed (signal {signal}) {when}: {last:?}"
+                ));
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+        Ending::Died(format!("the guest ended {when}"))
+    }
+
     fn take_port(&mut self, name: &str) -> Result<UnixStream> {
         match self.ports.iter().position(|(n, _)| *n == name) {
             Some(at) => Ok(self.ports.swap_remove(at).1),
@@ -496,7 +585,11 @@ fn start(ground: &Ground, job: &Job) -> Result<Guest> {
                 guest.ports.push((name, stream));
             }
             Err(e) if e.kind() == ErrorKind::WouldBlock => {
-                if guest.child.try_wait()?.is_some() || Instant::now() > deadline {
+                let ended = guest.child.try_wait()?;
+                if let Some(signal) = ended.and_then(|status| status.signal()) {
+                    return Err(CrashedAtOnce(signal).into());
+                }
+                if ended.is_some() || Instant::now() > deadline {
                     let said = read_lossy(&path.join("qemu"));
                     bail!(
                         "QEMU did not start a guest; it said:\n{}",

@@ -7,12 +7,12 @@
 //! test = "kmod"                         # tests/lab/tests/kmod.rs
 //! options = ["--topology", "switch"]    # as for cargo lab run
 //! where = "guest"                       # or "host": runs here, with PEERBUF_LAB set
-//! kernel = "any"                        # or "stock", "debug": runs with that one only; "each", "asked"
+//! kernel = "any"                        # or "stock", "debug": runs with that one only; or "each"
 //! ```
 //!
 //! A call that names neither a kernel nor a test runs everything on the stock kernel, and then on the
 //! debug one what is for "debug" or for "each", and of the rest some: those that passed there longest
-//! ago, as many as fit into the time for it. So all take turns, but for those that are for "asked".
+//! ago, as many as fit into the time for it. So all take turns.
 //!
 //! A test program may have several runs. Runs with the same options share a guest, one after the
 //! other (`tests/lab/init/suite` gives each a fresh peerbuf.ko); as many guests as are worth their
@@ -60,8 +60,6 @@ pub enum With {
     /// With each that a person chooses.
     #[default]
     Any,
-    /// As `Any`, but without a turn on the instrumented kernel where a person chooses none.
-    Asked,
     /// As `Any`, and always with both where a person chooses none.
     Each,
     /// With a distribution's.
@@ -113,6 +111,8 @@ struct Work {
     tests: Vec<String>,
     /// How long it took the last time.
     expected: Duration,
+    /// A QEMU has crashed under it.
+    again: bool,
 }
 
 /// Runs with the same options, which can share guests.
@@ -189,15 +189,16 @@ impl Runner<'_> {
         let Some(time) = self.in_turn else {
             return runs;
         };
-        runs.retain(|run| run.kernel != With::Asked);
         let (others, mut chosen): (Vec<Run>, Vec<Run>) =
             runs.into_iter().partition(|run| run.kernel == With::Any);
         let (all, always) = (others.len(), chosen.len());
         let time = time * u32::try_from(self.at_once).unwrap_or(u32::MAX);
         take_turns(others, &mut chosen, self.history, time, self.boot());
         note(format_args!(
-            "{always} runs that are always made with it, and {} of {all} others, which take turns",
-            chosen.len() - always
+            "{always} runs that are always made with it, and {} of {all} others, which take turns \
+             ({} s of guests' time this time)",
+            chosen.len() - always,
+            time.as_secs()
         ));
         chosen
     }
@@ -257,6 +258,7 @@ impl Runner<'_> {
                 run,
                 file: program.file.clone(),
                 tests,
+                again: false,
             });
         }
         if groups.is_empty() {
@@ -357,6 +359,22 @@ impl Runner<'_> {
         let outcome = outcome.unwrap_or_else(|_| Err(anyhow!("the lab itself failed")));
         let name = |work: &Work| work.run.name();
         match (outcome, broken_off) {
+            // The kernel's log of what was done is lost with it, too.
+            (Ok(outcome), broken_off)
+                if matches!(outcome.ending, Ending::Crashed(_))
+                    && !done.iter().any(|work| work.again)
+                    && !broken_off.as_ref().is_some_and(|(work, _)| work.again) =>
+            {
+                done.extend(broken_off.map(|(work, _)| work));
+                let names: Vec<_> = done.iter().map(name).collect();
+                let what = outcome.report_of_ending();
+                note(format_args!("{what}running again: {}", names.join(", ")));
+                let again = done.into_iter().map(|work| Work {
+                    again: true,
+                    ..work
+                });
+                lock(groups)[n].waiting.extend(again);
+            }
             (Ok(outcome), broken_off) => {
                 if let Some((work, output)) = &broken_off {
                     self.history.failed(&name(work));
@@ -806,6 +824,7 @@ mod tests {
             file: format!("/t/{name}-1").into(),
             tests: vec![],
             expected: Duration::from_secs(seconds),
+            again: false,
         }
     }
 

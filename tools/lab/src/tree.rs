@@ -192,6 +192,8 @@ impl Tree {
         }
         let what = format!("adding {} to the guest's packages", packages.join(", "));
         cache.entry(recipe, &what, |dir| {
+            // For people who look into the cache.
+            fs::write(dir.join("packages"), packages.join("\n") + "\n")?;
             let (upper, work) = (dir.join("upper"), dir.join("work"));
             let merged = dir.join("merged");
             for d in [&upper, &work, &merged] {
@@ -214,8 +216,7 @@ impl Tree {
                 .run("installing the packages of --with")?;
             remove_tree(&work)?;
             remove_tree(&merged)?;
-            // For people who look into the cache.
-            Ok(fs::write(dir.join("packages"), packages.join("\n") + "\n")?)
+            Ok(())
         })
     }
 }
