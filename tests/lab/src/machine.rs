@@ -172,7 +172,8 @@ pub fn expect(words: &str) {
     fs::write("/dev/kmsg", format!("peerbuf-lab: expect: {words}")).expect("the kernel's log");
 }
 
-/// vfio-pci loses the list of each mapping of a dma-buf of its own (docs/exporter.md), which kmemleak finds.
+/// vfio-pci loses the list of each mapping of a dma-buf of its own (docs/exporter.md), which kmemleak finds
+/// and whose trace names this function as long as its module is there (`init/suite` leaves it).
 pub fn expect_what_vfio_loses() {
     expect("vfio_pci_dma_buf_map");
 }
