@@ -15,8 +15,9 @@ use crate::{progress::Step, sandbox};
 /// Set in the environment once the lab has entered a user namespace of its own.
 const IN_USER_NAMESPACE: &str = "PEERBUF_LAB_IN_USER_NAMESPACE";
 
-/// How many guests run at a time where there are several to run. A guest has two processors, of which it
-/// mostly uses one, and not all the time: so one more than the host has, if its memory allows.
+/// How many guests run at a time where there are several to run: as many as the host has processors, if its
+/// memory allows. A guest has two processors and mostly uses one; with one guest more than that, on two
+/// processors, everything took twice as long, since a processor that holds a lock is the one that waits.
 pub fn guests_at_once() -> usize {
     let cores = std::thread::available_parallelism().map_or(2, |n| n.get());
     let memory = fs::read_to_string("/proc/meminfo").unwrap_or_default();
@@ -25,7 +26,7 @@ pub fn guests_at_once() -> usize {
         .find_map(|line| line.strip_prefix("MemAvailable:"))
         .and_then(|rest| rest.split_whitespace().next()?.parse::<usize>().ok());
     let room = available.map_or(2, |kib| kib / GUEST_KIB);
-    (cores + 1).min(room).clamp(1, 4)
+    cores.min(room).clamp(1, 4)
 }
 
 /// What a guest takes of the host's memory at most, for the most part.
