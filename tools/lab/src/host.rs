@@ -16,8 +16,8 @@ use crate::{progress::Step, sandbox};
 const IN_USER_NAMESPACE: &str = "PEERBUF_LAB_IN_USER_NAMESPACE";
 
 /// How many guests run at a time where there are several to run: as many as the host has processors, if its
-/// memory allows. A guest has two processors and mostly uses one; with one guest more than that, on two
-/// processors, everything took twice as long, since a processor that holds a lock is the one that waits.
+/// memory allows. A guest has two processors and mostly uses one; with a third guest on two processors the
+/// longest runs took twice as long.
 pub fn guests_at_once() -> usize {
     let cores = std::thread::available_parallelism().map_or(2, |n| n.get());
     let memory = fs::read_to_string("/proc/meminfo").unwrap_or_default();

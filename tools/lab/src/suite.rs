@@ -360,15 +360,18 @@ impl Runner<'_> {
         let name = |work: &Work| work.run.name();
         match (outcome, broken_off) {
             // The kernel's log of what was done is lost with it, too.
-            (Ok(outcome), broken_off)
-                if matches!(outcome.ending, Ending::Crashed(_))
-                    && !done.iter().any(|work| work.again)
-                    && !broken_off.as_ref().is_some_and(|(work, _)| work.again) =>
+            (
+                Ok(Outcome {
+                    ending: Ending::Crashed(why),
+                    ..
+                }),
+                broken_off,
+            ) if !done.iter().any(|work| work.again)
+                && !broken_off.as_ref().is_some_and(|(work, _)| work.again) =>
             {
                 done.extend(broken_off.map(|(work, _)| work));
                 let names: Vec<_> = done.iter().map(name).collect();
-                let what = outcome.report_of_ending();
-                note(format_args!("{what}running again: {}", names.join(", ")));
+                note(format_args!("{why}; running again: {}", names.join(", ")));
                 let again = done.into_iter().map(|work| Work {
                     again: true,
                     ..work
@@ -882,16 +885,79 @@ mod tests {
         assert_eq!(all, ["one\n\n", "two\n\n", "rest: thr"]);
     }
 
-    #[test]
-    fn guests_go_where_they_are_worth_their_boot() {
-        let group = |works: Vec<Work>| Group {
+    fn group(works: Vec<Work>) -> Group {
+        Group {
             place: Place::Guest,
             options: vec![],
             args: guest_args(&works[0].run).unwrap(),
             files: vec![],
             waiting: works,
             guests: 0,
+        }
+    }
+
+    /// Runs a program of one passing test after the other in guests of which the first `crashes` lose
+    /// their QEMU in the second program. Returns how many guests it took, and (passed, failed).
+    fn with_crashes(crashes: u32) -> (u32, u32, u32) {
+        let directory = tempfile::tempdir().unwrap();
+        let cache = crate::cache::Cache::at(directory.path()).unwrap();
+        let guests = Mutex::new(0);
+        let in_guest = |_: &GuestArgs, _: &[PathBuf], streams: Streams, _: &Deadline| {
+            let crashes = {
+                let mut guests = lock(&guests);
+                *guests += 1;
+                *guests <= crashes
+            };
+            let (mut out, programs) = (streams.stdout, streams.stdin.unwrap());
+            let mut programs = io::BufRead::lines(io::BufReader::new(programs));
+            let mut ran = 0;
+            while programs.next().is_some() {
+                ran += 1;
+                if crashes && ran == 2 {
+                    break;
+                }
+                let text = "test a ... ok\ntest result: ok. 1 passed; 0 failed\n\n\x1e ended 0\n";
+                out.write_all(text.as_bytes())?;
+            }
+            let mut outcome = complained(vec![]);
+            if crashes {
+                outcome.ending = Ending::Crashed("QEMU itself crashed".into());
+            }
+            Ok(outcome)
         };
+        let runner = Runner {
+            project: &Project::find().unwrap(),
+            debug: false,
+            in_turn: None,
+            history: &History::of(&cache, false),
+            at_once: 1,
+            in_guest: &in_guest,
+        };
+        let groups = Mutex::new(vec![group(vec![work("a", 1), work("b", 2)])]);
+        let total = Mutex::new((0, 0));
+        let tell = |verdict: Verdict| {
+            let mut total = lock(&total);
+            *total = (total.0 + verdict.passed, total.1 + verdict.failed);
+        };
+        while let Some((n, first)) = next_group(&groups, runner.boot()) {
+            runner.work(&groups, n, first, &tell);
+            lock(&groups)[n].guests -= 1;
+        }
+        let (guests, (passed, failed)) = (*lock(&guests), *lock(&total));
+        (guests, passed, failed)
+    }
+
+    #[test]
+    fn what_ran_in_a_guest_whose_qemu_crashed_runs_once_more_and_not_twice() {
+        assert_eq!(with_crashes(0), (1, 2, 0));
+        // The first program, both once more.
+        assert_eq!(with_crashes(1), (2, 3, 0));
+        // The first one twice; the second one broke off each time.
+        assert_eq!(with_crashes(2), (2, 2, 1));
+    }
+
+    #[test]
+    fn guests_go_where_they_are_worth_their_boot() {
         let groups = Mutex::new(vec![
             group(vec![work("a", 5), work("b", 9)]),
             group(vec![work("c", 1), work("d", 30), work("e", 40)]),
