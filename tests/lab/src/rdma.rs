@@ -10,10 +10,14 @@ use peerbuf::import::rdma::{
 use peerbuf::{Access, Buffer, BufferRange};
 
 use crate::bytes::{get, put};
+use crate::machine::seconds;
 use crate::node::Node;
 
-/// For one request: what never ends is noticed, even on the debug kernel, where some take a minute.
-pub const LIMIT: Duration = Duration::from_secs(150);
+/// For one request.
+pub fn limit() -> Duration {
+    seconds(30)
+}
+
 /// The other end may read and write.
 pub const ALL: Option<Access> = Some(Access::ReadWrite);
 
@@ -129,19 +133,19 @@ pub fn exercise(card: &Card, under: &Under) {
     // An RDMA write, then one with a number.
     put(&other, &bytes(1));
     here.write(&piece, &remote, None).unwrap();
-    assert_eq!(good(here.wait(LIMIT).unwrap()), length);
+    assert_eq!(good(here.wait(limit()).unwrap()), length);
     registration.deliver(0, length).unwrap();
     check(1, "write");
     put(&other, &bytes(2));
     there.receive(None).unwrap();
     here.write(&piece, &remote, Some(0xfeed_beef)).unwrap();
-    let told = there.wait(LIMIT).unwrap();
+    let told = there.wait(limit()).unwrap();
     assert_eq!(
         (told.operation, told.immediate),
         (Operation::Receive, Some(0xfeed_beef))
     );
     assert_eq!(good(told), length);
-    good(here.wait(LIMIT).unwrap());
+    good(here.wait(limit()).unwrap());
     registration.deliver(0, length).unwrap();
     check(2, "write with a number");
 
@@ -149,7 +153,7 @@ pub fn exercise(card: &Card, under: &Under) {
     put(range, &bytes(3));
     registration.refresh(0, length).unwrap();
     here.read(&piece, &remote).unwrap();
-    assert_eq!(good(here.wait(LIMIT).unwrap()), length);
+    assert_eq!(good(here.wait(limit()).unwrap()), length);
     assert!(get(&other) == bytes(3), "read");
 
     // Sent to it, by polling.
@@ -171,24 +175,24 @@ pub fn exercise(card: &Card, under: &Under) {
         }
     );
     assert_eq!(good(arrived), length);
-    good(here.wait(LIMIT).unwrap());
+    good(here.wait(limit()).unwrap());
     check(4, "send to it");
 
     // Sent from it, with a number, and written from it.
     put(range, &bytes(5));
     here.receive(Some(&piece)).unwrap();
     there.send(&whole, Some(5)).unwrap();
-    assert_eq!(here.wait(LIMIT).unwrap().immediate, Some(5));
-    good(there.wait(LIMIT).unwrap());
+    assert_eq!(here.wait(limit()).unwrap().immediate, Some(5));
+    good(there.wait(limit()).unwrap());
     assert!(get(&other) == bytes(5), "send from it");
     put(range, &bytes(6));
     there.write(&whole, &mine.remote().unwrap(), None).unwrap();
-    good(there.wait(LIMIT).unwrap());
+    good(there.wait(limit()).unwrap());
     assert!(get(&other) == bytes(6), "write from it");
     // Read into it.
     put(&other, &bytes(7));
     there.read(&whole, &mine.remote().unwrap()).unwrap();
-    good(there.wait(LIMIT).unwrap());
+    good(there.wait(limit()).unwrap());
     check(7, "read into it");
 }
 

@@ -12,7 +12,7 @@ use rand::RngExt;
 /// How often something is killed: enough to meet every step, and on the debug kernel, where each round takes
 /// five times as long, some of them each time.
 fn rounds() -> u32 {
-    if is_debug_kernel() { 30 } else { 60 }
+    if is_debug_kernel() { 30 } else { 100 }
 }
 
 /// How long the process that is left may take to notice.

@@ -12,7 +12,7 @@ use peerbuf_lab_suite::bytes::{get, put};
 use peerbuf_lab_suite::fabric::{
     self, Engine, KEY, OTHER_KEY, PROVIDERS, VERSION, buffers, exercise_each_rung, exercise_edges,
 };
-use peerbuf_lab_suite::rdma::{ALL, LIMIT, bar, device, random};
+use peerbuf_lab_suite::rdma::{ALL, bar, device, limit, random};
 
 const PAGE: &str = include_str!("../../../docs/libfabric.md");
 
@@ -168,7 +168,7 @@ fn a_registration_of_a_revoked_buffer_is_refused_before_the_provider_sees_it() {
         let registration = domain.register(&buffer.whole(), ALL, KEY).unwrap();
         let generation = registration.generation().unwrap();
         registration.remote(0, 4096).unwrap();
-        assert!(device.revoke(dmabuf, LIMIT).unwrap().is_complete());
+        assert!(device.revoke(dmabuf, limit()).unwrap().is_complete());
         for _ in 0..2 {
             let [local, remote] = [
                 registration.local(0, 4096).map(drop),

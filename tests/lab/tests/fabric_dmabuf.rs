@@ -9,7 +9,7 @@ use peerbuf_lab_suite::fabric::{
     self, Engine, KEY, OTHER_KEY, VERSION, as_if_librxe_took_dma_bufs, exercise_each_rung,
     exercise_edges,
 };
-use peerbuf_lab_suite::rdma::{ALL, LIMIT, bar, device, random, takes_dma_bufs};
+use peerbuf_lab_suite::rdma::{ALL, bar, device, limit, random, takes_dma_bufs};
 
 const PAGE: &str = include_str!("../../../docs/libfabric.md");
 const PROVIDERS: [&str; 2] = ["verbs;ofi_rxm", "verbs"];
@@ -65,7 +65,7 @@ fn a_revoked_dma_buf_is_refused_before_the_provider_sees_it_and_by_the_card() {
             target.remote(0, 4096).unwrap(),
         );
         let dmabuf = buffer.dmabuf().unwrap();
-        assert!(device.revoke(dmabuf, LIMIT).unwrap().is_complete());
+        assert!(device.revoke(dmabuf, limit()).unwrap().is_complete());
         assert!(matches!(target.check(), Err(RdmaError::Stale { .. })));
         // With what was shown to the peer before.
         let failed = engine.write(0, piece, shown).unwrap_err();

@@ -15,7 +15,7 @@ use peerbuf_lab_suite::bytes::{get, put};
 use peerbuf_lab_suite::machine::is_debug_kernel;
 use peerbuf_lab_suite::node::Node;
 use peerbuf_lab_suite::rdma::{
-    ALL, LIMIT, Under, bar, card, connected, device, exercise, expected, good, random,
+    ALL, Under, bar, card, connected, device, exercise, expected, good, limit, random,
     takes_dma_bufs,
 };
 
@@ -170,7 +170,7 @@ fn offsets_and_lengths_are_the_ranges_at_every_edge_of_a_page() {
 fn written(connection: &mut Connection, from: &Registration, to: &Remote) -> Status {
     let piece = from.slice(0, to.len()).unwrap();
     connection.write(&piece, to, None).unwrap();
-    let completion = connection.wait(LIMIT).unwrap();
+    let completion = connection.wait(limit()).unwrap();
     completion.result.unwrap_err().status
 }
 
@@ -216,7 +216,7 @@ fn wrong_keys_and_ranges_are_refused_and_others_unharmed() {
         here.write(&piece, &right.slice(0, 16).unwrap(), None)
             .unwrap();
         assert_eq!(
-            here.wait(LIMIT).unwrap().result.unwrap_err().status,
+            here.wait(limit()).unwrap().result.unwrap_err().status,
             Status::FLUSHED
         );
     }
@@ -236,7 +236,7 @@ fn wrong_keys_and_ranges_are_refused_and_others_unharmed() {
     unharmed
         .write(&piece, &right.slice(0, 16).unwrap(), None)
         .unwrap();
-    assert_eq!(good(unharmed.wait(LIMIT).unwrap()), 16);
+    assert_eq!(good(unharmed.wait(limit()).unwrap()), 16);
 
     // Before the card sees it.
     let refused = unharmed.write(&piece, &right.slice(0, 17).unwrap(), None);
@@ -271,7 +271,7 @@ fn a_registration_of_a_revoked_buffer_is_refused_before_the_card_sees_it() {
         let registration = card.register_by(&buffer.whole(), ALL, &[rung]).unwrap();
         let generation = registration.generation().unwrap();
         registration.check().unwrap();
-        assert!(device.revoke(dmabuf, LIMIT).unwrap().is_complete());
+        assert!(device.revoke(dmabuf, limit()).unwrap().is_complete());
         let piece = registration.slice(0, 4096).unwrap();
         for _ in 0..2 {
             let refused = here
@@ -293,7 +293,7 @@ fn a_registration_of_a_revoked_buffer_is_refused_before_the_card_sees_it() {
         assert!(again.generation().unwrap() > generation);
         let piece = again.slice(0, 4096).unwrap();
         here.write(&piece, &other.remote().unwrap(), None).unwrap();
-        good(here.wait(LIMIT).unwrap());
+        good(here.wait(limit()).unwrap());
     }
 }
 
@@ -323,7 +323,7 @@ fn a_registered_dma_buf_does_not_move_and_a_staged_one_does() {
         let piece = from.slice(0, 64 << 10).unwrap();
         here.write(&piece, &registration.remote().unwrap(), None)
             .unwrap();
-        good(here.wait(LIMIT).unwrap());
+        good(here.wait(limit()).unwrap());
         registration.deliver(0, 64 << 10).unwrap();
         assert!(get(&buffer.whole()) == random(64 << 10, 3), "{rung}");
     }
@@ -339,7 +339,7 @@ fn a_lent_buffer_that_is_lent_no_more_is_stale() {
     let subscriber = std::thread::spawn(move || Subscriber::new(theirs).unwrap());
     publisher.serve_for(Duration::from_millis(200)).unwrap();
     let subscriber = subscriber.join().unwrap();
-    let lease = subscriber.buffer_within("lent", LIMIT).unwrap();
+    let lease = subscriber.buffer_within("lent", limit()).unwrap();
     let card = card();
     let registration = card.register(&lease.whole(), ALL).unwrap();
     assert_eq!(registration.generation(), Some(1));
@@ -365,13 +365,13 @@ fn things_can_be_dropped_in_any_order_with_work_in_flight() {
             // The registrations first: work in flight keeps this end's.
             0 => {
                 drop((source, from));
-                good(here.wait(LIMIT).unwrap());
+                good(here.wait(limit()).unwrap());
                 drop((to, here, there));
             }
             // The other end's first: what comes after is refused.
             1 => {
                 drop(to);
-                while here.wait(LIMIT).unwrap().result.is_ok() {
+                while here.wait(limit()).unwrap().result.is_ok() {
                     assert_ne!(here.in_flight(), 0, "a write without a registration");
                 }
                 drop((there, here, from, source));
@@ -380,7 +380,7 @@ fn things_can_be_dropped_in_any_order_with_work_in_flight() {
             2 => drop((here, there, from, to, source)),
             // Stopped in an orderly way: each request comes back, once.
             _ => {
-                let back = here.drain(LIMIT).unwrap();
+                let back = here.drain(limit()).unwrap();
                 assert_eq!(back.len(), 8);
                 assert_eq!(here.in_flight(), 0);
             }

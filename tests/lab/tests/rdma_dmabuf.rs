@@ -10,7 +10,7 @@ use peerbuf::export::{memfd, udmabuf};
 use peerbuf::import::rdma::{Card, Remote, Rung, Status};
 use peerbuf_lab_suite::bytes::{get, put};
 use peerbuf_lab_suite::node::{Node, assert_all_free};
-use peerbuf_lab_suite::rdma::{ALL, LIMIT, bar, card, connected, device, good, random};
+use peerbuf_lab_suite::rdma::{ALL, bar, card, connected, device, good, limit, random};
 
 const GIB: u64 = 1 << 30;
 const BOUND: u64 = 4 * GIB;
@@ -42,7 +42,7 @@ fn a_revoke_in_mid_transfer_ends_it_with_an_error_and_nothing_else_changes() {
             while !begun.load(Ordering::Acquire) {
                 std::thread::yield_now();
             }
-            device.revoke(dmabuf, LIMIT).unwrap()
+            device.revoke(dmabuf, limit()).unwrap()
         });
         let mut failed_at = None;
         for n in 0..CHUNKS {
@@ -52,7 +52,7 @@ fn a_revoke_in_mid_transfer_ends_it_with_an_error_and_nothing_else_changes() {
             if n == 3 {
                 begun.store(true, Ordering::Release);
             }
-            match here.wait(LIMIT).unwrap().result {
+            match here.wait(limit()).unwrap().result {
                 Ok(_) => {}
                 Err(error) => {
                     assert_eq!(error.status, Status::REMOTE_ACCESS, "{error}");
@@ -75,7 +75,7 @@ fn a_revoke_in_mid_transfer_ends_it_with_an_error_and_nothing_else_changes() {
         None,
     );
     assert!(matches!(refused, Err(RdmaError::Stale { .. })));
-    there.drain(LIMIT).unwrap();
+    there.drain(limit()).unwrap();
 
     // The key is nobody else's while the registration is there.
     let slot = |remote: &Remote| remote.to_bytes()[16..19].to_vec();
@@ -99,7 +99,7 @@ fn a_revoke_in_mid_transfer_ends_it_with_an_error_and_nothing_else_changes() {
     let (mut here, _there) = connected(&card, 4);
     let all = source.slice(0, CHUNK * CHUNKS).unwrap();
     here.write(&all, &again.remote().unwrap(), None).unwrap();
-    good(here.wait(LIMIT).unwrap());
+    good(here.wait(limit()).unwrap());
     assert!(get(&buffer.whole()) == new);
 }
 
@@ -111,7 +111,7 @@ fn write(card: &Card, to: &Remote) -> Result<u64, Status> {
     let (mut here, _peer) = connected(card, 4);
     let piece = source.slice(0, to.len()).unwrap();
     here.write(&piece, to, None).unwrap();
-    let done = here.wait(LIMIT).unwrap();
+    let done = here.wait(limit()).unwrap();
     done.result.map_err(|error| error.status)
 }
 
@@ -147,7 +147,7 @@ fn a_registration_longer_than_4_gib_is_used_to_its_last_byte_and_no_further() {
         put(&other, &random(PIECE, seed));
         let to = remote.slice(place, PIECE).unwrap();
         here.write(&piece, &to, None).unwrap();
-        assert_eq!(good(here.wait(LIMIT).unwrap()), PIECE);
+        assert_eq!(good(here.wait(limit()).unwrap()), PIECE);
     }
     let holds = |seeds: [u64; 5], what: &str| {
         for (n, seed) in seeds.into_iter().enumerate() {
@@ -158,7 +158,7 @@ fn a_registration_longer_than_4_gib_is_used_to_its_last_byte_and_no_further() {
     for (seed, place) in (1..).zip(places) {
         let from = remote.slice(place, PIECE).unwrap();
         here.read(&piece, &from).unwrap();
-        good(here.wait(LIMIT).unwrap());
+        good(here.wait(limit()).unwrap());
         assert!(get(&other) == random(PIECE, seed), "read at {place:#x}");
     }
     // By this end: from the last pages to the first, and across the bound to the last.
@@ -170,7 +170,7 @@ fn a_registration_longer_than_4_gib_is_used_to_its_last_byte_and_no_further() {
         there
             .write(&from, &remote.slice(to, length).unwrap(), None)
             .unwrap();
-        assert_eq!(good(there.wait(LIMIT).unwrap()), length);
+        assert_eq!(good(there.wait(limit()).unwrap()), length);
     }
     let half = PIECE as usize / 2;
     let across = [&random(PIECE, 3)[half..], &random(PIECE, 4)[..half]].concat();
@@ -180,7 +180,7 @@ fn a_registration_longer_than_4_gib_is_used_to_its_last_byte_and_no_further() {
     there
         .read(&all.slice(BOUND - PIECE, PIECE).unwrap(), &last)
         .unwrap();
-    good(there.wait(LIMIT).unwrap());
+    good(there.wait(limit()).unwrap());
     holds([5, 2, 6, 4, 6], "by this end");
 
     // What would be inside if a number were cut to 32 bits.

@@ -17,7 +17,7 @@ use peerbuf_lab_suite::bytes::{get, put};
 use peerbuf_lab_suite::machine::{Machine, seconds};
 use peerbuf_lab_suite::node::{Child, MIB, Node, assert_all_free, in_child};
 use peerbuf_lab_suite::pci::wait_until;
-use peerbuf_lab_suite::rdma::{ALL, LIMIT, bar, card, good, random};
+use peerbuf_lab_suite::rdma::{ALL, bar, card, good, limit, random};
 use rustix::process::{Signal, set_parent_process_death_signal};
 
 /// An end that has gone is noticed after some seven seconds; a busy host has more.
@@ -85,7 +85,7 @@ impl Other {
     /// Not to be called while this process has a card open, whose end the child would put off.
     fn start(kind: &str) -> Other {
         let (channel, theirs) = UnixStream::pair().unwrap();
-        channel.set_read_timeout(Some(LIMIT)).unwrap();
+        channel.set_read_timeout(Some(limit())).unwrap();
         let child = in_child(|| {
             set_parent_process_death_signal(Some(Signal::KILL)).unwrap();
             Other::run(&theirs, kind);
@@ -116,7 +116,7 @@ impl Other {
         if let Some(operation) = does {
             begin(&mut connection, operation, &registration, &remote);
             for _ in 0..CHUNKS {
-                good(connection.wait(LIMIT).unwrap());
+                good(connection.wait(limit()).unwrap());
                 channel.write_all(&[1]).unwrap();
             }
         }
@@ -235,7 +235,7 @@ fn killed_in_mid_transfer(
             };
             begin(&mut here, operation, registration, &remote);
             for _ in 0..after {
-                good(here.wait(LIMIT).unwrap());
+                good(here.wait(limit()).unwrap());
             }
             let killed = other.kill();
             let done = after + noticed(&mut here, CHUNKS - after, killed);
@@ -290,11 +290,11 @@ fn works_again(mut other: Other, buffer: &Buffer, registration: &Registration) {
     let piece = registration.slice(5, COUNT).unwrap();
     let there = remote.slice(77, COUNT).unwrap();
     here.write(&piece, &there, None).unwrap();
-    assert_eq!(good(here.wait(LIMIT).unwrap()), COUNT);
+    assert_eq!(good(here.wait(limit()).unwrap()), COUNT);
     let back = 4 * CHUNK + 1;
     here.read(&registration.slice(back, COUNT).unwrap(), &there)
         .unwrap();
-    assert_eq!(good(here.wait(LIMIT).unwrap()), COUNT);
+    assert_eq!(good(here.wait(limit()).unwrap()), COUNT);
     assert!(get(&buffer.range(EDGE + back, COUNT).unwrap()) == bytes);
     drop(here);
     other.end();
@@ -365,7 +365,7 @@ fn cut_in_mid_transfer(card: &Card, cut: impl FnOnce()) -> (usize, Vec<WorkError
         &ours,
         &theirs.remote().unwrap(),
     );
-    good(here.wait(LIMIT).unwrap());
+    good(here.wait(limit()).unwrap());
     cut();
     let rest = (1..CHUNKS).map(|_| here.wait(noticed_within()).unwrap().result);
     let (good, bad): (Vec<_>, Vec<_>) = rest.partition(Result::is_ok);

@@ -8,7 +8,7 @@ use peerbuf::{Buffer, BufferRange, DmaBuf};
 use peerbuf_lab_suite::bytes::{get, put};
 use peerbuf_lab_suite::node::{Node, PAGE, assert_all_free};
 use peerbuf_lab_suite::rdma::{
-    ALL, LIMIT, Under, bar, card, connected, exercise, expected, good, random,
+    ALL, Under, bar, card, connected, exercise, expected, good, limit, random,
 };
 use peerbuf_uapi as abi;
 
@@ -110,7 +110,7 @@ fn a_buffer_of_several_ranges_is_used_past_4_gib() {
         let (mut here, _peer) = connected(&card, 4);
         let piece = source.slice(0, 2 * PAGE).unwrap();
         here.write(&piece, &there.remote().unwrap(), None).unwrap();
-        good(here.wait(LIMIT).unwrap());
+        good(here.wait(limit()).unwrap());
         there.deliver(0, 2 * PAGE).unwrap();
     }
     drop((buffer, card));

@@ -72,6 +72,7 @@ fn tried(ground: &Ground, machine: &Machine) -> bool {
         },
         command: vec!["true".into()],
         boot_limit: TRIAL,
+        starts: 1,
         timeout: Some(TRIAL),
         ..Job::default()
     };

@@ -10,7 +10,7 @@ use std::{
         unix::{ffi::OsStrExt, net::UnixListener, net::UnixStream, process::ExitStatusExt},
     },
     path::{Path, PathBuf},
-    process::{Child, Stdio},
+    process::{Child, ExitStatus, Stdio},
     sync::{
         Arc, Mutex,
         mpsc::{Receiver, RecvTimeoutError, channel},
@@ -90,6 +90,8 @@ pub struct Job {
     pub deadline: Deadline,
     /// From start to command, and from the command's end to the guest's.
     pub boot_limit: Duration,
+    /// How often it is started at most, where QEMU crashes before the command begins.
+    pub starts: u32,
     /// The directory with the socket to the other guest of a pair.
     pub wire: Option<PathBuf>,
 }
@@ -153,6 +155,7 @@ impl Default for Job {
             timeout: Some(DEFAULT_TIMEOUT),
             deadline: Deadline::default(),
             boot_limit: BOOT_LIMIT,
+            starts: 3,
             wire: None,
         }
     }
@@ -240,17 +243,31 @@ impl Outcome {
     }
 }
 
-/// QEMU crashed before there was a guest.
+/// QEMU crashed before there was a guest; the message.
 #[derive(Debug)]
-struct CrashedAtOnce(i32);
+struct CrashedAtOnce(String);
 
 impl std::fmt::Display for CrashedAtOnce {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "QEMU itself crashed (signal {}) at once", self.0)
+        f.write_str(&self.0)
     }
 }
 
 impl std::error::Error for CrashedAtOnce {}
+
+/// How a QEMU that has ended by itself crashed, in words; none where it did not. `run` is its run's directory.
+fn crash(status: ExitStatus, when: &str, run: &Path) -> Option<String> {
+    let signal = status.signal()?;
+    let said = read_lossy(&run.join("qemu"));
+    let last = said.lines().last().unwrap_or("it said nothing");
+    let memory = match signal {
+        9 => " (killed, perhaps since the host ran out of memory)",
+        _ => "",
+    };
+    Some(format!(
+        "QEMU itself crashed (signal {signal}) {when}{memory}: {last}"
+    ))
+}
 
 /// A guest that has been started and its connections.
 struct Guest {
@@ -269,8 +286,8 @@ impl Drop for Guest {
     }
 }
 
-/// How often a guest is started whose QEMU crashes before the command begins.
-const STARTS: u32 = 3;
+/// When a guest ended that did not get as far as its command.
+const BEFORE: &str = "before the command began";
 
 /// Starts a guest and waits for its command to begin, or for what came instead. Where QEMU itself crashes
 /// meanwhile, it is started again: QEMU 10's translation now and then loses its way
@@ -279,7 +296,7 @@ fn boot(ground: &Ground, job: &Job) -> Result<(Guest, Receiver<Event>, Option<En
     let mut starts = 1;
     loop {
         let mut guest = match start(ground, job) {
-            Err(error) if error.is::<CrashedAtOnce>() && starts < STARTS => {
+            Err(error) if error.is::<CrashedAtOnce>() && starts < job.starts => {
                 note(format_args!("{error}; starting the guest again"));
                 starts += 1;
                 continue;
@@ -289,16 +306,14 @@ fn boot(ground: &Ground, job: &Job) -> Result<(Guest, Receiver<Event>, Option<En
         let told = listen(guest.take_port("control")?);
         let instead = match told.recv_timeout(job.boot_limit) {
             Ok(Event::Start) => None,
-            Ok(_) | Err(RecvTimeoutError::Disconnected) => {
-                Some(guest.ended("before the command began"))
-            }
+            Ok(_) | Err(RecvTimeoutError::Disconnected) => Some(guest.ended(BEFORE)),
             Err(RecvTimeoutError::Timeout) => Some(Ending::Died(format!(
                 "the guest did not come to the command within {} s",
                 job.boot_limit.as_secs()
             ))),
         };
         match &instead {
-            Some(Ending::Crashed(why)) if starts < STARTS => {
+            Some(Ending::Crashed(why)) if starts < job.starts => {
                 note(format_args!("{why}; starting the guest again"));
                 starts += 1;
             }
@@ -498,14 +513,10 @@ impl Guest {
         let end = Instant::now() + Duration::from_secs(10);
         while Instant::now() < end {
             if let Ok(Some(status)) = self.child.try_wait() {
-                let Some(signal) = status.signal() else {
-                    break;
-                };
-                let said = read_lossy(&self.dir.path().join("qemu"));
-                let last = said.lines().last().unwrap_or_default();
-                return Ending::Crashed(format!(
-                    "QEMU itself crashed (signal {signal}) {when}: {last:?}"
-                ));
+                match crash(status, when, self.dir.path()) {
+                    Some(why) => return Ending::Crashed(why),
+                    None => break,
+                }
             }
             thread::sleep(Duration::from_millis(10));
         }
@@ -586,8 +597,8 @@ fn start(ground: &Ground, job: &Job) -> Result<Guest> {
             }
             Err(e) if e.kind() == ErrorKind::WouldBlock => {
                 let ended = guest.child.try_wait()?;
-                if let Some(signal) = ended.and_then(|status| status.signal()) {
-                    return Err(CrashedAtOnce(signal).into());
+                if let Some(why) = ended.and_then(|status| crash(status, BEFORE, &path)) {
+                    return Err(CrashedAtOnce(why).into());
                 }
                 if ended.is_some() || Instant::now() > deadline {
                     let said = read_lossy(&path.join("qemu"));

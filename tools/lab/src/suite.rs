@@ -406,7 +406,8 @@ impl Runner<'_> {
 }
 
 /// Adds to `chosen` those of the others that passed longest ago or never, as many as fit into so much of
-/// guests' time; options that none of the chosen has take a guest of their own, and its boot.
+/// guests' time; options that none of the chosen has take a guest of their own, and its boot. The first of
+/// them, if it alone needs more than that, has its turn all the same where there is time at all.
 fn take_turns(
     mut others: Vec<Run>,
     chosen: &mut Vec<Run>,
@@ -415,13 +416,13 @@ fn take_turns(
     boot: Duration,
 ) {
     others.sort_by_cached_key(|run| (history.passed(&run.name()), run.name()));
-    for run in others {
+    for (n, run) in others.into_iter().enumerate() {
         let mut needs = history.expected(&run.name());
         if !chosen.iter().any(|c| c.options == run.options) {
             needs += boot;
         }
-        if needs <= time {
-            time -= needs;
+        if needs <= time || (n == 0 && !time.is_zero()) {
+            time = time.saturating_sub(needs);
             chosen.push(run);
         }
     }
@@ -1010,6 +1011,11 @@ mod tests {
         history.note(&run("c", "1").name(), Duration::from_secs(30), true);
         history.note(&run("b", "1").name(), Duration::from_secs(30), false);
         assert_eq!(turn(200), "bdac");
+        // One that is too long for all of the time waits until it is the first, and is not left out for ever.
+        assert_eq!(turn(15), "b");
+        history.note(&run("b", "1").name(), Duration::from_secs(30), true);
+        history.note(&run("d", "1").name(), Duration::from_secs(20), true);
+        assert_eq!(turn(50), "a");
     }
 
     #[test]
