@@ -22,6 +22,15 @@ fn bare(options: &[&str], command: &[&str]) -> Output {
         .unwrap()
 }
 
+/// The lab, under way.
+fn started(args: &[&str]) -> Child {
+    lab(args)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap()
+}
+
 fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
@@ -185,13 +194,7 @@ fn kbuild_builds_a_module_in_place() {
 #[test]
 fn two_guests_at_once_do_not_see_each_others_writes() {
     let script = "test ! -e /usr/mark && echo 1 >/usr/mark && echo 1 >/mnt/nvme/mark && sleep 3 && cat /usr/mark";
-    let start = || {
-        lab(&["run", "--bare", "--", "sh", "-c", script])
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap()
-    };
+    let start = || started(&["run", "--bare", "--", "sh", "-c", script]);
     let both = [start(), start()];
     for child in both {
         let output = child.wait_with_output().unwrap();
@@ -222,11 +225,7 @@ fn ending_the_lab_ends_the_guest() {
 
 #[test]
 fn a_guest_whose_qemu_crashes_before_the_command_is_started_again() {
-    let child = lab(&["run", "--bare", "--", "echo", "hello"])
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
+    let child = started(&["run", "--bare", "--", "echo", "hello"]);
     kill("-ABRT", guests_of(child.id(), 1)[0]);
     let output = child.wait_with_output().unwrap();
     let error = text(&output.stderr);
@@ -238,11 +237,8 @@ fn a_guest_whose_qemu_crashes_before_the_command_is_started_again() {
 
 #[test]
 fn a_qemu_that_crashes_under_the_command_is_told_from_a_guest_that_dies() {
-    let mut child = lab(&["run", "--bare", "--", "sh", "-c", "echo here; sleep 1000"])
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
+    let script = "echo here; sleep 1000";
+    let mut child = started(&["run", "--bare", "--", "sh", "-c", script]);
     await_lines(&mut child, 1);
     kill("-ABRT", guests_of(child.id(), 1)[0]);
     let output = child.wait_with_output().unwrap();
@@ -254,11 +250,7 @@ fn a_qemu_that_crashes_under_the_command_is_told_from_a_guest_that_dies() {
 #[test]
 fn a_pair_ends_when_one_of_its_guests_does() {
     let script = "echo here; sleep 1000";
-    let mut child = lab(&["pair", "--bare", "--", "sh", "-c", script])
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
+    let mut child = started(&["pair", "--bare", "--", "sh", "-c", script]);
     await_lines(&mut child, 2);
     kill("-ABRT", guests_of(child.id(), 2)[0]);
     let began = Instant::now();

@@ -35,7 +35,7 @@ pub enum Command {
     /// Builds everything, boots, runs the lab's suite and reports each test
     ///
     /// Without FILTER and --kernel the suite runs on the stock kernel, and then on the debug one those of
-    /// its programs that say so in tests/lab/Cargo.toml.
+    /// its programs that say so in tests/lab/Cargo.toml, and of the others those whose turn it is.
     Test {
         /// Only tests whose name, or whose run's name, contains this
         filter: Option<String>,
@@ -92,7 +92,8 @@ pub enum Command {
     /// 'first: ' and 'second: ', and the exit status is the higher one's
     ///
     /// CMD finds which it is in $PEERBUF_LAB_END, its address in $PEERBUF_LAB_ADDRESS and the other's
-    /// in $PEERBUF_LAB_PEER. Each has soft-RoCE (rxe0) on that network, which leads nowhere else.
+    /// in $PEERBUF_LAB_PEER. Each has soft-RoCE (rxe0) on that network, which leads nowhere else. When
+    /// one dies or its time is over, the other is ended, too.
     Pair {
         /// Both guests
         #[command(flatten)]

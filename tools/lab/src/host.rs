@@ -1,4 +1,5 @@
-//! What the lab needs of the host: the right to mount, and mmdebstrap. Nothing else.
+//! What the lab needs of the host, the right to mount and mmdebstrap, and what it asks of it: how many guests
+//! it bears, and how fast its clock runs. Nothing else.
 
 use std::{
     ffi::OsString,
