@@ -33,15 +33,16 @@ pub enum Command {
         kernel: KernelArgs,
     },
     /// Builds everything, boots, runs the lab's suite and reports each test
-    ///
-    /// Without FILTER and --kernel the suite runs on the stock kernel, and then on the debug one those of
-    /// its programs that say so in tests/lab/Cargo.toml, and of the others those whose turn it is.
     Test {
         /// Only tests whose name, or whose run's name, contains this
         filter: Option<String>,
-        /// The kernel to boot, as for `run` [default: stock]
-        #[arg(long, value_name = "stock|debug|VERSION")]
-        kernel: Option<String>,
+        /// The kernel to boot
+        #[command(flatten)]
+        kernel: KernelArgs,
+        /// Runs what asks for this kernel in tests/lab/Cargo.toml, and of the rest only as much as fits
+        /// into so many minutes, first what passed longest ago: over several calls, all of it
+        #[arg(long, value_name = "MINUTES", conflicts_with = "filter")]
+        within: Option<u64>,
     },
     /// Runs a program of tests/lab/benches and prints what it prints
     ///

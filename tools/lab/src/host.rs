@@ -30,6 +30,46 @@ pub fn guests_at_once() -> usize {
     cores.min(room).clamp(1, 4)
 }
 
+/// What the host itself has of what peerbuf uses, for people to read while the lab is being made.
+pub fn summary() -> String {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let processors = std::thread::available_parallelism().map_or(1, |n| n.get());
+    let entries = |dir: &str| -> Vec<String> {
+        let mut names: Vec<_> = fs::read_dir(dir)
+            .into_iter()
+            .flatten()
+            .flatten()
+            .map(|entry| entry.file_name().to_string_lossy().into_owned())
+            .collect();
+        names.sort();
+        names
+    };
+    let is_there = |path: &str| match Path::new(path).exists() {
+        true => path.to_owned(),
+        false => String::new(),
+    };
+    let rows = [
+        ("peerbuf.ko", entries("/dev/peerbuf").join(" ")),
+        ("udmabuf", is_there("/dev/udmabuf")),
+        ("dma-heaps", entries("/dev/dma_heap").join(" ")),
+        ("GPUs", entries("/dev/dri").join(" ")),
+        ("NVMe disks", entries("/sys/class/nvme").join(" ")),
+        ("RDMA devices", entries("/sys/class/infiniband").join(" ")),
+        ("KVM", is_there("/dev/kvm")),
+    ];
+    let mut text = format!(
+        "This host: Linux {}, {processors} processors",
+        release.trim()
+    );
+    for (what, found) in rows {
+        let found = if found.is_empty() { "none" } else { &found };
+        text += &format!("\n  {what:<13} {found}");
+    }
+    text += "\nThe demo needs none of these: it runs in machines that the lab makes.";
+    text += " `cargo run --bin peerbuf -- info` says more of this host.\n";
+    text
+}
+
 /// What a guest takes of the host's memory at most, for the most part.
 const GUEST_KIB: usize = 4 << 20;
 

