@@ -166,6 +166,9 @@ pub struct GuestArgs {
     /// Main memory of the guest in MiB
     #[arg(long, value_name = "MIB", default_value_t = 2048, value_parser = clap::value_parser!(u32).range(256..))]
     pub memory: u32,
+    /// Processors of the guest: with one, two guests run beside each other on two cores without waiting
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=16))]
+    pub processors: u32,
     /// Size of the largest BAR, a power of two such as 8G; memory that is not touched costs nothing
     /// [default: 64M]
     #[arg(long, value_name = "SIZE", value_parser = mebibytes)]
@@ -202,6 +205,7 @@ impl GuestArgs {
             timeout: None,
             bare: false,
             memory: Machine::default().memory_mib,
+            processors: Machine::default().processors,
             bar_size: None,
             rdma: Rdma::Stock,
             events: false,

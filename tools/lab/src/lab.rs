@@ -168,6 +168,7 @@ pub fn job(ground: &Ground, args: &GuestArgs, parts: Parts) -> Result<Job> {
         iommu: args.iommu,
         accelerator: Accelerator::CountingEmulation,
         memory_mib: args.memory,
+        processors: args.processors,
         share: share.is_some(),
         shell: false,
         bar_mib: args.bar_size.unwrap_or(guest::BAR_MIB),

@@ -8,6 +8,7 @@ use std::{
     ffi::OsString,
     io::{self, Read, Write},
     sync::mpsc::{Receiver, Sender, channel},
+    time::Duration,
 };
 
 use crate::run::{Deadline, Streams};
@@ -62,6 +63,11 @@ pub fn script() -> Vec<OsString> {
 }
 
 impl Session {
+    /// How long the guest has run on the host's processors so far.
+    pub fn ran(&self) -> Duration {
+        self.deadline.ran()
+    }
+
     /// Runs one command: words without quotes, as the guest's script splits them.
     ///
     /// # Errors

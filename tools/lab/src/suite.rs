@@ -36,7 +36,7 @@ use crate::{
     progress::note,
     project::{Program, Project},
     run::{Deadline, Ending, Outcome, Streams},
-    session::session,
+    session::{Done, session},
 };
 
 /// Where a test program runs.
@@ -279,9 +279,12 @@ impl Runner<'_> {
         tell: &(dyn Fn(Verdict) + Sync),
     ) {
         let next = || lock(groups)[n].waiting.pop();
-        let tell_of = |work: &Work, began: Instant, mut verdict: Verdict| {
+        let tell_of = |work: &Work, began: Instant, ran: Option<Duration>, mut verdict: Verdict| {
             let (name, took) = (work.run.name(), began.elapsed().as_secs());
-            verdict.text += &format!("{name}: {} passed in {took} s\n", verdict.passed);
+            let ran = ran.map_or(String::new(), |ran| {
+                format!(" ({} s of the host's processors)", ran.as_secs())
+            });
+            verdict.text += &format!("{name}: {} passed in {took} s{ran}\n", verdict.passed);
             if work.tests.is_empty() {
                 let passed = verdict.failed == 0;
                 self.history.note(&work.run.name(), began.elapsed(), passed);
@@ -300,7 +303,7 @@ impl Runner<'_> {
                     Ok(output) => judge(&w.run.name(), &output),
                     Err(error) => failure(&w.run.name(), "the run", &format!("{error:#}\n")),
                 };
-                tell_of(&w, began, verdict);
+                tell_of(&w, began, None, verdict);
                 work = next();
             }
             return;
@@ -313,10 +316,12 @@ impl Runner<'_> {
             let guest = scope.spawn(move || (self.in_guest)(&args, &files, streams, &deadline));
             let mut current = Some(first);
             while let Some(work) = current.take() {
-                let began = Instant::now();
+                let (began, before) = (Instant::now(), session.ran());
                 match session.run(&line(&work)) {
-                    Ok(ran) => {
-                        tell_of(&work, began, judge(&work.run.name(), &ran.output));
+                    Ok(Done { output, .. }) => {
+                        let ran = session.ran().saturating_sub(before);
+                        let verdict = judge(&work.run.name(), &output);
+                        tell_of(&work, began, Some(ran), verdict);
                         done.push(work);
                         current = next();
                     }

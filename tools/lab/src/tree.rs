@@ -229,6 +229,8 @@ fn bootstrap(root: &Path) -> Result<()> {
     for line in host::apt_proxy() {
         command.arg(format!("--aptopt={line}"));
     }
+    // A tree that a power cut leaves half written is no entry of the cache, and made again.
+    command.arg("--dpkgopt=force-unsafe-io");
     for pattern in LEFT_OUT {
         command.arg(format!("--dpkgopt=path-exclude={pattern}"));
     }
