@@ -17,7 +17,7 @@ use super::report::Tally;
 use super::wire::{self, Account, Hello, Receipt, Request, Response};
 use super::{DEPTH, card, receipt};
 use crate::progress::Progress;
-use crate::{Failure, say, size};
+use crate::{Failure, say, size, table};
 
 /// Both ends, as a client sees them.
 #[derive(clap::Args)]
@@ -358,7 +358,8 @@ fn end(
     if arguments.json {
         say::answer(serde_json::to_string(&summary)?)?;
     } else {
-        say::answer(summary.table(&arguments.file.display().to_string()))?;
+        let file = arguments.file.display().to_string();
+        say::answer(summary.table(&file, table::width()).trim_end())?;
     }
     if !summary.verified {
         return Err("the checksums of the two ends differ".into());
