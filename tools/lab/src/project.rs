@@ -201,9 +201,14 @@ fn make_module(tree: &Tree, source: &Source, work: &Path) -> Result<PathBuf> {
     let args = |target| ["-C", "/lab/build/kmod", "KDIR=/lab/linux", target];
     if fs::read_to_string(&against).ok().as_deref() != Some(&tree_dir) {
         make(tree, source, work, &args("clean"))?;
-        fs::write(&against, tree_dir)?;
+        fs::write(&against, &tree_dir)?;
     }
-    make(tree, source, work, &args("modules"))?;
+    // A make that is killed leaves half an object that the next one takes for whole. With this file gone, the
+    // next one cleans first. One that fails has removed what it did not finish.
+    fs::remove_file(&against)?;
+    let made = make(tree, source, work, &args("modules"));
+    fs::write(&against, tree_dir)?;
+    made?;
     if !module.is_file() {
         bail!("building kmod/ made no peerbuf.ko");
     }
