@@ -123,8 +123,15 @@ pub enum Command {
         #[command(flatten)]
         kernel: KernelArgs,
     },
-    /// Says what the cache holds and how big it is, and empties it
-    Clean,
+    /// Says what the cache holds: each entry's size, what it is, which commands need it, when it was last used,
+    /// and whether all its files are there
+    Cache,
+    /// Empties the cache, or removes some entries of it; what a running command uses stays
+    Clean {
+        /// Only entries whose name begins so; `cargo lab cache` says the names
+        #[arg(value_name = "ENTRY")]
+        entries: Vec<String>,
+    },
 }
 
 /// Which kernel.

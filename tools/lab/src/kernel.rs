@@ -90,7 +90,12 @@ impl Kernel {
         // The list is as old as the tree. Where it leads nowhere any more, it is made again, once.
         let mut fresh = false;
         loop {
-            let offered = offered(cache, tree, fresh)?;
+            let offered = offered(cache, tree, fresh).with_context(|| match fresh {
+                true => format!(
+                    "kernel {wanted:?} is not among those known here; asking for newer ones"
+                ),
+                false => format!("finding kernel {wanted:?}"),
+            })?;
             let fetch = if wanted == DEBUG {
                 Self::build
             } else {
@@ -305,12 +310,12 @@ impl Source {
 
 fn offered(cache: &Cache, tree: &Tree, fresh: bool) -> Result<Vec<String>> {
     let recipe = || Recipe::new("versions").with(tree.name()).with(LIST_RECIPE);
+    let what = "looking which kernels there are";
+    let list = |dir: &Path| run(tree.recipe(LIST_RECIPE, dir), "listing kernel packages");
     if fresh {
-        cache.forget(recipe())?;
+        cache.renew(recipe(), what, list)?;
     }
-    let entry = cache.entry(recipe(), "looking which kernels there are", |dir| {
-        run(tree.recipe(LIST_RECIPE, dir), "listing kernel packages")
-    })?;
+    let entry = cache.entry(recipe(), what, list)?;
     let text = fs::read_to_string(entry.path().join("versions"))?;
     Ok(text.lines().map(str::to_owned).collect())
 }

@@ -10,6 +10,7 @@
 mod accel;
 mod cache;
 mod cli;
+mod contents;
 mod demo;
 mod disk;
 mod events;
@@ -28,11 +29,13 @@ mod rdma_core;
 mod run;
 mod rxe;
 mod sandbox;
+mod seal;
 mod selftests;
 mod session;
 mod suite;
 mod terminal;
 mod tree;
+mod trouble;
 
 use std::{
     ffi::OsString,
@@ -62,6 +65,7 @@ use crate::{
     run::{Deadline, Job, Outcome, Streams},
     suite::{Room, Runner},
     tree::Tree,
+    trouble::size,
 };
 
 /// The exit status of a lab that could not do what it was asked.
@@ -75,6 +79,7 @@ fn main() {
         Err(error) => {
             let nobody_reads = |e: &io::Error| e.kind() == io::ErrorKind::BrokenPipe;
             if !error.downcast_ref().is_some_and(nobody_reads) {
+                let error = trouble::at_the_end(error, Cache::place().ok().as_deref());
                 note(format_args!("{error:#}"));
             }
             exit(LAB_FAILED);
@@ -119,7 +124,8 @@ fn command(cli: Cli) -> Result<i32> {
         Command::Shell { guest } => shell(&cache, &guest),
         Command::Kmod { kernel } => kmod(&cache, &kernel),
         Command::Kbuild { dir, kernel } => kbuild(&cache, &dir, &kernel),
-        Command::Clean => clean(&cache),
+        Command::Cache => list(&cache),
+        Command::Clean { entries } => clean(&cache, &entries),
     }
 }
 
@@ -337,8 +343,59 @@ fn kbuild(cache: &Cache, dir: &Path, args: &KernelArgs) -> Result<i32> {
     Ok(0)
 }
 
-fn clean(cache: &Cache) -> Result<i32> {
-    let held = cache.clean()?;
+/// Prints what the cache holds, at most 80 columns wide where names and packages allow it.
+fn list(cache: &Cache) -> Result<i32> {
+    let list = cache.list()?;
+    let mut out = io::stdout().lock();
+    writeln!(out, "{}:", cache.dir().display())?;
+    for entry in &list.entries {
+        let used = match entry.in_use {
+            true => "in use now".to_owned(),
+            false => format!("used {} ago", cache::age(entry.unused)),
+        };
+        let bytes = size(entry.bytes);
+        writeln!(out, "{bytes:>7}  {}  ({used})", entry.name)?;
+        writeln!(out, "         {}", entry.what)?;
+        writeln!(out, "         for: {}", entry.why)?;
+        if let Some(damage) = &entry.damage {
+            writeln!(
+                out,
+                "         DAMAGED: {damage}; `cargo lab clean {}`, and what needs it makes it again",
+                entry.name
+            )?;
+        }
+    }
+    for (name, bytes) in &list.making {
+        writeln!(out, "{:>7}  {name}  (being made)", size(*bytes))?;
+    }
+    writeln!(
+        out,
+        "{:>7}  running guests, locks, notes",
+        size(list.others)
+    )?;
+    writeln!(
+        out,
+        "{:>7}  in all, of at most {}",
+        size(list.total()),
+        size(cache::LIMIT)
+    )?;
+    if let Some(room) = trouble::Room::at(cache.dir()) {
+        let mount = room.mount.display();
+        writeln!(
+            out,
+            "{:>7}  free on its file system, {mount}",
+            size(room.free)
+        )?;
+    }
+    writeln!(
+        out,
+        "An entry that no command has asked for the longest goes first when room is needed."
+    )?;
+    Ok(0)
+}
+
+fn clean(cache: &Cache, entries: &[String]) -> Result<i32> {
+    let held = cache.clean(entries)?;
     let mib = |bytes: u64| format!("{:8.1} MiB", bytes as f64 / f64::from(1 << 20));
     let mut out = io::stdout().lock();
     writeln!(out, "{}:", cache.dir().display())?;

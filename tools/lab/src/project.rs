@@ -192,8 +192,17 @@ fn make_module(tree: &Tree, source: &Source, work: &Path) -> Result<PathBuf> {
         return Ok(module);
     }
     let step = Step::start("building peerbuf.ko");
-    let args = ["-C", "/lab/build/kmod", "KDIR=/lab/linux", "modules"];
-    make(tree, source, work, &args)?;
+    // A make that was killed leaves half an object, which the next one would take for whole. One that fails
+    // removes what it did not finish.
+    let begun = work.join("begun");
+    let args = |target| ["-C", "/lab/build/kmod", "KDIR=/lab/linux", target];
+    if begun.exists() {
+        make(tree, source, work, &args("clean"))?;
+    }
+    fs::write(&begun, "")?;
+    let made = make(tree, source, work, &args("modules"));
+    fs::remove_file(&begun)?;
+    made?;
     if !module.is_file() {
         bail!("building kmod/ made no peerbuf.ko");
     }

@@ -186,7 +186,10 @@ impl Tree {
         let mut packages = packages.to_vec();
         packages.sort();
         packages.dedup();
-        let mut recipe = Recipe::new("with").with("1").with(&self.name);
+        let mut recipe = Recipe::new("with")
+            .detail(packages.join(", "))
+            .with("1")
+            .with(&self.name);
         for package in &packages {
             recipe = recipe.with(package);
         }
