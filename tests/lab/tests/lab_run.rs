@@ -15,9 +15,12 @@ fn lab(args: &[&str]) -> Command {
     command
 }
 
-/// `cargo lab run --bare OPTIONS -- COMMAND`: most promises need neither module nor tools.
+/// Most promises need neither module nor tools, nor a second processor.
+const BARE: [&str; 4] = ["run", "--bare", "--processors", "1"];
+
+/// `cargo lab run --bare OPTIONS -- COMMAND`.
 fn bare(options: &[&str], command: &[&str]) -> Output {
-    lab(&[&["run", "--bare"], options, &["--"], command].concat())
+    lab(&[&BARE, options, &["--"], command].concat())
         .output()
         .unwrap()
 }
@@ -58,7 +61,7 @@ fn output_error_and_status_are_the_commands_own_byte_for_byte() {
 
 #[test]
 fn standard_input_reaches_the_command_and_ends() {
-    let mut child = lab(&["run", "--bare", "--", "sha256sum"])
+    let mut child = lab(&["run", "--bare", "--processors", "1", "--", "sha256sum"])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn()
@@ -194,7 +197,18 @@ fn kbuild_builds_a_module_in_place() {
 #[test]
 fn two_guests_at_once_do_not_see_each_others_writes() {
     let script = "test ! -e /usr/mark && echo 1 >/usr/mark && echo 1 >/mnt/nvme/mark && sleep 3 && cat /usr/mark";
-    let start = || started(&["run", "--bare", "--", "sh", "-c", script]);
+    let start = || {
+        started(&[
+            "run",
+            "--bare",
+            "--processors",
+            "1",
+            "--",
+            "sh",
+            "-c",
+            script,
+        ])
+    };
     let both = [start(), start()];
     for child in both {
         let output = child.wait_with_output().unwrap();
@@ -206,7 +220,7 @@ fn two_guests_at_once_do_not_see_each_others_writes() {
 #[test]
 fn ending_the_lab_ends_the_guest() {
     for signal in ["-KILL", "-INT"] {
-        let child = lab(&["run", "--bare", "--", "sleep", "1000"]).spawn();
+        let child = lab(&["run", "--bare", "--processors", "1", "--", "sleep", "1000"]).spawn();
         let mut child = child.unwrap();
         let id = child.id();
         let guest = guests_of(id, 1)[0];
@@ -225,7 +239,7 @@ fn ending_the_lab_ends_the_guest() {
 
 #[test]
 fn a_guest_whose_qemu_crashes_before_the_command_is_started_again() {
-    let child = started(&["run", "--bare", "--", "echo", "hello"]);
+    let child = started(&["run", "--bare", "--processors", "1", "--", "echo", "hello"]);
     kill("-ABRT", guests_of(child.id(), 1)[0]);
     let output = child.wait_with_output().unwrap();
     let error = text(&output.stderr);
@@ -238,7 +252,16 @@ fn a_guest_whose_qemu_crashes_before_the_command_is_started_again() {
 #[test]
 fn a_qemu_that_crashes_under_the_command_is_told_from_a_guest_that_dies() {
     let script = "echo here; sleep 1000";
-    let mut child = started(&["run", "--bare", "--", "sh", "-c", script]);
+    let mut child = started(&[
+        "run",
+        "--bare",
+        "--processors",
+        "1",
+        "--",
+        "sh",
+        "-c",
+        script,
+    ]);
     await_lines(&mut child, 1);
     kill("-ABRT", guests_of(child.id(), 1)[0]);
     let output = child.wait_with_output().unwrap();
@@ -250,7 +273,16 @@ fn a_qemu_that_crashes_under_the_command_is_told_from_a_guest_that_dies() {
 #[test]
 fn a_pair_ends_when_one_of_its_guests_does() {
     let script = "echo here; sleep 1000";
-    let mut child = started(&["pair", "--bare", "--", "sh", "-c", script]);
+    let mut child = started(&[
+        "pair",
+        "--bare",
+        "--processors",
+        "1",
+        "--",
+        "sh",
+        "-c",
+        script,
+    ]);
     await_lines(&mut child, 2);
     kill("-ABRT", guests_of(child.id(), 2)[0]);
     let began = Instant::now();
@@ -280,6 +312,8 @@ fn a_layer_whose_making_was_killed_is_made_again_and_its_package_is_in_the_guest
     let args = [
         "run",
         "--bare",
+        "--processors",
+        "1",
         "--with",
         "hello",
         "--",
@@ -341,7 +375,7 @@ fn link(from: &Path, to: &Path) {
 
 /// `cargo lab run --bare -- echo here` with that cache, started by a shell as `script` says: "$@" is the command.
 fn echo_here_by(unshare: &str, script: &str, cache: &Path) -> Output {
-    let run = lab(&["run", "--bare", "--", "echo", "here"]);
+    let run = lab(&["run", "--bare", "--processors", "1", "--", "echo", "here"]);
     Command::new("unshare")
         .args([unshare, "sh", "-c", script, "sh"])
         .arg(run.get_program())
