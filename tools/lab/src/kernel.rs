@@ -426,4 +426,51 @@ mod tests {
             assert_eq!(choose(&[], wanted), None);
         }
     }
+
+    fn kmod() -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../../kmod")
+    }
+
+    #[test]
+    fn the_module_and_the_lab_name_the_same_series() {
+        let kbuild = fs::read_to_string(kmod().join("Kbuild")).unwrap();
+        let list = kbuild.lines().find_map(|l| l.strip_prefix("supported := "));
+        let list: Vec<_> = list.unwrap().split_whitespace().collect();
+        assert_eq!(list, SERIES);
+    }
+
+    /// What `make` says, and whether the kernel's build was begun, for a tree of that version.
+    fn make(version: &str) -> (String, bool) {
+        let tree = tempfile::tempdir().unwrap();
+        let makefile = format!(
+            "kernelversion:\n\t@echo {version}\nmodules:\n\t@touch {}/begun\n",
+            tree.path().display()
+        );
+        fs::write(tree.path().join("Makefile"), makefile).unwrap();
+        let output = std::process::Command::new("make")
+            .arg("-sC")
+            .arg(kmod())
+            .arg(format!("KDIR={}", tree.path().display()))
+            .env_remove("MAKEFLAGS")
+            .output()
+            .expect("make, as every machine has it that builds modules");
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        (text, tree.path().join("begun").exists())
+    }
+
+    #[test]
+    fn make_refuses_other_kernels_in_one_line_that_names_those_that_do() {
+        for version in ["7.1.9", "6.12.107", "7.4.0-rc1", "7.20.1", "72.3.0", ""] {
+            let (text, begun) = make(version);
+            assert!(!begun, "{version:?}: the build was begun");
+            assert_eq!(text.lines().count(), 1, "{text}");
+            for word in SERIES.iter().chain([&version]) {
+                assert!(text.contains(word), "{version:?}: {text}");
+            }
+        }
+        for version in ["7.2.13", "7.3.4", "7.3.0-rc7"] {
+            let (text, begun) = make(version);
+            assert!(begun && text.is_empty(), "{version}: {text}");
+        }
+    }
 }
