@@ -3,11 +3,12 @@
 //! The buffer carries the memfd too: importers that cannot take a dma-buf, such as files, use the
 //! same pages through it.
 
+use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::fs::{Mode, OFlags};
 
-use super::{memfd, whole_pages};
+use super::{memfd, plain, room, whole_pages};
 use crate::buffer::{Buffer, BufferRange, DmaBuf, Kind, Provenance};
 use crate::errno::Errno;
 use crate::error::{ExportError, SystemError, Unavailable};
@@ -30,9 +31,11 @@ pub fn probe() -> Result<(), Unavailable> {
 ///
 /// # Errors
 /// [`ExportError::Unavailable`] without `/dev/udmabuf`, [`ExportError::Unsuitable`] for a length
-/// of zero or off a page, and the ioctl's own error.
+/// of zero or off a page, or above the memory that the machine or the process's cgroup has left, and
+/// the ioctl's own error.
 pub fn export(name: &str, length: u64) -> Result<Buffer, ExportError> {
     whole_pages(length)?;
+    room::check(length)?;
     over(name, memfd::sealed(name, length)?, length)
 }
 
@@ -71,7 +74,8 @@ pub fn export_huge(name: &str, length: u64, pages: HugePages) -> Result<Buffer, 
 ///
 /// # Errors
 /// [`ExportError::Unavailable`] without `/dev/udmabuf`, [`ExportError::Unsuitable`] for a piece
-/// off a page or without a memfd, and the ioctl's own error: `EINVAL` for more pieces than
+/// off a page or without a memfd, or where the pieces have more holes than there is memory left to
+/// fill them with, and the ioctl's own error: `EINVAL` for more pieces than
 /// `/sys/module/udmabuf/parameters/list_limit`.
 pub fn export_list(name: &str, pieces: &[BufferRange]) -> Result<Buffer, ExportError> {
     let udmabuf = open()?;
@@ -99,10 +103,29 @@ pub fn export_list(name: &str, pieces: &[BufferRange]) -> Result<Buffer, ExportE
             size: piece.len(),
         });
     }
+    room::check(holes(&list).map_err(plain)?)?;
     let dmabuf = sys::udmabuf::create_list(udmabuf.as_fd(), &list)
         .map_err(|errno| refusal("ioctl(UDMABUF_CREATE_LIST)", name, errno))?;
     let dmabuf = DmaBuf::from_fd(dmabuf)?;
     Ok(Buffer::from_dmabuf(dmabuf, provenance(name)))
+}
+
+/// The bytes that the kernel has to add to the memfds of `pieces` at most, to have all of the pieces:
+/// a memfd has no memory where nobody has written.
+fn holes(pieces: &[Piece<'_>]) -> Result<u64, SystemError> {
+    // By inode: what the pieces of the memfd ask for, and what it lacks.
+    let mut memfds: BTreeMap<u64, (u64, u64)> = BTreeMap::new();
+    for piece in pieces {
+        let status = rustix::fs::fstat(piece.memfd)
+            .map_err(|errno| SystemError::new("fstat", "a piece's memfd", errno))?;
+        let size = u64::try_from(status.st_size).unwrap_or(0);
+        let has = u64::try_from(status.st_blocks).unwrap_or(0) * 512;
+        let entry = memfds.entry(status.st_ino).or_default();
+        entry.0 = entry.0.saturating_add(piece.size);
+        entry.1 = size.saturating_sub(has);
+    }
+    let lacks = memfds.values().map(|&(asked, lacks)| asked.min(lacks));
+    Ok(lacks.fold(0, u64::saturating_add))
 }
 
 /// A dma-buf over all of a memfd.
@@ -136,17 +159,33 @@ fn refusal(call: &'static str, name: &str, errno: Errno) -> ExportError {
     // EINVAL is all that the kernel says about a buffer over one of its limits.
     let limit = |which: &str| {
         let path = format!("/sys/module/udmabuf/parameters/{which}");
-        std::fs::read_to_string(path).map(|text| text.trim().to_owned())
+        let text = std::fs::read_to_string(path).ok()?;
+        text.trim().parse::<i32>().ok()
     };
-    let hint = match (errno, limit("size_limit_mb"), limit("list_limit")) {
-        (Errno::INVAL, Ok(size), Ok(list)) => format!(
-            ": the largest udmabuf allowed here is {size} MiB in {list} pieces \
-             (size_limit_mb and list_limit in /sys/module/udmabuf/parameters)"
-        ),
+    let hint = match errno {
+        Errno::INVAL => limits(limit("size_limit_mb"), limit("list_limit")),
         _ => String::new(),
     };
     let cause = SystemError::new(call, name, errno);
     ExportError::System { cause, hint }
+}
+
+/// What the driver's parameters allow, as a hint; nothing where they say nothing.
+fn limits(size_mib: Option<i32>, pieces: Option<i32>) -> String {
+    // Since Linux 7.3 the size is without a limit unless somebody sets one.
+    let size = size_mib.filter(|&mib| mib != i32::MAX);
+    let (what, files) = match (size, pieces) {
+        (Some(size), Some(list)) => (
+            format!("{size} MiB in {list} pieces"),
+            "size_limit_mb and list_limit",
+        ),
+        (Some(size), None) => (format!("{size} MiB"), "size_limit_mb"),
+        (None, Some(list)) => (format!("{list} pieces"), "list_limit"),
+        (None, None) => return String::new(),
+    };
+    format!(
+        ": the largest udmabuf allowed here is {what} ({files} in /sys/module/udmabuf/parameters)"
+    )
 }
 
 fn open() -> Result<OwnedFd, Unavailable> {
@@ -167,4 +206,52 @@ fn open() -> Result<OwnedFd, Unavailable> {
             remedy: remedy.into(),
         }
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_limit_that_is_none_is_not_told() {
+        let both = limits(Some(64), Some(1024));
+        assert!(both.contains("64 MiB in 1024 pieces"), "{both}");
+        let list = limits(Some(i32::MAX), Some(1024));
+        assert!(list.contains("is 1024 pieces (list_limit in"), "{list}");
+        assert!(!list.contains("2147483647"), "{list}");
+        assert_eq!(limits(None, None), "");
+    }
+
+    #[test]
+    fn memory_that_a_memfd_has_already_is_not_asked_for_again() {
+        let fill = |bytes: usize| {
+            let memory = memfd::sealed("memory", 1 << 20).unwrap();
+            rustix::io::pwrite(&memory, &vec![1; bytes], 0).unwrap();
+            memory
+        };
+        let piece = |memory: &OwnedFd, offset, size| {
+            let memory = memory.as_fd();
+            holes(&[Piece {
+                memfd: memory,
+                offset,
+                size,
+            }])
+            .unwrap()
+        };
+        assert_eq!(piece(&fill(0), 0, 1 << 20), 1 << 20);
+        assert_eq!(piece(&fill(1 << 20), 0, 1 << 20), 0);
+        // Twice the same piece, and one of another.
+        let (first, second) = (fill(0), fill(0));
+        let whole = |memory| Piece {
+            memfd: memory,
+            offset: 0,
+            size: 1 << 20,
+        };
+        let list = [
+            whole(first.as_fd()),
+            whole(first.as_fd()),
+            whole(second.as_fd()),
+        ];
+        assert_eq!(holes(&list).unwrap(), 2 << 20);
+    }
 }

@@ -137,8 +137,9 @@ pub enum Command {
 /// Which kernel.
 #[derive(Debug, Clone, Args)]
 pub struct KernelArgs {
-    /// The kernel package's version, such as 7.2.12+deb13; 'stock' for the newest 7.2 there is; or
-    /// 'debug' for that one's source with lockdep, KASAN, kmemleak and fault injection
+    /// The kernel package's version, such as 7.2.12+deb13; a series, such as 7.2, for its newest;
+    /// 'stock' for the newest that peerbuf.ko supports; or 'debug' for the source of stock with
+    /// lockdep, KASAN, kmemleak and fault injection
     #[arg(long, value_name = "stock|debug|VERSION", default_value = kernel::STOCK)]
     pub kernel: String,
 }
