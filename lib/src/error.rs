@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use crate::errno::Errno;
 use crate::import::rdma::{Attempt, WorkError};
-use crate::plan::{Plan, ReasonCode};
+use crate::path::{Plan, ReasonCode};
 
 /// A system call that failed: which one, on what, and how.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -46,9 +46,11 @@ pub mod export;
 #[doc(hidden)]
 pub mod fuzz;
 pub mod import;
+mod path;
 pub mod plan;
 pub mod share;
 mod sys;
+pub mod topology;
 pub mod transfer;
 
 pub use buffer::{Access, Buffer, BufferRange, DmaBuf};

@@ -5,7 +5,7 @@ use std::os::fd::AsFd;
 use bytemuck::Pod;
 
 use super::fence::flags_of;
-use super::{Access, BufferRange};
+use super::{Access, BufferRange, Kind};
 use crate::error::{BufferError, SystemError};
 use crate::sys::dmabuf::{SYNC_END, sync};
 use crate::sys::memory::Map;
@@ -26,10 +26,6 @@ pub struct Mapping {
 }
 
 impl Mapping {
-    pub(super) fn new(map: Map, range: BufferRange, access: Access) -> Mapping {
-        Mapping { map, range, access }
-    }
-
     /// What is mapped.
     pub fn range(&self) -> &BufferRange {
         &self.range
@@ -110,6 +106,75 @@ impl Mapping {
         let cpu = self.begin_cpu_access(Access::Read)?;
         cpu.read_at(0, into)?;
         cpu.end()
+    }
+}
+
+impl BufferRange {
+    /// Maps it. `access` is what the mapping will be used for, by the CPU or by an importer;
+    /// writing a mapping needs a writable buffer.
+    ///
+    /// # Errors
+    /// [`BufferError::Access`], or the call that failed.
+    pub fn map(&self, access: Access) -> Result<Mapping, BufferError> {
+        if access.writes() && !self.buffer().is_writable() {
+            let object = self.buffer().name().to_owned();
+            return Err(BufferError::Access {
+                object,
+                wanted: "write",
+            });
+        }
+        let (fd, at) = self.buffer().mappable();
+        // Graphics drivers' fault handlers count from the mapping's beginning and not from the
+        // buffer's (drm_gem_shmem_fault in drivers/gpu/drm/drm_gem_shmem_helper.c): with an offset,
+        // other bytes than those asked for are mapped, without an error. Of exporters that are not
+        // known to do it right the mapping begins where the buffer does.
+        let honours_offset = self.buffer().host_memory().is_some()
+            || matches!(
+                self.buffer().provenance().kind,
+                Kind::Bar | Kind::Vfio | Kind::Provider | Kind::Heap
+            );
+        let map = if honours_offset {
+            Map::shared(fd, at + self.offset(), self.len(), access.writes())
+        } else {
+            Map::shared_from(fd, at, self.offset(), self.len(), access.writes())
+        };
+        let map = map.map_err(|errno| SystemError::new("mmap", self.buffer().name(), errno))?;
+        Ok(Mapping {
+            map,
+            range: self.clone(),
+            access,
+        })
+    }
+
+    /// Copies bytes to its beginning: one mapping, one CPU access. To do it often, keep a
+    /// [`Mapping`].
+    ///
+    /// # Errors
+    /// As [`BufferRange::map`] and [`Mapping::begin_cpu_access`]; [`BufferError::OutOfRange`] for more
+    /// bytes than it has.
+    pub fn write_bytes(&self, bytes: &[u8]) -> Result<(), BufferError> {
+        self.map(Access::ReadWrite)?.write_bytes(bytes)
+    }
+
+    /// Copies bytes from its beginning, as many as `into` has room for, likewise.
+    ///
+    /// # Errors
+    /// As [`BufferRange::write_bytes`].
+    pub fn read_bytes(&self, into: &mut [u8]) -> Result<(), BufferError> {
+        self.map(Access::Read)?.read_bytes(into)
+    }
+
+    /// A copy of its bytes, likewise.
+    ///
+    /// # Errors
+    /// As [`BufferRange::write_bytes`].
+    ///
+    /// # Panics
+    /// When there is not as much memory.
+    pub fn to_vec(&self) -> Result<Vec<u8>, BufferError> {
+        let mut bytes = vec![0; self.len() as usize];
+        self.read_bytes(&mut bytes)?;
+        Ok(bytes)
     }
 }
 

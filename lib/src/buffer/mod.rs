@@ -8,6 +8,7 @@
 //! `dmabuf.rs` has the descriptor, `fence.rs` the fences of work on it, `mapping.rs` the mapped
 //! bytes; here is what ties them together.
 
+mod access;
 mod dmabuf;
 mod fence;
 mod mapping;
@@ -18,37 +19,14 @@ use std::sync::Arc;
 
 use rustix::fs::{OFlags, SealFlags};
 
+pub use access::Access;
 pub(crate) use dmabuf::parse_info;
 pub use dmabuf::{DmaBuf, Identity, Info};
 pub use fence::{FenceState, SyncFile};
 pub use mapping::{CpuAccess, Mapping};
 
 use crate::error::{BufferError, SystemError};
-use crate::plan::topology::PciAddress;
-use crate::sys::memory::Map;
-
-/// What the CPU, or whoever holds the buffer, may do with its bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Access {
-    /// Read them.
-    Read,
-    /// Write them.
-    Write,
-    /// Both.
-    ReadWrite,
-}
-
-impl Access {
-    /// True for [`Access::Read`] and [`Access::ReadWrite`].
-    pub fn reads(self) -> bool {
-        self != Access::Write
-    }
-
-    /// True for [`Access::Write`] and [`Access::ReadWrite`].
-    pub fn writes(self) -> bool {
-        self != Access::Read
-    }
-}
+use crate::topology::PciAddress;
 
 /// What kind of exporter made a buffer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -338,6 +316,19 @@ impl Buffer {
         &self.inner.provenance.name
     }
 
+    /// By which descriptor its bytes are mapped, and where in that they begin.
+    fn mappable(&self) -> (BorrowedFd<'_>, u64) {
+        // The memfd comes first: the kernel can pin its pages for I/O, while those of a
+        // udmabuf's own mapping have no struct pages and every O_DIRECT call gets EFAULT.
+        let inner = &self.inner;
+        match (&inner.host, &inner.view, &inner.dmabuf) {
+            (Some(memfd), _, _) => (memfd.as_fd(), 0),
+            (None, Some((view, at)), _) => (view.as_fd(), *at),
+            (None, None, Some(dmabuf)) => (dmabuf.as_fd(), 0),
+            (None, None, None) => unreachable!("a buffer has a dma-buf or host memory"),
+        }
+    }
+
     pub(crate) fn is_vouched(&self) -> bool {
         self.inner.vouched
     }
@@ -415,77 +406,6 @@ impl BufferRange {
                 size: self.length,
             }),
         }
-    }
-
-    /// Maps it. `access` is what the mapping will be used for, by the CPU or by an importer;
-    /// writing a mapping needs a writable buffer.
-    ///
-    /// # Errors
-    /// [`BufferError::Access`], or the call that failed.
-    pub fn map(&self, access: Access) -> Result<Mapping, BufferError> {
-        if access.writes() && !self.buffer.is_writable() {
-            let object = self.buffer.name().to_owned();
-            return Err(BufferError::Access {
-                object,
-                wanted: "write",
-            });
-        }
-        // The memfd comes first: the kernel can pin its pages for I/O, while those of a
-        // udmabuf's own mapping have no struct pages and every O_DIRECT call gets EFAULT.
-        let inner = &self.buffer.inner;
-        let (fd, at) = match (&inner.host, &inner.view, &inner.dmabuf) {
-            (Some(memfd), _, _) => (memfd.as_fd(), 0),
-            (None, Some((view, at)), _) => (view.as_fd(), *at),
-            (None, None, Some(dmabuf)) => (dmabuf.as_fd(), 0),
-            (None, None, None) => unreachable!("a buffer has a dma-buf or host memory"),
-        };
-        // Graphics drivers' fault handlers count from the mapping's beginning and not from the
-        // buffer's (drm_gem_shmem_fault in drivers/gpu/drm/drm_gem_shmem_helper.c): with an offset,
-        // other bytes than those asked for are mapped, without an error. Of exporters that are not
-        // known to do it right the mapping begins where the buffer does.
-        let honours_offset = inner.host.is_some()
-            || matches!(
-                inner.provenance.kind,
-                Kind::Bar | Kind::Vfio | Kind::Provider | Kind::Heap
-            );
-        let map = if honours_offset {
-            Map::shared(fd, at + self.offset, self.length, access.writes())
-        } else {
-            Map::shared_from(fd, at, self.offset, self.length, access.writes())
-        };
-        let map = map.map_err(|errno| SystemError::new("mmap", self.buffer.name(), errno))?;
-        Ok(Mapping::new(map, self.clone(), access))
-    }
-
-    /// Copies bytes to its beginning: one mapping, one CPU access. To do it often, keep a
-    /// [`Mapping`].
-    ///
-    /// # Errors
-    /// As [`BufferRange::map`] and [`Mapping::begin_cpu_access`]; [`BufferError::OutOfRange`] for more
-    /// bytes than it has.
-    pub fn write_bytes(&self, bytes: &[u8]) -> Result<(), BufferError> {
-        self.map(Access::ReadWrite)?.write_bytes(bytes)
-    }
-
-    /// Copies bytes from its beginning, as many as `into` has room for, likewise.
-    ///
-    /// # Errors
-    /// As [`BufferRange::write_bytes`].
-    pub fn read_bytes(&self, into: &mut [u8]) -> Result<(), BufferError> {
-        self.map(Access::Read)?.read_bytes(into)
-    }
-
-    /// A copy of its bytes, likewise.
-    ///
-    /// # Errors
-    /// As [`BufferRange::write_bytes`].
-    ///
-    /// # Panics
-    /// When there is not as much memory.
-    pub fn to_vec(&self) -> Result<Vec<u8>, BufferError> {
-        let mut bytes = vec![0; self.len() as usize];
-        self.read_bytes(&mut bytes)?;
-        Ok(bytes)
     }
 }
 

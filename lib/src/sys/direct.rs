@@ -64,7 +64,7 @@ pub(crate) mod fake {
     use super::*;
     use std::cell::Cell;
 
-    use crate::plan::Direction;
+    use crate::path::Direction;
 
     /// What happens to I/O on device memory. I/O on system memory always works.
     #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -3,8 +3,27 @@
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
-use super::verbs::{DmaBufRequest, Keys};
 use crate::errno::Errno;
+
+/// What a dma-buf is to be registered as.
+pub(crate) struct DmaBufRequest<'d> {
+    pub(crate) dmabuf: BorrowedFd<'d>,
+    /// Bytes from the dma-buf's beginning.
+    pub(crate) offset: u64,
+    pub(crate) length: u64,
+    /// The address of the first byte for whoever names the region's keys. Its place in a page is
+    /// that of `offset`.
+    pub(crate) iova: u64,
+    /// `IBV_ACCESS_*`
+    pub(crate) access: u32,
+}
+
+/// A region's keys: for work of this end, and of the other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Keys {
+    pub(crate) local: u32,
+    pub(crate) remote: u32,
+}
 
 /// `UVERBS_OBJECT_MR`
 const OBJECT_MR: u16 = 7;

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use crate::errno::Errno;
-use crate::plan::ReasonCode;
+use crate::path::ReasonCode;
 
 /// The ways in which a card can be given a buffer, the best first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

@@ -9,7 +9,7 @@ use super::abi::{Context, GidEntry, LOCAL_WRITE, Mr, PORT, Pd, PortAttr, REMOTE_
 use super::library::{Library, check, last};
 use crate::errno::Errno;
 use crate::sys::memory::Window;
-use crate::sys::uverbs;
+use crate::sys::uverbs::{self, DmaBufRequest, Keys};
 
 /// An open device and a protection domain on it.
 ///
@@ -109,26 +109,6 @@ impl Drop for Domain {
             (self.library.close_device)(self.context.as_ptr());
         }
     }
-}
-
-/// What a dma-buf is to be registered as.
-pub(crate) struct DmaBufRequest<'d> {
-    pub(crate) dmabuf: BorrowedFd<'d>,
-    /// Bytes from the dma-buf's beginning.
-    pub(crate) offset: u64,
-    pub(crate) length: u64,
-    /// The address of the first byte for whoever names the region's keys. Its place in a page is
-    /// that of `offset`.
-    pub(crate) iova: u64,
-    /// `IBV_ACCESS_*`
-    pub(crate) access: u32,
-}
-
-/// A region's keys: for work of this end, and of the other.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Keys {
-    pub(crate) local: u32,
-    pub(crate) remote: u32,
 }
 
 /// How a region was made, and is to be ended.

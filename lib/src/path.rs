@@ -1,8 +1,74 @@
-//! Why a path was rejected.
+//! Paths, and plans as values: which path the bytes take, and the reasons against each better one.
+//! How a plan is made is in [`plan`](crate::plan).
 
 use std::fmt;
 
-use super::Path;
+/// How bytes travel between an exporter's memory and an importer. Better paths compare greater.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Path {
+    /// The CPU carries them through memory of its own. Always possible.
+    StagedCopy,
+    /// Both use the same pages of system memory. Nothing is copied.
+    SharedHostMemory,
+    /// The importing device reads and writes the exporter's memory itself. Nothing is copied,
+    /// and nothing passes through system memory.
+    PeerToPeer,
+}
+
+impl Path {
+    /// The name used in reports: `peer-to-peer`, `shared-host-memory` or `staged-copy`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Path::PeerToPeer => "peer-to-peer",
+            Path::SharedHostMemory => "shared-host-memory",
+            Path::StagedCopy => "staged-copy",
+        }
+    }
+}
+
+impl fmt::Display for Path {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.as_str())
+    }
+}
+
+/// Which way bytes go. A path is proved for each by itself: some machines pass peer writes and
+/// not peer reads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Direction {
+    /// From the file or disk into the buffer.
+    DiskToBuffer,
+    /// From the buffer to the file or disk.
+    BufferToDisk,
+}
+
+impl fmt::Display for Direction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Direction::DiskToBuffer => "disk to buffer",
+            Direction::BufferToDisk => "buffer to disk",
+        })
+    }
+}
+
+/// The path chosen, and for each better one the reasons against it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Plan {
+    /// The path.
+    pub path: Path,
+    /// Why not a better one; best path first. Empty for peer to peer.
+    pub reasons: Vec<Reason>,
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.path)?;
+        for reason in &self.reasons {
+            write!(f, "; not {}: {}", reason.path, reason.evidence)?;
+        }
+        Ok(())
+    }
+}
 
 /// One reason against one path.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -16,7 +82,8 @@ pub struct Reason {
 }
 
 impl Reason {
-    pub(crate) fn new(path: Path, code: ReasonCode, evidence: impl Into<String>) -> Reason {
+    /// `evidence` is for people: the call and its error, the devices, the bytes.
+    pub fn new(path: Path, code: ReasonCode, evidence: impl Into<String>) -> Reason {
         Reason {
             path,
             code,
