@@ -40,7 +40,6 @@
 
 pub mod buffer;
 pub mod device;
-mod errno;
 pub mod error;
 pub mod export;
 #[doc(hidden)]
@@ -50,11 +49,15 @@ mod path;
 pub mod plan;
 pub mod share;
 mod sys;
-pub mod topology;
 pub mod transfer;
 
+/// Error numbers.
+mod errno {
+    pub use peerbuf_core::Errno;
+}
+
 pub use buffer::{Access, Buffer, BufferRange, DmaBuf};
-pub use errno::Errno;
+pub use peerbuf_core::{Errno, bytemuck, topology};
 
 /// The README's example compiles.
 #[cfg(doctest)]

@@ -215,20 +215,20 @@ fn register(
     key: u64,
 ) -> Result<(NonNull<abi::Mr>, *mut c_void), Errno> {
     let writes = access & (RECV | READ | REMOTE_WRITE) != 0;
-    if writes && !window.writable {
+    if writes && !window.is_writable() {
         // EACCES
         return Err(Errno(13));
     }
-    let address: *mut c_void = window.address.cast();
+    let address: *mut c_void = window.address().cast();
     let pages = abi::IoVec {
         base: address,
-        length: window.length,
+        length: window.length(),
     };
     let of_dmabuf = dmabuf.map(|(dmabuf, offset)| abi::DmaBuf {
         // No process can have so many open.
         fd: dmabuf.map_or(c_int::MAX, |dmabuf| dmabuf.as_raw_fd()),
         offset,
-        len: window.length,
+        len: window.length(),
         // The address of the region is this and the offset.
         base_addr: address.wrapping_byte_sub(offset as usize),
     });

@@ -195,7 +195,7 @@ impl Region {
         iova: u64,
         access: u32,
     ) -> Result<Region, Errno> {
-        if access & (LOCAL_WRITE | REMOTE_WRITE) != 0 && !window.writable {
+        if access & (LOCAL_WRITE | REMOTE_WRITE) != 0 && !window.is_writable() {
             return Err(Errno(13));
         }
         // SAFETY: the window is mapped now, which is when its pages are pinned; from then on the card
@@ -203,8 +203,8 @@ impl Region {
         let mr = unsafe {
             (domain.library.reg_mr_iova2)(
                 domain.pd.as_ptr(),
-                window.address.cast(),
-                window.length,
+                window.address().cast(),
+                window.length(),
                 iova,
                 access,
             )

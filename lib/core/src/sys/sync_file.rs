@@ -1,6 +1,8 @@
 //! The ioctl of a sync file (include/uapi/linux/sync_file.h).
 
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
+
+use rustix::ioctl::{Opcode, Updater, ioctl, opcode};
 
 use crate::errno::Errno;
 
@@ -17,15 +19,24 @@ pub struct SyncFileInfo {
     sync_fence_info: u64,
 }
 
-mod raw {
-    nix::ioctl_readwrite!(sync_ioc_file_info, b'>', 4, super::SyncFileInfo);
-}
+const FILE_INFO: Opcode = opcode::read_write::<SyncFileInfo>(b'>', 4);
 
 /// `SYNC_IOC_FILE_INFO`
 pub(crate) fn info(fd: BorrowedFd<'_>) -> Result<SyncFileInfo, Errno> {
     let mut argument = SyncFileInfo::default();
-    // SAFETY: the argument is the struct that the ioctl takes, and says that no array follows.
-    unsafe { raw::sync_ioc_file_info(fd.as_raw_fd(), &mut argument) }
-        .map_err(super::ioctl_errno)?;
+    // SAFETY: the ioctl reads and writes this struct, which says that no array follows.
+    let call = unsafe { Updater::<FILE_INFO, _>::new(&mut argument) };
+    // SAFETY: as above.
+    unsafe { ioctl(fd, call) }?;
     Ok(argument)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_number_is_the_kernels() {
+        assert_eq!(FILE_INFO, 0xc038_3e04);
+    }
 }

@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 
-use super::{Access, DmaBuf};
+use crate::access::Access;
+use crate::dmabuf::DmaBuf;
 use crate::errno::Errno;
 use crate::error::{BufferError, SystemError};
 use crate::sys;
@@ -112,7 +113,7 @@ impl DmaBuf {
     ///
     /// ```no_run
     /// # use std::time::Duration;
-    /// # use peerbuf::{Access, Buffer, error::BufferError};
+    /// # use peerbuf_core::{Access, Buffer, error::BufferError};
     /// # fn read(buffer: &Buffer) -> Result<(), BufferError> {
     /// let mut mapping = buffer.whole().map(Access::Read)?;
     /// if let Some(dmabuf) = buffer.dmabuf() {
@@ -162,7 +163,7 @@ impl DmaBuf {
     }
 }
 
-pub(super) fn flags_of(access: Access) -> u64 {
+pub(crate) fn flags_of(access: Access) -> u64 {
     match access {
         Access::Read => SYNC_READ,
         Access::Write => SYNC_WRITE,

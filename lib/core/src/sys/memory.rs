@@ -10,7 +10,6 @@ use std::os::fd::BorrowedFd;
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{Ordering, fence};
 
-use nix::sys::mman::munmap;
 use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous};
 
 use crate::errno::Errno;
@@ -21,7 +20,7 @@ use crate::errno::Errno;
 /// `base` is the start of a live mapping of `mapped` bytes that this value owns, and
 /// `start + length <= mapped`. No Rust reference to those bytes exists.
 #[derive(Debug)]
-pub(crate) struct Map {
+pub struct Map {
     base: NonNull<u8>,
     mapped: usize,
     start: usize,
@@ -38,7 +37,7 @@ impl Map {
     /// Maps `length` bytes of `fd` from `offset` on, which need not be page-aligned.
     ///
     /// A descriptor's pages may be huge, and its mappings are then in whole ones.
-    pub(crate) fn shared(
+    pub fn shared(
         fd: BorrowedFd<'_>,
         offset: u64,
         length: u64,
@@ -50,7 +49,7 @@ impl Map {
 
     /// Maps `length` bytes of `fd`, which begin `start` bytes after `from`, a whole number of pages,
     /// and everything between. For descriptors that can be mapped only from there.
-    pub(crate) fn shared_from(
+    pub fn shared_from(
         fd: BorrowedFd<'_>,
         from: u64,
         start: u64,
@@ -93,12 +92,12 @@ impl Map {
     }
 
     /// The address of byte `offset`, modulo `align` (a power of two).
-    pub(crate) fn misalignment(&self, offset: usize, align: usize) -> usize {
+    pub fn misalignment(&self, offset: usize, align: usize) -> usize {
         (self.base.as_ptr() as usize + self.start + offset) % align
     }
 
     /// The part that the kernel is to read or write. Panics when it is not inside.
-    pub(crate) fn window(&self, offset: usize, length: usize) -> Window<'_> {
+    pub fn window(&self, offset: usize, length: usize) -> Window<'_> {
         assert!(
             offset
                 .checked_add(length)
@@ -110,7 +109,6 @@ impl Map {
             address,
             length,
             writable: self.writable,
-            #[cfg(test)]
             is_shared: true,
             map: PhantomData,
         }
@@ -120,7 +118,7 @@ impl Map {
     /// Panics when they are not all inside.
     ///
     /// Memory of a device that has gone raises SIGBUS.
-    pub(crate) fn copy_out(&self, offset: usize, into: &mut [u8]) {
+    pub fn copy_out(&self, offset: usize, into: &mut [u8]) {
         let window = self.window(offset, into.len());
         // Nothing that was read before the caller's begin-access may be used instead.
         fence(Ordering::SeqCst);
@@ -150,7 +148,7 @@ impl Map {
     /// Panics when they are not all inside or the mapping is read-only.
     ///
     /// Memory of a device that has gone raises SIGBUS.
-    pub(crate) fn copy_in(&self, offset: usize, from: &[u8]) {
+    pub fn copy_in(&self, offset: usize, from: &[u8]) {
         assert!(self.writable);
         let window = self.window(offset, from.len());
         let mut rest = from;
@@ -180,7 +178,7 @@ impl Map {
     ///
     /// Stores to write-combined device memory linger in the CPU; the fence drains them, and
     /// reading a byte back makes the bus deliver what was posted before it.
-    pub(crate) fn flush_writes(&self, offset: usize) {
+    pub fn flush_writes(&self, offset: usize) {
         fence(Ordering::SeqCst);
         if offset < self.length {
             let window = self.window(offset, 1);
@@ -203,8 +201,8 @@ impl Drop for Map {
         // registrations of memory (libfabric's, UCX) watch that one, and take what is next mapped at
         // the address for what was there before if they miss it.
         // SAFETY: the mapping is ours (invariant) and windows into it cannot outlive it.
-        let result = unsafe { munmap(self.base.cast::<c_void>(), self.mapped) };
-        debug_assert!(result.is_ok(), "munmap: {result:?}");
+        let result = unsafe { libc::munmap(self.base.as_ptr().cast::<c_void>(), self.mapped) };
+        debug_assert!(result == 0, "munmap: {}", std::io::Error::last_os_error());
     }
 }
 
@@ -242,14 +240,42 @@ fn array<const N: usize>(bytes: &[u8]) -> [u8; N] {
 /// `length` bytes at `address` are inside a live mapping (writable if `writable`) that `'m`
 /// outlives, and no Rust reference to them is used while the kernel has them.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Window<'m> {
-    pub(super) address: *mut u8,
-    pub(super) length: usize,
-    pub(super) writable: bool,
-    /// In a [`Map`], for tests that treat device memory and system memory differently.
-    #[cfg(test)]
-    pub(crate) is_shared: bool,
+pub struct Window<'m> {
+    address: *mut u8,
+    length: usize,
+    writable: bool,
+    is_shared: bool,
     map: PhantomData<&'m ()>,
+}
+
+impl Window<'_> {
+    /// Where it begins. No Rust reference may be made of it: others change the bytes.
+    pub fn address(&self) -> *mut u8 {
+        self.address
+    }
+
+    /// Its length in bytes.
+    pub fn length(&self) -> usize {
+        self.length
+    }
+
+    /// Whether the kernel may write it.
+    pub fn is_writable(&self) -> bool {
+        self.writable
+    }
+
+    /// Whether it is in a [`Map`]: tests treat that as device memory.
+    pub fn is_shared(&self) -> bool {
+        self.is_shared
+    }
+
+    /// Its first `length` bytes, or all if it has fewer.
+    #[must_use]
+    pub fn first(mut self, length: usize) -> Self {
+        // INVARIANT: no longer than it was.
+        self.length = self.length.min(length);
+        self
+    }
 }
 
 /// Page-aligned system memory of this process alone, so ordinary slices of it are sound.
@@ -258,7 +284,7 @@ pub(crate) struct Window<'m> {
 /// `base` is the start of a live, private, readable and writable mapping of `length` bytes that
 /// this value owns.
 #[derive(Debug)]
-pub(crate) struct HostMemory {
+pub struct HostMemory {
     base: NonNull<u8>,
     length: usize,
 }
@@ -268,7 +294,7 @@ unsafe impl Send for HostMemory {}
 
 impl HostMemory {
     /// `length` zero bytes.
-    pub(crate) fn new(length: usize) -> Result<HostMemory, Errno> {
+    pub fn new(length: usize) -> Result<HostMemory, Errno> {
         let length = length.max(1);
         // SAFETY: a fresh private mapping at an address that the kernel picks.
         let base = unsafe {
@@ -284,24 +310,25 @@ impl HostMemory {
         Ok(HostMemory { base, length })
     }
 
-    pub(crate) fn bytes(&self) -> &[u8] {
+    /// All of it.
+    pub fn bytes(&self) -> &[u8] {
         // SAFETY: initialised (zeroed by the kernel), ours, and borrowed with `self`.
         unsafe { std::slice::from_raw_parts(self.base.as_ptr(), self.length) }
     }
 
-    pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
+    /// All of it, to be written.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
         // SAFETY: as in `bytes`, and `self` is borrowed mutably.
         unsafe { std::slice::from_raw_parts_mut(self.base.as_ptr(), self.length) }
     }
 
     /// The first `length` bytes, for the kernel; no slice can be held meanwhile.
-    pub(crate) fn window(&mut self, length: usize) -> Window<'_> {
+    pub fn window(&mut self, length: usize) -> Window<'_> {
         assert!(length <= self.length);
         Window {
             address: self.base.as_ptr(),
             length,
             writable: true,
-            #[cfg(test)]
             is_shared: false,
             map: PhantomData,
         }
@@ -311,8 +338,8 @@ impl HostMemory {
 impl Drop for HostMemory {
     fn drop(&mut self) {
         // SAFETY: the mapping is ours (invariant) and no borrow of it is left.
-        let result = unsafe { munmap(self.base.cast::<c_void>(), self.length) };
-        debug_assert!(result.is_ok(), "munmap: {result:?}");
+        let result = unsafe { libc::munmap(self.base.as_ptr().cast::<c_void>(), self.length) };
+        debug_assert!(result == 0, "munmap: {}", std::io::Error::last_os_error());
     }
 }
 

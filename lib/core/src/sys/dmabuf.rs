@@ -3,6 +3,8 @@
 use std::ffi::CStr;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
+use rustix::ioctl::{IntegerSetter, Opcode, Setter, Updater, ioctl, opcode};
+
 use crate::errno::Errno;
 
 /// `DMA_BUF_SYNC_READ`
@@ -17,48 +19,43 @@ pub(crate) const NAME_LENGTH: usize = 32;
 
 /// `struct dma_buf_sync`
 #[repr(C)]
-pub struct DmaBufSync {
+struct DmaBufSync {
     flags: u64,
 }
 
 /// `struct dma_buf_export_sync_file` and `struct dma_buf_import_sync_file`
 #[repr(C)]
-pub struct DmaBufSyncFile {
+struct DmaBufSyncFile {
     flags: u32,
     fd: i32,
 }
 
-mod raw {
-    nix::ioctl_write_ptr!(dma_buf_sync, b'b', 0, super::DmaBufSync);
-    // Not the macro that its type in the header asks for: the argument is the text itself.
-    nix::ioctl_write_ptr_bad!(
-        dma_buf_set_name,
-        nix::request_code_write!(b'b', 1, size_of::<u64>()),
-        std::ffi::c_char
-    );
-    nix::ioctl_readwrite!(dma_buf_export_sync_file, b'b', 2, super::DmaBufSyncFile);
-    nix::ioctl_write_ptr!(dma_buf_import_sync_file, b'b', 3, super::DmaBufSyncFile);
-}
+const SYNC: Opcode = opcode::write::<DmaBufSync>(b'b', 0);
+const SET_NAME: Opcode = opcode::write::<u64>(b'b', 1);
+const EXPORT_SYNC_FILE: Opcode = opcode::read_write::<DmaBufSyncFile>(b'b', 2);
+const IMPORT_SYNC_FILE: Opcode = opcode::write::<DmaBufSyncFile>(b'b', 3);
 
 /// Begins or ends CPU access to a dma-buf.
 pub(crate) fn sync(fd: BorrowedFd<'_>, flags: u64) -> Result<(), Errno> {
-    let argument = DmaBufSync { flags };
     loop {
-        // SAFETY: the argument is what the ioctl reads, and lives through the call.
-        match unsafe { raw::dma_buf_sync(fd.as_raw_fd(), &argument) } {
-            Ok(_) => return Ok(()),
+        // SAFETY: the ioctl reads this struct.
+        let call = unsafe { Setter::<SYNC, _>::new(DmaBufSync { flags }) };
+        // SAFETY: as above; it changes no memory of this process.
+        match unsafe { ioctl(fd, call) } {
             // The header asks callers to try again on these two.
-            Err(nix::errno::Errno::EINTR | nix::errno::Errno::EAGAIN) => {}
-            Err(errno) => return Err(super::ioctl_errno(errno)),
+            Err(rustix::io::Errno::INTR | rustix::io::Errno::AGAIN) => {}
+            result => return Ok(result?),
         }
     }
 }
 
 /// `DMA_BUF_SET_NAME`. The kernel refuses more than [`NAME_LENGTH`] bytes with the NUL.
 pub(crate) fn set_name(fd: BorrowedFd<'_>, name: &CStr) -> Result<(), Errno> {
-    // SAFETY: the kernel reads up to the NUL, and the text lives through the call.
-    let result = unsafe { raw::dma_buf_set_name(fd.as_raw_fd(), name.as_ptr()) };
-    result.map(drop).map_err(super::ioctl_errno)
+    // SAFETY: the argument is the text itself, which lives through the call. (Its type in the
+    // header is a number only for the opcode.)
+    let call = unsafe { IntegerSetter::<SET_NAME>::new_pointer(name.as_ptr().cast_mut().cast()) };
+    // SAFETY: the kernel reads up to the NUL.
+    Ok(unsafe { ioctl(fd, call) }?)
 }
 
 /// `DMA_BUF_IOCTL_EXPORT_SYNC_FILE`, with [`SYNC_READ`] for the writers' fences or
@@ -68,9 +65,10 @@ pub(crate) fn export_sync_file(fd: BorrowedFd<'_>, flags: u64) -> Result<OwnedFd
         flags: flags as u32,
         fd: -1,
     };
-    // SAFETY: the argument is the struct that the ioctl takes.
-    unsafe { raw::dma_buf_export_sync_file(fd.as_raw_fd(), &mut argument) }
-        .map_err(super::ioctl_errno)?;
+    // SAFETY: the ioctl reads and writes this struct.
+    let call = unsafe { Updater::<EXPORT_SYNC_FILE, _>::new(&mut argument) };
+    // SAFETY: as above.
+    unsafe { ioctl(fd, call) }?;
     // SAFETY: on success the ioctl has opened this descriptor for us, and nobody else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(argument.fd) })
 }
@@ -86,8 +84,22 @@ pub(crate) fn import_sync_file(
         flags: flags as u32,
         fd: sync_file.as_raw_fd(),
     };
-    // SAFETY: the argument is what the ioctl reads, and lives through the call.
-    unsafe { raw::dma_buf_import_sync_file(fd.as_raw_fd(), &argument) }
-        .map(drop)
-        .map_err(super::ioctl_errno)
+    // SAFETY: the ioctl reads this struct.
+    let call = unsafe { Setter::<IMPORT_SYNC_FILE, _>::new(argument) };
+    // SAFETY: as above; it changes no memory of this process.
+    Ok(unsafe { ioctl(fd, call) }?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_numbers_are_the_kernels() {
+        let numbers = [SYNC, SET_NAME, EXPORT_SYNC_FILE, IMPORT_SYNC_FILE];
+        assert_eq!(
+            numbers,
+            [0x4008_6200, 0x4008_6201, 0xc008_6202, 0x4008_6203]
+        );
+    }
 }

@@ -46,9 +46,9 @@ pub struct Info {
 ///
 /// ```
 /// use std::os::fd::OwnedFd;
-/// use peerbuf::DmaBuf;
+/// use peerbuf_core::DmaBuf;
 ///
-/// fn same_buffer(one: OwnedFd, other: OwnedFd) -> Result<bool, peerbuf::error::BufferError> {
+/// fn same_buffer(one: OwnedFd, other: OwnedFd) -> Result<bool, peerbuf_core::error::BufferError> {
 ///     Ok(DmaBuf::try_from(one)?.identity() == DmaBuf::try_from(other)?.identity())
 /// }
 ///
@@ -160,7 +160,8 @@ impl DmaBuf {
 /// `pos`, `flags`, ... of any file, then dma-buf's own `size`, `count`, `exp_name` and, if there
 /// is one, `name`. Names may hold anything, so each is the rest of its line, and of two lines
 /// with one key the first counts: the name comes last.
-pub(crate) fn parse_info(text: &str) -> Info {
+#[doc(hidden)]
+pub fn parse_info(text: &str) -> Info {
     let field = |key: &str| {
         let mut lines = text.lines();
         let found = lines.find_map(|line| line.strip_prefix(key)?.strip_prefix(":\t"));

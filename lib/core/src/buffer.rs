@@ -1,17 +1,5 @@
-//! Buffers: what is shared, and how the CPU gets at it.
-//!
-//! A [`Buffer`] is a dma-buf, or memory of the host with a dma-buf over it, or (the stand-in on
-//! machines without either) memory of the host alone. Its bytes may be device memory, and a
-//! device or another process may change them at any time, so they are never a `&[u8]`: a
-//! [`Mapping`] gives them to importers, and [`Mapping::begin_cpu_access`] lets the CPU copy them.
-//!
-//! `dmabuf.rs` has the descriptor, `fence.rs` the fences of work on it, `mapping.rs` the mapped
-//! bytes; here is what ties them together.
-
-mod access;
-mod dmabuf;
-mod fence;
-mod mapping;
+//! [`Buffer`] and [`BufferRange`]: a dma-buf, the memory of the host behind it if there is some, and
+//! where it comes from.
 
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -19,12 +7,7 @@ use std::sync::Arc;
 
 use rustix::fs::{OFlags, SealFlags};
 
-pub use access::Access;
-pub(crate) use dmabuf::parse_info;
-pub use dmabuf::{DmaBuf, Identity, Info};
-pub use fence::{FenceState, SyncFile};
-pub use mapping::{CpuAccess, Mapping};
-
+use crate::dmabuf::DmaBuf;
 use crate::error::{BufferError, SystemError};
 use crate::topology::PciAddress;
 
@@ -76,18 +59,20 @@ impl Kind {
         matches!(self, Kind::Bar | Kind::Vfio | Kind::Provider)
     }
 
-    pub(crate) fn number(self) -> u32 {
+    /// Its number in messages, which never changes.
+    pub fn number(self) -> u32 {
         let entry = KINDS.iter().find(|(_, kind)| *kind == self);
         entry.map_or(0, |(number, _)| *number)
     }
 
-    pub(crate) fn from_number(number: u32) -> Option<Kind> {
+    /// The kind with this number.
+    pub fn from_number(number: u32) -> Option<Kind> {
         let entry = KINDS.iter().find(|(known, _)| *known == number);
         entry.map(|(_, kind)| *kind)
     }
 
     /// Whether a buffer of this kind can come with these: a dma-buf, and the memfd behind it.
-    pub(crate) fn allows_descriptors(self, dmabuf: bool, memfd: bool) -> bool {
+    pub fn allows_descriptors(self, dmabuf: bool, memfd: bool) -> bool {
         match self {
             // One that is made of several pieces has no single memfd, and who may only read gets
             // the memfd alone.
@@ -98,7 +83,7 @@ impl Kind {
     }
 
     /// Whether a buffer of this kind can, and must, name the device that has its memory.
-    pub(crate) fn allows_device(self, named: bool) -> bool {
+    pub fn allows_device(self, named: bool) -> bool {
         match self {
             Kind::Bar | Kind::Vfio | Kind::Provider => named,
             Kind::Udmabuf | Kind::Memfd | Kind::Heap => !named,
@@ -146,20 +131,22 @@ struct Inner {
     last: Option<Box<dyn LastHandle>>,
 }
 
+#[doc(hidden)]
 /// Something that is to be dropped when a buffer's last handle in this process is gone.
-pub(crate) trait LastHandle: fmt::Debug + Send + Sync {
+pub trait LastHandle: fmt::Debug + Send + Sync {
     /// For a buffer that is lent to this process.
     fn lease(&self) -> Option<LeaseState> {
         None
     }
 }
 
+#[doc(hidden)]
 /// A lent buffer.
-pub(crate) struct LeaseState {
+pub struct LeaseState {
     /// The number of the generation.
-    pub(crate) generation: u64,
+    pub generation: u64,
     /// Whether it is still lent: the publisher waits for it before there is another generation.
-    pub(crate) current: bool,
+    pub current: bool,
 }
 
 /// A buffer that is another's bytes keeps that one in use.
@@ -190,8 +177,9 @@ impl Buffer {
         }
     }
 
+    #[doc(hidden)]
     /// A dma-buf that the kernel gives no mapping, with the exporter's own.
-    pub(crate) fn from_dmabuf_and_view(
+    pub fn from_dmabuf_and_view(
         dmabuf: DmaBuf,
         view: OwnedFd,
         at: u64,
@@ -259,30 +247,34 @@ impl Buffer {
         }))
     }
 
+    #[doc(hidden)]
     /// Marks the provenance as hearsay. For a buffer that nobody shares yet.
-    pub(crate) fn without_voucher(mut self) -> Buffer {
+    pub fn without_voucher(mut self) -> Buffer {
         if let Some(inner) = Arc::get_mut(&mut self.inner) {
             inner.vouched = false;
         }
         self
     }
 
+    #[doc(hidden)]
     /// Has `last` dropped when the last clone, range, mapping and attachment of this buffer in
     /// this process is gone and its descriptors are closed. For a buffer that nobody shares yet.
-    pub(crate) fn with_last_handle(mut self, last: Box<dyn LastHandle>) -> Buffer {
+    pub fn with_last_handle(mut self, last: Box<dyn LastHandle>) -> Buffer {
         if let Some(inner) = Arc::get_mut(&mut self.inner) {
             inner.last = Some(last);
         }
         self
     }
 
+    #[doc(hidden)]
     /// What is known of its loan; `None` for a buffer that is not lent.
-    pub(crate) fn lease(&self) -> Option<LeaseState> {
+    pub fn lease(&self) -> Option<LeaseState> {
         self.inner.last.as_ref()?.lease()
     }
 
+    #[doc(hidden)]
     /// How many handles there are in this process: clones, ranges, mappings, attachments.
-    pub(crate) fn handles(&self) -> usize {
+    pub fn handles(&self) -> usize {
         Arc::strong_count(&self.inner)
     }
 
@@ -317,7 +309,7 @@ impl Buffer {
     }
 
     /// By which descriptor its bytes are mapped, and where in that they begin.
-    fn mappable(&self) -> (BorrowedFd<'_>, u64) {
+    pub(crate) fn mappable(&self) -> (BorrowedFd<'_>, u64) {
         // The memfd comes first: the kernel can pin its pages for I/O, while those of a
         // udmabuf's own mapping have no struct pages and every O_DIRECT call gets EFAULT.
         let inner = &self.inner;
@@ -329,7 +321,8 @@ impl Buffer {
         }
     }
 
-    pub(crate) fn is_vouched(&self) -> bool {
+    #[doc(hidden)]
+    pub fn is_vouched(&self) -> bool {
         self.inner.vouched
     }
 
@@ -412,12 +405,12 @@ impl BufferRange {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::export::memfd;
+    use crate::{Access, memfd};
 
     #[test]
     #[cfg_attr(miri, ignore = "a system call that Miri does not have")]
     fn bytes_come_back_at_every_offset_and_length() {
-        let buffer = memfd::export("test", 1 << 16).unwrap();
+        let buffer = memfd::buffer("test", 1 << 16).unwrap();
         let pattern: Vec<u8> = (0..200u8).collect();
         for offset in [0u64, 1, 3, 7, 8, 9, 4095, 4096, 65336] {
             for length in [0usize, 1, 2, 7, 8, 9, 15, 16, 17, 200] {
@@ -435,7 +428,7 @@ mod tests {
     #[test]
     #[cfg_attr(miri, ignore = "a system call that Miri does not have")]
     fn a_range_that_starts_off_a_page_maps_its_own_bytes() {
-        let buffer = memfd::export("test", 3 << 12).unwrap();
+        let buffer = memfd::buffer("test", 3 << 12).unwrap();
         let mut all = buffer.whole().map(Access::ReadWrite).unwrap();
         all.begin_cpu_access(Access::Write)
             .unwrap()
@@ -454,7 +447,7 @@ mod tests {
     #[test]
     #[cfg_attr(miri, ignore = "a system call that Miri does not have")]
     fn values_cross_at_any_offset() {
-        let buffer = memfd::export("test", 4096).unwrap();
+        let buffer = memfd::buffer("test", 4096).unwrap();
         let mut mapping = buffer.whole().map(Access::ReadWrite).unwrap();
         let mut cpu = mapping.begin_cpu_access(Access::ReadWrite).unwrap();
         for offset in 0..17 {
@@ -473,7 +466,7 @@ mod tests {
     #[test]
     #[cfg_attr(miri, ignore = "a system call that Miri does not have")]
     fn bytes_outside_a_range_are_refused() {
-        let buffer = memfd::export("test", 4096).unwrap();
+        let buffer = memfd::buffer("test", 4096).unwrap();
         assert!(matches!(
             buffer.range(0, 4097),
             Err(BufferError::OutOfRange { .. })
@@ -494,7 +487,7 @@ mod tests {
     #[test]
     #[cfg_attr(miri, ignore = "a system call that Miri does not have")]
     fn access_other_than_the_one_begun_is_refused() {
-        let buffer = memfd::export("test", 4096).unwrap();
+        let buffer = memfd::buffer("test", 4096).unwrap();
         let mut mapping = buffer.whole().map(Access::Read).unwrap();
         assert!(mapping.begin_cpu_access(Access::Write).is_err());
         let mut cpu = mapping.begin_cpu_access(Access::Read).unwrap();

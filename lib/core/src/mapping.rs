@@ -4,9 +4,10 @@ use std::os::fd::AsFd;
 
 use bytemuck::Pod;
 
-use super::fence::flags_of;
-use super::{Access, BufferRange, Kind};
+use crate::access::Access;
+use crate::buffer::{BufferRange, Kind};
 use crate::error::{BufferError, SystemError};
+use crate::fence::flags_of;
 use crate::sys::dmabuf::{SYNC_END, sync};
 use crate::sys::memory::Map;
 
@@ -41,7 +42,8 @@ impl Mapping {
         self.range.is_empty()
     }
 
-    pub(crate) fn map(&self) -> &Map {
+    #[doc(hidden)]
+    pub fn map(&self) -> &Map {
         &self.map
     }
 
@@ -52,15 +54,15 @@ impl Mapping {
     /// not compile.
     ///
     /// ```compile_fail
-    /// # use peerbuf::{Access, export::memfd};
-    /// let buffer = memfd::export("example", 4096).unwrap();
+    /// # use peerbuf_core::{Access, memfd};
+    /// let buffer = memfd::buffer("example", 4096).unwrap();
     /// let mut mapping = buffer.whole().map(Access::ReadWrite).unwrap();
     /// let outer = mapping.begin_cpu_access(Access::Read).unwrap();
     /// let inner = mapping.begin_cpu_access(Access::Write).unwrap();
     /// outer.end().unwrap();
     /// ```
     ///
-    /// The wait has no limit of its own: [`DmaBuf::wait`](super::DmaBuf::wait) before it has one.
+    /// The wait has no limit of its own: [`DmaBuf::wait`](crate::DmaBuf::wait) before it has one.
     ///
     /// # Errors
     /// [`BufferError::Access`] for access that the mapping was not made for, or the ioctl's
@@ -187,8 +189,8 @@ impl BufferRange {
 /// does.
 ///
 /// ```
-/// use bytemuck::{Pod, Zeroable};
-/// use peerbuf::{Access, export::memfd};
+/// use peerbuf_core::bytemuck::{self, Pod, Zeroable};
+/// use peerbuf_core::{Access, memfd};
 ///
 /// #[repr(C)]
 /// #[derive(Clone, Copy, PartialEq, Debug, Pod, Zeroable)]
@@ -198,7 +200,7 @@ impl BufferRange {
 /// }
 ///
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// let buffer = memfd::export("frames", 4096)?;
+/// let buffer = memfd::buffer("frames", 4096)?;
 /// let mut mapping = buffer.whole().map(Access::ReadWrite)?;
 ///
 /// let mut cpu = mapping.begin_cpu_access(Access::Write)?;
