@@ -189,7 +189,7 @@ impl BufferRange {
 /// does.
 ///
 /// ```
-/// use peerbuf_core::bytemuck::{self, Pod, Zeroable};
+/// use bytemuck::{Pod, Zeroable};
 /// use peerbuf_core::{Access, memfd};
 ///
 /// #[repr(C)]

@@ -5,13 +5,9 @@ pub(crate) mod direct;
 pub(crate) mod heap;
 pub(crate) mod importer;
 pub(crate) mod iommufd;
-#[cfg(feature = "libfabric")]
-pub(crate) mod libfabric;
 pub(crate) mod peerbuf;
 pub(crate) mod udmabuf;
-pub(crate) mod uverbs;
 pub(crate) mod v4l2;
-pub(crate) mod verbs;
 pub(crate) mod vfio;
 
 use crate::errno::Errno;

@@ -18,7 +18,8 @@
 //!
 //! ```no_run
 //! use std::ffi::c_void;
-//! use peerbuf::{Access, export::udmabuf, import::libfabric::{Domain, Opened}};
+//! use peerbuf::{Access, export::udmabuf};
+//! use peerbuf_rdma::libfabric::{Domain, Opened};
 //!
 //! # fn fi_write(_: *mut c_void, _: usize, _: *mut c_void, _: (u64, u64)) {}
 //! # fn register(
@@ -53,7 +54,7 @@
 //!
 //! # When the buffer moves
 //!
-//! As with [`rdma`](super::rdma): what is registered is pinned or copied, and does not move.
+//! As [with cards](crate#when-the-buffer-moves): what is registered is pinned or copied, and does not move.
 //! [`Registration::local`] and [`Registration::remote`] refuse a buffer that was revoked, moved or
 //! given back ([`RdmaError::Stale`]); register it again then. Of work in flight the program hears from
 //! its own completions.
@@ -69,53 +70,29 @@
 use std::ffi::c_void;
 use std::fmt;
 use std::os::fd::AsFd;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 
-use super::ladder::{Staging, Standing, no_mapping, registrable, shared_memory, whole_access};
-use crate::buffer::{Access, BufferRange, Mapping};
-use crate::errno::Errno;
-use crate::error::{BufferError, RdmaError, SystemError};
-use crate::export::memfd;
-use crate::plan::ReasonCode;
+use crate::error::RdmaError;
+use crate::ladder::{
+    self, Climbed, Domain as _, Staging, Standing, climb, no_mapping, registrable, shared_memory,
+    whole_access,
+};
 use crate::sys::libfabric::{self as sys, Region};
-use crate::sys::memory::Window;
+use peerbuf::Errno;
+use peerbuf::buffer::{Access, BufferRange, Mapping};
+use peerbuf::error::{BufferError, SystemError};
+use peerbuf::export::memfd;
+use peerbuf::plan::ReasonCode;
+use peerbuf_core::memory::Window;
 
-pub use super::ladder::{Attempt, Layer, Rung};
+pub use crate::rung::{Attempt, Layer, Rung};
+pub use crate::sys::libfabric::{Domain, Opened};
 
 /// `FI_VERSION(1, 20)`, the first with `FI_MR_DMABUF`.
 const DMABUF_SINCE: u32 = 1 << 16 | 20;
 
 /// The rungs there are, the best first.
 pub const RUNGS: [Rung; 3] = [Rung::DmaBufByLibrary, Rung::SharedMemory, Rung::Staged];
-
-/// What is to be known of a domain, from the `fi_info` that it was opened with.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Opened {
-    /// `fabric_attr->prov_name`, such as `tcp` or `verbs;ofi_rxm`. For people.
-    pub provider: String,
-    /// `fabric_attr->api_version`: the version of the interface that the program asked for, as
-    /// `FI_VERSION(major, minor)` has it. Below 1.20 there are no dma-bufs.
-    pub api_version: u32,
-    /// `domain_attr->mr_mode`: how regions are addressed, and who chooses keys.
-    pub mr_mode: u64,
-}
-
-/// A domain of the program's. Clones are the same. See [`Domain::from_raw`].
-#[derive(Clone)]
-pub struct Domain {
-    inner: Arc<Inner>,
-}
-
-struct Inner {
-    domain: Arc<sys::Domain>,
-    opened: Opened,
-}
-
-impl fmt::Debug for Domain {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Domain").field(&self.inner.opened).finish()
-    }
-}
 
 /// Where this crate takes each field of libfabric's structures to be, and each constant: name in C and
 /// number. For the lab's comparison with the header.
@@ -125,25 +102,6 @@ pub fn layout() -> Vec<(&'static str, u64)> {
 }
 
 impl Domain {
-    pub(crate) fn new(domain: sys::Domain, opened: Opened) -> Domain {
-        let inner = Inner {
-            domain: Arc::new(domain),
-            opened,
-        };
-        Domain {
-            inner: Arc::new(inner),
-        }
-    }
-
-    pub(crate) fn parts(&self) -> (&sys::Domain, &Opened) {
-        (&self.inner.domain, &self.inner.opened)
-    }
-
-    /// What is known of it.
-    pub fn opened(&self) -> &Opened {
-        &self.inner.opened
-    }
-
     /// Registers a range, in the best way that works. `remote` is what peers may do with it; with
     /// `None` only this process's own work uses it. This process's work reads it always, and writes it
     /// where the buffer is writable.
@@ -176,44 +134,31 @@ impl Domain {
         key: u64,
         rungs: &[Rung],
     ) -> Result<Registration, RdmaError> {
-        let buffer = range.buffer();
         let access = self.allowed(range, remote)?;
-        let standing = Standing::of(buffer);
-        let mut attempts = Vec::new();
-        for &rung in rungs {
-            match self.try_rung(range, access, key, rung) {
-                Ok(region) => {
-                    return Ok(Registration {
-                        region,
-                        virtual_addresses: self.has(sys::MR_VIRT_ADDR | sys::MR_BASIC),
-                        remote,
-                        rung,
-                        attempts,
-                        standing,
-                    });
-                }
-                Err(attempt) => attempts.push(attempt),
-            }
-        }
-        Err(RdmaError::NotRegistered {
-            card: self.name(),
-            buffer: buffer.name().to_owned(),
+        let Climbed {
+            region,
+            rung,
             attempts,
+            standing,
+        } = climb(self, range, (access, key), rungs)?;
+        Ok(Registration {
+            region,
+            virtual_addresses: self.has(sys::MR_VIRT_ADDR | sys::MR_BASIC),
+            remote,
+            rung,
+            attempts,
+            standing,
         })
     }
 
-    fn name(&self) -> String {
-        format!("libfabric's {}", self.inner.opened.provider)
-    }
-
     fn has(&self, mode: u64) -> bool {
-        self.inner.opened.mr_mode & mode != 0
+        self.opened().mr_mode & mode != 0
     }
 
     /// The access to ask for, where this request can be made at all.
     fn allowed(&self, range: &BufferRange, remote: Option<Access>) -> Result<u64, RdmaError> {
         registrable(range, remote)?;
-        if self.has(sys::MR_ENDPOINT) && !self.inner.domain.has_endpoint() {
+        if self.has(sys::MR_ENDPOINT) && !self.handle().has_endpoint() {
             let name = self.name();
             let what = format!(
                 "a domain of {name}, whose regions are an endpoint's (FI_MR_ENDPOINT), and no \
@@ -241,41 +186,6 @@ impl Domain {
         Ok(access)
     }
 
-    fn try_rung(
-        &self,
-        range: &BufferRange,
-        access: u64,
-        key: u64,
-        rung: Rung,
-    ) -> Result<Region<Kept>, Attempt> {
-        let memory = match rung {
-            Rung::DmaBufByLibrary => return self.try_dmabuf(range, access, key),
-            Rung::SharedMemory => Memory::Mapped(shared_memory(range)?),
-            Rung::Staged => Memory::Staged(Staging::of(range)?),
-            other => {
-                let evidence = "libfabric knows no such way";
-                let attempt = Attempt::lacking(other, ReasonCode::AttachRefused, evidence);
-                let layer = Layer::Provider;
-                return Err(Attempt { layer, ..attempt });
-            }
-        };
-        let kept = Kept::new(memory, range);
-        let region = Region::register(&self.inner.domain, kept, Kept::window, None, access, key);
-        region.map_err(|errno| {
-            let cause = SystemError::new("fi_mr_regattr", range.buffer().name(), errno);
-            let code = ReasonCode::NotPinnable;
-            Attempt {
-                layer: match errno {
-                    // ENOMEM
-                    Errno::FAULT | Errno(12) => Layer::Memory,
-                    _ => Layer::Provider,
-                },
-                errno: Some(errno),
-                ..Attempt::lacking(rung, code, &cause.to_string())
-            }
-        })
-    }
-
     fn try_dmabuf(
         &self,
         range: &BufferRange,
@@ -297,7 +207,7 @@ impl Domain {
             layer,
             ..Attempt::lacking(rung, code, &evidence)
         };
-        let version = self.inner.opened.api_version;
+        let version = self.opened().api_version;
         if version < DMABUF_SINCE {
             let [major, minor] = [version >> 16, version & 0xffff];
             let evidence = format!(
@@ -320,7 +230,7 @@ impl Domain {
         let mapping = mapping.map_err(|error| no_mapping(rung, &error))?;
         let kept = Kept::new(Memory::Mapped(mapping), range);
         let part = Some((Some(dmabuf.as_fd()), range.offset()));
-        let region = Region::register(&self.inner.domain, kept, Kept::window, part, access, key);
+        let region = Region::register(self.handle(), kept, Kept::window, part, access, key);
         region.map_err(|errno| {
             let layer = match nobodys {
                 Err(other) if other == errno => Layer::Provider,
@@ -343,12 +253,56 @@ impl Domain {
         let mapping = range.map(Access::ReadWrite).map_err(|_| Errno(12))?;
         let kept = Kept::new(Memory::Mapped(mapping), &range);
         let part = Some((None, 0));
-        Region::register(&self.inner.domain, kept, Kept::window, part, access, key).map(drop)
+        Region::register(self.handle(), kept, Kept::window, part, access, key).map(drop)
+    }
+}
+
+impl ladder::Domain for Domain {
+    /// `FI_SEND` and so on, and the key.
+    type Access = (u64, u64);
+    type Region = Region<Kept>;
+
+    fn name(&self) -> String {
+        format!("libfabric's {}", self.opened().provider)
+    }
+
+    fn try_rung(
+        &self,
+        range: &BufferRange,
+        (access, key): (u64, u64),
+        rung: Rung,
+    ) -> Result<Region<Kept>, Attempt> {
+        let memory = match rung {
+            Rung::DmaBufByLibrary => return self.try_dmabuf(range, access, key),
+            Rung::SharedMemory => Memory::Mapped(shared_memory(range)?),
+            Rung::Staged => Memory::Staged(Staging::of(range)?),
+            other => {
+                let evidence = "libfabric knows no such way";
+                let attempt = Attempt::lacking(other, ReasonCode::AttachRefused, evidence);
+                let layer = Layer::Provider;
+                return Err(Attempt { layer, ..attempt });
+            }
+        };
+        let kept = Kept::new(memory, range);
+        let region = Region::register(self.handle(), kept, Kept::window, None, access, key);
+        region.map_err(|errno| {
+            let cause = SystemError::new("fi_mr_regattr", range.buffer().name(), errno);
+            let code = ReasonCode::NotPinnable;
+            Attempt {
+                layer: match errno {
+                    // ENOMEM
+                    Errno::FAULT | Errno(12) => Layer::Memory,
+                    _ => Layer::Provider,
+                },
+                errno: Some(errno),
+                ..Attempt::lacking(rung, code, &cause.to_string())
+            }
+        })
     }
 }
 
 /// What a region is made of.
-struct Kept {
+pub(crate) struct Kept {
     memory: Mutex<Memory>,
     /// It stays in use.
     range: BufferRange,

@@ -3,8 +3,12 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
-use super::{Connection, Follower, Registration, Remote, WorkId};
+use crate::connection::Connection;
 use crate::error::RdmaError;
+use crate::follow::Follower;
+use crate::registration::Registration;
+use crate::wire::Remote;
+use crate::work::WorkId;
 
 /// Bytes in one request: of a size that every card likes.
 const REQUEST: u64 = 1 << 20;

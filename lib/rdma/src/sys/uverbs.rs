@@ -3,7 +3,7 @@
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
-use crate::errno::Errno;
+use peerbuf::Errno;
 
 /// What a dma-buf is to be registered as.
 pub(crate) struct DmaBufRequest<'d> {

@@ -5,11 +5,11 @@ use std::fmt;
 
 /// Names one request of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct WorkId(pub(super) u64);
+pub struct WorkId(pub(crate) u64);
 
 impl WorkId {
     /// Later requests of a connection have higher ones.
-    pub(in crate::import::rdma) fn number(self) -> u64 {
+    pub(crate) fn number(self) -> u64 {
         self.0
     }
 }
@@ -41,7 +41,7 @@ impl fmt::Display for Operation {
 
 /// What a card says of a request that failed (`enum ibv_wc_status`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Status(pub(super) i32);
+pub struct Status(pub(crate) i32);
 
 impl Status {
     /// This end's own memory was not there: the registration is gone or was revoked.
@@ -124,7 +124,7 @@ pub struct WorkError {
     /// The card's own code for it, for its maker.
     pub vendor: u32,
     /// It was in flight when the registration was ended
-    /// ([`Registration::end`](crate::import::rdma::Registration::end)): this end's buffer had to be
+    /// ([`Registration::end`](crate::Registration::end)): this end's buffer had to be
     /// given back. Nothing is wrong with the request itself.
     pub cut_off: bool,
 }

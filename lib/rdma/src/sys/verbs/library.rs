@@ -4,7 +4,7 @@ use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::sync::OnceLock;
 
 use super::abi::{CompChannel, Context, Cq, GidEntry, Mr, Pd, PortAttr, Qp, QpAttr, QpInitAttr};
-use crate::errno::Errno;
+use peerbuf::Errno;
 
 /// Declares the functions that are taken from the library.
 macro_rules! functions {

@@ -6,13 +6,15 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, RwLock};
 
 use super::{Held, Inner, Registration};
-use crate::buffer::{Access, Buffer, BufferRange};
-use crate::errno::Errno;
-use crate::error::{RdmaError, SystemError};
-use crate::import::ladder::{Attempt, Layer, Rung, Staging, Standing, registrable, shared_memory};
-use crate::import::rdma::Card;
-use crate::plan::{Path, Plan, Reason, ReasonCode};
+use crate::card::Card;
+use crate::error::RdmaError;
+use crate::ladder::{Climbed, Domain, Staging, climb, registrable, shared_memory};
+use crate::rung::{Attempt, Layer, Rung};
 use crate::sys::verbs::{self, DmaBufRequest, Region};
+use peerbuf::Errno;
+use peerbuf::buffer::{Access, Buffer, BufferRange};
+use peerbuf::error::SystemError;
+use peerbuf::plan::{Path, Plan, Reason, ReasonCode};
 
 impl Card {
     /// Gives the card a range, in the best way that works. `remote` is what the other end may do
@@ -52,46 +54,50 @@ impl Card {
         if remote.is_some_and(Access::reads) {
             access |= verbs::REMOTE_READ;
         }
-        let standing = Standing::of(buffer);
-        let mut attempts = Vec::new();
-        for &rung in rungs {
-            match self.try_rung(range, access, rung) {
-                Ok((region, staging)) => {
-                    name_the_layer(&mut attempts, Some(rung));
-                    let inner = Inner {
-                        lines: Mutex::default(),
-                        wanted: AtomicBool::new(false),
-                        name: buffer.name().to_owned(),
-                        offset: range.offset(),
-                        length: range.len(),
-                        writable: buffer.is_writable(),
-                        card: self.clone(),
-                        remote,
-                        keys: region.keys(),
-                        rung,
-                        // What a card has does not move, so this stays true.
-                        plan: plan(buffer, self, rung, &attempts),
-                        attempts,
-                        standing,
-                        held: RwLock::new(Some(Arc::new(Held {
-                            region,
-                            staging: staging.map(Mutex::new),
-                            range: range.clone(),
-                        }))),
-                    };
-                    return Ok(Registration {
-                        inner: Arc::new(inner),
-                    });
-                }
-                Err(attempt) => attempts.push(attempt),
-            }
-        }
-        name_the_layer(&mut attempts, None);
-        Err(RdmaError::NotRegistered {
-            card: self.name().to_owned(),
-            buffer: buffer.name().to_owned(),
+        let Climbed {
+            region: (region, staging),
+            rung,
             attempts,
+            standing,
+        } = climb(self, range, access, rungs)?;
+        let inner = Inner {
+            lines: Mutex::default(),
+            wanted: AtomicBool::new(false),
+            name: buffer.name().to_owned(),
+            offset: range.offset(),
+            length: range.len(),
+            writable: buffer.is_writable(),
+            card: self.clone(),
+            remote,
+            keys: region.keys(),
+            rung,
+            // What a card has does not move, so this stays true.
+            plan: plan(buffer, self, rung, &attempts),
+            attempts,
+            standing,
+            held: RwLock::new(Some(Arc::new(Held {
+                region,
+                staging: staging.map(Mutex::new),
+                range: range.clone(),
+            }))),
+        };
+        Ok(Registration {
+            inner: Arc::new(inner),
         })
+    }
+}
+
+impl Domain for Card {
+    /// `IBV_ACCESS_*`
+    type Access = u32;
+    type Region = (Region, Option<Staging>);
+
+    fn name(&self) -> String {
+        Card::name(self).to_owned()
+    }
+
+    fn name_the_layers(attempts: &mut [Attempt], taken: Option<Rung>) {
+        name_the_layer(attempts, taken);
     }
 
     fn try_rung(
@@ -101,7 +107,7 @@ impl Card {
         rung: Rung,
     ) -> Result<(Region, Option<Staging>), Attempt> {
         let buffer = range.buffer();
-        let domain = &self.inner.domain;
+        let domain = self.domain();
         let refused = |call, layer: fn(Errno) -> Layer, code| {
             move |errno| Attempt {
                 rung,

@@ -12,7 +12,7 @@ use super::abi::{
 };
 use super::domain::Domain;
 use super::library::{check, last};
-use crate::errno::Errno;
+use peerbuf::Errno;
 
 /// Part of a region, for work of this end. Without bytes, no key is looked at.
 #[derive(Debug, Clone, Copy, Default)]

@@ -7,10 +7,10 @@ use std::sync::Mutex;
 
 use super::abi::{Domain as RawDomain, Fid, Mr, MrAttr, MrOps, Ops};
 use super::{MR_ENDPOINT, MR_RAW, MR_VIRT_ADDR};
-use crate::buffer::{Access, Buffer};
 use crate::error::RdmaError;
-use crate::export::memfd;
-use crate::import::libfabric::{Domain, Opened, Registration, Rung};
+use crate::libfabric::{Domain, Opened, Registration, Rung};
+use peerbuf::buffer::{Access, Buffer};
+use peerbuf::export::memfd;
 
 #[repr(C)]
 struct Provider {

@@ -7,13 +7,21 @@ use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Weak};
 
-use super::connection::Line;
-use super::{Card, Remote};
-use crate::buffer::{Access, BufferRange};
-use crate::error::{BufferError, RdmaError};
-use crate::import::ladder::{Attempt, Rung, Staging, Standing};
-use crate::plan::Plan;
+use crate::card::Card;
+use crate::error::RdmaError;
+use crate::ladder::{Staging, Standing};
+use crate::rung::{Attempt, Rung};
 use crate::sys::verbs::{Keys, Local, Region};
+use crate::wire::Remote;
+use peerbuf::buffer::{Access, BufferRange};
+use peerbuf::error::BufferError;
+use peerbuf::plan::Plan;
+
+/// What works on registrations: a connection.
+pub(crate) trait Work: Send + Sync {
+    /// Ends all of it. When this returns the card is done with every region.
+    fn stop(&self);
+}
 
 /// A range of a buffer that a card can use. Clones are the same; when the last is dropped, and no
 /// work on it is in flight, the card cannot reach the buffer any more.
@@ -26,7 +34,7 @@ struct Inner {
     /// `None` once it was ended.
     held: RwLock<Option<Arc<Held>>>,
     /// The connections that use it, on this end's behalf or the other's.
-    lines: Mutex<Vec<Weak<Line>>>,
+    lines: Mutex<Vec<Weak<dyn Work>>>,
     /// It is wanted back: work in flight may end, and none is begun.
     wanted: AtomicBool,
     name: String,
@@ -107,14 +115,14 @@ impl Registration {
     }
 
     /// Takes the range from the card now, also with work in flight: connections that use it are
-    /// stopped ([`Connection::is_stopped`](super::Connection::is_stopped)), their work comes back as
-    /// [cut off](super::WorkError::cut_off), and the other end's ends there with an error. When this
+    /// stopped ([`Connection::is_stopped`](crate::Connection::is_stopped)), their work comes back as
+    /// [cut off](crate::WorkError::cut_off), and the other end's ends there with an error. When this
     /// returns no card reaches the buffer, and nothing of this registration keeps it in use. Clones
     /// and pieces are [stale](RdmaError::Stale).
     ///
     /// Dropping the last clone does the same where nothing is in flight, and needs no connection to
     /// be stopped. A connection whose other end has the key must be known for this
-    /// ([`Connection::shows`](super::Connection::shows)).
+    /// ([`Connection::shows`](crate::Connection::shows)).
     pub fn end(&self) {
         let mut held = self
             .inner
@@ -130,21 +138,21 @@ impl Registration {
     }
 
     /// From now on no work is begun.
-    pub(super) fn want_back(&self) {
+    pub(crate) fn want_back(&self) {
         self.inner.wanted.store(true, Ordering::Release);
     }
 
     /// True once [`Registration::want_back`] was called.
-    pub(super) fn is_wanted(&self) -> bool {
+    pub(crate) fn is_wanted(&self) -> bool {
         self.inner.wanted.load(Ordering::Acquire)
     }
 
     /// To look whether it is still in use.
-    pub(super) fn downgrade(&self) -> Weaker {
+    pub(crate) fn downgrade(&self) -> Weaker {
         Weaker(Arc::downgrade(&self.inner))
     }
 
-    fn lines(&self) -> MutexGuard<'_, Vec<Weak<Line>>> {
+    fn lines(&self) -> MutexGuard<'_, Vec<Weak<dyn Work>>> {
         self.inner
             .lines
             .lock()
@@ -174,7 +182,7 @@ impl Registration {
     }
 
     /// The same, for a connection, which is stopped when it is ended later.
-    pub(super) fn use_it(&self, line: &Weak<Line>) -> Result<Holding<'_>, RdmaError> {
+    pub(crate) fn use_it(&self, line: &Weak<dyn Work>) -> Result<Holding<'_>, RdmaError> {
         let held = self.hold()?;
         let mut lines = self.lines();
         if !lines.iter().any(|known| known.ptr_eq(line)) {
@@ -286,18 +294,18 @@ impl Registration {
 }
 
 /// A registration that nobody keeps in use by this.
-pub(super) struct Weaker(Weak<Inner>);
+pub(crate) struct Weaker(Weak<Inner>);
 
 impl Weaker {
     /// The registration, if anybody still has it.
-    pub(super) fn upgrade(&self) -> Option<Registration> {
+    pub(crate) fn upgrade(&self) -> Option<Registration> {
         let inner = self.0.upgrade()?;
         Some(Registration { inner })
     }
 }
 
 /// A registration that is not ended for as long as this is there.
-pub(super) struct Holding<'r> {
+pub(crate) struct Holding<'r> {
     // Before the guard, so that whoever waits to end it finds no other handle.
     held: Arc<Held>,
     _guard: RwLockReadGuard<'r, Option<Arc<Held>>>,
@@ -306,7 +314,7 @@ pub(super) struct Holding<'r> {
 
 impl Holding<'_> {
     /// A piece as a request names it. The caller has checked the length.
-    pub(super) fn local(&self, piece: &Piece) -> Local {
+    pub(crate) fn local(&self, piece: &Piece) -> Local {
         Local {
             iova: self.of.inner.offset + piece.offset,
             length: piece.length as u32,
@@ -315,7 +323,7 @@ impl Holding<'_> {
     }
 
     /// See [`Registration::refresh`].
-    pub(super) fn refresh(&self, offset: u64, length: u64) -> Result<u64, RdmaError> {
+    pub(crate) fn refresh(&self, offset: u64, length: u64) -> Result<u64, RdmaError> {
         self.copy(offset, length, Staging::refresh)
     }
 

@@ -3,15 +3,15 @@
 
 use std::fmt;
 
-use super::{Attempt, Layer, Rung};
-use crate::buffer::{Access, Buffer, BufferRange, Mapping};
-use crate::error::{BufferError, ExportError};
-use crate::export::memfd;
-use crate::plan::ReasonCode;
-use crate::sys::memory::Window;
+use crate::rung::{Attempt, Layer, Rung};
+use peerbuf::buffer::{Access, Buffer, BufferRange, Mapping};
+use peerbuf::error::{BufferError, ExportError};
+use peerbuf::export::memfd;
+use peerbuf::plan::ReasonCode;
+use peerbuf_core::memory::Window;
 
 /// Maps the pages of the memfd behind a range.
-pub(in crate::import) fn shared_memory(range: &BufferRange) -> Result<Mapping, Attempt> {
+pub(crate) fn shared_memory(range: &BufferRange) -> Result<Mapping, Attempt> {
     let rung = Rung::SharedMemory;
     if range.buffer().host_memory().is_none() {
         let evidence = "no memory of the host is behind it";
@@ -22,7 +22,7 @@ pub(in crate::import) fn shared_memory(range: &BufferRange) -> Result<Mapping, A
 }
 
 /// The memory that is registered in place of the buffer, and the buffer.
-pub(in crate::import) struct Staging {
+pub(crate) struct Staging {
     memory: Mapping,
     /// Where in the memory the range begins: its place in a page is that of the range.
     lead: u64,
@@ -31,7 +31,7 @@ pub(in crate::import) struct Staging {
 
 impl Staging {
     /// As much memory as the range has bytes. Nothing is copied yet.
-    pub(in crate::import) fn of(range: &BufferRange) -> Result<Staging, Attempt> {
+    pub(crate) fn of(range: &BufferRange) -> Result<Staging, Attempt> {
         let page = rustix::param::page_size() as u64;
         let lead = range.offset() % page;
         let memory = memfd::export("RDMA staging", range.len() + lead);
@@ -48,17 +48,13 @@ impl Staging {
     }
 
     /// The memory that stands for the range.
-    pub(in crate::import) fn window(&self) -> Window<'_> {
+    pub(crate) fn window(&self) -> Window<'_> {
         let map = self.memory.map();
         map.window(self.lead as usize, self.buffer.len() as usize)
     }
 
     /// Copies from the memory to the buffer. The bytes are inside the range.
-    pub(in crate::import) fn deliver(
-        &mut self,
-        offset: u64,
-        length: u64,
-    ) -> Result<(), BufferError> {
+    pub(crate) fn deliver(&mut self, offset: u64, length: u64) -> Result<(), BufferError> {
         in_chunks(offset, length, |at, chunk| {
             let memory = self.memory.begin_cpu_access(Access::Read)?;
             memory.read_at(self.lead + at, chunk)?;
@@ -70,11 +66,7 @@ impl Staging {
     }
 
     /// Copies from the buffer to the memory. The bytes are inside the range.
-    pub(in crate::import) fn refresh(
-        &mut self,
-        offset: u64,
-        length: u64,
-    ) -> Result<(), BufferError> {
+    pub(crate) fn refresh(&mut self, offset: u64, length: u64) -> Result<(), BufferError> {
         in_chunks(offset, length, |at, chunk| {
             let buffer = self.buffer.begin_cpu_access(Access::Read)?;
             buffer.read_at(at, chunk)?;
@@ -103,7 +95,7 @@ fn in_chunks(
 }
 
 /// The most that a mapping of the buffer can be used for.
-pub(in crate::import) fn whole_access(buffer: &Buffer) -> Access {
+pub(crate) fn whole_access(buffer: &Buffer) -> Access {
     if buffer.is_writable() {
         Access::ReadWrite
     } else {
@@ -111,7 +103,7 @@ pub(in crate::import) fn whole_access(buffer: &Buffer) -> Access {
     }
 }
 
-pub(in crate::import) fn no_mapping(rung: Rung, error: &dyn fmt::Display) -> Attempt {
+pub(crate) fn no_mapping(rung: Rung, error: &dyn fmt::Display) -> Attempt {
     Attempt {
         layer: Layer::Exporter,
         ..Attempt::lacking(rung, ReasonCode::NotMappable, &error.to_string())

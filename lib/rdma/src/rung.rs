@@ -2,8 +2,8 @@
 
 use std::fmt;
 
-use crate::errno::Errno;
-use crate::path::ReasonCode;
+use peerbuf::Errno;
+use peerbuf::plan::ReasonCode;
 
 /// The ways in which a card can be given a buffer, the best first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -104,7 +104,7 @@ pub struct Attempt {
 
 impl Attempt {
     /// One that nobody was asked about: the buffer lacks what the rung needs.
-    pub(in crate::import) fn lacking(rung: Rung, code: ReasonCode, evidence: &str) -> Attempt {
+    pub(crate) fn lacking(rung: Rung, code: ReasonCode, evidence: &str) -> Attempt {
         Attempt {
             rung,
             layer: Layer::Buffer,

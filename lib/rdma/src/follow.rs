@@ -7,11 +7,12 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::registration::Weaker;
-use super::{Card, Registration};
-use crate::buffer::Access;
-use crate::error::{RdmaError, ShareError, SystemError};
-use crate::share::{Lease, Subscriber};
+use crate::card::Card;
+use crate::error::RdmaError;
+use crate::registration::{Registration, Weaker};
+use peerbuf::buffer::Access;
+use peerbuf::error::{ShareError, SystemError};
+use peerbuf::share::{Lease, Subscriber};
 
 /// How long its end may go unnoticed by the thread.
 const SLICE: Duration = Duration::from_millis(100);
@@ -31,7 +32,8 @@ const SLICE: Duration = Duration::from_millis(100);
 /// ```no_run
 /// use std::sync::Arc;
 /// use std::time::Duration;
-/// use peerbuf::{error::RdmaError, import::rdma::{Card, Follower, Link, Span}, share::Subscriber};
+/// use peerbuf::share::Subscriber;
+/// use peerbuf_rdma::{Card, Follower, Link, RdmaError, Span};
 ///
 /// # fn example(connect: impl Fn() -> Result<Link, RdmaError>) -> Result<(), Box<dyn std::error::Error>> {
 /// let subscriber = Arc::new(Subscriber::connect("/run/weights")?);
@@ -118,7 +120,7 @@ impl Follower {
             .name("peerbuf follower".into())
             .spawn(move || followed.follow())
             .map_err(|error| {
-                let errno = crate::Errno::from(&error);
+                let errno = peerbuf::Errno::from(&error);
                 SystemError::new("clone", "a follower's thread", errno)
             })?;
         Ok(Follower {

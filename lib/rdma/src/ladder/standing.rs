@@ -4,12 +4,12 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use super::Rung;
-use crate::buffer::{Buffer, Kind};
-use crate::export::peerbuf::{Device, State, Watch};
+use crate::rung::Rung;
+use peerbuf::buffer::{Buffer, Kind};
+use peerbuf::export::peerbuf::{Device, State, Watch};
 
 /// How a registration knows that its buffer is not what it was.
-pub(in crate::import) struct Standing {
+pub(crate) struct Standing {
     /// Of the module's buffers: who to ask, who tells, and the generation that was registered.
     module: Option<(Device, Watch, u64)>,
     /// Of one that is lent: which generation was.
@@ -20,7 +20,7 @@ pub(in crate::import) struct Standing {
 
 impl Standing {
     /// To be called before the card is given the buffer, so that no change goes by unseen.
-    pub(in crate::import) fn of(buffer: &Buffer) -> Standing {
+    pub(crate) fn of(buffer: &Buffer) -> Standing {
         let provenance = buffer.provenance();
         let module = match (provenance.kind, provenance.device, buffer.dmabuf()) {
             (Kind::Bar, Some(device), Some(dmabuf)) => (|| {
@@ -38,13 +38,13 @@ impl Standing {
         }
     }
 
-    pub(in crate::import) fn generation(&self) -> Option<u64> {
+    pub(crate) fn generation(&self) -> Option<u64> {
         let module = self.module.as_ref().map(|(_, _, generation)| *generation);
         self.lease.or(module)
     }
 
     /// Why it is stale; `None` while it is not.
-    pub(in crate::import) fn staleness(&self, buffer: &Buffer, rung: Rung) -> Option<String> {
+    pub(crate) fn staleness(&self, buffer: &Buffer, rung: Rung) -> Option<String> {
         if self.stale.load(Ordering::Relaxed) {
             return Some("it was found to be so before".into());
         }

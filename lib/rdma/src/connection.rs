@@ -1,30 +1,28 @@
 //! Reliable connections: making an end and connecting it, posting work, waiting for it, and
 //! stopping all of it at once.
 
-mod wire;
-mod work;
-
 use std::collections::BTreeMap;
 use std::fmt;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
-pub use wire::{Address, Remote};
-pub use work::{Completion, Operation, Status, WorkError, WorkId};
-
-use super::{Card, Piece, Registration};
-use crate::error::{BufferError, RdmaError, SystemError};
+use crate::card::Card;
+use crate::error::RdmaError;
+use crate::registration::{Piece, Registration, Work};
 use crate::sys::verbs::{Done, Pair, Peer, QueuePair, Verb};
+use crate::wire::{Address, Remote};
+use crate::work::{Completion, Operation, Status, WorkError, WorkId};
+use peerbuf::error::{BufferError, SystemError};
 
 /// The longest message of one request, in bytes: what every card can.
 pub(crate) const LONGEST: u64 = 1 << 30;
 
 /// What others may stop a connection by, from any thread.
-pub(super) struct Line {
+struct Line {
     pair: Arc<Pair>,
     /// Set before the card is told to give up what was posted: what it gives back from then on was cut off.
     stopping: AtomicBool,
@@ -34,10 +32,10 @@ pub(super) struct Line {
     wake: OwnedFd,
 }
 
-impl Line {
+impl Work for Line {
     /// Ends all work, of both ends. When this returns the card is done with every region; what was
     /// in flight comes back to the connection's owner as flushed.
-    pub(super) fn stop(&self) {
+    fn stop(&self) {
         self.stopping.store(true, Ordering::Release);
         // It fails for a card that is gone, and with it the work.
         let _ = self.pair.forget();
@@ -73,7 +71,7 @@ impl Card {
     /// The call that failed: `ENETDOWN` while the card's port is not active, `ENOMEM` and `EINVAL`
     /// for more requests than the card can.
     pub fn endpoint(&self, depth: u32) -> Result<Endpoint, RdmaError> {
-        let domain = &self.inner.domain;
+        let domain = self.domain();
         let failed = |call| move |errno| SystemError::new(call, self.name(), errno);
         let mtu = domain.active_mtu().map_err(failed("ibv_query_port"))?;
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
@@ -100,7 +98,7 @@ impl Endpoint {
     /// What the other end needs to know.
     pub fn address(&self) -> Address {
         let peer = Peer {
-            gid: self.card.inner.address.gid(),
+            gid: self.card.address().gid(),
             queue: self.queue.number(),
             sequence: self.sequence,
             mtu: self.mtu,
@@ -116,7 +114,7 @@ impl Endpoint {
     /// The call that failed: `EINVAL`, `ENETUNREACH` or `ETIMEDOUT` for an address that the card
     /// finds no way to.
     pub fn connect(self, peer: &Address) -> Result<Connection, RdmaError> {
-        let source = self.card.inner.address.index() as u8;
+        let source = self.card.address().index() as u8;
         let peer = Peer {
             mtu: self.mtu.min(peer.peer.mtu),
             ..peer.peer
@@ -220,7 +218,7 @@ impl Connection {
         }
         self.has_room()?;
         let id = self.last + 1;
-        let line = Arc::downgrade(&self.line);
+        let line = self.line();
         let failed = |errno| SystemError::new("ibv_post_recv", self.card.name(), errno);
         match into {
             None => self.queue.post_receive(id, Default::default()),
@@ -259,7 +257,7 @@ impl Connection {
         self.has_room()?;
         // From here on the registration cannot be ended until the card has the request, and is
         // stopped with it then.
-        let held = piece.registration().use_it(&Arc::downgrade(&self.line))?;
+        let held = piece.registration().use_it(&self.line())?;
         let host_bytes = match operation {
             Operation::Write | Operation::Send => held.refresh(piece.offset(), piece.len())?,
             _ => 0,
@@ -277,6 +275,11 @@ impl Connection {
         Ok(self.posted(id, posted))
     }
 
+    fn line(&self) -> Weak<dyn Work> {
+        let line: Weak<Line> = Arc::downgrade(&self.line);
+        line
+    }
+
     fn posted(&mut self, id: u64, posted: Posted) -> WorkId {
         self.last = id;
         self.in_flight.insert(id, posted);
@@ -286,7 +289,7 @@ impl Connection {
     /// What the card must not be bothered with.
     fn fits(&self, piece: &Piece) -> Result<(), RdmaError> {
         let registration = piece.registration();
-        if !std::sync::Arc::ptr_eq(&registration.card().inner, &self.card.inner) {
+        if !registration.card().is(&self.card) {
             let what = format!(
                 "the buffer is registered with {}, and the connection is {}'s",
                 registration.card().name(),
@@ -305,7 +308,7 @@ impl Connection {
     /// ([`Registration::end`]) this connection is stopped first.
     pub fn shows(&self, registration: &Registration) {
         // One that is ended already has nothing to be stopped for.
-        let _ = registration.use_it(&Arc::downgrade(&self.line));
+        let _ = registration.use_it(&self.line());
     }
 
     /// True once it was stopped, for good, because a registration was ended that it was using.
@@ -326,7 +329,7 @@ impl Connection {
         if self.in_flight.len() < 2 * self.depth as usize {
             return Ok(());
         }
-        Err(SystemError::new("ibv_post_send", self.card.name(), crate::Errno::AGAIN).into())
+        Err(SystemError::new("ibv_post_send", self.card.name(), peerbuf::Errno::AGAIN).into())
     }
 
     /// How many requests may be in flight in each direction.

@@ -1,13 +1,14 @@
 //! What the two ends of a connection tell each other: where an end is, and which of its memory the
 //! other may use. What comes from the other end is checked here.
 
-use crate::error::{BufferError, RdmaError};
+use crate::error::RdmaError;
 use crate::sys::verbs::Peer;
+use peerbuf::error::BufferError;
 
 /// Where one end of a connection is, for the other to know. 32 bytes on the wire.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Address {
-    pub(super) peer: Peer,
+    pub(crate) peer: Peer,
 }
 
 impl Address {
@@ -70,13 +71,13 @@ impl Address {
 /// wire.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Remote {
-    pub(super) address: u64,
-    pub(super) length: u64,
-    pub(super) key: u32,
+    pub(crate) address: u64,
+    pub(crate) length: u64,
+    pub(crate) key: u32,
 }
 
 impl Remote {
-    pub(in crate::import::rdma) fn new(address: u64, length: u64, key: u32) -> Remote {
+    pub(crate) fn new(address: u64, length: u64, key: u32) -> Remote {
         Remote {
             address,
             length,

@@ -6,7 +6,7 @@
 //!
 //! What keeps this sound: a provider may read and write what is registered until the region is
 //! closed, from other threads and for other machines. It is given windows into a
-//! [`Map`](super::memory::Map) only, of whose bytes there are no Rust references, and a [`Region`]
+//! [`Map`](peerbuf_core::memory::Map) only, of whose bytes there are no Rust references, and a [`Region`]
 //! owns what it was made of and lets go of it only once the provider has said that it is closed.
 
 mod abi;
@@ -14,6 +14,7 @@ mod abi;
 mod tests;
 
 use std::ffi::{c_int, c_void};
+use std::fmt;
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::{self, NonNull};
@@ -24,27 +25,51 @@ pub(crate) use abi::{
     WRITE, layout,
 };
 
-use crate::errno::Errno;
 use crate::error::RdmaError;
-use crate::import::libfabric::{Domain as PublicDomain, Opened};
-use crate::sys::memory::Window;
+use peerbuf::Errno;
+use peerbuf_core::memory::Window;
 
 /// A domain of the program's, and an endpoint where regions are bound to one.
 ///
 /// # Invariants
 /// Both are live for as long as this is. The domain's functions may be called whenever a region is
-/// made or dropped: what [`PublicDomain::from_raw`] has of its caller.
-pub(crate) struct Domain {
+/// made or dropped: what [`Domain::from_raw`] has of its caller.
+pub(crate) struct Handle {
     domain: NonNull<abi::Domain>,
     endpoint: Option<NonNull<abi::Fid>>,
 }
 
 // SAFETY: by the invariant.
-unsafe impl Send for Domain {}
+unsafe impl Send for Handle {}
 // SAFETY: by the invariant.
-unsafe impl Sync for Domain {}
+unsafe impl Sync for Handle {}
 
-impl PublicDomain {
+/// What is to be known of a domain, from the `fi_info` that it was opened with.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Opened {
+    /// `fabric_attr->prov_name`, such as `tcp` or `verbs;ofi_rxm`. For people.
+    pub provider: String,
+    /// `fabric_attr->api_version`: the version of the interface that the program asked for, as
+    /// `FI_VERSION(major, minor)` has it. Below 1.20 there are no dma-bufs.
+    pub api_version: u32,
+    /// `domain_attr->mr_mode`: how regions are addressed, and who chooses keys.
+    pub mr_mode: u64,
+}
+
+/// A domain of the program's. Clones are the same. See [`Domain::from_raw`].
+#[derive(Clone)]
+pub struct Domain {
+    handle: Arc<Handle>,
+    opened: Arc<Opened>,
+}
+
+impl fmt::Debug for Domain {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Domain").field(&self.opened).finish()
+    }
+}
+
+impl Domain {
     /// A domain that the program has opened with `fi_domain`: `domain` is its `struct fid_domain *`.
     /// It stays the program's, which closes it.
     ///
@@ -62,8 +87,8 @@ impl PublicDomain {
     ///   peer's. (libfabric asks that of whoever closes a region. A provider that is software copies
     ///   to the addresses, which are unmapped then.)
     ///
-    /// [`Registration`]: crate::import::libfabric::Registration
-    pub unsafe fn from_raw(domain: *mut c_void, opened: Opened) -> Result<PublicDomain, RdmaError> {
+    /// [`Registration`]: crate::libfabric::Registration
+    pub unsafe fn from_raw(domain: *mut c_void, opened: Opened) -> Result<Domain, RdmaError> {
         let wrong = |what: String| RdmaError::Mismatch { what };
         let Some(domain) = NonNull::new(domain.cast::<abi::Domain>()) else {
             return Err(wrong("a null pointer, and a domain of libfabric".into()));
@@ -80,11 +105,14 @@ impl PublicDomain {
             return Err(wrong(what));
         }
         // INVARIANT: the caller's word.
-        let domain = Domain {
+        let handle = Handle {
             domain,
             endpoint: None,
         };
-        Ok(PublicDomain::new(domain, opened))
+        Ok(Domain {
+            handle: Arc::new(handle),
+            opened: Arc::new(opened),
+        })
     }
 
     /// The same domain, whose regions are bound to this endpoint (`struct fid_ep *`) and enabled
@@ -94,18 +122,29 @@ impl PublicDomain {
     /// `endpoint` is a live endpoint of this domain, and is closed after the value that is returned,
     /// its clones and every registration of it are gone.
     #[must_use]
-    pub unsafe fn for_endpoint(&self, endpoint: *mut c_void) -> PublicDomain {
-        let (domain, opened) = self.parts();
+    pub unsafe fn for_endpoint(&self, endpoint: *mut c_void) -> Domain {
         // INVARIANT: the caller's word, also that of `from_raw`.
-        let domain = Domain {
-            domain: domain.domain,
+        let handle = Handle {
+            domain: self.handle.domain,
             endpoint: NonNull::new(endpoint.cast()),
         };
-        PublicDomain::new(domain, opened.clone())
+        Domain {
+            handle: Arc::new(handle),
+            opened: Arc::clone(&self.opened),
+        }
+    }
+
+    /// What is known of it.
+    pub fn opened(&self) -> &Opened {
+        &self.opened
+    }
+
+    pub(crate) fn handle(&self) -> &Arc<Handle> {
+        &self.handle
     }
 }
 
-impl Domain {
+impl Handle {
     /// Whether regions are bound to an endpoint.
     pub(crate) fn has_endpoint(&self) -> bool {
         self.endpoint.is_some()
@@ -124,13 +163,13 @@ pub(crate) struct Region<K> {
     mr: NonNull<abi::Mr>,
     /// Where the region begins in this process.
     address: *mut c_void,
-    domain: Arc<Domain>,
+    domain: Arc<Handle>,
     kept: ManuallyDrop<K>,
 }
 
-// SAFETY: as for `Domain`; the fields of a region that are read here do not change.
+// SAFETY: as for `Handle`; the fields of a region that are read here do not change.
 unsafe impl<K: Send> Send for Region<K> {}
-// SAFETY: as for `Domain`.
+// SAFETY: as for `Handle`.
 unsafe impl<K: Sync> Sync for Region<K> {}
 
 impl<K> Region<K> {
@@ -140,7 +179,7 @@ impl<K> Region<K> {
     /// With a dma-buf it is the same bytes as this process has them mapped: so their addresses are
     /// good for providers that copy short messages, too.
     pub(crate) fn register(
-        domain: &Arc<Domain>,
+        domain: &Arc<Handle>,
         mut kept: K,
         window: impl FnOnce(&mut K) -> Window<'_>,
         dmabuf: Option<DmaBufPart<'_>>,
@@ -208,7 +247,7 @@ impl<K> Drop for Region<K> {
 }
 
 fn register(
-    domain: &Domain,
+    domain: &Handle,
     window: Window<'_>,
     dmabuf: Option<DmaBufPart<'_>>,
     access: u64,

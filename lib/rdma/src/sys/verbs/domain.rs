@@ -7,9 +7,9 @@ use std::sync::Arc;
 
 use super::abi::{Context, GidEntry, LOCAL_WRITE, Mr, PORT, Pd, PortAttr, REMOTE_WRITE};
 use super::library::{Library, check, last};
-use crate::errno::Errno;
-use crate::sys::memory::Window;
 use crate::sys::uverbs::{self, DmaBufRequest, Keys};
+use peerbuf::Errno;
+use peerbuf_core::memory::Window;
 
 /// An open device and a protection domain on it.
 ///

@@ -6,7 +6,7 @@
 //!
 //! What keeps this sound: a card reads and writes memory of regions only, a region's pages are
 //! pinned by the kernel until it is deregistered, and what is registered here is a window into a
-//! [`Map`](super::memory::Map), of whose bytes there are no Rust references. So whatever is posted,
+//! [`Map`](peerbuf_core::memory::Map), of whose bytes there are no Rust references. So whatever is posted,
 //! and whatever the other end does, no memory of Rust's changes.
 
 mod abi;
