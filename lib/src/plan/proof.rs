@@ -19,13 +19,13 @@ use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::{LazyLock, Mutex, PoisonError};
 
-use super::topology::{PciAddress, Sysfs};
-use super::{Direction, ReasonCode};
 use crate::buffer::{Access, Buffer, Identity, Mapping};
 use crate::errno::Errno;
 use crate::error::{BufferError, SystemError, TransferError};
+use crate::path::{Direction, ReasonCode};
 use crate::sys::direct::DirectIo;
 use crate::sys::memory::HostMemory;
+use crate::topology::{PciAddress, Sysfs};
 use crate::transfer::engine::host_memory;
 use crate::transfer::file::{Direct, Endpoint, unnamed_file};
 

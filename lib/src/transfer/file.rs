@@ -8,7 +8,7 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags, SeekFrom, StatxFlags};
 
 use crate::errno::Errno;
 use crate::error::{SystemError, TransferError};
-use crate::plan::topology::{BlockDevice, Sysfs};
+use crate::topology::{BlockDevice, Sysfs};
 
 /// An open file, twice: the ordinary way, and around the page cache where that is possible.
 #[derive(Debug)]

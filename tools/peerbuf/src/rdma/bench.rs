@@ -4,9 +4,8 @@
 use std::process::ExitCode;
 use std::time::Instant;
 
-use peerbuf::error::RdmaError;
-use peerbuf::import::rdma::{Link, Registration};
 use peerbuf::{Access, BufferRange};
+use peerbuf_rdma::{Link, RdmaError, Registration};
 use rand::Rng;
 use serde::Serialize;
 use sha2::{Digest, Sha256};

@@ -7,9 +7,8 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use peerbuf::BufferRange;
-use peerbuf::error::RdmaError;
 use peerbuf::import::file::FileImporter;
-use peerbuf::import::rdma::{Address, Card, Link, Remote, Span, Status};
+use peerbuf_rdma::{Address, Card, Link, RdmaError, Remote, Span, Status};
 
 use super::lent::{Every, Lent, PATIENCE};
 use super::place::{Place, checksum};
