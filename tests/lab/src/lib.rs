@@ -2,6 +2,7 @@
 
 pub mod buffers;
 pub mod bytes;
+pub mod clock;
 pub mod cost;
 pub mod demo;
 pub mod disk;

@@ -10,7 +10,9 @@ use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::sleep;
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use crate::clock::Stopwatch;
 
 /// For a device that goes; the slow ones are those that wait for something.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -90,7 +92,7 @@ impl Machine {
     /// When it has not gone within a minute.
     pub fn unplug(&mut self, id: &str) {
         self.ask_unplug(id).expect("unplug");
-        let start = Instant::now();
+        let start = Stopwatch::start();
         while !self.is_gone(id) {
             assert!(start.elapsed() < PATIENCE, "{id} has not gone");
             sleep(Duration::from_millis(20));
@@ -110,7 +112,7 @@ impl Machine {
     /// When the kernel does not see it within a minute.
     pub fn plug(&mut self, id: &str, bdf: &str) -> Result<(), String> {
         self.ask(&format!("plug {id}"))?;
-        let start = Instant::now();
+        let start = Stopwatch::start();
         while !device(bdf).exists() || driver_of(bdf).is_some() {
             assert!(
                 start.elapsed() < PATIENCE,
@@ -195,7 +197,7 @@ pub fn driver_of(bdf: &str) -> Option<PathBuf> {
 /// When the driver does not take it within a minute.
 pub fn give_to_peerbuf(bdf: &str) {
     fs::write(device(bdf).join("driver_override"), "peerbuf").expect("driver_override");
-    let start = Instant::now();
+    let start = Stopwatch::start();
     // A device that has just come is in sysfs before drivers are offered it, and shows its driver
     // before that is done with it: the node is the last to come.
     while !Path::new("/dev/peerbuf").join(bdf).exists() {

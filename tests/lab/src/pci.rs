@@ -4,8 +4,9 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use crate::clock::Stopwatch;
 use crate::machine::seconds;
 
 /// A PCI device that has this driver.
@@ -29,9 +30,9 @@ pub fn spare_device() -> String {
 
 /// Waits until a condition holds, which it should before long, on the debug kernel not quite as soon.
 pub fn wait_until(what: &str, condition: impl Fn() -> bool) {
-    let end = Instant::now() + seconds(20);
+    let waiting = Stopwatch::start();
     while !condition() {
-        assert!(Instant::now() < end, "{what}");
+        assert!(waiting.elapsed() < seconds(20), "{what}");
         thread::sleep(Duration::from_millis(5));
     }
 }

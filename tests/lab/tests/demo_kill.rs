@@ -5,6 +5,7 @@ use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+use peerbuf_lab_suite::clock::Stopwatch;
 use peerbuf_lab_suite::machine::{is_debug_kernel, seconds};
 use peerbuf_lab_suite::node::Node;
 use rand::RngExt;
@@ -53,7 +54,7 @@ fn runs(pid: u32) -> bool {
 }
 
 fn wait_until(what: &str, mut reached: impl FnMut() -> bool) {
-    let start = Instant::now();
+    let start = Stopwatch::start();
     while !reached() {
         assert!(
             start.elapsed() < prompt(),

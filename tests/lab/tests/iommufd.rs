@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::FileExt;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use peerbuf::device::edu;
 use peerbuf::device::vfio::VfioDevice;
@@ -14,6 +14,7 @@ use peerbuf::import::iommufd::{self, AddressSpace};
 use peerbuf::plan::{Path, ReasonCode};
 use peerbuf::{Access, Buffer};
 use peerbuf_lab_suite::bytes::{get, put};
+use peerbuf_lab_suite::clock::Stopwatch;
 use peerbuf_lab_suite::modules;
 use peerbuf_lab_suite::node::{Node, ioctl};
 
@@ -72,7 +73,7 @@ impl Device {
             ] {
                 self.0.write_all_at(&value.to_le_bytes(), register).unwrap();
             }
-            let begun = Instant::now();
+            let begun = Stopwatch::start();
             let mut state = [1; 8];
             while state[0] & 1 != 0 {
                 assert!(

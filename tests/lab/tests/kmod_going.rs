@@ -11,8 +11,9 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use peerbuf_lab_suite::clock::Stopwatch;
 use peerbuf_lab_suite::disk::{self, SCRATCH, Slow};
 use peerbuf_lab_suite::importer::{self, DYNAMIC, Importer, PEER};
 use peerbuf_lab_suite::machine::{Machine, give_to_peerbuf, is_debug_kernel};
@@ -204,7 +205,7 @@ fn with_everything_under_way(bdf: &str, go: impl FnOnce(&Busy) -> bool) {
             kernel.step(abi::IOC_IMPORT_VUNMAP).unwrap();
         });
 
-        let began = Instant::now();
+        let began = Stopwatch::start();
         let restored = go(busy);
         let took = began.elapsed();
         assert!(took < limit(), "{took:?}");

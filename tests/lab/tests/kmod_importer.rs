@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use peerbuf::Errno;
 use peerbuf::import::probe::{Direction, Kind, OnInvalidate, Options, Probe, Route, Usage};
 use peerbuf_lab_suite::buffers::{heap, udmabuf};
+use peerbuf_lab_suite::clock::Stopwatch;
 use peerbuf_lab_suite::importer::{self, DYNAMIC, Importer, Mapping, PEER};
 use peerbuf_lab_suite::memory;
 use peerbuf_lab_suite::node::{Map, Node, errno, in_child, ioctl, nvme_bdf};
@@ -527,13 +528,13 @@ fn those_that_must_wait_for_a_fence_do() {
         }
     }
     // Told to, it signals before its time; the time of an old fence does not end a new one.
-    leaver.fence(abi::IMPORT_FENCE_KERNEL, 400).unwrap();
+    leaver.fence(abi::IMPORT_FENCE_KERNEL, 20_000).unwrap();
     thread::scope(|scope| {
         let waiter = scope.spawn(|| map(&told));
         thread::sleep(ms(100));
         leaver.step(abi::IOC_IMPORT_SIGNAL).unwrap();
         let waited = waiter.join().unwrap();
-        assert!(waited < ms(300), "{waited:?}");
+        assert!(waited < ms(10_000), "{waited:?}");
     });
     leaver.fence(abi::IMPORT_FENCE_KERNEL, 20_000).unwrap();
     thread::sleep(ms(500));
@@ -753,9 +754,9 @@ fn an_attachment_that_lingers_keeps_the_module() {
     let refused = Command::new("rmmod").arg("peerbuf").output().unwrap();
     assert!(!refused.status.success());
     // That of the test before has twenty seconds.
-    let end = Instant::now() + Duration::from_secs(40);
+    let waiting = Stopwatch::start();
     while users() != 0 {
-        assert!(Instant::now() < end, "{} users", users());
+        assert!(waiting.elapsed() < ms(40_000), "{} users", users());
         thread::sleep(ms(20));
     }
     for command in [

@@ -7,6 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use bytemuck::Zeroable;
+use peerbuf_lab_suite::clock::Stopwatch;
 use peerbuf_lab_suite::disk::{self, SCRATCH, Slow};
 use peerbuf_lab_suite::importer::{DYNAMIC, Importer};
 use peerbuf_lab_suite::memory;
@@ -631,7 +632,7 @@ fn direct_io_in_flight_is_waited_for_within_the_limit() {
             let _slow = Slow::new(MIB / 2);
             let reading = scope.spawn(|| disk::read_into(&disk, &seen, 0, 2 << 20, 0).unwrap());
             thread::sleep(Duration::from_millis(300));
-            let began = Instant::now();
+            let began = Stopwatch::start();
             assert_eq!(
                 errno(node.move_part(&fd, to, 0, 0, 200)),
                 libc::EBUSY,

@@ -6,8 +6,9 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::process::Command;
 use std::thread::sleep;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use peerbuf_lab_suite::clock::Stopwatch;
 use peerbuf_lab_suite::disk::{SCRATCH, open_direct, read_into, write_from};
 use peerbuf_lab_suite::importer::{DYNAMIC, Importer, PEER};
 use peerbuf_lab_suite::modules;
@@ -26,7 +27,7 @@ fn available(bdf: &str) -> u64 {
 
 /// Waits for pages that the block layer gives back a moment after it told the end of its I/O.
 fn assert_available(bdf: &str, bytes: u64) {
-    let start = Instant::now();
+    let start = Stopwatch::start();
     while available(bdf) != bytes && start.elapsed() < Duration::from_secs(10) {
         sleep(Duration::from_millis(10));
     }
@@ -54,7 +55,7 @@ impl Unmounted {
     fn bind(&self) {
         loop {
             fs::write("/sys/bus/pci/drivers/nvme/bind", &self.0).unwrap();
-            let start = Instant::now();
+            let start = Stopwatch::start();
             while !(Path::new("/dev/nvme0n1").exists() && Path::new(SCRATCH).exists()) {
                 assert!(start.elapsed() < Duration::from_secs(60), "no disk");
                 sleep(Duration::from_millis(20));

@@ -5,9 +5,10 @@ use std::fs;
 use std::io;
 use std::os::fd::AsFd;
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use peerbuf_lab_suite::buffers::{heap, udmabuf};
+use peerbuf_lab_suite::clock::Stopwatch;
 use peerbuf_lab_suite::disk::{self, SCRATCH};
 use peerbuf_lab_suite::importer::{self, DYNAMIC, Importer, Mapping, PEER};
 use peerbuf_lab_suite::node::{Map, Node, errno, nvme_bdf};
@@ -142,7 +143,7 @@ fn an_attachment_ends_with_the_driver_of_its_device() {
         let lingering = Importer::attach_as(request).unwrap();
         lingering.map().unwrap();
         drop(lingering);
-        let start = Instant::now();
+        let start = Stopwatch::start();
         remove();
         let waited = start.elapsed();
         assert!(waited < Duration::from_secs(10), "{how}: {waited:?}");

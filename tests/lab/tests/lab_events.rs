@@ -3,8 +3,9 @@
 use std::fs;
 use std::os::fd::AsFd;
 use std::thread::sleep;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use peerbuf_lab_suite::clock::Stopwatch;
 use peerbuf_lab_suite::machine::{Machine, device, give_to_peerbuf};
 use peerbuf_lab_suite::node::{Map, Node};
 
@@ -57,7 +58,7 @@ fn a_link_goes_down_and_up() {
         .unwrap();
     let carrier = || fs::read_to_string(card.join("carrier")).unwrap();
     let wait_for = |state: &str| {
-        let start = Instant::now();
+        let start = Stopwatch::start();
         while carrier().trim() != state {
             assert!(start.elapsed() < Duration::from_secs(20), "{}", carrier());
             sleep(Duration::from_millis(10));

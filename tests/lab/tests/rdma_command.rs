@@ -4,8 +4,9 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use peerbuf_lab_suite::clock::Stopwatch;
 use peerbuf_lab_suite::machine::seconds;
 use peerbuf_lab_suite::node::{Node, assert_all_free};
 use peerbuf_lab_suite::pci::wait_until;
@@ -338,7 +339,7 @@ fn a_command_that_is_killed_in_mid_transfer_is_noticed_and_others_are_served() {
     // The one that serves.
     let client = begin();
     server.child.kill().unwrap();
-    let begun = Instant::now();
+    let begun = Stopwatch::start();
     let output = client.wait_with_output().unwrap();
     let took = begun.elapsed();
     let said = String::from_utf8_lossy(&output.stderr);

@@ -6,11 +6,12 @@ use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use peerbuf::Buffer;
 use peerbuf::export::udmabuf;
 use peerbuf_lab_suite::bytes::{get, put};
+use peerbuf_lab_suite::clock::Stopwatch;
 use peerbuf_lab_suite::machine::{Machine, seconds};
 use peerbuf_lab_suite::node::{Child, MIB, Node, assert_all_free, in_child};
 use peerbuf_lab_suite::pci::wait_until;
@@ -157,9 +158,9 @@ impl Other {
         rest.len()
     }
 
-    fn kill(&self) -> Instant {
+    fn kill(&self) -> Stopwatch {
         self.child.kill(libc::SIGKILL);
-        Instant::now()
+        Stopwatch::start()
     }
 
     fn end(self) {
@@ -210,7 +211,7 @@ fn killed_in_mid_transfer(
     after: usize,
 ) -> usize {
     let (mut here, remote) = other.connect(registration, role);
-    let noticed = |here: &mut Connection, left: usize, killed: Instant| {
+    let noticed = |here: &mut Connection, left: usize, killed: Stopwatch| {
         let mut done = 0;
         let mut errors = Vec::new();
         for _ in 0..left {
@@ -252,7 +253,7 @@ fn killed_in_mid_transfer(
             // This end's own requests are not answered.
             let piece = registration.slice(0, 64).unwrap();
             here.send(&piece, None).unwrap();
-            assert_eq!(noticed(&mut here, 1, Instant::now()), 0);
+            assert_eq!(noticed(&mut here, 1, Stopwatch::start()), 0);
             done
         }
     };
@@ -411,7 +412,7 @@ fn an_interface_that_is_switched_off_ends_connections_at_once() {
     let mut cut = None;
     let (done, errors) = cut_in_mid_transfer(&card, || {
         ip(&["link", "set", &name, "down"]);
-        cut = Some(Instant::now());
+        cut = Some(Stopwatch::start());
     });
     let took = cut.unwrap().elapsed();
     assert!(took < seconds(5), "{took:?}");

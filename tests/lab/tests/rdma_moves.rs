@@ -5,13 +5,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use peerbuf::Access;
 use peerbuf::export::peerbuf::Device;
 use peerbuf::export::{memfd, udmabuf};
 use peerbuf::share::{Backing, BufferId, Channel, Copied, Movable, Publisher, Subscriber};
 use peerbuf_lab_suite::bytes::{get, put};
+use peerbuf_lab_suite::clock::Stopwatch;
 use peerbuf_lab_suite::node::Node;
 use peerbuf_rdma::{Card, Connection, Follower, Link, Operation, RdmaError, Span, Status};
 use rand::{Rng, RngExt};
@@ -123,7 +124,7 @@ fn a_follower_gives_its_buffer_back_and_registers_what_it_has_become() {
             assert!(get(&registration.range().unwrap()) == bytes);
             lender.order(n, LIMIT);
             // Refused before the card sees it, while the move waits for this.
-            let begun = Instant::now();
+            let begun = Stopwatch::start();
             while registration.check().is_ok() {
                 assert!(begun.elapsed() < LIMIT);
                 std::thread::sleep(Duration::from_millis(1));
@@ -215,11 +216,11 @@ fn a_registration_ends_in_the_middle_of_a_message_of_either_end() {
         for _ in 0..WRITES {
             here.write(&piece, &to.remote().unwrap(), None).unwrap();
         }
-        let begun = Instant::now();
+        let begun = Stopwatch::start();
         while get(&target.slice(0, 64).unwrap()) != [0x5a; 64] {
             assert!(begun.elapsed() < LIMIT, "nothing arrives");
         }
-        let begun = Instant::now();
+        let begun = Stopwatch::start();
         match ended {
             "source" => from.end(),
             _ => to.end(),
