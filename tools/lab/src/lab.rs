@@ -69,7 +69,9 @@ pub fn ground(cache: &Cache, args: &GuestArgs) -> Result<Ground> {
 pub enum Want {
     /// The module and the command.
     Command,
-    /// And what the suite's tests need: the crate's examples and the fixtures.
+    /// And the crate's examples and the fixtures, which are for tests.
+    Fixtures,
+    /// And the suite's programs.
     Suite,
 }
 
@@ -85,7 +87,13 @@ pub fn made(
     want: Want,
 ) -> Result<(Ground, Parts)> {
     std::thread::scope(|scope| {
-        let programs = scope.spawn(|| project.peerbuf(want == Want::Suite));
+        let programs = scope.spawn(|| {
+            let programs = project.peerbuf(want != Want::Command)?;
+            if want == Want::Suite {
+                project.suite()?;
+            }
+            Ok(programs)
+        });
         let tree = Tree::get(cache)?;
         let (ground, source, module) = ground_and_module(cache, project, &tree, args)?;
         if module.is_none() {
@@ -93,7 +101,7 @@ pub fn made(
         }
         let fixtures = match want {
             Want::Command => None,
-            Want::Suite => Some(fixtures::build(project, &ground, &source)?),
+            Want::Fixtures | Want::Suite => Some(fixtures::build(project, &ground, &source)?),
         };
         let parts = Parts {
             module,
@@ -142,7 +150,7 @@ pub fn ready(cache: &Cache, args: &GuestArgs) -> Result<(Ground, Job)> {
     let (ground, parts) = if args.bare {
         (ground(cache, args)?, Parts::default())
     } else {
-        made(cache, &Project::find()?, args, Want::Suite)?
+        made(cache, &Project::find()?, args, Want::Fixtures)?
     };
     let job = job(&ground, args, parts)?;
     Ok((ground, job))

@@ -154,7 +154,7 @@ fn one(cache: &Cache, project: &Project, mutant: &Mutant) -> Result<Outcome> {
         },
         ..args
     };
-    let (ground, mut parts) = lab::made(cache, project, &args, Want::Suite)?;
+    let (ground, mut parts) = lab::made(cache, project, &args, Want::Fixtures)?;
     let source = Source::get(cache, &ground.tree, &ground.kernel.named())?;
     let change = |kmod: &Path| mutant.apply(kmod);
     parts.module = Some(project.changed_module(&ground.tree, &source, change)?);

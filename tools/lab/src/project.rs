@@ -102,6 +102,18 @@ impl Project {
         Ok(built.into_iter().map(|p| p.file).collect())
     }
 
+    /// The suite's programs, built if need be.
+    ///
+    /// # Errors
+    /// When one does not compile; holds the compiler's messages.
+    pub fn suite(&self) -> Result<Vec<Program>> {
+        let step = Step::start("building the lab's suite");
+        let package = "--package=peerbuf-lab-suite";
+        let programs = self.cargo_build(&["test", "--no-run", package, "--tests"])?;
+        step.done();
+        Ok(programs)
+    }
+
     /// Builds with cargo and returns the programs made.
     ///
     /// # Errors

@@ -202,14 +202,7 @@ impl Runner<'_> {
 
     fn groups(&self, filter: Option<&str>) -> Result<Vec<Group>> {
         let runs = list(self.project)?;
-        let step = crate::progress::Step::start("building the lab's suite");
-        let programs = self.project.cargo_build(&[
-            "test",
-            "--no-run",
-            "--package=peerbuf-lab-suite",
-            "--tests",
-        ])?;
-        step.done();
+        let programs = self.project.suite()?;
         for program in &programs {
             if program.is_test && !runs.iter().any(|r| r.test == program.name) {
                 bail!(
