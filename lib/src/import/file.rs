@@ -36,16 +36,34 @@ impl std::fmt::Debug for FileImporter {
 }
 
 impl FileImporter {
-    /// Opens an existing regular file or block device, for writing too where that is allowed.
+    /// Opens an existing regular file or block device for reading, as [`std::fs::File::open`] does.
     ///
     /// # Errors
     /// The call that failed, or [`TransferError::NotAFile`].
     pub fn open(path: impl AsRef<FilePath>) -> Result<FileImporter, TransferError> {
-        Ok(FileImporter::new(Endpoint::open(path.as_ref())?))
+        FileImporter::open_for(path, Access::Read)
+    }
+
+    /// Opens an existing regular file or block device for what will be done with it, and nothing more.
+    ///
+    /// Opening for writing has consequences by itself: an overlay (the root of a container) copies the whole
+    /// file, a program that runs refuses (`ETXTBSY`), and udev looks at a disk again when it is closed.
+    ///
+    /// # Errors
+    /// As [`FileImporter::open`].
+    pub fn open_for(
+        path: impl AsRef<FilePath>,
+        access: Access,
+    ) -> Result<FileImporter, TransferError> {
+        Ok(FileImporter::new(Endpoint::open(path.as_ref(), access)?))
     }
 
     /// Takes an open file, which need not have a name in any directory. `name` is for people.
-    /// The descriptor's own access mode decides whether it can be written.
+    ///
+    /// The descriptor is used as it is: its access mode decides what can be done, and neither its position nor
+    /// its flags are changed, which others may share. For direct I/O it is opened a second time, by way of
+    /// `/proc`. A process that has no right to do so gives a descriptor that is open with `O_DIRECT`, by which
+    /// whole blocks are moved without another one.
     ///
     /// # Errors
     /// As [`FileImporter::open`].
@@ -113,7 +131,7 @@ impl FileImporter {
     /// The call's error, which is how a disk reports a write that it lost.
     pub fn sync(&self) -> Result<(), TransferError> {
         let failed = |errno| SystemError::new("fdatasync", &self.endpoint.name, errno);
-        Ok(rustix::fs::fdatasync(self.endpoint.ordinary()).map_err(failed)?)
+        Ok(rustix::fs::fdatasync(self.endpoint.staged()).map_err(failed)?)
     }
 
     /// Maps the range for transfers. Nothing is tried and no byte moves yet.
@@ -179,6 +197,7 @@ impl Attachment<'_> {
     /// The call that failed. An unknown part of the range has then been overwritten.
     pub fn read(&mut self, file_offset: u64) -> Result<Receipt, TransferError> {
         let direction = Direction::DiskToBuffer;
+        self.importer.endpoint.may_read()?;
         if !self.mapping.range().buffer().is_writable() {
             let object = self.mapping.range().buffer().name().to_owned();
             return Err(BufferError::Access {
@@ -195,15 +214,13 @@ impl Attachment<'_> {
     /// [`FileImporter::sync`].
     ///
     /// # Errors
-    /// [`TransferError::ReadOnly`], [`TransferError::ShortWrite`], or the call that failed. An unknown part of the file's
+    /// [`TransferError::ReadOnly`], [`TransferError::Appending`] or [`TransferError::WholeBlocksOnly`], with
+    /// nothing written; [`TransferError::ShortWrite`], or the call that failed: an unknown part of the file's
     /// range has then been overwritten.
     pub fn write(&mut self, file_offset: u64) -> Result<Receipt, TransferError> {
-        if !self.importer.endpoint.writable {
-            return Err(TransferError::ReadOnly {
-                object: self.importer.name().to_owned(),
-            });
-        }
-        self.carry(Direction::BufferToDisk, file_offset, self.mapping.len())
+        let length = self.mapping.len();
+        self.importer.endpoint.may_write(file_offset, length)?;
+        self.carry(Direction::BufferToDisk, file_offset, length)
     }
 
     fn carry(

@@ -531,6 +531,10 @@ fn what_is_no_file_is_refused() {
     ));
     assert!(matches!(
         FileImporter::open("/"),
+        Err(TransferError::NotAFile { .. })
+    ));
+    assert!(matches!(
+        FileImporter::open_for("/", Access::ReadWrite),
         Err(TransferError::System(_))
     ));
     let error = FileImporter::open("/nonexistent").unwrap_err().to_string();

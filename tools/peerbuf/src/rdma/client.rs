@@ -6,10 +6,10 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use peerbuf::BufferRange;
 use peerbuf::error::RdmaError;
 use peerbuf::import::file::FileImporter;
 use peerbuf::import::rdma::{Address, Card, Link, Remote, Span, Status};
+use peerbuf::{Access, BufferRange};
 
 use super::lent::{Every, Lent, PATIENCE};
 use super::place::{Place, checksum};
@@ -321,7 +321,7 @@ pub fn get(arguments: &Arguments) -> Result<ExitCode, Failure> {
     // Made here: there may be none.
     File::create(&arguments.file)
         .map_err(|error| format!("{}: {error}", arguments.file.display()))?;
-    let file = FileImporter::open(&arguments.file)?;
+    let file = FileImporter::open_for(&arguments.file, Access::Write)?;
     let _progress = Progress::start(format!(
         "{} -> {}",
         arguments.ends.connect,
