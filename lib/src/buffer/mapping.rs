@@ -184,6 +184,11 @@ impl CpuAccess<'_> {
         Ok(())
     }
 
+    /// What is accessed. Within the access its bytes may also be given to the kernel, as for file I/O.
+    pub fn mapping(&self) -> &Mapping {
+        self.mapping
+    }
+
     /// Reads a value at `offset`, in bytes, which need not be a multiple of anything.
     ///
     /// # Errors

@@ -10,9 +10,9 @@ use std::path::{Path as FilePath, PathBuf};
 
 use crate::buffer::{Access, BufferRange, Mapping};
 use crate::error::{BufferError, SystemError, TransferError};
-use crate::plan::proof::{self, Scratch, Verdict};
+use crate::plan::proof::{self, Question, Scratch, Verdict};
 use crate::plan::topology::PciAddress;
-use crate::plan::{Direction, Path, Plan, Reason, ReasonCode};
+use crate::plan::{self, Direction, Key, Path, Plan, ProofPolicy, Reason, ReasonCode};
 use crate::sys::direct::{DirectIo, Kernel};
 use crate::transfer::Receipt;
 use crate::transfer::engine;
@@ -24,6 +24,7 @@ pub use crate::transfer::file::unnamed_file;
 pub struct FileImporter {
     endpoint: Endpoint,
     scratch: Scratch,
+    policy: ProofPolicy,
     io: Box<dyn DirectIo>,
 }
 
@@ -75,6 +76,7 @@ impl FileImporter {
         FileImporter {
             endpoint,
             scratch: Scratch::default(),
+            policy: ProofPolicy::default(),
             io: Box::new(Kernel),
         }
     }
@@ -92,6 +94,16 @@ impl FileImporter {
     #[must_use]
     pub fn with_scratch_range(mut self, bytes: Range<u64>) -> FileImporter {
         self.scratch = Scratch::Range(bytes);
+        self
+    }
+
+    /// Says when proofs may be made, which touch bytes of the range ([`Attachment::plan`]).
+    ///
+    /// A program that knows when nobody uses a buffer proves then, with [`Attachment::plan`], and transfers with
+    /// [`ProofPolicy::Never`].
+    #[must_use]
+    pub fn with_proofs(mut self, policy: ProofPolicy) -> FileImporter {
+        self.policy = policy;
         self
     }
 
@@ -175,15 +187,22 @@ impl Attachment<'_> {
     }
 
     /// Chooses the path that a transfer of the whole range to or from `file_offset` would take.
-    /// The first time for a pair of devices and a direction this proves the peer-to-peer path,
-    /// for which up to 192 KiB of the range are changed and put back: nobody else may use it
-    /// meanwhile.
+    ///
+    /// The first time for a pair of devices and a direction (see [`ProofPolicy`]) this proves the peer-to-peer
+    /// path, as [`Attachment::read`] and [`Attachment::write`] do. Nobody else may use the range meanwhile:
+    ///
+    /// - from disk to buffer, up to 192 KiB of the range are overwritten with bytes of the file, and put back;
+    /// - from buffer to disk, the range's own bytes are written to scratch space. Only if they are too much
+    ///   alike to be told from a failure, random bytes take their place, likewise.
+    ///
+    /// A process that is killed in the middle puts nothing back: up to 64 KiB, in one place, are then not what
+    /// they were. In a [`read`](Attachment::read) they are bytes that it was to overwrite.
     ///
     /// # Errors
     /// [`TransferError`] for what has nothing to do with the path, such as a file that cannot be
     /// read at all, or a range that may not be written.
     pub fn plan(&mut self, direction: Direction, file_offset: u64) -> Result<Plan, TransferError> {
-        let plan = self.choose(direction, file_offset, self.mapping.len())?;
+        let (plan, _) = self.choose(direction, file_offset, self.mapping.len())?;
         if plan.path < self.require {
             return Err(TransferError::PathTooPoor { plan });
         }
@@ -229,7 +248,7 @@ impl Attachment<'_> {
         file_offset: u64,
         length: u64,
     ) -> Result<Receipt, TransferError> {
-        let mut plan = self.choose(direction, file_offset, length)?;
+        let (mut plan, key) = self.choose(direction, file_offset, length)?;
         if plan.path < self.require {
             return Err(TransferError::PathTooPoor { plan });
         }
@@ -239,8 +258,17 @@ impl Attachment<'_> {
         if let (Path::PeerToPeer | Path::SharedHostMemory, Ok(direct)) = (plan.path, file.direct())
         {
             let whole = length / u64::from(direct.block) * u64::from(direct.block);
+            // The disk's engine knows nothing of the buffer's fences: whoever else writes it, or reads what
+            // is overwritten, has to be done first, as before a copy by the processor.
+            let access = match direction {
+                Direction::DiskToBuffer => Access::Write,
+                Direction::BufferToDisk => Access::Read,
+            };
+            let bracket = self.mapping.begin_cpu_access(access)?;
+            let mapping = bracket.mapping();
             let (carried, result) =
-                engine::direct(io, direct, &self.mapping, 0, file_offset, whole, direction);
+                engine::direct(io, direct, mapping, 0, file_offset, whole, direction);
+            bracket.end()?;
             bytes = carried.bytes;
             if plan.path == Path::SharedHostMemory {
                 host_bytes = bytes;
@@ -248,6 +276,9 @@ impl Attachment<'_> {
             if let Err(errno) = result {
                 // The path worked when it was proved and has stopped working. The rest goes the
                 // way that always works; if the disk is what failed, that will say so.
+                if let Some(key) = &key {
+                    plan::void(key);
+                }
                 let call = format!(
                     "{direction}, after {bytes} of {length} bytes: {errno} for {} and {}",
                     file.describe_disk(),
@@ -289,7 +320,7 @@ impl Attachment<'_> {
         direction: Direction,
         file_offset: u64,
         length: u64,
-    ) -> Result<Plan, TransferError> {
+    ) -> Result<(Plan, Option<Key>), TransferError> {
         let buffer = self.mapping.range().buffer();
         // The best path that the buffer's memory can have, and why not a better one. A memfd has
         // pages that the kernel can pin; whether a dma-buf's own mapping has them is seen by trial,
@@ -302,6 +333,7 @@ impl Attachment<'_> {
             Path::SharedHostMemory
         };
         let pinnable = best == Path::SharedHostMemory && buffer.host_memory().is_some();
+        let key = Key::of(buffer, &self.importer.endpoint, direction, best);
         let rejected = match direct_io(
             &self.importer.endpoint,
             &self.mapping,
@@ -312,30 +344,27 @@ impl Attachment<'_> {
             Err((code, evidence)) => Some((code, evidence)),
             Ok(_) if pinnable => None,
             Ok(direct) => {
-                let FileImporter {
-                    endpoint,
-                    scratch,
-                    io,
-                } = self.importer;
-                let verdict = proof::verdict(
-                    &**io,
-                    endpoint,
+                let question = Question {
+                    file: &self.importer.endpoint,
                     direct,
-                    &mut self.mapping,
                     direction,
-                    scratch,
-                )?;
-                match verdict {
+                    scratch: &self.importer.scratch,
+                    policy: self.importer.policy,
+                    length,
+                };
+                let io = &*self.importer.io;
+                match proof::verdict(io, &question, &mut self.mapping, key.as_ref())? {
                     Verdict::Proved => None,
                     Verdict::Rejected { code, evidence } => Some((code, evidence)),
                 }
             }
         };
         let Some((code, evidence)) = rejected else {
-            return Ok(Plan {
+            let plan = Plan {
                 path: best,
                 reasons,
-            });
+            };
+            return Ok((plan, key));
         };
         reasons.push(Reason::new(best, code, evidence));
         if best == Path::PeerToPeer {
@@ -343,10 +372,11 @@ impl Attachment<'_> {
             let code = ReasonCode::NotHostMemory;
             reasons.push(Reason::new(Path::SharedHostMemory, code, evidence));
         }
-        Ok(Plan {
+        let plan = Plan {
             path: Path::StagedCopy,
             reasons,
-        })
+        };
+        Ok((plan, key))
     }
 }
 

@@ -3,6 +3,7 @@
 pub(crate) mod proof;
 mod reason;
 pub mod topology;
+mod verdicts;
 
 use std::fmt;
 
@@ -10,8 +11,9 @@ use crate::buffer::{Buffer, Kind, Provenance};
 use crate::export::peerbuf::{Device, Placement};
 use crate::export::provider;
 
-pub use proof::forget_proofs;
 pub use reason::{Reason, ReasonCode};
+pub use verdicts::forget_proofs;
+pub(crate) use verdicts::{Key, void};
 
 /// How bytes travel between an exporter's memory and an importer. Better paths compare greater.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -59,6 +61,21 @@ impl fmt::Display for Direction {
             Direction::BufferToDisk => "buffer to disk",
         })
     }
+}
+
+/// When a path is proved, and so when a proof may touch the bytes of a range.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+#[non_exhaustive]
+pub enum ProofPolicy {
+    /// Before the first transfer between a card and a disk in a direction, and again when what was found cannot
+    /// be believed any more: after a transfer that failed, a change of a device or its driver, or ten minutes.
+    #[default]
+    First,
+    /// Before each transfer.
+    Every,
+    /// Not at all. A path that was proved in this process, and is still believed, is used; without that the
+    /// processor carries the bytes.
+    Never,
 }
 
 /// The path chosen, and for each better one the reasons against it.

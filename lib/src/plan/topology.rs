@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -100,6 +101,22 @@ pub struct Pool {
     pub published: bool,
 }
 
+/// Tells a device from one that came to its place later, and a driver's hold on it from a later one, of the same
+/// driver, too. Without sysfs all are alike.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Stamp {
+    /// sysfs gives no number twice.
+    device: Option<u64>,
+    driver: Option<u64>,
+}
+
+impl Stamp {
+    #[cfg(test)]
+    pub(crate) fn of_inodes(device: Option<u64>, driver: Option<u64>) -> Stamp {
+        Stamp { device, driver }
+    }
+}
+
 impl Sysfs {
     /// The tree whose `class`, `dev` and `devices` are in `root`.
     pub fn at(root: impl Into<PathBuf>) -> Sysfs {
@@ -122,6 +139,26 @@ impl Sysfs {
             .take_while(|(a, b)| a == b)
             .last()
             .map(|(bridge, _)| *bridge)
+    }
+
+    /// Which device is at this address now, and since when its driver has it: the link to the driver is made
+    /// anew each time.
+    pub(crate) fn stamp(&self, address: PciAddress) -> Stamp {
+        let directory = self.root.join("bus/pci/devices").join(address.to_string());
+        let driver = std::fs::symlink_metadata(directory.join("driver"));
+        Stamp {
+            device: std::fs::metadata(directory).ok().map(|file| file.ino()),
+            driver: driver.ok().map(|link| link.ino()),
+        }
+    }
+
+    /// Which block device has this number now.
+    pub(crate) fn block_stamp(&self, major: u32, minor: u32) -> Stamp {
+        let directory = self.root.join(format!("dev/block/{major}:{minor}"));
+        Stamp {
+            device: std::fs::metadata(directory).ok().map(|file| file.ino()),
+            driver: None,
+        }
     }
 
     /// The block device with this number.
@@ -346,6 +383,32 @@ mod tests {
         let sysfs = Sysfs::at(&tree.0);
         let [one, other] = ["0000:01:00.0", "0000:02:00.0"].map(|text| text.parse().unwrap());
         assert_eq!(sysfs.common_bridge(one, other), None);
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "a system call that Miri does not have")]
+    fn a_device_that_came_back_or_has_another_driver_is_another_one() {
+        let tree = Tree::new("stamp");
+        let device = tree.device("pci0000:00/0000:01:00.0");
+        let link = "bus/pci/devices/0000:01:00.0";
+        tree.link(link, &device);
+        let sysfs = Sysfs::at(&tree.0);
+        let stamp = || sysfs.stamp("0000:01:00.0".parse().unwrap());
+        let bare = stamp();
+        assert_eq!(stamp(), bare);
+        tree.link("devices/pci0000:00/0000:01:00.0/driver", Path::new("one"));
+        let bound = stamp();
+        assert_ne!(bound, bare);
+        // The old one keeps its number until the new one has another, as in sysfs.
+        let kept = tree.0.join("kept");
+        std::fs::rename(device.join("driver"), kept).unwrap();
+        tree.link("devices/pci0000:00/0000:01:00.0/driver", Path::new("one"));
+        assert_ne!(stamp(), bound);
+        let bound = stamp();
+        std::fs::rename(&device, tree.0.join("gone")).unwrap();
+        tree.device("pci0000:00/0000:01:00.0");
+        assert_ne!(stamp(), bound);
+        assert_eq!(sysfs.block_stamp(1, 1), Stamp::default());
     }
 
     #[test]
