@@ -235,7 +235,10 @@ impl CpuAccess<'_> {
     fn finish(&mut self) -> Result<(), BufferError> {
         self.open = false;
         if let Some(offset) = self.last_write {
-            self.mapping.map.flush_writes(offset);
+            self.mapping.map.drain_writes();
+            if self.mapping.range.buffer().is_read_back() {
+                self.mapping.map.read_back(offset);
+            }
         }
         self.sync(SYNC_END)
     }

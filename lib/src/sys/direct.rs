@@ -85,12 +85,14 @@ pub(crate) mod fake {
         FailsAfter(u32, Errno),
     }
 
+    type AtCall = Box<dyn Fn(Direction)>;
+
     pub(crate) struct Fake {
         /// May change between calls, as a machine does.
         pub(crate) behaviour: Cell<Behaviour>,
         /// Called before each call on device memory: a process that is killed in the call leaves what is there
         /// then.
-        pub(crate) at_call: RefCell<Option<Box<dyn Fn(Direction)>>>,
+        pub(crate) at_call: RefCell<Option<AtCall>>,
         /// Calls on device memory so far.
         pub(crate) calls: Cell<u32>,
     }
