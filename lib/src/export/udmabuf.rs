@@ -4,8 +4,9 @@
 //! same pages through it.
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{Mode, OFlags, SealFlags};
 
 use super::{memfd, whole_pages};
 use crate::buffer::{Buffer, BufferRange, DmaBuf, Kind, Provenance};
@@ -70,10 +71,17 @@ pub fn export_huge(name: &str, length: u64, pages: HugePages) -> Result<Buffer, 
 /// ```
 ///
 /// # Errors
-/// [`ExportError::Unavailable`] without `/dev/udmabuf`, [`ExportError::Unsuitable`] for a piece
-/// off a page or without a memfd, and the ioctl's own error: `EINVAL` for more pieces than
-/// `/sys/module/udmabuf/parameters/list_limit`.
+/// [`ExportError::Unavailable`] without `/dev/udmabuf`, [`ExportError::Unsuitable`] for no piece and one
+/// off a page or without a memfd, and the ioctl's own error: `EINVAL` for more pieces or bytes than the limits in
+/// `/sys/module/udmabuf/parameters`, or a memfd that is not sealed as the kernel wants it.
 pub fn export_list(name: &str, pieces: &[BufferRange]) -> Result<Buffer, ExportError> {
+    if pieces.is_empty() {
+        return Err(ExportError::Unsuitable {
+            what: "the number of pieces",
+            value: 0,
+            must: "at least 1".into(),
+        });
+    }
     let udmabuf = open()?;
     let mut list = Vec::with_capacity(pieces.len());
     for piece in pieces {
@@ -100,7 +108,7 @@ pub fn export_list(name: &str, pieces: &[BufferRange]) -> Result<Buffer, ExportE
         });
     }
     let dmabuf = sys::udmabuf::create_list(udmabuf.as_fd(), &list)
-        .map_err(|errno| refusal("ioctl(UDMABUF_CREATE_LIST)", name, errno))?;
+        .map_err(|errno| refusal("ioctl(UDMABUF_CREATE_LIST)", name, &list, errno))?;
     let dmabuf = DmaBuf::from_fd(dmabuf)?;
     Ok(Buffer::from_dmabuf(dmabuf, provenance(name)))
 }
@@ -114,7 +122,7 @@ fn over(name: &str, memory: OwnedFd, length: u64) -> Result<Buffer, ExportError>
         size: length,
     };
     let dmabuf = sys::udmabuf::create(udmabuf.as_fd(), piece)
-        .map_err(|errno| refusal("ioctl(UDMABUF_CREATE)", name, errno))?;
+        .map_err(|errno| refusal("ioctl(UDMABUF_CREATE)", name, &[piece], errno))?;
     let dmabuf = DmaBuf::from_fd(dmabuf)?;
     Ok(Buffer::from_host_memory(
         memory,
@@ -132,26 +140,86 @@ fn provenance(name: &str) -> Provenance {
     }
 }
 
-fn refusal(call: &'static str, name: &str, errno: Errno) -> ExportError {
-    // EINVAL is all that the kernel says about a buffer over one of its limits.
-    let limit = |which: &str| {
-        let path = format!("/sys/module/udmabuf/parameters/{which}");
-        std::fs::read_to_string(path).map(|text| text.trim().to_owned())
-    };
-    let hint = match (errno, limit("size_limit_mb"), limit("list_limit")) {
-        (Errno::INVAL, Ok(size), Ok(list)) => format!(
-            ": the largest udmabuf allowed here is {size} MiB in {list} pieces \
-             (size_limit_mb and list_limit in /sys/module/udmabuf/parameters)"
-        ),
+fn refusal(call: &'static str, name: &str, pieces: &[Piece<'_>], errno: Errno) -> ExportError {
+    let hint = match errno {
+        Errno::INVAL => why_invalid(pieces, Limits::read()),
         _ => String::new(),
     };
     let cause = SystemError::new(call, name, errno);
     ExportError::System { cause, hint }
 }
 
+/// The module's parameters; `None` for one that cannot be read.
+struct Limits {
+    size_mib: Option<u64>,
+    pieces: Option<u64>,
+}
+
+impl Limits {
+    fn read() -> Limits {
+        let parameter = |which: &str| {
+            let path = format!("/sys/module/udmabuf/parameters/{which}");
+            std::fs::read_to_string(path).ok()?.trim().parse().ok()
+        };
+        Limits {
+            size_mib: parameter("size_limit_mb"),
+            pieces: parameter("list_limit"),
+        }
+    }
+}
+
+/// Which of the kernel's rules the pieces break, all of which it answers with EINVAL (`udmabuf_create` and
+/// `check_memfd_seals` in drivers/dma-buf/udmabuf.c).
+fn why_invalid(pieces: &[Piece<'_>], limits: Limits) -> String {
+    let refused = SealFlags::WRITE | SealFlags::FUTURE_WRITE;
+    for (index, piece) in pieces.iter().enumerate() {
+        let which = match pieces.len() {
+            1 => "its memfd".into(),
+            _ => format!("the memfd of piece {index}"),
+        };
+        let Ok(seals) = rustix::fs::fcntl_get_seals(piece.memfd) else {
+            continue;
+        };
+        if !seals.contains(SealFlags::SHRINK) {
+            return format!(": {which} is not sealed against shrinking (F_SEAL_SHRINK)");
+        }
+        if seals.intersects(refused) {
+            return format!(
+                ": {which} is sealed against writing (F_SEAL_WRITE or F_SEAL_FUTURE_WRITE), and a udmabuf \
+                 could be written"
+            );
+        }
+    }
+    let parameters = "/sys/module/udmabuf/parameters";
+    let count = pieces.len() as u64;
+    if let Some(limit) = limits.pieces
+        && count > limit
+    {
+        return format!(": {count} pieces, and {limit} are allowed ({parameters}/list_limit)");
+    }
+    let size = pieces
+        .iter()
+        .fold(0, |sum: u64, piece| sum.saturating_add(piece.size));
+    if let Some(limit) = limits.size_mib
+        && size > limit.saturating_mul(1 << 20)
+    {
+        return format!(
+            ": {size} bytes, and the largest udmabuf allowed has {limit} MiB ({parameters}/size_limit_mb)"
+        );
+    }
+    if limits.size_mib.is_none() || limits.pieces.is_none() {
+        return format!(": its limits cannot be read here ({parameters})");
+    }
+    String::new()
+}
+
 fn open() -> Result<OwnedFd, Unavailable> {
     rustix::fs::open(NODE, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).map_err(|errno| {
         let remedy = match errno {
+            rustix::io::Errno::NOENT if Path::new("/sys/class/misc/udmabuf").exists() => {
+                "the kernel has it, but this /dev has no node: a container needs it passed in \
+                 (`--device /dev/udmabuf`)"
+            }
             rustix::io::Errno::NOENT | rustix::io::Errno::NODEV => {
                 "`modprobe udmabuf`, or a kernel with CONFIG_UDMABUF"
             }
@@ -167,4 +235,66 @@ fn open() -> Result<OwnedFd, Unavailable> {
             remedy: remedy.into(),
         }
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn limits() -> Limits {
+        Limits {
+            size_mib: Some(64),
+            pieces: Some(3),
+        }
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "a system call that Miri does not have")]
+    fn a_refusal_names_the_rule_that_was_broken() {
+        let memory = |seals| {
+            let flags = rustix::fs::MemfdFlags::ALLOW_SEALING;
+            let memory = rustix::fs::memfd_create("test", flags).unwrap();
+            rustix::fs::fcntl_add_seals(&memory, seals).unwrap();
+            memory
+        };
+        let sealed = memory(SealFlags::SHRINK);
+        let (open, written) = (
+            memory(SealFlags::empty()),
+            memory(SealFlags::SHRINK | SealFlags::WRITE),
+        );
+        let piece = |memfd, size| Piece {
+            memfd,
+            offset: 0,
+            size,
+        };
+        let (sealed, open, written) = (sealed.as_fd(), open.as_fd(), written.as_fd());
+        for (pieces, said) in [
+            (
+                vec![piece(open, 4096)],
+                "its memfd is not sealed against shrinking",
+            ),
+            (
+                vec![piece(sealed, 4096), piece(written, 4096)],
+                "the memfd of piece 1 is sealed against writing",
+            ),
+            (vec![piece(sealed, 4096); 4], "4 pieces, and 3 are allowed"),
+            (vec![piece(sealed, 32 << 20); 3], "has 64 MiB"),
+        ] {
+            let why = why_invalid(&pieces, limits());
+            assert!(why.starts_with(": ") && why.contains(said), "{why:?}");
+        }
+        assert_eq!(why_invalid(&[piece(sealed, 64 << 20)], limits()), "");
+        let unknown = Limits {
+            size_mib: None,
+            pieces: None,
+        };
+        assert!(why_invalid(&[piece(sealed, 1 << 40)], unknown).contains("cannot be read"));
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "a system call that Miri does not have")]
+    fn a_list_without_pieces_is_refused_as_such() {
+        let error = export_list("nothing", &[]).unwrap_err().to_string();
+        assert_eq!(error, "the number of pieces is 0, but must be at least 1");
+    }
 }

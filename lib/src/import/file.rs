@@ -368,8 +368,18 @@ impl Attachment<'_> {
         };
         reasons.push(Reason::new(best, code, evidence));
         if best == Path::PeerToPeer {
-            let evidence = "the bytes are in device memory, and no memory of the host is behind it";
-            let code = ReasonCode::NotHostMemory;
+            let kind = self.mapping.range().buffer().provenance().kind;
+            let (code, evidence) = if kind.is_device_memory() {
+                (
+                    ReasonCode::NotHostMemory,
+                    "the bytes are in device memory, and no memory of the host is behind it",
+                )
+            } else {
+                (
+                    ReasonCode::PlacementUnknown,
+                    "it is not known where the buffer's bytes are, and no memory of the host came with it",
+                )
+            };
             reasons.push(Reason::new(Path::SharedHostMemory, code, evidence));
         }
         let plan = Plan {

@@ -130,6 +130,10 @@ fn prove(
         io,
         disk: file.describe_disk(),
         pair: describe_pair(file, mapping),
+        layer: file.disk.as_ref().and_then(|disk| {
+            let is_over = !disk.functions.is_empty();
+            disk.layer.map(|layer| (disk.name.as_str(), layer, is_over))
+        }),
     };
     let unit = u64::from(direct.block.max(direct.memory_align));
     let windows = windows(question.length.min(mapping.len()), unit);
@@ -170,7 +174,8 @@ fn describe_pair(file: &Endpoint, mapping: &Mapping) -> String {
         .unwrap_or_default();
     let mut text = format!("{} and {peer}{bar}", file.describe_disk());
     let sysfs = Sysfs::default();
-    if let Some([disk]) = file.disk.as_ref().map(|disk| disk.functions.as_slice()) {
+    let disk = file.disk.as_ref().filter(|disk| disk.layer.is_none());
+    if let Some([disk]) = disk.map(|disk| disk.functions.as_slice()) {
         match sysfs.common_bridge(*disk, peer) {
             Some(bridge) => text += &format!(", below the bridge {bridge}"),
             None => {
@@ -193,6 +198,8 @@ struct Trial<'a> {
     disk: String,
     /// The disk and the buffer's device, for people.
     pair: String,
+    /// Of a block device that is no disk: its name, what makes it, and whether a disk is below.
+    layer: Option<(&'a str, &'static str, bool)>,
 }
 
 /// Bytes that are on a disk, and in system memory to compare with.
@@ -470,15 +477,25 @@ impl Trial<'_> {
 
     fn refused(&self, call: &str, size: u64, direction: Direction, errno: Errno) -> Verdict {
         let (code, note) = match errno {
-            Errno::INVAL | Errno::REMOTEIO | Errno::OPNOTSUPP | Errno::NOTSUPP => (
-                ReasonCode::KernelRefused,
-                "; the same call with system memory succeeds, so the kernel refuses the pair",
-            ),
+            Errno::INVAL | Errno::REMOTEIO | Errno::OPNOTSUPP | Errno::NOTSUPP => {
+                let who = match self.layer {
+                    None => "so the kernel refuses the pair".into(),
+                    Some((name, layer, false)) => {
+                        format!("so it is {name} ({layer}) that takes no memory of a device")
+                    }
+                    Some((name, layer, true)) => format!(
+                        "so {name} ({layer}) does not pass memory of a device on, or a disk below it \
+                         refuses: a transfer with that disk itself tells which"
+                    ),
+                };
+                let note = format!("; the same call with system memory succeeds, {who}");
+                (ReasonCode::KernelRefused, note)
+            }
             Errno::FAULT => (
                 ReasonCode::NoStructPages,
-                "; the buffer's mapping has no pages for file I/O",
+                "; the buffer's mapping has no pages for file I/O".into(),
             ),
-            _ => (ReasonCode::DeviceError, ""),
+            _ => (ReasonCode::DeviceError, String::new()),
         };
         let pair = &self.pair;
         let evidence =
@@ -602,6 +619,35 @@ fn outcome(result: Result<usize, Errno>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sys::direct::Kernel;
+
+    #[test]
+    fn a_refusal_names_the_layer_that_refuses() {
+        for (layer, said) in [
+            (None, "the kernel refuses the pair"),
+            (
+                Some(("loop0", "a loop device", false)),
+                "loop0 (a loop device) that takes no memory of a device",
+            ),
+            (
+                Some(("dm-0", "device mapper", true)),
+                "dm-0 (device mapper) does not pass memory of a device on, or a disk below",
+            ),
+        ] {
+            let trial = Trial {
+                io: &Kernel,
+                disk: "the disk".into(),
+                pair: "the pair".into(),
+                layer,
+            };
+            let verdict = trial.refused("pread", 512, Direction::DiskToBuffer, Errno::REMOTEIO);
+            let Verdict::Rejected { code, evidence } = verdict else {
+                panic!("proved");
+            };
+            assert_eq!(code, ReasonCode::KernelRefused);
+            assert!(evidence.contains(said), "{evidence}");
+        }
+    }
 
     #[test]
     fn the_windows_cover_start_middle_and_end_without_overlap() {

@@ -88,7 +88,25 @@ pub struct BlockDevice {
     pub functions: Vec<PciAddress>,
     /// The smallest unit of I/O in bytes.
     pub logical_block: u32,
+    /// For a device that the kernel makes, over others or in memory: what makes it, such as `device mapper`.
+    /// `None` for a disk.
+    pub layer: Option<&'static str>,
 }
+
+/// What makes block devices that are no disks, by the beginning of their names.
+const LAYERS: [(&str, &str); 11] = [
+    ("dm-", "device mapper"),
+    ("md", "md"),
+    ("loop", "a loop device"),
+    ("ublk", "ublk, a program"),
+    ("zram", "zram"),
+    ("ram", "a ram disk"),
+    ("bcache", "bcache"),
+    ("pmem", "persistent memory"),
+    ("nbd", "a network block device"),
+    ("drbd", "drbd"),
+    ("nvme", "NVMe over fabrics"),
+];
 
 /// Memory that a device's driver has put into the kernel's pool for peers. Sizes are in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -227,6 +245,17 @@ impl Sysfs {
         bar < 6 && flags.is_some_and(|flags| flags & 0x2000 != 0)
     }
 
+    /// The PCI functions that a driver has.
+    pub fn bound_to(&self, driver: &str) -> Vec<PciAddress> {
+        let entries = std::fs::read_dir(self.root.join("bus/pci/drivers").join(driver));
+        let names = entries.into_iter().flatten().flatten();
+        let mut bound: Vec<PciAddress> = names
+            .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+            .collect();
+        bound.sort();
+        bound
+    }
+
     /// The PCI function that the character device with this number belongs to.
     pub fn character_device(&self, major: u32, minor: u32) -> Option<PciAddress> {
         let link = self.root.join(format!("dev/char/{major}:{minor}"));
@@ -250,6 +279,7 @@ impl Sysfs {
             name,
             functions: functions.into_iter().collect(),
             logical_block: block.unwrap_or(512),
+            layer: layer_of(directory),
         })
     }
 
@@ -291,6 +321,23 @@ impl Sysfs {
             }
         }
     }
+}
+
+fn layer_of(directory: &Path) -> Option<&'static str> {
+    let names: Vec<&str> = directory.iter().filter_map(|name| name.to_str()).collect();
+    // The head of an NVMe multi-path disk is below its subsystem, and passes on what it is given.
+    let is_disks =
+        |name: &&str| name.starts_with("nvme-subsys") || name.parse::<PciAddress>().is_ok();
+    if names.iter().any(is_disks) {
+        return None;
+    }
+    let within = names.contains(&"virtual") || names.iter().any(|name| name.starts_with("ndbus"));
+    let name = names.iter().rev().find(|name| {
+        let known = |(prefix, _): &(&str, &str)| name.starts_with(prefix);
+        LAYERS.iter().any(known)
+    });
+    let layer = name.and_then(|name| LAYERS.iter().find(|(prefix, _)| name.starts_with(prefix)));
+    within.then(|| layer.map_or("a virtual block device", |(_, layer)| *layer))
 }
 
 /// The PCI functions named along a path in `devices/`, in order.
@@ -443,6 +490,33 @@ mod tests {
         tree.link("dev/block/253:0", &mapped);
         let found = Sysfs::at(&tree.0).block_device(253, 0).unwrap();
         assert_eq!(found.functions.len(), 2);
+        assert_eq!(found.layer, Some("device mapper"));
+    }
+
+    #[test]
+    fn what_is_no_disk_names_what_makes_it() {
+        for (path, layer) in [
+            ("virtual/block/loop0", Some("a loop device")),
+            ("virtual/block/md127", Some("md")),
+            ("virtual/block/md127/md127p1", Some("md")),
+            ("virtual/block/zram0", Some("zram")),
+            ("virtual/block/ram0", Some("a ram disk")),
+            ("virtual/block/new0", Some("a virtual block device")),
+            (
+                "LNXSYSTM:00/LNXSYBUS:00/ACPI0012:00/ndbus0/region0/namespace0.0/block/pmem0",
+                Some("persistent memory"),
+            ),
+            (
+                "virtual/nvme-fabrics/ctl/nvme1/nvme1n1",
+                Some("NVMe over fabrics"),
+            ),
+            ("virtual/nvme-subsystem/nvme-subsys0/nvme0n1", None),
+            ("pci0000:00/0000:01:00.0/nvme/nvme0/nvme0n1/nvme0n1p1", None),
+            ("platform/soc/1000.mmc/mmc_host/mmc0/block/mmcblk0", None),
+        ] {
+            let path = Path::new("/sys/devices").join(path);
+            assert_eq!(layer_of(&path), layer, "{}", path.display());
+        }
     }
 
     #[test]

@@ -201,16 +201,30 @@ impl Endpoint {
         Ok(u64::try_from(stat.st_size).unwrap_or(0))
     }
 
-    /// Names the file, the disk and its place on the bus, for evidence.
+    /// Names the disk and its place on the bus, or what is in place of a disk, for evidence.
     pub(crate) fn describe_disk(&self) -> String {
-        match &self.disk {
-            Some(disk) if !disk.functions.is_empty() => {
-                let functions: Vec<String> =
-                    disk.functions.iter().map(ToString::to_string).collect();
-                format!("{} ({})", functions.join(", "), disk.name)
-            }
-            Some(disk) => format!("{} (no PCI device)", disk.name),
-            None => format!("the filesystem of {}", self.name),
+        let Some(disk) = &self.disk else {
+            let kind = rustix::fs::fstatfs(&self.staged)
+                .ok()
+                .and_then(|filesystem| {
+                    let found = FILESYSTEMS
+                        .iter()
+                        .find(|(magic, _)| *magic == filesystem.f_type as u64);
+                    found.map(|(_, name)| *name)
+                });
+            return format!(
+                "{} of {}, whose disk the kernel does not tell",
+                kind.unwrap_or("the filesystem"),
+                self.name
+            );
+        };
+        let functions: Vec<String> = disk.functions.iter().map(ToString::to_string).collect();
+        let functions = functions.join(", ");
+        match (disk.layer, functions.as_str()) {
+            (None, "") => format!("{} (no PCI device)", disk.name),
+            (None, functions) => format!("{functions} ({})", disk.name),
+            (Some(layer), "") => format!("{} ({layer}, no PCI device)", disk.name),
+            (Some(layer), functions) => format!("{} ({layer} over {functions})", disk.name),
         }
     }
 
@@ -220,6 +234,18 @@ impl Endpoint {
         Some(std::fs::read_link(link).ok()?.parent()?.to_owned())
     }
 }
+
+/// Filesystems whose files have the number of no disk (linux/magic.h, and btrfs, which makes up numbers).
+const FILESYSTEMS: [(u64, &str); 8] = [
+    (0x794c_7630, "the overlay"),
+    (0x0102_1997, "the 9p filesystem"),
+    (0x6573_5546, "the FUSE filesystem"),
+    (0x0102_1994, "the tmpfs"),
+    (0x0000_6969, "the NFS filesystem"),
+    (0xff53_4d42, "the CIFS filesystem"),
+    (0x9123_683e, "the btrfs"),
+    (0x9584_58f6, "the huge pages"),
+];
 
 /// Opens a file again with other flags. `/proc` leads there even if the file has no name any more; without
 /// `/proc` the path does, if that is still the same file.

@@ -420,6 +420,42 @@ fn a_refusal_of_one_bar_or_exporter_says_nothing_of_another() {
 
 #[test]
 #[cfg_attr(miri, ignore = "takes Miri minutes")]
+fn a_foreign_buffer_is_not_said_to_be_in_device_memory() {
+    let Some(file) = file_with(&random(65536)) else {
+        return;
+    };
+    let device = "ffff:fe:00.0".parse().unwrap();
+    for (kind, code) in [
+        (Kind::Other, ReasonCode::PlacementUnknown),
+        (Kind::Drm, ReasonCode::PlacementUnknown),
+        (Kind::Vfio, ReasonCode::NotHostMemory),
+    ] {
+        let buffer = memory_of(device, kind, None, 65536);
+        let (importer, fake) = importer(&file, Behaviour::Fails(Errno::FAULT));
+        let (plan, _) = planned(&importer, &fake, &buffer, Direction::DiskToBuffer);
+        let expected = [
+            (Path::PeerToPeer, ReasonCode::NoStructPages),
+            (Path::SharedHostMemory, code),
+        ];
+        assert_eq!(codes(&plan), expected, "{kind:?}: {plan}");
+        let device_memory = plan.reasons[1].evidence.contains("in device memory");
+        assert_eq!(device_memory, code == ReasonCode::NotHostMemory, "{plan}");
+    }
+}
+
+#[test]
+#[cfg_attr(miri, ignore = "a system call that Miri does not have")]
+fn a_file_of_no_disk_names_its_filesystem() {
+    let memory = memfd::sealed("a file in memory", 10_000).unwrap();
+    let importer = FileImporter::from_fd(memory, "a file").unwrap();
+    assert_eq!(
+        importer.endpoint.describe_disk(),
+        "the tmpfs of a file, whose disk the kernel does not tell"
+    );
+}
+
+#[test]
+#[cfg_attr(miri, ignore = "takes Miri minutes")]
 fn what_failed_for_a_want_that_passes_is_tried_again() {
     let Some(file) = file_with(&random(65536)) else {
         return;
