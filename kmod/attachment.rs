@@ -32,6 +32,7 @@ use core::{cell::Cell, ptr, ptr::NonNull};
 
 use kernel::{
     bindings, container_of,
+    dma::DataDirection,
     error::{from_err_ptr, to_result},
     ffi::*,
     impl_has_delayed_work, new_delayed_work, new_mutex, pci,
@@ -233,7 +234,7 @@ impl Attachment {
                 state: State {
                     attach: Cell::new(None),
                     sgt: Cell::new(ptr::null_mut()),
-                    direction: Cell::new(0),
+                    direction: Cell::new(DataDirection::None.into()),
                     wanted: Cell::new(false),
                     pinned: Cell::new(false),
                 },
@@ -530,7 +531,7 @@ impl Attachment {
         if unsafe { (*(*self.dmabuf.0).ops).vmap }.is_none() {
             return Err(EINVAL);
         }
-        let direction = bindings::dma_data_direction_DMA_BIDIRECTIONAL;
+        let direction = DataDirection::Bidirectional.into();
         // SAFETY: The attachment is valid and the reservation lock held; the device has its driver,
         // as in `map_locked`.
         let report = unsafe {

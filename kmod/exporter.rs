@@ -13,6 +13,7 @@ use core::ptr;
 
 use kernel::{
     bindings,
+    dma::DataDirection,
     error::{from_err_ptr, from_result, to_result},
     ffi::*,
     mm::virt::{flags, VmaNew},
@@ -56,7 +57,7 @@ pub(crate) fn export(buffer: Arc<Buffer>, fd_flags: u32) -> Result<*mut bindings
         exp_name: c"peerbuf".as_char_ptr(),
         // A dma-buf keeps the module, since its operations are in it. It does not keep the
         // device from being unbound.
-        owner: crate::THIS_MODULE.as_ptr(),
+        owner: crate::compat::THIS_MODULE.as_ptr(),
         ops: &OPS.0,
         size: buffer.len as usize,
         flags: fd_flags as c_int,
@@ -368,7 +369,7 @@ unsafe extern "C" fn begin_cpu_access(
     }
     // The processor's mapping of a BAR is uncached, so there is nothing to invalidate; what a
     // device wrote to system memory may have to be made visible.
-    if dir != bindings::dma_data_direction_DMA_TO_DEVICE {
+    if dir != DataDirection::ToDevice.into() {
         for mapping in locked.mappings.iter_mut() {
             // SAFETY: The lock is held.
             unsafe { mapping.sync(true) };
@@ -388,7 +389,7 @@ unsafe extern "C" fn end_cpu_access(
     if locked.buffer().revoked() {
         return ENODEV.to_errno();
     }
-    if dir == bindings::dma_data_direction_DMA_FROM_DEVICE {
+    if dir == DataDirection::FromDevice.into() {
         return 0;
     }
     // A peer may reach the memory by a path that the processor's posted writes do not take.

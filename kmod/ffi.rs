@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Declarations that `kernel::bindings` lacks: functions that Linux 7.2 exports without their
+//! Declarations that `kernel::bindings` lacks: functions that the kernel exports without their
 //! header being in the bindings, and the wrappers in `helpers.c`. Nothing but declarations.
 
 use kernel::{bindings, ffi::*};
@@ -8,8 +8,8 @@ use kernel::{bindings, ffi::*};
 /// `VM_FAULT_NOPAGE`: the handler has put the page table entry in by itself.
 pub(crate) const VM_FAULT_NOPAGE: bindings::vm_fault_t = 0x100;
 
-/// `VM_MAYSHARE`, which every shared mapping has. (`kernel::mm::virt::flags::MAYSHARE` of Linux 7.2
-/// holds the value of `VM_MAYEXEC`.)
+/// `VM_MAYSHARE`, which every shared mapping has. (`kernel::mm::virt::flags::MAYSHARE` of the first
+/// Linux 7.2 holds the value of `VM_MAYEXEC`.)
 pub(crate) const VM_MAYSHARE: bindings::vm_flags_t = 0x80;
 
 /// An errno for which the kernel's Rust code has no constant, such as `bindings::EOPNOTSUPP`.
@@ -57,12 +57,15 @@ extern "C" {
         dir: bindings::dma_data_direction,
     ) -> *mut bindings::sg_table;
 
-    /// `linux/dma-buf-mapping.h`, namespace `DMA_BUF`. The reservation lock is held.
-    pub(crate) fn dma_buf_free_sgt(
+    /// `dma_buf_free_sgt` as it should be, see `compat.h`. The reservation lock is held.
+    pub(crate) fn peerbuf_dma_buf_free_sgt(
         attach: *mut bindings::dma_buf_attachment,
         sgt: *mut bindings::sg_table,
         dir: bindings::dma_data_direction,
     );
+
+    /// How many ranges `dma_buf_phys_vec_to_sgt` can map at once behind an IOMMU, see `compat.h`.
+    pub(crate) fn peerbuf_translated_ranges() -> c_uint;
 
     /// `linux/memremap.h`: the alignment that memory with struct pages needs, in bytes.
     pub(crate) fn memremap_compat_align() -> c_ulong;

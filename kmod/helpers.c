@@ -2,7 +2,7 @@
 /*
  * Inline functions and macros of the kernel that Rust cannot link to, each as a function of one
  * line. Rust's own support code does the same for those it needs (rust/helpers/); none of these
- * is among them in Linux 7.2. Nothing else belongs here.
+ * is among them in Linux 7.3. Nothing else belongs here.
  */
 #include <linux/completion.h>
 #include <linux/dma-direct.h>
@@ -16,7 +16,12 @@
 #include <linux/sched/signal.h>
 #include <linux/vmalloc.h>
 
+#include "compat.h"
+
 /* Rust calls them; no C file does. */
+void peerbuf_dma_buf_free_sgt(struct dma_buf_attachment *attach, struct sg_table *sgt,
+			      enum dma_data_direction dir);
+unsigned int peerbuf_translated_ranges(void);
 struct page *peerbuf_pfn_to_page(unsigned long pfn);
 int peerbuf_page_count(const struct page *page);
 struct page *peerbuf_page_head(struct page *page);
@@ -43,6 +48,17 @@ void peerbuf_cond_resched(void);
 bool peerbuf_fatal_signal_pending(void);
 unsigned long peerbuf_totalram_pages(void);
 struct page *peerbuf_alloc_pages(gfp_t gfp, unsigned int order);
+
+void peerbuf_dma_buf_free_sgt(struct dma_buf_attachment *attach, struct sg_table *sgt,
+			      enum dma_data_direction dir)
+{
+	compat_dma_buf_free_sgt(attach, sgt, dir);
+}
+
+unsigned int peerbuf_translated_ranges(void)
+{
+	return COMPAT_TRANSLATED_RANGES;
+}
 
 struct page *peerbuf_pfn_to_page(unsigned long pfn)
 {

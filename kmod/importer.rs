@@ -16,6 +16,7 @@ use core::ptr::{self, NonNull};
 
 use kernel::{
     bindings,
+    dma::DataDirection,
     error::{from_err_ptr, to_result},
     ffi::*,
     pci,
@@ -37,7 +38,7 @@ use crate::{
 };
 
 static NODE_FOPS: Table<bindings::file_operations> = Table(bindings::file_operations {
-    owner: crate::THIS_MODULE.as_ptr(),
+    owner: crate::compat::THIS_MODULE.as_ptr(),
     open: Some(open),
     unlocked_ioctl: Some(node_ioctl),
     // The structs are the same for 32-bit callers.
@@ -48,7 +49,7 @@ static NODE_FOPS: Table<bindings::file_operations> = Table(bindings::file_operat
 });
 
 static ATTACHMENT_FOPS: Table<bindings::file_operations> = Table(bindings::file_operations {
-    owner: crate::THIS_MODULE.as_ptr(),
+    owner: crate::compat::THIS_MODULE.as_ptr(),
     release: Some(release),
     unlocked_ioctl: Some(attachment_ioctl),
     compat_ioctl: bindings::compat_ptr_ioctl,
@@ -367,7 +368,7 @@ unsafe extern "C" fn release(_inode: *mut bindings::inode, file: *mut bindings::
     // SAFETY: The file has a reference to the module until this function has returned. The queue is
     // valid while there is one, and `detach_late` gives up the one taken here.
     unsafe {
-        bindings::__module_get(crate::THIS_MODULE.as_ptr());
+        bindings::__module_get(crate::compat::THIS_MODULE.as_ptr());
         // Cannot fail: it is queued here only, and a file is released once.
         let _ = Queue::from_raw(queue)
             .enqueue_delayed::<Arc<Attachment>, 2>(attachment, msecs_to_jiffies(delay));
@@ -380,7 +381,7 @@ pub(crate) fn detach_late(attachment: Arc<Attachment>) {
     give_up(&attachment);
     drop(attachment);
     // SAFETY: Taken by `release`. Unloading the module waits until the queue that runs this is empty.
-    unsafe { bindings::module_put(crate::THIS_MODULE.as_ptr()) };
+    unsafe { bindings::module_put(crate::compat::THIS_MODULE.as_ptr()) };
 }
 
 /// `file_operations.unlocked_ioctl` of an attachment.
@@ -424,7 +425,12 @@ fn map(this: &Attachment, arg: UserPtr) -> Result {
             && request.reserved == 0
             && request.ns == 0
     })?;
-    request.ns = this.map(request.direction as bindings::dma_data_direction)?;
+    let direction = match request.direction {
+        abi::IMPORT_TO_DEVICE => DataDirection::ToDevice,
+        abi::IMPORT_FROM_DEVICE => DataDirection::FromDevice,
+        _ => DataDirection::Bidirectional,
+    };
+    request.ns = this.map(direction.into())?;
     deliver(arg, &request);
     Ok(())
 }

@@ -23,7 +23,8 @@
 //! - `importer.rs`: the importer's node, and whose device goes; `attachment.rs`: what it attaches;
 //!   `route.rs`: where the addresses lead that an attachment was given; `peers.rs`: to which devices
 //!   there is a route;
-//! - `abi.rs`: the interface to userspace; `ffi.rs`, `helpers.c`: what `bindings` lacks.
+//! - `abi.rs`: the interface to userspace; `ffi.rs`, `helpers.c`: what `bindings` lacks; `compat.rs`,
+//!   `compat.h`: what differs between the kernels that Kbuild names.
 //!
 //! # Locks, outermost first
 //!
@@ -52,6 +53,7 @@ use kernel::{debugfs, device::Core, pci, prelude::*};
 mod abi;
 mod attachment;
 mod buffer;
+mod compat;
 mod device;
 mod devices;
 mod exporter;
@@ -89,11 +91,10 @@ struct Bound {
 
 struct Driver;
 
-kernel::pci_device_table!(
+compat::pci_device_table!(
     ID_TABLE,
-    MODULE_ID_TABLE,
     <Driver as pci::Driver>::IdInfo,
-    // A device taken by `driver_override` reaches Rust's PCI adapter with index 0 into this
+    // A device taken by `driver_override` reaches the PCI adapter of Linux 7.2 with index 0 into this
     // table, so the table needs one entry. This one matches nothing: a class has 24 bits, and the
     // entry asks for a 25th.
     [(pci::DeviceId::from_class(1 << 24, 1 << 24), ())]
@@ -107,7 +108,7 @@ impl pci::Driver for Driver {
 
     fn probe<'bound>(
         pdev: &'bound pci::Device<Core<'_>>,
-        _info: &'bound Self::IdInfo,
+        _info: compat::IdInfo<'bound, Self::IdInfo>,
     ) -> impl PinInit<Self::Data<'bound>, Error> + 'bound {
         let device = Device::probe(pdev)?;
         let listed = Listed::new(device.device())?;

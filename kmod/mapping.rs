@@ -189,13 +189,14 @@ unsafe fn map_device(
             _ => ranges.push(bindings::phys_vec { paddr, len }, GFP_KERNEL)?,
         }
     }
-    // Behind an IOMMU `dma_buf_phys_vec_to_sgt` of Linux 7.2 maps each of its ranges to the beginning of
-    // the IOVAs that it reserved for all (`dma_iova_link` with an offset of 0): with more than one it
-    // fails (EADDRINUSE). So it gets one at a time.
-    //
     // SAFETY: An attachment keeps its device, and that its domain while it has a driver.
     let translated = unsafe { !bindings::iommu_get_domain_for_dev((*attachment).dev).is_null() };
-    let at_once = if translated { 1 } else { ranges.len().max(1) };
+    // SAFETY: It only returns a number.
+    let translated_at_once = unsafe { ffi::peerbuf_translated_ranges() };
+    let at_once = match translated {
+        true => translated_at_once as usize,
+        false => ranges.len().max(1),
+    };
     let mut tables = KVec::with_capacity(ranges.len().div_ceil(at_once), GFP_KERNEL)?;
     for ranges in ranges.chunks_mut(at_once) {
         // SAFETY: By the caller's promise.
@@ -247,11 +248,7 @@ unsafe fn unmap_device(
 ) {
     // SAFETY: By the caller's promise.
     unsafe {
-        // `dma_buf_phys_vec_to_sgt` of Linux 7.2 sets `orig_nents` to zero, to say that there is
-        // no CPU list, and `dma_buf_free_sgt` frees as many entries as that says: every mapping
-        // leaks its list. With the number put back, as here, it is freed.
-        (*sgt).orig_nents = (*sgt).nents;
-        ffi::dma_buf_free_sgt(attachment, sgt, dir);
+        ffi::peerbuf_dma_buf_free_sgt(attachment, sgt, dir);
     }
 }
 

@@ -31,7 +31,7 @@ use crate::{
 };
 
 static FOPS: Table<bindings::file_operations> = Table(bindings::file_operations {
-    owner: crate::THIS_MODULE.as_ptr(),
+    owner: crate::compat::THIS_MODULE.as_ptr(),
     open: Some(open),
     release: Some(release),
     unlocked_ioctl: Some(ioctl),

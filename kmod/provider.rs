@@ -51,7 +51,7 @@ use crate::{
 };
 
 static FOPS: Table<bindings::file_operations> = Table(bindings::file_operations {
-    owner: crate::THIS_MODULE.as_ptr(),
+    owner: crate::compat::THIS_MODULE.as_ptr(),
     open: Some(open),
     unlocked_ioctl: Some(ioctl),
     // The structs are the same for 32-bit callers.

@@ -2,7 +2,7 @@
 
 //! Resets of a device that is bound: what the PCI core tells its driver before and after.
 //!
-//! Rust's PCI drivers have no error handlers in Linux 7.2, so they are put into the C driver when
+//! Rust's PCI drivers have no error handlers in Linux 7.3, so they are put into the C driver when
 //! it probes its first device. The PCI core calls them with the device's lock held, under which
 //! devices are bound and unbound, too.
 

@@ -5,35 +5,9 @@
 
 use std::time::Duration;
 
-use crate::errno::Errno;
-use crate::import::rdma::{Attempt, WorkError};
-use crate::plan::{Plan, ReasonCode};
+use crate::path::{Plan, ReasonCode};
 
-/// A system call that failed: which one, on what, and how.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{call} on {object}: {errno}")]
-pub struct SystemError {
-    /// The call, such as `mmap` or `ioctl(PEERBUF_IOC_EXPORT)`.
-    pub call: &'static str,
-    /// What it was called on: a path, a device's address, a buffer's name.
-    pub object: String,
-    /// What the kernel answered.
-    pub errno: Errno,
-}
-
-impl SystemError {
-    pub(crate) fn new(
-        call: &'static str,
-        object: impl Into<String>,
-        errno: impl Into<Errno>,
-    ) -> Self {
-        SystemError {
-            call,
-            object: object.into(),
-            errno: errno.into(),
-        }
-    }
-}
+pub use peerbuf_core::error::{BufferError, SystemError};
 
 /// Why an exported buffer could not be moved, revoked, restored, watched or asked about.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -44,66 +18,6 @@ pub struct ControlError {
     pub cause: SystemError,
     /// What is known about why, such as who uses the buffer; empty, or it begins with a colon.
     pub hint: String,
-}
-
-/// Why a buffer could not be taken, mapped or accessed.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum BufferError {
-    /// A system call failed.
-    #[error(transparent)]
-    System(#[from] SystemError),
-    /// The descriptor is something else.
-    #[error("{object} is not a dma-buf (its filesystem's type is {found:#x})")]
-    NotADmaBuf {
-        /// What was given.
-        object: String,
-        /// What `fstatfs` said instead of the dma-buf filesystem's number.
-        found: u64,
-    },
-    /// Memory that could be shrunk by whoever else holds it: touching it could then kill this
-    /// process.
-    #[error("{object} is not sealed against shrinking (F_SEAL_SHRINK)")]
-    NotSealed {
-        /// The memfd's name.
-        object: String,
-    },
-    /// The bytes asked for are not all inside.
-    #[error("{length} bytes at offset {offset} are not within {object}, which has {size} bytes")]
-    OutOfRange {
-        /// The buffer's or range's name.
-        object: String,
-        /// Where the bytes were to begin.
-        offset: u64,
-        /// How many they were.
-        length: u64,
-        /// How many there are.
-        size: u64,
-    },
-    /// A write through something that was opened or mapped for reading, or the reverse.
-    #[error("{object} does not allow {wanted} access")]
-    Access {
-        /// The buffer's name.
-        object: String,
-        /// What was asked for: `read` or `write`.
-        wanted: &'static str,
-    },
-    /// What was waited for did not come in time.
-    #[error("{object}: nothing happened within {limit:?}")]
-    TimedOut {
-        /// What was waited for.
-        object: String,
-        /// How long.
-        limit: Duration,
-    },
-    /// A name that the kernel does not take.
-    #[error("{name:?} cannot be a buffer's name: at most {limit} bytes, none of them NUL")]
-    Name {
-        /// The name.
-        name: String,
-        /// The most bytes that it may have.
-        limit: usize,
-    },
 }
 
 /// Something that this machine lacks: what was tried, what came back, and what would help.
@@ -291,92 +205,6 @@ pub enum ImportError {
         /// What was seen, for people.
         evidence: String,
     },
-}
-
-/// Why a card could not be given a buffer, or did not do what it was asked to.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum RdmaError {
-    /// The machine lacks what RDMA needs.
-    #[error(transparent)]
-    Unavailable(#[from] Unavailable),
-    /// A call failed, of the library's or of the system's.
-    #[error(transparent)]
-    System(#[from] SystemError),
-    /// The buffer could not be mapped or accessed.
-    #[error(transparent)]
-    Buffer(#[from] BufferError),
-    /// A range without bytes.
-    #[error("a range of {buffer} without bytes cannot be registered")]
-    Empty {
-        /// The buffer's name.
-        buffer: String,
-    },
-    /// No way to give the card the buffer has worked.
-    #[error("{card} cannot use {buffer}: {}", list(attempts))]
-    NotRegistered {
-        /// The card, or libfabric's provider.
-        card: String,
-        /// The buffer's name.
-        buffer: String,
-        /// Each that was tried.
-        attempts: Vec<Attempt>,
-    },
-    /// The other end was not meant to use it.
-    #[error("{buffer} is registered for this end only")]
-    NotShared {
-        /// The buffer's name.
-        buffer: String,
-    },
-    /// The buffer is not what was registered any more. Nothing was given to the card.
-    #[error("the registration of {buffer} is stale: {why}; register it again")]
-    Stale {
-        /// The buffer's name.
-        buffer: String,
-        /// What has happened.
-        why: String,
-    },
-    /// The connection was stopped, because a buffer had to be given back that it was using. Nothing
-    /// was given to the card.
-    #[error(
-        "the connection of {card} was stopped, because a buffer had to be given back that it was \
-         using; connect again"
-    )]
-    Stopped {
-        /// The card.
-        card: String,
-    },
-    /// What a publisher lends could not be had.
-    #[error(transparent)]
-    Share(Box<ShareError>),
-    /// Parts of a request do not fit each other. Nothing was given to the card.
-    #[error("these do not go together: {what}")]
-    Mismatch {
-        /// Which.
-        what: String,
-    },
-    /// The card could not do a request.
-    #[error(transparent)]
-    Work(#[from] WorkError),
-    /// Nothing came in time.
-    #[error("{what}: nothing came within {limit:?}")]
-    TimedOut {
-        /// What was waited for.
-        what: String,
-        /// How long.
-        limit: Duration,
-    },
-    /// What the other end, or the card, said breaks the rules.
-    #[error("malformed: {what}")]
-    Malformed {
-        /// The rule it breaks.
-        what: String,
-    },
-}
-
-fn list(attempts: &[Attempt]) -> String {
-    let texts: Vec<String> = attempts.iter().map(Attempt::to_string).collect();
-    texts.join("; ")
 }
 
 /// Why bytes did not get from a file to a buffer or back.

@@ -2,22 +2,8 @@
 //! Not part of the interface.
 
 use crate::error::ShareError;
-use crate::plan::topology::PciAddress;
-
-/// What a message said that was accepted: all that somebody will act upon.
-#[derive(Debug, Default)]
-pub struct Said {
-    /// Of each buffer: the range's offset and length, and the buffer's size.
-    pub ranges: Vec<[u64; 3]>,
-    /// Of each buffer: how many descriptors must come with it.
-    pub descriptors: Vec<usize>,
-    /// Of each buffer that has one.
-    pub bars: Vec<u8>,
-    /// Names, which people are shown.
-    pub texts: Vec<String>,
-    /// How many words about buffers.
-    pub notes: usize,
-}
+pub use crate::share::Said;
+use crate::topology::PciAddress;
 
 /// Decodes a message as either end of a connection would.
 ///

@@ -8,6 +8,9 @@
 //! 2. *shared host memory*: both devices use the same pages of system memory;
 //! 3. *staged copy*: the CPU carries the bytes through memory of its own.
 //!
+//! The dma-buf itself, and the CPU's access to it, is the crate [`peerbuf_core`], which is useful without
+//! this one. RDMA cards are importers of the crate `peerbuf-rdma`, which builds on this one.
+//!
 //! A path is not guessed. Peer-to-peer transfer carries data only after bytes were seen to cross
 //! it in the direction needed, because there are machines on which the kernel and the devices
 //! report success and nothing arrives. What was found, and why nothing better was possible, is in
@@ -40,19 +43,24 @@
 
 pub mod buffer;
 pub mod device;
-mod errno;
 pub mod error;
 pub mod export;
 #[doc(hidden)]
 pub mod fuzz;
 pub mod import;
+mod path;
 pub mod plan;
 pub mod share;
 mod sys;
 pub mod transfer;
 
+/// Error numbers.
+mod errno {
+    pub use peerbuf_core::Errno;
+}
+
 pub use buffer::{Access, Buffer, BufferRange, DmaBuf};
-pub use errno::Errno;
+pub use peerbuf_core::{Errno, bytemuck, topology};
 
 /// The README's example compiles.
 #[cfg(doctest)]

@@ -12,7 +12,7 @@ use rustix::fs::{Mode, OFlags};
 
 use crate::errno::Errno;
 use crate::error::{SystemError, Unavailable};
-use crate::plan::topology::{PciAddress, Sysfs};
+use crate::topology::{PciAddress, Sysfs};
 
 const NODES: &str = "/dev/dri";
 const WHAT: &str = "DRM";

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use super::vfio::{Registers, VfioDevice, devices};
 use crate::errno::Errno;
 use crate::error::{BufferError, SystemError, Unavailable};
-use crate::plan::topology::{PciAddress, Sysfs};
+use crate::topology::{PciAddress, Sysfs};
 
 /// Its PCI vendor and device id.
 pub const ID: (u16, u16) = (0x1234, 0x11e8);

@@ -10,8 +10,8 @@ use rustix::fs::{Mode, OFlags};
 use crate::buffer::DmaBuf;
 use crate::errno::Errno;
 use crate::error::{SystemError, Unavailable};
-use crate::plan::topology::{PciAddress, Sysfs};
 use crate::sys::v4l2::{self as sys, Memory};
+use crate::topology::{PciAddress, Sysfs};
 
 const WHAT: &str = "V4L2";
 

@@ -13,9 +13,9 @@ use rustix::fs::{Mode, OFlags};
 
 use crate::errno::Errno;
 use crate::error::{BufferError, SystemError, Unavailable};
-use crate::plan::topology::PciAddress;
 use crate::sys::memory::Map;
 use crate::sys::vfio as sys;
+use crate::topology::PciAddress;
 
 const WHAT: &str = "VFIO";
 const CONTAINER: &str = "/dev/vfio/vfio";

@@ -17,6 +17,7 @@ pub mod heap;
 pub mod memfd;
 pub mod peerbuf;
 pub mod provider;
+mod room;
 pub mod udmabuf;
 pub mod v4l2;
 pub mod vfio;

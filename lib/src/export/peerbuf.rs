@@ -12,15 +12,16 @@ use rustix::fs::{Mode, OFlags};
 use crate::buffer::{Access, Buffer, DmaBuf, Kind, Provenance};
 use crate::errno::Errno;
 use crate::error::{ExportError, SystemError, Unavailable};
-use crate::plan::topology::{PciAddress, Sysfs};
 use crate::sys;
+use crate::topology::{PciAddress, Sysfs};
 
 mod control;
+mod request;
 
 pub use control::{
-    Attachment, MoveTo, Moved, Piece, Placement, RangeRequest, RangesRequest, Refusal, Revoked,
-    State, Status, Watch,
+    Attachment, MoveTo, Moved, Piece, Placement, Refusal, Revoked, State, Status, Watch,
 };
+pub use request::{RangeRequest, RangesRequest};
 
 /// Where the module puts a node for each device that it is bound to.
 pub const NODES: &str = "/dev/peerbuf";

@@ -12,8 +12,8 @@ use rustix::fs::{Mode, OFlags};
 use super::peerbuf::Device;
 use crate::errno::Errno;
 use crate::error::{ExportError, SystemError, Unavailable};
-use crate::plan::topology::{PciAddress, Pool, Sysfs};
 use crate::sys;
+use crate::topology::{PciAddress, Pool, Sysfs};
 
 /// Where providers are opened.
 pub const NODE: &str = "/dev/peerbuf/provider";

@@ -3,12 +3,13 @@
 //! The buffer carries the memfd too: importers that cannot take a dma-buf, such as files, use the
 //! same pages through it.
 
+use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
 use rustix::fs::{Mode, OFlags, SealFlags};
 
-use super::{memfd, whole_pages};
+use super::{memfd, plain, room, whole_pages};
 use crate::buffer::{Buffer, BufferRange, DmaBuf, Kind, Provenance};
 use crate::errno::Errno;
 use crate::error::{ExportError, SystemError, Unavailable};
@@ -31,9 +32,11 @@ pub fn probe() -> Result<(), Unavailable> {
 ///
 /// # Errors
 /// [`ExportError::Unavailable`] without `/dev/udmabuf`, [`ExportError::Unsuitable`] for a length
-/// of zero or off a page, and the ioctl's own error.
+/// of zero or off a page, or above the memory that the machine or the process's cgroup has left, and
+/// the ioctl's own error.
 pub fn export(name: &str, length: u64) -> Result<Buffer, ExportError> {
     whole_pages(length)?;
+    room::check(length)?;
     over(name, memfd::sealed(name, length)?, length)
 }
 
@@ -71,8 +74,9 @@ pub fn export_huge(name: &str, length: u64, pages: HugePages) -> Result<Buffer, 
 /// ```
 ///
 /// # Errors
-/// [`ExportError::Unavailable`] without `/dev/udmabuf`, [`ExportError::Unsuitable`] for no piece and one
-/// off a page or without a memfd, and the ioctl's own error: `EINVAL` for more pieces or bytes than the limits in
+/// [`ExportError::Unavailable`] without `/dev/udmabuf`, [`ExportError::Unsuitable`] for no piece, for one
+/// off a page or without a memfd, or where the pieces have more holes than there is memory left to
+/// fill them with, and the ioctl's own error: `EINVAL` for more pieces or bytes than the limits in
 /// `/sys/module/udmabuf/parameters`, or a memfd that is not sealed as the kernel wants it.
 pub fn export_list(name: &str, pieces: &[BufferRange]) -> Result<Buffer, ExportError> {
     if pieces.is_empty() {
@@ -107,10 +111,29 @@ pub fn export_list(name: &str, pieces: &[BufferRange]) -> Result<Buffer, ExportE
             size: piece.len(),
         });
     }
+    room::check(holes(&list).map_err(plain)?)?;
     let dmabuf = sys::udmabuf::create_list(udmabuf.as_fd(), &list)
         .map_err(|errno| refusal("ioctl(UDMABUF_CREATE_LIST)", name, &list, errno))?;
     let dmabuf = DmaBuf::from_fd(dmabuf)?;
     Ok(Buffer::from_dmabuf(dmabuf, provenance(name)))
+}
+
+/// The bytes that the kernel has to add to the memfds of `pieces` at most, to have all of the pieces:
+/// a memfd has no memory where nobody has written.
+fn holes(pieces: &[Piece<'_>]) -> Result<u64, SystemError> {
+    // By inode: what the pieces of the memfd ask for, and what it lacks.
+    let mut memfds: BTreeMap<u64, (u64, u64)> = BTreeMap::new();
+    for piece in pieces {
+        let status = rustix::fs::fstat(piece.memfd)
+            .map_err(|errno| SystemError::new("fstat", "a piece's memfd", errno))?;
+        let size = u64::try_from(status.st_size).unwrap_or(0);
+        let has = u64::try_from(status.st_blocks).unwrap_or(0) * 512;
+        let entry = memfds.entry(status.st_ino).or_default();
+        entry.0 = entry.0.saturating_add(piece.size);
+        entry.1 = size.saturating_sub(has);
+    }
+    let lacks = memfds.values().map(|&(asked, lacks)| asked.min(lacks));
+    Ok(lacks.fold(0, u64::saturating_add))
 }
 
 /// A dma-buf over all of a memfd.
@@ -141,36 +164,22 @@ fn provenance(name: &str) -> Provenance {
 }
 
 fn refusal(call: &'static str, name: &str, pieces: &[Piece<'_>], errno: Errno) -> ExportError {
+    let limit = |which: &str| {
+        let path = format!("/sys/module/udmabuf/parameters/{which}");
+        let text = std::fs::read_to_string(path).ok()?;
+        text.trim().parse::<i32>().ok()
+    };
     let hint = match errno {
-        Errno::INVAL => why_invalid(pieces, Limits::read()),
+        Errno::INVAL => why_invalid(pieces, limit("size_limit_mb"), limit("list_limit")),
         _ => String::new(),
     };
     let cause = SystemError::new(call, name, errno);
     ExportError::System { cause, hint }
 }
 
-/// The module's parameters; `None` for one that cannot be read.
-struct Limits {
-    size_mib: Option<u64>,
-    pieces: Option<u64>,
-}
-
-impl Limits {
-    fn read() -> Limits {
-        let parameter = |which: &str| {
-            let path = format!("/sys/module/udmabuf/parameters/{which}");
-            std::fs::read_to_string(path).ok()?.trim().parse().ok()
-        };
-        Limits {
-            size_mib: parameter("size_limit_mb"),
-            pieces: parameter("list_limit"),
-        }
-    }
-}
-
 /// Which of the kernel's rules the pieces break, all of which it answers with EINVAL (`udmabuf_create` and
-/// `check_memfd_seals` in drivers/dma-buf/udmabuf.c).
-fn why_invalid(pieces: &[Piece<'_>], limits: Limits) -> String {
+/// `check_memfd_seals` in drivers/dma-buf/udmabuf.c). `size_mib` and `list` are the driver's parameters.
+fn why_invalid(pieces: &[Piece<'_>], size_mib: Option<i32>, list: Option<i32>) -> String {
     let refused = SealFlags::WRITE | SealFlags::FUTURE_WRITE;
     for (index, piece) in pieces.iter().enumerate() {
         let which = match pieces.len() {
@@ -190,27 +199,36 @@ fn why_invalid(pieces: &[Piece<'_>], limits: Limits) -> String {
             );
         }
     }
-    let parameters = "/sys/module/udmabuf/parameters";
     let count = pieces.len() as u64;
-    if let Some(limit) = limits.pieces
-        && count > limit
-    {
-        return format!(": {count} pieces, and {limit} are allowed ({parameters}/list_limit)");
-    }
     let size = pieces
         .iter()
         .fold(0, |sum: u64, piece| sum.saturating_add(piece.size));
-    if let Some(limit) = limits.size_mib
-        && size > limit.saturating_mul(1 << 20)
-    {
-        return format!(
-            ": {size} bytes, and the largest udmabuf allowed has {limit} MiB ({parameters}/size_limit_mb)"
-        );
-    }
-    if limits.size_mib.is_none() || limits.pieces.is_none() {
-        return format!(": its limits cannot be read here ({parameters})");
+    let over = |value: u64, limit: Option<i32>, unit: u64| {
+        let limit = limit.and_then(|limit| u64::try_from(limit).ok());
+        limit.is_some_and(|limit| value > limit.saturating_mul(unit))
+    };
+    if over(count, list, 1) || over(size, size_mib, 1 << 20) {
+        return format!(": pieces: {count}, bytes: {size}{}", limits(size_mib, list));
     }
     String::new()
+}
+
+/// What the driver's parameters allow, as a hint; nothing where they say nothing.
+fn limits(size_mib: Option<i32>, pieces: Option<i32>) -> String {
+    // Since Linux 7.3 the size is without a limit unless somebody sets one.
+    let size = size_mib.filter(|&mib| mib != i32::MAX);
+    let (what, files) = match (size, pieces) {
+        (Some(size), Some(list)) => (
+            format!("{size} MiB in {list} pieces"),
+            "size_limit_mb and list_limit",
+        ),
+        (Some(size), None) => (format!("{size} MiB"), "size_limit_mb"),
+        (None, Some(list)) => (format!("{list} pieces"), "list_limit"),
+        (None, None) => return String::new(),
+    };
+    format!(
+        ": the largest udmabuf allowed here is {what} ({files} in /sys/module/udmabuf/parameters)"
+    )
 }
 
 fn open() -> Result<OwnedFd, Unavailable> {
@@ -241,13 +259,6 @@ fn open() -> Result<OwnedFd, Unavailable> {
 mod tests {
     use super::*;
 
-    fn limits() -> Limits {
-        Limits {
-            size_mib: Some(64),
-            pieces: Some(3),
-        }
-    }
-
     #[test]
     #[cfg_attr(miri, ignore = "a system call that Miri does not have")]
     fn a_refusal_names_the_rule_that_was_broken() {
@@ -277,18 +288,22 @@ mod tests {
                 vec![piece(sealed, 4096), piece(written, 4096)],
                 "the memfd of piece 1 is sealed against writing",
             ),
-            (vec![piece(sealed, 4096); 4], "4 pieces, and 3 are allowed"),
-            (vec![piece(sealed, 32 << 20); 3], "has 64 MiB"),
+            (
+                vec![piece(sealed, 4096); 4],
+                "pieces: 4, bytes: 16384: the largest udmabuf allowed here is 64 MiB in 3 pieces",
+            ),
+            (
+                vec![piece(sealed, 32 << 20); 3],
+                "pieces: 3, bytes: 100663296",
+            ),
         ] {
-            let why = why_invalid(&pieces, limits());
+            let why = why_invalid(&pieces, Some(64), Some(3));
             assert!(why.starts_with(": ") && why.contains(said), "{why:?}");
         }
-        assert_eq!(why_invalid(&[piece(sealed, 64 << 20)], limits()), "");
-        let unknown = Limits {
-            size_mib: None,
-            pieces: None,
-        };
-        assert!(why_invalid(&[piece(sealed, 1 << 40)], unknown).contains("cannot be read"));
+        // What breaks no rule that is known gets no hint.
+        let good = [piece(sealed, 64 << 20)];
+        assert_eq!(why_invalid(&good, Some(64), Some(3)), "");
+        assert_eq!(why_invalid(&good, None, None), "");
     }
 
     #[test]
@@ -296,5 +311,48 @@ mod tests {
     fn a_list_without_pieces_is_refused_as_such() {
         let error = export_list("nothing", &[]).unwrap_err().to_string();
         assert_eq!(error, "the number of pieces is 0, but must be at least 1");
+    }
+
+    #[test]
+    fn a_limit_that_is_none_is_not_told() {
+        let both = limits(Some(64), Some(1024));
+        assert!(both.contains("64 MiB in 1024 pieces"), "{both}");
+        let list = limits(Some(i32::MAX), Some(1024));
+        assert!(list.contains("is 1024 pieces (list_limit in"), "{list}");
+        assert!(!list.contains("2147483647"), "{list}");
+        assert_eq!(limits(None, None), "");
+    }
+
+    #[test]
+    fn memory_that_a_memfd_has_already_is_not_asked_for_again() {
+        let fill = |bytes: usize| {
+            let memory = memfd::sealed("memory", 1 << 20).unwrap();
+            rustix::io::pwrite(&memory, &vec![1; bytes], 0).unwrap();
+            memory
+        };
+        let piece = |memory: &OwnedFd, offset, size| {
+            let memory = memory.as_fd();
+            holes(&[Piece {
+                memfd: memory,
+                offset,
+                size,
+            }])
+            .unwrap()
+        };
+        assert_eq!(piece(&fill(0), 0, 1 << 20), 1 << 20);
+        assert_eq!(piece(&fill(1 << 20), 0, 1 << 20), 0);
+        // Twice the same piece, and one of another.
+        let (first, second) = (fill(0), fill(0));
+        let whole = |memory| Piece {
+            memfd: memory,
+            offset: 0,
+            size: 1 << 20,
+        };
+        let list = [
+            whole(first.as_fd()),
+            whole(first.as_fd()),
+            whole(second.as_fd()),
+        ];
+        assert_eq!(holes(&list).unwrap(), 2 << 20);
     }
 }

@@ -8,8 +8,8 @@ use super::plain;
 use crate::buffer::{Access, Buffer, DmaBuf, Kind, Provenance};
 use crate::device::vfio::{VfioDevice, devices};
 use crate::error::{ExportError, Unavailable};
-use crate::plan::topology::PciAddress;
 use crate::sys;
+use crate::topology::PciAddress;
 
 use rustix::fs::OFlags;
 

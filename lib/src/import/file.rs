@@ -10,10 +10,11 @@ use std::path::{Path as FilePath, PathBuf};
 
 use crate::buffer::{Access, BufferRange, Mapping};
 use crate::error::{BufferError, SystemError, TransferError};
-use crate::plan::proof::{self, Question, Scratch, Verdict};
-use crate::plan::topology::PciAddress;
-use crate::plan::{self, Direction, Key, Path, Plan, ProofPolicy, Reason, ReasonCode};
+use crate::path::ProofPolicy;
+use crate::plan::proof::{self, Question, Scratch};
+use crate::plan::{self, Direction, Key, Path, Plan, Reason, ReasonCode, Verdict};
 use crate::sys::direct::{DirectIo, Kernel};
+use crate::topology::PciAddress;
 use crate::transfer::Receipt;
 use crate::transfer::engine;
 use crate::transfer::file::{Direct, Endpoint};

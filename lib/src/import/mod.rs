@@ -10,19 +10,15 @@
 //! | [`v4l2`] | a video device captures into it | whole dma-bufs |
 //! | [`vfio`] | a device that this process drives | what can be mapped and pinned |
 //! | [`iommufd`] | the same, by the newer interface | memfds, and dma-bufs of vfio-pci |
-//! | [`rdma`] | an RDMA card, for another machine | anything that can be mapped, by the best way |
-//! | `libfabric` (a feature) | what a program's own engine on libfabric uses | the same |
 //! | [`mod@probe`] | nobody: asks the kernel what it would give a device's driver | dma-bufs |
+//!
+//! RDMA cards, and engines on libfabric, are importers of the crate `peerbuf-rdma`.
 
 pub mod cpu;
 pub mod drm;
 pub mod file;
 pub mod iommufd;
-mod ladder;
-#[cfg(feature = "libfabric")]
-pub mod libfabric;
 pub mod probe;
-pub mod rdma;
 pub mod v4l2;
 pub mod vfio;
 

@@ -33,8 +33,8 @@ use rustix::fs::{Mode, OFlags};
 use crate::buffer::DmaBuf;
 use crate::errno::Errno;
 use crate::error::{ProbeError, SystemError};
-use crate::plan::topology::PciAddress;
 use crate::sys::importer::{self as ioctl, Step};
+use crate::topology::PciAddress;
 
 /// The importer's node; it is there while the module is loaded.
 pub const NODE: &str = "/dev/peerbuf/importer";

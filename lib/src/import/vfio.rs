@@ -22,9 +22,9 @@ use crate::buffer::{Access, BufferRange, Mapping};
 use crate::device::vfio::VfioDevice;
 use crate::errno::Errno;
 use crate::error::{BufferError, ImportError, Unavailable};
-use crate::plan::topology::PciAddress;
 use crate::plan::{Plan, ReasonCode};
 use crate::sys;
+use crate::topology::PciAddress;
 
 /// The devices that `vfio-pci` has.
 ///

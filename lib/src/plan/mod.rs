@@ -1,96 +1,21 @@
 //! Plans: which path the bytes take between a buffer and an importer, and why not a better one.
 
 pub(crate) mod proof;
-mod reason;
-pub mod topology;
 mod verdicts;
-
-use std::fmt;
 
 use crate::buffer::{Buffer, Kind, Provenance};
 use crate::export::peerbuf::{Device, Placement};
 use crate::export::provider;
 
-pub use reason::{Reason, ReasonCode};
+pub use crate::path::{Direction, Path, Plan, ProofPolicy, Reason, ReasonCode};
+pub use crate::topology;
 pub use verdicts::forget_proofs;
-pub(crate) use verdicts::{Key, void};
-
-/// How bytes travel between an exporter's memory and an importer. Better paths compare greater.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Path {
-    /// The CPU carries them through memory of its own. Always possible.
-    StagedCopy,
-    /// Both use the same pages of system memory. Nothing is copied.
-    SharedHostMemory,
-    /// The importing device reads and writes the exporter's memory itself. Nothing is copied,
-    /// and nothing passes through system memory.
-    PeerToPeer,
-}
-
-impl Path {
-    /// The name used in reports: `peer-to-peer`, `shared-host-memory` or `staged-copy`.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Path::PeerToPeer => "peer-to-peer",
-            Path::SharedHostMemory => "shared-host-memory",
-            Path::StagedCopy => "staged-copy",
-        }
-    }
-}
-
-impl fmt::Display for Path {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(self.as_str())
-    }
-}
-
-/// Which way bytes go. A path is proved for each by itself: some machines pass peer writes and
-/// not peer reads.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Direction {
-    /// From the file or disk into the buffer.
-    DiskToBuffer,
-    /// From the buffer to the file or disk.
-    BufferToDisk,
-}
-
-impl fmt::Display for Direction {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(match self {
-            Direction::DiskToBuffer => "disk to buffer",
-            Direction::BufferToDisk => "buffer to disk",
-        })
-    }
-}
-
-/// When a path is proved, and so when a proof may touch the bytes of a range.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
-#[non_exhaustive]
-pub enum ProofPolicy {
-    /// Before the first transfer between a card and a disk in a direction, and again when what was found cannot
-    /// be believed any more: after a transfer that failed, a change of a device or its driver, or ten minutes.
-    #[default]
-    First,
-    /// Before each transfer.
-    Every,
-    /// Not at all. A path that was proved in this process, and is still believed, is used; without that the
-    /// processor carries the bytes.
-    Never,
-}
-
-/// The path chosen, and for each better one the reasons against it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Plan {
-    /// The path.
-    pub path: Path,
-    /// Why not a better one; best path first. Empty for peer to peer.
-    pub reasons: Vec<Reason>,
-}
+pub(crate) use verdicts::{Key, Verdict, void};
 
 impl Plan {
     /// The plan of an importer that uses the buffer's memory where it is: no byte is copied, and
     /// only where the memory is makes a difference.
-    pub(crate) fn in_place(buffer: &Buffer) -> Plan {
+    pub fn in_place(buffer: &Buffer) -> Plan {
         let Provenance { kind, device, .. } = buffer.provenance();
         let not_peer = |code, evidence: String| Plan {
             path: Path::SharedHostMemory,
@@ -141,15 +66,5 @@ fn module_placement(buffer: &Buffer) -> Option<Placement> {
             Some(device.status(dmabuf).ok()?.placement)
         }
         _ => kind.is_device_memory().then_some(Placement::Device),
-    }
-}
-
-impl fmt::Display for Plan {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.path)?;
-        for reason in &self.reasons {
-            write!(f, "; not {}: {}", reason.path, reason.evidence)?;
-        }
-        Ok(())
     }
 }

@@ -24,14 +24,14 @@ use std::collections::HashSet;
 use std::ops::Range;
 use std::path::PathBuf;
 
-use super::topology::Sysfs;
-use super::verdicts::{self, Key};
-use super::{Direction, ProofPolicy, ReasonCode};
+use super::verdicts::{self, Key, Verdict};
 use crate::buffer::{Access, Mapping};
 use crate::errno::Errno;
 use crate::error::{BufferError, SystemError, TransferError};
+use crate::path::{Direction, ProofPolicy, ReasonCode};
 use crate::sys::direct::DirectIo;
 use crate::sys::memory::HostMemory;
+use crate::topology::Sysfs;
 use crate::transfer::engine::host_memory;
 use crate::transfer::file::{Direct, Endpoint, unnamed_file};
 
@@ -51,24 +51,6 @@ pub(crate) enum Scratch {
     Directory(PathBuf),
     /// These bytes of the file or device.
     Range(Range<u64>),
-}
-
-/// What a proof found.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Verdict {
-    /// Bytes were seen to arrive.
-    Proved,
-    /// They were not, and why.
-    Rejected { code: ReasonCode, evidence: String },
-}
-
-impl Verdict {
-    fn rejected(code: ReasonCode, evidence: impl Into<String>) -> Verdict {
-        Verdict::Rejected {
-            code,
-            evidence: evidence.into(),
-        }
-    }
 }
 
 /// What a proof is about, and what it may do.

@@ -16,10 +16,9 @@ use std::collections::HashMap;
 use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::proof::Verdict;
-use super::topology::{PciAddress, Stamp, Sysfs};
-use super::{Direction, Path, ReasonCode};
 use crate::buffer::{Buffer, Identity, Kind};
+use crate::path::{Direction, Path, ReasonCode};
+use crate::topology::{PciAddress, Stamp, Sysfs};
 use crate::transfer::file::Endpoint;
 
 /// How long a verdict is believed.
@@ -27,6 +26,24 @@ const BELIEVED: Duration = Duration::from_secs(600);
 
 /// How many verdicts are kept. Received buffers have one each, and there may be any number of those.
 const KEPT: usize = 1024;
+
+/// What a proof found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    /// Bytes were seen to arrive.
+    Proved,
+    /// They were not, and why.
+    Rejected { code: ReasonCode, evidence: String },
+}
+
+impl Verdict {
+    pub(crate) fn rejected(code: ReasonCode, evidence: impl Into<String>) -> Verdict {
+        Verdict::Rejected {
+            code,
+            evidence: evidence.into(),
+        }
+    }
+}
 
 /// Whose memory a verdict is about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

@@ -96,8 +96,10 @@
 
 mod backing;
 mod channel;
+mod grant;
 mod policy;
 mod publisher;
+mod said;
 mod subscriber;
 #[cfg(feature = "tokio")]
 pub mod tokio;
@@ -105,9 +107,12 @@ mod wire;
 
 pub use backing::{Backing, Copied, Movable, Order, Placement, copy};
 pub use channel::{Channel, Listener, MAX_DESCRIPTORS, Peer};
-pub use policy::{Grant, Policy, SameUser};
+pub use grant::Grant;
+pub use policy::{Policy, SameUser};
 #[doc(hidden)]
 pub use publisher::Fault;
 pub use publisher::{BufferId, CutOff, Event, Migration, Publisher, SubscriberId};
+#[doc(hidden)]
+pub use said::Said;
 pub use subscriber::{Lease, Subscriber};
 pub(crate) use wire::{decode_any, samples};

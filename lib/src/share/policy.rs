@@ -1,19 +1,8 @@
 //! Who may have which buffer.
 
-use super::Peer;
+use super::channel::Peer;
+pub use super::grant::Grant;
 use crate::buffer::Buffer;
-
-/// What a subscriber gets of a buffer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Grant {
-    /// It is not offered, and the subscriber does not learn of it.
-    Nothing,
-    /// Reading. See [`Grant::ReadOnly`]'s section in [the module](super#read-only) for what the
-    /// kernel enforces; a buffer for which it would enforce nothing is not offered at all.
-    ReadOnly,
-    /// Reading and writing.
-    ReadWrite,
-}
 
 /// Decides who may have which buffer. Asked once for each generation that is offered, so it may
 /// change its mind from one to the next.

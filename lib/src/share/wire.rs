@@ -8,11 +8,11 @@
 
 use bytemuck::{Pod, Zeroable};
 
+use super::said::Said;
 use super::{Grant, Placement};
 use crate::buffer::{Buffer, BufferRange, Kind, Provenance};
 use crate::error::ShareError;
-use crate::fuzz::Said;
-use crate::plan::topology::PciAddress;
+use crate::topology::PciAddress;
 
 const MAGIC: [u8; 8] = *b"peerbuf\0";
 const VERSION: u32 = 2;

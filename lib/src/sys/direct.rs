@@ -25,13 +25,20 @@ pub(crate) struct Kernel;
 
 impl DirectIo for Kernel {
     fn read(&self, file: BorrowedFd<'_>, into: Window<'_>, offset: u64) -> Result<usize, Errno> {
-        if !into.writable {
+        if !into.is_writable() {
             return Err(Errno::FAULT);
         }
         let offset = libc::off64_t::try_from(offset).map_err(|_| Errno::INVAL)?;
         retry(|| {
             // SAFETY: the window's bytes are mapped, writable and not referenced (invariant).
-            unsafe { libc::pread64(file.as_raw_fd(), into.address.cast(), into.length, offset) }
+            unsafe {
+                libc::pread64(
+                    file.as_raw_fd(),
+                    into.address().cast(),
+                    into.length(),
+                    offset,
+                )
+            }
         })
     }
 
@@ -39,7 +46,14 @@ impl DirectIo for Kernel {
         let offset = libc::off64_t::try_from(offset).map_err(|_| Errno::INVAL)?;
         retry(|| {
             // SAFETY: the window's bytes are mapped (invariant), and the kernel only reads them.
-            unsafe { libc::pwrite64(file.as_raw_fd(), from.address.cast(), from.length, offset) }
+            unsafe {
+                libc::pwrite64(
+                    file.as_raw_fd(),
+                    from.address().cast(),
+                    from.length(),
+                    offset,
+                )
+            }
         })
     }
 }
@@ -64,7 +78,7 @@ pub(crate) mod fake {
     use super::*;
     use std::cell::{Cell, RefCell};
 
-    use crate::plan::Direction;
+    use crate::path::Direction;
 
     /// What happens to I/O on device memory. I/O on system memory always works.
     #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -120,12 +134,10 @@ pub(crate) mod fake {
             match self.behaviour.get() {
                 Behaviour::Fails(errno) => Err(errno),
                 Behaviour::FailsAfter(works, errno) if calls >= works => Err(errno),
-                Behaviour::Loses(lost) if lost == direction => Ok(window.length),
+                Behaviour::Loses(lost) if lost == direction => Ok(window.length()),
                 Behaviour::Cuts(cut, kept) if cut == direction => {
-                    let mut first = window;
-                    first.length = kept.min(window.length);
-                    call(first)?;
-                    Ok(window.length)
+                    call(window.first(kept))?;
+                    Ok(window.length())
                 }
                 _ => call(window),
             }
@@ -139,12 +151,12 @@ pub(crate) mod fake {
             into: Window<'_>,
             offset: u64,
         ) -> Result<usize, Errno> {
-            if !into.is_shared {
+            if !into.is_shared() {
                 return Kernel.read(file, into, offset);
             }
             if self.behaviour.get() == Behaviour::LosesAllButHoles {
-                let mut memory = crate::sys::memory::HostMemory::new(into.length)?;
-                let moved = Kernel.read(file, memory.window(into.length), offset)?;
+                let mut memory = crate::sys::memory::HostMemory::new(into.length())?;
+                let moved = Kernel.read(file, memory.window(into.length()), offset)?;
                 if memory.bytes().iter().any(|&byte| byte != 0) {
                     return Ok(moved);
                 }
@@ -159,13 +171,13 @@ pub(crate) mod fake {
             from: Window<'_>,
             offset: u64,
         ) -> Result<usize, Errno> {
-            if !from.is_shared {
+            if !from.is_shared() {
                 return Kernel.write(file, from, offset);
             }
             if let Behaviour::WritesOnly(byte) = self.behaviour.get() {
-                let mut memory = crate::sys::memory::HostMemory::new(from.length)?;
+                let mut memory = crate::sys::memory::HostMemory::new(from.length())?;
                 memory.bytes_mut().fill(byte);
-                return Kernel.write(file, memory.window(from.length), offset);
+                return Kernel.write(file, memory.window(from.length()), offset);
             }
             let call = |window| Kernel.write(file, window, offset);
             self.device_call(from, Direction::BufferToDisk, call)

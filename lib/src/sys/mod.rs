@@ -3,22 +3,17 @@
 
 pub(crate) mod block;
 pub(crate) mod direct;
-pub(crate) mod dmabuf;
 pub(crate) mod heap;
 pub(crate) mod importer;
 pub(crate) mod iommufd;
-#[cfg(feature = "libfabric")]
-pub(crate) mod libfabric;
-pub(crate) mod memory;
 pub(crate) mod peerbuf;
-pub(crate) mod sync_file;
 pub(crate) mod udmabuf;
-pub(crate) mod uverbs;
 pub(crate) mod v4l2;
-pub(crate) mod verbs;
 pub(crate) mod vfio;
 
 use crate::errno::Errno;
+
+pub(crate) use peerbuf_core::memory;
 
 /// The number behind an ioctl's error. nix has no name for those that the kernel keeps to
 /// itself, so they are read again from the C library.

@@ -193,14 +193,14 @@ pub(crate) fn map_dma(
 ) -> Result<(), Errno> {
     let argument = DmaMap {
         argsz: size_of::<DmaMap>() as u32,
-        flags: if window.writable {
+        flags: if window.is_writable() {
             MAP_READ | MAP_WRITE
         } else {
             MAP_READ
         },
-        vaddr: window.address as u64,
+        vaddr: window.address() as u64,
         iova,
-        size: window.length as u64,
+        size: window.length() as u64,
     };
     // SAFETY: the window's bytes are mapped, writable where we say so, and nobody has a reference
     // to them (invariant); they are shared memory that others change anyway.

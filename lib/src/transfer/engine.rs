@@ -10,7 +10,7 @@ use std::os::fd::BorrowedFd;
 use crate::buffer::{Access, Mapping};
 use crate::errno::Errno;
 use crate::error::{SystemError, TransferError};
-use crate::plan::Direction;
+use crate::path::Direction;
 use crate::sys::direct::DirectIo;
 use crate::sys::memory::{HostMemory, Window};
 

@@ -18,8 +18,8 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat, StatxFlags};
 use crate::buffer::Access;
 use crate::errno::Errno;
 use crate::error::{SystemError, TransferError};
-use crate::plan::topology::{BlockDevice, Sysfs};
 use crate::sys;
+use crate::topology::{BlockDevice, Sysfs};
 
 /// What a second descriptor keeps of the first one's flags: a write that was to be durable when it returns
 /// stays so. `O_APPEND` is not among them.

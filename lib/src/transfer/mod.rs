@@ -5,7 +5,7 @@
 pub(crate) mod engine;
 pub(crate) mod file;
 
-use crate::plan::Plan;
+use crate::path::Plan;
 
 /// What a transfer did: an account, not a forecast.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -1,7 +1,7 @@
 //! The targets. Each takes any bytes, and panics when what decodes them breaks its word.
 
 use peerbuf::fuzz;
-use peerbuf::import::rdma::{Address, Remote};
+use peerbuf_rdma::{Address, Remote};
 
 /// A message between a publisher and a subscriber is refused with a word, or says only what can be
 /// acted upon.

@@ -1,8 +1,8 @@
 //! The targets under proptest, and that the corpus is good to begin with.
 
 use peerbuf::fuzz;
-use peerbuf::import::rdma::{Address, Remote};
 use peerbuf_fuzz::{Mutation, corpus, mutate, targets};
+use peerbuf_rdma::{Address, Remote};
 use proptest::collection::vec;
 use proptest::prelude::*;
 

@@ -7,8 +7,8 @@ use std::sync::OnceLock;
 
 use libloading::Library;
 use peerbuf::export::{heap, memfd, udmabuf};
-use peerbuf::import::libfabric::{Domain, Local, Opened, RUNGS, Registration, Remote, Rung};
 use peerbuf::{Buffer, BufferRange, Errno};
+use peerbuf_rdma::libfabric::{Domain, Local, Opened, RUNGS, Registration, Remote, Rung};
 
 use crate::bytes::{get, put};
 use crate::rdma::{ALL, bar, random};

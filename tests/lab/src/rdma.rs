@@ -4,10 +4,8 @@ use std::time::Duration;
 
 use peerbuf::export::memfd;
 use peerbuf::export::peerbuf::{Device, Request};
-use peerbuf::import::rdma::{
-    Address, Card, Completion, Connection, Operation, Registration, Remote, Rung,
-};
 use peerbuf::{Access, Buffer, BufferRange};
+use peerbuf_rdma::{Address, Card, Completion, Connection, Operation, Registration, Remote, Rung};
 
 use crate::bytes::{get, put};
 use crate::machine::seconds;

@@ -22,7 +22,8 @@ fn prompt() -> Duration {
 
 fn start() -> Child {
     let mut command = Command::new("peerbuf");
-    command.args(["demo", "--dir", "/mnt/nvme", "--size", "4M"]);
+    // Small, so that random bytes and checksums do not take most of the time, and of the kills.
+    command.args(["demo", "--dir", "/mnt/nvme", "--size", "1M"]);
     command
         .stdout(Stdio::null())
         .stderr(Stdio::piped())

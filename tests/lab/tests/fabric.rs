@@ -4,15 +4,16 @@
 
 use std::collections::BTreeMap;
 
-use peerbuf::error::{BufferError, RdmaError};
+use peerbuf::error::BufferError;
 use peerbuf::export::{memfd, udmabuf};
-use peerbuf::import::libfabric::{self, Domain, Layer, Rung};
 use peerbuf::{Access, Errno};
 use peerbuf_lab_suite::bytes::{get, put};
 use peerbuf_lab_suite::fabric::{
     self, Engine, KEY, OTHER_KEY, PROVIDERS, VERSION, buffers, exercise_each_rung, exercise_edges,
 };
 use peerbuf_lab_suite::rdma::{ALL, bar, device, limit, random};
+use peerbuf_rdma::RdmaError;
+use peerbuf_rdma::libfabric::{self, Domain, Layer, Rung};
 
 const PAGE: &str = include_str!("../../../docs/libfabric.md");
 

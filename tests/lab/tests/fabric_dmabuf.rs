@@ -2,14 +2,14 @@
 //! (`--rdma dmabuf`). librxe has no entry for it, as other cards' libraries have; the engine brings one
 //! (`fixtures/preload/reg_dmabuf_mr.c`). Runs in the guest, with Debian's libfabric.
 
-use peerbuf::error::RdmaError;
-use peerbuf::import::libfabric::Rung;
 use peerbuf_lab_suite::bytes::{get, put};
 use peerbuf_lab_suite::fabric::{
     self, Engine, KEY, OTHER_KEY, VERSION, as_if_librxe_took_dma_bufs, exercise_each_rung,
     exercise_edges,
 };
 use peerbuf_lab_suite::rdma::{ALL, bar, device, limit, random, takes_dma_bufs};
+use peerbuf_rdma::RdmaError;
+use peerbuf_rdma::libfabric::Rung;
 
 const PAGE: &str = include_str!("../../../docs/libfabric.md");
 const PROVIDERS: [&str; 2] = ["verbs;ofi_rxm", "verbs"];

@@ -15,9 +15,12 @@ fn lab(args: &[&str]) -> Command {
     command
 }
 
-/// `cargo lab run --bare OPTIONS -- COMMAND`: most promises need neither module nor tools.
+/// Most promises need neither module nor tools, nor a second processor.
+const BARE: [&str; 4] = ["run", "--bare", "--processors", "1"];
+
+/// `cargo lab run --bare OPTIONS -- COMMAND`.
 fn bare(options: &[&str], command: &[&str]) -> Output {
-    lab(&[&["run", "--bare"], options, &["--"], command].concat())
+    lab(&[&BARE, options, &["--"], command].concat())
         .output()
         .unwrap()
 }
@@ -58,7 +61,7 @@ fn output_error_and_status_are_the_commands_own_byte_for_byte() {
 
 #[test]
 fn standard_input_reaches_the_command_and_ends() {
-    let mut child = lab(&["run", "--bare", "--", "sha256sum"])
+    let mut child = lab(&["run", "--bare", "--processors", "1", "--", "sha256sum"])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn()
@@ -194,7 +197,18 @@ fn kbuild_builds_a_module_in_place() {
 #[test]
 fn two_guests_at_once_do_not_see_each_others_writes() {
     let script = "test ! -e /usr/mark && echo 1 >/usr/mark && echo 1 >/mnt/nvme/mark && sleep 3 && cat /usr/mark";
-    let start = || started(&["run", "--bare", "--", "sh", "-c", script]);
+    let start = || {
+        started(&[
+            "run",
+            "--bare",
+            "--processors",
+            "1",
+            "--",
+            "sh",
+            "-c",
+            script,
+        ])
+    };
     let both = [start(), start()];
     for child in both {
         let output = child.wait_with_output().unwrap();
@@ -206,7 +220,7 @@ fn two_guests_at_once_do_not_see_each_others_writes() {
 #[test]
 fn ending_the_lab_ends_the_guest() {
     for signal in ["-KILL", "-INT"] {
-        let child = lab(&["run", "--bare", "--", "sleep", "1000"]).spawn();
+        let child = lab(&["run", "--bare", "--processors", "1", "--", "sleep", "1000"]).spawn();
         let mut child = child.unwrap();
         let id = child.id();
         let guest = guests_of(id, 1)[0];
@@ -225,7 +239,7 @@ fn ending_the_lab_ends_the_guest() {
 
 #[test]
 fn a_guest_whose_qemu_crashes_before_the_command_is_started_again() {
-    let child = started(&["run", "--bare", "--", "echo", "hello"]);
+    let child = started(&["run", "--bare", "--processors", "1", "--", "echo", "hello"]);
     kill("-ABRT", guests_of(child.id(), 1)[0]);
     let output = child.wait_with_output().unwrap();
     let error = text(&output.stderr);
@@ -238,7 +252,16 @@ fn a_guest_whose_qemu_crashes_before_the_command_is_started_again() {
 #[test]
 fn a_qemu_that_crashes_under_the_command_is_told_from_a_guest_that_dies() {
     let script = "echo here; sleep 1000";
-    let mut child = started(&["run", "--bare", "--", "sh", "-c", script]);
+    let mut child = started(&[
+        "run",
+        "--bare",
+        "--processors",
+        "1",
+        "--",
+        "sh",
+        "-c",
+        script,
+    ]);
     await_lines(&mut child, 1);
     kill("-ABRT", guests_of(child.id(), 1)[0]);
     let output = child.wait_with_output().unwrap();
@@ -250,7 +273,16 @@ fn a_qemu_that_crashes_under_the_command_is_told_from_a_guest_that_dies() {
 #[test]
 fn a_pair_ends_when_one_of_its_guests_does() {
     let script = "echo here; sleep 1000";
-    let mut child = started(&["pair", "--bare", "--", "sh", "-c", script]);
+    let mut child = started(&[
+        "pair",
+        "--bare",
+        "--processors",
+        "1",
+        "--",
+        "sh",
+        "-c",
+        script,
+    ]);
     await_lines(&mut child, 2);
     kill("-ABRT", guests_of(child.id(), 2)[0]);
     let began = Instant::now();
@@ -280,6 +312,8 @@ fn a_layer_whose_making_was_killed_is_made_again_and_its_package_is_in_the_guest
     let args = [
         "run",
         "--bare",
+        "--processors",
+        "1",
         "--with",
         "hello",
         "--",
@@ -309,6 +343,144 @@ fn a_layer_whose_making_was_killed_is_made_again_and_its_package_is_in_the_guest
     assert_eq!(text(&output.stdout), "from a package\n");
     assert!(made().is_some());
     assert_eq!(making(), None);
+}
+
+/// A cache of its own with the entries of the real one that a plain guest needs, by hard links: files in it are
+/// removed or replaced, never written to.
+fn own_cache() -> tempfile::TempDir {
+    let real = cache_dir();
+    // On the same file system, and no entry.
+    let own = tempfile::tempdir_in(real.join("locks")).unwrap();
+    fs::create_dir(own.path().join("locks")).unwrap();
+    // Makes what is missing, and lists of files.
+    assert_eq!(bare(&[], &["true"]).status.code(), Some(0));
+    for entry in fs::read_dir(&real).unwrap().flatten() {
+        let name = entry.file_name().into_string().unwrap();
+        let kinds = ["tree-", "versions-", "kernel-", "initramfs-", "disk-"];
+        if kinds.iter().any(|kind| name.starts_with(kind)) {
+            link(&entry.path(), &own.path().join(&name));
+            // One that is no more in use may have none.
+            let list = format!("locks/files-{name}");
+            let _ = fs::copy(real.join(&list), own.path().join(&list));
+        }
+    }
+    own
+}
+
+/// Makes `to` a copy of the directory `from` by hard links.
+fn link(from: &Path, to: &Path) {
+    let made = Command::new("cp").arg("-al").args([from, to]).status();
+    assert!(made.unwrap().success());
+}
+
+/// `cargo lab run --bare -- echo here` with that cache, started by a shell as `script` says: "$@" is the command.
+fn echo_here_by(unshare: &str, script: &str, cache: &Path) -> Output {
+    let run = lab(&["run", "--bare", "--processors", "1", "--", "echo", "here"]);
+    Command::new("unshare")
+        .args([unshare, "sh", "-c", script, "sh"])
+        .arg(run.get_program())
+        .args(run.get_args())
+        .env("PEERBUF_LAB_CACHE", cache)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap()
+}
+
+/// A failure of the lab's own, with each of these parts in what it says.
+fn said(output: &Output, parts: &[&str]) {
+    let error = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(125), "{error}");
+    for part in parts {
+        assert!(error.contains(part), "{part} in:\n{error}");
+    }
+    assert!(error.lines().count() < 12, "too long:\n{error}");
+}
+
+#[test]
+fn a_warm_cache_needs_no_network_and_what_lost_files_is_made_again() {
+    let cache = own_cache();
+    // Those of several kernels, perhaps, and of earlier versions of the lab.
+    let all = |kind: &str| -> Vec<PathBuf> {
+        let entries = fs::read_dir(cache.path()).unwrap().flatten();
+        let mut paths: Vec<_> = entries.map(|e| e.path()).collect();
+        paths.retain(|p| p.file_name().unwrap().to_string_lossy().starts_with(kind));
+        assert!(!paths.is_empty(), "{kind}");
+        paths
+    };
+    // Both initramfs and disk are made in the tree, without a network.
+    for initramfs in all("initramfs-") {
+        fs::remove_file(initramfs.join("initramfs")).unwrap();
+    }
+    for disk in all("disk-") {
+        fs::remove_file(disk.join("nvme.ext4")).unwrap();
+        fs::write(disk.join("nvme.ext4"), "short").unwrap();
+    }
+    let output = echo_here_by("--net", "exec \"$@\"", cache.path());
+    let error = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(0), "{error}");
+    assert_eq!(text(&output.stdout), "here\n");
+    for told in [
+        "initramfs is missing): it is made again",
+        "nvme.ext4 has 5 bytes",
+    ] {
+        assert!(error.contains(told), "{told} in:\n{error}");
+    }
+
+    // A kernel that nobody knows does not cost those that are known.
+    let script = "exec \"$1\" run --bare --kernel 1.2.3 -- true";
+    let output = echo_here_by("--net", script, cache.path());
+    said(&output, &["1.2.3", "could not be reached"]);
+    let output = echo_here_by("--net", "exec \"$@\"", cache.path());
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+
+    let own = |args: &[&str]| {
+        let mut command = lab(args);
+        command.env("PEERBUF_LAB_CACHE", cache.path());
+        let output = command.output().unwrap();
+        assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+        text(&output.stdout)
+    };
+    for tree in all("tree-") {
+        fs::remove_file(tree.join("root/usr/bin/make")).unwrap();
+    }
+    let listed = own(&["cache"]);
+    for told in [
+        "the distribution tree",
+        "for: every command",
+        "DAMAGED: root/usr/bin/make is missing",
+        "cargo lab clean tree-",
+        "in all, of at most 5.8 GB",
+    ] {
+        assert!(listed.contains(told), "{told} in:\n{listed}");
+    }
+    own(&["clean", "tree-"]);
+    let left = own(&["cache"]);
+    assert!(!left.contains("tree-") && left.contains("disk-"), "{left}");
+}
+
+#[test]
+fn without_a_network_or_room_the_first_call_ends_with_a_sentence_that_helps() {
+    let cache = tempfile::tempdir().unwrap();
+    let output = echo_here_by("--net", "exec \"$@\"", cache.path());
+    said(
+        &output,
+        &["distribution tree", "could not be reached", "call again"],
+    );
+    assert_eq!(fs::read_dir(cache.path().join("tmp")).unwrap().count(), 0);
+
+    let script = "mount -t tmpfs -o size=50m full \"$PEERBUF_LAB_CACHE\" && exec \"$@\"";
+    let output = echo_here_by("--mount", script, cache.path());
+    let place = cache.path().to_str().unwrap();
+    said(
+        &output,
+        &[
+            "distribution tree",
+            place,
+            "free",
+            "PEERBUF_LAB_CACHE",
+            "cargo lab clean",
+        ],
+    );
 }
 
 #[test]

@@ -4,6 +4,7 @@
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::Path as FilePath;
+use std::process::Command;
 
 use peerbuf::error::{ExportError, TransferError};
 use peerbuf::export::peerbuf::{Device, Request};
@@ -279,13 +280,90 @@ fn a_dma_buf_without_pages_is_staged_and_says_why() {
     assert!(get(&whole.whole()) == bytes);
 }
 
+/// A limit of the driver's for each udmabuf, until it is dropped.
+struct SizeLimit(String);
+
+impl SizeLimit {
+    const FILE: &str = "/sys/module/udmabuf/parameters/size_limit_mb";
+
+    fn set(mib: &str) -> Self {
+        let before = std::fs::read_to_string(Self::FILE).unwrap();
+        std::fs::write(Self::FILE, mib).unwrap();
+        Self(before)
+    }
+}
+
+impl Drop for SizeLimit {
+    fn drop(&mut self) {
+        let _ = std::fs::write(Self::FILE, &self.0);
+    }
+}
+
 #[test]
 fn a_udmabuf_beyond_the_limit_or_off_a_page_says_which() {
-    let error = udmabuf::export("memory", 4 << 30).unwrap_err().to_string();
+    let _limit = SizeLimit::set("64");
+    udmabuf::export("memory", 64 * MIB).unwrap();
+    let error = udmabuf::export("memory", 65 * MIB).unwrap_err().to_string();
+    assert!(error.contains("64 MiB in"), "{error}");
     assert!(error.contains("size_limit_mb"), "{error}");
     let error = udmabuf::export("memory", 1000).unwrap_err();
     assert!(matches!(error, ExportError::Unsuitable { value: 1000, .. }));
     assert!(udmabuf::export("memory", 0).is_err());
+}
+
+#[test]
+fn a_udmabuf_beyond_the_machines_memory_is_refused_and_nobody_is_killed() {
+    // What Linux 7.3 begins with.
+    let _limit = SizeLimit::set("2147483647");
+    let error = udmabuf::export("memory", 4 << 30).unwrap_err().to_string();
+    assert!(error.contains("MemAvailable"), "{error}");
+    assert!(!error.contains("2147483647"), "{error}");
+    // The same as the holes of a memfd.
+    let empty = peerbuf::export::memfd::export("memory", 4 << 30).unwrap();
+    let error = udmabuf::export_list("list", &[empty.whole()]).unwrap_err();
+    assert!(error.to_string().contains("MemAvailable"), "{error}");
+    udmabuf::export_list("list", &[empty.range(0, MIB).unwrap()]).unwrap();
+}
+
+/// Set in the environment of this test program where it runs in a cgroup with a limit.
+const IN_CGROUP: &str = "PEERBUF_IN_CGROUP";
+
+#[test]
+fn a_udmabuf_beyond_the_cgroups_limit_is_refused_and_nobody_is_killed() {
+    const CGROUP: &str = "/sys/fs/cgroup/peerbuf-udmabuf";
+    const NAME: &str = "a_udmabuf_beyond_the_cgroups_limit_is_refused_and_nobody_is_killed";
+    if std::env::var_os(IN_CGROUP).is_some() {
+        udmabuf::export("memory", 16 * MIB).unwrap();
+        let error = udmabuf::export("memory", 128 * MIB)
+            .unwrap_err()
+            .to_string();
+        let file = format!("{CGROUP}/memory.max");
+        assert!(error.contains(&file), "{error}");
+        return;
+    }
+    let _limit = SizeLimit::set("2147483647");
+    let root = FilePath::new("/sys/fs/cgroup");
+    if !root.join("cgroup.procs").exists() {
+        let mounted = Command::new("mount")
+            .args(["-t", "cgroup2", "none", "/sys/fs/cgroup"])
+            .status();
+        assert!(mounted.unwrap().success());
+    }
+    std::fs::write(root.join("cgroup.subtree_control"), "+memory").unwrap();
+    std::fs::create_dir(CGROUP).unwrap();
+    std::fs::write(format!("{CGROUP}/memory.max"), "100663296").unwrap();
+    let status = Command::new("sh")
+        .arg("-c")
+        .arg(format!(
+            "echo $$ >{CGROUP}/cgroup.procs && exec \"$0\" --exact \"$1\""
+        ))
+        .arg(std::env::current_exe().unwrap())
+        .arg(NAME)
+        .env(IN_CGROUP, "1")
+        .status()
+        .unwrap();
+    std::fs::remove_dir(CGROUP).unwrap();
+    assert!(status.success(), "{status}");
 }
 
 #[test]

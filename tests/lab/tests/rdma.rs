@@ -5,9 +5,8 @@ use std::collections::BTreeMap;
 use std::process::Command;
 use std::time::Duration;
 
-use peerbuf::error::{BufferError, RdmaError};
+use peerbuf::error::BufferError;
 use peerbuf::export::{heap, memfd, udmabuf};
-use peerbuf::import::rdma::{self, Card, Connection, Layer, Registration, Remote, Rung, Status};
 use peerbuf::plan::{Path, ReasonCode};
 use peerbuf::share::{Channel, Copied, Publisher, Subscriber};
 use peerbuf::{Access, Buffer, Errno};
@@ -17,6 +16,9 @@ use peerbuf_lab_suite::node::Node;
 use peerbuf_lab_suite::rdma::{
     ALL, Under, bar, card, connected, device, exercise, expected, good, limit, random,
     takes_dma_bufs,
+};
+use peerbuf_rdma::{
+    self as rdma, Card, Connection, Layer, RdmaError, Registration, Remote, Rung, Status,
 };
 
 fn buffers(size: u64) -> Vec<(&'static str, Buffer)> {

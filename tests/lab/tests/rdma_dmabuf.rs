@@ -5,12 +5,11 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use peerbuf::error::RdmaError;
 use peerbuf::export::{memfd, udmabuf};
-use peerbuf::import::rdma::{Card, Remote, Rung, Status};
 use peerbuf_lab_suite::bytes::{get, put};
 use peerbuf_lab_suite::node::{Node, assert_all_free};
 use peerbuf_lab_suite::rdma::{ALL, bar, card, connected, device, good, limit, random};
+use peerbuf_rdma::{Card, RdmaError, Remote, Rung, Status};
 
 const GIB: u64 = 1 << 30;
 const BOUND: u64 = 4 * GIB;

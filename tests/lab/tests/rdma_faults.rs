@@ -10,14 +10,12 @@ use std::time::{Duration, Instant};
 
 use peerbuf::Buffer;
 use peerbuf::export::udmabuf;
-use peerbuf::import::rdma::{
-    Address, Card, Connection, Operation, Registration, Remote, Status, WorkError,
-};
 use peerbuf_lab_suite::bytes::{get, put};
 use peerbuf_lab_suite::machine::{Machine, seconds};
 use peerbuf_lab_suite::node::{Child, MIB, Node, assert_all_free, in_child};
 use peerbuf_lab_suite::pci::wait_until;
 use peerbuf_lab_suite::rdma::{ALL, bar, card, good, limit, random};
+use peerbuf_rdma::{Address, Card, Connection, Operation, Registration, Remote, Status, WorkError};
 use rustix::process::{Signal, set_parent_process_death_signal};
 
 /// An end that has gone is noticed after some seven seconds; a busy host has more.

@@ -3,13 +3,13 @@
 //! below or at the beginning: those are looked at, too.
 
 use peerbuf::export::memfd;
-use peerbuf::import::rdma::Card;
 use peerbuf::{Buffer, BufferRange, DmaBuf};
 use peerbuf_lab_suite::bytes::{get, put};
 use peerbuf_lab_suite::node::{Node, PAGE, assert_all_free};
 use peerbuf_lab_suite::rdma::{
     ALL, Under, bar, card, connected, exercise, expected, good, limit, random,
 };
+use peerbuf_rdma::Card;
 use peerbuf_uapi as abi;
 
 const GIB: u64 = 1 << 30;

@@ -8,13 +8,12 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use peerbuf::Access;
-use peerbuf::error::RdmaError;
 use peerbuf::export::peerbuf::Device;
 use peerbuf::export::{memfd, udmabuf};
-use peerbuf::import::rdma::{Card, Connection, Follower, Link, Operation, Span, Status};
 use peerbuf::share::{Backing, BufferId, Channel, Copied, Movable, Publisher, Subscriber};
 use peerbuf_lab_suite::bytes::{get, put};
 use peerbuf_lab_suite::node::Node;
+use peerbuf_rdma::{Card, Connection, Follower, Link, Operation, RdmaError, Span, Status};
 use rand::{Rng, RngExt};
 
 const LIMIT: Duration = Duration::from_secs(60);
@@ -294,7 +293,7 @@ fn both_buffers_move_at_random_while_bytes_go_to_and_fro_and_none_is_lost() {
 /// The other end's half of a link, and what it keeps for it.
 struct Other {
     _connection: Connection,
-    registration: peerbuf::import::rdma::Registration,
+    registration: peerbuf_rdma::Registration,
 }
 
 fn link(card: &Card, there: &Follower) -> Result<(Link, Other), RdmaError> {

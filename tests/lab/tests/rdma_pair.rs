@@ -1,7 +1,9 @@
 //! Two machines: `cargo lab pair`, and the whole way of a file from one's disk to the other's. Runs
-//! on the host and calls the lab.
+//! on the host and calls the lab. All transfers are made by one pair of guests, one after the other: a boot
+//! takes longer than any of them.
 
 use std::process::{Command, Output, Stdio};
+use std::sync::OnceLock;
 
 use serde_json::Value;
 
@@ -22,26 +24,67 @@ fn lines<'t>(text: &'t str, end: &str) -> Vec<&'t str> {
         .collect()
 }
 
-/// Sends a file from the one's disk to the other's. Returns the summary of it, after a look at the
-/// checksums: those in it, and those of the files by another program than ours.
-fn from_disk_to_disk(rdma: &str, environment: &str) -> Value {
-    let script = format!("{environment} sh /opt/peerbuf/init/two-machines --json");
-    let output = pair(&["--rdma", rdma], &["sh", "-c", &script]);
-    let out = String::from_utf8_lossy(&output.stdout);
-    let err = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(0), "{out}{err}");
-    let (first, second) = (lines(&out, "first"), lines(&out, "second"));
-    let summary: Value = serde_json::from_str(first[0]).unwrap();
+/// What both guests do; a line `== NAME` stands before what each part of it prints.
+fn script() -> String {
+    let two_machines = "sh /opt/peerbuf/init/two-machines --json";
+    let moving = format!("MOVE_EVERY=40 SIZE=1M {two_machines}");
+    let parts = [
+        ("dmabuf", two_machines),
+        ("dmabuf moving", &moving),
+        ("cut", CUT),
+        ("stock", two_machines),
+        ("stock moving", &moving),
+    ];
+    let mut script = ". /opt/peerbuf/init/functions\n".to_owned();
+    for (name, part) in parts {
+        if name == "stock" {
+            script += "soft_roce stock\n";
+        }
+        script += &format!("echo '== {name}'\n(\n{part}\n) || exit\n");
+    }
+    script
+}
+
+/// What the first and the second guest printed in one part of the script.
+fn part(name: &str) -> [Vec<&'static str>; 2] {
+    static OUTPUT: OnceLock<(String, String)> = OnceLock::new();
+    let (out, err) = OUTPUT.get_or_init(|| {
+        let output = pair(&["--rdma", "dmabuf", "--events"], &["sh", "-c", &script()]);
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        let (out, err) = (text(&output.stdout), text(&output.stderr));
+        let status = output.status.code();
+        (out, format!("the pair ended with {status:?}\n{err}"))
+    });
+    let head = format!("== {name}");
+    ["first", "second"].map(|end| {
+        let lines = lines(out, end);
+        let begin = lines.iter().position(|line| *line == head);
+        let begin = begin.unwrap_or_else(|| panic!("{end} did not come to {name}: {out}{err}"));
+        let part = lines[begin + 1..].iter();
+        part.take_while(|line| !line.starts_with("== "))
+            .copied()
+            .collect()
+    })
+}
+
+/// The summary of a file's way from the one's disk to the other's, after a look at the checksums: those in
+/// it, and those of the files by another program than ours.
+fn from_disk_to_disk(name: &str) -> Value {
+    let [first, second] = part(name);
+    let [summary, here] = first[..] else {
+        panic!("{first:?}");
+    };
+    let summary: Value = serde_json::from_str(summary).unwrap();
     assert_eq!(summary["bytes"], 8 << 20, "{summary}");
     assert_eq!(summary["verified"], true, "{summary}");
-    assert_eq!(first[1], second[0], "{out}");
+    assert_eq!(second, [here]);
     let sum = summary["sha256"].as_str().unwrap();
-    assert!(first[1].starts_with(sum), "{out}");
+    assert!(here.starts_with(sum), "{here}");
     summary
 }
 
 fn a_file_goes_from_disk_to_disk(rdma: &str, registration: &str) {
-    let summary = from_disk_to_disk(rdma, "");
+    let summary = from_disk_to_disk(rdma);
     for end in ["here", "there"] {
         assert_eq!(summary[end]["registration"], registration, "{summary}");
         let file = &summary[format!("file_{end}")];
@@ -66,7 +109,6 @@ fn with_dma_bufs_they_go_from_bar_to_bar() {
 /// guest the cable is cut in mid-transfer for two seconds, and then for longer than a card waits for an
 /// answer; then at the first one; the other times it stays.
 const CUT: &str = r#"
-. /opt/peerbuf/init/functions
 for d in /dev/peerbuf/0*; do
     bar=bar:${d##*/}:2
     [ "$($b stat -c %s "/sys/bus/pci/devices/${d##*/}/resource2")" -ge 67108864 ] && break
@@ -137,13 +179,9 @@ step here
 
 #[test]
 fn a_short_cut_of_the_cable_costs_time_and_a_long_one_another_connection() {
-    let output = pair(&["--rdma", "dmabuf", "--events"], &["sh", "-c", CUT]);
-    let out = String::from_utf8_lossy(&output.stdout);
-    let err = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(0), "{out}{err}");
-    let (first, second) = (lines(&out, "first"), lines(&out, "second"));
+    let [first, second] = part("cut");
     let [short, long, after, here, why_here, after_here, sum] = first[..] else {
-        panic!("{out}{err}");
+        panic!("{first:?} {second:?}");
     };
     let arrived = [(short, 0), (long, 1), (after, 0), (after_here, 0)];
     for (summary, further_connections) in arrived {
@@ -154,13 +192,9 @@ fn a_short_cut_of_the_cable_costs_time_and_a_long_one_another_connection() {
         assert_eq!(summary["retries"], further_connections, "{summary}");
     }
     // Cut before the last byte, and none came then.
-    assert_eq!(
-        second,
-        ["1 0", "short", "1 0", "long", "here", sum],
-        "{out}"
-    );
+    assert_eq!(second, ["1 0", "short", "1 0", "long", "here", sum]);
     // Where this end's own link is down there is no other connection to be had.
-    assert_eq!(here, "1", "{out}");
+    assert_eq!(here, "1", "{why_here}");
     let down = ["IBV_WC_WR_FLUSH_ERR", "ENETDOWN"];
     assert!(
         down.iter().any(|what| why_here.contains(what)),
@@ -170,8 +204,8 @@ fn a_short_cut_of_the_cable_costs_time_and_a_long_one_another_connection() {
 
 #[test]
 fn with_both_buffers_moving_at_random_no_byte_is_lost() {
-    for rdma in ["stock", "dmabuf"] {
-        let summary = from_disk_to_disk(rdma, "MOVE_EVERY=40 SIZE=1M");
+    for rdma in ["stock moving", "dmabuf moving"] {
+        let summary = from_disk_to_disk(rdma);
         for end in ["moves_here", "moves_there"] {
             assert!(summary[end].as_u64().unwrap() > 0, "{end}: {summary}");
         }
@@ -223,7 +257,7 @@ fn both_programs_measure_beside_each_other() {
 #[test]
 fn the_higher_status_is_the_pairs_and_lines_are_named() {
     let script = "echo a $PEERBUF_LAB_END; [ $PEERBUF_LAB_END = first ] || exit 7";
-    let output = pair(&["--bare"], &["sh", "-c", script]);
+    let output = pair(&["--bare", "--processors", "1"], &["sh", "-c", script]);
     assert_eq!(output.status.code(), Some(7));
     let mut lines: Vec<&str> = std::str::from_utf8(&output.stdout)
         .unwrap()

@@ -3,10 +3,10 @@
 
 use peerbuf::device::vfio::VfioDevice;
 use peerbuf::export::vfio::{self, Request};
-use peerbuf::import::rdma::{Card, Layer, Rung};
 use peerbuf::{Access, Errno};
 use peerbuf_lab_suite::modules;
 use peerbuf_lab_suite::node::Node;
+use peerbuf_rdma::{Card, Layer, Rung};
 
 #[test]
 fn a_refusal_by_the_exporter_is_not_taken_for_the_drivers() {

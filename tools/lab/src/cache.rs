@@ -5,29 +5,46 @@
 //! exclusive lock is held, and renamed. A second call that needs it waits for the first. A build
 //! that was killed leaves rubbish, which the next call removes. Whoever uses an entry holds a
 //! shared lock on it, so that nothing in use is removed.
+//!
+//! Files can vanish from a complete entry, or be cut short: a person deletes some, or the power fails. A list
+//! of an entry's files ([`crate::seal`]) is kept beside it. An entry that does not match it is made again.
+//!
+//! `locks/` holds, for each entry NAME, the lock NAME, whose text says what the entry is, and the list
+//! `files-NAME`.
 
 use std::{
+    collections::HashSet,
     fs::{self, File, TryLockError},
+    io::{ErrorKind, Write},
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
-    sync::Mutex,
-    time::SystemTime,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, SystemTime},
 };
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, bail};
 use sha2::{Digest, Sha256};
 use walkdir::WalkDir;
 
-use crate::progress::Step;
+use crate::{
+    contents,
+    progress::{Step, note},
+    seal,
+    trouble::{self, Room, size},
+};
 
-/// The whole cache is kept below this, in bytes: whenever an entry is added. Who makes a
-/// large one makes room first.
-const LIMIT: u64 = 5_800_000_000;
+/// The whole cache is kept below this, in bytes, also while an entry is being made: what its making takes
+/// ([`contents`]) is counted before it begins.
+pub const LIMIT: u64 = 5_800_000_000;
 
 /// The cache directory.
 #[derive(Debug, Clone)]
 pub struct Cache {
     dir: PathBuf,
+    /// [`LIMIT`], but for tests.
+    limit: u64,
+    /// The entries whose files this process has compared with their lists.
+    compared: Arc<Mutex<HashSet<String>>>,
 }
 
 /// A complete entry in use. Nothing removes it while this lives.
@@ -48,6 +65,7 @@ impl Entry {
 pub struct Recipe {
     kind: String,
     hash: Sha256,
+    detail: Option<String>,
 }
 
 impl Recipe {
@@ -56,7 +74,14 @@ impl Recipe {
         Self {
             kind: kind.into(),
             hash: Sha256::new(),
+            detail: None,
         }
+    }
+
+    /// Says of the entry what its name does not, such as the packages in it. No ingredient.
+    pub fn detail(mut self, detail: impl Into<String>) -> Self {
+        self.detail = Some(detail.into());
+        self
     }
 
     /// Adds an ingredient. The order and the borders between ingredients count.
@@ -80,6 +105,52 @@ impl Recipe {
     }
 }
 
+/// An entry as `cargo lab cache` shows it.
+#[derive(Debug)]
+pub struct Shown {
+    /// The file name in the cache.
+    pub name: String,
+    /// What it is, in words.
+    pub what: String,
+    /// Which commands need it.
+    pub why: String,
+    /// Bytes on disk.
+    pub bytes: u64,
+    /// How long ago a command last asked for it.
+    pub unused: Duration,
+    /// Whether a command uses it now.
+    pub in_use: bool,
+    /// What is wrong with its files, if anything is.
+    pub damage: Option<String>,
+}
+
+/// What the cache holds.
+#[derive(Debug)]
+pub struct Listing {
+    /// The complete entries, the largest first.
+    pub entries: Vec<Shown>,
+    /// What is being made, by name, with the bytes on disk so far.
+    pub making: Vec<(String, u64)>,
+    /// Bytes on disk of the guests that run, locks and notes.
+    pub others: u64,
+}
+
+impl Listing {
+    /// Bytes on disk in all.
+    pub fn total(&self) -> u64 {
+        let entries: u64 = self.entries.iter().map(|e| e.bytes).sum();
+        let making: u64 = self.making.iter().map(|m| m.1).sum();
+        entries + making + self.others
+    }
+}
+
+/// Whether an entry is there and whole.
+enum State {
+    Whole,
+    Absent,
+    Damaged(String),
+}
+
 /// A line of `cargo lab clean`.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Held {
@@ -98,20 +169,36 @@ impl Cache {
     /// # Errors
     /// When the directory cannot be found out or made.
     pub fn open() -> Result<Self> {
+        Self::at(Self::place()?)
+    }
+
+    /// Where the cache of this user is, or would be.
+    ///
+    /// # Errors
+    /// When the environment names no place.
+    pub fn place() -> Result<PathBuf> {
         let set = |name| {
             std::env::var_os(name)
                 .filter(|v| !v.is_empty())
                 .map(PathBuf::from)
         };
-        let dir = set("PEERBUF_LAB_CACHE")
+        set("PEERBUF_LAB_CACHE")
             .or_else(|| set("XDG_CACHE_HOME").map(|d| d.join("peerbuf-lab")))
             .or_else(|| set("HOME").map(|d| d.join(".cache/peerbuf-lab")))
             .ok_or_else(|| {
                 anyhow!(
                     "no place for the lab's cache: set PEERBUF_LAB_CACHE or HOME to a directory"
                 )
-            })?;
-        Self::at(dir)
+            })
+    }
+
+    /// Whether a distribution tree is in the cache of this user.
+    pub fn has_a_tree() -> bool {
+        let entries = Self::place().ok().and_then(|dir| fs::read_dir(dir).ok());
+        entries.is_some_and(|entries| {
+            let mut names = entries.flatten().map(|e| e.file_name());
+            names.any(|name| name.to_string_lossy().starts_with("tree-"))
+        })
     }
 
     /// The cache in `dir`.
@@ -122,10 +209,18 @@ impl Cache {
         let dir = std::path::absolute(dir.into())?;
         for sub in ["locks", "tmp", "runs"] {
             let path = dir.join(sub);
-            fs::create_dir_all(&path)
-                .with_context(|| format!("making the lab's cache at {}", path.display()))?;
+            fs::create_dir_all(&path).with_context(|| {
+                format!(
+                    "making the lab's cache at {} (PEERBUF_LAB_CACHE is the place for another one)",
+                    path.display()
+                )
+            })?;
         }
-        let cache = Self { dir };
+        let cache = Self {
+            dir,
+            limit: LIMIT,
+            compared: Arc::default(),
+        };
         cache.sweep();
         Ok(cache)
     }
@@ -145,13 +240,15 @@ impl Cache {
         what: &str,
         build: impl FnOnce(&Path) -> Result<()>,
     ) -> Result<Entry> {
+        let detail = recipe.detail.clone();
         let name = recipe.name();
         let path = self.dir.join(&name);
         let lock = self.lock_file(&name)?;
         loop {
             // Shared first: the common case is that the entry is there.
             lock.lock_shared()?;
-            if path.exists() {
+            let state = self.state(&name);
+            if matches!(state, State::Whole) {
                 // The time of last use decides what goes when the cache is full.
                 let _ = File::open(&path).and_then(|d| d.set_modified(SystemTime::now()));
                 return Ok(Entry { path, _lock: lock });
@@ -160,38 +257,227 @@ impl Cache {
             match lock.try_lock() {
                 Ok(()) => {}
                 Err(TryLockError::WouldBlock) => {
+                    if let State::Damaged(damage) = state
+                        && lock.try_lock_shared().is_ok()
+                    {
+                        bail!(
+                            "{name} in the lab's cache, {}, is damaged ({damage}), and another call uses it; \
+                             call again when that has ended",
+                            self.dir.display()
+                        );
+                    }
                     let _step = Step::start(format!("waiting for another call that is {what}"));
                     lock.lock()?;
                 }
                 Err(TryLockError::Error(e)) => return Err(e.into()),
             }
-            if !path.exists() {
-                break;
+            match self.state(&name) {
+                State::Whole => {}
+                State::Absent => break,
+                State::Damaged(damage) => {
+                    note(format_args!(
+                        "{name} in the lab's cache is damaged ({damage}): it is made again"
+                    ));
+                    remove_tree(&path)?;
+                    break;
+                }
             }
             lock.unlock()?;
         }
-        let tmp = self.dir.join("tmp").join(&name);
-        remove_tree(&tmp)?;
-        fs::create_dir(&tmp)?;
-        let step = Step::start(what);
-        build(&tmp).with_context(|| what.to_owned())?;
-        fs::rename(&tmp, &path)?;
-        step.done();
+        self.make(&name, what, build)?;
+        let (text, why) = self.about(&name, detail.as_deref());
+        let _ = lock
+            .set_len(0)
+            .and_then(|()| (&lock).write_all(format!("{text}\nfor: {why}\n").as_bytes()));
         lock.lock_shared()?;
-        self.shrink(LIMIT);
+        self.shrink(self.limit);
         Ok(Entry { path, _lock: lock })
     }
 
-    /// Removes the entry for `recipe` if nobody uses it, so that it is built anew.
+    /// Makes the entry `name`, whose lock is held, in `tmp/` and moves it to its place.
+    fn make(&self, name: &str, what: &str, build: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+        let takes = takes_of(name);
+        let tmp = self.dir.join("tmp").join(name);
+        remove_tree(&tmp)?;
+        fs::create_dir(&tmp).with_context(|| format!("making {}", tmp.display()))?;
+        let began = self.room_for(name, what, takes);
+        let made = began.and_then(|began| {
+            let step = Step::start(what);
+            build(&tmp).map_err(|error| {
+                let failed = Room::at(&self.dir);
+                trouble::of_making(
+                    error,
+                    what,
+                    &self.dir,
+                    takes,
+                    began.as_ref(),
+                    failed.as_ref(),
+                )
+            })?;
+            // Without a list the entry is one that is listed when it is first used.
+            let _ = seal::write(&tmp, &self.list_file(name));
+            let path = self.dir.join(name);
+            remove_tree(&path)?;
+            fs::rename(&tmp, &path)
+                .with_context(|| format!("moving what was made to {}", path.display()))?;
+            step.done();
+            Ok(())
+        });
+        if made.is_err() {
+            // Somebody may be out of room.
+            let _ = remove_tree(&tmp);
+        }
+        made
+    }
+
+    /// Makes room for what takes so many bytes, if need be, and returns what the file system has.
+    fn room_for(&self, name: &str, what: &str, takes: u64) -> Result<Option<Room>> {
+        // The debug kernel is made of an entry that is asked for first, and makes room then (`make_room`).
+        if !name.starts_with("debug-") {
+            self.make_room(takes);
+        }
+        // Makings at the same time have still to take what they have not.
+        let others = self.begun();
+        let others: u64 = others
+            .iter()
+            .map(|(other, bytes)| takes_of(other).saturating_sub(*bytes))
+            .sum();
+        let wanted = takes + others;
+        let Some(room) = Room::at(&self.dir) else {
+            return Ok(None);
+        };
+        let room = if room.free < wanted {
+            let held = self.held();
+            self.shrink(held.saturating_sub(wanted - room.free));
+            Room::at(&self.dir).unwrap_or(room)
+        } else {
+            room
+        };
+        match trouble::before(what, &self.dir, wanted, &room) {
+            Some(error) => Err(error),
+            None => Ok(Some(room)),
+        }
+    }
+
+    /// Makes the entry for `recipe` anew, even if it is there, as soon as nobody uses it. If that fails, the old
+    /// one stays.
     ///
     /// # Errors
-    /// Those of the file system.
-    pub fn forget(&self, recipe: Recipe) -> Result<()> {
+    /// Those of `build`, and of the file system.
+    pub fn renew(
+        &self,
+        recipe: Recipe,
+        what: &str,
+        build: impl FnOnce(&Path) -> Result<()>,
+    ) -> Result<()> {
         let name = recipe.name();
-        match self.lock_file(&name)?.try_lock() {
-            Ok(()) => remove_tree(&self.dir.join(&name)),
-            Err(_) => Ok(()),
+        let lock = self.lock_file(&name)?;
+        lock.lock()?;
+        self.make(&name, what, build)
+    }
+
+    /// Whether an entry is there and matches the list of its files; its lock is held.
+    fn state(&self, name: &str) -> State {
+        let path = self.dir.join(name);
+        if !path.exists() {
+            return State::Absent;
         }
+        let compared = || self.compared.lock().unwrap_or_else(PoisonError::into_inner);
+        if compared().contains(name) {
+            return State::Whole;
+        }
+        match seal::compare(&path, &self.list_file(name)) {
+            Some(damage) => State::Damaged(damage),
+            None => {
+                compared().insert(name.to_owned());
+                State::Whole
+            }
+        }
+    }
+
+    fn list_file(&self, name: &str) -> PathBuf {
+        self.dir.join("locks").join(format!("files-{name}"))
+    }
+
+    /// What an entry is and which commands need it, in words.
+    fn about(&self, name: &str, detail: Option<&str>) -> (String, String) {
+        if let Some((kind, of_name)) = contents::kind(name) {
+            return kind.about(detail.unwrap_or(of_name));
+        }
+        let written = fs::read_to_string(self.dir.join("locks").join(name)).unwrap_or_default();
+        match written.split_once("\nfor: ") {
+            Some((what, why)) => (what.to_owned(), why.trim_end().to_owned()),
+            None => (
+                "nothing that this version of the lab makes".to_owned(),
+                "another version, if any".to_owned(),
+            ),
+        }
+    }
+
+    /// What the cache holds. Compares each entry with the whole list of its files.
+    ///
+    /// # Errors
+    /// When the cache cannot be read.
+    pub fn list(&self) -> Result<Listing> {
+        let mut entries = Vec::new();
+        for name in self.names()? {
+            let path = self.dir.join(&name);
+            let Ok(used) = fs::metadata(&path).and_then(|m| m.modified()) else {
+                continue;
+            };
+            // What `--with` names is in no name.
+            let packages = fs::read_to_string(path.join("packages")).ok();
+            let packages = packages.map(|text| text.trim().replace('\n', ", "));
+            let (what, why) = self.about(&name, packages.as_deref());
+            let in_use = self.lock_file(&name)?.try_lock().is_err();
+            entries.push(Shown {
+                what,
+                why,
+                bytes: disk_usage(&path),
+                unused: used.elapsed().unwrap_or_default(),
+                in_use,
+                damage: seal::compare_all(&path, &self.list_file(&name)),
+                name,
+            });
+        }
+        entries.sort_by(|a, b| b.bytes.cmp(&a.bytes).then(a.name.cmp(&b.name)));
+        Ok(Listing {
+            entries,
+            making: self.making(),
+            others: ["locks", "runs"]
+                .iter()
+                .map(|sub| disk_usage(&self.dir.join(sub)))
+                .sum(),
+        })
+    }
+
+    /// What is being made, with the bytes on disk so far.
+    fn making(&self) -> Vec<(String, u64)> {
+        let entries = fs::read_dir(self.dir.join("tmp"))
+            .into_iter()
+            .flatten()
+            .flatten();
+        entries
+            .map(|e| {
+                (
+                    e.file_name().to_string_lossy().into_owned(),
+                    disk_usage(&e.path()),
+                )
+            })
+            .collect()
+    }
+
+    /// The makings that have written something. Their own does not count for who makes room before it begins.
+    fn begun(&self) -> Vec<(String, u64)> {
+        let mut making = self.making();
+        making.retain(|(_, bytes)| *bytes > 1 << 20);
+        making
+    }
+
+    /// Bytes on disk of the complete entries.
+    fn held(&self) -> u64 {
+        let names = self.names().unwrap_or_default();
+        names.iter().map(|n| disk_usage(&self.dir.join(n))).sum()
     }
 
     /// A directory for one run, gone when the returned value is dropped (or, if the lab was
@@ -222,17 +508,34 @@ impl Cache {
         unreachable!("the numbers do not end")
     }
 
-    /// Removes every entry that nobody uses and says what there was.
+    /// Removes every entry that nobody uses, or of these only those whose name begins with one of
+    /// `wanted`, and says what there was.
     ///
     /// # Errors
-    /// When the cache cannot be read.
-    pub fn clean(&self) -> Result<Vec<Held>> {
+    /// When the cache cannot be read, or holds nothing that begins with one of `wanted`.
+    pub fn clean(&self, wanted: &[String]) -> Result<Vec<Held>> {
         let mut held = Vec::new();
-        for name in self.names()? {
+        let names = self.names()?;
+        for start in wanted {
+            if start.is_empty() || !names.iter().any(|name| name.starts_with(start)) {
+                bail!(
+                    "the lab's cache, {}, holds nothing whose name begins with {start:?}; `cargo lab cache` \
+                     says what it holds",
+                    self.dir.display()
+                );
+            }
+        }
+        for name in names {
+            if !wanted.is_empty() && !wanted.iter().any(|start| name.starts_with(start)) {
+                continue;
+            }
             let path = self.dir.join(&name);
             let bytes = disk_usage(&path);
             let lock = self.lock_file(&name)?;
             let removed = lock.try_lock().is_ok() && remove_tree(&path).is_ok();
+            if removed {
+                let _ = fs::remove_file(self.list_file(&name));
+            }
             held.push(Held {
                 name,
                 bytes,
@@ -248,7 +551,8 @@ impl Cache {
             .with_context(|| format!("reading the lab's cache at {}", self.dir.display()))?
         {
             let name = entry?.file_name().to_string_lossy().into_owned();
-            if !["locks", "tmp", "runs"].contains(&name.as_str()) {
+            // The root of an ext4 file system, given as the cache, has this one.
+            if !["locks", "tmp", "runs", "lost+found"].contains(&name.as_str()) {
                 names.push(name);
             }
         }
@@ -290,7 +594,12 @@ impl Cache {
     /// Removes the longest unused entries, so that an entry whose making takes this many bytes can
     /// be made; called with its ingredients in hand.
     pub fn make_room(&self, bytes: u64) {
-        self.shrink(LIMIT.saturating_sub(bytes));
+        let others = self.begun();
+        let others: u64 = others
+            .iter()
+            .map(|(other, bytes)| takes_of(other).max(*bytes))
+            .sum();
+        self.shrink(self.limit.saturating_sub(bytes + others));
     }
 
     /// Removes the longest unused entries until the cache holds at most `limit` bytes.
@@ -306,7 +615,7 @@ impl Cache {
             .collect();
         entries.sort();
         let mut total: u64 = entries.iter().map(|e| e.1).sum();
-        for (_, bytes, name) in entries {
+        for (used, bytes, name) in entries {
             if total <= limit {
                 break;
             }
@@ -314,10 +623,34 @@ impl Cache {
                 continue;
             };
             if lock.try_lock().is_ok() && remove_tree(&self.dir.join(&name)).is_ok() {
+                let _ = fs::remove_file(self.list_file(&name));
                 total -= bytes;
+                if bytes > 10_000_000 {
+                    note(format_args!(
+                        "removed {name} from the lab's cache to make room: {}, last used {} ago",
+                        size(bytes),
+                        age(used.elapsed().unwrap_or_default())
+                    ));
+                }
             }
         }
     }
+}
+
+fn takes_of(name: &str) -> u64 {
+    contents::kind(name).map_or(0, |(kind, _)| kind.takes)
+}
+
+/// A length of time for people, in its largest unit.
+pub fn age(time: Duration) -> String {
+    let seconds = time.as_secs();
+    let (number, unit) = match seconds {
+        0..120 => (seconds, "s"),
+        120..7_200 => (seconds / 60, "min"),
+        7_200..172_800 => (seconds / 3_600, "h"),
+        _ => (seconds / 86_400, "days"),
+    };
+    format!("{number} {unit}")
 }
 
 /// The directory of one run.
@@ -363,10 +696,23 @@ impl Drop for RunDir {
 /// # Errors
 /// Whatever the file system says, with the path.
 pub fn remove_tree(path: &Path) -> Result<()> {
+    // Programs of a lab that was killed end a moment after it, and may still write.
+    let all = || {
+        let mut tries = 0;
+        loop {
+            match fs::remove_dir_all(path) {
+                Err(e) if e.kind() == ErrorKind::DirectoryNotEmpty && tries < 20 => {
+                    tries += 1;
+                    std::thread::sleep(Duration::from_millis(50));
+                }
+                result => return result,
+            }
+        }
+    };
     let result = match fs::symlink_metadata(path) {
-        Ok(m) if m.is_dir() => fs::remove_dir_all(path),
+        Ok(m) if m.is_dir() => all(),
         Ok(_) => fs::remove_file(path),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(()),
         Err(e) => Err(e),
     };
     result.with_context(|| format!("removing {}", path.display()))
@@ -446,6 +792,203 @@ mod tests {
     }
 
     #[test]
+    fn a_failed_build_leaves_no_bytes() {
+        let (dir, cache) = scratch();
+        let fill = |d: &Path| {
+            fs::write(d.join("rubbish"), "1")?;
+            anyhow::bail!("no")
+        };
+        cache.entry(recipe(), "making a thing", fill).unwrap_err();
+        assert_eq!(fs::read_dir(dir.path().join("tmp")).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn an_entry_that_lost_a_file_is_made_again() {
+        let (dir, cache) = scratch();
+        let make = |cache: &Cache| {
+            let fill = |d: &Path| Ok(fs::write(d.join("x"), "whole")?);
+            cache.entry(recipe(), "making a thing", fill).unwrap()
+        };
+        let path = make(&cache).path().to_owned();
+        for harm in [
+            (|path: &Path| fs::write(path, "")) as fn(&Path) -> std::io::Result<()>,
+            |path| fs::remove_file(path),
+        ] {
+            harm(&path.join("x")).unwrap();
+            make(&Cache::at(dir.path()).unwrap());
+            assert_eq!(fs::read(path.join("x")).unwrap(), b"whole");
+        }
+    }
+
+    #[test]
+    fn a_damaged_entry_that_another_call_uses_is_named_and_left_alone() {
+        let (dir, cache) = scratch();
+        let fill = |d: &Path| Ok(fs::write(d.join("x"), "whole")?);
+        let used = cache.entry(recipe(), "making a thing", fill).unwrap();
+        fs::remove_file(used.path().join("x")).unwrap();
+        let again = Cache::at(dir.path())
+            .unwrap()
+            .entry(recipe(), "making a thing", fill);
+        let text = format!("{:#}", again.unwrap_err());
+        for part in ["x is missing", "another call uses it", "call again"] {
+            assert!(text.contains(part), "{part} in {text}");
+        }
+        assert!(used.path().exists());
+    }
+
+    #[test]
+    fn renewing_keeps_the_old_entry_if_it_fails() {
+        let (_dir, cache) = scratch();
+        let text = |cache: &Cache| {
+            let entry = cache.entry(recipe(), "making a thing", |_| panic!("it is there"));
+            fs::read_to_string(entry.unwrap().path().join("x")).unwrap()
+        };
+        let renew = |new: &'static str| {
+            cache.renew(recipe(), "making a thing", |d| {
+                fs::write(d.join("x"), new)?;
+                anyhow::ensure!(new != "bad", "no network");
+                Ok(())
+            })
+        };
+        renew("one").unwrap();
+        assert_eq!(text(&cache), "one");
+        renew("bad").unwrap_err();
+        assert_eq!(text(&cache), "one");
+        renew("two").unwrap();
+        assert_eq!(text(&cache), "two");
+    }
+
+    #[test]
+    fn the_listing_says_what_is_held_and_why_and_what_is_wrong() {
+        let (dir, cache) = scratch();
+        let fill = |d: &Path| Ok(fs::write(d.join("vmlinuz"), vec![1; 1 << 20])?);
+        let kernel = Recipe::new("kernel-7.2.1+deb13-amd64");
+        let held = cache.entry(kernel, "fetching", fill).unwrap();
+        let layer = Recipe::new("with").detail("hello, fio");
+        let fill = |d: &Path| Ok(fs::write(d.join("packages"), "hello\nfio\n")?);
+        let layer = cache
+            .entry(layer, "adding", fill)
+            .unwrap()
+            .path()
+            .to_owned();
+        fs::write(layer.join("packages"), "hello\nfio").unwrap();
+        fs::create_dir(dir.path().join("foreign")).unwrap();
+
+        let list = cache.list().unwrap();
+        let [kernel, with, foreign] = &list.entries[..] else {
+            panic!("{list:?}");
+        };
+        assert!(
+            kernel.what.starts_with("kernel 7.2.1+deb13-amd64"),
+            "{kernel:?}"
+        );
+        assert!(
+            kernel.why.contains("--kernel 7.2.1+deb13-amd64"),
+            "{kernel:?}"
+        );
+        assert!(
+            kernel.in_use && kernel.bytes >= 1 << 20 && kernel.damage.is_none(),
+            "{kernel:?}"
+        );
+        assert!(kernel.unused < Duration::from_secs(60), "{kernel:?}");
+        assert!(with.what.contains("hello, fio") && !with.in_use, "{with:?}");
+        assert!(
+            with.damage
+                .as_ref()
+                .is_some_and(|d| d.contains("packages has 9 bytes")),
+            "{with:?}"
+        );
+        assert!(
+            foreign.what.contains("nothing that this version"),
+            "{foreign:?}"
+        );
+        assert!(list.total() >= 1 << 20);
+
+        let lock = dir
+            .path()
+            .join("locks")
+            .join(held.path().file_name().unwrap());
+        assert!(
+            fs::read_to_string(lock)
+                .unwrap()
+                .starts_with("kernel 7.2.1+deb13-amd64:")
+        );
+    }
+
+    #[test]
+    fn what_another_version_made_is_described_by_its_own_words() {
+        let (dir, cache) = scratch();
+        fs::create_dir(dir.path().join("novelty-30270296fa72")).unwrap();
+        let lock = dir.path().join("locks/novelty-30270296fa72");
+        fs::write(lock, "a novelty\nfor: whoever wants it\n").unwrap();
+        let list = cache.list().unwrap();
+        assert_eq!(list.entries[0].what, "a novelty");
+        assert_eq!(list.entries[0].why, "whoever wants it");
+    }
+
+    #[test]
+    fn cleaning_by_name_takes_that_alone_and_refuses_a_name_that_is_not_there() {
+        let (_dir, cache) = scratch();
+        for n in ["1", "2"] {
+            let recipe = Recipe::new(format!("thing{n}"));
+            cache.entry(recipe, "making", |_| Ok(())).unwrap();
+        }
+        for wrong in ["other", ""] {
+            let error = cache.clean(&[wrong.into()]).unwrap_err().to_string();
+            assert!(error.contains("cargo lab cache"), "{error}");
+        }
+        let held = cache.clean(&["thing1".into()]).unwrap();
+        assert_eq!(held.len(), 1);
+        assert_eq!(cache.list().unwrap().entries.len(), 1);
+    }
+
+    #[test]
+    fn the_limit_holds_while_an_entry_is_made() {
+        let (_dir, mut cache) = scratch();
+        cache.limit = 3_500_000;
+        let make = |n: &str| {
+            let fill = |d: &Path| Ok(fs::write(d.join("x"), vec![1; 1 << 20])?);
+            let made = cache.entry(recipe().with(n), "making a thing", fill);
+            made.unwrap().path().to_owned()
+        };
+        let [old, used] = ["old", "used"].map(make);
+        for (path, seconds) in [(&old, 1), (&used, 2)] {
+            let time = SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
+            File::open(path).unwrap().set_modified(time).unwrap();
+        }
+        // Making this takes 2 MB.
+        let large = Recipe::new("selftests-7.2.1").with("1");
+        let see = |_: &Path| {
+            assert!(!old.exists() && used.exists());
+            Ok(())
+        };
+        cache.entry(large, "making a large thing", see).unwrap();
+    }
+
+    #[test]
+    fn what_others_are_making_counts_as_what_it_will_be() {
+        let (dir, mut cache) = scratch();
+        cache.limit = 5_000_000;
+        let fill = |d: &Path| Ok(fs::write(d.join("x"), vec![1; 1 << 20])?);
+        let made = cache.entry(recipe(), "making a thing", fill);
+        let made = made.unwrap().path().to_owned();
+        let other = dir.path().join("tmp/selftests-7.2.1-30270296fa72");
+        fs::create_dir(&other).unwrap();
+        fs::write(other.join("x"), vec![1; (1 << 20) + 1]).unwrap();
+        cache.make_room(1_500_000);
+        assert!(made.exists());
+        cache.make_room(2_500_000);
+        assert!(!made.exists());
+    }
+
+    #[test]
+    fn lengths_of_time_are_for_people() {
+        let of = |seconds| age(Duration::from_secs(seconds));
+        assert_eq!([of(9), of(600), of(7_300)], ["9 s", "10 min", "2 h"]);
+        assert_eq!(of(40 * 86_400), "40 days");
+    }
+
+    #[test]
     fn two_calls_at_once_build_once() {
         let (_dir, cache) = scratch();
         let count = Arc::new(AtomicUsize::new(0));
@@ -489,7 +1032,7 @@ mod tests {
                 .entry(recipe().with("2"), "making a thing", |_| Ok(()))
                 .unwrap(),
         );
-        let held = cache.clean().unwrap();
+        let held = cache.clean(&[]).unwrap();
         assert_eq!(held.len(), 2);
         assert_eq!(held.iter().filter(|h| h.removed).count(), 1);
         assert!(kept.path().exists());

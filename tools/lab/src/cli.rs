@@ -33,15 +33,16 @@ pub enum Command {
         kernel: KernelArgs,
     },
     /// Builds everything, boots, runs the lab's suite and reports each test
-    ///
-    /// Without FILTER and --kernel the suite runs on the stock kernel, and then on the debug one those of
-    /// its programs that say so in tests/lab/Cargo.toml, and of the others those whose turn it is.
     Test {
         /// Only tests whose name, or whose run's name, contains this
         filter: Option<String>,
-        /// The kernel to boot, as for `run` [default: stock]
-        #[arg(long, value_name = "stock|debug|VERSION")]
-        kernel: Option<String>,
+        /// The kernel to boot
+        #[command(flatten)]
+        kernel: KernelArgs,
+        /// Runs what asks for this kernel in tests/lab/Cargo.toml, and of the rest only as much as fits
+        /// into so many minutes, first what passed longest ago: over several calls, all of it
+        #[arg(long, value_name = "MINUTES", conflicts_with = "filter")]
+        within: Option<u64>,
     },
     /// Runs a program of tests/lab/benches and prints what it prints
     ///
@@ -122,15 +123,23 @@ pub enum Command {
         #[command(flatten)]
         kernel: KernelArgs,
     },
-    /// Says what the cache holds and how big it is, and empties it
-    Clean,
+    /// Says what the cache holds: each entry's size, what it is, which commands need it, when it was last used,
+    /// and whether all its files are there
+    Cache,
+    /// Empties the cache, or removes some entries of it; what a running command uses stays
+    Clean {
+        /// Only entries whose name begins so; `cargo lab cache` says the names
+        #[arg(value_name = "ENTRY")]
+        entries: Vec<String>,
+    },
 }
 
 /// Which kernel.
 #[derive(Debug, Clone, Args)]
 pub struct KernelArgs {
-    /// The kernel package's version, such as 7.2.12+deb13; 'stock' for the newest 7.2 there is; or
-    /// 'debug' for that one's source with lockdep, KASAN, kmemleak and fault injection
+    /// The kernel package's version, such as 7.2.12+deb13; a series, such as 7.2, for its newest;
+    /// 'stock' for the newest that peerbuf.ko supports; or 'debug' for the source of stock with
+    /// lockdep, KASAN, kmemleak and fault injection
     #[arg(long, value_name = "stock|debug|VERSION", default_value = kernel::STOCK)]
     pub kernel: String,
 }
@@ -165,6 +174,9 @@ pub struct GuestArgs {
     /// Main memory of the guest in MiB
     #[arg(long, value_name = "MIB", default_value_t = 2048, value_parser = clap::value_parser!(u32).range(256..))]
     pub memory: u32,
+    /// Processors of the guest: with one, two guests run beside each other on two cores without waiting
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=16))]
+    pub processors: u32,
     /// Size of the largest BAR, a power of two such as 8G; memory that is not touched costs nothing
     /// [default: 64M]
     #[arg(long, value_name = "SIZE", value_parser = mebibytes)]
@@ -201,6 +213,7 @@ impl GuestArgs {
             timeout: None,
             bare: false,
             memory: Machine::default().memory_mib,
+            processors: Machine::default().processors,
             bar_size: None,
             rdma: Rdma::Stock,
             events: false,

@@ -31,10 +31,10 @@ const COMPILE: &str = "set -eu; cd /lab/build/fixtures/c; for c in *.c; do [ -e 
 /// # Errors
 /// When something does not compile; holds the compiler's messages.
 pub fn build(project: &Project, ground: &Ground, source: &Source) -> Result<PathBuf> {
-    let (tree, release) = (&ground.tree, ground.kernel.release());
+    let tree = &ground.tree;
     let selftests = selftests::get(&ground.cache, tree, &ground.kernel)?;
     let rdma_core = rdma_core::get(&ground.cache, tree)?;
-    let work = project.work_dir(&format!("fixtures-{release}"))?;
+    let work = project.work_dir(&format!("fixtures-{}", source.name()))?;
     let _lock = project::lock(&work)?;
     let out = work.join("out");
     for dir in ["fixtures/c", "fixtures/modules", "out"] {

@@ -79,7 +79,7 @@ impl Topology {
 /// How the guest's instructions are executed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Accelerator {
-    /// Emulation, two processors.
+    /// Emulation.
     Emulation,
     /// Emulation of one processor whose clock counts instructions.
     CountingEmulation,
@@ -128,6 +128,8 @@ pub struct Machine {
     pub accelerator: Accelerator,
     /// Main memory.
     pub memory_mib: u32,
+    /// Processors, unless its clock counts instructions, which takes one.
+    pub processors: u32,
     /// Whether a host directory is shared.
     pub share: bool,
     /// A terminal instead of separate streams.
@@ -150,6 +152,7 @@ impl Default for Machine {
             iommu: false,
             accelerator: Accelerator::Emulation,
             memory_mib: 2048,
+            processors: 2,
             share: false,
             shell: false,
             bar_mib: BAR_MIB,
@@ -234,7 +237,7 @@ impl Machine {
         match self.accelerator {
             Accelerator::Emulation => {
                 args.add("-accel", "tcg,thread=multi");
-                args.add("-smp", "2");
+                args.add("-smp", self.processors.to_string());
             }
             Accelerator::CountingEmulation => {
                 args.add("-accel", "tcg,thread=single");
@@ -243,7 +246,7 @@ impl Machine {
             }
             Accelerator::Kvm => {
                 args.add("-accel", "kvm");
-                args.add("-smp", "2");
+                args.add("-smp", self.processors.to_string());
             }
         }
         args.add("-cpu", self.topology.cpu());

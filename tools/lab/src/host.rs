@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 
-use crate::{progress::Step, sandbox};
+use crate::{cache::Cache, progress::Step, sandbox};
 
 /// Set in the environment once the lab has entered a user namespace of its own.
 const IN_USER_NAMESPACE: &str = "PEERBUF_LAB_IN_USER_NAMESPACE";
@@ -30,6 +30,46 @@ pub fn guests_at_once() -> usize {
     cores.min(room).clamp(1, 4)
 }
 
+/// What the host itself has of what peerbuf uses, for people to read while the lab is being made.
+pub fn summary() -> String {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let processors = std::thread::available_parallelism().map_or(1, |n| n.get());
+    let entries = |dir: &str| -> Vec<String> {
+        let mut names: Vec<_> = fs::read_dir(dir)
+            .into_iter()
+            .flatten()
+            .flatten()
+            .map(|entry| entry.file_name().to_string_lossy().into_owned())
+            .collect();
+        names.sort();
+        names
+    };
+    let is_there = |path: &str| match Path::new(path).exists() {
+        true => path.to_owned(),
+        false => String::new(),
+    };
+    let rows = [
+        ("peerbuf.ko", entries("/dev/peerbuf").join(" ")),
+        ("udmabuf", is_there("/dev/udmabuf")),
+        ("dma-heaps", entries("/dev/dma_heap").join(" ")),
+        ("GPUs", entries("/dev/dri").join(" ")),
+        ("NVMe disks", entries("/sys/class/nvme").join(" ")),
+        ("RDMA devices", entries("/sys/class/infiniband").join(" ")),
+        ("KVM", is_there("/dev/kvm")),
+    ];
+    let mut text = format!(
+        "This host: Linux {}, {processors} processors",
+        release.trim()
+    );
+    for (what, found) in rows {
+        let found = if found.is_empty() { "none" } else { &found };
+        text += &format!("\n  {what:<13} {found}");
+    }
+    text += "\nThe demo needs none of these: it runs in machines that the lab makes.";
+    text += " `cargo run --bin peerbuf -- info` says more of this host.\n";
+    text
+}
+
 /// What a guest takes of the host's memory at most, for the most part.
 const GUEST_KIB: usize = 4 << 20;
 
@@ -39,14 +79,29 @@ const GUEST_KIB: usize = 4 << 20;
 /// When that fails, with what the person can do.
 pub fn become_root() -> Result<()> {
     if nix::unistd::geteuid().is_root() {
+        let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+        if !may_mount(&status) {
+            bail!(
+                "the lab runs as root, but without the capability CAP_SYS_ADMIN, so the kernel refuses each mount \
+                 and namespace; a container usually takes it away. Start the container with it (`docker run \
+                 --privileged`, `podman run --privileged`), or call `cargo lab` outside"
+            );
+        }
         return Ok(());
     }
     if std::env::var_os(IN_USER_NAMESPACE).is_some() {
         bail!("in its own user namespace the lab is not root; run `cargo lab` as root instead");
     }
-    // mmdebstrap and uidmap come first: inside, there is no way to install anything.
-    if find("mmdebstrap").is_none() || find("newuidmap").is_none() {
-        install(&["mmdebstrap", "uidmap"])?;
+    // These come first: inside, there is no way to install anything. mmdebstrap makes the tree, once.
+    let mut wanted = Vec::new();
+    if find("mmdebstrap").is_none() && !Cache::has_a_tree() {
+        wanted.push("mmdebstrap");
+    }
+    if find("newuidmap").is_none() {
+        wanted.push("uidmap");
+    }
+    if !wanted.is_empty() {
+        install(&wanted)?;
     }
     let exe = std::env::current_exe().context("finding the lab's own program")?;
     let mut args: Vec<OsString> = ["--user", "--map-root-user", "--map-auto", "--"]
@@ -60,12 +115,13 @@ pub fn become_root() -> Result<()> {
         .output()
         .context("starting unshare (package util-linux)")?;
     if !probe.status.success() {
+        let said = String::from_utf8_lossy(&probe.stderr);
         bail!(
-            "the lab needs root, or a user namespace with a range of user ids, to make and enter \
-             its distribution tree.\n  tried: unshare --user --map-root-user --map-auto --mount true\n  \
-             result: {}\n  so either run it as root (`sudo -E cargo lab ...`), or give this user a \
-             range: `sudo usermod --add-subuids 100000-165535 --add-subgids 100000-165535 $USER`",
-            String::from_utf8_lossy(&probe.stderr).trim()
+            "without root, the lab needs a user namespace with a range of user ids, to make and enter its \
+             distribution tree.\n  tried: unshare --user --map-root-user --map-auto --mount true\n  \
+             result: {}\n  {}; or run the lab as root",
+            said.trim(),
+            Namespaces::of_this_host().remedy(&said)
         );
     }
     let error = Command::new("unshare")
@@ -74,6 +130,81 @@ pub fn become_root() -> Result<()> {
         .env(IN_USER_NAMESPACE, "1")
         .exec();
     Err(error).context("starting the lab in a user namespace")
+}
+
+/// Whether a process with this `/proc/self/status` has CAP_SYS_ADMIN.
+fn may_mount(status: &str) -> bool {
+    let effective = status.lines().find_map(|l| l.strip_prefix("CapEff:"));
+    let bits = effective.and_then(|text| u64::from_str_radix(text.trim(), 16).ok());
+    bits.is_none_or(|bits| bits & 1 << CAP_SYS_ADMIN != 0)
+}
+
+/// Its number in linux/capability.h.
+const CAP_SYS_ADMIN: u32 = 21;
+
+/// What decides whether this user may have a user namespace with more than one user id.
+struct Namespaces {
+    user: String,
+    /// Whether /etc/subuid and /etc/subgid give it a range.
+    ranges: [bool; 2],
+    /// user.max_user_namespaces is 0.
+    none_at_all: bool,
+    /// kernel.unprivileged_userns_clone, of Debian's kernels, is 0.
+    only_root: bool,
+    /// kernel.apparmor_restrict_unprivileged_userns, of Ubuntu's, is 1.
+    apparmor: bool,
+}
+
+impl Namespaces {
+    fn of_this_host() -> Self {
+        let uid = nix::unistd::geteuid();
+        let user = nix::unistd::User::from_uid(uid).ok().flatten();
+        let user = user.map_or(uid.to_string(), |user| user.name);
+        let sysctl = |name: &str| {
+            let text = fs::read_to_string(Path::new("/proc/sys").join(name)).unwrap_or_default();
+            text.trim().to_owned()
+        };
+        let range = |file| {
+            let text = fs::read_to_string(file).unwrap_or_default();
+            has_range(&text, &user, &uid.to_string())
+        };
+        Self {
+            ranges: ["/etc/subuid", "/etc/subgid"].map(range),
+            none_at_all: sysctl("user/max_user_namespaces") == "0",
+            only_root: sysctl("kernel/unprivileged_userns_clone") == "0",
+            apparmor: sysctl("kernel/apparmor_restrict_unprivileged_userns") == "1",
+            user,
+        }
+    }
+
+    /// What to do, given what `unshare` said.
+    fn remedy(&self, said: &str) -> String {
+        let set = |setting| format!("this host forbids it; as root, run: sysctl -w {setting}");
+        if said.contains("unrecognized option") {
+            "its unshare is too old: it comes with util-linux 2.38 (Debian 12, Ubuntu 23.04) or later".into()
+        } else if self.none_at_all {
+            set("user.max_user_namespaces=15000")
+        } else if self.only_root {
+            set("kernel.unprivileged_userns_clone=1")
+        } else if let [false, _] | [_, false] = self.ranges {
+            let user = &self.user;
+            format!(
+                "user {user} has no range in /etc/subuid or /etc/subgid; as root, run: usermod --add-subuids \
+                 100000-165535 --add-subgids 100000-165535 {user}"
+            )
+        } else if self.apparmor {
+            set("kernel.apparmor_restrict_unprivileged_userns=0")
+        } else {
+            "a container or a security module on this host forbids it: call the lab outside of it"
+                .into()
+        }
+    }
+}
+
+/// Whether a line of /etc/subuid or /etc/subgid is this user's.
+fn has_range(text: &str, user: &str, uid: &str) -> bool {
+    let mut owners = text.lines().filter_map(|line| line.split(':').next());
+    owners.any(|owner| owner == user || owner == uid)
 }
 
 /// Makes sure that mmdebstrap is there.
@@ -108,7 +239,7 @@ fn install(packages: &[&str]) -> Result<()> {
     let root = nix::unistd::geteuid().is_root();
     if !root && (find("sudo").is_none() || std::env::var_os(IN_USER_NAMESPACE).is_some()) {
         bail!(
-            "the lab needs {}; as root, run: apt-get install {}",
+            "the lab needs {} on the host and may not install it here; as root, run: apt-get install {}",
             packages.join(" and "),
             packages.join(" ")
         );
@@ -266,6 +397,76 @@ mod tests {
         assert_eq!(of("hypervisor tsc_known_freq aperfmperf"), None);
         assert_eq!(known_tsc_khz("flags: hypervisor tsc_known_freq"), None);
         assert_eq!(known_tsc_khz(""), None);
+    }
+
+    #[test]
+    fn each_reason_for_which_there_is_no_namespace_has_its_own_remedy() {
+        let host = || Namespaces {
+            user: "ann".into(),
+            ranges: [true; 2],
+            none_at_all: false,
+            only_root: false,
+            apparmor: false,
+        };
+        let refused = "unshare: unshare failed: Operation not permitted";
+        let told = |host: Namespaces, said, part: &str| {
+            let remedy = host.remedy(said);
+            assert!(remedy.contains(part), "{part} in {remedy}");
+        };
+        let ranges = [true, false];
+        told(
+            Namespaces { ranges, ..host() },
+            "",
+            "--add-subgids 100000-165535 ann",
+        );
+        told(
+            Namespaces {
+                none_at_all: true,
+                ranges,
+                ..host()
+            },
+            refused,
+            "user.max_user_namespaces=15000",
+        );
+        told(
+            Namespaces {
+                only_root: true,
+                ..host()
+            },
+            refused,
+            "unprivileged_userns_clone=1",
+        );
+        told(
+            Namespaces {
+                apparmor: true,
+                ..host()
+            },
+            "unshare: write failed /proc/self/uid_map: Operation not permitted",
+            "apparmor_restrict_unprivileged_userns=0",
+        );
+        told(
+            host(),
+            "unshare: unrecognized option '--map-auto'",
+            "util-linux 2.38",
+        );
+        told(host(), refused, "a container");
+    }
+
+    #[test]
+    fn a_range_belongs_to_a_user_by_name_or_number() {
+        let text = "annabel:100000:65536\n1001:165536:65536\n";
+        assert!(has_range(text, "annabel", "1000"));
+        assert!(has_range(text, "bob", "1001"));
+        assert!(!has_range(text, "ann", "100"));
+        assert!(!has_range("", "ann", "100"));
+    }
+
+    #[test]
+    fn root_without_the_capability_may_not_mount() {
+        assert!(may_mount("Name:\tx\nCapEff:\t000001ffffffffff\n"));
+        // What Docker leaves a container.
+        assert!(!may_mount("CapEff:\t00000000a80425fb\n"));
+        assert!(may_mount(""));
     }
 
     #[test]

@@ -30,8 +30,12 @@ const DEBUG_CONFIG: &str = include_str!("../recipes/debug-kernel.config");
 
 /// What `--kernel` calls the instrumented kernel.
 pub const DEBUG: &str = "debug";
-/// What a person calls the distribution's newest kernel of the lab's series.
+/// What a person calls the newest kernel of the suites that the module supports.
 pub const STOCK: &str = "stock";
+/// The series of kernels that peerbuf.ko is written for, the newest last. Rust's kernel interfaces
+/// change from one series to the next, and the suites add series without asking; `kmod/Makefile`
+/// refuses the others.
+pub const SERIES: &[&str] = &["7.2", "7.3"];
 /// The packages whose programs compile the instrumented kernel.
 const COMPILERS: &[&str] = &[
     "clang-19", "lld-19", "llvm-19", "rustc", "rust-src", "bindgen",
@@ -59,9 +63,31 @@ pub struct Kernel {
     initramfs: Entry,
 }
 
+/// A kernel that the suites offer, before it is fetched or built.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Named {
+    package: String,
+    debug: bool,
+}
+
+impl Named {
+    /// The kernel that `wanted` names, by the list in the cache, which may be old.
+    ///
+    /// # Errors
+    /// When no list can be fetched.
+    pub fn find(cache: &Cache, tree: &Tree, wanted: &str) -> Result<Option<Self>> {
+        let offered = offered(cache, tree, false)?;
+        Ok(choose(&offered, wanted).map(|package| Self {
+            package: package.to_owned(),
+            debug: wanted == DEBUG,
+        }))
+    }
+}
+
 impl Kernel {
-    /// The kernel that `wanted` names (`stock` is the newest 7.2 that the suites offer, `debug` the
-    /// instrumented one of the same source), made first if the cache does not have it.
+    /// The kernel that `wanted` names, made first if the cache does not have it: a release, a series
+    /// (`7.2`, the newest release of it), `stock` (the newest release of the newest of [`SERIES`] that
+    /// the suites offer), or `debug` (the instrumented one, of the source of `stock`).
     ///
     /// # Errors
     /// When the suites do not offer it; lists what they do.
@@ -69,7 +95,12 @@ impl Kernel {
         // The list is as old as the tree. Where it leads nowhere any more, it is made again, once.
         let mut fresh = false;
         loop {
-            let offered = offered(cache, tree, fresh)?;
+            let offered = offered(cache, tree, fresh).with_context(|| match fresh {
+                true => format!(
+                    "kernel {wanted:?} is not among those known here; asking for newer ones"
+                ),
+                false => format!("finding kernel {wanted:?}"),
+            })?;
             let fetch = if wanted == DEBUG {
                 Self::build
             } else {
@@ -81,8 +112,9 @@ impl Kernel {
                     other => return other,
                 },
                 None if fresh => bail!(
-                    "no kernel package {wanted:?}: the suites offer {}; name one of them, 'stock' for the newest 7.2 or 'debug' for the instrumented one",
-                    offered.join(", ")
+                    "no kernel package {wanted:?}: the suites offer {}; name one of them, a series (7.2) for its newest, 'stock' for the newest that peerbuf.ko supports ({}) or 'debug' for the instrumented one",
+                    offered.join(", "),
+                    SERIES.join(", ")
                 ),
                 None => {}
             }
@@ -149,6 +181,14 @@ impl Kernel {
         })
     }
 
+    /// What it was made of.
+    pub fn named(&self) -> Named {
+        Named {
+            package: self.package().to_owned(),
+            debug: self.is_debug(),
+        }
+    }
+
     /// Its release string, as `uname -r` gives it.
     pub fn release(&self) -> &str {
         &self.release
@@ -209,18 +249,18 @@ pub struct Source {
 }
 
 impl Source {
-    /// The tree for `kernel`, prepared first if the cache has none.
+    /// The tree for a kernel, prepared first if the cache has none.
     ///
     /// # Errors
     /// When the suites have no source for it, or the kernel was built without Rust.
-    pub fn get(cache: &Cache, tree: &Tree, kernel: &Kernel) -> Result<Self> {
-        match &kernel.origin {
-            Origin::Package => Self::prepared(cache, tree, &kernel.release),
-            Origin::Source(package) => Ok(Self {
-                entry: debug(cache, tree, package)?,
+    pub fn get(cache: &Cache, tree: &Tree, kernel: &Named) -> Result<Self> {
+        if kernel.debug {
+            return Ok(Self {
+                entry: debug(cache, tree, &kernel.package)?,
                 make: &["LLVM=1"],
-            }),
+            });
         }
+        Self::prepared(cache, tree, &kernel.package)
     }
 
     /// That of a package's kernel.
@@ -257,6 +297,12 @@ impl Source {
         self.entry.path().join("linux")
     }
 
+    /// A name that changes with the kernel and with how the tree was made.
+    pub fn name(&self) -> String {
+        let name = self.entry.path().file_name().unwrap_or_default();
+        name.to_string_lossy().into_owned()
+    }
+
     /// The variables by which `make` uses the compilers that the kernel was built with.
     pub fn make_variables(&self) -> &'static [&'static str] {
         self.make
@@ -270,29 +316,33 @@ impl Source {
 
 fn offered(cache: &Cache, tree: &Tree, fresh: bool) -> Result<Vec<String>> {
     let recipe = || Recipe::new("versions").with(tree.name()).with(LIST_RECIPE);
+    let what = "looking which kernels there are";
+    let list = |dir: &Path| run(tree.recipe(LIST_RECIPE, dir), "listing kernel packages");
     if fresh {
-        cache.forget(recipe())?;
+        cache.renew(recipe(), what, list)?;
     }
-    let entry = cache.entry(recipe(), "looking which kernels there are", |dir| {
-        run(tree.recipe(LIST_RECIPE, dir), "listing kernel packages")
-    })?;
+    let entry = cache.entry(recipe(), what, list)?;
     let text = fs::read_to_string(entry.path().join("versions"))?;
     Ok(text.lines().map(str::to_owned).collect())
 }
 
-/// The series of kernels that peerbuf.ko is written for: Rust's kernel interfaces change from one to
-/// the next, and the suites go on without asking.
-const SERIES: &str = "7.2.";
+/// The first two numbers of a release.
+fn series(release: &str) -> &str {
+    let end = release.match_indices('.').nth(1).map(|(at, _)| at);
+    &release[..end.unwrap_or(release.len())]
+}
 
+/// The release among `offered` (the newest last) that `wanted` names.
 fn choose<'a>(offered: &'a [String], wanted: &str) -> Option<&'a str> {
     let name = wanted.strip_prefix("linux-image-").unwrap_or(wanted);
-    let newest = || offered.iter().rev().find(|o| o.starts_with(SERIES));
+    let newest = |wanted: &str| offered.iter().rev().find(|o| series(o) == wanted);
     let found = if name == STOCK || name == DEBUG {
-        newest()
+        SERIES.iter().rev().find_map(|s| newest(s))
     } else {
         offered
             .iter()
             .find(|o| *o == name || o.strip_suffix("-amd64") == Some(name))
+            .or_else(|| newest(name))
     };
     found.map(String::as_str)
 }
@@ -347,18 +397,85 @@ mod tests {
     fn a_kernel_is_named_as_people_name_it() {
         let offered = [
             "6.12.1+deb13-amd64",
+            "7.2.9+deb13-amd64",
             "7.2.12+deb13-amd64",
             "7.3.4+deb13-amd64",
+            "7.20.1+deb13-amd64",
         ]
         .map(String::from);
-        assert_eq!(choose(&offered, "stock"), Some("7.2.12+deb13-amd64"));
-        assert_eq!(choose(&offered, DEBUG), Some("7.2.12+deb13-amd64"));
         assert_eq!(choose(&offered, "6.12.1+deb13"), Some("6.12.1+deb13-amd64"));
         assert_eq!(
             choose(&offered, "linux-image-7.2.12+deb13-amd64"),
             Some("7.2.12+deb13-amd64")
         );
-        assert_eq!(choose(&offered, "7.2"), None);
-        assert_eq!(choose(&[], "stock"), None);
+        assert_eq!(choose(&offered, "7.2"), Some("7.2.12+deb13-amd64"));
+        assert_eq!(choose(&offered, "6.12"), Some("6.12.1+deb13-amd64"));
+        assert_eq!(choose(&offered, "7.1"), None);
+        assert_eq!(choose(&offered, "7"), None);
+        assert_eq!(choose(&offered, ""), None);
+    }
+
+    #[test]
+    fn stock_and_debug_are_of_the_newest_series_that_the_module_supports() {
+        let offered = [
+            "7.2.9+deb13-amd64",
+            "7.2.12+deb13-amd64",
+            "7.3.4+deb13-amd64",
+            "8.0.1+deb13-amd64",
+        ]
+        .map(String::from);
+        for wanted in [STOCK, DEBUG] {
+            assert_eq!(choose(&offered, wanted), Some("7.3.4+deb13-amd64"));
+            assert_eq!(choose(&offered[..2], wanted), Some("7.2.12+deb13-amd64"));
+            assert_eq!(choose(&offered[3..], wanted), None);
+            assert_eq!(choose(&[], wanted), None);
+        }
+    }
+
+    fn kmod() -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../../kmod")
+    }
+
+    #[test]
+    fn the_module_and_the_lab_name_the_same_series() {
+        let kbuild = fs::read_to_string(kmod().join("Kbuild")).unwrap();
+        let list = kbuild.lines().find_map(|l| l.strip_prefix("supported := "));
+        let list: Vec<_> = list.unwrap().split_whitespace().collect();
+        assert_eq!(list, SERIES);
+    }
+
+    /// What `make` says, and whether the kernel's build was begun, for a tree of that version.
+    fn make(version: &str) -> (String, bool) {
+        let tree = tempfile::tempdir().unwrap();
+        let makefile = format!(
+            "kernelversion:\n\t@echo {version}\nmodules:\n\t@touch {}/begun\n",
+            tree.path().display()
+        );
+        fs::write(tree.path().join("Makefile"), makefile).unwrap();
+        let output = std::process::Command::new("make")
+            .arg("-sC")
+            .arg(kmod())
+            .arg(format!("KDIR={}", tree.path().display()))
+            .env_remove("MAKEFLAGS")
+            .output()
+            .expect("make, as every machine has it that builds modules");
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        (text, tree.path().join("begun").exists())
+    }
+
+    #[test]
+    fn make_refuses_other_kernels_in_one_line_that_names_those_that_do() {
+        for version in ["7.1.9", "6.12.107", "7.4.0-rc1", "7.20.1", "72.3.0", ""] {
+            let (text, begun) = make(version);
+            assert!(!begun, "{version:?}: the build was begun");
+            assert_eq!(text.lines().count(), 1, "{text}");
+            for word in SERIES.iter().chain([&version]) {
+                assert!(text.contains(word), "{version:?}: {text}");
+            }
+        }
+        for version in ["7.2.13", "7.3.4", "7.3.0-rc7"] {
+            let (text, begun) = make(version);
+            assert!(begun && text.is_empty(), "{version}: {text}");
+        }
     }
 }

@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 
 use crate::{
     accel,
@@ -15,7 +15,7 @@ use crate::{
     disk, fixtures,
     guest::{self, Accelerator, Machine},
     host,
-    kernel::{Kernel, Source},
+    kernel::{Kernel, Named, Source},
     project::Project,
     run::{BOOT_LIMIT, DEFAULT_TIMEOUT, Ground, Job},
     rxe,
@@ -64,23 +64,97 @@ pub fn ground(cache: &Cache, args: &GuestArgs) -> Result<Ground> {
     })
 }
 
-/// Builds the module, the command and the fixtures for the kernel of `ground`.
+/// What of the checkout guests are to have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Want {
+    /// The module and the command.
+    Command,
+    /// And what the suite's tests need: the crate's examples and the fixtures.
+    Suite,
+}
+
+/// Makes, if need be, all that a guest with these options starts from, and builds the parts for it. What
+/// does not depend on each other is made at the same time.
 ///
 /// # Errors
-/// When one does not compile; holds the compiler's messages.
-pub fn parts(project: &Project, ground: &Ground) -> Result<Parts> {
-    let release = ground.kernel.release();
-    let source = Source::get(&ground.cache, &ground.tree, &ground.kernel)?;
-    let module = project.module(&ground.tree, &source, release)?;
-    if module.is_none() {
-        crate::progress::note("kmod/ has no Makefile, so there is no peerbuf.ko in the guest");
-    }
-    let fixtures = fixtures::build(project, ground, &source)?;
-    Ok(Parts {
-        module,
-        programs: project.peerbuf()?,
-        fixtures: Some(fixtures),
+/// Those of making it; when something does not compile, the compiler's messages.
+pub fn made(
+    cache: &Cache,
+    project: &Project,
+    args: &GuestArgs,
+    want: Want,
+) -> Result<(Ground, Parts)> {
+    std::thread::scope(|scope| {
+        let programs = scope.spawn(|| project.peerbuf(want == Want::Suite));
+        let tree = Tree::get(cache)?;
+        let (ground, source, module) = ground_and_module(cache, project, &tree, args)?;
+        if module.is_none() {
+            crate::progress::note("kmod/ has no Makefile, so there is no peerbuf.ko in the guest");
+        }
+        let fixtures = match want {
+            Want::Command => None,
+            Want::Suite => Some(fixtures::build(project, &ground, &source)?),
+        };
+        let parts = Parts {
+            module,
+            programs: joined(programs)?,
+            fixtures,
+        };
+        Ok((ground, parts))
     })
+}
+
+/// The kernel's source and the module, and beside them, since they take longest, what guests start from.
+fn ground_and_module(
+    cache: &Cache,
+    project: &Project,
+    tree: &Tree,
+    args: &GuestArgs,
+) -> Result<(Ground, Source, Option<PathBuf>)> {
+    let module_for = |kernel: &Named| -> Result<_> {
+        let source = Source::get(cache, tree, kernel)?;
+        let module = project.module(tree, &source)?;
+        Ok((source, module))
+    };
+    let named = Named::find(cache, tree, &args.kernel.kernel)?;
+    std::thread::scope(|scope| {
+        let built = named
+            .as_ref()
+            .map(|named| scope.spawn(|| module_for(named)));
+        let ground = ground(cache, args)?;
+        let kernel = ground.kernel.named();
+        let (source, module) = match built {
+            // The list of kernels may have been too old, and so the name.
+            Some(built) if named.as_ref() == Some(&kernel) => joined(built)?,
+            _ => module_for(&kernel)?,
+        };
+        Ok((ground, source, module))
+    })
+}
+
+/// A guest with these options, ready for a command: what it starts from, and with the parts that the
+/// checkout has for it, unless it is to be bare.
+///
+/// # Errors
+/// As for [`made`].
+pub fn ready(cache: &Cache, args: &GuestArgs) -> Result<(Ground, Job)> {
+    let (ground, parts) = if args.bare {
+        (ground(cache, args)?, Parts::default())
+    } else {
+        made(cache, &Project::find()?, args, Want::Suite)?
+    };
+    let job = job(&ground, args, parts)?;
+    Ok((ground, job))
+}
+
+/// What a thread of the lab's own came to.
+///
+/// # Errors
+/// Its own, or that it panicked.
+pub fn joined<T>(thread: std::thread::ScopedJoinHandle<'_, Result<T>>) -> Result<T> {
+    thread
+        .join()
+        .unwrap_or_else(|_| Err(anyhow!("the lab itself failed (above)")))
 }
 
 /// A guest with these options and parts; the command is still to be set.
@@ -94,6 +168,7 @@ pub fn job(ground: &Ground, args: &GuestArgs, parts: Parts) -> Result<Job> {
         iommu: args.iommu,
         accelerator: Accelerator::CountingEmulation,
         memory_mib: args.memory,
+        processors: args.processors,
         share: share.is_some(),
         shell: false,
         bar_mib: args.bar_size.unwrap_or(guest::BAR_MIB),

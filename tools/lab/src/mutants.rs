@@ -28,7 +28,7 @@ use crate::{
     cache::Cache,
     cli::{GuestArgs, KernelArgs},
     kernel::{self, Source},
-    lab,
+    lab::{self, Want},
     project::Project,
     run::{Ending, Outcome},
     suite,
@@ -154,12 +154,10 @@ fn one(cache: &Cache, project: &Project, mutant: &Mutant) -> Result<Outcome> {
         },
         ..args
     };
-    let ground = lab::ground(cache, &args)?;
-    let source = Source::get(cache, &ground.tree, &ground.kernel)?;
-    let mut parts = lab::parts(project, &ground)?;
-    let release = ground.kernel.release();
+    let (ground, mut parts) = lab::made(cache, project, &args, Want::Suite)?;
+    let source = Source::get(cache, &ground.tree, &ground.kernel.named())?;
     let change = |kmod: &Path| mutant.apply(kmod);
-    parts.module = Some(project.changed_module(&ground.tree, &source, release, change)?);
+    parts.module = Some(project.changed_module(&ground.tree, &source, change)?);
     let mut job = lab::job(&ground, &args, parts)?;
     job.machine.events = true;
     let name = file.file_name().context("a program without a name")?;

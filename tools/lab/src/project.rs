@@ -86,19 +86,17 @@ impl Project {
         Ok(dir)
     }
 
-    /// The command `peerbuf` and the crate's examples, built if need be.
+    /// The command `peerbuf`, and if wanted the crate's examples, built if need be.
     ///
     /// # Errors
     /// When it does not compile; holds the compiler's messages.
-    pub fn peerbuf(&self) -> Result<Vec<PathBuf>> {
+    pub fn peerbuf(&self, examples: bool) -> Result<Vec<PathBuf>> {
         let step = Step::start("building the command peerbuf");
-        let built = self.cargo_build(&[
-            "build",
-            "--package=peerbuf-cli",
-            "--bins",
-            "--package=peerbuf",
-            "--examples",
-        ])?;
+        let mut args = vec!["build", "--package=peerbuf-cli", "--bins"];
+        if examples {
+            args.extend(["--package=peerbuf", "--examples"]);
+        }
+        let built = self.cargo_build(&args)?;
         step.done();
         Ok(built.into_iter().map(|p| p.file).collect())
     }
@@ -151,11 +149,11 @@ impl Project {
     ///
     /// # Errors
     /// When it does not compile; holds the compiler's messages.
-    pub fn module(&self, tree: &Tree, source: &Source, release: &str) -> Result<Option<PathBuf>> {
+    pub fn module(&self, tree: &Tree, source: &Source) -> Result<Option<PathBuf>> {
         if !self.root.join("kmod/Makefile").is_file() {
             return Ok(None);
         }
-        let work = self.work_dir(&format!("kmod-{release}"))?;
+        let work = self.work_dir(&format!("kmod-{}", source.name()))?;
         let _lock = lock(&work)?;
         for part in ["kmod", "uapi"] {
             mirror(&self.root.join(part), &work.join(part))?;
@@ -172,10 +170,9 @@ impl Project {
         &self,
         tree: &Tree,
         source: &Source,
-        release: &str,
         change: impl FnOnce(&Path) -> Result<()>,
     ) -> Result<PathBuf> {
-        let work = self.work_dir(&format!("kmod-changed-{release}"))?;
+        let work = self.work_dir(&format!("kmod-changed-{}", source.name()))?;
         let _lock = lock(&work)?;
         for part in ["kmod", "uapi"] {
             mirror(&self.root.join(part), &work.join(part))?;
@@ -195,15 +192,17 @@ fn make_module(tree: &Tree, source: &Source, work: &Path) -> Result<PathBuf> {
         return Ok(module);
     }
     let step = Step::start("building peerbuf.ko");
-    // Built for another prepared tree, the objects there are of no use.
-    let against = work.join("built-against");
-    let tree_dir = source.dir().display().to_string();
+    // A make that was killed leaves half an object, which the next one would take for whole. One that fails
+    // removes what it did not finish.
+    let begun = work.join("begun");
     let args = |target| ["-C", "/lab/build/kmod", "KDIR=/lab/linux", target];
-    if fs::read_to_string(&against).ok().as_deref() != Some(&tree_dir) {
+    if begun.exists() {
         make(tree, source, work, &args("clean"))?;
-        fs::write(&against, tree_dir)?;
     }
-    make(tree, source, work, &args("modules"))?;
+    fs::write(&begun, "")?;
+    let made = make(tree, source, work, &args("modules"));
+    fs::remove_file(&begun)?;
+    made?;
     if !module.is_file() {
         bail!("building kmod/ made no peerbuf.ko");
     }

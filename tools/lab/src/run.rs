@@ -1,6 +1,7 @@
 //! One guest's life: stage what it needs, start it, carry the command's streams, judge its end.
 
 use std::{
+    collections::HashMap,
     ffi::OsString,
     fs,
     io::{BufRead, BufReader, ErrorKind, Read, Write},
@@ -49,7 +50,7 @@ const INIT: [(&str, &str); 4] = [
 ];
 
 /// From start to CMD, and from CMD's end to the guest's. Ten times what a boot takes on two idle
-/// cores.
+/// cores. As with all limits, time in which the host let the guest wait does not count.
 pub const BOOT_LIMIT: Duration = Duration::from_secs(120);
 /// For a command whose caller sets no limit: a hang must end some time.
 pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(600);
@@ -71,6 +72,7 @@ pub struct Ground {
 }
 
 /// What to run, and in which machine.
+#[derive(Clone)]
 pub struct Job {
     /// The machine.
     pub machine: Machine,
@@ -104,6 +106,8 @@ pub struct Deadline(Arc<Mutex<Limit>>);
 struct Limit {
     /// When the time is over, and how much it was.
     over: Option<(Instant, Duration)>,
+    /// How long the guest's threads have run on the host's processors.
+    ran: Duration,
     /// Whoever set the limit has no use for the command any more; why, in words.
     vain: Option<String>,
 }
@@ -123,6 +127,20 @@ impl Deadline {
                 .over
                 .map(|(_, limit)| (Instant::now() + limit, limit));
         }
+    }
+
+    /// Time that the guest was ready to use, and the host gave to others, does not count.
+    fn put_off(&self, waited: Duration, ran: Duration) {
+        if let Ok(mut deadline) = self.0.lock() {
+            deadline.over = deadline.over.map(|(at, limit)| (at + waited, limit));
+            deadline.ran = ran;
+        }
+    }
+
+    /// How long the guest has run on the host's processors, all of them together: what its commands cost,
+    /// however busy the host is.
+    pub fn ran(&self) -> Duration {
+        self.0.lock().map_or(Duration::ZERO, |limit| limit.ran)
     }
 
     /// The command's end is not waited for any more.
@@ -304,10 +322,12 @@ fn boot(ground: &Ground, job: &Job) -> Result<(Guest, Receiver<Event>, Option<En
             guest => guest?,
         };
         let told = listen(guest.take_port("control")?);
-        let instead = match told.recv_timeout(job.boot_limit) {
-            Ok(Event::Start) => None,
-            Ok(_) | Err(RecvTimeoutError::Disconnected) => Some(guest.ended(BEFORE)),
-            Err(RecvTimeoutError::Timeout) => Some(Ending::Died(format!(
+        let deadline = Deadline::default();
+        deadline.set(Some(job.boot_limit));
+        let instead = match next_event(&told, &deadline, guest.child.id()) {
+            Ok(Some(Event::Start)) => None,
+            Ok(_) => Some(guest.ended(BEFORE)),
+            Err(_) => Some(Ending::Died(format!(
                 "the guest did not come to the command within {} s",
                 job.boot_limit.as_secs()
             ))),
@@ -366,18 +386,23 @@ pub fn run(ground: &Ground, job: &Job, streams: Streams) -> Result<Outcome> {
                 carry_in(from, to);
             }
             job.deadline.set(job.timeout);
-            match wait_for_exit(&told, &job.deadline) {
-                Some(ending) => ending,
-                None => guest.ended("before the command did"),
+            match next_event(&told, &job.deadline, guest.child.id()) {
+                Ok(Some(Event::Exit(status))) => Ending::Exit(status),
+                Ok(_) => guest.ended("before the command did"),
+                Err(ending) => ending,
             }
         }
         Some(ending) => ending,
     };
     if let Ending::Exit(status) = ending {
-        let limit = job.boot_limit;
-        match (told.recv_timeout(limit), told.recv_timeout(limit)) {
+        let deadline = Deadline::default();
+        deadline.set(Some(job.boot_limit));
+        let next = || next_event(&told, &deadline, guest.child.id());
+        match (next(), next()) {
             // A log without the record where judging begins would pass as a clean one.
-            (Ok(Event::Leaks(leaks)), Ok(Event::Log(raw))) if raw.contains(klog::BEGIN) => {
+            (Ok(Some(Event::Leaks(leaks))), Ok(Some(Event::Log(raw))))
+                if raw.contains(klog::BEGIN) =>
+            {
                 let log = klog::messages(&raw);
                 complaints = klog::complaints(&log);
                 complaints.extend(klog::leaks(&leaks, &log));
@@ -410,18 +435,58 @@ fn read_lossy(path: &Path) -> String {
     String::from_utf8_lossy(&fs::read(path).unwrap_or_default()).into_owned()
 }
 
-/// How the command ended; `None` if the guest did before it.
-fn wait_for_exit(events: &Receiver<Event>, deadline: &Deadline) -> Option<Ending> {
+/// The next event, or how the guest was found late or of no use any more; `None` for a guest that ended.
+fn next_event(
+    events: &Receiver<Event>,
+    deadline: &Deadline,
+    guest: u32,
+) -> Result<Option<Event>, Ending> {
+    let mut usage = Usage::of(guest);
     loop {
         match events.recv_timeout(Duration::from_millis(100)) {
-            Ok(Event::Exit(status)) => return Some(Ending::Exit(status)),
+            Ok(event) => return Ok(Some(event)),
             Err(RecvTimeoutError::Timeout) => {
+                let now = Usage::of(guest);
+                deadline.put_off(now.waited_since(&usage), now.ran());
+                usage = now;
                 if let Some(ending) = deadline.missed() {
-                    return Some(ending);
+                    return Err(ending);
                 }
             }
-            _ => return None,
+            Err(RecvTimeoutError::Disconnected) => return Ok(None),
         }
+    }
+}
+
+/// For each thread of a process, how long it ran, and how long it was ready and did not, in nanoseconds.
+struct Usage(HashMap<OsString, (u64, u64)>);
+
+impl Usage {
+    /// Of a process; empty if the host does not tell.
+    fn of(process: u32) -> Self {
+        let threads = fs::read_dir(format!("/proc/{process}/task"));
+        let mut usage = HashMap::new();
+        for thread in threads.into_iter().flatten().flatten() {
+            let text = fs::read_to_string(thread.path().join("schedstat")).unwrap_or_default();
+            let mut figures = text.split_whitespace().map(str::parse);
+            if let (Some(Ok(ran)), Some(Ok(waited))) = (figures.next(), figures.next()) {
+                usage.insert(thread.file_name(), (ran, waited));
+            }
+        }
+        Self(usage)
+    }
+
+    fn ran(&self) -> Duration {
+        Duration::from_nanos(self.0.values().map(|(ran, _)| ran).sum())
+    }
+
+    /// The longest that one of the threads has waited since.
+    fn waited_since(&self, before: &Self) -> Duration {
+        let since = self.0.iter().map(|(thread, (_, waited))| {
+            let (_, earlier) = before.0.get(thread).copied().unwrap_or_default();
+            waited.saturating_sub(earlier)
+        });
+        Duration::from_nanos(since.max().unwrap_or_default())
     }
 }
 
@@ -750,6 +815,30 @@ mod tests {
         });
         assert_eq!(complained.status(), 125);
         assert!(complained.report().contains("BUG: x"));
+    }
+
+    #[test]
+    fn time_that_the_host_gives_to_others_does_not_count() {
+        let deadline = Deadline::default();
+        deadline.set(Some(Duration::ZERO));
+        assert!(deadline.missed().is_some());
+        deadline.put_off(Duration::from_secs(60), Duration::from_secs(7));
+        assert_eq!(deadline.missed(), None);
+        assert_eq!(deadline.ran(), Duration::from_secs(7));
+
+        let usage = |waited: &[(&str, u64)]| {
+            Usage(waited.iter().map(|(t, w)| (t.into(), (1, *w))).collect())
+        };
+        let (before, now) = (
+            usage(&[("a", 5), ("b", 7)]),
+            usage(&[("a", 9), ("b", 8), ("new", 3)]),
+        );
+        assert_eq!(now.waited_since(&before), Duration::from_nanos(4));
+        assert_eq!(before.waited_since(&now), Duration::ZERO);
+        assert_eq!(now.ran(), Duration::from_nanos(3));
+        let own = Usage::of(std::process::id());
+        assert!(own.ran() > Duration::ZERO);
+        assert!(Usage::of(u32::MAX).0.is_empty());
     }
 
     #[test]

@@ -33,7 +33,7 @@ pub const MODULE: &str = "rdma_rxe.ko";
 /// # Errors
 /// When a patch does not fit the kernel's source, or it does not compile.
 pub fn get(cache: &Cache, tree: &Tree, kernel: &Kernel) -> Result<Entry> {
-    let build = Source::get(cache, tree, kernel)?;
+    let build = Source::get(cache, tree, &kernel.named())?;
     let mut recipe = Recipe::new(format!("rxe-{}", kernel.release()))
         .with(build.dir().display().to_string())
         .with(RECIPE);

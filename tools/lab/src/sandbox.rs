@@ -257,7 +257,8 @@ fn enter(inside: bool, parent: &OsStr, json: &OsStr) -> Result<i32> {
             flags |= CloneFlags::CLONE_NEWPID;
         }
         unshare(flags).context(
-            "taking a mount namespace (unshare); this needs root, or user namespaces for this user",
+            "taking a mount namespace (unshare): the kernel, or a filter of the container that this is, refuses; \
+             call the lab as root outside of a container, or start it with --privileged",
         )?;
         change_mount(Path::new("/"), MsFlags::MS_REC | MsFlags::MS_PRIVATE)?;
         if sandbox.own_processes {

@@ -7,12 +7,11 @@
 //! test = "kmod"                         # tests/lab/tests/kmod.rs
 //! options = ["--topology", "switch"]    # as for cargo lab run
 //! where = "guest"                       # or "host": runs here, with PEERBUF_LAB set
-//! kernel = "any"                        # or "stock", "debug": runs with that one only; or "each"
+//! kernel = "any"                        # or "stock", "debug": runs with that one only; or "each", see below
 //! ```
 //!
-//! A call that names neither a kernel nor a test runs everything on the stock kernel, and then on the
-//! debug one what is for "debug" or for "each", and of the rest some: those that passed there longest
-//! ago, as many as fit into the time for it. So all take turns.
+//! With `--within MINUTES` a call runs what is for its kernel or for "each", and of the rest some: those that
+//! passed there longest ago, as many as fit into that time. So all take turns.
 //!
 //! A test program may have several runs. Runs with the same options share a guest, one after the
 //! other (`tests/lab/init/suite` gives each a fresh peerbuf.ko); as many guests as are worth their
@@ -21,13 +20,10 @@
 
 use std::{
     ffi::OsString,
-    io::{self, Read, Write},
+    io::{self, Write},
     path::PathBuf,
     process::{Command, Stdio},
-    sync::{
-        Mutex, MutexGuard, PoisonError,
-        mpsc::{Receiver, Sender, channel},
-    },
+    sync::{Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -40,6 +36,7 @@ use crate::{
     progress::note,
     project::{Program, Project},
     run::{Deadline, Ending, Outcome, Streams},
+    session::{Done, session},
 };
 
 /// Where a test program runs.
@@ -57,10 +54,10 @@ pub enum Place {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum With {
-    /// With each that a person chooses.
+    /// With each; on the debug kernel they take turns.
     #[default]
     Any,
-    /// As `Any`, and always with both where a person chooses none.
+    /// As `Any`, and does not take turns.
     Each,
     /// With a distribution's.
     Stock,
@@ -282,7 +279,12 @@ impl Runner<'_> {
         tell: &(dyn Fn(Verdict) + Sync),
     ) {
         let next = || lock(groups)[n].waiting.pop();
-        let tell_of = |work: &Work, began: Instant, verdict: Verdict| {
+        let tell_of = |work: &Work, began: Instant, ran: Option<Duration>, mut verdict: Verdict| {
+            let (name, took) = (work.run.name(), began.elapsed().as_secs());
+            let ran = ran.map_or(String::new(), |ran| {
+                format!(" ({} s of the host's processors)", ran.as_secs())
+            });
+            verdict.text += &format!("{name}: {} passed in {took} s{ran}\n", verdict.passed);
             if work.tests.is_empty() {
                 let passed = verdict.failed == 0;
                 self.history.note(&work.run.name(), began.elapsed(), passed);
@@ -301,7 +303,7 @@ impl Runner<'_> {
                     Ok(output) => judge(&w.run.name(), &output),
                     Err(error) => failure(&w.run.name(), "the run", &format!("{error:#}\n")),
                 };
-                tell_of(&w, began, verdict);
+                tell_of(&w, began, None, verdict);
                 work = next();
             }
             return;
@@ -309,51 +311,27 @@ impl Runner<'_> {
 
         let mut done: Vec<Work> = Vec::new();
         let (outcome, broken_off) = std::thread::scope(|scope| {
-            let (ask, asked) = channel();
-            let (said, heard) = channel();
             let deadline = Deadline::default();
-            let streams = Streams {
-                stdin: Some(Box::new(Lines {
-                    more: asked,
-                    line: io::Cursor::default(),
-                })),
-                stdout: Box::new(Outputs {
-                    said: said.clone(),
-                    text: Vec::new(),
-                }),
-                stderr: Box::new(Outputs {
-                    said,
-                    text: Vec::new(),
-                }),
-            };
-            let guest = {
-                let deadline = deadline.clone();
-                scope.spawn(move || (self.in_guest)(&args, &files, streams, &deadline))
-            };
+            let (mut session, streams) = session(deadline.clone());
+            let guest = scope.spawn(move || (self.in_guest)(&args, &files, streams, &deadline));
             let mut current = Some(first);
-            let mut rest = String::new();
             while let Some(work) = current.take() {
-                let began = Instant::now();
-                deadline.again();
-                // Where the guest is gone, nothing comes back either.
-                let _ = ask.send(line(&work));
-                loop {
-                    match heard.recv() {
-                        Ok(Said::All(output)) => {
-                            tell_of(&work, began, judge(&work.run.name(), &output));
-                            done.push(work);
-                            current = next();
-                            break;
-                        }
-                        Ok(Said::Rest(text)) => rest += &text,
-                        Err(_) => {
-                            drop(ask);
-                            return (guest.join(), Some((work, rest)));
-                        }
+                let (began, before) = (Instant::now(), session.ran());
+                match session.run(&line(&work)) {
+                    Ok(Done { output, .. }) => {
+                        let ran = session.ran().saturating_sub(before);
+                        let verdict = judge(&work.run.name(), &output);
+                        tell_of(&work, began, Some(ran), verdict);
+                        done.push(work);
+                        current = next();
+                    }
+                    Err(rest) => {
+                        drop(session);
+                        return (guest.join(), Some((work, rest)));
                     }
                 }
             }
-            drop(ask);
+            drop(session);
             (guest.join(), None)
         });
         let outcome = outcome.unwrap_or_else(|_| Err(anyhow!("the lab itself failed")));
@@ -498,78 +476,7 @@ fn line(work: &Work) -> String {
         line += " --exact ";
         line += &work.tests.join(" ");
     }
-    line + "\n"
-}
-
-/// Lines as they are sent, read as a stream that ends with the sender.
-struct Lines {
-    more: Receiver<String>,
-    line: io::Cursor<String>,
-}
-
-impl Read for Lines {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let n = self.line.read(buffer)?;
-        if n > 0 {
-            return Ok(n);
-        }
-        match self.more.recv() {
-            Ok(line) => {
-                self.line = io::Cursor::new(line);
-                self.line.read(buffer)
-            }
-            Err(_) => Ok(0),
-        }
-    }
-}
-
-/// What the suite's script in a guest prints.
-enum Said {
-    /// All that a program printed.
-    All(String),
-    /// What was left when the guest ended.
-    Rest(String),
-}
-
-/// Cuts a stream at the ends of programs.
-struct Outputs {
-    said: Sender<Said>,
-    text: Vec<u8>,
-}
-
-/// The line by which the script in the guest ends a program's output begins so.
-const ENDED: &[u8] = b"\n\x1e ended ";
-
-impl Write for Outputs {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.text.extend_from_slice(bytes);
-        while let Some(at) = find(&self.text, ENDED) {
-            let after = at + ENDED.len();
-            let Some(end) = find(&self.text[after..], b"\n") else {
-                break;
-            };
-            let text = String::from_utf8_lossy(&self.text[..at]).into_owned();
-            self.text.drain(..=after + end);
-            // Nobody listens where the run was given up.
-            let _ = self.said.send(Said::All(text + "\n"));
-        }
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-impl Drop for Outputs {
-    fn drop(&mut self) {
-        let rest = String::from_utf8_lossy(&self.text).into_owned();
-        let _ = self.said.send(Said::Rest(rest));
-    }
-}
-
-fn find(text: &[u8], what: &[u8]) -> Option<usize> {
-    text.windows(what.len()).position(|w| w == what)
+    line
 }
 
 /// A bench of the suite's.
@@ -863,27 +770,6 @@ mod tests {
                 .ends_with("kmod: kernel log during a ... FAILED\n")
         );
         assert!(found[1].text.ends_with("kmod: kernel log ... FAILED\n"));
-    }
-
-    #[test]
-    fn a_guests_stream_is_cut_at_the_ends_of_programs() {
-        let (said, heard) = channel();
-        let mut outputs = Outputs {
-            said,
-            text: Vec::new(),
-        };
-        for piece in ["one\n", "\n\x1e end", "ed 0\ntwo\n\n\x1e ended 101\nthr"] {
-            outputs.write_all(piece.as_bytes()).unwrap();
-        }
-        drop(outputs);
-        let all: Vec<_> = heard
-            .iter()
-            .map(|said| match said {
-                Said::All(text) => text,
-                Said::Rest(text) => format!("rest: {text}"),
-            })
-            .collect();
-        assert_eq!(all, ["one\n\n", "two\n\n", "rest: thr"]);
     }
 
     fn group(works: Vec<Work>) -> Group {

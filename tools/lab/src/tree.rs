@@ -186,7 +186,10 @@ impl Tree {
         let mut packages = packages.to_vec();
         packages.sort();
         packages.dedup();
-        let mut recipe = Recipe::new("with").with("1").with(&self.name);
+        let mut recipe = Recipe::new("with")
+            .detail(packages.join(", "))
+            .with("1")
+            .with(&self.name);
         for package in &packages {
             recipe = recipe.with(package);
         }
@@ -229,6 +232,8 @@ fn bootstrap(root: &Path) -> Result<()> {
     for line in host::apt_proxy() {
         command.arg(format!("--aptopt={line}"));
     }
+    // A tree that a power cut leaves half written is no entry of the cache, and made again.
+    command.arg("--dpkgopt=force-unsafe-io");
     for pattern in LEFT_OUT {
         command.arg(format!("--dpkgopt=path-exclude={pattern}"));
     }

@@ -8,7 +8,8 @@ use peerbuf::export::{peerbuf as module, provider, udmabuf};
 use peerbuf::plan::topology::{PciAddress, Sysfs};
 use serde::Serialize;
 
-use crate::{Failure, places, say, size, table};
+use crate::table::{self, Table};
+use crate::{Failure, places, say, size};
 
 /// Arguments of `peerbuf info`.
 #[derive(clap::Args)]
@@ -89,7 +90,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     if arguments.json {
         say::answer(serde_json::to_string(&info)?)?;
     } else {
-        say::answer(show(&info).trim_end())?;
+        say::answer(show(&info, table::width()).trim_end())?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -243,14 +244,14 @@ fn describe_disks(devices: &[PciAddress]) -> Vec<Disk> {
     disks.iter().map(describe).collect()
 }
 
-fn show(info: &Info) -> String {
-    let mut text = format!("kernel {}", info.kernel);
-    match &info.module {
-        Some(version) => text += &format!(", peerbuf.ko {version}\n"),
-        None => text += ", peerbuf.ko not loaded\n",
-    }
+fn show(info: &Info, width: usize) -> String {
+    let module = match &info.module {
+        Some(version) => format!("peerbuf.ko {version}"),
+        None => "peerbuf.ko not loaded".into(),
+    };
+    let mut text = table::paragraph(&format!("kernel {}, {module}", info.kernel), width);
     if !info.devices.is_empty() {
-        let mut table = table::new(&[
+        let mut table = Table::new([
             "device",
             "id",
             "BAR",
@@ -263,7 +264,7 @@ fn show(info: &Info) -> String {
         ]);
         for device in &info.devices {
             for bar in &device.bars {
-                table.add_row([
+                table.row([
                     device.address.clone(),
                     device.id.clone(),
                     bar.index.to_string(),
@@ -276,21 +277,21 @@ fn show(info: &Info) -> String {
                 ]);
             }
         }
-        text += &format!("\n{table}\n");
+        text += &format!("\n{}\n", table.show(width));
     }
     if !info.providers.is_empty() {
-        let mut table = table::new(&["lends memory to peers", "size", "free"]);
+        let mut table = Table::new(["lends memory to peers", "size", "free"]);
         for provider in &info.providers {
-            table.add_row([
+            table.row([
                 provider.address.clone(),
                 size::show(provider.size),
                 size::show(provider.available),
             ]);
         }
-        text += &format!("\n{table}\n");
+        text += &format!("\n{}\n", table.show(width));
     }
     if !info.disks.is_empty() {
-        let mut table = table::new(&[
+        let mut table = Table::new([
             "disk",
             "PCI function",
             "block",
@@ -306,7 +307,7 @@ fn show(info: &Info) -> String {
                     None => format!("{}: none, only a host bridge", common.device),
                 })
                 .collect();
-            table.add_row([
+            table.row([
                 disk.name.clone(),
                 disk.functions.join("\n"),
                 disk.logical_block.to_string(),
@@ -314,15 +315,11 @@ fn show(info: &Info) -> String {
                 bridges.join("\n"),
             ]);
         }
-        text += &format!("\n{table}\n");
+        text += &format!("\n{}\n", table.show(width));
     }
     text += &format!("\nudmabuf: {}\n", yes_no(info.udmabuf));
     for missing in &info.missing {
-        text += &format!("missing: {}", missing.what);
-        if !missing.remedy.is_empty() {
-            text += &format!("\n    {}", missing.remedy);
-        }
-        text.push('\n');
+        text += &table::missing(&missing.what, &missing.remedy, width);
     }
     text
 }

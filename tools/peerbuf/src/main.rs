@@ -34,7 +34,10 @@ Exit status: 0 it worked, 1 it failed (the reason is on standard error), 2 wrong
 Paths, best first:
   peer-to-peer        the disk reads and writes the device's memory itself
   shared-host-memory  disk and device use the same pages of system memory
-  staged-copy         the CPU carries the bytes";
+  staged-copy         the CPU carries the bytes
+
+Tables have the width of the terminal, or of $COLUMNS where it is no terminal or does not know, and at
+most 100 columns. What has no room in them stands below, numbered.";
 
 #[derive(Subcommand)]
 enum Command {

@@ -112,6 +112,33 @@ fn the_table_has_each_transfer_and_the_evidence() {
 }
 
 #[test]
+fn no_line_on_standard_output_is_wider_than_columns_says_or_than_100() {
+    for arguments in [
+        &["info"][..],
+        &["demo", "--size", "1000001", "--dir", directory()],
+        &["matrix", "--dir", directory()],
+    ] {
+        for (columns, width) in [
+            (None, 100),
+            (Some("200"), 100),
+            (Some("80"), 80),
+            (Some("60"), 60),
+        ] {
+            let mut command = Command::new(env!("CARGO_BIN_EXE_peerbuf"));
+            command.args(arguments).env_remove("COLUMNS");
+            command.envs(columns.map(|columns| ("COLUMNS", columns)));
+            let text = String::from_utf8(command.output().unwrap().stdout).unwrap();
+            assert!(!text.is_empty());
+            for line in text.lines() {
+                // What the command prints has letters of one column only.
+                let wide = line.chars().count();
+                assert!(wide <= width, "{columns:?}: {wide} columns\n{line}\n{text}");
+            }
+        }
+    }
+}
+
+#[test]
 fn failures_end_with_1_and_wrong_usage_with_2() {
     let missing = peerbuf(&["demo", "--size", "4K", "--dir", "/nonexistent"]);
     assert_eq!(missing.status.code(), Some(1));

@@ -9,8 +9,8 @@ use peerbuf_uapi as abi;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd};
 use rustix::fs::OFlags;
 
-use super::{Device, explain};
-use crate::buffer::{Access, Buffer, DmaBuf};
+use super::{Device, RangeRequest, RangesRequest, explain};
+use crate::buffer::{Buffer, DmaBuf};
 use crate::errno::Errno;
 use crate::error::{ControlError, ExportError, SystemError};
 use crate::sys;
@@ -178,37 +178,6 @@ pub struct Status {
     pub longest_wait: Duration,
     /// Who was refused last.
     pub refusal: Option<Refusal>,
-}
-
-/// One range of an export.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum RangeRequest {
-    /// In the BAR.
-    Bar {
-        /// Where, in bytes; `None` lets the module choose.
-        offset: Option<u64>,
-        /// Bytes.
-        length: u64,
-    },
-    /// In system memory, with no place in the BAR.
-    System {
-        /// Bytes.
-        length: u64,
-    },
-}
-
-/// A buffer of several ranges.
-#[derive(Debug, Clone)]
-pub struct RangesRequest {
-    /// The BAR's index.
-    pub bar: u8,
-    /// The ranges, in the buffer's order.
-    pub ranges: Vec<RangeRequest>,
-    /// The buffer moves to system memory for importers that cannot use the BAR, instead of
-    /// refusing them.
-    pub may_move: bool,
-    /// What the descriptor allows.
-    pub access: Access,
 }
 
 /// Tells of changes of a buffer: each move, revoke and restore. Readable (`AsFd`, for poll) when

@@ -740,7 +740,7 @@ impl<'a> Worker<'a> {
                     && let Ok(fd) = dmabuf.try_clone()
                 {
                     let fd: std::os::fd::OwnedFd = fd.into();
-                    // Two threads that begin the first access at the same time make udmabuf of Linux 7.2 lose
+                    // Two threads that begin the first access at the same time make udmabuf of Linux 7.3 lose
                     // a scatter list, which is not what is looked for here.
                     for flags in [SYNC_WRITE, SYNC_WRITE | SYNC_END] {
                         let _ = sync(&fd, flags);

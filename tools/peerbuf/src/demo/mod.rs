@@ -22,7 +22,7 @@ use peerbuf::share::Channel;
 use peerbuf::{Access, Buffer, BufferRange};
 
 use crate::progress::Progress;
-use crate::{Failure, places, say, size};
+use crate::{Failure, places, say, size, table};
 use files::RandomFile;
 use protocol::{Account, MAX_MESSAGE, Request, Response};
 use report::Transfer;
@@ -80,7 +80,8 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     }
     worker.finish()?;
     if !arguments.json {
-        say::answer(report::table(&transfers, &places::describe(&directory)).trim_end())?;
+        let place = places::describe(&directory);
+        say::answer(report::table(&transfers, &place, table::width()).trim_end())?;
     }
     let wrong = transfers
         .iter()
@@ -92,6 +93,9 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
             transfers.len()
         )
         .into());
+    }
+    if !arguments.json {
+        say::answer(report::summary(&transfers))?;
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -11,7 +11,7 @@ use peerbuf::error::Unavailable;
 use serde::Serialize;
 
 use crate::progress::Progress;
-use crate::{Failure, places, say, size};
+use crate::{Failure, places, say, size, table};
 
 /// Arguments of `peerbuf matrix`.
 #[derive(clap::Args)]
@@ -116,8 +116,10 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     // What moves at once, and the picture of the video device, must fit.
     let size = arguments.size.max(1 << 18).next_multiple_of(page);
     let mut missing = Vec::new();
-    let exporters = exporters::all(size, &mut missing);
+    let mut exporters = exporters::all(size, &mut missing);
     let mut importers = importers::all(&directory, &mut missing);
+    distinguish(exporters.iter_mut().map(|exporter| &mut exporter.name));
+    distinguish(importers.iter_mut().map(|importer| &mut importer.name));
     // An exporter and an importer may lack the same.
     let mut seen = std::collections::HashSet::new();
     missing.retain(|missing: &Missing| seen.insert(missing.what.clone()));
@@ -135,12 +137,25 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     say::answer(match (arguments.json, arguments.markdown) {
         (true, _) => serde_json::to_string(&matrix)?,
         (_, true) => report::markdown(&matrix),
-        _ => report::table(&matrix).trim_end().to_owned(),
+        _ => report::table(&matrix, table::width()).trim_end().to_owned(),
     })?;
     let bad = |cell: &&Cell| matches!(cell.outcome, Outcome::WrongBytes | Outcome::Failed);
     match matrix.cells.iter().filter(bad).count() {
         0 => Ok(ExitCode::SUCCESS),
         bad => Err(format!("{bad} of {} meetings failed", matrix.cells.len()).into()),
+    }
+}
+
+/// Numbers further devices of one name, such as a second card of the same driver: each has a row, or a
+/// column, of its own.
+fn distinguish<'n>(names: impl Iterator<Item = &'n mut String>) {
+    let mut seen = std::collections::HashMap::new();
+    for name in names {
+        let number = seen.entry(name.clone()).or_insert(0);
+        *number += 1;
+        if *number > 1 {
+            *name += &format!(" {number}");
+        }
     }
 }
 
@@ -187,5 +202,25 @@ fn meet(exporter: &exporters::Exporter, importer: &mut importers::Importer) -> C
             evidence: Some(evidence),
             ..cell(Outcome::Failed)
         },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn two_cards_of_one_driver_have_two_names() {
+        let mut names =
+            ["CPU", "DRM amdgpu", "DRM vgem", "DRM amdgpu", "DRM amdgpu"].map(String::from);
+        distinguish(names.iter_mut());
+        let expected = [
+            "CPU",
+            "DRM amdgpu",
+            "DRM vgem",
+            "DRM amdgpu 2",
+            "DRM amdgpu 3",
+        ];
+        assert_eq!(names, expected);
     }
 }

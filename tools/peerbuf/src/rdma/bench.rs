@@ -4,9 +4,8 @@
 use std::process::ExitCode;
 use std::time::Instant;
 
-use peerbuf::error::RdmaError;
-use peerbuf::import::rdma::{Link, Registration};
 use peerbuf::{Access, BufferRange};
+use peerbuf_rdma::{Link, RdmaError, Registration};
 use rand::Rng;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
@@ -16,7 +15,8 @@ use super::place::checksum;
 use super::receipt;
 use super::wire::{self, Receipt, Request};
 use crate::progress::Progress;
-use crate::{Failure, say, size, table};
+use crate::table::{self, Table};
+use crate::{Failure, say, size};
 
 /// Arguments of `peerbuf rdma bench`.
 #[derive(clap::Args)]
@@ -219,16 +219,17 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
 const MOVED: &str = "the other end's buffer moved: it serves with --move-every";
 
 fn text(report: &Report) -> String {
-    let mut rows = table::new(&["request", "in flight", "write, MiB/s", "read, MiB/s"]);
+    let width = table::width();
+    let mut rows = Table::new(["request", "in flight", "write, MiB/s", "read, MiB/s"]);
     for row in &report.rows {
-        rows.add_row([
+        rows.row([
             size::show(row.bytes),
             row.requests.min(report.depth.into()).to_string(),
             format!("{:.2}", row.write_mib_per_second),
             format!("{:.2}", row.read_mib_per_second),
         ]);
     }
-    let mut text = rows.to_string();
+    let mut text = rows.show(width) + "\n";
     for (end, receipt) in [("here", &report.here), ("there", &report.there)] {
         let Receipt {
             card,
@@ -237,8 +238,9 @@ fn text(report: &Report) -> String {
             path,
             ..
         } = receipt;
-        text += &format!("\n{end}: {buffer} and {card}, {registration}, {path}");
+        let end = format!("{end}: {buffer} and {card}, {registration}, {path}");
+        text += &table::paragraph(&end, width);
     }
     let sums = if report.verified { "agree" } else { "DIFFER" };
-    text + &format!("\nthe bytes of both ends {sums}")
+    text + &format!("the bytes of both ends {sums}")
 }

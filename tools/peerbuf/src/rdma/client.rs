@@ -6,10 +6,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use peerbuf::error::RdmaError;
 use peerbuf::import::file::FileImporter;
-use peerbuf::import::rdma::{Address, Card, Link, Remote, Span, Status};
 use peerbuf::{Access, BufferRange};
+use peerbuf_rdma::{Address, Card, Link, RdmaError, Remote, Span, Status};
 
 use super::lent::{Every, Lent, PATIENCE};
 use super::place::{Place, checksum};
@@ -17,7 +16,7 @@ use super::report::Tally;
 use super::wire::{self, Account, Hello, Receipt, Request, Response};
 use super::{DEPTH, card, receipt};
 use crate::progress::Progress;
-use crate::{Failure, say, size};
+use crate::{Failure, say, size, table};
 
 /// Both ends, as a client sees them.
 #[derive(clap::Args)]
@@ -358,7 +357,8 @@ fn end(
     if arguments.json {
         say::answer(serde_json::to_string(&summary)?)?;
     } else {
-        say::answer(summary.table(&arguments.file.display().to_string()))?;
+        let file = arguments.file.display().to_string();
+        say::answer(summary.table(&file, table::width()).trim_end())?;
     }
     if !summary.verified {
         return Err("the checksums of the two ends differ".into());

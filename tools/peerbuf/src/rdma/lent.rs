@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use peerbuf::Access;
 use peerbuf::error::ShareError;
-use peerbuf::import::rdma::{Card, Follower, Registration};
 use peerbuf::share::{Channel, Publisher, Subscriber};
+use peerbuf_rdma::{Card, Follower, Registration};
 
 use super::place::Place;
 use crate::Failure;

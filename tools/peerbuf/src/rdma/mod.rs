@@ -18,8 +18,8 @@ mod wire;
 
 use std::process::ExitCode;
 
-use peerbuf::import::rdma::{self, Card, Registration};
 use peerbuf::plan::Path;
+use peerbuf_rdma::{self as rdma, Card, Registration};
 
 use crate::Failure;
 use wire::Receipt;

@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use peerbuf::Access;
-use peerbuf::error::{RdmaError, TransferError};
+use peerbuf::error::TransferError;
 use peerbuf::import::file::FileImporter;
-use peerbuf::import::rdma::{Address, Card, Connection, Registration, Rung};
+use peerbuf_rdma::{Address, Card, Connection, RdmaError, Registration, Rung};
 use sha2::{Digest, Sha256};
 
 use super::lent::{Every, Lent, PATIENCE};

@@ -4,7 +4,7 @@
 use std::io::{ErrorKind, Read, Write};
 use std::net::TcpStream;
 
-use peerbuf::import::rdma::{Address, Remote};
+use peerbuf_rdma::{Address, Remote};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 

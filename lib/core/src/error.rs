@@ -1,0 +1,90 @@
+//! What can go wrong with a buffer and a mapping.
+//!
+//! Each error names the call that failed and the object it failed on, and keeps the error number.
+
+use std::time::Duration;
+
+use crate::errno::Errno;
+
+/// A system call that failed: which one, on what, and how.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{call} on {object}: {errno}")]
+pub struct SystemError {
+    /// The call, such as `mmap` or `ioctl(PEERBUF_IOC_EXPORT)`.
+    pub call: &'static str,
+    /// What it was called on: a path, a device's address, a buffer's name.
+    pub object: String,
+    /// What the kernel answered.
+    pub errno: Errno,
+}
+
+impl SystemError {
+    /// `call` failed on `object` with this number.
+    pub fn new(call: &'static str, object: impl Into<String>, errno: impl Into<Errno>) -> Self {
+        SystemError {
+            call,
+            object: object.into(),
+            errno: errno.into(),
+        }
+    }
+}
+
+/// Why a buffer could not be taken, mapped or accessed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum BufferError {
+    /// A system call failed.
+    #[error(transparent)]
+    System(#[from] SystemError),
+    /// The descriptor is something else.
+    #[error("{object} is not a dma-buf (its filesystem's type is {found:#x})")]
+    NotADmaBuf {
+        /// What was given.
+        object: String,
+        /// What `fstatfs` said instead of the dma-buf filesystem's number.
+        found: u64,
+    },
+    /// Memory that could be shrunk by whoever else holds it: touching it could then kill this
+    /// process.
+    #[error("{object} is not sealed against shrinking (F_SEAL_SHRINK)")]
+    NotSealed {
+        /// The memfd's name.
+        object: String,
+    },
+    /// The bytes asked for are not all inside.
+    #[error("{length} bytes at offset {offset} are not within {object}, which has {size} bytes")]
+    OutOfRange {
+        /// The buffer's or range's name.
+        object: String,
+        /// Where the bytes were to begin.
+        offset: u64,
+        /// How many they were.
+        length: u64,
+        /// How many there are.
+        size: u64,
+    },
+    /// A write through something that was opened or mapped for reading, or the reverse.
+    #[error("{object} does not allow {wanted} access")]
+    Access {
+        /// The buffer's name.
+        object: String,
+        /// What was asked for: `read` or `write`.
+        wanted: &'static str,
+    },
+    /// What was waited for did not come in time.
+    #[error("{object}: nothing happened within {limit:?}")]
+    TimedOut {
+        /// What was waited for.
+        object: String,
+        /// How long.
+        limit: Duration,
+    },
+    /// A name that the kernel does not take.
+    #[error("{name:?} cannot be a buffer's name: at most {limit} bytes, none of them NUL")]
+    Name {
+        /// The name.
+        name: String,
+        /// The most bytes that it may have.
+        limit: usize,
+    },
+}

@@ -1,0 +1,345 @@
+//! [`Mapping`]: the bytes of a buffer in this process, and the times in which the CPU touches them.
+
+use std::os::fd::AsFd;
+
+use bytemuck::Pod;
+
+use crate::access::Access;
+use crate::buffer::{BufferRange, Kind};
+use crate::error::{BufferError, SystemError};
+use crate::fence::flags_of;
+use crate::sys::dmabuf::{SYNC_END, sync};
+use crate::sys::memory::Map;
+
+/// A mapped part of a buffer.
+///
+/// Importers give its addresses to the kernel. The CPU copies bytes within
+/// [`Mapping::begin_cpu_access`].
+///
+/// Device memory can go away: after its device was unbound or unplugged, a copy raises `SIGBUS`,
+/// as it does for a file that was cut off under a mapping. System calls on the mapping then fail
+/// with `EFAULT` instead.
+#[derive(Debug)]
+pub struct Mapping {
+    map: Map,
+    range: BufferRange,
+    access: Access,
+}
+
+impl Mapping {
+    /// What is mapped.
+    pub fn range(&self) -> &BufferRange {
+        &self.range
+    }
+
+    /// Its length in bytes.
+    pub fn len(&self) -> u64 {
+        self.range.len()
+    }
+
+    /// True when it has no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.range.is_empty()
+    }
+
+    #[doc(hidden)]
+    pub fn map(&self) -> &Map {
+        &self.map
+    }
+
+    /// Begins a time in which the CPU may copy bytes in or out (`DMA_BUF_IOCTL_SYNC`, which
+    /// makes caches agree where they do not by themselves, and waits for devices' fences).
+    ///
+    /// One at a time: the mapping is borrowed mutably until the guard is gone, so nesting does
+    /// not compile.
+    ///
+    /// ```compile_fail
+    /// # use peerbuf_core::{Access, memfd};
+    /// let buffer = memfd::buffer("example", 4096).unwrap();
+    /// let mut mapping = buffer.whole().map(Access::ReadWrite).unwrap();
+    /// let outer = mapping.begin_cpu_access(Access::Read).unwrap();
+    /// let inner = mapping.begin_cpu_access(Access::Write).unwrap();
+    /// outer.end().unwrap();
+    /// ```
+    ///
+    /// The wait has no limit of its own: [`DmaBuf::wait`](crate::DmaBuf::wait) before it has one.
+    ///
+    /// # Errors
+    /// [`BufferError::Access`] for access that the mapping was not made for, or the ioctl's
+    /// error.
+    pub fn begin_cpu_access(&mut self, access: Access) -> Result<CpuAccess<'_>, BufferError> {
+        if access.writes() && !self.access.writes() {
+            let object = self.range.buffer().name().to_owned();
+            return Err(BufferError::Access {
+                object,
+                wanted: "write",
+            });
+        }
+        let guard = CpuAccess {
+            mapping: self,
+            access,
+            last_write: None,
+            open: true,
+        };
+        if let Err(error) = guard.sync(0) {
+            // There is nothing to end: the access has not begun.
+            let mut guard = guard;
+            guard.open = false;
+            return Err(error);
+        }
+        Ok(guard)
+    }
+
+    /// Copies bytes to its beginning, within one CPU access.
+    ///
+    /// # Errors
+    /// As [`Mapping::begin_cpu_access`]; [`BufferError::OutOfRange`] for more bytes than it has.
+    pub fn write_bytes(&mut self, bytes: &[u8]) -> Result<(), BufferError> {
+        let mut cpu = self.begin_cpu_access(Access::Write)?;
+        cpu.write_at(0, bytes)?;
+        cpu.end()
+    }
+
+    /// Copies bytes from its beginning, as many as `into` has room for, within one CPU access.
+    ///
+    /// # Errors
+    /// As [`Mapping::write_bytes`].
+    pub fn read_bytes(&mut self, into: &mut [u8]) -> Result<(), BufferError> {
+        let cpu = self.begin_cpu_access(Access::Read)?;
+        cpu.read_at(0, into)?;
+        cpu.end()
+    }
+}
+
+impl BufferRange {
+    /// Maps it. `access` is what the mapping will be used for, by the CPU or by an importer;
+    /// writing a mapping needs a writable buffer.
+    ///
+    /// # Errors
+    /// [`BufferError::Access`], or the call that failed.
+    pub fn map(&self, access: Access) -> Result<Mapping, BufferError> {
+        if access.writes() && !self.buffer().is_writable() {
+            let object = self.buffer().name().to_owned();
+            return Err(BufferError::Access {
+                object,
+                wanted: "write",
+            });
+        }
+        let (fd, at) = self.buffer().mappable();
+        // Graphics drivers' fault handlers count from the mapping's beginning and not from the
+        // buffer's (drm_gem_shmem_fault in drivers/gpu/drm/drm_gem_shmem_helper.c): with an offset,
+        // other bytes than those asked for are mapped, without an error. Of exporters that are not
+        // known to do it right the mapping begins where the buffer does.
+        let honours_offset = self.buffer().host_memory().is_some()
+            || matches!(
+                self.buffer().provenance().kind,
+                Kind::Bar | Kind::Vfio | Kind::Provider | Kind::Heap
+            );
+        let map = if honours_offset {
+            Map::shared(fd, at + self.offset(), self.len(), access.writes())
+        } else {
+            Map::shared_from(fd, at, self.offset(), self.len(), access.writes())
+        };
+        let map = map.map_err(|errno| SystemError::new("mmap", self.buffer().name(), errno))?;
+        Ok(Mapping {
+            map,
+            range: self.clone(),
+            access,
+        })
+    }
+
+    /// Copies bytes to its beginning: one mapping, one CPU access. To do it often, keep a
+    /// [`Mapping`].
+    ///
+    /// # Errors
+    /// As [`BufferRange::map`] and [`Mapping::begin_cpu_access`]; [`BufferError::OutOfRange`] for more
+    /// bytes than it has.
+    pub fn write_bytes(&self, bytes: &[u8]) -> Result<(), BufferError> {
+        self.map(Access::ReadWrite)?.write_bytes(bytes)
+    }
+
+    /// Copies bytes from its beginning, as many as `into` has room for, likewise.
+    ///
+    /// # Errors
+    /// As [`BufferRange::write_bytes`].
+    pub fn read_bytes(&self, into: &mut [u8]) -> Result<(), BufferError> {
+        self.map(Access::Read)?.read_bytes(into)
+    }
+
+    /// A copy of its bytes, likewise.
+    ///
+    /// # Errors
+    /// As [`BufferRange::write_bytes`].
+    ///
+    /// # Panics
+    /// When there is not as much memory.
+    pub fn to_vec(&self) -> Result<Vec<u8>, BufferError> {
+        let mut bytes = vec![0; self.len() as usize];
+        self.read_bytes(&mut bytes)?;
+        Ok(bytes)
+    }
+}
+
+/// The CPU's access to a mapping, from [`Mapping::begin_cpu_access`] until it is dropped or
+/// ended. What was written is where a device or another process sees it once that has happened.
+///
+/// Bytes go in and out as copies, or as values of types that are plain bytes ([`Pod`]), each byte
+/// moved exactly once. A value of 1, 2, 4 or 8 bytes whose address is a multiple of its size goes
+/// in one access, as a device's registers need it; addresses begin at a page for a range that
+/// does.
+///
+/// ```
+/// use bytemuck::{Pod, Zeroable};
+/// use peerbuf_core::{Access, memfd};
+///
+/// #[repr(C)]
+/// #[derive(Clone, Copy, PartialEq, Debug, Pod, Zeroable)]
+/// struct Header {
+///     magic: u32,
+///     count: u32,
+/// }
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let buffer = memfd::buffer("frames", 4096)?;
+/// let mut mapping = buffer.whole().map(Access::ReadWrite)?;
+///
+/// let mut cpu = mapping.begin_cpu_access(Access::Write)?;
+/// cpu.write(0, &Header { magic: 7, count: 3 })?;
+/// cpu.write_slice(8, &[1.0f32, 2.0, 3.0])?;
+/// cpu.end()?; // from here on a device sees them
+///
+/// let cpu = mapping.begin_cpu_access(Access::Read)?;
+/// let header: Header = cpu.read(0)?;
+/// let mut values = vec![0f32; header.count as usize];
+/// cpu.read_slice(8, &mut values)?;
+/// assert_eq!(values, [1.0, 2.0, 3.0]);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug)]
+pub struct CpuAccess<'m> {
+    mapping: &'m Mapping,
+    access: Access,
+    /// Where the last bytes were written, if any were.
+    last_write: Option<usize>,
+    open: bool,
+}
+
+impl CpuAccess<'_> {
+    /// Copies bytes out of the mapping, from `offset` on. Each byte is read once.
+    ///
+    /// # Errors
+    /// [`BufferError::Access`] for access that began for writing only, and
+    /// [`BufferError::OutOfRange`].
+    pub fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<(), BufferError> {
+        let offset = self.check(offset, into.len(), "read", self.access.reads())?;
+        self.mapping.map.copy_out(offset, into);
+        Ok(())
+    }
+
+    /// Copies bytes into the mapping, from `offset` on. Each byte is written once.
+    ///
+    /// # Errors
+    /// [`BufferError::Access`] for access that began for reading only, and
+    /// [`BufferError::OutOfRange`].
+    pub fn write_at(&mut self, offset: u64, from: &[u8]) -> Result<(), BufferError> {
+        let offset = self.check(offset, from.len(), "write", self.access.writes())?;
+        self.mapping.map.copy_in(offset, from);
+        if !from.is_empty() {
+            self.last_write = Some(offset + from.len() - 1);
+        }
+        Ok(())
+    }
+
+    /// What is accessed. Within the access its bytes may also be given to the kernel, as for file I/O.
+    pub fn mapping(&self) -> &Mapping {
+        self.mapping
+    }
+
+    /// Reads a value at `offset`, in bytes, which need not be a multiple of anything.
+    ///
+    /// # Errors
+    /// As [`CpuAccess::read_at`].
+    pub fn read<T: Pod>(&self, offset: u64) -> Result<T, BufferError> {
+        let mut value = T::zeroed();
+        self.read_at(offset, bytemuck::bytes_of_mut(&mut value))?;
+        Ok(value)
+    }
+
+    /// Writes a value at `offset`, in bytes.
+    ///
+    /// # Errors
+    /// As [`CpuAccess::write_at`].
+    pub fn write<T: Pod>(&mut self, offset: u64, value: &T) -> Result<(), BufferError> {
+        self.write_at(offset, bytemuck::bytes_of(value))
+    }
+
+    /// Reads values that follow each other from `offset` on, in bytes.
+    ///
+    /// # Errors
+    /// As [`CpuAccess::read_at`].
+    pub fn read_slice<T: Pod>(&self, offset: u64, into: &mut [T]) -> Result<(), BufferError> {
+        self.read_at(offset, bytemuck::cast_slice_mut(into))
+    }
+
+    /// Writes values one after the other from `offset` on, in bytes.
+    ///
+    /// # Errors
+    /// As [`CpuAccess::write_at`].
+    pub fn write_slice<T: Pod>(&mut self, offset: u64, from: &[T]) -> Result<(), BufferError> {
+        self.write_at(offset, bytemuck::cast_slice(from))
+    }
+
+    /// Ends the access. What was written is then where a device sees it. Dropping the guard
+    /// does the same, but has nobody to tell about an error.
+    ///
+    /// # Errors
+    /// The ioctl's error.
+    pub fn end(mut self) -> Result<(), BufferError> {
+        self.finish()
+    }
+
+    fn finish(&mut self) -> Result<(), BufferError> {
+        self.open = false;
+        if let Some(offset) = self.last_write {
+            self.mapping.map.drain_writes();
+            if self.mapping.range.buffer().is_read_back() {
+                self.mapping.map.read_back(offset);
+            }
+        }
+        self.sync(SYNC_END)
+    }
+
+    fn sync(&self, when: u64) -> Result<(), BufferError> {
+        let Some(dmabuf) = self.mapping.range.buffer().dmabuf() else {
+            return Ok(());
+        };
+        let buffer = self.mapping.range.buffer().name();
+        sync(dmabuf.as_fd(), when | flags_of(self.access))
+            .map_err(|errno| SystemError::new("ioctl(DMA_BUF_IOCTL_SYNC)", buffer, errno).into())
+    }
+
+    fn check(
+        &self,
+        offset: u64,
+        length: usize,
+        wanted: &'static str,
+        allowed: bool,
+    ) -> Result<usize, BufferError> {
+        if !allowed {
+            let object = self.mapping.range.buffer().name().to_owned();
+            return Err(BufferError::Access { object, wanted });
+        }
+        self.mapping.range.slice(offset, length as u64)?;
+        Ok(offset as usize)
+    }
+}
+
+impl Drop for CpuAccess<'_> {
+    fn drop(&mut self) {
+        if self.open {
+            // Nobody to tell; the kernel fails this only for a buffer that is gone.
+            let _ = self.finish();
+        }
+    }
+}

@@ -1,0 +1,66 @@
+//! Memory of the host that is shared: memfds which keep their size.
+
+use std::os::fd::OwnedFd;
+
+use rustix::fs::{MemfdFlags, SealFlags};
+
+use crate::buffer::{Buffer, Kind, Provenance};
+use crate::error::{BufferError, SystemError};
+
+/// The size of huge pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum HugePages {
+    /// 2 MiB.
+    TwoMebibytes,
+    /// 1 GiB.
+    OneGibibyte,
+}
+
+impl HugePages {
+    /// In bytes.
+    pub fn size(self) -> u64 {
+        match self {
+            HugePages::TwoMebibytes => 2 << 20,
+            HugePages::OneGibibyte => 1 << 30,
+        }
+    }
+
+    fn flags(self) -> MemfdFlags {
+        match self {
+            HugePages::TwoMebibytes => MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB,
+            HugePages::OneGibibyte => MemfdFlags::HUGETLB | MemfdFlags::HUGE_1GB,
+        }
+    }
+}
+
+/// A memfd of `length` zero bytes that keeps that size for ever, so that no holder of it can make
+/// the others' mappings fault. With `None` it is made of ordinary pages. `name` is for people.
+///
+/// # Errors
+/// The call that failed: `ENOMEM` or `EFBIG` for a length that the machine cannot hold, `EMFILE`.
+pub fn sealed(name: &str, length: u64, pages: Option<HugePages>) -> Result<OwnedFd, SystemError> {
+    let failed = |call| move |errno| SystemError::new(call, name, errno);
+    let huge = pages.map_or(MemfdFlags::empty(), HugePages::flags);
+    let flags = MemfdFlags::ALLOW_SEALING | MemfdFlags::CLOEXEC | huge;
+    let memfd = rustix::fs::memfd_create(name, flags).map_err(failed("memfd_create"))?;
+    rustix::fs::ftruncate(&memfd, length).map_err(failed("ftruncate"))?;
+    let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
+    rustix::fs::fcntl_add_seals(&memfd, seals).map_err(failed("fcntl(F_ADD_SEALS)"))?;
+    Ok(memfd)
+}
+
+/// A buffer of `length` zero bytes of such memory, without a dma-buf.
+///
+/// # Errors
+/// As [`sealed`].
+pub fn buffer(name: &str, length: u64) -> Result<Buffer, BufferError> {
+    let memfd = sealed(name, length, None)?;
+    let provenance = Provenance {
+        kind: Kind::Memfd,
+        device: None,
+        bar: None,
+        name: name.into(),
+    };
+    Buffer::from_host_memory(memfd, None, provenance)
+}

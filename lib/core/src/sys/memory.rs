@@ -1,0 +1,422 @@
+//! Mapped memory: `mmap`, and copies to and from memory that others change.
+//!
+//! A [`Map`] may be device memory, or system memory that another process or a device writes at
+//! any time. Rust references to such memory would be undefined behaviour, so none is ever made:
+//! bytes cross by volatile copies, or the kernel is given the address ([`Window`]).
+
+use std::ffi::c_void;
+use std::marker::PhantomData;
+use std::os::fd::BorrowedFd;
+use std::ptr::{self, NonNull};
+use std::sync::atomic::{Ordering, fence};
+
+use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous};
+
+use crate::errno::Errno;
+
+/// A shared mapping of a descriptor's bytes.
+///
+/// # Invariants
+/// `base` is the start of a live mapping of `mapped` bytes that this value owns, and
+/// `start + length <= mapped`. No Rust reference to those bytes exists.
+#[derive(Debug)]
+pub struct Map {
+    base: NonNull<u8>,
+    mapped: usize,
+    start: usize,
+    length: usize,
+    writable: bool,
+}
+
+// SAFETY: the mapping belongs to the process, not to a thread; nothing in it is tied to the
+// thread that made it. It is deliberately not `Sync`: two threads that copy through one mapping
+// would race.
+unsafe impl Send for Map {}
+
+impl Map {
+    /// Maps `length` bytes of `fd` from `offset` on, which need not be page-aligned.
+    ///
+    /// A descriptor's pages may be huge, and its mappings are then in whole ones.
+    pub fn shared(
+        fd: BorrowedFd<'_>,
+        offset: u64,
+        length: u64,
+        writable: bool,
+    ) -> Result<Map, Errno> {
+        let page = page_size(fd)?;
+        Map::shared_from(fd, offset - offset % page, offset % page, length, writable)
+    }
+
+    /// Maps `length` bytes of `fd`, which begin `start` bytes after `from`, a whole number of pages,
+    /// and everything between. For descriptors that can be mapped only from there.
+    pub fn shared_from(
+        fd: BorrowedFd<'_>,
+        from: u64,
+        start: u64,
+        length: u64,
+        writable: bool,
+    ) -> Result<Map, Errno> {
+        let page = page_size(fd)? as usize;
+        let start = usize::try_from(start).map_err(|_| Errno(12))?;
+        let length = usize::try_from(length).map_err(|_| Errno(12))?;
+        // An empty mapping cannot be made; one page keeps empty ranges ordinary.
+        let mapped = start
+            .checked_add(length.max(1))
+            .and_then(|length| length.checked_next_multiple_of(page))
+            .ok_or(Errno(12))?;
+        let protection = if writable {
+            ProtFlags::READ | ProtFlags::WRITE
+        } else {
+            ProtFlags::READ
+        };
+        // SAFETY: a fresh mapping at an address that the kernel picks overlaps nothing.
+        let base = unsafe {
+            mmap(
+                ptr::null_mut(),
+                mapped,
+                protection,
+                MapFlags::SHARED,
+                fd,
+                from,
+            )
+        }?;
+        let base = NonNull::new(base.cast()).ok_or(Errno::FAULT)?;
+        // INVARIANT: just mapped, and `mapped` is `start + length` or more.
+        Ok(Map {
+            base,
+            mapped,
+            start,
+            length,
+            writable,
+        })
+    }
+
+    /// The address of byte `offset`, modulo `align` (a power of two).
+    pub fn misalignment(&self, offset: usize, align: usize) -> usize {
+        (self.base.as_ptr() as usize + self.start + offset) % align
+    }
+
+    /// The part that the kernel is to read or write. Panics when it is not inside.
+    pub fn window(&self, offset: usize, length: usize) -> Window<'_> {
+        assert!(
+            offset
+                .checked_add(length)
+                .is_some_and(|end| end <= self.length)
+        );
+        // SAFETY: inside the mapping, by the check and the invariant.
+        let address = unsafe { self.base.as_ptr().add(self.start + offset) };
+        Window {
+            address,
+            length,
+            writable: self.writable,
+            is_shared: true,
+            map: PhantomData,
+        }
+    }
+
+    /// Copies bytes out, reading each exactly once, in the widest aligned accesses that fit.
+    /// Panics when they are not all inside.
+    ///
+    /// Memory of a device that has gone raises SIGBUS.
+    pub fn copy_out(&self, offset: usize, into: &mut [u8]) {
+        let window = self.window(offset, into.len());
+        // Nothing that was read before the caller's begin-access may be used instead.
+        fence(Ordering::SeqCst);
+        let mut rest = into;
+        let mut source = window.address.cast_const();
+        while !rest.is_empty() {
+            let width = width_at(source, rest.len());
+            let words = if width == 8 { rest.len() / 8 } else { 1 };
+            let (now, later) = rest.split_at_mut(words * width);
+            for bytes in now.chunks_exact_mut(width) {
+                // SAFETY: inside the window and aligned; the pointer advances once per byte.
+                unsafe {
+                    match width {
+                        8 => bytes.copy_from_slice(&read::<u64>(source).to_ne_bytes()),
+                        4 => bytes.copy_from_slice(&read::<u32>(source).to_ne_bytes()),
+                        2 => bytes.copy_from_slice(&read::<u16>(source).to_ne_bytes()),
+                        _ => bytes.copy_from_slice(&read::<u8>(source).to_ne_bytes()),
+                    }
+                    source = source.add(width);
+                }
+            }
+            rest = later;
+        }
+    }
+
+    /// Copies bytes in, writing each exactly once, in the widest aligned accesses that fit.
+    /// Panics when they are not all inside or the mapping is read-only.
+    ///
+    /// Memory of a device that has gone raises SIGBUS.
+    pub fn copy_in(&self, offset: usize, from: &[u8]) {
+        assert!(self.writable);
+        let window = self.window(offset, from.len());
+        let mut rest = from;
+        let mut target = window.address;
+        while !rest.is_empty() {
+            let width = width_at(target, rest.len());
+            let words = if width == 8 { rest.len() / 8 } else { 1 };
+            let (now, later) = rest.split_at(words * width);
+            for bytes in now.chunks_exact(width) {
+                // SAFETY: inside the window, which is writable, and aligned; the pointer
+                // advances once per byte.
+                unsafe {
+                    match width {
+                        8 => write(target, u64::from_ne_bytes(array(bytes))),
+                        4 => write(target, u32::from_ne_bytes(array(bytes))),
+                        2 => write(target, u16::from_ne_bytes(array(bytes))),
+                        _ => write(target, u8::from_ne_bytes(array(bytes))),
+                    }
+                    target = target.add(width);
+                }
+            }
+            rest = later;
+        }
+    }
+
+    /// Drains the CPU's write-combining buffers, in which stores to device memory linger.
+    pub fn drain_writes(&self) {
+        fence(Ordering::SeqCst);
+    }
+
+    /// Reads a byte, for which the bus delivers what was posted before. Only where a read has no side effects.
+    pub fn read_back(&self, offset: usize) {
+        if offset < self.length {
+            let window = self.window(offset, 1);
+            // SAFETY: one byte inside the window.
+            unsafe { window.address.read_volatile() };
+        }
+        fence(Ordering::SeqCst);
+    }
+}
+
+/// What mappings of a descriptor are in whole ones of.
+fn page_size(fd: BorrowedFd<'_>) -> Result<u64, Errno> {
+    let unit = u64::try_from(rustix::fs::fstat(fd)?.st_blksize).unwrap_or(0);
+    Ok(unit.max(rustix::param::page_size() as u64))
+}
+
+impl Drop for Map {
+    fn drop(&mut self) {
+        // By the C library's function, and not by rustix's own system call: libraries that cache
+        // registrations of memory (libfabric's, UCX) watch that one, and take what is next mapped at
+        // the address for what was there before if they miss it.
+        // SAFETY: the mapping is ours (invariant) and windows into it cannot outlive it.
+        let result = unsafe { libc::munmap(self.base.as_ptr().cast::<c_void>(), self.mapped) };
+        debug_assert!(result == 0, "munmap: {}", std::io::Error::last_os_error());
+    }
+}
+
+/// The widest access, in bytes, that `address` is aligned for and that `left` bytes fill.
+fn width_at(address: *const u8, left: usize) -> usize {
+    let aligned = 1 << (address as usize).trailing_zeros().min(3);
+    let fits = 1 << left.ilog2().min(3);
+    aligned.min(fits)
+}
+
+/// # Safety
+/// `source` is valid for reading a `T`, and aligned.
+unsafe fn read<T>(source: *const u8) -> T {
+    // SAFETY: the caller's word.
+    unsafe { source.cast::<T>().read_volatile() }
+}
+
+/// # Safety
+/// `target` is valid for writing a `T`, and aligned.
+unsafe fn write<T>(target: *mut u8, value: T) {
+    // SAFETY: the caller's word.
+    unsafe { target.cast::<T>().write_volatile(value) }
+}
+
+/// The bytes of one access; the caller has cut them to its width.
+fn array<const N: usize>(bytes: &[u8]) -> [u8; N] {
+    let mut array = [0; N];
+    array.copy_from_slice(bytes);
+    array
+}
+
+/// An address range for the kernel to read or write, valid while it exists.
+///
+/// # Invariants
+/// `length` bytes at `address` are inside a live mapping (writable if `writable`) that `'m`
+/// outlives, and no Rust reference to them is used while the kernel has them.
+#[derive(Debug, Clone, Copy)]
+pub struct Window<'m> {
+    address: *mut u8,
+    length: usize,
+    writable: bool,
+    is_shared: bool,
+    map: PhantomData<&'m ()>,
+}
+
+impl Window<'_> {
+    /// Where it begins. No Rust reference may be made of it: others change the bytes.
+    pub fn address(&self) -> *mut u8 {
+        self.address
+    }
+
+    /// Its length in bytes.
+    pub fn length(&self) -> usize {
+        self.length
+    }
+
+    /// Whether the kernel may write it.
+    pub fn is_writable(&self) -> bool {
+        self.writable
+    }
+
+    /// Whether it is in a [`Map`]: tests treat that as device memory.
+    pub fn is_shared(&self) -> bool {
+        self.is_shared
+    }
+
+    /// Its first `length` bytes, or all if it has fewer.
+    #[must_use]
+    pub fn first(mut self, length: usize) -> Self {
+        // INVARIANT: no longer than it was.
+        self.length = self.length.min(length);
+        self
+    }
+}
+
+/// Page-aligned system memory of this process alone, so ordinary slices of it are sound.
+///
+/// # Invariants
+/// `base` is the start of a live, private, readable and writable mapping of `length` bytes that
+/// this value owns.
+#[derive(Debug)]
+pub struct HostMemory {
+    base: NonNull<u8>,
+    length: usize,
+}
+
+// SAFETY: plain memory; access follows the borrow rules of the slices.
+unsafe impl Send for HostMemory {}
+
+impl HostMemory {
+    /// `length` zero bytes.
+    pub fn new(length: usize) -> Result<HostMemory, Errno> {
+        let length = length.max(1);
+        // SAFETY: a fresh private mapping at an address that the kernel picks.
+        let base = unsafe {
+            mmap_anonymous(
+                ptr::null_mut(),
+                length,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::PRIVATE,
+            )
+        }?;
+        let base = NonNull::new(base.cast()).ok_or(Errno::FAULT)?;
+        // INVARIANT: just mapped.
+        Ok(HostMemory { base, length })
+    }
+
+    /// All of it.
+    pub fn bytes(&self) -> &[u8] {
+        // SAFETY: initialised (zeroed by the kernel), ours, and borrowed with `self`.
+        unsafe { std::slice::from_raw_parts(self.base.as_ptr(), self.length) }
+    }
+
+    /// All of it, to be written.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as in `bytes`, and `self` is borrowed mutably.
+        unsafe { std::slice::from_raw_parts_mut(self.base.as_ptr(), self.length) }
+    }
+
+    /// The first `length` bytes, for the kernel; no slice can be held meanwhile.
+    pub fn window(&mut self, length: usize) -> Window<'_> {
+        assert!(length <= self.length);
+        Window {
+            address: self.base.as_ptr(),
+            length,
+            writable: true,
+            is_shared: false,
+            map: PhantomData,
+        }
+    }
+}
+
+impl Drop for HostMemory {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours (invariant) and no borrow of it is left.
+        let result = unsafe { libc::munmap(self.base.as_ptr().cast::<c_void>(), self.length) };
+        debug_assert!(result == 0, "munmap: {}", std::io::Error::last_os_error());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A mapping of memory of this process alone, which Miri has too.
+    fn anonymous(start: usize, length: usize) -> Map {
+        let memory = HostMemory::new(start + length).unwrap();
+        let map = Map {
+            base: memory.base,
+            mapped: memory.length,
+            start,
+            length,
+            writable: true,
+        };
+        // Now the mapping's.
+        std::mem::forget(memory);
+        map
+    }
+
+    #[test]
+    fn every_byte_crosses_once_at_any_alignment() {
+        let map = anonymous(3, 64);
+        for offset in 0..16 {
+            for length in 0..=40 {
+                map.copy_in(0, &[0xee; 64]);
+                let sent: Vec<u8> = (1..=length as u8).collect();
+                map.copy_in(offset, &sent);
+                let mut all = [0; 64];
+                map.copy_out(0, &mut all);
+                let mut expected = [0xee; 64];
+                expected[offset..offset + length].copy_from_slice(&sent);
+                assert_eq!(all, expected, "{length} bytes at {offset}");
+                let mut received = vec![0; length];
+                map.copy_out(offset, &mut received);
+                assert_eq!(received, sent);
+            }
+        }
+        map.drain_writes();
+        map.read_back(63);
+        map.read_back(64);
+    }
+
+    #[test]
+    fn accesses_are_as_wide_as_address_and_length_allow() {
+        let map = anonymous(0, 64);
+        let at = |offset| map.window(offset, 0).address.cast_const();
+        for (offset, left, width) in [(0, 64, 8), (0, 7, 4), (4, 64, 4), (6, 64, 2), (2, 1, 1)] {
+            assert_eq!(
+                width_at(at(offset), left),
+                width,
+                "{left} bytes at {offset}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_window_beyond_the_end_is_refused() {
+        let map = anonymous(8, 64);
+        for (offset, length) in [(65, 0), (64, 1), (0, 65), (usize::MAX, 2)] {
+            let outside = std::panic::AssertUnwindSafe(|| map.window(offset, length).length);
+            assert!(
+                std::panic::catch_unwind(outside).is_err(),
+                "{length} at {offset}"
+            );
+        }
+        assert_eq!(map.window(64, 0).length, 0);
+    }
+
+    #[test]
+    fn host_memory_is_zero_at_first_and_keeps_what_is_written() {
+        let mut memory = HostMemory::new(5000).unwrap();
+        assert!(memory.bytes().iter().all(|&byte| byte == 0));
+        memory.bytes_mut()[4999] = 7;
+        assert_eq!((memory.bytes()[4999], memory.bytes().len()), (7, 5000));
+    }
+}

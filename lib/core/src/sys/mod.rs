@@ -1,0 +1,6 @@
+//! The only `unsafe` of the crate: one module per kernel interface, each with a safe face.
+#![allow(unsafe_code)]
+
+pub(crate) mod dmabuf;
+pub mod memory;
+pub(crate) mod sync_file;

@@ -1,0 +1,496 @@
+//! Reliable connections: making an end and connecting it, posting work, waiting for it, and
+//! stopping all of it at once.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+
+use crate::card::Card;
+use crate::error::RdmaError;
+use crate::registration::{Piece, Registration, Work};
+use crate::sys::verbs::{Done, Pair, Peer, QueuePair, Verb};
+use crate::wire::{Address, Remote};
+use crate::work::{Completion, Operation, Status, WorkError, WorkId};
+use peerbuf::error::{BufferError, SystemError};
+
+/// The longest message of one request, in bytes: what every card can.
+pub(crate) const LONGEST: u64 = 1 << 30;
+
+/// What others may stop a connection by, from any thread.
+struct Line {
+    pair: Arc<Pair>,
+    /// Set before the card is told to give up what was posted: what it gives back from then on was cut off.
+    stopping: AtomicBool,
+    /// Set when the card has forgotten all that was posted.
+    stopped: AtomicBool,
+    /// Readable from then on.
+    wake: OwnedFd,
+}
+
+impl Work for Line {
+    /// Ends all work, of both ends. When this returns the card is done with every region; what was
+    /// in flight comes back to the connection's owner as flushed.
+    fn stop(&self) {
+        self.stopping.store(true, Ordering::Release);
+        // It fails for a card that is gone, and with it the work.
+        let _ = self.pair.forget();
+        self.stopped.store(true, Ordering::Release);
+        // It can only be full of wake-ups already.
+        let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+    }
+}
+
+/// One end of a connection that is to be.
+pub struct Endpoint {
+    queue: QueuePair,
+    line: Arc<Line>,
+    card: Card,
+    sequence: u32,
+    mtu: i32,
+    depth: u32,
+}
+
+impl fmt::Debug for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Endpoint")
+            .field("card", &self.card)
+            .field("address", &self.address())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Card {
+    /// Makes an end of a reliable connection, for so many requests in flight in each direction.
+    ///
+    /// # Errors
+    /// The call that failed: `ENETDOWN` while the card's port is not active, `ENOMEM` and `EINVAL`
+    /// for more requests than the card can.
+    pub fn endpoint(&self, depth: u32) -> Result<Endpoint, RdmaError> {
+        let domain = self.domain();
+        let failed = |call| move |errno| SystemError::new(call, self.name(), errno);
+        let mtu = domain.active_mtu().map_err(failed("ibv_query_port"))?;
+        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
+        let wake = eventfd(0, flags).map_err(|errno| failed("eventfd")(errno.into()))?;
+        let queue = QueuePair::new(domain, depth).map_err(failed("ibv_create_qp"))?;
+        let line = Line {
+            pair: Arc::clone(queue.pair()),
+            stopping: AtomicBool::new(false),
+            stopped: AtomicBool::new(false),
+            wake,
+        };
+        Ok(Endpoint {
+            queue,
+            line: Arc::new(line),
+            card: self.clone(),
+            sequence: rand::random::<u32>() >> 8,
+            mtu,
+            depth,
+        })
+    }
+}
+
+impl Endpoint {
+    /// What the other end needs to know.
+    pub fn address(&self) -> Address {
+        let peer = Peer {
+            gid: self.card.address().gid(),
+            queue: self.queue.number(),
+            sequence: self.sequence,
+            mtu: self.mtu,
+        };
+        Address { peer }
+    }
+
+    /// Connects it to the other end, which does the same. Work for it can be posted at once; the
+    /// other end's own must have connected before it arrives, within some seven seconds. So long also
+    /// is an end that has gone waited for ([`Status::UNANSWERED`]).
+    ///
+    /// # Errors
+    /// The call that failed: `EINVAL`, `ENETUNREACH` or `ETIMEDOUT` for an address that the card
+    /// finds no way to.
+    pub fn connect(self, peer: &Address) -> Result<Connection, RdmaError> {
+        let source = self.card.address().index() as u8;
+        let peer = Peer {
+            mtu: self.mtu.min(peer.peer.mtu),
+            ..peer.peer
+        };
+        self.queue
+            .connect(&peer, source, self.sequence)
+            .map_err(|errno| SystemError::new("ibv_modify_qp", self.card.name(), errno))?;
+        Ok(Connection {
+            queue: self.queue,
+            line: self.line,
+            in_flight: BTreeMap::new(),
+            card: self.card,
+            last: 0,
+            depth: self.depth,
+        })
+    }
+}
+
+struct Posted {
+    operation: Operation,
+    /// Keeps the registration until the card is done with it.
+    piece: Option<Piece>,
+    host_bytes: u64,
+}
+
+/// A reliable connection. Requests are done in the order in which they were posted.
+///
+/// Dropping it stops the card first, then lets go of the registrations that work was in flight on.
+pub struct Connection {
+    // These two first, so that the card has stopped when the registrations go.
+    queue: QueuePair,
+    line: Arc<Line>,
+    /// By their number, which is the order in which they were posted.
+    in_flight: BTreeMap<u64, Posted>,
+    card: Card,
+    last: u64,
+    depth: u32,
+}
+
+impl fmt::Debug for Connection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Connection")
+            .field("card", &self.card)
+            .field("in_flight", &self.in_flight.len())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Connection {
+    /// Writes a piece to the other end's memory, as long as the piece. With `immediate` the other
+    /// end gets the number, in a receive of its own, when the bytes are there.
+    ///
+    /// # Errors
+    /// [`RdmaError::Stale`], [`RdmaError::Mismatch`] for pieces that do not fit each other, the card
+    /// or one request; what copying into the staging memory failed with; `EAGAIN` with as many
+    /// requests in flight as the connection was made for; [`RdmaError::Stopped`].
+    pub fn write(
+        &mut self,
+        from: &Piece,
+        to: &Remote,
+        immediate: Option<u32>,
+    ) -> Result<WorkId, RdmaError> {
+        let verb = Verb::Write {
+            to: to.address,
+            key: to.key,
+            immediate,
+        };
+        self.post(from, Some(to), Operation::Write, verb)
+    }
+
+    /// Reads the other end's memory into a piece, which is as long.
+    ///
+    /// # Errors
+    /// As [`Connection::write`], and [`BufferError::Access`] for a buffer that is not writable.
+    pub fn read(&mut self, into: &Piece, from: &Remote) -> Result<WorkId, RdmaError> {
+        writable(into)?;
+        let verb = Verb::Read {
+            from: from.address,
+            key: from.key,
+        };
+        self.post(into, Some(from), Operation::Read, verb)
+    }
+
+    /// Sends a piece, for which the other end has posted room.
+    ///
+    /// # Errors
+    /// As [`Connection::write`].
+    pub fn send(&mut self, piece: &Piece, immediate: Option<u32>) -> Result<WorkId, RdmaError> {
+        self.post(piece, None, Operation::Send, Verb::Send { immediate })
+    }
+
+    /// Posts room for what the other end sends; or, with `None`, for a number that comes with a
+    /// write.
+    ///
+    /// # Errors
+    /// As [`Connection::read`].
+    pub fn receive(&mut self, into: Option<&Piece>) -> Result<WorkId, RdmaError> {
+        if let Some(piece) = into {
+            self.fits(piece)?;
+            writable(piece)?;
+        }
+        self.has_room()?;
+        let id = self.last + 1;
+        let line = self.line();
+        let failed = |errno| SystemError::new("ibv_post_recv", self.card.name(), errno);
+        match into {
+            None => self.queue.post_receive(id, Default::default()),
+            Some(piece) => {
+                let held = piece.registration().use_it(&line)?;
+                self.queue.post_receive(id, held.local(piece))
+            }
+        }
+        .map_err(failed)?;
+        let posted = Posted {
+            operation: Operation::Receive,
+            piece: into.cloned(),
+            host_bytes: 0,
+        };
+        Ok(self.posted(id, posted))
+    }
+
+    fn post(
+        &mut self,
+        piece: &Piece,
+        remote: Option<&Remote>,
+        operation: Operation,
+        verb: Verb,
+    ) -> Result<WorkId, RdmaError> {
+        self.fits(piece)?;
+        if let Some(remote) = remote
+            && remote.length != piece.len()
+        {
+            let what = format!(
+                "{} bytes here and {} at the other end",
+                piece.len(),
+                remote.length
+            );
+            return Err(RdmaError::Mismatch { what });
+        }
+        self.has_room()?;
+        // From here on the registration cannot be ended until the card has the request, and is
+        // stopped with it then.
+        let held = piece.registration().use_it(&self.line())?;
+        let host_bytes = match operation {
+            Operation::Write | Operation::Send => held.refresh(piece.offset(), piece.len())?,
+            _ => 0,
+        };
+        let id = self.last + 1;
+        self.queue
+            .post(id, held.local(piece), verb)
+            .map_err(|errno| SystemError::new("ibv_post_send", self.card.name(), errno))?;
+        drop(held);
+        let posted = Posted {
+            operation,
+            piece: Some(piece.clone()),
+            host_bytes,
+        };
+        Ok(self.posted(id, posted))
+    }
+
+    fn line(&self) -> Weak<dyn Work> {
+        let line: Weak<Line> = Arc::downgrade(&self.line);
+        line
+    }
+
+    fn posted(&mut self, id: u64, posted: Posted) -> WorkId {
+        self.last = id;
+        self.in_flight.insert(id, posted);
+        WorkId(id)
+    }
+
+    /// What the card must not be bothered with.
+    fn fits(&self, piece: &Piece) -> Result<(), RdmaError> {
+        let registration = piece.registration();
+        if !registration.card().is(&self.card) {
+            let what = format!(
+                "the buffer is registered with {}, and the connection is {}'s",
+                registration.card().name(),
+                self.card.name()
+            );
+            return Err(RdmaError::Mismatch { what });
+        }
+        if piece.len() > LONGEST {
+            let what = format!("{} bytes in one request, of at most {LONGEST}", piece.len());
+            return Err(RdmaError::Mismatch { what });
+        }
+        registration.check()
+    }
+
+    /// The other end was given the registration's key. Should the registration be ended
+    /// ([`Registration::end`]) this connection is stopped first.
+    pub fn shows(&self, registration: &Registration) {
+        // One that is ended already has nothing to be stopped for.
+        let _ = registration.use_it(&self.line());
+    }
+
+    /// True once it was stopped, for good, because a registration was ended that it was using.
+    pub fn is_stopped(&self) -> bool {
+        self.line.stopped.load(Ordering::Acquire)
+    }
+
+    fn stopped(&self) -> RdmaError {
+        let card = self.card.name().to_owned();
+        RdmaError::Stopped { card }
+    }
+
+    fn has_room(&self) -> Result<(), RdmaError> {
+        if self.is_stopped() {
+            return Err(self.stopped());
+        }
+        // Each direction has as much; together they are what the completion queue holds.
+        if self.in_flight.len() < 2 * self.depth as usize {
+            return Ok(());
+        }
+        Err(SystemError::new("ibv_post_send", self.card.name(), peerbuf::Errno::AGAIN).into())
+    }
+
+    /// How many requests may be in flight in each direction.
+    pub fn depth(&self) -> usize {
+        self.depth as usize
+    }
+
+    /// How many requests the card has.
+    pub fn in_flight(&self) -> usize {
+        self.in_flight.len()
+    }
+
+    /// What has been done, if something has: the next completion.
+    ///
+    /// # Errors
+    /// The call that failed, or what copying from the staging memory into the buffer failed with:
+    /// the bytes are lost then.
+    pub fn poll(&mut self) -> Result<Option<Completion>, RdmaError> {
+        // Asked first: once it is stopped nothing completes that was not there before.
+        let stopped = self.is_stopped();
+        let done = self
+            .queue
+            .poll()
+            .map_err(|errno| SystemError::new("ibv_poll_cq", self.card.name(), errno))?;
+        let forgotten = || Done {
+            id: self.in_flight.first_key_value().map_or(0, |(id, _)| *id),
+            status: Status::FLUSHED.0,
+            ..Done::default()
+        };
+        let done = match done {
+            None if stopped && !self.in_flight.is_empty() => Some(forgotten()),
+            done => done,
+        };
+        done.map(|done| self.complete(&done)).transpose()
+    }
+
+    fn complete(&mut self, done: &Done) -> Result<Completion, RdmaError> {
+        let Some(posted) = self.in_flight.remove(&done.id) else {
+            let what = format!("{} completed what nobody posted", self.card.name());
+            return Err(RdmaError::Malformed { what });
+        };
+        let cut_off = self.line.stopping.load(Ordering::Acquire);
+        let failed = |operation, status| WorkError {
+            operation,
+            status: Status(status),
+            vendor: done.vendor,
+            cut_off,
+        };
+        let Posted {
+            operation,
+            piece,
+            mut host_bytes,
+        } = posted;
+        let arrived = match operation {
+            // The number of a write without bytes in the receive says how many were written.
+            Operation::Receive => done.bytes.into(),
+            _ => piece.as_ref().map_or(0, Piece::len),
+        };
+        let mut result = match done.status {
+            0 => Ok(arrived),
+            status => Err(failed(operation, status)),
+        };
+        if let (Ok(_), Operation::Read | Operation::Receive, Some(piece)) =
+            (&result, operation, &piece)
+        {
+            let length = arrived.min(piece.len());
+            match piece.registration().deliver(piece.offset(), length) {
+                Ok(bytes) => host_bytes += bytes,
+                // They arrived, and were still to be copied.
+                Err(RdmaError::Stale { .. }) => {
+                    result = Err(WorkError {
+                        cut_off: true,
+                        ..failed(operation, Status::FLUSHED.0)
+                    });
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(Completion {
+            id: WorkId(done.id),
+            operation,
+            result,
+            immediate: done.immediate,
+            host_bytes,
+        })
+    }
+
+    /// Waits for the next completion, by the card's event.
+    ///
+    /// # Errors
+    /// As [`Connection::poll`], and [`RdmaError::TimedOut`]; [`RdmaError::Stopped`] when it was
+    /// stopped and everything has come back.
+    pub fn wait(&mut self, limit: Duration) -> Result<Completion, RdmaError> {
+        let deadline = Instant::now() + limit;
+        let name = self.card.name().to_owned();
+        let failed = |call| move |errno| SystemError::new(call, name, errno);
+        loop {
+            if let Some(completion) = self.poll()? {
+                return Ok(completion);
+            }
+            self.queue
+                .arm()
+                .map_err(failed.clone()("ibv_req_notify_cq"))?;
+            // What came before the queue was armed makes no event.
+            if let Some(completion) = self.poll()? {
+                return Ok(completion);
+            }
+            if self.is_stopped() && self.in_flight.is_empty() {
+                return Err(self.stopped());
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                let what = format!("a completion of {}", self.card.name());
+                return Err(RdmaError::TimedOut { what, limit });
+            }
+            let left = Timespec::try_from(left).ok();
+            let events = self.queue.events();
+            let mut wanted = [
+                PollFd::from_borrowed_fd(events, PollFlags::IN),
+                PollFd::new(&self.line.wake, PollFlags::IN),
+            ];
+            match poll(&mut wanted, left.as_ref()) {
+                Err(rustix::io::Errno::INTR) => continue,
+                Ok(_) if wanted[0].revents().is_empty() => continue,
+                Ok(_) => {}
+                Err(errno) => return Err(failed("poll")(errno.into()).into()),
+            }
+            self.queue
+                .take_event()
+                .map_err(failed.clone()("ibv_get_cq_event"))?;
+        }
+    }
+
+    /// Stops the card's work and waits until it has let go of all that was posted, at most `limit`.
+    /// What was not done comes back as [`Status::FLUSHED`].
+    ///
+    /// # Errors
+    /// As [`Connection::wait`].
+    pub fn drain(&mut self, limit: Duration) -> Result<Vec<Completion>, RdmaError> {
+        if !self.is_stopped() {
+            self.line
+                .pair
+                .stop()
+                .map_err(|errno| SystemError::new("ibv_modify_qp", self.card.name(), errno))?;
+        }
+        let deadline = Instant::now() + limit;
+        let mut all = Vec::new();
+        while !self.in_flight.is_empty() {
+            all.push(self.wait(deadline.saturating_duration_since(Instant::now()))?);
+        }
+        Ok(all)
+    }
+}
+
+fn writable(piece: &Piece) -> Result<(), BufferError> {
+    let registration = piece.registration();
+    if registration.is_writable() {
+        return Ok(());
+    }
+    Err(BufferError::Access {
+        object: registration.name().to_owned(),
+        wanted: "write",
+    })
+}

@@ -1,0 +1,111 @@
+//! The two rungs of system memory: the pages of the memfd behind a buffer, and memory of its own
+//! that the processor copies from and to.
+
+use std::fmt;
+
+use crate::rung::{Attempt, Layer, Rung};
+use peerbuf::buffer::{Access, Buffer, BufferRange, Mapping};
+use peerbuf::error::{BufferError, ExportError};
+use peerbuf::export::memfd;
+use peerbuf::plan::ReasonCode;
+use peerbuf_core::memory::Window;
+
+/// Maps the pages of the memfd behind a range.
+pub(crate) fn shared_memory(range: &BufferRange) -> Result<Mapping, Attempt> {
+    let rung = Rung::SharedMemory;
+    if range.buffer().host_memory().is_none() {
+        let evidence = "no memory of the host is behind it";
+        return Err(Attempt::lacking(rung, ReasonCode::NotHostMemory, evidence));
+    }
+    let mapping = range.map(whole_access(range.buffer()));
+    mapping.map_err(|error| no_mapping(rung, &error))
+}
+
+/// The memory that is registered in place of the buffer, and the buffer.
+pub(crate) struct Staging {
+    memory: Mapping,
+    /// Where in the memory the range begins: its place in a page is that of the range.
+    lead: u64,
+    buffer: Mapping,
+}
+
+impl Staging {
+    /// As much memory as the range has bytes. Nothing is copied yet.
+    pub(crate) fn of(range: &BufferRange) -> Result<Staging, Attempt> {
+        let page = rustix::param::page_size() as u64;
+        let lead = range.offset() % page;
+        let memory = memfd::export("RDMA staging", range.len() + lead);
+        let memory = memory
+            .and_then(|memory| Ok(memory.whole().map(Access::ReadWrite)?))
+            .map_err(|error: ExportError| no_mapping(Rung::Staged, &error))?;
+        let buffer = range.map(whole_access(range.buffer()));
+        let buffer = buffer.map_err(|error| no_mapping(Rung::Staged, &error))?;
+        Ok(Staging {
+            memory,
+            lead,
+            buffer,
+        })
+    }
+
+    /// The memory that stands for the range.
+    pub(crate) fn window(&self) -> Window<'_> {
+        let map = self.memory.map();
+        map.window(self.lead as usize, self.buffer.len() as usize)
+    }
+
+    /// Copies from the memory to the buffer. The bytes are inside the range.
+    pub(crate) fn deliver(&mut self, offset: u64, length: u64) -> Result<(), BufferError> {
+        in_chunks(offset, length, |at, chunk| {
+            let memory = self.memory.begin_cpu_access(Access::Read)?;
+            memory.read_at(self.lead + at, chunk)?;
+            memory.end()?;
+            let mut buffer = self.buffer.begin_cpu_access(Access::Write)?;
+            buffer.write_at(at, chunk)?;
+            buffer.end()
+        })
+    }
+
+    /// Copies from the buffer to the memory. The bytes are inside the range.
+    pub(crate) fn refresh(&mut self, offset: u64, length: u64) -> Result<(), BufferError> {
+        in_chunks(offset, length, |at, chunk| {
+            let buffer = self.buffer.begin_cpu_access(Access::Read)?;
+            buffer.read_at(at, chunk)?;
+            buffer.end()?;
+            let mut memory = self.memory.begin_cpu_access(Access::Write)?;
+            memory.write_at(self.lead + at, chunk)?;
+            memory.end()
+        })
+    }
+}
+
+fn in_chunks(
+    offset: u64,
+    length: u64,
+    mut step: impl FnMut(u64, &mut [u8]) -> Result<(), BufferError>,
+) -> Result<(), BufferError> {
+    const CHUNK: u64 = 256 << 10;
+    let mut bytes = vec![0; length.min(CHUNK) as usize];
+    let mut done = 0;
+    while done < length {
+        let now = (length - done).min(CHUNK) as usize;
+        step(offset + done, &mut bytes[..now])?;
+        done += now as u64;
+    }
+    Ok(())
+}
+
+/// The most that a mapping of the buffer can be used for.
+pub(crate) fn whole_access(buffer: &Buffer) -> Access {
+    if buffer.is_writable() {
+        Access::ReadWrite
+    } else {
+        Access::Read
+    }
+}
+
+pub(crate) fn no_mapping(rung: Rung, error: &dyn fmt::Display) -> Attempt {
+    Attempt {
+        layer: Layer::Exporter,
+        ..Attempt::lacking(rung, ReasonCode::NotMappable, &error.to_string())
+    }
+}

@@ -1,0 +1,266 @@
+//! Trying the rungs, the best first, until the card has the buffer; who it was that refused each
+//! one that failed, and which path the bytes take on the one that was taken.
+
+use std::os::fd::AsFd;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, RwLock};
+
+use super::{Held, Inner, Registration};
+use crate::card::Card;
+use crate::error::RdmaError;
+use crate::ladder::{Climbed, Domain, Staging, climb, registrable, shared_memory};
+use crate::rung::{Attempt, Layer, Rung};
+use crate::sys::verbs::{self, DmaBufRequest, Region};
+use peerbuf::Errno;
+use peerbuf::buffer::{Access, Buffer, BufferRange};
+use peerbuf::error::SystemError;
+use peerbuf::plan::{Path, Plan, Reason, ReasonCode};
+
+impl Card {
+    /// Gives the card a range, in the best way that works. `remote` is what the other end may do
+    /// with it; with `None` only this end's own work uses it. This end's work reads it always, and
+    /// writes it where the buffer is writable.
+    ///
+    /// # Errors
+    /// [`RdmaError::Buffer`] for writing from afar what is not writable, [`RdmaError::Empty`] for a
+    /// range without bytes, and [`RdmaError::NotRegistered`] with each rung's failure.
+    pub fn register(
+        &self,
+        range: &BufferRange,
+        remote: Option<Access>,
+    ) -> Result<Registration, RdmaError> {
+        self.register_by(range, remote, &Rung::ALL)
+    }
+
+    /// As [`Card::register`], by these rungs only, in their order.
+    ///
+    /// # Errors
+    /// As [`Card::register`].
+    pub fn register_by(
+        &self,
+        range: &BufferRange,
+        remote: Option<Access>,
+        rungs: &[Rung],
+    ) -> Result<Registration, RdmaError> {
+        let buffer = range.buffer();
+        registrable(range, remote)?;
+        let mut access = 0;
+        if buffer.is_writable() {
+            access |= verbs::LOCAL_WRITE;
+        }
+        if remote.is_some_and(Access::writes) {
+            access |= verbs::REMOTE_WRITE;
+        }
+        if remote.is_some_and(Access::reads) {
+            access |= verbs::REMOTE_READ;
+        }
+        let Climbed {
+            region: (region, staging),
+            rung,
+            attempts,
+            standing,
+        } = climb(self, range, access, rungs)?;
+        let inner = Inner {
+            lines: Mutex::default(),
+            wanted: AtomicBool::new(false),
+            name: buffer.name().to_owned(),
+            offset: range.offset(),
+            length: range.len(),
+            writable: buffer.is_writable(),
+            card: self.clone(),
+            remote,
+            keys: region.keys(),
+            rung,
+            // What a card has does not move, so this stays true.
+            plan: plan(buffer, self, rung, &attempts),
+            attempts,
+            standing,
+            held: RwLock::new(Some(Arc::new(Held {
+                region,
+                staging: staging.map(Mutex::new),
+                range: range.clone(),
+            }))),
+        };
+        Ok(Registration {
+            inner: Arc::new(inner),
+        })
+    }
+}
+
+impl Domain for Card {
+    /// `IBV_ACCESS_*`
+    type Access = u32;
+    type Region = (Region, Option<Staging>);
+
+    fn name(&self) -> String {
+        Card::name(self).to_owned()
+    }
+
+    fn name_the_layers(attempts: &mut [Attempt], taken: Option<Rung>) {
+        name_the_layer(attempts, taken);
+    }
+
+    fn try_rung(
+        &self,
+        range: &BufferRange,
+        access: u32,
+        rung: Rung,
+    ) -> Result<(Region, Option<Staging>), Attempt> {
+        let buffer = range.buffer();
+        let domain = self.domain();
+        let refused = |call, layer: fn(Errno) -> Layer, code| {
+            move |errno| Attempt {
+                rung,
+                layer: layer(errno),
+                code,
+                errno: Some(errno),
+                evidence: SystemError::new(call, buffer.name(), errno).to_string(),
+            }
+        };
+        match rung {
+            Rung::DmaBufByLibrary | Rung::DmaBufByKernel => {
+                let Some(dmabuf) = buffer.dmabuf() else {
+                    let evidence = "it is memory alone, without a dma-buf over it";
+                    return Err(Attempt::lacking(rung, ReasonCode::NoDmaBuf, evidence));
+                };
+                let request = DmaBufRequest {
+                    dmabuf: dmabuf.as_fd(),
+                    offset: range.offset(),
+                    length: range.len(),
+                    iova: range.offset(),
+                    access,
+                };
+                let code = match buffer.provenance().kind.is_device_memory() {
+                    true => ReasonCode::ImporterNotPeer,
+                    false => ReasonCode::AttachRefused,
+                };
+                // 'Not supported' is also what an exporter answers that does not serve the driver. The
+                // same request for what is no dma-buf tells them apart: no exporter is asked then.
+                let nobodys = DmaBufRequest {
+                    dmabuf: domain.uverbs(),
+                    ..request
+                };
+                let by_exporter = |attempt: Attempt, again: Option<Errno>| match attempt.errno {
+                    Some(Errno::OPNOTSUPP) if again.is_some_and(|e| e != Errno::OPNOTSUPP) => {
+                        let layer = Layer::Exporter;
+                        Attempt { layer, ..attempt }
+                    }
+                    _ => attempt,
+                };
+                if rung == Rung::DmaBufByKernel {
+                    let call = "ioctl(UVERBS_METHOD_REG_DMABUF_MR)";
+                    let region = Region::by_kernel(domain, &request);
+                    let region = region.map_err(refused(call, layer_in_kernel, code));
+                    let region = region.map_err(|attempt| {
+                        by_exporter(attempt, Region::by_kernel(domain, &nobodys).err())
+                    });
+                    return Ok((region?, None));
+                }
+                let Some(region) = Region::by_library(domain, &request) else {
+                    let evidence = "libibverbs has no ibv_reg_dmabuf_mr (rdma-core 34 has)";
+                    let layer = Layer::Library;
+                    return Err(Attempt {
+                        layer,
+                        ..Attempt::lacking(rung, code, evidence)
+                    });
+                };
+                let call = "ibv_reg_dmabuf_mr";
+                let region = region.map_err(refused(call, layer_by_library, code));
+                let region = region.map_err(|attempt| {
+                    let again = Region::by_library(domain, &nobodys);
+                    by_exporter(attempt, again.and_then(Result::err))
+                });
+                Ok((region?, None))
+            }
+            Rung::SharedMemory => {
+                let mapping = shared_memory(range)?;
+                let window = mapping.map().window(0, range.len() as usize);
+                let region = Region::of_pages(domain, window, range.offset(), access);
+                let code = ReasonCode::NotPinnable;
+                let region = region.map_err(refused("ibv_reg_mr", |_| Layer::Memory, code))?;
+                Ok((region, None))
+            }
+            Rung::Staged => {
+                let staging = Staging::of(range)?;
+                let region = Region::of_pages(domain, staging.window(), range.offset(), access);
+                let code = ReasonCode::NotPinnable;
+                let region = region.map_err(refused("ibv_reg_mr", |_| Layer::Memory, code))?;
+                Ok((region, Some(staging)))
+            }
+        }
+    }
+}
+
+fn layer_by_library(errno: Errno) -> Layer {
+    match errno {
+        Errno::OPNOTSUPP => Layer::Library,
+        other => layer_in_kernel(other),
+    }
+}
+
+fn layer_in_kernel(errno: Errno) -> Layer {
+    match errno {
+        // uverbs' answers for a driver without it. (That it was not the exporter is found out by the
+        // caller.)
+        Errno::PROTONOSUPPORT | Errno::OPNOTSUPP => Layer::Driver,
+        // ENOTTY: a kernel, or a node, without such methods; EACCES, EBADF
+        Errno(25) | Errno(13) | Errno(9) => Layer::Uverbs,
+        // ENOMEM
+        Errno(12) => Layer::Driver,
+        // What an exporter answers that cannot serve the driver, or not any more.
+        _ => Layer::Exporter,
+    }
+}
+
+/// 'Not supported' from the library comes from the card's part of it or from the kernel, with one
+/// number for both. The kernel's own answer, when it was asked next, tells them apart.
+fn name_the_layer(attempts: &mut [Attempt], taken: Option<Rung>) {
+    let by_kernel = attempts
+        .iter()
+        .find(|attempt| attempt.rung == Rung::DmaBufByKernel)
+        .map(|attempt| attempt.layer);
+    if taken == Some(Rung::DmaBufByKernel) {
+        return;
+    }
+    for attempt in attempts {
+        if attempt.rung == Rung::DmaBufByLibrary
+            && attempt.errno == Some(Errno::OPNOTSUPP)
+            && by_kernel == Some(Layer::Driver)
+        {
+            attempt.layer = Layer::Driver;
+        }
+    }
+}
+
+fn plan(buffer: &Buffer, card: &Card, rung: Rung, attempts: &[Attempt]) -> Plan {
+    if rung == Rung::Staged {
+        let failed = attempts.iter().map(|attempt| {
+            let path = match attempt.rung {
+                Rung::SharedMemory | Rung::Staged => Path::SharedHostMemory,
+                _ if buffer.provenance().kind.is_host_memory() => Path::SharedHostMemory,
+                _ => Path::PeerToPeer,
+            };
+            Reason::new(path, attempt.code, attempt.to_string())
+        });
+        return Plan {
+            path: Path::StagedCopy,
+            reasons: failed.collect(),
+        };
+    }
+    let plan = Plan::in_place(buffer);
+    if plan.path != Path::PeerToPeer || !card.is_software() {
+        return plan;
+    }
+    let software = format!(
+        "{} is software: the processor carries the bytes between the buffer and its packets",
+        card.name()
+    );
+    let host = "the bytes are in device memory";
+    Plan {
+        path: Path::StagedCopy,
+        reasons: vec![
+            Reason::new(Path::PeerToPeer, ReasonCode::NotADevice, software),
+            Reason::new(Path::SharedHostMemory, ReasonCode::NotHostMemory, host),
+        ],
+    }
+}

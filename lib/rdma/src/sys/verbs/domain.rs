@@ -1,0 +1,234 @@
+//! An open device with its protection domain, and the regions that are registered in it.
+
+use std::ffi::c_int;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use super::abi::{Context, GidEntry, LOCAL_WRITE, Mr, PORT, Pd, PortAttr, REMOTE_WRITE};
+use super::library::{Library, check, last};
+use crate::sys::uverbs::{self, DmaBufRequest, Keys};
+use peerbuf::Errno;
+use peerbuf_core::memory::Window;
+
+/// An open device and a protection domain on it.
+///
+/// # Invariants
+/// Both are live. The functions of the library may be called on them from any thread
+/// (ibv_open_device(3)): the library and its providers lock what needs it.
+pub(crate) struct Domain {
+    pub(super) library: &'static Library,
+    pub(super) context: NonNull<Context>,
+    pub(super) pd: NonNull<Pd>,
+}
+
+// SAFETY: by the invariant.
+unsafe impl Send for Domain {}
+// SAFETY: by the invariant.
+unsafe impl Sync for Domain {}
+
+impl Domain {
+    /// Opens the device of this name; `ENODEV` where there is none.
+    pub(crate) fn open(library: &'static Library, wanted: &str) -> Result<Domain, Errno> {
+        let opened = library.devices(|name, device| {
+            (name == wanted).then(|| {
+                // SAFETY: the device is on the list, which is not freed yet.
+                let context = unsafe { (library.open_device)(device) };
+                NonNull::new(context).ok_or_else(last)
+            })
+        })?;
+        let context = opened.unwrap_or(Err(Errno::NODEV))?;
+        // SAFETY: the context is live.
+        let Some(pd) = NonNull::new(unsafe { (library.alloc_pd)(context.as_ptr()) }) else {
+            let errno = last();
+            // SAFETY: it is ours, and nothing was made of it.
+            unsafe { (library.close_device)(context.as_ptr()) };
+            return Err(errno);
+        };
+        // INVARIANT: both were just made.
+        Ok(Domain {
+            library,
+            context,
+            pd,
+        })
+    }
+
+    /// The descriptor of the device's uverbs node.
+    pub(crate) fn uverbs(&self) -> BorrowedFd<'_> {
+        // SAFETY: the context is live (invariant) and keeps its descriptor open.
+        unsafe { BorrowedFd::borrow_raw((*self.context.as_ptr()).cmd_fd) }
+    }
+
+    /// The domain's number in the kernel.
+    pub(crate) fn handle(&self) -> u32 {
+        // SAFETY: live by the invariant; the field does not change.
+        unsafe { (*self.pd.as_ptr()).handle }
+    }
+
+    /// `enum ibv_mtu` of the port now; `ENETDOWN` while it is not active.
+    pub(crate) fn active_mtu(&self) -> Result<i32, Errno> {
+        let mut port = PortAttr::default();
+        // SAFETY: the struct has room for what this function fills in.
+        check(unsafe { (self.library.query_port)(self.context.as_ptr(), PORT, &mut port) })?;
+        // IBV_PORT_ACTIVE
+        if port.state == 4 {
+            Ok(port.active_mtu)
+        } else {
+            Err(Errno(100))
+        }
+    }
+
+    /// The addresses that the device has.
+    pub(crate) fn gids(&self) -> Result<Vec<GidEntry>, Errno> {
+        let mut entries = vec![GidEntry::default(); 256];
+        // SAFETY: so many entries of this size are ours.
+        let count = unsafe {
+            (self.library.query_gid_table)(
+                self.context.as_ptr(),
+                entries.as_mut_ptr(),
+                entries.len(),
+                0,
+                size_of::<GidEntry>(),
+            )
+        };
+        match usize::try_from(count) {
+            Ok(count) => {
+                entries.truncate(count);
+                Ok(entries)
+            }
+            Err(_) => Err(Errno(count.unsigned_abs() as i32)),
+        }
+    }
+}
+
+impl Drop for Domain {
+    fn drop(&mut self) {
+        // SAFETY: ours, and what was made of them holds the domain, so is gone.
+        unsafe {
+            (self.library.dealloc_pd)(self.pd.as_ptr());
+            (self.library.close_device)(self.context.as_ptr());
+        }
+    }
+}
+
+/// How a region was made, and is to be ended.
+enum Made {
+    /// By the library.
+    Library(NonNull<Mr>),
+    /// By the kernel's method: driver and handle.
+    Kernel(u32, u32),
+}
+
+/// A registered region. Dropping it deregisters it: no card reaches it then.
+///
+/// # Invariants
+/// The region is live.
+pub(crate) struct Region {
+    domain: Arc<Domain>,
+    made: Made,
+    keys: Keys,
+}
+
+// SAFETY: as for `Domain`.
+unsafe impl Send for Region {}
+// SAFETY: as for `Domain`.
+unsafe impl Sync for Region {}
+
+impl Region {
+    fn of_library(domain: &Arc<Domain>, mr: *mut Mr) -> Result<Region, Errno> {
+        let mr = NonNull::new(mr).ok_or_else(last)?;
+        // SAFETY: just made; the fields do not change.
+        let (local, remote) = unsafe { ((*mr.as_ptr()).lkey, (*mr.as_ptr()).rkey) };
+        // INVARIANT: just made.
+        Ok(Region {
+            domain: Arc::clone(domain),
+            made: Made::Library(mr),
+            keys: Keys { local, remote },
+        })
+    }
+
+    /// `ibv_reg_dmabuf_mr`; `None` where the library is too old to have it.
+    pub(crate) fn by_library(
+        domain: &Arc<Domain>,
+        request: &DmaBufRequest<'_>,
+    ) -> Option<Result<Region, Errno>> {
+        use std::os::fd::AsRawFd;
+        let register = domain.library.reg_dmabuf_mr?;
+        let Ok(length) = usize::try_from(request.length) else {
+            return Some(Err(Errno::INVAL));
+        };
+        // SAFETY: the domain is live, and the kernel checks the rest.
+        let mr = unsafe {
+            register(
+                domain.pd.as_ptr(),
+                request.offset,
+                length,
+                request.iova,
+                request.dmabuf.as_fd().as_raw_fd(),
+                request.access as c_int,
+            )
+        };
+        Some(Region::of_library(domain, mr))
+    }
+
+    /// The kernel's own method; see [`uverbs`].
+    pub(crate) fn by_kernel(
+        domain: &Arc<Domain>,
+        request: &DmaBufRequest<'_>,
+    ) -> Result<Region, Errno> {
+        let driver = uverbs::driver_id(domain.uverbs())?;
+        let (handle, keys) =
+            uverbs::register_dmabuf(domain.uverbs(), driver, domain.handle(), request)?;
+        // INVARIANT: just made.
+        Ok(Region {
+            domain: Arc::clone(domain),
+            made: Made::Kernel(driver, handle),
+            keys,
+        })
+    }
+
+    /// `ibv_reg_mr_iova2`: the pages of mapped memory, which the kernel pins. The mapping need not
+    /// outlive the region.
+    pub(crate) fn of_pages(
+        domain: &Arc<Domain>,
+        window: Window<'_>,
+        iova: u64,
+        access: u32,
+    ) -> Result<Region, Errno> {
+        if access & (LOCAL_WRITE | REMOTE_WRITE) != 0 && !window.is_writable() {
+            return Err(Errno(13));
+        }
+        // SAFETY: the window is mapped now, which is when its pages are pinned; from then on the card
+        // has the pages and not the address. Nobody has a reference to the bytes of a `Map`.
+        let mr = unsafe {
+            (domain.library.reg_mr_iova2)(
+                domain.pd.as_ptr(),
+                window.address().cast(),
+                window.length(),
+                iova,
+                access,
+            )
+        };
+        Region::of_library(domain, mr)
+    }
+
+    pub(crate) fn keys(&self) -> Keys {
+        self.keys
+    }
+}
+
+impl Drop for Region {
+    fn drop(&mut self) {
+        match self.made {
+            // The kernel refuses only a region that memory windows are bound to, of which there are
+            // none here.
+            Made::Library(mr) => {
+                // SAFETY: live, ours, and not used again.
+                unsafe { (self.domain.library.dereg_mr)(mr.as_ptr()) };
+            }
+            Made::Kernel(driver, handle) => {
+                let _ = uverbs::deregister(self.domain.uverbs(), driver, handle);
+            }
+        }
+    }
+}

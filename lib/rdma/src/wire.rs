@@ -1,0 +1,200 @@
+//! What the two ends of a connection tell each other: where an end is, and which of its memory the
+//! other may use. What comes from the other end is checked here.
+
+use crate::error::RdmaError;
+use crate::sys::verbs::Peer;
+use peerbuf::error::BufferError;
+
+/// Where one end of a connection is, for the other to know. 32 bytes on the wire.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Address {
+    pub(crate) peer: Peer,
+}
+
+impl Address {
+    /// For the other end: address of the card, number of the queue pair, number of its first
+    /// packet (32 bits each, big-endian), code of the port's MTU, zeroes.
+    pub fn to_bytes(&self) -> [u8; 32] {
+        let Peer {
+            gid,
+            queue,
+            sequence,
+            mtu,
+        } = self.peer;
+        let mut bytes = [0; 32];
+        bytes[..16].copy_from_slice(&gid);
+        bytes[16..20].copy_from_slice(&queue.to_be_bytes());
+        bytes[20..24].copy_from_slice(&sequence.to_be_bytes());
+        bytes[24] = mtu as u8;
+        bytes
+    }
+
+    /// What the other end has sent, checked: it goes to the card's driver.
+    ///
+    /// # Errors
+    /// [`RdmaError::Malformed`].
+    pub fn from_bytes(bytes: &[u8; 32]) -> Result<Address, RdmaError> {
+        let word = |at: usize| {
+            let mut word = [0; 4];
+            word.copy_from_slice(&bytes[at..at + 4]);
+            u32::from_be_bytes(word)
+        };
+        let mut gid = [0; 16];
+        gid.copy_from_slice(&bytes[..16]);
+        let (queue, sequence, mtu) = (word(16), word(20), bytes[24]);
+        let rules = [
+            (gid != [0; 16], "an address of zeroes"),
+            (gid[0] != 0xff, "a multicast address"),
+            (queue > 1 && queue < 1 << 24, "no number of a queue pair"),
+            (sequence < 1 << 24, "no number of a packet"),
+            ((1..=5).contains(&mtu), "no code of an MTU"),
+            (bytes[25..] == [0; 7], "bytes that are not zero"),
+        ];
+        for (holds, what) in rules {
+            if !holds {
+                let what = format!("the other end's address: {what}");
+                return Err(RdmaError::Malformed { what });
+            }
+        }
+        let mtu = mtu.into();
+        let peer = Peer {
+            gid,
+            queue,
+            sequence,
+            mtu,
+        };
+        Ok(Address { peer })
+    }
+}
+
+/// Memory of the other end's that this end may use: addresses, and the key for them. 24 bytes on the
+/// wire.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Remote {
+    pub(crate) address: u64,
+    pub(crate) length: u64,
+    pub(crate) key: u32,
+}
+
+impl Remote {
+    pub(crate) fn new(address: u64, length: u64, key: u32) -> Remote {
+        Remote {
+            address,
+            length,
+            key,
+        }
+    }
+
+    /// Bytes.
+    pub fn len(&self) -> u64 {
+        self.length
+    }
+
+    /// True when it has no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.length == 0
+    }
+
+    /// A part of it; `offset` counts from its beginning.
+    ///
+    /// # Errors
+    /// [`BufferError::OutOfRange`] when the bytes are not all inside.
+    pub fn slice(&self, offset: u64, length: u64) -> Result<Remote, BufferError> {
+        match offset.checked_add(length) {
+            Some(end) if end <= self.length => Ok(Remote {
+                // Cannot overflow: the end is inside, by `from_bytes` or by its maker.
+                address: self.address + offset,
+                length,
+                key: self.key,
+            }),
+            _ => Err(BufferError::OutOfRange {
+                object: "the other end's buffer".into(),
+                offset,
+                length,
+                size: self.length,
+            }),
+        }
+    }
+
+    /// For the other end: address and length (64 bits), key (32 bits), big-endian, and zeroes.
+    pub fn to_bytes(&self) -> [u8; 24] {
+        let mut bytes = [0; 24];
+        bytes[..8].copy_from_slice(&self.address.to_be_bytes());
+        bytes[8..16].copy_from_slice(&self.length.to_be_bytes());
+        bytes[16..20].copy_from_slice(&self.key.to_be_bytes());
+        bytes
+    }
+
+    /// What the other end has sent.
+    ///
+    /// # Errors
+    /// [`RdmaError::Malformed`] for bytes beyond the last address.
+    pub fn from_bytes(bytes: &[u8; 24]) -> Result<Remote, RdmaError> {
+        let word = |at: usize| {
+            let mut word = [0; 8];
+            word.copy_from_slice(&bytes[at..at + 8]);
+            u64::from_be_bytes(word)
+        };
+        let (address, length, last) = (word(0), word(8), word(16));
+        if address.checked_add(length).is_none() || last & 0xffff_ffff != 0 {
+            let what = "the other end's memory: addresses that there are not".into();
+            return Err(RdmaError::Malformed { what });
+        }
+        Ok(Remote::new(address, length, (last >> 32) as u32))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn address() -> Address {
+        let peer = Peer {
+            gid: [7; 16],
+            queue: 17,
+            sequence: 0xff_ffff,
+            mtu: 3,
+        };
+        Address { peer }
+    }
+
+    #[test]
+    fn an_address_comes_back_from_the_wire() {
+        let bytes = address().to_bytes();
+        assert_eq!(Address::from_bytes(&bytes), Ok(address()));
+    }
+
+    #[test]
+    fn a_forged_address_is_refused() {
+        let good = address().to_bytes();
+        for (at, byte) in [
+            (16, 1),
+            (20, 1),
+            (24, 0),
+            (24, 6),
+            (25, 1),
+            (31, 1),
+            (0, 0xff),
+        ] {
+            let mut bytes = good;
+            bytes[at] = byte;
+            assert!(Address::from_bytes(&bytes).is_err(), "byte {at} is {byte}");
+        }
+        assert!(Address::from_bytes(&[0; 32]).is_err());
+    }
+
+    #[test]
+    fn remote_memory_comes_back_and_cannot_wrap() {
+        let remote = Remote::new(4096, 1 << 33, 77);
+        assert_eq!(Remote::from_bytes(&remote.to_bytes()), Ok(remote));
+        let part = remote.slice(1 << 32, 5).unwrap();
+        assert_eq!((part.address, part.len()), (4096 + (1 << 32), 5));
+        assert!(remote.slice(1 << 33, 1).is_err());
+        assert!(remote.slice(u64::MAX, 2).is_err());
+        let wraps = Remote::new(u64::MAX, 2, 0).to_bytes();
+        assert!(Remote::from_bytes(&wraps).is_err());
+        let mut padded = remote.to_bytes();
+        padded[23] = 1;
+        assert!(Remote::from_bytes(&padded).is_err());
+    }
+}

@@ -1,0 +1,34 @@
+//! What an export of several ranges is asked for with.
+
+use crate::buffer::Access;
+
+/// One range of an export.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RangeRequest {
+    /// In the BAR.
+    Bar {
+        /// Where, in bytes; `None` lets the module choose.
+        offset: Option<u64>,
+        /// Bytes.
+        length: u64,
+    },
+    /// In system memory, with no place in the BAR.
+    System {
+        /// Bytes.
+        length: u64,
+    },
+}
+
+/// A buffer of several ranges.
+#[derive(Debug, Clone)]
+pub struct RangesRequest {
+    /// The BAR's index.
+    pub bar: u8,
+    /// The ranges, in the buffer's order.
+    pub ranges: Vec<RangeRequest>,
+    /// The buffer moves to system memory for importers that cannot use the BAR, instead of
+    /// refusing them.
+    pub may_move: bool,
+    /// What the descriptor allows.
+    pub access: Access,
+}

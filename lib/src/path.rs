@@ -1,0 +1,188 @@
+//! Paths, and plans as values: which path the bytes take, and the reasons against each better one.
+//! How a plan is made is in [`plan`](crate::plan).
+
+use std::fmt;
+
+/// How bytes travel between an exporter's memory and an importer. Better paths compare greater.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Path {
+    /// The CPU carries them through memory of its own. Always possible.
+    StagedCopy,
+    /// Both use the same pages of system memory. Nothing is copied.
+    SharedHostMemory,
+    /// The importing device reads and writes the exporter's memory itself. Nothing is copied,
+    /// and nothing passes through system memory.
+    PeerToPeer,
+}
+
+impl Path {
+    /// The name used in reports: `peer-to-peer`, `shared-host-memory` or `staged-copy`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Path::PeerToPeer => "peer-to-peer",
+            Path::SharedHostMemory => "shared-host-memory",
+            Path::StagedCopy => "staged-copy",
+        }
+    }
+}
+
+impl fmt::Display for Path {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.as_str())
+    }
+}
+
+/// Which way bytes go. A path is proved for each by itself: some machines pass peer writes and
+/// not peer reads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Direction {
+    /// From the file or disk into the buffer.
+    DiskToBuffer,
+    /// From the buffer to the file or disk.
+    BufferToDisk,
+}
+
+impl fmt::Display for Direction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Direction::DiskToBuffer => "disk to buffer",
+            Direction::BufferToDisk => "buffer to disk",
+        })
+    }
+}
+
+/// When a path is proved, and so when a proof may touch the bytes of a range.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+#[non_exhaustive]
+pub enum ProofPolicy {
+    /// Before the first transfer between a card and a disk in a direction, and again when what was found cannot
+    /// be believed any more: after a transfer that failed, a change of a device or its driver, or ten minutes.
+    #[default]
+    First,
+    /// Before each transfer.
+    Every,
+    /// Not at all. A path that was proved in this process, and is still believed, is used; without that the
+    /// processor carries the bytes.
+    Never,
+}
+
+/// The path chosen, and for each better one the reasons against it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Plan {
+    /// The path.
+    pub path: Path,
+    /// Why not a better one; best path first. Empty for peer to peer.
+    pub reasons: Vec<Reason>,
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.path)?;
+        for reason in &self.reasons {
+            write!(f, "; not {}: {}", reason.path, reason.evidence)?;
+        }
+        Ok(())
+    }
+}
+
+/// One reason against one path.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Reason {
+    /// The path that is not possible.
+    pub path: Path,
+    /// Which kind of reason, for programs.
+    pub code: ReasonCode,
+    /// What was seen, for people: the call and its error, the devices, the bytes.
+    pub evidence: String,
+}
+
+impl Reason {
+    /// `evidence` is for people: the call and its error, the devices, the bytes.
+    pub fn new(path: Path, code: ReasonCode, evidence: impl Into<String>) -> Reason {
+        Reason {
+            path,
+            code,
+            evidence: evidence.into(),
+        }
+    }
+}
+
+/// The kinds of reasons. Their names never change; new ones may come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ReasonCode {
+    /// The kernel refuses transfers between the two devices.
+    KernelRefused,
+    /// The kernel and the devices reported success, and the bytes did not arrive.
+    ProofFailed,
+    /// The device or the kernel failed while the path was being proved or used.
+    DeviceError,
+    /// Nothing could be read that would show whether bytes arrive.
+    ReadUnproved,
+    /// Nothing may be written that would show whether bytes arrive.
+    WriteUnproved,
+    /// The buffer is in system memory, so that there is no peer.
+    NotDeviceMemory,
+    /// The buffer is in device memory, so that there are no pages of the host to share.
+    NotHostMemory,
+    /// The buffer's mapping has no struct pages, which file I/O needs.
+    NoStructPages,
+    /// The file cannot be read and written around the page cache.
+    NoDirectIo,
+    /// An offset that is not a multiple of what direct I/O needs.
+    Misaligned,
+    /// The transfer is shorter than one block of the disk.
+    BelowBlockSize,
+    /// The importer is the processor, or software: it has no DMA engine that could be a peer.
+    NotADevice,
+    /// It is not known whether the buffer is in device memory.
+    PlacementUnknown,
+    /// The buffer has no dma-buf, which is what the importer takes.
+    NoDmaBuf,
+    /// The dma-buf gives the processor no mapping.
+    NotMappable,
+    /// The buffer is in device memory, and the importer cannot take that.
+    ImporterNotPeer,
+    /// The exporter or the importer's driver refused to bring the two together.
+    AttachRefused,
+    /// The kernel does not pin the buffer's pages for the importer.
+    NotPinnable,
+    /// The importer takes whole buffers from their beginning, and this is another part.
+    NotWhole,
+    /// The range has too few bytes for what the importer writes.
+    TooSmall,
+}
+
+impl ReasonCode {
+    /// The stable name, in kebab case.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            ReasonCode::KernelRefused => "kernel-refused",
+            ReasonCode::ProofFailed => "proof-failed",
+            ReasonCode::DeviceError => "device-error",
+            ReasonCode::ReadUnproved => "read-unproved",
+            ReasonCode::WriteUnproved => "write-unproved",
+            ReasonCode::NotDeviceMemory => "not-device-memory",
+            ReasonCode::NotHostMemory => "not-host-memory",
+            ReasonCode::NoStructPages => "no-struct-pages",
+            ReasonCode::NoDirectIo => "no-direct-io",
+            ReasonCode::Misaligned => "misaligned",
+            ReasonCode::BelowBlockSize => "below-block-size",
+            ReasonCode::NotADevice => "not-a-device",
+            ReasonCode::PlacementUnknown => "placement-unknown",
+            ReasonCode::NoDmaBuf => "no-dma-buf",
+            ReasonCode::NotMappable => "not-mappable",
+            ReasonCode::ImporterNotPeer => "importer-not-peer",
+            ReasonCode::AttachRefused => "attach-refused",
+            ReasonCode::NotPinnable => "not-pinnable",
+            ReasonCode::NotWhole => "not-whole",
+            ReasonCode::TooSmall => "too-small",
+        }
+    }
+}
+
+impl fmt::Display for ReasonCode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.as_str())
+    }
+}

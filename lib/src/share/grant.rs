@@ -1,0 +1,13 @@
+//! What a subscriber gets of a buffer.
+
+/// What a subscriber gets of a buffer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Grant {
+    /// It is not offered, and the subscriber does not learn of it.
+    Nothing,
+    /// Reading. See [`Grant::ReadOnly`]'s section in [the module](super#read-only) for what the
+    /// kernel enforces; a buffer for which it would enforce nothing is not offered at all.
+    ReadOnly,
+    /// Reading and writing.
+    ReadWrite,
+}
