@@ -25,7 +25,7 @@ const KINDS: &[Kind] = &[
         name: "tree",
         what: "the distribution tree: root of every guest, home of the compilers and of QEMU",
         why: "every command that boots or builds",
-        takes: 2_100 * MB,
+        takes: 1_800 * MB,
     },
     Kind {
         name: "with",

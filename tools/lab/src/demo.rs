@@ -100,7 +100,6 @@ pub fn run(cache: &Cache, kernel: &KernelArgs) -> Result<i32> {
     let mut tally = Tally::default();
     std::thread::scope(|scope| -> Result<()> {
         let (ground, parts, share) = (&ground, &parts, share.path());
-        let rxe = scope.spawn(move || patched_rxe(ground, share));
         let start = |topologies: [Topology; 2]| -> Result<Two<'_>> {
             let job = |topology| -> Result<Job> {
                 let args = GuestArgs {
@@ -126,6 +125,7 @@ pub fn run(cache: &Cache, kernel: &KernelArgs) -> Result<i32> {
         let [switch, host_bridge, refused, lying] = Topology::ALL;
         let mut two = start([switch, host_bridge])?;
         show_topologies(&mut two, [switch, host_bridge], &mut tally)?;
+        let rxe = scope.spawn(move || patched_rxe(ground, share));
         let mut others = start([refused, lying])?;
         show_topologies(&mut others, [refused, lying], &mut tally)?;
         end(others, &mut tally);

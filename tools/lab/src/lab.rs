@@ -122,6 +122,7 @@ fn ground_and_module(
             .as_ref()
             .map(|named| scope.spawn(|| module_for(named)));
         let ground = ground(cache, args)?;
+        accel::try_all(&ground);
         let kernel = ground.kernel.named();
         let (source, module) = match built {
             // The list of kernels may have been too old, and so the name.

@@ -1,6 +1,7 @@
 //! The checkout: where its parts are, and how its programs and the module are built.
 
 use std::{
+    ffi::OsString,
     fs,
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
@@ -106,7 +107,10 @@ impl Project {
     /// # Errors
     /// When something does not compile; holds the compiler's messages.
     pub fn cargo_build(&self, args: &[&str]) -> Result<Vec<Program>> {
-        let output = cargo(&self.root)
+        // What else is made at the same time is what a first call waits for.
+        let mut command = Command::new("nice");
+        command.args(["-n", "5"]).arg(cargo_program());
+        let output = outside(&mut command, &self.root)
             .args(args)
             .args(["--message-format=json-render-diagnostics", "--quiet"])
             .stdin(Stdio::null())
@@ -281,10 +285,19 @@ fn make(tree: &Tree, source: &Source, work: &Path, args: &[&str]) -> Result<()> 
         .map(drop)
 }
 
+fn cargo_program() -> OsString {
+    std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into())
+}
+
 fn cargo(root: &Path) -> Command {
-    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    let mut command = Command::new(cargo_program());
+    outside(&mut command, root);
+    command
+}
+
+/// Has cargo run in the checkout, without what another cargo set for this program.
+fn outside<'c>(command: &'c mut Command, root: &Path) -> &'c mut Command {
     command.current_dir(root);
-    // What cargo sets for this program is not meant for the next cargo.
     for name in [
         "CARGO_MANIFEST_DIR",
         "CARGO_MANIFEST_PATH",

@@ -122,6 +122,7 @@ pub fn size(bytes: u64) -> String {
 /// Explains that a step cannot begin because the cache's file system has no room for it, or runs no programs.
 /// `None` if it can.
 pub fn before(what: &str, cache: &Path, takes: u64, room: &Room) -> Option<Error> {
+    let what = without_time(what);
     let mount = room.mount.display();
     let cache_dir = cache.display();
     if room.noexec {
@@ -145,6 +146,11 @@ pub fn before(what: &str, cache: &Path, takes: u64, room: &Room) -> Option<Error
     })
 }
 
+/// What a step is called without how long it takes, 'making a thing (two minutes)'.
+fn without_time(what: &str) -> &str {
+    what.split(" (").next().unwrap_or(what)
+}
+
 const ELSEWHERE: &str = "Set PEERBUF_LAB_CACHE to a directory on another one and call again";
 const HELP: &str = "Make room there, or set PEERBUF_LAB_CACHE to a directory on a larger one, and call again; \
                     `cargo lab cache` says what the cache holds, `cargo lab clean` empties it";
@@ -160,6 +166,7 @@ pub fn of_making(
     after: Option<&Room>,
 ) -> Error {
     let text = format!("{error:#}");
+    let short = without_time(what);
     match cause(&text) {
         Some(Cause::Full(line)) => {
             let mount = after.map_or_else(|| cache.into(), |room| room.mount.clone());
@@ -177,7 +184,7 @@ pub fn of_making(
                 ""
             };
             anyhow!(
-                "{what}: a file system is full: {line:?}\n  the lab's cache, {}, is on {}, which had {} free \
+                "{short}: a file system is full: {line:?}\n  the lab's cache, {}, is on {}, which had {} free \
                  when this began and {} when it failed{files}; this takes {}{memory}.\n  {HELP}",
                 cache.display(),
                 mount.display(),
@@ -187,7 +194,7 @@ pub fn of_making(
             )
         }
         Some(Cause::Unreachable(line)) => anyhow!(
-            "{what}: the package archive could not be reached: {line:?}\n  Making this needs the network, once: \
+            "{short}: the package archive could not be reached: {line:?}\n  Making this needs the network, once: \
              later calls use the cache and no network. Check the connection, http_proxy if there is a proxy, and \
              the mirror in the host's apt sources (the lab takes the host's if it is a Debian), and call again"
         ),
@@ -253,7 +260,7 @@ mod tests {
         let cache = Path::new("/big/cache");
         let error = of_making(
             error,
-            "making a thing",
+            "making a thing (two minutes)",
             cache,
             2_000_000_000,
             Some(&before),
@@ -271,6 +278,7 @@ mod tests {
         ] {
             let text = making(said, 900_000_000, 0);
             for part in [
+                "making a thing: a file system is full",
                 "/big/cache, is on /big",
                 "900 MB",
                 "2.0 GB",
