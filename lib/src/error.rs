@@ -229,6 +229,39 @@ pub enum TransferError {
         /// The file.
         object: String,
     },
+    /// The file is open for writing only.
+    #[error("{object} is not open for reading")]
+    WriteOnly {
+        /// The file.
+        object: String,
+    },
+    /// The file is open for appending: the kernel ignores the offset of a write through that descriptor.
+    #[error(
+        "{object} is open for appending (O_APPEND), so the kernel would put each write at its end: \
+         open it without, or clear the flag (fcntl(F_SETFL))"
+    )]
+    Appending {
+        /// The file.
+        object: String,
+    },
+    /// The file is open with `O_DIRECT` and cannot be opened again without it, so a part of a block cannot be
+    /// written.
+    #[error(
+        "{object} is open with O_DIRECT, which writes whole blocks of {block} bytes, and {length} bytes at \
+         {offset} are not such; the rest needs a descriptor without O_DIRECT: {cause}"
+    )]
+    WholeBlocksOnly {
+        /// The file.
+        object: String,
+        /// The size of a block in bytes.
+        block: u64,
+        /// Where the bytes were to begin.
+        offset: u64,
+        /// How many they were.
+        length: u64,
+        /// Why there is no descriptor without `O_DIRECT`.
+        cause: SystemError,
+    },
     /// The file took fewer bytes than it was given, without an error.
     #[error("{object} took {written} of {wanted} bytes")]
     ShortWrite {

@@ -51,6 +51,21 @@ impl fmt::Display for Direction {
     }
 }
 
+/// When a path is proved, and so when a proof may touch the bytes of a range.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+#[non_exhaustive]
+pub enum ProofPolicy {
+    /// Before the first transfer between a card and a disk in a direction, and again when what was found cannot
+    /// be believed any more: after a transfer that failed, a change of a device or its driver, or ten minutes.
+    #[default]
+    First,
+    /// Before each transfer.
+    Every,
+    /// Not at all. A path that was proved in this process, and is still believed, is used; without that the
+    /// processor carries the bytes.
+    Never,
+}
+
 /// The path chosen, and for each better one the reasons against it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Plan {

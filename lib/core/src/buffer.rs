@@ -3,13 +3,13 @@
 
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use rustix::fs::{OFlags, SealFlags};
 
 use crate::dmabuf::DmaBuf;
 use crate::error::{BufferError, SystemError};
-use crate::topology::PciAddress;
+use crate::topology::{PciAddress, Sysfs};
 
 /// What kind of exporter made a buffer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -126,6 +126,8 @@ struct Inner {
     /// False when another process told us the provenance, so that what is known about the
     /// device it names must not be believed of this buffer.
     vouched: bool,
+    /// Whether the BAR that it is in is, once somebody asked.
+    prefetchable: OnceLock<bool>,
     /// Dropped after the descriptors were closed; every mapping is gone by then. Last for that
     /// reason.
     last: Option<Box<dyn LastHandle>>,
@@ -167,6 +169,7 @@ impl Buffer {
             view: None,
             provenance,
             vouched: true,
+            prefetchable: OnceLock::new(),
             last: None,
         })
     }
@@ -243,6 +246,7 @@ impl Buffer {
             writable,
             provenance,
             vouched: true,
+            prefetchable: OnceLock::new(),
             last: None,
         }))
     }
@@ -324,6 +328,22 @@ impl Buffer {
     #[doc(hidden)]
     pub fn is_vouched(&self) -> bool {
         self.inner.vouched
+    }
+
+    /// Whether a byte is to be read after the processor wrote, so that the writes have arrived. peerbuf.ko does so
+    /// itself, other exporters do what their memory needs, and system memory needs nothing: left are vfio-pci's,
+    /// which does not. A BAR that is not prefetchable is never read: reading a register may change it.
+    pub(crate) fn is_read_back(&self) -> bool {
+        let Provenance {
+            kind, device, bar, ..
+        } = self.provenance();
+        match (kind, device, bar) {
+            (Kind::Vfio, Some(device), Some(bar)) => *self
+                .inner
+                .prefetchable
+                .get_or_init(|| Sysfs::default().is_prefetchable(*device, *bar)),
+            _ => false,
+        }
     }
 
     /// All of it.
@@ -498,6 +518,66 @@ mod tests {
                 ..
             })
         ));
+    }
+
+    fn memory_of(kind: Kind, device: Option<PciAddress>, bar: Option<u8>) -> Buffer {
+        let memory = memfd::sealed("test", 4096, None).unwrap();
+        let provenance = Provenance {
+            kind,
+            device,
+            bar,
+            name: "test".into(),
+        };
+        Buffer::from_host_memory(memory, None, provenance).unwrap()
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "a system call that Miri does not have")]
+    fn nothing_is_read_after_a_write_where_reads_may_have_side_effects() {
+        use rustix::fs::{FallocateFlags, fallocate, fstat};
+        let gone = "ffff:ff:1f.7".parse().ok();
+        for (kind, device, bar) in [
+            (Kind::Bar, gone, Some(0)),
+            (Kind::Provider, gone, None),
+            (Kind::Udmabuf, None, None),
+            (Kind::Other, None, None),
+            // Not known to be prefetchable.
+            (Kind::Vfio, gone, Some(0)),
+            (Kind::Vfio, None, None),
+        ] {
+            let buffer = memory_of(kind, device, bar);
+            let memory = buffer.host_memory().unwrap();
+            let mut mapping = buffer.whole().map(Access::ReadWrite).unwrap();
+            let mut cpu = mapping.begin_cpu_access(Access::Write).unwrap();
+            cpu.write_at(0, &[1]).unwrap();
+            // A read of a page that has been taken away brings it back.
+            let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            fallocate(memory, punch, 0, 4096).unwrap();
+            cpu.end().unwrap();
+            assert_eq!(fstat(memory).unwrap().st_blocks, 0, "{kind:?} was read");
+        }
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "a system call that Miri does not have")]
+    fn what_vfio_maps_is_read_back_if_it_is_prefetchable() {
+        let sysfs = Sysfs::default();
+        let bars = sysfs
+            .pci_devices()
+            .into_iter()
+            .flat_map(|device| (0..6).map(move |bar| (device, bar)));
+        let mut seen = false;
+        for (device, bar) in bars {
+            let prefetchable = sysfs.is_prefetchable(device, bar);
+            seen |= prefetchable;
+            let buffer = memory_of(Kind::Vfio, Some(device), Some(bar));
+            assert_eq!(buffer.is_read_back(), prefetchable, "{device} BAR {bar}");
+        }
+        if !seen {
+            let name = "what_vfio_maps_is_read_back_if_it_is_prefetchable";
+            let text = format!("test {name} ... NOT RUN: no device has a prefetchable BAR\n");
+            let _ = std::io::Write::write_all(&mut std::io::stderr(), text.as_bytes());
+        }
     }
 
     #[test]

@@ -251,6 +251,11 @@ impl CpuAccess<'_> {
         Ok(())
     }
 
+    /// What is accessed. Within the access its bytes may also be given to the kernel, as for file I/O.
+    pub fn mapping(&self) -> &Mapping {
+        self.mapping
+    }
+
     /// Reads a value at `offset`, in bytes, which need not be a multiple of anything.
     ///
     /// # Errors
@@ -297,7 +302,10 @@ impl CpuAccess<'_> {
     fn finish(&mut self) -> Result<(), BufferError> {
         self.open = false;
         if let Some(offset) = self.last_write {
-            self.mapping.map.flush_writes(offset);
+            self.mapping.map.drain_writes();
+            if self.mapping.range.buffer().is_read_back() {
+                self.mapping.map.read_back(offset);
+            }
         }
         self.sync(SYNC_END)
     }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -87,7 +88,25 @@ pub struct BlockDevice {
     pub functions: Vec<PciAddress>,
     /// The smallest unit of I/O in bytes.
     pub logical_block: u32,
+    /// For a device that the kernel makes, over others or in memory: what makes it, such as `device mapper`.
+    /// `None` for a disk.
+    pub layer: Option<&'static str>,
 }
+
+/// What makes block devices that are no disks, by the beginning of their names.
+const LAYERS: [(&str, &str); 11] = [
+    ("dm-", "device mapper"),
+    ("md", "md"),
+    ("loop", "a loop device"),
+    ("ublk", "ublk, a program"),
+    ("zram", "zram"),
+    ("ram", "a ram disk"),
+    ("bcache", "bcache"),
+    ("pmem", "persistent memory"),
+    ("nbd", "a network block device"),
+    ("drbd", "drbd"),
+    ("nvme", "NVMe over fabrics"),
+];
 
 /// Memory that a device's driver has put into the kernel's pool for peers. Sizes are in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -98,6 +117,23 @@ pub struct Pool {
     pub available: u64,
     /// Whether the driver lets others take from it.
     pub published: bool,
+}
+
+/// Tells a device from one that came to its place later, and a driver's hold on it from a later one, of the same
+/// driver, too. Without sysfs all are alike.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Stamp {
+    /// sysfs gives no number twice.
+    device: Option<u64>,
+    driver: Option<u64>,
+}
+
+impl Stamp {
+    /// A stamp that is made up, for tests.
+    #[doc(hidden)]
+    pub fn of_inodes(device: Option<u64>, driver: Option<u64>) -> Stamp {
+        Stamp { device, driver }
+    }
 }
 
 impl Sysfs {
@@ -122,6 +158,26 @@ impl Sysfs {
             .take_while(|(a, b)| a == b)
             .last()
             .map(|(bridge, _)| *bridge)
+    }
+
+    /// Which device is at this address now, and since when its driver has it: the link to the driver is made
+    /// anew each time.
+    pub fn stamp(&self, address: PciAddress) -> Stamp {
+        let directory = self.root.join("bus/pci/devices").join(address.to_string());
+        let driver = std::fs::symlink_metadata(directory.join("driver"));
+        Stamp {
+            device: std::fs::metadata(directory).ok().map(|file| file.ino()),
+            driver: driver.ok().map(|link| link.ino()),
+        }
+    }
+
+    /// Which block device has this number now.
+    pub fn block_stamp(&self, major: u32, minor: u32) -> Stamp {
+        let directory = self.root.join(format!("dev/block/{major}:{minor}"));
+        Stamp {
+            device: std::fs::metadata(directory).ok().map(|file| file.ino()),
+            driver: None,
+        }
     }
 
     /// The block device with this number.
@@ -190,6 +246,17 @@ impl Sysfs {
         bar < 6 && flags.is_some_and(|flags| flags & 0x2000 != 0)
     }
 
+    /// The PCI functions that a driver has.
+    pub fn bound_to(&self, driver: &str) -> Vec<PciAddress> {
+        let entries = std::fs::read_dir(self.root.join("bus/pci/drivers").join(driver));
+        let names = entries.into_iter().flatten().flatten();
+        let mut bound: Vec<PciAddress> = names
+            .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+            .collect();
+        bound.sort();
+        bound
+    }
+
     /// The PCI function that the character device with this number belongs to.
     pub fn character_device(&self, major: u32, minor: u32) -> Option<PciAddress> {
         let link = self.root.join(format!("dev/char/{major}:{minor}"));
@@ -213,6 +280,7 @@ impl Sysfs {
             name,
             functions: functions.into_iter().collect(),
             logical_block: block.unwrap_or(512),
+            layer: layer_of(directory),
         })
     }
 
@@ -254,6 +322,23 @@ impl Sysfs {
             }
         }
     }
+}
+
+fn layer_of(directory: &Path) -> Option<&'static str> {
+    let names: Vec<&str> = directory.iter().filter_map(|name| name.to_str()).collect();
+    // The head of an NVMe multi-path disk is below its subsystem, and passes on what it is given.
+    let is_disks =
+        |name: &&str| name.starts_with("nvme-subsys") || name.parse::<PciAddress>().is_ok();
+    if names.iter().any(is_disks) {
+        return None;
+    }
+    let within = names.contains(&"virtual") || names.iter().any(|name| name.starts_with("ndbus"));
+    let name = names.iter().rev().find(|name| {
+        let known = |(prefix, _): &(&str, &str)| name.starts_with(prefix);
+        LAYERS.iter().any(known)
+    });
+    let layer = name.and_then(|name| LAYERS.iter().find(|(prefix, _)| name.starts_with(prefix)));
+    within.then(|| layer.map_or("a virtual block device", |(_, layer)| *layer))
 }
 
 /// The PCI functions named along a path in `devices/`, in order.
@@ -350,6 +435,32 @@ mod tests {
 
     #[test]
     #[cfg_attr(miri, ignore = "a system call that Miri does not have")]
+    fn a_device_that_came_back_or_has_another_driver_is_another_one() {
+        let tree = Tree::new("stamp");
+        let device = tree.device("pci0000:00/0000:01:00.0");
+        let link = "bus/pci/devices/0000:01:00.0";
+        tree.link(link, &device);
+        let sysfs = Sysfs::at(&tree.0);
+        let stamp = || sysfs.stamp("0000:01:00.0".parse().unwrap());
+        let bare = stamp();
+        assert_eq!(stamp(), bare);
+        tree.link("devices/pci0000:00/0000:01:00.0/driver", Path::new("one"));
+        let bound = stamp();
+        assert_ne!(bound, bare);
+        // The old one keeps its number until the new one has another, as in sysfs.
+        let kept = tree.0.join("kept");
+        std::fs::rename(device.join("driver"), kept).unwrap();
+        tree.link("devices/pci0000:00/0000:01:00.0/driver", Path::new("one"));
+        assert_ne!(stamp(), bound);
+        let bound = stamp();
+        std::fs::rename(&device, tree.0.join("gone")).unwrap();
+        tree.device("pci0000:00/0000:01:00.0");
+        assert_ne!(stamp(), bound);
+        assert_eq!(sysfs.block_stamp(1, 1), Stamp::default());
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "a system call that Miri does not have")]
     fn a_partition_leads_to_its_disks_controller_and_block_size() {
         let tree = Tree::new("partition");
         let disk = tree.device("pci0000:00/0000:00:03.0/0000:01:00.0/nvme/nvme0/nvme0n1");
@@ -380,6 +491,33 @@ mod tests {
         tree.link("dev/block/253:0", &mapped);
         let found = Sysfs::at(&tree.0).block_device(253, 0).unwrap();
         assert_eq!(found.functions.len(), 2);
+        assert_eq!(found.layer, Some("device mapper"));
+    }
+
+    #[test]
+    fn what_is_no_disk_names_what_makes_it() {
+        for (path, layer) in [
+            ("virtual/block/loop0", Some("a loop device")),
+            ("virtual/block/md127", Some("md")),
+            ("virtual/block/md127/md127p1", Some("md")),
+            ("virtual/block/zram0", Some("zram")),
+            ("virtual/block/ram0", Some("a ram disk")),
+            ("virtual/block/new0", Some("a virtual block device")),
+            (
+                "LNXSYSTM:00/LNXSYBUS:00/ACPI0012:00/ndbus0/region0/namespace0.0/block/pmem0",
+                Some("persistent memory"),
+            ),
+            (
+                "virtual/nvme-fabrics/ctl/nvme1/nvme1n1",
+                Some("NVMe over fabrics"),
+            ),
+            ("virtual/nvme-subsystem/nvme-subsys0/nvme0n1", None),
+            ("pci0000:00/0000:01:00.0/nvme/nvme0/nvme0n1/nvme0n1p1", None),
+            ("platform/soc/1000.mmc/mmc_host/mmc0/block/mmcblk0", None),
+        ] {
+            let path = Path::new("/sys/devices").join(path);
+            assert_eq!(layer_of(&path), layer, "{}", path.display());
+        }
     }
 
     #[test]

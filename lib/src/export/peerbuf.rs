@@ -34,13 +34,10 @@ pub fn probe() -> Result<Vec<PathBuf>, Unavailable> {
     let unavailable = |errno| Unavailable {
         what: "peerbuf.ko",
         cause: SystemError::new("open", NODES, errno),
-        remedy: if Path::new("/sys/module/peerbuf").exists() {
-            "the module is loaded, but no device is bound to it: write `peerbuf` to the device's \
-             driver_override in sysfs, then its address to /sys/bus/pci/drivers_probe"
-        } else {
-            "load peerbuf.ko and bind a device to it (see kmod/)"
-        }
-        .into(),
+        remedy: remedy(
+            &Sysfs::default().bound_to("peerbuf"),
+            Path::new("/sys/module/peerbuf").exists(),
+        ),
     };
     let entries = std::fs::read_dir(NODES)
         .map_err(|error| unavailable(Errno(error.raw_os_error().unwrap_or(Errno::IO.0))))?;
@@ -60,6 +57,24 @@ pub fn probe() -> Result<Vec<PathBuf>, Unavailable> {
     }
     nodes.sort();
     Ok(nodes)
+}
+
+/// What helps where there is no node.
+fn remedy(bound: &[PciAddress], loaded: bool) -> String {
+    if !bound.is_empty() {
+        let bound: Vec<String> = bound.iter().map(ToString::to_string).collect();
+        return format!(
+            "the module has {}, but this /dev has no node for it: a container needs {NODES}/<BDF> passed in",
+            bound.join(", ")
+        );
+    }
+    if loaded {
+        "the module is loaded, but no device is bound to it: write `peerbuf` to the device's \
+         driver_override in sysfs, then its address to /sys/bus/pci/drivers_probe"
+    } else {
+        "load peerbuf.ko and bind a device to it (see kmod/)"
+    }
+    .into()
 }
 
 /// An open device.
@@ -406,5 +421,17 @@ mod tests {
         }
         // As much system memory as one likes: that is for the kernel to refuse.
         assert_eq!(explain(invalid, &info, 2, &[good, system(1 << 40)]), "");
+    }
+
+    #[test]
+    fn the_remedy_for_an_empty_dev_is_not_to_bind_what_is_bound() {
+        let bound = ["0000:04:00.0".parse().unwrap()];
+        let text = remedy(&bound, true);
+        assert!(
+            text.contains("0000:04:00.0") && text.contains("passed in"),
+            "{text}"
+        );
+        assert!(remedy(&[], true).contains("driver_override"));
+        assert!(remedy(&[], false).contains("load peerbuf.ko"));
     }
 }

@@ -51,6 +51,9 @@ fn open_node() -> Result<std::os::fd::OwnedFd, Unavailable> {
             rustix::io::Errno::ACCESS | rustix::io::Errno::PERM => {
                 "the node is root's until an administrator gives it to somebody (chown, setfacl)"
             }
+            rustix::io::Errno::NOENT if Path::new("/sys/module/peerbuf").exists() => {
+                "the module is loaded, but this /dev has no such node: a container needs it passed in"
+            }
             rustix::io::Errno::NOENT => "load peerbuf.ko (see kmod/)",
             _ => "see the error",
         }

@@ -5,8 +5,9 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{Mode, OFlags, SealFlags};
 
 use super::{memfd, plain, room, whole_pages};
 use crate::buffer::{Buffer, BufferRange, DmaBuf, Kind, Provenance};
@@ -73,11 +74,18 @@ pub fn export_huge(name: &str, length: u64, pages: HugePages) -> Result<Buffer, 
 /// ```
 ///
 /// # Errors
-/// [`ExportError::Unavailable`] without `/dev/udmabuf`, [`ExportError::Unsuitable`] for a piece
+/// [`ExportError::Unavailable`] without `/dev/udmabuf`, [`ExportError::Unsuitable`] for no piece, for one
 /// off a page or without a memfd, or where the pieces have more holes than there is memory left to
-/// fill them with, and the ioctl's own error: `EINVAL` for more pieces than
-/// `/sys/module/udmabuf/parameters/list_limit`.
+/// fill them with, and the ioctl's own error: `EINVAL` for more pieces or bytes than the limits in
+/// `/sys/module/udmabuf/parameters`, or a memfd that is not sealed as the kernel wants it.
 pub fn export_list(name: &str, pieces: &[BufferRange]) -> Result<Buffer, ExportError> {
+    if pieces.is_empty() {
+        return Err(ExportError::Unsuitable {
+            what: "the number of pieces",
+            value: 0,
+            must: "at least 1".into(),
+        });
+    }
     let udmabuf = open()?;
     let mut list = Vec::with_capacity(pieces.len());
     for piece in pieces {
@@ -105,7 +113,7 @@ pub fn export_list(name: &str, pieces: &[BufferRange]) -> Result<Buffer, ExportE
     }
     room::check(holes(&list).map_err(plain)?)?;
     let dmabuf = sys::udmabuf::create_list(udmabuf.as_fd(), &list)
-        .map_err(|errno| refusal("ioctl(UDMABUF_CREATE_LIST)", name, errno))?;
+        .map_err(|errno| refusal("ioctl(UDMABUF_CREATE_LIST)", name, &list, errno))?;
     let dmabuf = DmaBuf::from_fd(dmabuf)?;
     Ok(Buffer::from_dmabuf(dmabuf, provenance(name)))
 }
@@ -137,7 +145,7 @@ fn over(name: &str, memory: OwnedFd, length: u64) -> Result<Buffer, ExportError>
         size: length,
     };
     let dmabuf = sys::udmabuf::create(udmabuf.as_fd(), piece)
-        .map_err(|errno| refusal("ioctl(UDMABUF_CREATE)", name, errno))?;
+        .map_err(|errno| refusal("ioctl(UDMABUF_CREATE)", name, &[piece], errno))?;
     let dmabuf = DmaBuf::from_fd(dmabuf)?;
     Ok(Buffer::from_host_memory(
         memory,
@@ -155,19 +163,54 @@ fn provenance(name: &str) -> Provenance {
     }
 }
 
-fn refusal(call: &'static str, name: &str, errno: Errno) -> ExportError {
-    // EINVAL is all that the kernel says about a buffer over one of its limits.
+fn refusal(call: &'static str, name: &str, pieces: &[Piece<'_>], errno: Errno) -> ExportError {
     let limit = |which: &str| {
         let path = format!("/sys/module/udmabuf/parameters/{which}");
         let text = std::fs::read_to_string(path).ok()?;
         text.trim().parse::<i32>().ok()
     };
     let hint = match errno {
-        Errno::INVAL => limits(limit("size_limit_mb"), limit("list_limit")),
+        Errno::INVAL => why_invalid(pieces, limit("size_limit_mb"), limit("list_limit")),
         _ => String::new(),
     };
     let cause = SystemError::new(call, name, errno);
     ExportError::System { cause, hint }
+}
+
+/// Which of the kernel's rules the pieces break, all of which it answers with EINVAL (`udmabuf_create` and
+/// `check_memfd_seals` in drivers/dma-buf/udmabuf.c). `size_mib` and `list` are the driver's parameters.
+fn why_invalid(pieces: &[Piece<'_>], size_mib: Option<i32>, list: Option<i32>) -> String {
+    let refused = SealFlags::WRITE | SealFlags::FUTURE_WRITE;
+    for (index, piece) in pieces.iter().enumerate() {
+        let which = match pieces.len() {
+            1 => "its memfd".into(),
+            _ => format!("the memfd of piece {index}"),
+        };
+        let Ok(seals) = rustix::fs::fcntl_get_seals(piece.memfd) else {
+            continue;
+        };
+        if !seals.contains(SealFlags::SHRINK) {
+            return format!(": {which} is not sealed against shrinking (F_SEAL_SHRINK)");
+        }
+        if seals.intersects(refused) {
+            return format!(
+                ": {which} is sealed against writing (F_SEAL_WRITE or F_SEAL_FUTURE_WRITE), and a udmabuf \
+                 could be written"
+            );
+        }
+    }
+    let count = pieces.len() as u64;
+    let size = pieces
+        .iter()
+        .fold(0, |sum: u64, piece| sum.saturating_add(piece.size));
+    let over = |value: u64, limit: Option<i32>, unit: u64| {
+        let limit = limit.and_then(|limit| u64::try_from(limit).ok());
+        limit.is_some_and(|limit| value > limit.saturating_mul(unit))
+    };
+    if over(count, list, 1) || over(size, size_mib, 1 << 20) {
+        return format!(": pieces: {count}, bytes: {size}{}", limits(size_mib, list));
+    }
+    String::new()
 }
 
 /// What the driver's parameters allow, as a hint; nothing where they say nothing.
@@ -191,6 +234,10 @@ fn limits(size_mib: Option<i32>, pieces: Option<i32>) -> String {
 fn open() -> Result<OwnedFd, Unavailable> {
     rustix::fs::open(NODE, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).map_err(|errno| {
         let remedy = match errno {
+            rustix::io::Errno::NOENT if Path::new("/sys/class/misc/udmabuf").exists() => {
+                "the kernel has it, but this /dev has no node: a container needs it passed in \
+                 (`--device /dev/udmabuf`)"
+            }
             rustix::io::Errno::NOENT | rustix::io::Errno::NODEV => {
                 "`modprobe udmabuf`, or a kernel with CONFIG_UDMABUF"
             }
@@ -211,6 +258,60 @@ fn open() -> Result<OwnedFd, Unavailable> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    #[cfg_attr(miri, ignore = "a system call that Miri does not have")]
+    fn a_refusal_names_the_rule_that_was_broken() {
+        let memory = |seals| {
+            let flags = rustix::fs::MemfdFlags::ALLOW_SEALING;
+            let memory = rustix::fs::memfd_create("test", flags).unwrap();
+            rustix::fs::fcntl_add_seals(&memory, seals).unwrap();
+            memory
+        };
+        let sealed = memory(SealFlags::SHRINK);
+        let (open, written) = (
+            memory(SealFlags::empty()),
+            memory(SealFlags::SHRINK | SealFlags::WRITE),
+        );
+        let piece = |memfd, size| Piece {
+            memfd,
+            offset: 0,
+            size,
+        };
+        let (sealed, open, written) = (sealed.as_fd(), open.as_fd(), written.as_fd());
+        for (pieces, said) in [
+            (
+                vec![piece(open, 4096)],
+                "its memfd is not sealed against shrinking",
+            ),
+            (
+                vec![piece(sealed, 4096), piece(written, 4096)],
+                "the memfd of piece 1 is sealed against writing",
+            ),
+            (
+                vec![piece(sealed, 4096); 4],
+                "pieces: 4, bytes: 16384: the largest udmabuf allowed here is 64 MiB in 3 pieces",
+            ),
+            (
+                vec![piece(sealed, 32 << 20); 3],
+                "pieces: 3, bytes: 100663296",
+            ),
+        ] {
+            let why = why_invalid(&pieces, Some(64), Some(3));
+            assert!(why.starts_with(": ") && why.contains(said), "{why:?}");
+        }
+        // What breaks no rule that is known gets no hint.
+        let good = [piece(sealed, 64 << 20)];
+        assert_eq!(why_invalid(&good, Some(64), Some(3)), "");
+        assert_eq!(why_invalid(&good, None, None), "");
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "a system call that Miri does not have")]
+    fn a_list_without_pieces_is_refused_as_such() {
+        let error = export_list("nothing", &[]).unwrap_err().to_string();
+        assert_eq!(error, "the number of pieces is 0, but must be at least 1");
+    }
 
     #[test]
     fn a_limit_that_is_none_is_not_told() {

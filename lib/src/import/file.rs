@@ -10,8 +10,9 @@ use std::path::{Path as FilePath, PathBuf};
 
 use crate::buffer::{Access, BufferRange, Mapping};
 use crate::error::{BufferError, SystemError, TransferError};
-use crate::plan::proof::{self, Scratch, Verdict};
-use crate::plan::{Direction, Path, Plan, Reason, ReasonCode};
+use crate::path::ProofPolicy;
+use crate::plan::proof::{self, Question, Scratch};
+use crate::plan::{self, Direction, Key, Path, Plan, Reason, ReasonCode, Verdict};
 use crate::sys::direct::{DirectIo, Kernel};
 use crate::topology::PciAddress;
 use crate::transfer::Receipt;
@@ -24,6 +25,7 @@ pub use crate::transfer::file::unnamed_file;
 pub struct FileImporter {
     endpoint: Endpoint,
     scratch: Scratch,
+    policy: ProofPolicy,
     io: Box<dyn DirectIo>,
 }
 
@@ -36,16 +38,34 @@ impl std::fmt::Debug for FileImporter {
 }
 
 impl FileImporter {
-    /// Opens an existing regular file or block device, for writing too where that is allowed.
+    /// Opens an existing regular file or block device for reading, as [`std::fs::File::open`] does.
     ///
     /// # Errors
     /// The call that failed, or [`TransferError::NotAFile`].
     pub fn open(path: impl AsRef<FilePath>) -> Result<FileImporter, TransferError> {
-        Ok(FileImporter::new(Endpoint::open(path.as_ref())?))
+        FileImporter::open_for(path, Access::Read)
+    }
+
+    /// Opens an existing regular file or block device for what will be done with it, and nothing more.
+    ///
+    /// Opening for writing has consequences by itself: an overlay (the root of a container) copies the whole
+    /// file, a program that runs refuses (`ETXTBSY`), and udev looks at a disk again when it is closed.
+    ///
+    /// # Errors
+    /// As [`FileImporter::open`].
+    pub fn open_for(
+        path: impl AsRef<FilePath>,
+        access: Access,
+    ) -> Result<FileImporter, TransferError> {
+        Ok(FileImporter::new(Endpoint::open(path.as_ref(), access)?))
     }
 
     /// Takes an open file, which need not have a name in any directory. `name` is for people.
-    /// The descriptor's own access mode decides whether it can be written.
+    ///
+    /// The descriptor is used as it is: its access mode decides what can be done, and neither its position nor
+    /// its flags are changed, which others may share. For direct I/O it is opened a second time, by way of
+    /// `/proc`. A process that has no right to do so gives a descriptor that is open with `O_DIRECT`, by which
+    /// whole blocks are moved without another one.
     ///
     /// # Errors
     /// As [`FileImporter::open`].
@@ -57,6 +77,7 @@ impl FileImporter {
         FileImporter {
             endpoint,
             scratch: Scratch::default(),
+            policy: ProofPolicy::default(),
             io: Box::new(Kernel),
         }
     }
@@ -74,6 +95,16 @@ impl FileImporter {
     #[must_use]
     pub fn with_scratch_range(mut self, bytes: Range<u64>) -> FileImporter {
         self.scratch = Scratch::Range(bytes);
+        self
+    }
+
+    /// Says when proofs may be made, which touch bytes of the range ([`Attachment::plan`]).
+    ///
+    /// A program that knows when nobody uses a buffer proves then, with [`Attachment::plan`], and transfers with
+    /// [`ProofPolicy::Never`].
+    #[must_use]
+    pub fn with_proofs(mut self, policy: ProofPolicy) -> FileImporter {
+        self.policy = policy;
         self
     }
 
@@ -113,7 +144,7 @@ impl FileImporter {
     /// The call's error, which is how a disk reports a write that it lost.
     pub fn sync(&self) -> Result<(), TransferError> {
         let failed = |errno| SystemError::new("fdatasync", &self.endpoint.name, errno);
-        Ok(rustix::fs::fdatasync(self.endpoint.ordinary()).map_err(failed)?)
+        Ok(rustix::fs::fdatasync(self.endpoint.staged()).map_err(failed)?)
     }
 
     /// Maps the range for transfers. Nothing is tried and no byte moves yet.
@@ -157,15 +188,22 @@ impl Attachment<'_> {
     }
 
     /// Chooses the path that a transfer of the whole range to or from `file_offset` would take.
-    /// The first time for a pair of devices and a direction this proves the peer-to-peer path,
-    /// for which up to 192 KiB of the range are changed and put back: nobody else may use it
-    /// meanwhile.
+    ///
+    /// The first time for a pair of devices and a direction (see [`ProofPolicy`]) this proves the peer-to-peer
+    /// path, as [`Attachment::read`] and [`Attachment::write`] do. Nobody else may use the range meanwhile:
+    ///
+    /// - from disk to buffer, up to 192 KiB of the range are overwritten with bytes of the file, and put back;
+    /// - from buffer to disk, the range's own bytes are written to scratch space. Only if they are too much
+    ///   alike to be told from a failure, random bytes take their place, likewise.
+    ///
+    /// A process that is killed in the middle puts nothing back: up to 64 KiB, in one place, are then not what
+    /// they were. In a [`read`](Attachment::read) they are bytes that it was to overwrite.
     ///
     /// # Errors
     /// [`TransferError`] for what has nothing to do with the path, such as a file that cannot be
     /// read at all, or a range that may not be written.
     pub fn plan(&mut self, direction: Direction, file_offset: u64) -> Result<Plan, TransferError> {
-        let plan = self.choose(direction, file_offset, self.mapping.len())?;
+        let (plan, _) = self.choose(direction, file_offset, self.mapping.len())?;
         if plan.path < self.require {
             return Err(TransferError::PathTooPoor { plan });
         }
@@ -179,6 +217,7 @@ impl Attachment<'_> {
     /// The call that failed. An unknown part of the range has then been overwritten.
     pub fn read(&mut self, file_offset: u64) -> Result<Receipt, TransferError> {
         let direction = Direction::DiskToBuffer;
+        self.importer.endpoint.may_read()?;
         if !self.mapping.range().buffer().is_writable() {
             let object = self.mapping.range().buffer().name().to_owned();
             return Err(BufferError::Access {
@@ -195,15 +234,13 @@ impl Attachment<'_> {
     /// [`FileImporter::sync`].
     ///
     /// # Errors
-    /// [`TransferError::ReadOnly`], [`TransferError::ShortWrite`], or the call that failed. An unknown part of the file's
+    /// [`TransferError::ReadOnly`], [`TransferError::Appending`] or [`TransferError::WholeBlocksOnly`], with
+    /// nothing written; [`TransferError::ShortWrite`], or the call that failed: an unknown part of the file's
     /// range has then been overwritten.
     pub fn write(&mut self, file_offset: u64) -> Result<Receipt, TransferError> {
-        if !self.importer.endpoint.writable {
-            return Err(TransferError::ReadOnly {
-                object: self.importer.name().to_owned(),
-            });
-        }
-        self.carry(Direction::BufferToDisk, file_offset, self.mapping.len())
+        let length = self.mapping.len();
+        self.importer.endpoint.may_write(file_offset, length)?;
+        self.carry(Direction::BufferToDisk, file_offset, length)
     }
 
     fn carry(
@@ -212,7 +249,7 @@ impl Attachment<'_> {
         file_offset: u64,
         length: u64,
     ) -> Result<Receipt, TransferError> {
-        let mut plan = self.choose(direction, file_offset, length)?;
+        let (mut plan, key) = self.choose(direction, file_offset, length)?;
         if plan.path < self.require {
             return Err(TransferError::PathTooPoor { plan });
         }
@@ -222,8 +259,17 @@ impl Attachment<'_> {
         if let (Path::PeerToPeer | Path::SharedHostMemory, Ok(direct)) = (plan.path, file.direct())
         {
             let whole = length / u64::from(direct.block) * u64::from(direct.block);
+            // The disk's engine knows nothing of the buffer's fences: whoever else writes it, or reads what
+            // is overwritten, has to be done first, as before a copy by the processor.
+            let access = match direction {
+                Direction::DiskToBuffer => Access::Write,
+                Direction::BufferToDisk => Access::Read,
+            };
+            let bracket = self.mapping.begin_cpu_access(access)?;
+            let mapping = bracket.mapping();
             let (carried, result) =
-                engine::direct(io, direct, &self.mapping, 0, file_offset, whole, direction);
+                engine::direct(io, direct, mapping, 0, file_offset, whole, direction);
+            bracket.end()?;
             bytes = carried.bytes;
             if plan.path == Path::SharedHostMemory {
                 host_bytes = bytes;
@@ -231,6 +277,9 @@ impl Attachment<'_> {
             if let Err(errno) = result {
                 // The path worked when it was proved and has stopped working. The rest goes the
                 // way that always works; if the disk is what failed, that will say so.
+                if let Some(key) = &key {
+                    plan::void(key);
+                }
                 let call = format!(
                     "{direction}, after {bytes} of {length} bytes: {errno} for {} and {}",
                     file.describe_disk(),
@@ -272,7 +321,7 @@ impl Attachment<'_> {
         direction: Direction,
         file_offset: u64,
         length: u64,
-    ) -> Result<Plan, TransferError> {
+    ) -> Result<(Plan, Option<Key>), TransferError> {
         let buffer = self.mapping.range().buffer();
         // The best path that the buffer's memory can have, and why not a better one. A memfd has
         // pages that the kernel can pin; whether a dma-buf's own mapping has them is seen by trial,
@@ -285,6 +334,7 @@ impl Attachment<'_> {
             Path::SharedHostMemory
         };
         let pinnable = best == Path::SharedHostMemory && buffer.host_memory().is_some();
+        let key = Key::of(buffer, &self.importer.endpoint, direction, best);
         let rejected = match direct_io(
             &self.importer.endpoint,
             &self.mapping,
@@ -295,41 +345,49 @@ impl Attachment<'_> {
             Err((code, evidence)) => Some((code, evidence)),
             Ok(_) if pinnable => None,
             Ok(direct) => {
-                let FileImporter {
-                    endpoint,
-                    scratch,
-                    io,
-                } = self.importer;
-                let verdict = proof::verdict(
-                    &**io,
-                    endpoint,
+                let question = Question {
+                    file: &self.importer.endpoint,
                     direct,
-                    &mut self.mapping,
                     direction,
-                    scratch,
-                )?;
-                match verdict {
+                    scratch: &self.importer.scratch,
+                    policy: self.importer.policy,
+                    length,
+                };
+                let io = &*self.importer.io;
+                match proof::verdict(io, &question, &mut self.mapping, key.as_ref())? {
                     Verdict::Proved => None,
                     Verdict::Rejected { code, evidence } => Some((code, evidence)),
                 }
             }
         };
         let Some((code, evidence)) = rejected else {
-            return Ok(Plan {
+            let plan = Plan {
                 path: best,
                 reasons,
-            });
+            };
+            return Ok((plan, key));
         };
         reasons.push(Reason::new(best, code, evidence));
         if best == Path::PeerToPeer {
-            let evidence = "the bytes are in device memory, and no memory of the host is behind it";
-            let code = ReasonCode::NotHostMemory;
+            let kind = self.mapping.range().buffer().provenance().kind;
+            let (code, evidence) = if kind.is_device_memory() {
+                (
+                    ReasonCode::NotHostMemory,
+                    "the bytes are in device memory, and no memory of the host is behind it",
+                )
+            } else {
+                (
+                    ReasonCode::PlacementUnknown,
+                    "it is not known where the buffer's bytes are, and no memory of the host came with it",
+                )
+            };
             reasons.push(Reason::new(Path::SharedHostMemory, code, evidence));
         }
-        Ok(Plan {
+        let plan = Plan {
             path: Path::StagedCopy,
             reasons,
-        })
+        };
+        Ok((plan, key))
     }
 }
 

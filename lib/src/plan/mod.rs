@@ -1,14 +1,16 @@
 //! Plans: which path the bytes take between a buffer and an importer, and why not a better one.
 
 pub(crate) mod proof;
+mod verdicts;
 
 use crate::buffer::{Buffer, Kind, Provenance};
 use crate::export::peerbuf::{Device, Placement};
 use crate::export::provider;
 
-pub use crate::path::{Direction, Path, Plan, Reason, ReasonCode};
+pub use crate::path::{Direction, Path, Plan, ProofPolicy, Reason, ReasonCode};
 pub use crate::topology;
-pub use proof::forget_proofs;
+pub use verdicts::forget_proofs;
+pub(crate) use verdicts::{Key, Verdict, void};
 
 impl Plan {
     /// The plan of an importer that uses the buffer's memory where it is: no byte is copied, and

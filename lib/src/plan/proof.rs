@@ -7,25 +7,31 @@
 //! - *disk to buffer*: bytes that are on the disk already are read into the buffer, which was
 //!   filled with their complement, and compared with what an ordinary direct read gives. Bytes
 //!   that are all zero do not count in a file: they may be a hole, which the CPU fills.
-//! - *buffer to disk*: random bytes in the buffer are written over their complement, in a file
+//! - *buffer to disk*: the buffer's own bytes are written over their complement, in a file
 //!   without a name on the same filesystem or in a range of the disk that the caller gave up,
-//!   and read back into system memory.
+//!   and read back into system memory. Random bytes take their place where they could be mistaken: a
+//!   bus that answers with ones cannot be told from a buffer full of ones.
 //!
-//! The start, the middle and the end of the buffer are tried. What was there is put back, so a
+//! The start, the middle and the end of the range are tried. What was there is put back, so a
 //! proof destroys nothing, but nobody else may use the range meanwhile.
+//!
+//! A process that is killed puts nothing back. So a proof changes as little as it can: before a read, only
+//! bytes that the read overwrites; before a write, none if those of the buffer do. What is left is said where
+//! callers read it ([`Attachment::plan`](crate::import::file::Attachment::plan)), and
+//! [`ProofPolicy::Never`] rules it out.
 
-use std::collections::HashMap;
+use std::collections::HashSet;
 use std::ops::Range;
 use std::path::PathBuf;
-use std::sync::{LazyLock, Mutex, PoisonError};
 
-use crate::buffer::{Access, Buffer, Identity, Mapping};
+use super::verdicts::{self, Key, Verdict};
+use crate::buffer::{Access, Mapping};
 use crate::errno::Errno;
 use crate::error::{BufferError, SystemError, TransferError};
-use crate::path::{Direction, ReasonCode};
+use crate::path::{Direction, ProofPolicy, ReasonCode};
 use crate::sys::direct::DirectIo;
 use crate::sys::memory::HostMemory;
-use crate::topology::{PciAddress, Sysfs};
+use crate::topology::Sysfs;
 use crate::transfer::engine::host_memory;
 use crate::transfer::file::{Direct, Endpoint, unnamed_file};
 
@@ -47,113 +53,72 @@ pub(crate) enum Scratch {
     Range(Range<u64>),
 }
 
-/// What a proof found.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Verdict {
-    /// Bytes were seen to arrive.
-    Proved,
-    /// They were not, and why.
-    Rejected { code: ReasonCode, evidence: String },
+/// What a proof is about, and what it may do.
+pub(crate) struct Question<'a> {
+    pub(crate) file: &'a Endpoint,
+    pub(crate) direct: &'a Direct,
+    pub(crate) direction: Direction,
+    pub(crate) scratch: &'a Scratch,
+    pub(crate) policy: ProofPolicy,
+    /// How many bytes the transfer has. A proof touches no others.
+    pub(crate) length: u64,
 }
 
-impl Verdict {
-    fn rejected(code: ReasonCode, evidence: impl Into<String>) -> Verdict {
-        Verdict::Rejected {
-            code,
-            evidence: evidence.into(),
-        }
-    }
-}
-
-/// Whose memory a verdict is about.
-///
-/// Of a buffer that another process sent, the device is only what that process said; a verdict
-/// about the device must not be believed of it, so it gets one of its own.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-enum Memory {
-    Device(PciAddress),
-    Buffer(Identity),
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-struct Key {
-    memory: Memory,
-    disk: (u32, u32),
-    direction: Direction,
-}
-
-static VERDICTS: LazyLock<Mutex<HashMap<Key, Verdict>>> = LazyLock::new(Mutex::default);
-
-/// Forgets every proof of this process. Call it when devices were added, removed or reset, or
-/// when a bridge's or the IOMMU's settings were changed; transfers after that prove their path
-/// again.
-pub fn forget_proofs() {
-    VERDICTS
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner)
-        .clear();
-}
-
-/// Gives the verdict for the mapping's exporter and the file's disk, from memory or by trial.
+/// Gives the verdict for the mapping's exporter and the file's disk, from memory or by trial. `key` is what it is
+/// kept by.
 pub(crate) fn verdict(
     io: &dyn DirectIo,
-    file: &Endpoint,
-    direct: &Direct,
+    question: &Question<'_>,
     mapping: &mut Mapping,
-    direction: Direction,
-    scratch: &Scratch,
+    key: Option<&Key>,
 ) -> Result<Verdict, TransferError> {
-    let memory = memory_of(mapping.range().buffer());
-    let key = memory.map(|memory| Key {
-        memory,
-        disk: file.number,
-        direction,
-    });
-    let known = || VERDICTS.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(verdict) = key.and_then(|key| known().get(&key).cloned()) {
+    let known = key
+        .filter(|_| question.policy != ProofPolicy::Every)
+        .and_then(|key| verdicts::known(key, question.file));
+    if let Some(verdict) = known {
         return Ok(verdict);
     }
-    let verdict = prove(io, file, direct, mapping, direction, scratch)?;
-    // That nothing could be proved says nothing of the devices: the next file may differ.
-    let lasting = !matches!(
-        verdict,
-        Verdict::Rejected {
-            code: ReasonCode::ReadUnproved | ReasonCode::WriteUnproved,
-            ..
-        }
-    );
-    if let (Some(key), true) = (key, lasting) {
-        known().insert(key, verdict.clone());
+    if question.policy == ProofPolicy::Never {
+        let code = match question.direction {
+            Direction::DiskToBuffer => ReasonCode::ReadUnproved,
+            Direction::BufferToDisk => ReasonCode::WriteUnproved,
+        };
+        let evidence =
+            "no proof of this path is known, and none is to be made (ProofPolicy::Never)";
+        return Ok(Verdict::rejected(code, evidence));
+    }
+    let verdict = prove(io, question, mapping)?;
+    if let Some(key) = key {
+        verdicts::keep(*key, question.file, &verdict);
     }
     Ok(verdict)
 }
 
-fn memory_of(buffer: &Buffer) -> Option<Memory> {
-    match buffer.provenance().device {
-        Some(device) if buffer.is_vouched() => Some(Memory::Device(device)),
-        _ => buffer
-            .dmabuf()
-            .map(|dmabuf| Memory::Buffer(dmabuf.identity())),
-    }
-}
-
 /// Tries the path. `Err` is for what has nothing to do with the path: no memory, a file that
 /// cannot be read at all.
-pub(crate) fn prove(
+fn prove(
     io: &dyn DirectIo,
-    file: &Endpoint,
-    direct: &Direct,
+    question: &Question<'_>,
     mapping: &mut Mapping,
-    direction: Direction,
-    scratch: &Scratch,
 ) -> Result<Verdict, TransferError> {
+    let Question {
+        file,
+        direct,
+        direction,
+        scratch,
+        ..
+    } = *question;
     let trial = Trial {
         io,
         disk: file.describe_disk(),
         pair: describe_pair(file, mapping),
+        layer: file.disk.as_ref().and_then(|disk| {
+            let is_over = !disk.functions.is_empty();
+            disk.layer.map(|layer| (disk.name.as_str(), layer, is_over))
+        }),
     };
     let unit = u64::from(direct.block.max(direct.memory_align));
-    let windows = windows(mapping.len(), unit);
+    let windows = windows(question.length.min(mapping.len()), unit);
     match direction {
         Direction::DiskToBuffer => trial.reads(file, direct, mapping, &windows, scratch),
         Direction::BufferToDisk => trial.writes(file, direct, mapping, &windows, scratch),
@@ -191,7 +156,8 @@ fn describe_pair(file: &Endpoint, mapping: &Mapping) -> String {
         .unwrap_or_default();
     let mut text = format!("{} and {peer}{bar}", file.describe_disk());
     let sysfs = Sysfs::default();
-    if let Some([disk]) = file.disk.as_ref().map(|disk| disk.functions.as_slice()) {
+    let disk = file.disk.as_ref().filter(|disk| disk.layer.is_none());
+    if let Some([disk]) = disk.map(|disk| disk.functions.as_slice()) {
         match sysfs.common_bridge(*disk, peer) {
             Some(bridge) => text += &format!(", below the bridge {bridge}"),
             None => {
@@ -214,6 +180,8 @@ struct Trial<'a> {
     disk: String,
     /// The disk and the buffer's device, for people.
     pair: String,
+    /// Of a block device that is no disk: its name, what makes it, and whether a disk is below.
+    layer: Option<(&'a str, &'static str, bool)>,
 }
 
 /// Bytes that are on a disk, and in system memory to compare with.
@@ -287,9 +255,28 @@ impl Trial<'_> {
     ) -> Result<Verdict, TransferError> {
         let unproved =
             |evidence: String| Ok(Verdict::rejected(ReasonCode::WriteUnproved, evidence));
-        if !mapping.range().buffer().is_writable() {
-            return unproved("the buffer is read-only, so no pattern can be put in it".into());
+        let block = u64::from(direct.block.max(direct.memory_align));
+        let mut own = own_patterns(mapping, windows, block)?;
+        if own.is_empty() && !mapping.range().buffer().is_writable() {
+            return unproved(
+                "the buffer is read-only, so no pattern can be put in it, and its own bytes are too much alike"
+                    .into(),
+            );
         }
+        let patterns = if own.is_empty() {
+            let random = windows.iter().map(|&(start, size)| {
+                let mut pattern = vec![0; size as usize];
+                rand::fill(&mut pattern[..]);
+                Pattern {
+                    start,
+                    bytes: pattern,
+                    is_own: false,
+                }
+            });
+            random.collect()
+        } else {
+            std::mem::take(&mut own)
+        };
         let size = windows.iter().map(|(_, size)| *size).max().unwrap_or(0);
         let made;
         let (target, offset, room) = match scratch {
@@ -324,14 +311,17 @@ impl Trial<'_> {
             return unproved("the scratch range has no whole block of the disk".into());
         }
         let mut memory = host_memory(size)?;
-        for &(start, size) in windows {
-            let size = size.min(room);
-            let mut pattern = vec![0; size as usize];
-            rand::fill(&mut pattern[..]);
-
+        for Pattern {
+            start,
+            bytes,
+            is_own,
+        } in patterns
+        {
+            let size = (bytes.len() as u64).min(room);
+            let pattern = &bytes[..size as usize];
             // The complement goes first, from system memory: that shows that the file takes such
             // writes at all, and leaves on the disk what no lost write can turn into the pattern.
-            for (byte, of) in memory.bytes_mut().iter_mut().zip(&pattern) {
+            for (byte, of) in memory.bytes_mut().iter_mut().zip(pattern) {
                 *byte = !of;
             }
             let control = self
@@ -344,10 +334,15 @@ impl Trial<'_> {
                     outcome(control)
                 ));
             }
-            let saved = exchange(mapping, start, &pattern)?;
+            let saved = match is_own {
+                true => None,
+                false => Some(exchange(mapping, start, pattern)?),
+            };
             let window = mapping.map().window(start as usize, size as usize);
             let result = self.io.write(target.fd(), window, offset);
-            exchange(mapping, start, &saved)?;
+            if let Some(saved) = saved {
+                exchange(mapping, start, &saved)?;
+            }
             match result {
                 Err(errno) => {
                     return Ok(self.refused("pwrite", size, Direction::BufferToDisk, errno));
@@ -373,7 +368,7 @@ impl Trial<'_> {
                     outcome(back)
                 ));
             }
-            if let Some(at) = first_difference(&memory.bytes()[..size as usize], &pattern) {
+            if let Some(at) = first_difference(&memory.bytes()[..size as usize], pattern) {
                 return Ok(self.lost(Direction::BufferToDisk, start, at, size));
             }
         }
@@ -464,15 +459,25 @@ impl Trial<'_> {
 
     fn refused(&self, call: &str, size: u64, direction: Direction, errno: Errno) -> Verdict {
         let (code, note) = match errno {
-            Errno::INVAL | Errno::REMOTEIO | Errno::OPNOTSUPP | Errno::NOTSUPP => (
-                ReasonCode::KernelRefused,
-                "; the same call with system memory succeeds, so the kernel refuses the pair",
-            ),
+            Errno::INVAL | Errno::REMOTEIO | Errno::OPNOTSUPP | Errno::NOTSUPP => {
+                let who = match self.layer {
+                    None => "so the kernel refuses the pair".into(),
+                    Some((name, layer, false)) => {
+                        format!("so it is {name} ({layer}) that takes no memory of a device")
+                    }
+                    Some((name, layer, true)) => format!(
+                        "so {name} ({layer}) does not pass memory of a device on, or a disk below it \
+                         refuses: a transfer with that disk itself tells which"
+                    ),
+                };
+                let note = format!("; the same call with system memory succeeds, {who}");
+                (ReasonCode::KernelRefused, note)
+            }
             Errno::FAULT => (
                 ReasonCode::NoStructPages,
-                "; the buffer's mapping has no pages for file I/O",
+                "; the buffer's mapping has no pages for file I/O".into(),
             ),
-            _ => (ReasonCode::DeviceError, ""),
+            _ => (ReasonCode::DeviceError, String::new()),
         };
         let pair = &self.pair;
         let evidence =
@@ -509,6 +514,69 @@ fn scratch_file(file: &Endpoint, scratch: &Scratch) -> Result<Endpoint, String> 
     Ok(made)
 }
 
+/// What is to be seen on the disk after a write.
+struct Pattern {
+    /// Where in the range.
+    start: u64,
+    bytes: Vec<u8>,
+    /// The buffer holds them already.
+    is_own: bool,
+}
+
+/// Places of the range whose own bytes can serve as the pattern: for each window the first of some, from where
+/// the window is on to the next one.
+fn own_patterns(
+    mapping: &mut Mapping,
+    windows: &[(u64, u64)],
+    unit: u64,
+) -> Result<Vec<Pattern>, BufferError> {
+    let mut patterns = Vec::new();
+    let cpu = mapping.begin_cpu_access(Access::Read)?;
+    for (index, &(first, size)) in windows.iter().enumerate() {
+        let next = windows.get(index + 1).map(|next| next.0);
+        let room = next.map_or(0, |next| next.saturating_sub(first + size));
+        for step in 0..TRIED {
+            let start = first + room / TRIED * step / unit * unit;
+            let mut bytes = vec![0; size as usize];
+            cpu.read_at(start, &mut bytes)?;
+            if can_be_told(&bytes) {
+                patterns.push(Pattern {
+                    start,
+                    bytes,
+                    is_own: true,
+                });
+                break;
+            }
+            if room == 0 {
+                break;
+            }
+        }
+    }
+    cpu.end()?;
+    Ok(patterns)
+}
+
+/// How many places between two windows are looked at for bytes that can be told.
+const TRIED: u64 = 4;
+
+/// Whether nothing else can be taken for these bytes: neither what a bus answers that lost the request, nor the
+/// same buffer's bytes of another place.
+fn can_be_told(bytes: &[u8]) -> bool {
+    const PIECE: usize = 512;
+    const DISTINCT: usize = 16;
+    let varies = |piece: &[u8]| {
+        let mut seen = [false; 256];
+        piece
+            .iter()
+            .for_each(|&byte| seen[usize::from(byte)] = true);
+        seen.iter().filter(|&&seen| seen).count() >= DISTINCT.min(piece.len())
+    };
+    let mut pieces = HashSet::new();
+    bytes
+        .chunks(PIECE)
+        .all(|piece| varies(piece) && pieces.insert(piece))
+}
+
 /// Puts `new` at `offset` and returns what was there.
 fn exchange(mapping: &mut Mapping, offset: u64, new: &[u8]) -> Result<Vec<u8>, BufferError> {
     let mut old = vec![0; new.len()];
@@ -533,6 +601,35 @@ fn outcome(result: Result<usize, Errno>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sys::direct::Kernel;
+
+    #[test]
+    fn a_refusal_names_the_layer_that_refuses() {
+        for (layer, said) in [
+            (None, "the kernel refuses the pair"),
+            (
+                Some(("loop0", "a loop device", false)),
+                "loop0 (a loop device) that takes no memory of a device",
+            ),
+            (
+                Some(("dm-0", "device mapper", true)),
+                "dm-0 (device mapper) does not pass memory of a device on, or a disk below",
+            ),
+        ] {
+            let trial = Trial {
+                io: &Kernel,
+                disk: "the disk".into(),
+                pair: "the pair".into(),
+                layer,
+            };
+            let verdict = trial.refused("pread", 512, Direction::DiskToBuffer, Errno::REMOTEIO);
+            let Verdict::Rejected { code, evidence } = verdict else {
+                panic!("proved");
+            };
+            assert_eq!(code, ReasonCode::KernelRefused);
+            assert!(evidence.contains(said), "{evidence}");
+        }
+    }
 
     #[test]
     fn the_windows_cover_start_middle_and_end_without_overlap() {
@@ -544,5 +641,24 @@ mod tests {
         assert_eq!(windows(70_000, 512), [(0, 65536)]);
         assert_eq!(windows(700, 512), [(0, 512)]);
         assert_eq!(windows(511, 512), []);
+    }
+
+    #[test]
+    fn bytes_that_can_be_mistaken_are_no_pattern() {
+        let mut random = vec![0; 65_536];
+        rand::fill(&mut random[..]);
+        assert!(can_be_told(&random));
+        assert!(can_be_told(&random[..700]));
+        for byte in [0, 0x5a, 0xff] {
+            assert!(!can_be_told(&[byte; 512]), "all {byte}");
+        }
+        let (page, twice) = (&random[..4096], [&random[..4096], &random[..4096]].concat());
+        assert!(
+            can_be_told(page) && !can_be_told(&twice),
+            "of another place"
+        );
+        let mut hole = random.clone();
+        hole[8192..8704].fill(0);
+        assert!(!can_be_told(&hole), "a block of zeros");
     }
 }

@@ -76,7 +76,7 @@ fn retry(mut call: impl FnMut() -> isize) -> Result<usize, Errno> {
 #[cfg(test)]
 pub(crate) mod fake {
     use super::*;
-    use std::cell::Cell;
+    use std::cell::{Cell, RefCell};
 
     use crate::path::Direction;
 
@@ -99,9 +99,14 @@ pub(crate) mod fake {
         FailsAfter(u32, Errno),
     }
 
-    #[derive(Debug)]
+    type AtCall = Box<dyn Fn(Direction)>;
+
     pub(crate) struct Fake {
-        behaviour: Behaviour,
+        /// May change between calls, as a machine does.
+        pub(crate) behaviour: Cell<Behaviour>,
+        /// Called before each call on device memory: a process that is killed in the call leaves what is there
+        /// then.
+        pub(crate) at_call: RefCell<Option<AtCall>>,
         /// Calls on device memory so far.
         pub(crate) calls: Cell<u32>,
     }
@@ -109,7 +114,8 @@ pub(crate) mod fake {
     impl Fake {
         pub(crate) fn new(behaviour: Behaviour) -> Fake {
             Fake {
-                behaviour,
+                behaviour: Cell::new(behaviour),
+                at_call: RefCell::default(),
                 calls: Cell::new(0),
             }
         }
@@ -120,9 +126,12 @@ pub(crate) mod fake {
             direction: Direction,
             call: impl Fn(Window<'w>) -> Result<usize, Errno>,
         ) -> Result<usize, Errno> {
+            if let Some(at_call) = &*self.at_call.borrow() {
+                at_call(direction);
+            }
             let calls = self.calls.get();
             self.calls.set(calls + 1);
-            match self.behaviour {
+            match self.behaviour.get() {
                 Behaviour::Fails(errno) => Err(errno),
                 Behaviour::FailsAfter(works, errno) if calls >= works => Err(errno),
                 Behaviour::Loses(lost) if lost == direction => Ok(window.length()),
@@ -145,7 +154,7 @@ pub(crate) mod fake {
             if !into.is_shared() {
                 return Kernel.read(file, into, offset);
             }
-            if self.behaviour == Behaviour::LosesAllButHoles {
+            if self.behaviour.get() == Behaviour::LosesAllButHoles {
                 let mut memory = crate::sys::memory::HostMemory::new(into.length())?;
                 let moved = Kernel.read(file, memory.window(into.length()), offset)?;
                 if memory.bytes().iter().any(|&byte| byte != 0) {
@@ -165,7 +174,7 @@ pub(crate) mod fake {
             if !from.is_shared() {
                 return Kernel.write(file, from, offset);
             }
-            if let Behaviour::WritesOnly(byte) = self.behaviour {
+            if let Behaviour::WritesOnly(byte) = self.behaviour.get() {
                 let mut memory = crate::sys::memory::HostMemory::new(from.length())?;
                 memory.bytes_mut().fill(byte);
                 return Kernel.write(file, memory.window(from.length()), offset);

@@ -1,6 +1,7 @@
 //! The only `unsafe` of the crate: one module per kernel interface, each with a safe face.
 #![allow(unsafe_code)]
 
+pub(crate) mod block;
 pub(crate) mod direct;
 pub(crate) mod heap;
 pub(crate) mod importer;

@@ -14,7 +14,7 @@ use crate::path::Direction;
 use crate::sys::direct::DirectIo;
 use crate::sys::memory::{HostMemory, Window};
 
-use super::file::{Direct, Endpoint};
+use super::file::{Blocks, Direct, Endpoint};
 
 /// How much one system call carries between a file and the buffer itself. Large enough that the
 /// call costs nothing beside the transfer, small enough that a signal is noticed.
@@ -141,19 +141,39 @@ pub(crate) fn read_host(
         // Cut short by the end of the file or otherwise: ordinary reads tell which.
     }
     let bytes = &mut memory.bytes_mut()[..length as usize];
+    let Some(Blocks { block, .. }) = file.blocks() else {
+        return Ok(read_all(file, offset, bytes, 1)?);
+    };
+    // Only whole blocks can be read: those around the bytes.
+    let lead = offset % block;
+    let around = (lead + length).next_multiple_of(*block);
+    let mut blocks = host_memory(around)?;
+    let moved = read_all(file, offset - lead, blocks.bytes_mut(), *block)?;
+    let moved = moved.saturating_sub(lead).min(length);
+    let from = &blocks.bytes()[lead as usize..];
+    bytes[..moved as usize].copy_from_slice(&from[..moved as usize]);
+    Ok(moved)
+}
+
+/// Reads until `into` is full or the file ends. A read that does not end at a multiple of `unit` was the last.
+fn read_all(file: &Endpoint, offset: u64, into: &mut [u8], unit: u64) -> Result<u64, SystemError> {
     let mut done = 0;
-    while done < bytes.len() {
-        match rustix::io::pread(file.ordinary(), &mut bytes[done..], offset + done as u64) {
+    while done < into.len() {
+        match rustix::io::pread(file.staged(), &mut into[done..], offset + done as u64) {
             Ok(0) => break,
             Ok(moved) => done += moved,
             Err(rustix::io::Errno::INTR) => {}
-            Err(errno) => return Err(failed(errno.into()).into()),
+            Err(errno) => return Err(SystemError::new("pread", &file.name, errno)),
+        }
+        if !(done as u64).is_multiple_of(unit) {
+            break;
         }
     }
     Ok(done as u64)
 }
 
-/// Writes `length` bytes of system memory to the file, as [`read_host`] reads them.
+/// Writes `length` bytes of system memory to the file, as [`read_host`] reads them. The caller has asked
+/// [`Endpoint::may_write`].
 pub(crate) fn write_host(
     io: &dyn DirectIo,
     file: &Endpoint,
@@ -174,7 +194,7 @@ pub(crate) fn write_host(
     let bytes = &memory.bytes()[..length as usize];
     let mut done = 0;
     while done < bytes.len() {
-        match rustix::io::pwrite(file.ordinary(), &bytes[done..], offset + done as u64) {
+        match rustix::io::pwrite(file.staged(), &bytes[done..], offset + done as u64) {
             Ok(0) => {
                 let (written, wanted) = (done as u64, length);
                 return Err(TransferError::ShortWrite {

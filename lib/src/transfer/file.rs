@@ -1,26 +1,53 @@
 //! A file or block device as one end of a transfer.
+//!
+//! A transfer needs a file in two ways: around the page cache (`O_DIRECT`), for whole blocks, and through it,
+//! for the edges that are no whole blocks. One descriptor gives one of the two. The other one comes from
+//! opening the file again, which may fail: the process may have dropped the right since, the file may have no
+//! name, or `/proc` may be missing. The rules:
+//!
+//! - The descriptor that was given is used as it is, for the way that it was opened for. Its flags and its
+//!   position belong to its owner, who may share the open file description with others: neither is changed.
+//! - Without a second descriptor transfers still work, as far as the first one can: staged, or in whole blocks.
 
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, SeekFrom, StatxFlags};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat, StatxFlags};
 
+use crate::buffer::Access;
 use crate::errno::Errno;
 use crate::error::{SystemError, TransferError};
+use crate::sys;
 use crate::topology::{BlockDevice, Sysfs};
 
-/// An open file, twice: the ordinary way, and around the page cache where that is possible.
+/// What a second descriptor keeps of the first one's flags: a write that was to be durable when it returns
+/// stays so. `O_APPEND` is not among them.
+const KEPT: OFlags = OFlags::RWMODE.union(OFlags::SYNC).union(OFlags::DSYNC);
+
+/// An open file, twice: through the page cache, and around it, as far as each is possible.
 #[derive(Debug)]
 pub(crate) struct Endpoint {
-    ordinary: OwnedFd,
+    /// For I/O by the processor: through the page cache, unless `blocks` says otherwise.
+    staged: OwnedFd,
+    blocks: Option<Blocks>,
     direct: Result<Direct, String>,
     pub(crate) name: String,
     /// The number of the block device, or of the filesystem's.
     pub(crate) number: (u32, u32),
     pub(crate) disk: Option<BlockDevice>,
     pub(crate) is_block_device: bool,
+    pub(crate) readable: bool,
     pub(crate) writable: bool,
+}
+
+/// Why the processor, too, can move only whole blocks: the file is open with `O_DIRECT` and could not be opened
+/// without.
+#[derive(Debug)]
+pub(crate) struct Blocks {
+    /// Offsets and lengths are multiples of this many bytes.
+    pub(crate) block: u64,
+    pub(crate) why: SystemError,
 }
 
 /// The way around the page cache, and what it asks for.
@@ -40,22 +67,27 @@ impl Direct {
 }
 
 impl Endpoint {
-    /// Opens a path, for writing too where the permissions allow it.
-    pub(crate) fn open(path: &Path) -> Result<Endpoint, TransferError> {
+    /// Opens a path for what will be done with it, and nothing more. Opening for writing has consequences
+    /// even if nothing is written: an overlay copies the file, a running program refuses, and udev is told that
+    /// a disk has changed.
+    pub(crate) fn open(path: &Path, access: Access) -> Result<Endpoint, TransferError> {
         let name = path.display().to_string();
-        let open = |mode| rustix::fs::open(path, mode | OFlags::CLOEXEC, Mode::empty());
-        let opened = match open(OFlags::RDWR) {
-            Err(rustix::io::Errno::ACCESS | rustix::io::Errno::ROFS | rustix::io::Errno::PERM) => {
-                open(OFlags::RDONLY)
-            }
-            other => other,
+        let mode = match access {
+            Access::Read => OFlags::RDONLY,
+            Access::Write => OFlags::WRONLY,
+            Access::ReadWrite => OFlags::RDWR,
         };
-        let fd = opened.map_err(|errno| SystemError::new("open", &name, errno))?;
-        Endpoint::from_fd(fd, name)
+        let fd = rustix::fs::open(path, mode | OFlags::CLOEXEC, Mode::empty())
+            .map_err(|errno| SystemError::new("open", &name, errno))?;
+        Endpoint::new(fd, name, Some(path))
     }
 
     /// Takes an open file, which may have no name in any directory.
     pub(crate) fn from_fd(fd: OwnedFd, name: String) -> Result<Endpoint, TransferError> {
+        Endpoint::new(fd, name, None)
+    }
+
+    fn new(fd: OwnedFd, name: String, path: Option<&Path>) -> Result<Endpoint, TransferError> {
         let failed = |call| {
             let name = name.clone();
             move |errno| SystemError::new(call, name, errno)
@@ -68,30 +100,48 @@ impl Endpoint {
         };
         let number = (rustix::fs::major(number), rustix::fs::minor(number));
         let flags = rustix::fs::fcntl_getfl(&fd).map_err(failed("fcntl(F_GETFL)"))?;
-        let disk = Sysfs::default().block_device(number.0, number.1);
-        // A raw device has no page cache of a filesystem in between, so its block size will do.
-        let raw = disk.as_ref().filter(|_| is_block_device);
-        let direct = open_direct(fd.as_fd(), flags & OFlags::RWMODE, raw);
-        let writable = flags & OFlags::RWMODE != OFlags::RDONLY;
-        // The descriptor that we were given may itself be open with O_DIRECT.
-        let ordinary = if flags.contains(OFlags::DIRECT) {
-            reopen(fd.as_fd(), flags & OFlags::RWMODE).map_err(failed("open"))?
+        let again = |extra| open_again(fd.as_fd(), &stat, path, (flags & KEPT) | extra);
+        let (staged, direct, blocks) = if flags.contains(OFlags::DIRECT) {
+            let direct = fd
+                .try_clone()
+                .map_err(|error| SystemError::new("fcntl(F_DUPFD_CLOEXEC)", &name, &error))?;
+            let direct = around_the_page_cache(direct, is_block_device);
+            match again(OFlags::empty()) {
+                Ok(staged) => (staged, direct, None),
+                Err(why) => {
+                    // Where the filesystem does not say what it needs: no disk has larger blocks than pages.
+                    let page = rustix::param::page_size() as u64;
+                    let block = direct.as_ref().map_or(page, |direct| direct.block.into());
+                    (fd, direct, Some(Blocks { block, why }))
+                }
+            }
         } else {
-            fd
+            let direct = again(OFlags::DIRECT)
+                .map_err(|error| format!("it cannot be opened again with O_DIRECT: {error}"))
+                .and_then(|direct| around_the_page_cache(direct, is_block_device));
+            (fd, direct, None)
         };
         Ok(Endpoint {
-            ordinary,
+            staged,
+            blocks,
             direct,
             name,
             number,
-            disk,
+            disk: Sysfs::default().block_device(number.0, number.1),
             is_block_device,
-            writable,
+            readable: flags & OFlags::RWMODE != OFlags::WRONLY,
+            writable: flags & OFlags::RWMODE != OFlags::RDONLY,
         })
     }
 
-    pub(crate) fn ordinary(&self) -> BorrowedFd<'_> {
-        self.ordinary.as_fd()
+    /// The descriptor for I/O by the processor.
+    pub(crate) fn staged(&self) -> BorrowedFd<'_> {
+        self.staged.as_fd()
+    }
+
+    /// Set if that descriptor moves only whole blocks.
+    pub(crate) fn blocks(&self) -> Option<&Blocks> {
+        self.blocks.as_ref()
     }
 
     /// The way around the page cache, or why there is none.
@@ -99,55 +149,157 @@ impl Endpoint {
         self.direct.as_ref().map_err(String::as_str)
     }
 
-    pub(crate) fn size(&self) -> Result<u64, TransferError> {
-        // Not fstat, which says 0 of a block device.
-        let end = rustix::fs::seek(&self.ordinary, SeekFrom::End(0));
-        Ok(end.map_err(|errno| SystemError::new("lseek", &self.name, errno))?)
+    /// Refuses writes that the kernel would put elsewhere (`O_APPEND`), or that the descriptor cannot do.
+    /// Asked before each transfer: whoever shares the open file description may change the flag.
+    pub(crate) fn may_write(&self, offset: u64, length: u64) -> Result<(), TransferError> {
+        let object = || self.name.clone();
+        if !self.writable {
+            return Err(TransferError::ReadOnly { object: object() });
+        }
+        let direct = self.direct().ok().map(Direct::fd);
+        for fd in [Some(self.staged()), direct].into_iter().flatten() {
+            let flags = rustix::fs::fcntl_getfl(fd)
+                .map_err(|errno| SystemError::new("fcntl(F_GETFL)", &self.name, errno))?;
+            if flags.contains(OFlags::APPEND) {
+                return Err(TransferError::Appending { object: object() });
+            }
+        }
+        if let Some(Blocks { block, why }) = &self.blocks
+            && !(offset.is_multiple_of(*block) && length.is_multiple_of(*block))
+        {
+            return Err(TransferError::WholeBlocksOnly {
+                object: object(),
+                block: *block,
+                offset,
+                length,
+                cause: why.clone(),
+            });
+        }
+        Ok(())
     }
 
-    /// Names the file, the disk and its place on the bus, for evidence.
+    /// Refuses reads that the descriptor was not opened for.
+    pub(crate) fn may_read(&self) -> Result<(), TransferError> {
+        if self.readable {
+            return Ok(());
+        }
+        let object = self.name.clone();
+        Err(TransferError::WriteOnly { object })
+    }
+
+    /// Without `lseek`, which would move the position of whoever shares the descriptor.
+    pub(crate) fn size(&self) -> Result<u64, TransferError> {
+        if self.is_block_device {
+            // Not fstat, which says 0.
+            let size = sys::block::size(self.staged());
+            return Ok(
+                size.map_err(|errno| SystemError::new("ioctl(BLKGETSIZE64)", &self.name, errno))?
+            );
+        }
+        let stat = rustix::fs::fstat(&self.staged)
+            .map_err(|errno| SystemError::new("fstat", &self.name, errno))?;
+        Ok(u64::try_from(stat.st_size).unwrap_or(0))
+    }
+
+    /// Names the disk and its place on the bus, or what is in place of a disk, for evidence.
     pub(crate) fn describe_disk(&self) -> String {
-        match &self.disk {
-            Some(disk) if !disk.functions.is_empty() => {
-                let functions: Vec<String> =
-                    disk.functions.iter().map(ToString::to_string).collect();
-                format!("{} ({})", functions.join(", "), disk.name)
-            }
-            Some(disk) => format!("{} (no PCI device)", disk.name),
-            None => format!("the filesystem of {}", self.name),
+        let Some(disk) = &self.disk else {
+            let kind = rustix::fs::fstatfs(&self.staged)
+                .ok()
+                .and_then(|filesystem| {
+                    let found = FILESYSTEMS
+                        .iter()
+                        .find(|(magic, _)| *magic == filesystem.f_type as u64);
+                    found.map(|(_, name)| *name)
+                });
+            return format!(
+                "{} of {}, whose disk the kernel does not tell",
+                kind.unwrap_or("the filesystem"),
+                self.name
+            );
+        };
+        let functions: Vec<String> = disk.functions.iter().map(ToString::to_string).collect();
+        let functions = functions.join(", ");
+        match (disk.layer, functions.as_str()) {
+            (None, "") => format!("{} (no PCI device)", disk.name),
+            (None, functions) => format!("{functions} ({})", disk.name),
+            (Some(layer), "") => format!("{} ({layer}, no PCI device)", disk.name),
+            (Some(layer), functions) => format!("{} ({layer} over {functions})", disk.name),
         }
     }
 
     /// The directory that holds the file, if it can still be found.
     pub(crate) fn directory(&self) -> Option<PathBuf> {
-        let link = format!("/proc/self/fd/{}", self.ordinary.as_raw_fd());
+        let link = format!("/proc/self/fd/{}", self.staged.as_raw_fd());
         Some(std::fs::read_link(link).ok()?.parent()?.to_owned())
     }
 }
 
-/// Opens what `fd` is again. `/proc` leads there even when the file has no name any more.
-fn reopen(fd: BorrowedFd<'_>, flags: OFlags) -> Result<OwnedFd, rustix::io::Errno> {
-    let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
-    rustix::fs::open(path, flags | OFlags::CLOEXEC, Mode::empty())
+/// Filesystems whose files have the number of no disk (linux/magic.h, and btrfs, which makes up numbers).
+const FILESYSTEMS: [(u64, &str); 8] = [
+    (0x794c_7630, "the overlay"),
+    (0x0102_1997, "the 9p filesystem"),
+    (0x6573_5546, "the FUSE filesystem"),
+    (0x0102_1994, "the tmpfs"),
+    (0x0000_6969, "the NFS filesystem"),
+    (0xff53_4d42, "the CIFS filesystem"),
+    (0x9123_683e, "the btrfs"),
+    (0x9584_58f6, "the huge pages"),
+];
+
+/// Opens a file again with other flags. `/proc` leads there even if the file has no name any more; without
+/// `/proc` the path does, if that is still the same file.
+fn open_again(
+    fd: BorrowedFd<'_>,
+    stat: &Stat,
+    path: Option<&Path>,
+    flags: OFlags,
+) -> Result<OwnedFd, SystemError> {
+    let flags = flags | OFlags::CLOEXEC;
+    let link = format!("/proc/self/fd/{}", fd.as_raw_fd());
+    let errno = match rustix::fs::open(&link, flags, Mode::empty()) {
+        Ok(again) => return Ok(again),
+        Err(errno) => errno,
+    };
+    if errno != rustix::io::Errno::NOENT {
+        return Err(SystemError::new("open", link, errno));
+    }
+    let same = |again: &OwnedFd| {
+        rustix::fs::fstat(again).is_ok_and(|other| {
+            (other.st_dev, other.st_ino, other.st_rdev) == (stat.st_dev, stat.st_ino, stat.st_rdev)
+        })
+    };
+    let by_path = path.and_then(|path| rustix::fs::open(path, flags, Mode::empty()).ok());
+    match by_path.filter(same) {
+        Some(again) => Ok(again),
+        None => {
+            let why = if Path::new("/proc/self/fd").exists() {
+                "whose filesystem cannot open a file without a name again"
+            } else {
+                "without procfs, by which an open file is opened again"
+            };
+            Err(SystemError::new("open", format!("{link}, {why}"), errno))
+        }
+    }
 }
 
-fn open_direct(
-    fd: BorrowedFd<'_>,
-    mode: OFlags,
-    raw: Option<&BlockDevice>,
-) -> Result<Direct, String> {
-    let direct = reopen(fd, mode | OFlags::DIRECT)
-        .map_err(|errno| format!("open with O_DIRECT: {}", Errno::from(errno)))?;
-    let statx = rustix::fs::statx(&direct, c"", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN);
-    let (memory_align, block) = match (statx, raw) {
-        (Ok(statx), _) if statx.stx_mask & StatxFlags::DIOALIGN.bits() != 0 => {
+/// Asks what direct I/O needs on a descriptor that is open with `O_DIRECT`.
+fn around_the_page_cache(fd: OwnedFd, is_block_device: bool) -> Result<Direct, String> {
+    let statx = rustix::fs::statx(&fd, c"", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN);
+    let (memory_align, block) = match statx {
+        Ok(statx) if statx.stx_mask & StatxFlags::DIOALIGN.bits() != 0 => {
             (statx.stx_dio_mem_align, statx.stx_dio_offset_align)
         }
-        (_, Some(disk)) => (disk.logical_block, disk.logical_block),
+        // A raw device has no filesystem in between, so its block size will do.
+        _ if is_block_device => {
+            let block = rustix::fs::ioctl_blksszget(&fd)
+                .map_err(|errno| format!("ioctl(BLKSSZGET): {}", Errno::from(errno)))?;
+            (block, block)
+        }
         // Some filesystems accept O_DIRECT and copy through the page cache all the same: a tmpfs
         // always, a btrfs where it keeps checksums. One that does not say cannot be told from
         // those, and a copy must not be taken for a device's DMA.
-        (_, None) => {
+        _ => {
             return Err(
                 "the filesystem does not say that O_DIRECT goes around the page cache \
                  (statx with STATX_DIOALIGN, since Linux 6.1)"
@@ -159,7 +311,7 @@ fn open_direct(
         return Err("the filesystem says that this file has no direct I/O (statx)".into());
     }
     Ok(Direct {
-        fd: direct,
+        fd,
         memory_align,
         block,
     })

@@ -130,7 +130,7 @@ fn writing_a_raw_device_stays_staged_unless_a_scratch_range_is_named() {
     let bytes = random(length);
     let buffer = device_memory(length);
     put(&buffer.whole(), &bytes);
-    let raw = || FileImporter::open(RAW).unwrap();
+    let raw = || FileImporter::open_for(RAW, Access::ReadWrite).unwrap();
     let on_disk = || {
         let mut found = vec![0; length as usize];
         File::open(RAW)

@@ -153,15 +153,29 @@ fn collect() -> Info {
             .ok()
             .map(|text| text.trim().to_owned())
     };
-    let loaded = Path::new("/sys/module/peerbuf").exists();
+    let module = module_version(
+        Path::new("/sys/module/peerbuf").exists(),
+        line("/sys/module/peerbuf/version"),
+        !devices.is_empty(),
+    );
     Info {
         kernel: line("/proc/sys/kernel/osrelease").unwrap_or_else(|| "unknown".into()),
-        module: loaded.then(|| line("/sys/module/peerbuf/version").unwrap_or("loaded".into())),
+        module,
         devices,
         providers,
         udmabuf,
         disks,
         missing,
+    }
+}
+
+/// The version of a module that is loaded, as far as it is told. Without sysfs its nodes tell that it is.
+fn module_version(in_sysfs: bool, version: Option<String>, answers: bool) -> Option<String> {
+    match (version, in_sysfs || answers) {
+        (Some(version), _) => Some(version),
+        (None, true) if in_sysfs => Some("loaded".into()),
+        (None, true) => Some("loaded (its version is in /sys, which is not here)".into()),
+        (None, false) => None,
     }
 }
 
@@ -312,4 +326,20 @@ fn show(info: &Info, width: usize) -> String {
 
 fn yes_no(yes: bool) -> &'static str {
     if yes { "yes" } else { "no" }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_module_that_answers_is_loaded_also_without_sysfs() {
+        assert_eq!(module_version(false, None, false), None);
+        assert_eq!(
+            module_version(true, Some("0.1.0".into()), true).as_deref(),
+            Some("0.1.0")
+        );
+        let without = module_version(false, None, true).unwrap();
+        assert!(without.starts_with("loaded"), "{without}");
+    }
 }

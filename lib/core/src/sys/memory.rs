@@ -174,12 +174,13 @@ impl Map {
         }
     }
 
-    /// Waits until what was copied in is where a device sees it.
-    ///
-    /// Stores to write-combined device memory linger in the CPU; the fence drains them, and
-    /// reading a byte back makes the bus deliver what was posted before it.
-    pub fn flush_writes(&self, offset: usize) {
+    /// Drains the CPU's write-combining buffers, in which stores to device memory linger.
+    pub fn drain_writes(&self) {
         fence(Ordering::SeqCst);
+    }
+
+    /// Reads a byte, for which the bus delivers what was posted before. Only where a read has no side effects.
+    pub fn read_back(&self, offset: usize) {
         if offset < self.length {
             let window = self.window(offset, 1);
             // SAFETY: one byte inside the window.
@@ -380,8 +381,9 @@ mod tests {
                 assert_eq!(received, sent);
             }
         }
-        map.flush_writes(63);
-        map.flush_writes(64);
+        map.drain_writes();
+        map.read_back(63);
+        map.read_back(64);
     }
 
     #[test]

@@ -4,6 +4,7 @@
 
 use crate::buffer::Kind;
 use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -74,17 +75,21 @@ fn importer(file: &File, behaviour: Behaviour) -> (FileImporter, Rc<Fake>) {
 fn device_memory(length: u64) -> Buffer {
     static NEXT: AtomicU8 = AtomicU8::new(0);
     let bus = NEXT.fetch_add(1, Ordering::Relaxed);
-    let memory = memfd::sealed("a BAR", length).unwrap();
-    let device = Some(PciAddress {
+    let device = PciAddress {
         domain: 0xffff,
         bus,
         device: 0,
         function: 0,
-    });
+    };
+    memory_of(device, Kind::Bar, Some(2), length)
+}
+
+fn memory_of(device: PciAddress, kind: Kind, bar: Option<u8>, length: u64) -> Buffer {
+    let memory = memfd::sealed("a BAR", length).unwrap();
     let provenance = Provenance {
-        kind: Kind::Bar,
-        device,
-        bar: Some(2),
+        kind,
+        device: Some(device),
+        bar,
         name: "a BAR".into(),
     };
     Buffer::from_host_memory(memory, None, provenance).unwrap()
@@ -374,6 +379,236 @@ fn a_device_named_by_another_process_gets_no_credit_for_what_was_proved_of_it() 
     );
 }
 
+/// The plan for a buffer of the file, and how many calls on device memory it took.
+fn planned(
+    importer: &FileImporter,
+    fake: &Fake,
+    buffer: &Buffer,
+    direction: Direction,
+) -> (Plan, u32) {
+    let before = fake.calls.get();
+    let plan = importer
+        .attach(&buffer.whole())
+        .unwrap()
+        .plan(direction, 0)
+        .unwrap();
+    (plan, fake.calls.get() - before)
+}
+
+#[test]
+#[cfg_attr(miri, ignore = "takes Miri minutes")]
+fn a_refusal_of_one_bar_or_exporter_says_nothing_of_another() {
+    let Some(file) = file_with(&random(65536)) else {
+        return;
+    };
+    let small = device_memory(65536);
+    let device = small.provenance().device.unwrap();
+    let (importer, fake) = importer(&file, Behaviour::Fails(Errno::FAULT));
+    let direction = Direction::DiskToBuffer;
+    let (plan, _) = planned(&importer, &fake, &small, direction);
+    assert_eq!(plan.reasons[0].code, ReasonCode::NoStructPages);
+    fake.behaviour.set(Behaviour::Works);
+    for (kind, bar) in [(Kind::Bar, Some(4)), (Kind::Vfio, Some(2))] {
+        let other = memory_of(device, kind, bar, 65536);
+        let (plan, _) = planned(&importer, &fake, &other, direction);
+        assert_eq!(plan.path, Path::PeerToPeer, "{kind:?} {bar:?}: {plan}");
+    }
+    // And the refusal stays one of what was refused.
+    let (plan, calls) = planned(&importer, &fake, &small, direction);
+    assert_eq!((plan.path, calls), (Path::StagedCopy, 0));
+}
+
+#[test]
+#[cfg_attr(miri, ignore = "takes Miri minutes")]
+fn a_foreign_buffer_is_not_said_to_be_in_device_memory() {
+    let Some(file) = file_with(&random(65536)) else {
+        return;
+    };
+    let device = "ffff:fe:00.0".parse().unwrap();
+    for (kind, code) in [
+        (Kind::Other, ReasonCode::PlacementUnknown),
+        (Kind::Drm, ReasonCode::PlacementUnknown),
+        (Kind::Vfio, ReasonCode::NotHostMemory),
+    ] {
+        let buffer = memory_of(device, kind, None, 65536);
+        let (importer, fake) = importer(&file, Behaviour::Fails(Errno::FAULT));
+        let (plan, _) = planned(&importer, &fake, &buffer, Direction::DiskToBuffer);
+        let expected = [
+            (Path::PeerToPeer, ReasonCode::NoStructPages),
+            (Path::SharedHostMemory, code),
+        ];
+        assert_eq!(codes(&plan), expected, "{kind:?}: {plan}");
+        let device_memory = plan.reasons[1].evidence.contains("in device memory");
+        assert_eq!(device_memory, code == ReasonCode::NotHostMemory, "{plan}");
+    }
+}
+
+#[test]
+#[cfg_attr(miri, ignore = "a system call that Miri does not have")]
+fn a_file_of_no_disk_names_its_filesystem() {
+    let memory = memfd::sealed("a file in memory", 10_000).unwrap();
+    let importer = FileImporter::from_fd(memory, "a file").unwrap();
+    assert_eq!(
+        importer.endpoint.describe_disk(),
+        "the tmpfs of a file, whose disk the kernel does not tell"
+    );
+}
+
+#[test]
+#[cfg_attr(miri, ignore = "takes Miri minutes")]
+fn what_failed_for_a_want_that_passes_is_tried_again() {
+    let Some(file) = file_with(&random(65536)) else {
+        return;
+    };
+    for errno in [Errno(12), Errno::AGAIN, Errno::BUSY, Errno::IO] {
+        for direction in [Direction::DiskToBuffer, Direction::BufferToDisk] {
+            let buffer = device_memory(65536);
+            let (importer, fake) = importer(&file, Behaviour::Fails(errno));
+            let (plan, _) = planned(&importer, &fake, &buffer, direction);
+            assert_eq!(plan.path, Path::StagedCopy, "{errno}");
+            fake.behaviour.set(Behaviour::Works);
+            let (plan, _) = planned(&importer, &fake, &buffer, direction);
+            assert_eq!(plan.path, Path::PeerToPeer, "{errno}: {plan}");
+        }
+    }
+}
+
+#[test]
+#[cfg_attr(miri, ignore = "takes Miri minutes")]
+fn a_transfer_that_fails_makes_the_proof_void() {
+    let bytes = random(65536);
+    let Some(file) = file_with(&bytes) else {
+        return;
+    };
+    let buffer = device_memory(65536);
+    let (importer, fake) = importer(&file, Behaviour::Works);
+    for direction in [Direction::DiskToBuffer, Direction::BufferToDisk] {
+        fake.behaviour.set(Behaviour::Works);
+        let mut attachment = importer.attach(&buffer.whole()).unwrap();
+        attachment.plan(direction, 0).unwrap();
+        // The path breaks: first by an error, then without one.
+        fake.behaviour.set(Behaviour::Fails(Errno::REMOTEIO));
+        let receipt = match direction {
+            Direction::DiskToBuffer => attachment.read(0).unwrap(),
+            Direction::BufferToDisk => attachment.write(0).unwrap(),
+        };
+        assert_eq!(receipt.plan.path, Path::StagedCopy);
+        fake.behaviour.set(Behaviour::Loses(direction));
+        let receipt = match direction {
+            Direction::DiskToBuffer => attachment.read(0).unwrap(),
+            Direction::BufferToDisk => attachment.write(0).unwrap(),
+        };
+        let code = receipt.plan.reasons[0].code;
+        assert_eq!(code, ReasonCode::ProofFailed, "{direction}");
+        assert!(get(&buffer.whole()) == bytes && content(&file) == bytes);
+    }
+}
+
+#[test]
+#[cfg_attr(miri, ignore = "takes Miri minutes")]
+fn the_caller_says_when_paths_are_proved() {
+    let bytes = random(65536);
+    let Some(file) = file_with(&bytes) else {
+        return;
+    };
+    for direction in [Direction::DiskToBuffer, Direction::BufferToDisk] {
+        let buffer = device_memory(65536);
+        put(&buffer.whole(), &bytes);
+        let policy = |policy| {
+            let (importer, fake) = importer(&file, Behaviour::Works);
+            (importer.with_proofs(policy), fake)
+        };
+        // Nothing is touched, and what is not proved is not used.
+        let (never, fake) = policy(ProofPolicy::Never);
+        let (plan, calls) = planned(&never, &fake, &buffer, direction);
+        assert_eq!((plan.path, calls), (Path::StagedCopy, 0));
+        let unproved = [ReasonCode::ReadUnproved, ReasonCode::WriteUnproved];
+        assert!(unproved.contains(&plan.reasons[0].code), "{plan}");
+        assert!(plan.reasons[0].evidence.contains("Never"), "{plan}");
+        // What another one proved is used.
+        let (first, fake) = policy(ProofPolicy::First);
+        assert_eq!(planned(&first, &fake, &buffer, direction).1, 1);
+        assert_eq!(planned(&first, &fake, &buffer, direction).1, 0);
+        let (plan, _) = planned(&never, &fake, &buffer, direction);
+        assert_eq!(plan.path, Path::PeerToPeer);
+        // A path that breaks without an error is noticed.
+        let (every, fake) = policy(ProofPolicy::Every);
+        assert_eq!(planned(&every, &fake, &buffer, direction).1, 1);
+        fake.behaviour.set(Behaviour::Loses(direction));
+        let (plan, _) = planned(&every, &fake, &buffer, direction);
+        assert_eq!(plan.reasons[0].code, ReasonCode::ProofFailed);
+    }
+}
+
+#[test]
+#[cfg_attr(miri, ignore = "takes Miri minutes")]
+fn a_process_that_is_killed_in_a_proof_leaves_a_source_as_it_was() {
+    let Some(file) = file_with(&random(400_000)) else {
+        return;
+    };
+    let buffer = device_memory(400_000);
+    // Part of it is all zeros, as buffers are.
+    let mut held = random(400_000);
+    held[150_000..250_000].fill(0);
+    put(&buffer.whole(), &held);
+    let (importer, fake) = importer(&file, Behaviour::Works);
+    let (seen, expected) = (buffer.clone(), held.clone());
+    *fake.at_call.borrow_mut() = Some(Box::new(move |_| {
+        assert!(get(&seen.whole()) == expected, "killed now, it is lost");
+    }));
+    importer.attach(&buffer.whole()).unwrap().write(0).unwrap();
+    assert!(fake.calls.get() >= 3, "start and end were not proved");
+}
+
+#[test]
+#[cfg_attr(miri, ignore = "takes Miri minutes")]
+fn a_read_only_source_is_proved_with_its_own_bytes_or_not_at_all() {
+    let Some(file) = file_with(&random(65536)) else {
+        return;
+    };
+    for (held, path) in [
+        (random(65536), Path::PeerToPeer),
+        (vec![0; 65536], Path::StagedCopy),
+    ] {
+        let writable = device_memory(65536);
+        put(&writable.whole(), &held);
+        let memory = writable.host_memory().unwrap();
+        let link = format!("/proc/self/fd/{}", memory.as_raw_fd());
+        let memory = File::open(link).unwrap().into();
+        let provenance = writable.provenance().clone();
+        let buffer = Buffer::from_host_memory(memory, None, provenance).unwrap();
+        assert!(!buffer.is_writable());
+        let (importer, fake) = importer(&file, Behaviour::Works);
+        let (plan, _) = planned(&importer, &fake, &buffer, Direction::BufferToDisk);
+        assert_eq!(plan.path, path, "{plan}");
+        if path == Path::StagedCopy {
+            assert_eq!(plan.reasons[0].code, ReasonCode::WriteUnproved);
+        }
+        assert!(get(&writable.whole()) == held);
+    }
+}
+
+#[test]
+#[cfg_attr(miri, ignore = "takes Miri minutes")]
+fn a_process_that_is_killed_in_a_read_has_touched_only_what_the_read_overwrites() {
+    let Some(file) = file_with(&random(70_000)) else {
+        return;
+    };
+    let buffer = device_memory(1 << 20);
+    let held = random(1 << 20);
+    put(&buffer.whole(), &held);
+    let (importer, fake) = importer(&file, Behaviour::Works);
+    let seen = buffer.clone();
+    *fake.at_call.borrow_mut() = Some(Box::new(move |_| {
+        assert!(get(&seen.whole())[70_000..] == held[70_000..]);
+    }));
+    let receipt = importer.attach(&buffer.whole()).unwrap().read(0).unwrap();
+    assert_eq!(
+        (receipt.plan.path, receipt.bytes),
+        (Path::PeerToPeer, 70_000)
+    );
+}
+
 #[test]
 #[cfg_attr(miri, ignore = "takes Miri minutes")]
 fn holes_and_zeros_do_not_count_as_bytes_that_arrived() {
@@ -531,6 +766,10 @@ fn what_is_no_file_is_refused() {
     ));
     assert!(matches!(
         FileImporter::open("/"),
+        Err(TransferError::NotAFile { .. })
+    ));
+    assert!(matches!(
+        FileImporter::open_for("/", Access::ReadWrite),
         Err(TransferError::System(_))
     ));
     let error = FileImporter::open("/nonexistent").unwrap_err().to_string();

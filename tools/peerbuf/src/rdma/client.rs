@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use peerbuf::BufferRange;
 use peerbuf::import::file::FileImporter;
+use peerbuf::{Access, BufferRange};
 use peerbuf_rdma::{Address, Card, Link, RdmaError, Remote, Span, Status};
 
 use super::lent::{Every, Lent, PATIENCE};
@@ -320,7 +320,7 @@ pub fn get(arguments: &Arguments) -> Result<ExitCode, Failure> {
     // Made here: there may be none.
     File::create(&arguments.file)
         .map_err(|error| format!("{}: {error}", arguments.file.display()))?;
-    let file = FileImporter::open(&arguments.file)?;
+    let file = FileImporter::open_for(&arguments.file, Access::Write)?;
     let _progress = Progress::start(format!(
         "{} -> {}",
         arguments.ends.connect,

@@ -1,10 +1,11 @@
 //! The end that shows a buffer.
 
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use peerbuf::Access;
+use peerbuf::error::TransferError;
 use peerbuf::import::file::FileImporter;
 use peerbuf_rdma::{Address, Card, Connection, RdmaError, Registration, Rung};
 use sha2::{Digest, Sha256};
@@ -66,11 +67,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
             Some(Access::ReadWrite),
         )?,
         card,
-        file: arguments
-            .file
-            .as_ref()
-            .map(FileImporter::open)
-            .transpose()?,
+        file: arguments.file.as_ref().map(|path| open(path)).transpose()?,
     };
     if let Some(file) = &server.file
         && file.size()? > 0
@@ -98,6 +95,12 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
             return Ok(ExitCode::SUCCESS);
         }
     }
+}
+
+/// For reading and writing, since clients may do both; a file that may only be read serves those who read.
+fn open(path: &Path) -> Result<FileImporter, TransferError> {
+    FileImporter::open_for(path, Access::ReadWrite)
+        .or_else(|refused| FileImporter::open(path).map_err(|_| refused))
 }
 
 /// What one client has of the buffer.

@@ -1,0 +1,197 @@
+//! Files, disks and what was proved of them, by the crate: what direct I/O waits for, and for how long a proof is
+//! believed. Runs in the guest, where the disk and the card can be peers.
+
+use std::fs::{self, File};
+use std::io::Seek;
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+use std::path::Path as FilePath;
+use std::time::Duration;
+
+use peerbuf::error::BufferError;
+use peerbuf::export::peerbuf::{Device, MoveTo, Request};
+use peerbuf::export::udmabuf;
+use peerbuf::import::file::{FileImporter, unnamed_file};
+use peerbuf::plan::{Direction, Path, ProofPolicy, forget_proofs};
+use peerbuf::{Access, Buffer};
+use peerbuf_lab_suite::bytes::{get, put};
+use peerbuf_lab_suite::importer::{DYNAMIC, Importer, PEER};
+use peerbuf_lab_suite::machine;
+use peerbuf_lab_suite::node::Node;
+use peerbuf_uapi as abi;
+
+const NVME: &str = "/mnt/nvme";
+/// The raw namespace that tests may overwrite.
+const RAW: &str = "/dev/nvme0n2";
+const MIB: u64 = 1 << 20;
+
+const BOTH: [Direction; 2] = [Direction::DiskToBuffer, Direction::BufferToDisk];
+
+fn device(node: &Node) -> Device {
+    Device::open(node.bdf.parse().unwrap()).unwrap()
+}
+
+fn export(device: &Device, offset: Option<u64>, access: Access) -> Buffer {
+    let request = Request {
+        bar: 2,
+        offset,
+        length: MIB,
+        access,
+    };
+    device.export(request).unwrap()
+}
+
+fn device_memory(device: &Device) -> Buffer {
+    let buffer = export(device, None, Access::ReadWrite);
+    put(&buffer.whole(), &random());
+    buffer
+}
+
+fn random() -> Vec<u8> {
+    let mut bytes = vec![0; MIB as usize];
+    rand::fill(&mut bytes[..]);
+    bytes
+}
+
+fn file() -> File {
+    let file = unnamed_file(FilePath::new(NVME)).unwrap();
+    file.write_all_at(&random(), 0).unwrap();
+    file.sync_all().unwrap();
+    file
+}
+
+fn importer(file: &File) -> FileImporter {
+    FileImporter::from_fd(file.try_clone().unwrap().into(), "the file").unwrap()
+}
+
+fn path(file: &FileImporter, buffer: &Buffer, direction: Direction) -> Path {
+    let mut attachment = file.attach(&buffer.whole()).unwrap();
+    attachment.plan(direction, 0).unwrap().path
+}
+
+fn is_busy(buffer: &Buffer) -> bool {
+    let dmabuf = buffer.dmabuf().unwrap();
+    match dmabuf.wait(Access::ReadWrite, Duration::ZERO) {
+        Ok(()) => false,
+        Err(BufferError::TimedOut { .. }) => true,
+        Err(other) => panic!("{other}"),
+    }
+}
+
+#[test]
+fn direct_io_waits_for_the_fences_of_the_buffer() {
+    let node = Node::largest();
+    let file = file();
+    let file = importer(&file);
+    let disk = file.disk_functions()[0].to_string();
+    let device = device(&node);
+    let memory = udmabuf::export("memory", MIB).unwrap();
+    for (buffer, expected) in [
+        (device_memory(&device), Path::PeerToPeer),
+        (memory, Path::SharedHostMemory),
+    ] {
+        // Proofs copy by the processor, too, which waits; they are done before.
+        for direction in BOTH {
+            assert_eq!(path(&file, &buffer, direction), expected);
+        }
+        let fd = buffer.dmabuf().unwrap().as_fd();
+        let other = Importer::attach(fd, &disk, DYNAMIC | PEER, 0).unwrap();
+        let mut attachment = file.attach(&buffer.whole()).unwrap();
+        // Who overwrites waits for all, who reads for those who write.
+        for (direction, usage, waits) in [
+            (Direction::DiskToBuffer, abi::IMPORT_FENCE_WRITE, true),
+            (Direction::DiskToBuffer, abi::IMPORT_FENCE_READ, true),
+            (Direction::BufferToDisk, abi::IMPORT_FENCE_WRITE, true),
+            (Direction::BufferToDisk, abi::IMPORT_FENCE_READ, false),
+        ] {
+            // Much longer than the transfer takes.
+            let limit = if waits { 3_000 } else { 30_000 };
+            other.fence(usage, limit).unwrap();
+            assert!(is_busy(&buffer));
+            let receipt = match direction {
+                Direction::DiskToBuffer => attachment.read(0).unwrap(),
+                Direction::BufferToDisk => attachment.write(0).unwrap(),
+            };
+            assert_eq!(receipt.plan.path, expected, "{direction}: {}", receipt.plan);
+            assert_eq!(is_busy(&buffer), !waits, "{direction}, usage {usage}");
+            if !waits {
+                other.step(abi::IOC_IMPORT_SIGNAL).unwrap();
+            }
+            assert!(!is_busy(&buffer));
+        }
+    }
+}
+
+#[test]
+fn a_proof_is_not_believed_of_a_device_that_was_bound_anew() {
+    // Not the one that other tests use.
+    let node = Node::all().remove(1);
+    let file = file();
+    let first = importer(&file);
+    let never = importer(&file).with_proofs(ProofPolicy::Never);
+    for direction in BOTH {
+        forget_proofs();
+        let buffer = device_memory(&device(&node));
+        assert_eq!(path(&never, &buffer, direction), Path::StagedCopy);
+        assert_eq!(path(&first, &buffer, direction), Path::PeerToPeer);
+        assert_eq!(path(&never, &buffer, direction), Path::PeerToPeer);
+        drop(buffer);
+        Node::unbind(&node.bdf);
+        machine::give_to_peerbuf(&node.bdf);
+        let buffer = device_memory(&device(&node));
+        assert_eq!(path(&never, &buffer, direction), Path::StagedCopy);
+        assert_eq!(path(&first, &buffer, direction), Path::PeerToPeer);
+    }
+}
+
+#[test]
+fn what_was_proved_in_system_memory_is_not_believed_of_the_bar() {
+    let device = device(&Node::largest());
+    let file = file();
+    let first = importer(&file);
+    let never = importer(&file).with_proofs(ProofPolicy::Never);
+    let buffer = device_memory(&device);
+    let limit = Duration::from_secs(10);
+    for direction in BOTH {
+        forget_proofs();
+        let dmabuf = buffer.dmabuf().unwrap();
+        device.move_buffer(dmabuf, MoveTo::System, limit).unwrap();
+        let in_system = path(&first, &buffer, direction);
+        assert_ne!(in_system, Path::PeerToPeer);
+        assert_eq!(path(&never, &buffer, direction), in_system);
+        device.move_buffer(dmabuf, MoveTo::Device, limit).unwrap();
+        assert_eq!(path(&never, &buffer, direction), Path::StagedCopy);
+        assert_eq!(path(&first, &buffer, direction), Path::PeerToPeer);
+    }
+}
+
+#[test]
+fn a_read_only_export_reaches_the_disk_without_a_pattern_in_it() {
+    let device = device(&Node::largest());
+    let bytes = random();
+    let at = Some(8 * MIB);
+    put(&export(&device, at, Access::ReadWrite).whole(), &bytes);
+    let buffer = export(&device, at, Access::Read);
+    forget_proofs();
+    let file = file();
+    let importer = importer(&file);
+    let receipt = importer.attach(&buffer.whole()).unwrap().write(0).unwrap();
+    assert_eq!(receipt.plan.path, Path::PeerToPeer, "{}", receipt.plan);
+    assert!(get(&buffer.whole()) == bytes);
+    let mut found = vec![0; MIB as usize];
+    file.read_exact_at(&mut found, 0).unwrap();
+    assert!(found == bytes);
+}
+
+#[test]
+fn a_disk_tells_its_size_and_leaves_the_position_of_who_gave_it() {
+    let mut raw = File::open(RAW).unwrap();
+    raw.seek(std::io::SeekFrom::Start(4096)).unwrap();
+    let file = FileImporter::from_fd(raw.try_clone().unwrap().into(), RAW).unwrap();
+    let sectors = fs::read_to_string("/sys/class/block/nvme0n2/size").unwrap();
+    let sectors: u64 = sectors.trim().parse().unwrap();
+    assert_eq!(file.size().unwrap(), 512 * sectors);
+    let buffer = udmabuf::export("memory", MIB).unwrap();
+    file.attach(&buffer.whole()).unwrap().read(0).unwrap();
+    assert_eq!(raw.stream_position().unwrap(), 4096);
+}
