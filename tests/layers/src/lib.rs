@@ -271,7 +271,7 @@ fn shortest_circle(graph: &BTreeMap<String, BTreeMap<String, Vec<&str>>>) -> Opt
                     return Some(way);
                 }
                 if seen.insert(next.clone()) {
-                    ways.push_back([way.as_slice(), &[next.clone()]].concat());
+                    ways.push_back([way.as_slice(), std::slice::from_ref(next)].concat());
                 }
             }
         }
@@ -416,7 +416,7 @@ impl Scan<'_> {
                     }
                     TokenTree::Punct(punct) if punct.as_char() == '*' => {
                         is_tree = true;
-                        let path = self.from_file(path.clone());
+                        let path = self.written_outside(path.clone());
                         self.module().globs.push(path);
                     }
                     _ => {}
@@ -445,12 +445,12 @@ impl Scan<'_> {
     }
 
     fn name(&mut self, mut named: Named) {
-        named.path = self.from_file(named.path);
+        named.path = self.written_outside(named.path);
         self.module().named.push(named);
     }
 
     /// A path as it would be written outside of the modules in braces.
-    fn from_file(&self, mut path: Written) -> Written {
+    fn written_outside(&self, mut path: Written) -> Written {
         let mut inside = self.inline.len();
         while inside > 0 && path.first().is_some_and(|first| first == "super") {
             path.remove(0);
