@@ -1,0 +1,192 @@
+//! Telling subscribers what they are to know, as far as there is room in their sockets.
+
+use std::os::fd::BorrowedFd;
+
+use rustix::event::epoll;
+
+use super::super::channel::MAX_DESCRIPTORS;
+use super::super::policy::Grant;
+use super::super::wire::{self, Message, Note};
+use super::connection::{Holding, Standing};
+use super::published::State;
+use super::{BufferId, CutOff, Event, Publisher, SubscriberId};
+use crate::errno::Errno;
+use crate::error::{ShareError, SystemError};
+
+/// A subscriber is sent no further offers while this many descriptors wait for it. The kernel
+/// limits what is under way for a user as a whole, so one that does not read must not use it up.
+const WINDOW: usize = 3 * MAX_DESCRIPTORS;
+
+/// After so many descriptors a subscriber is asked what has arrived, so that the window moves on
+/// before it is used up.
+const ASK: usize = MAX_DESCRIPTORS;
+
+impl Publisher {
+    /// Offers buffers to everybody who may have them.
+    pub(super) fn offer(&mut self, ids: &[BufferId]) {
+        let subscribers: Vec<SubscriberId> = self.subscribers.keys().copied().collect();
+        for subscriber in subscribers {
+            if let Some(connection) = self.subscribers.get_mut(&subscriber) {
+                ids.iter().for_each(|id| connection.queue(*id));
+            }
+            self.pump(subscriber);
+        }
+    }
+
+    /// Sends a subscriber what it is still to be told, as far as there is room.
+    pub(super) fn pump(&mut self, id: SubscriberId) {
+        let sent = self.send_notices(id).and_then(|()| self.send_offers(id));
+        match sent {
+            Ok(()) => {}
+            // What it sent before it went is still to be read; that finds the end, too.
+            Err(ShareError::PeerGone) => {}
+            Err(error) => self.cut_off(id, CutOff::Unreachable(error)),
+        }
+        let Some(connection) = self.subscribers.get_mut(&id) else {
+            return;
+        };
+        if connection.full != connection.awaits_room {
+            let mut interest = epoll::EventFlags::IN;
+            if connection.full {
+                interest |= epoll::EventFlags::OUT;
+            }
+            let data = epoll::EventData::new_u64(id.0);
+            // The descriptor is there and registered.
+            let _ = epoll::modify(&self.waiting, &connection.channel, data, interest);
+            connection.awaits_room = connection.full;
+        }
+    }
+
+    pub(super) fn send_notices(&mut self, id: SubscriberId) -> Result<(), ShareError> {
+        let Some(connection) = self.subscribers.get_mut(&id) else {
+            return Ok(());
+        };
+        connection.full = false;
+        connection.refused = false;
+        while let Some(&(message, _)) = connection.notices.front() {
+            let same = connection
+                .notices
+                .iter()
+                .take_while(|(kind, _)| *kind == message);
+            let notes: Vec<Note> = same
+                .map(|(_, note)| *note)
+                .take(wire::MAX_RECORDS)
+                .collect();
+            wire::encode_into(&mut self.message, message, &notes);
+            if !connection.channel.try_send(&self.message, &[])? {
+                connection.full = true;
+                return Ok(());
+            }
+            connection.notices.drain(..notes.len());
+        }
+        Ok(())
+    }
+
+    pub(super) fn send_offers(&mut self, id: SubscriberId) -> Result<(), ShareError> {
+        let Some(connection) = self.subscribers.get_mut(&id) else {
+            return Ok(());
+        };
+        if !connection.greeted || connection.full {
+            return Ok(());
+        }
+        while connection.under_way < WINDOW {
+            let most = self.batch.min(connection.unseen.len());
+            let mut batch: Vec<BufferId> = Vec::with_capacity(most);
+            let mut fds: Vec<BorrowedFd<'_>> = Vec::with_capacity(most);
+            let mut follow = false;
+            let mut message = wire::begin(&mut self.message);
+            while let Some(&buffer) = connection.unseen.front() {
+                let published = self.buffers.get(buffer);
+                let Some(published) = published.filter(|p| p.state == State::Live) else {
+                    connection.skip();
+                    continue;
+                };
+                let current = published.backing.buffer();
+                let grant = self
+                    .policy
+                    .grant(&connection.peer, &published.name, current);
+                if grant == Grant::Nothing {
+                    connection.skip();
+                    continue;
+                }
+                let given = match published.descriptors(current, grant) {
+                    Ok(given) => given,
+                    Err(error) => {
+                        let event = Event::NotOffered {
+                            subscriber: id,
+                            buffer,
+                            why: error.to_string(),
+                        };
+                        self.events.push_back(event);
+                        connection.skip();
+                        continue;
+                    }
+                };
+                let count = given.iter().flatten().count();
+                if !batch.is_empty() && fds.len() + count > self.batch {
+                    follow = true;
+                    break;
+                }
+                match grant {
+                    Grant::ReadWrite => message.push(&published.entry),
+                    _ => message.push(&published.entry.granted(grant)),
+                }
+                fds.extend(given.into_iter().flatten());
+                batch.push(buffer);
+                connection.unseen.pop_front();
+            }
+            let descriptors = fds.len();
+            // Those that were to follow may have gone meanwhile; then the question goes alone.
+            if batch.is_empty() && connection.unasked == 0 {
+                return Ok(());
+            }
+            let ask = !follow || connection.unasked + descriptors >= ASK;
+            let kind = if ask {
+                Message::LastOffer
+            } else {
+                Message::Offer
+            };
+            let sent = connection.channel.try_send(message.end(kind), &fds);
+            if !matches!(sent, Ok(true)) {
+                for buffer in batch.iter().rev() {
+                    connection.unseen.push_front(*buffer);
+                }
+            }
+            match sent {
+                Ok(true) => {}
+                Ok(false) => {
+                    connection.full = true;
+                    return Ok(());
+                }
+                // Too many descriptors are under way for this user. It will pass.
+                Err(ShareError::System(SystemError { errno, .. }))
+                    if errno == Errno::from(rustix::io::Errno::TOOMANYREFS) =>
+                {
+                    connection.refused = true;
+                    return Ok(());
+                }
+                Err(error) => return Err(error),
+            }
+            connection.sent += 1;
+            for buffer in batch {
+                let Some(published) = self.buffers.get_mut(buffer) else {
+                    continue;
+                };
+                published.holders += 1;
+                let holding = Holding {
+                    generation: published.generation,
+                    offer: connection.sent,
+                };
+                connection.standing.insert(buffer, Standing::Held(holding));
+            }
+            connection.waiting.push_back(descriptors);
+            connection.under_way += descriptors;
+            connection.unasked = if ask {
+                0
+            } else {
+                connection.unasked + descriptors
+            };
+        }
+        Ok(())
+    }
+}
