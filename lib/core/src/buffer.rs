@@ -9,6 +9,7 @@ use rustix::fs::{OFlags, SealFlags};
 
 use crate::dmabuf::DmaBuf;
 use crate::error::{BufferError, SystemError};
+use crate::sys::fork::Process;
 use crate::topology::PciAddress;
 
 /// What kind of exporter made a buffer.
@@ -138,6 +139,11 @@ pub trait LastHandle: fmt::Debug + Send + Sync {
     fn lease(&self) -> Option<LeaseState> {
         None
     }
+
+    /// The process that it is lent to, for a buffer that is lent.
+    fn borrower(&self) -> Option<Process> {
+        None
+    }
 }
 
 #[doc(hidden)]
@@ -153,6 +159,10 @@ pub struct LeaseState {
 impl LastHandle for BufferRange {
     fn lease(&self) -> Option<LeaseState> {
         self.buffer.lease()
+    }
+
+    fn borrower(&self) -> Option<Process> {
+        self.buffer.borrower()
     }
 }
 
@@ -270,6 +280,11 @@ impl Buffer {
     /// What is known of its loan; `None` for a buffer that is not lent.
     pub fn lease(&self) -> Option<LeaseState> {
         self.inner.last.as_ref()?.lease()
+    }
+
+    /// The process that it is lent to; `None` for a buffer that is not lent.
+    pub(crate) fn borrower(&self) -> Option<Process> {
+        self.inner.last.as_ref()?.borrower()
     }
 
     #[doc(hidden)]
