@@ -49,7 +49,8 @@
 //!    generation back when the last [`Lease`], clone, mapping and attachment of it is gone and its
 //!    descriptors are closed; the library sees to it that this is what it says.
 //! 2. **Bounded harm.** A subscriber that is killed, stopped, slow or sends rubbish delays a move by
-//!    no more than the time limit given to it, and the other subscribers by no more than that. It is
+//!    no more than the time limit given to it, and the other subscribers by no more than that. One
+//!    that never reads uses up a small part of the descriptors that may be under way. It is
 //!    cut off, and cannot reach the new generation. What it had written before is in the new
 //!    generation; what it writes while the move goes on may be there in whole, in part or not at
 //!    all; what it writes afterwards never is.
@@ -69,6 +70,23 @@
 //! lend those only to programs that you trust that far. The same holds for a descriptor that a program
 //! has duplicated behind the library's back.
 //!
+//! A connection ends nobody else's and no server: whoever does not greet is cut off
+//! ([`CutOff::Silent`]), and a process that has no descriptors left listens again when it has some.
+//!
+//! # fork, PID namespaces, containers
+//!
+//! - A loan belongs to the process that connected. A child that is forked from it inherits none of
+//!   the mappings of lent buffers (`MADV_DONTFORK`), and what it does with a subscriber, a lease or
+//!   a publisher returns [`ShareError::Inherited`] at once. It takes nothing from its parent:
+//!   dropping what it inherited gives nothing back and ends no connection. A child connects by itself. The
+//!   descriptors are inherited all the same, as all are until `exec`. A [`Channel`] that no
+//!   subscriber or publisher has can be used by either.
+//! - A process of another PID namespace has no number here ([`Peer::pid`] is `None`). The policy
+//!   decides by what it has: user, group and name.
+//! - A [`Listener`] takes the place of a socket file that a dead process left, one of those that start
+//!   together gets the path, and each removes only its own file.
+//!
+//! [`ShareError::Inherited`]: crate::error::ShareError::Inherited
 //! [`ShareError::DeviceBusy`]: crate::error::ShareError::DeviceBusy
 //! [`ShareError::PeerGone`]: crate::error::ShareError::PeerGone
 //!
@@ -97,6 +115,7 @@
 mod backing;
 mod channel;
 mod grant;
+mod listener;
 mod policy;
 mod publisher;
 mod said;
@@ -106,8 +125,9 @@ pub mod tokio;
 mod wire;
 
 pub use backing::{Backing, Copied, Movable, Order, Placement, copy};
-pub use channel::{Channel, Listener, MAX_DESCRIPTORS, Peer};
+pub use channel::{Channel, MAX_DESCRIPTORS, Peer};
 pub use grant::Grant;
+pub use listener::Listener;
 pub use policy::{Policy, SameUser};
 #[doc(hidden)]
 pub use publisher::Fault;

@@ -39,6 +39,8 @@ pub(super) struct Connection {
     pub(super) under_way: usize,
     /// Descriptors that were sent since it was last asked what has arrived.
     pub(super) unasked: usize,
+    /// It has confirmed offers, so it reads what it is sent.
+    pub(super) proven: bool,
     /// Its socket was full; it is waited for.
     pub(super) full: bool,
     /// The wait for room is registered.

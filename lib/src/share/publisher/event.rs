@@ -22,6 +22,12 @@ pub enum CutOff {
     /// What it sent breaks the protocol.
     #[error("{0}")]
     Rubbish(ShareError),
+    /// It connected and did not greet, as a subscriber does first of all.
+    #[error("it did not greet within {limit:?}")]
+    Silent {
+        /// How long it had.
+        limit: Duration,
+    },
     /// Nothing could be sent to it.
     #[error("{0}")]
     Unreachable(ShareError),
@@ -64,7 +70,9 @@ pub enum Event {
         /// Why.
         why: String,
     },
-    /// Somebody tried to connect, and could not.
+    /// Somebody tried to connect, and could not. After a [shortage](ShareError::is_shortage) of
+    /// descriptors or memory this is told once; newcomers wait, and are tried again until it is
+    /// over.
     NotAccepted {
         /// Why.
         why: ShareError,

@@ -16,23 +16,29 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::event::epoll;
 use slotmap::{Key, KeyData, SecondaryMap, SlotMap};
 
 use super::backing::Backing;
-use super::channel::{Channel, Listener, MAX_DESCRIPTORS, Peer};
+use super::channel::{Channel, MAX_DESCRIPTORS, Peer};
+use super::listener::Listener;
 use super::policy::{Policy, SameUser};
 use super::wire;
 use crate::buffer::Buffer;
 use crate::error::{ShareError, SystemError};
+use crate::sys::fork::Process;
 use connection::Connection;
 pub use event::{CutOff, Event, Migration};
+use peerbuf_core::Deadline;
 use published::{Published, State};
 
 /// The listener's number among what is waited for; subscribers count from 1.
 const LISTENER: u64 = 0;
+
+/// How long whoever connects has to greet, where the publisher's owner sets no other limit.
+const GREETING_LIMIT: Duration = Duration::from_secs(10);
 
 /// The number of what only ends the wait.
 #[cfg(feature = "tokio")]
@@ -75,11 +81,21 @@ pub enum Fault {
 
 /// Publishes buffers to any number of processes, and moves them.
 ///
-/// See [the module](super) for what is guaranteed.
+/// See [the module](super) for what is guaranteed. It works in the process that made it: in a
+/// child that was forked from that every call returns [`ShareError::Inherited`].
 pub struct Publisher {
+    owner: Process,
     waiting: OwnedFd,
     listener: Option<Listener>,
     listening: bool,
+    /// While it does not listen for want of descriptors or memory: when it tries again.
+    deaf_until: Option<Deadline>,
+    /// Its owner was told of the shortage.
+    told: bool,
+    /// How long whoever connects has to greet.
+    greeting_limit: Duration,
+    /// Those who connected, in that order, until they have greeted or gone.
+    ungreeted: VecDeque<(Deadline, SubscriberId)>,
     policy: Box<dyn Policy>,
     buffers: SlotMap<BufferId, Published>,
     /// What they are published as.
@@ -87,6 +103,13 @@ pub struct Publisher {
     subscribers: BTreeMap<SubscriberId, Connection>,
     last_subscriber: u64,
     batch: usize,
+    /// How many descriptors may be under way to all subscribers together, and how many are.
+    budget: usize,
+    under_way: usize,
+    /// Subscribers that have to wait until fewer are.
+    held_back: BTreeSet<SubscriberId>,
+    /// Some have arrived, or their subscriber has gone, since those were last tried.
+    fewer_under_way: bool,
     events: VecDeque<Event>,
     message: Vec<u8>,
     received: Box<[u8]>,
@@ -111,15 +134,24 @@ impl Publisher {
     pub fn new() -> Result<Publisher, ShareError> {
         let waiting = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(failed("epoll_create"))?;
         Ok(Publisher {
+            owner: Process::current(),
             waiting,
             listener: None,
             listening: false,
+            deaf_until: None,
+            told: false,
+            greeting_limit: GREETING_LIMIT,
+            ungreeted: VecDeque::new(),
             policy: Box::new(SameUser),
             buffers: SlotMap::with_key(),
             names: BTreeSet::new(),
             subscribers: BTreeMap::new(),
             last_subscriber: 0,
             batch: MAX_DESCRIPTORS,
+            budget: offer::budget(),
+            under_way: 0,
+            held_back: BTreeSet::new(),
+            fewer_under_way: false,
             events: VecDeque::new(),
             message: Vec::new(),
             received: vec![0; wire::MAX_MESSAGE].into(),
@@ -157,6 +189,15 @@ impl Publisher {
         self
     }
 
+    /// Gives whoever connects so long to greet, as [`Subscriber::connect`](super::Subscriber::connect)
+    /// does at once; ten seconds otherwise. Who does not greet in time is cut off. Subscribers that
+    /// are [added](Publisher::add) have no limit.
+    #[must_use]
+    pub fn with_greeting_limit(mut self, limit: Duration) -> Publisher {
+        self.greeting_limit = limit;
+        self
+    }
+
     #[doc(hidden)]
     pub fn break_on_purpose(&mut self, fault: Option<Fault>) {
         self.fault = fault;
@@ -166,8 +207,9 @@ impl Publisher {
     /// [`Channel::pair`].
     ///
     /// # Errors
-    /// The call that failed.
+    /// The call that failed; [`ShareError::Inherited`].
     pub fn add(&mut self, channel: Channel) -> Result<SubscriberId, ShareError> {
+        self.check_owner()?;
         let peer = channel.peer()?;
         self.last_subscriber += 1;
         let id = SubscriberId(self.last_subscriber);
@@ -185,6 +227,7 @@ impl Publisher {
             waiting: VecDeque::new(),
             under_way: 0,
             unasked: 0,
+            proven: false,
             full: false,
             awaits_room: false,
             refused: false,
@@ -198,7 +241,7 @@ impl Publisher {
     ///
     /// # Errors
     /// [`ShareError::Name`] for a name that is taken, empty, longer than 64 bytes or has control
-    /// characters in it.
+    /// characters in it; [`ShareError::Inherited`].
     pub fn publish(
         &mut self,
         name: &str,
@@ -217,6 +260,7 @@ impl Publisher {
         &mut self,
         buffers: impl IntoIterator<Item = (&'n str, Box<dyn Backing>)>,
     ) -> Result<Vec<BufferId>, ShareError> {
+        self.check_owner()?;
         let buffers: Vec<_> = buffers.into_iter().collect();
         let mut new = BTreeSet::new();
         for (name, _) in &buffers {
@@ -285,7 +329,7 @@ impl Publisher {
 
     /// How many descriptors are on their way to subscribers that have not confirmed them.
     pub fn unaccepted(&self) -> usize {
-        self.subscribers.values().map(|c| c.under_way).sum()
+        self.under_way
     }
 
     /// True when somebody who was cut off, or who died, may still be able to write to the current
@@ -306,14 +350,13 @@ impl Publisher {
     /// # Errors
     /// The call that failed.
     pub fn next_event(&mut self, timeout: Option<Duration>) -> Result<Option<Event>, ShareError> {
-        let deadline = timeout.map(|timeout| Instant::now() + timeout);
-        self.turn(Some(Duration::ZERO))?;
+        let deadline = Deadline::after_some(timeout);
+        self.turn(Deadline::after(Duration::ZERO))?;
         while self.events.is_empty() {
-            let left = deadline.map(|at| at.saturating_duration_since(Instant::now()));
-            if left == Some(Duration::ZERO) {
+            if deadline.is_over() {
                 return Ok(None);
             }
-            self.turn(left)?;
+            self.turn(deadline)?;
         }
         Ok(self.events.pop_front())
     }
@@ -323,7 +366,7 @@ impl Publisher {
     /// # Errors
     /// The call that failed.
     pub fn serve_once(&mut self) -> Result<(), ShareError> {
-        self.turn(None).map(drop)
+        self.turn(Deadline::NEVER).map(drop)
     }
 
     /// Serves subscribers for this long. What happened is there for [`Publisher::next_event`].
@@ -331,14 +374,24 @@ impl Publisher {
     /// # Errors
     /// The call that failed.
     pub fn serve_for(&mut self, time: Duration) -> Result<(), ShareError> {
-        let deadline = Instant::now() + time;
+        let deadline = Deadline::after(time);
         loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            self.turn(Some(left))?;
-            if left.is_zero() {
+            let over = deadline.is_over();
+            self.turn(deadline)?;
+            if over {
                 return Ok(());
             }
         }
+    }
+
+    /// A child shares the sockets with the process that it was forked from, and would take what is
+    /// meant for that one.
+    fn check_owner(&self) -> Result<(), ShareError> {
+        if self.owner.is_current() {
+            return Ok(());
+        }
+        let what = "a publisher";
+        Err(ShareError::Inherited { what })
     }
 
     /// Ends a wait, once, each time that something is written to this eventfd.

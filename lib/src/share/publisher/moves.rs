@@ -10,6 +10,7 @@ use super::published::State;
 use super::{BufferId, CutOff, Fault, Migration, Publisher, SubscriberId};
 use crate::buffer::Access;
 use crate::error::{BufferError, ShareError};
+use peerbuf_core::Deadline;
 
 /// How many messages each subscriber may have waiting when its time is up: it accepts and gives
 /// back, of a few buffers.
@@ -23,7 +24,7 @@ impl Publisher {
     /// within `time_limit` is cut off.
     ///
     /// # Errors
-    /// [`ShareError::Unknown`]; [`ShareError::StillInUse`] while this process itself has handles
+    /// [`ShareError::Inherited`]; [`ShareError::Unknown`]; [`ShareError::StillInUse`] while this process itself has handles
     /// on the current generation; [`ShareError::DeviceBusy`]; what [`Backing::migrate`] failed with.
     /// After the last of these the old memory is offered again, unless somebody was cut off who may
     /// still reach it. In that case, and with a busy device, the buffer is withheld, with its bytes,
@@ -79,6 +80,9 @@ impl Publisher {
         to: Option<Placement>,
         time_limit: Duration,
     ) -> Vec<Result<Migration, ShareError>> {
+        if let Err(error) = self.check_owner() {
+            return ids.iter().map(|_| Err(error.clone())).collect();
+        }
         let begun = Instant::now();
         let mut seen = BTreeSet::new();
         let checked: Vec<Result<BufferId, ShareError>> = ids
@@ -180,9 +184,10 @@ impl Publisher {
     /// cut off.
     ///
     /// # Errors
-    /// [`ShareError::Unknown`]; [`ShareError::DeviceBusy`], after which it is withheld and may be
+    /// [`ShareError::Inherited`]; [`ShareError::Unknown`]; [`ShareError::DeviceBusy`], after which it is withheld and may be
     /// withdrawn again.
     pub fn withdraw(&mut self, id: BufferId, time_limit: Duration) -> Result<(), ShareError> {
+        self.check_owner()?;
         let begun = Instant::now();
         let name = self.named(id)?;
         self.take_back(&[id], Message::Withdraw, time_limit);
@@ -242,11 +247,12 @@ impl Publisher {
         begun: Instant,
         limit: Duration,
     ) -> Result<(), ShareError> {
+        let deadline = Deadline::since(begun, limit);
         let mut rounds_after = 0;
         while ids.iter().any(|id| self.holders(*id) > 0) && rounds_after < ROUNDS_AFTER {
-            let left = (begun + limit).saturating_duration_since(Instant::now());
-            let handled = self.turn(Some(left))?;
-            if left.is_zero() {
+            let over = deadline.is_over();
+            let handled = self.turn(deadline)?;
+            if over {
                 // The answers may be there already.
                 rounds_after += 1;
                 if handled == 0 {
@@ -278,7 +284,7 @@ impl Publisher {
         let Some(dmabuf) = published.backing.buffer().dmabuf() else {
             return Ok(());
         };
-        let left = (begun + limit).saturating_duration_since(Instant::now());
+        let left = Deadline::since(begun, limit).left();
         match dmabuf.wait(Access::Write, left) {
             Err(BufferError::TimedOut { .. }) => {
                 published.state = State::Withheld;

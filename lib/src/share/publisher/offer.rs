@@ -5,7 +5,7 @@ use std::os::fd::BorrowedFd;
 use rustix::event::epoll;
 
 use super::super::channel::MAX_DESCRIPTORS;
-use super::super::policy::Grant;
+use super::super::grant::Grant;
 use super::super::wire::{self, Message, Note};
 use super::connection::{Holding, Standing};
 use super::published::State;
@@ -13,13 +13,46 @@ use super::{BufferId, CutOff, Event, Publisher, SubscriberId};
 use crate::errno::Errno;
 use crate::error::{ShareError, SystemError};
 
-/// A subscriber is sent no further offers while this many descriptors wait for it. The kernel
-/// limits what is under way for a user as a whole, so one that does not read must not use it up.
+/// A subscriber is sent no further offers while this many descriptors wait for it, however many
+/// may be under way.
 const WINDOW: usize = 3 * MAX_DESCRIPTORS;
 
 /// After so many descriptors a subscriber is asked what has arrived, so that the window moves on
 /// before it is used up.
 const ASK: usize = MAX_DESCRIPTORS;
+
+/// How many descriptors may be under way to all subscribers of a publisher.
+///
+/// The kernel counts what is under way for a user as a whole, and refuses more than the process
+/// may have open (`too_many_unix_fds` in net/core/scm.c). What was sent to a subscriber that does
+/// not read stays under way until that one closes its socket: to cut it off would not help.
+pub(super) fn budget() -> usize {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    limit.current.map_or(usize::MAX, |limit| limit as usize)
+}
+
+/// How many descriptors may be under way to one subscriber, of a budget of which the others have
+/// left `left`.
+///
+/// One that has not shown yet that it reads gets little, and less when many like it have used up
+/// most. One that has shown it gets at most half of what is left, so that something is left
+/// whenever it stops. Each may have one offer under way in any case: the budget is a guess, and
+/// the kernel the one that knows.
+fn share(budget: usize, left: usize, proven: bool) -> usize {
+    let unproven = if left > budget / 2 {
+        budget / 16
+    } else if left > budget / 8 {
+        budget / 64
+    } else {
+        1
+    };
+    let share = if proven {
+        unproven.max(left / 2)
+    } else {
+        unproven
+    };
+    share.clamp(1, WINDOW)
+}
 
 impl Publisher {
     /// Offers buffers to everybody who may have them.
@@ -89,13 +122,27 @@ impl Publisher {
         if !connection.greeted || connection.full {
             return Ok(());
         }
-        while connection.under_way < WINDOW {
-            let most = self.batch.min(connection.unseen.len());
+        let others = self.under_way - connection.under_way;
+        let left = self.budget.saturating_sub(others);
+        let allowed = share(self.budget, left, connection.proven);
+        loop {
+            let room = allowed.saturating_sub(connection.under_way);
+            if room == 0 && connection.unasked == 0 {
+                if !connection.unseen.is_empty() {
+                    self.held_back.insert(id);
+                }
+                return Ok(());
+            }
+            let batch_size = self.batch.min(room);
+            let most = batch_size.min(connection.unseen.len());
             let mut batch: Vec<BufferId> = Vec::with_capacity(most);
             let mut fds: Vec<BorrowedFd<'_>> = Vec::with_capacity(most);
             let mut follow = false;
             let mut message = wire::begin(&mut self.message);
             while let Some(&buffer) = connection.unseen.front() {
+                if room == 0 {
+                    break;
+                }
                 let published = self.buffers.get(buffer);
                 let Some(published) = published.filter(|p| p.state == State::Live) else {
                     connection.skip();
@@ -123,7 +170,7 @@ impl Publisher {
                     }
                 };
                 let count = given.iter().flatten().count();
-                if !batch.is_empty() && fds.len() + count > self.batch {
+                if !batch.is_empty() && fds.len() + count > batch_size {
                     follow = true;
                     break;
                 }
@@ -140,7 +187,8 @@ impl Publisher {
             if batch.is_empty() && connection.unasked == 0 {
                 return Ok(());
             }
-            let ask = !follow || connection.unasked + descriptors >= ASK;
+            let used_up = descriptors >= room;
+            let ask = !follow || used_up || connection.unasked + descriptors >= ASK;
             let kind = if ask {
                 Message::LastOffer
             } else {
@@ -181,12 +229,61 @@ impl Publisher {
             }
             connection.waiting.push_back(descriptors);
             connection.under_way += descriptors;
+            self.under_way += descriptors;
             connection.unasked = if ask {
                 0
             } else {
                 connection.unasked + descriptors
             };
         }
-        Ok(())
+    }
+
+    /// Goes on with those who waited until fewer descriptors are under way, if fewer are.
+    pub(super) fn pump_held_back(&mut self) {
+        if !std::mem::take(&mut self.fewer_under_way) {
+            return;
+        }
+        for id in std::mem::take(&mut self.held_back) {
+            self.pump(id);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn subscribers_that_never_read_leave_something_for_the_next() {
+        for budget in [256, 1024, 4096] {
+            let mut used = 0;
+            let mut silent = 0;
+            while used < budget {
+                used += share(budget, budget - used, false);
+                silent += 1;
+            }
+            assert!(silent > 60, "{silent} of {budget}");
+        }
+    }
+
+    #[test]
+    fn subscribers_that_stop_reading_leave_something_for_the_next() {
+        let budget = 1024;
+        let mut left = budget;
+        for stopped in 0..5 {
+            let used = share(budget, left, true);
+            assert!(used <= left / 2, "{used} of {left} for number {stopped}");
+            left -= used;
+        }
+        assert!(share(budget, left, true) >= 8);
+    }
+
+    #[test]
+    fn each_may_have_an_offer_under_way_and_none_more_than_the_window() {
+        for proven in [false, true] {
+            assert_eq!(share(1024, 0, proven), 1);
+            assert_eq!(share(0, 0, proven), 1);
+            assert_eq!(share(usize::MAX, usize::MAX, proven), WINDOW);
+        }
     }
 }

@@ -7,7 +7,7 @@ use rustix::fs::{Mode, OFlags};
 
 use super::super::backing::Backing;
 use super::super::channel;
-use super::super::policy::Grant;
+use super::super::grant::Grant;
 use super::super::wire;
 use super::BufferId;
 use crate::buffer::Buffer;

@@ -2,33 +2,38 @@
 
 use std::time::Duration;
 
-use rustix::event::{Timespec, epoll};
+use rustix::event::epoll;
 
 use super::super::wire::{self, Message, Note};
 use super::connection::Standing;
 use super::{BufferId, CutOff, Event, LISTENER, Publisher, SubscriberId, failed};
-use crate::errno::Errno;
-use crate::error::{ShareError, SystemError};
+use crate::error::ShareError;
+use peerbuf_core::Deadline;
 
 /// How long until the kernel is asked again whether it takes more descriptors.
 const RETRY: Duration = Duration::from_millis(10);
 
+/// How long the publisher does not listen when it cannot accept anybody.
+const PAUSE: Duration = Duration::from_millis(100);
+
 impl Publisher {
-    /// Waits up to `timeout` for something to do, and does it. Returns how much there was.
-    pub(super) fn turn(&mut self, timeout: Option<Duration>) -> Result<usize, ShareError> {
+    /// Waits until `until` for something to do, and does it. Returns how much there was.
+    pub(super) fn turn(&mut self, until: Deadline) -> Result<usize, ShareError> {
+        self.check_owner()?;
+        self.pump_held_back();
+        self.listen_again();
         let refused = self.subscribers.iter().filter(|(_, c)| c.refused);
         let refused: Vec<SubscriberId> = refused.map(|(id, _)| *id).collect();
-        let timeout = match refused.is_empty() {
-            true => timeout,
-            false => Some(timeout.map_or(RETRY, |timeout| timeout.min(RETRY))),
-        };
+        let mut until = until.earlier(self.next_limit());
+        if !refused.is_empty() {
+            until = until.earlier(Deadline::after(RETRY));
+        }
         for id in refused {
             self.pump(id);
         }
         let mut ready = Vec::with_capacity(64);
-        let timeout = timeout.map(timespec);
         let spare = rustix::buffer::spare_capacity(&mut ready);
-        match epoll::wait(&self.waiting, spare, timeout.as_ref()) {
+        match epoll::wait(&self.waiting, spare, until.timespec().as_ref()) {
             Ok(_) => {}
             Err(rustix::io::Errno::INTR) => return Ok(0),
             Err(errno) => return Err(failed("epoll_wait")(errno).into()),
@@ -47,26 +52,85 @@ impl Publisher {
             }
             self.receive(id);
         }
+        self.cut_off_silent();
+        self.pump_held_back();
         Ok(handled)
     }
 
-    pub(super) fn accept(&mut self) {
-        while let Some(listener) = &self.listener {
-            match listener.accept().and_then(|channel| self.add(channel)) {
-                Ok(_) => {}
-                Err(ShareError::System(SystemError { errno, .. }))
-                    if errno == Errno::from(rustix::io::Errno::AGAIN) =>
-                {
-                    return;
-                }
-                Err(why) => {
-                    // With no descriptor left the newcomer waits until somebody leaves; to be
-                    // told of it again and again would only keep the processor busy.
-                    let _ = self.listen(false);
-                    self.events.push_back(Event::NotAccepted { why });
-                    return;
-                }
+    /// When the next of the publisher's own limits ends.
+    fn next_limit(&mut self) -> Deadline {
+        while let Some((_, id)) = self.ungreeted.front() {
+            match self.subscribers.get(id) {
+                Some(connection) if !connection.greeted => break,
+                // It has greeted, or gone.
+                _ => drop(self.ungreeted.pop_front()),
             }
+        }
+        let greeting = self.ungreeted.front().map(|(deadline, _)| *deadline);
+        let greeting = greeting.unwrap_or(Deadline::NEVER);
+        greeting.earlier(self.deaf_until.unwrap_or(Deadline::NEVER))
+    }
+
+    /// Cuts off who connected and has not greeted in time.
+    fn cut_off_silent(&mut self) {
+        while let Some((deadline, id)) = self.ungreeted.front().copied() {
+            if !deadline.is_over() {
+                return;
+            }
+            self.ungreeted.pop_front();
+            let greeted = |publisher: &Publisher| {
+                let connection = publisher.subscribers.get(&id);
+                connection.is_none_or(|connection| connection.greeted)
+            };
+            // The greeting may be there already: this publisher may have been the late one.
+            if !greeted(self) {
+                self.receive(id);
+            }
+            if !greeted(self) {
+                let limit = self.greeting_limit;
+                self.cut_off(id, CutOff::Silent { limit });
+            }
+        }
+    }
+
+    fn accept(&mut self) {
+        while let Some(listener) = &self.listener {
+            let newcomer = match listener.accept() {
+                Ok(newcomer) => newcomer,
+                Err(error) if error.would_wait() => {
+                    self.told = false;
+                    return;
+                }
+                // The newcomer still waits, and would be reported without end.
+                Err(why) => return self.pause(why),
+            };
+            match self.add(newcomer) {
+                Ok(id) => {
+                    let deadline = Deadline::after(self.greeting_limit);
+                    self.ungreeted.push_back((deadline, id));
+                }
+                Err(why) if why.is_shortage() => return self.pause(why),
+                // It concerns this newcomer alone.
+                Err(why) => self.events.push_back(Event::NotAccepted { why }),
+            }
+        }
+    }
+
+    /// Listens no more for a while, since nobody can be accepted.
+    fn pause(&mut self, why: ShareError) {
+        if !std::mem::replace(&mut self.told, true) {
+            self.events.push_back(Event::NotAccepted { why });
+        }
+        // What fails, fails because of the same shortage, and is tried again.
+        let _ = self.listen(false);
+        self.deaf_until = Some(Deadline::after(PAUSE));
+    }
+
+    /// Ends a pause whose time is over.
+    fn listen_again(&mut self) {
+        if self.deaf_until.is_some_and(Deadline::is_over) {
+            let heard = self.listen(true);
+            self.deaf_until = heard.is_err().then(|| Deadline::after(PAUSE));
         }
     }
 
@@ -147,8 +211,12 @@ impl Publisher {
                         return wrong("it accepts what it was not offered");
                     }
                     for _ in arrived..note.id {
-                        connection.under_way -= connection.waiting.pop_front().unwrap_or(0);
+                        let descriptors = connection.waiting.pop_front().unwrap_or(0);
+                        connection.under_way -= descriptors;
+                        self.under_way -= descriptors;
                     }
+                    connection.proven = true;
+                    self.fewer_under_way = true;
                 }
             }
             Message::Released => {
@@ -187,6 +255,7 @@ impl Publisher {
         let reason = match why {
             CutOff::Late { .. } => wire::Farewell::Late,
             CutOff::Rubbish(_) => wire::Farewell::Rubbish,
+            CutOff::Silent { .. } => wire::Farewell::Silent,
             CutOff::Unreachable(_) => wire::Farewell::Unreachable,
         };
         if let Some(connection) = self.subscribers.get(&id) {
@@ -224,16 +293,14 @@ impl Publisher {
                 published.tainted = true;
             }
         }
+        self.under_way -= connection.under_way;
+        self.held_back.remove(&id);
+        self.fewer_under_way = true;
         drop(connection.channel);
         // There may be room for those who could not be accepted.
-        let _ = self.listen(true);
+        if self.deaf_until.is_some() {
+            self.deaf_until = Some(Deadline::after(Duration::ZERO));
+        }
         held
     }
-}
-
-fn timespec(time: Duration) -> Timespec {
-    Timespec::try_from(time).unwrap_or(Timespec {
-        tv_sec: i64::MAX,
-        tv_nsec: 0,
-    })
 }
