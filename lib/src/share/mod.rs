@@ -96,10 +96,16 @@
 //!
 //! - System memory ([`Kind::Memfd`](crate::buffer::Kind::Memfd),
 //!   [`Kind::Udmabuf`](crate::buffer::Kind::Udmabuf)): the subscriber gets the memfd opened again
-//!   for reading, without the dma-buf, which is always writable. The kernel refuses writable mappings
-//!   and writes through it. The file's mode becomes 0600, so that a process of another user cannot
-//!   open it for writing through `/proc`. One of the same user, or root, can: between those,
-//!   read-only guards against mistakes, not against intent.
+//!   for reading, without the dma-buf, which is always writable. The kernel refuses writable mappings,
+//!   writes, holes and seals through that descriptor. Two ways around it are left:
+//!   - Whoever may open `/dev/udmabuf` can make a dma-buf of the memfd, and that one is writable:
+//!     the kernel looks at the memfd's seals and not at the descriptor's mode
+//!     (`check_memfd_seals` in drivers/dma-buf/udmabuf.c, Linux 7.3).
+//!   - A process of the same user, or root, can open the file for writing through `/proc`. The
+//!     publisher makes the file's mode 0600, so that another user cannot.
+//!
+//!   So read-only holds against a process of another user that may not open `/dev/udmabuf`. Against
+//!   others it is a guard against mistakes. A copy holds against everybody.
 //! - A dma-buf that was exported for reading: the kernel refuses writable mappings. Devices that
 //!   import it are not held back: the kernel does not tell their drivers.
 //! - Any other dma-buf: all its descriptors are one open file with one mode, so nothing would be
