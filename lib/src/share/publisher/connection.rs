@@ -6,7 +6,7 @@ use slotmap::SecondaryMap;
 
 use super::super::channel::{Channel, Peer};
 use super::super::wire::{Message, Note};
-use super::BufferId;
+use super::id::BufferId;
 
 /// What is between a subscriber and a buffer that it may have to be offered, or holds.
 #[derive(Debug, Clone, Copy)]

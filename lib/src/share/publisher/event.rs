@@ -1,10 +1,10 @@
-//! What a [`Publisher`](super::Publisher) tells its owner.
+//! What a [`Publisher`](super::owner::Publisher) tells its owner.
 
 use std::time::Duration;
 
 use super::super::backing::Placement;
 use super::super::channel::Peer;
-use super::{BufferId, SubscriberId};
+use super::id::{BufferId, SubscriberId};
 use crate::error::ShareError;
 
 /// Why a subscriber was cut off.

@@ -6,8 +6,10 @@ use std::time::{Duration, Instant};
 
 use super::super::backing::{Order, Placement};
 use super::super::wire::{Message, Note};
+use super::event::{CutOff, Migration};
+use super::id::{BufferId, SubscriberId};
+use super::owner::{Fault, Publisher};
 use super::published::State;
-use super::{BufferId, CutOff, Fault, Migration, Publisher, SubscriberId};
 use crate::buffer::Access;
 use crate::error::{BufferError, ShareError};
 use peerbuf_core::Deadline;

@@ -9,7 +9,7 @@ use super::super::backing::Backing;
 use super::super::channel;
 use super::super::grant::Grant;
 use super::super::wire;
-use super::BufferId;
+use super::id::BufferId;
 use crate::buffer::Buffer;
 use crate::error::{BufferError, ShareError, SystemError};
 

@@ -6,7 +6,9 @@ use rustix::event::epoll;
 
 use super::super::wire::{self, Message, Note};
 use super::connection::Standing;
-use super::{BufferId, CutOff, Event, LISTENER, Publisher, SubscriberId, failed};
+use super::event::{CutOff, Event};
+use super::id::{BufferId, SubscriberId};
+use super::owner::{LISTENER, Publisher, failed};
 use crate::error::ShareError;
 use peerbuf_core::Deadline;
 
