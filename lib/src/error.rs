@@ -5,6 +5,7 @@
 
 use std::time::Duration;
 
+use crate::errno::Errno;
 use crate::path::{Plan, ReasonCode};
 
 pub use peerbuf_core::error::{BufferError, SystemError};
@@ -121,10 +122,19 @@ pub enum ShareError {
     /// The socket is of the wrong kind.
     #[error("not a unix seqpacket socket")]
     WrongSocket,
+    /// This process inherited it through `fork`. It works in the process that made it, and in no
+    /// other.
+    #[error(
+        "{what} belongs to the process that this one was forked from: make one of this process's own"
+    )]
+    Inherited {
+        /// What it is, such as `a subscriber`.
+        what: &'static str,
+    },
     /// The publisher closed the connection, and said why.
     #[error("the publisher cut this subscriber off: {why}")]
     CutOff {
-        /// Why, such as `too late to give a buffer back`.
+        /// Why, such as `it did not give a buffer back in time`.
         why: &'static str,
     },
     /// Nothing came in time.
@@ -178,6 +188,33 @@ pub enum ShareError {
     /// The buffer in the message could not be used, or the one to be sent cannot be.
     #[error(transparent)]
     Buffer(#[from] BufferError),
+}
+
+impl ShareError {
+    /// True when the process, its user or the machine had no descriptors or memory left. The same
+    /// call may work after a while.
+    pub fn is_shortage(&self) -> bool {
+        use rustix::io::Errno as Number;
+        let short = [
+            Number::MFILE,
+            Number::NFILE,
+            Number::NOMEM,
+            Number::NOBUFS,
+            Number::NOSPC,
+            Number::TOOMANYREFS,
+        ];
+        match self {
+            ShareError::System(SystemError { errno, .. }) => short
+                .into_iter()
+                .any(|number| Errno::from(number) == *errno),
+            _ => false,
+        }
+    }
+
+    /// True when a call on a socket that does not wait would have had to.
+    pub(crate) fn would_wait(&self) -> bool {
+        matches!(self, ShareError::System(SystemError { errno, .. }) if *errno == Errno::AGAIN)
+    }
 }
 
 /// Why an importer did not take a buffer.

@@ -60,7 +60,7 @@ mod errno {
 }
 
 pub use buffer::{Access, Buffer, BufferRange, DmaBuf};
-pub use peerbuf_core::{Errno, bytemuck, topology};
+pub use peerbuf_core::{Deadline, Errno, bytemuck, topology};
 
 /// The README's example compiles.
 #[cfg(doctest)]

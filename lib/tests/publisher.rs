@@ -312,6 +312,18 @@ fn waiting(channel: &Channel) -> Vec<[u32; 2]> {
     found
 }
 
+/// The message of a subscriber that so many offers have arrived, made of its greeting.
+fn accepted(hello: &[u8], offers: u64) -> Vec<u8> {
+    let mut message = hello.to_vec();
+    message[12] = 7;
+    message[20] = 1;
+    for word in [offers, 0, 0] {
+        message.extend(word.to_ne_bytes());
+    }
+    message[16] = message.len() as u8;
+    message
+}
+
 #[test]
 fn a_subscriber_is_asked_what_arrived_also_when_what_was_to_follow_is_gone() {
     const LAST_OFFER: u32 = 9;
@@ -322,16 +334,22 @@ fn a_subscriber_is_asked_what_arrived_also_when_what_was_to_follow_is_gone() {
     };
     let memory = memfd::export("b", 4096).unwrap();
     let mut publisher = Publisher::new().unwrap().with_batches_of(1);
+    let first = publisher.publish("first", watched().0).unwrap();
     let names: Vec<String> = (0..600).map(|n| format!("buffer {n}")).collect();
     let all = names.iter().map(|name| {
         let memory = memory.clone();
         let backing = Copied::new(move |_| Ok(memory.clone())).unwrap();
         (name.as_str(), Box::new(backing) as Box<dyn Backing>)
     });
-    let ids = publisher.publish_all(all).unwrap();
     let (ours, theirs) = Channel::pair().unwrap();
     publisher.add(ours).unwrap();
     theirs.send_message(&hello, &[]).unwrap();
+    // It reads once, and has a whole window from then on.
+    serve(&mut publisher, |publisher| publisher.holders(first) == 1);
+    assert_eq!(waiting(&theirs), [[LAST_OFFER, 1]]);
+    theirs.send_message(&accepted(&hello, 1), &[]).unwrap();
+    serve(&mut publisher, |publisher| publisher.accepted(first) == 1);
+    let ids = publisher.publish_all(all).unwrap();
     // Until its socket is full: it does not read.
     publisher.serve_for(Duration::from_millis(50)).unwrap();
     let sent = publisher.unaccepted();
@@ -393,15 +411,7 @@ fn a_subscriber_that_sends_rubbish_is_cut_off_at_once() {
             channel.send_message(&message, &[]).unwrap();
         }),
         ("not offered", &|channel| {
-            // Accepts 77 offers.
-            let mut message = hello.clone();
-            message[12] = 7;
-            message[20] = 1;
-            for word in [77u64, 0, 0] {
-                message.extend(word.to_ne_bytes());
-            }
-            message[16] = message.len() as u8;
-            channel.send_message(&message, &[]).unwrap();
+            channel.send_message(&accepted(&hello, 77), &[]).unwrap();
         }),
     ];
     for (words, send) in rubbish {
@@ -634,7 +644,7 @@ fn after_a_cut_off_a_move_that_fails_offers_nothing() {
 fn the_policy_decides_who_gets_what_and_read_only_is_enforced() {
     let (mut publisher, subscriber) = pair();
     publisher = publisher.with_policy(|peer: &Peer, name: &str, _: &Buffer| {
-        assert_eq!(peer.pid as u32, std::process::id());
+        assert_eq!(peer.pid, Some(std::process::id() as i32));
         match name {
             "open" => Grant::ReadWrite,
             "shown" => Grant::ReadOnly,
@@ -736,4 +746,63 @@ fn buffers_that_move_together_share_one_time_limit_and_fail_by_themselves() {
         assert_eq!(lease.generation(), generation);
         assert_eq!(get(&lease, 0), if name == "d" { 0 } else { 4 });
     }
+}
+
+#[test]
+fn who_connects_and_does_not_greet_is_cut_off() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("socket");
+    let limit = Duration::from_millis(50);
+    let mut publisher = Publisher::bind(&path).unwrap().with_greeting_limit(limit);
+    publisher.publish("b", watched().0).unwrap();
+    // One that was given a channel has no such limit.
+    let (ours, _theirs) = Channel::pair().unwrap();
+    publisher.add(ours).unwrap();
+    // A program that expects a buffer to be handed over: it learns what is wrong.
+    let confused = Channel::connect(&path).unwrap();
+    let mut cut = Vec::new();
+    serve(&mut publisher, |publisher| {
+        cut.extend(cut_offs(publisher));
+        !cut.is_empty()
+    });
+    assert_eq!(cut, [CutOff::Silent { limit }]);
+    let error = confused.receive_buffer_within(LONG).unwrap_err();
+    assert!(matches!(error, ShareError::CutOff { .. }), "{error}");
+    assert!(error.to_string().contains("Subscriber::connect"), "{error}");
+    // Who has greeted in time is heard, however late the publisher is.
+    let late = Channel::connect(&path).unwrap();
+    publisher.serve_for(Duration::from_millis(5)).unwrap();
+    late.send_message(&greeting(), &[]).unwrap();
+    std::thread::sleep(2 * limit);
+    let mut all = Vec::new();
+    serve(&mut publisher, |publisher| {
+        all.extend(events(publisher));
+        !all.is_empty()
+    });
+    assert!(matches!(all[..], [Event::Joined { .. }]), "{all:?}");
+}
+
+#[test]
+fn no_time_limit_is_too_long() {
+    let (mut publisher, subscriber) = pair();
+    let id = publisher.publish("b", watched().0).unwrap();
+    let thread = std::thread::spawn(move || {
+        let lease = subscriber.buffer_within("b", Duration::MAX).unwrap();
+        let limit = lease.wait_until_wanted(Duration::MAX).unwrap() - Instant::now();
+        assert!(limit > Duration::from_secs(24 * 3600));
+        drop(lease);
+        // For the second and the last time.
+        let lease = subscriber.buffer_within("b", Duration::MAX).unwrap();
+        assert_eq!(lease.wait_until_wanted(Duration::MAX), None);
+    });
+    let joined = publisher.next_event(Some(Duration::MAX)).unwrap();
+    assert!(matches!(joined, Some(Event::Joined { .. })), "{joined:?}");
+    serve(&mut publisher, |publisher| publisher.accepted(id) == 1);
+    assert_eq!(publisher.migrate(id, Duration::MAX).unwrap().released, 1);
+    serve(&mut publisher, |publisher| publisher.accepted(id) == 1);
+    drop(publisher);
+    thread.join().unwrap();
+    let mut publisher = Publisher::new().unwrap();
+    let id = publisher.publish("b", watched().0).unwrap();
+    publisher.withdraw(id, Duration::MAX).unwrap();
 }

@@ -6,6 +6,7 @@ use peerbuf::BufferRange;
 use peerbuf::error::{BufferError, ShareError};
 use peerbuf::export::memfd;
 use peerbuf::share::{Channel, Listener, MAX_DESCRIPTORS};
+use std::time::{Duration, Instant};
 
 fn put(range: &BufferRange, bytes: &[u8]) {
     range.write_bytes(bytes).unwrap();
@@ -48,7 +49,7 @@ fn a_range_arrives_with_its_offset_and_shows_the_same_bytes() {
 fn the_kernel_says_who_is_at_the_other_end() {
     let (ours, _theirs) = Channel::pair().unwrap();
     let peer = ours.peer().unwrap();
-    assert_eq!(peer.pid as u32, std::process::id());
+    assert_eq!(peer.pid, Some(std::process::id() as i32));
     assert_eq!(peer.uid, rustix::process::geteuid().as_raw());
 }
 
@@ -190,4 +191,133 @@ fn descriptors_that_arrive_do_not_survive_exec() {
     let memory = received.buffer().host_memory().unwrap();
     let flags = rustix::io::fcntl_getfd(memory).unwrap();
     assert!(flags.contains(rustix::io::FdFlags::CLOEXEC));
+}
+
+#[test]
+fn what_is_reported_as_sent_arrives_also_from_a_socket_that_does_not_wait() {
+    let buffer = memfd::export("weights", 4096).unwrap();
+    let (ours, theirs) = Channel::pair().unwrap();
+    rustix::io::ioctl_fionbio(&ours, true).unwrap();
+    let mut sent = 0;
+    for number in 0..5000 {
+        let result = match number % 2 {
+            0 => ours.send_message(b"a message", &[]),
+            _ => ours.send_buffer(&buffer.whole()),
+        };
+        match result {
+            Ok(()) => sent += 1,
+            Err(ShareError::System(error)) => {
+                assert_eq!(
+                    (error.call, error.errno),
+                    ("sendmsg", peerbuf::Errno::AGAIN)
+                );
+            }
+            Err(error) => panic!("{error}"),
+        }
+    }
+    assert!(sent > 0 && sent < 5000, "{sent}");
+    drop(ours);
+    for number in 0..sent {
+        let arrived = theirs.receive_message(4096);
+        assert!(arrived.is_ok(), "message {number} of {sent}: {arrived:?}");
+    }
+    assert_eq!(
+        theirs.receive_message(4096).unwrap_err(),
+        ShareError::PeerGone
+    );
+}
+
+#[test]
+fn a_message_is_waited_for_until_the_limit_and_not_longer() {
+    let (ours, theirs) = Channel::pair().unwrap();
+    let limit = Duration::from_millis(20);
+    let begun = Instant::now();
+    let late = theirs.receive_buffer_within(limit).unwrap_err();
+    assert!(matches!(late, ShareError::TimedOut { .. }), "{late}");
+    assert!(begun.elapsed() >= limit);
+    let sender = std::thread::spawn(move || {
+        std::thread::sleep(limit);
+        ours.send_buffer(&memfd::export("weights", 4096).unwrap().whole())
+    });
+    // No limit is too long.
+    let received = theirs.receive_buffer_within(Duration::MAX).unwrap();
+    assert_eq!(received.len(), 4096);
+    sender.join().unwrap().unwrap();
+    let gone = theirs.receive_message_within(4096, Duration::MAX);
+    assert_eq!(gone.unwrap_err(), ShareError::PeerGone);
+}
+
+/// A socket file that nobody listens at, as a process that was killed leaves it behind.
+fn leave_behind(path: &std::path::Path) {
+    drop(std::os::unix::net::UnixListener::bind(path).unwrap());
+}
+
+#[test]
+fn one_of_those_that_start_together_on_an_abandoned_path_gets_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("socket");
+    for round in 0..100 {
+        if round % 2 == 0 {
+            leave_behind(&path);
+        }
+        let together = std::sync::Barrier::new(3);
+        let listeners: Vec<_> = std::thread::scope(|scope| {
+            let start = || {
+                together.wait();
+                Listener::bind(&path)
+            };
+            let threads: Vec<_> = (0..3).map(|_| scope.spawn(start)).collect();
+            let joined = threads.into_iter().map(|thread| thread.join().unwrap());
+            joined.collect()
+        });
+        let got = listeners.iter().filter(|listener| listener.is_ok()).count();
+        assert_eq!(got, 1, "round {round}: {listeners:?}");
+        Channel::connect(&path).unwrap();
+        drop(listeners);
+        let left: Vec<_> = directory.path().read_dir().unwrap().collect();
+        assert!(left.is_empty(), "round {round}: {left:?}");
+    }
+}
+
+#[test]
+fn a_listener_leaves_the_file_of_another_where_it_is() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("socket");
+    let first = Listener::bind(&path).unwrap();
+    std::fs::remove_file(&path).unwrap();
+    let second = Listener::bind(&path).unwrap();
+    drop(first);
+    let client = Channel::connect(&path).unwrap();
+    let server = second.accept().unwrap();
+    server.send_message(b"still here", &[]).unwrap();
+    assert_eq!(client.receive_message(100).unwrap().0, b"still here");
+    drop(second);
+    assert!(!path.exists());
+}
+
+#[test]
+fn connecting_to_one_that_accepts_nobody_has_a_limit() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("socket");
+    let listener = Listener::bind(&path).unwrap();
+    let limit = Duration::from_millis(50);
+    let mut waiting = Vec::new();
+    let (refused, took) = loop {
+        let begun = Instant::now();
+        match Channel::connect_within(&path, limit) {
+            Ok(channel) => waiting.push(channel),
+            Err(refused) => break (refused, begun.elapsed()),
+        }
+        assert!(waiting.len() < 10_000);
+    };
+    assert!(matches!(refused, ShareError::TimedOut { .. }), "{refused}");
+    assert!(took >= limit && took < Duration::from_secs(10), "{took:?}");
+    assert!(refused.to_string().contains("socket"), "{refused}");
+    // A place that becomes free is taken, however long the limit.
+    let accepting = std::thread::spawn(move || {
+        std::thread::sleep(limit);
+        listener.accept().map(|_| listener)
+    });
+    Channel::connect_within(&path, Duration::MAX).unwrap();
+    accepting.join().unwrap().unwrap();
 }

@@ -9,6 +9,7 @@ use rustix::fs::{OFlags, SealFlags};
 
 use crate::dmabuf::DmaBuf;
 use crate::error::{BufferError, SystemError};
+use crate::sys::fork::Process;
 use crate::topology::{PciAddress, Sysfs};
 
 /// What kind of exporter made a buffer.
@@ -140,6 +141,11 @@ pub trait LastHandle: fmt::Debug + Send + Sync {
     fn lease(&self) -> Option<LeaseState> {
         None
     }
+
+    /// The process that it is lent to, for a buffer that is lent.
+    fn borrower(&self) -> Option<Process> {
+        None
+    }
 }
 
 #[doc(hidden)]
@@ -155,6 +161,10 @@ pub struct LeaseState {
 impl LastHandle for BufferRange {
     fn lease(&self) -> Option<LeaseState> {
         self.buffer.lease()
+    }
+
+    fn borrower(&self) -> Option<Process> {
+        self.buffer.borrower()
     }
 }
 
@@ -274,6 +284,11 @@ impl Buffer {
     /// What is known of its loan; `None` for a buffer that is not lent.
     pub fn lease(&self) -> Option<LeaseState> {
         self.inner.last.as_ref()?.lease()
+    }
+
+    /// The process that it is lent to; `None` for a buffer that is not lent.
+    pub(crate) fn borrower(&self) -> Option<Process> {
+        self.inner.last.as_ref()?.borrower()
     }
 
     #[doc(hidden)]

@@ -79,6 +79,16 @@ pub enum BufferError {
         /// How long.
         limit: Duration,
     },
+    /// Memory that was lent to another process. This one inherited the handle through `fork`, and
+    /// with it neither the loan nor the mappings.
+    #[error(
+        "{object} was lent to the process that this one was forked from: make a subscriber of this \
+         process's own"
+    )]
+    Inherited {
+        /// The buffer's name.
+        object: String,
+    },
     /// A name that the kernel does not take.
     #[error("{name:?} cannot be a buffer's name: at most {limit} bytes, none of them NUL")]
     Name {

@@ -29,6 +29,7 @@
 
 mod access;
 mod buffer;
+mod deadline;
 mod dmabuf;
 mod errno;
 pub mod error;
@@ -44,6 +45,7 @@ pub use buffer::{Buffer, BufferRange, Kind, Provenance};
 pub use buffer::{LastHandle, LeaseState};
 /// The traits of [`CpuAccess::read`] and [`CpuAccess::write`].
 pub use bytemuck;
+pub use deadline::Deadline;
 #[doc(hidden)]
 pub use dmabuf::parse_info;
 pub use dmabuf::{DmaBuf, Identity, Info};
@@ -51,5 +53,5 @@ pub use errno::Errno;
 pub use fence::{FenceState, SyncFile};
 pub use mapping::{CpuAccess, Mapping};
 #[doc(hidden)]
-pub use sys::memory;
+pub use sys::{fork, memory};
 pub use topology::PciAddress;

@@ -47,6 +47,14 @@ impl Mapping {
         &self.map
     }
 
+    fn check_here(&self) -> Result<(), BufferError> {
+        if self.map.is_here() {
+            return Ok(());
+        }
+        let object = self.range.buffer().name().to_owned();
+        Err(BufferError::Inherited { object })
+    }
+
     /// Begins a time in which the CPU may copy bytes in or out (`DMA_BUF_IOCTL_SYNC`, which
     /// makes caches agree where they do not by themselves, and waits for devices' fences).
     ///
@@ -65,8 +73,9 @@ impl Mapping {
     /// The wait has no limit of its own: [`DmaBuf::wait`](crate::DmaBuf::wait) before it has one.
     ///
     /// # Errors
-    /// [`BufferError::Access`] for access that the mapping was not made for, or the ioctl's
-    /// error.
+    /// [`BufferError::Access`] for access that the mapping was not made for;
+    /// [`BufferError::Inherited`] for lent memory in a child of the process that mapped it; or the
+    /// ioctl's error.
     pub fn begin_cpu_access(&mut self, access: Access) -> Result<CpuAccess<'_>, BufferError> {
         if access.writes() && !self.access.writes() {
             let object = self.range.buffer().name().to_owned();
@@ -75,6 +84,7 @@ impl Mapping {
                 wanted: "write",
             });
         }
+        self.check_here()?;
         let guard = CpuAccess {
             mapping: self,
             access,
@@ -115,8 +125,12 @@ impl BufferRange {
     /// Maps it. `access` is what the mapping will be used for, by the CPU or by an importer;
     /// writing a mapping needs a writable buffer.
     ///
+    /// A child that is forked later inherits the mapping, unless the buffer is lent: its publisher
+    /// would not know of the child.
+    ///
     /// # Errors
-    /// [`BufferError::Access`], or the call that failed.
+    /// [`BufferError::Access`]; [`BufferError::Inherited`] for a buffer that was lent to a process
+    /// from which this one was forked; or the call that failed.
     pub fn map(&self, access: Access) -> Result<Mapping, BufferError> {
         if access.writes() && !self.buffer().is_writable() {
             let object = self.buffer().name().to_owned();
@@ -124,6 +138,11 @@ impl BufferRange {
                 object,
                 wanted: "write",
             });
+        }
+        let borrower = self.buffer().borrower();
+        if borrower.is_some_and(|process| !process.is_current()) {
+            let object = self.buffer().name().to_owned();
+            return Err(BufferError::Inherited { object });
         }
         let (fd, at) = self.buffer().mappable();
         // Graphics drivers' fault handlers count from the mapping's beginning and not from the
@@ -140,7 +159,11 @@ impl BufferRange {
         } else {
             Map::shared_from(fd, at, self.offset(), self.len(), access.writes())
         };
-        let map = map.map_err(|errno| SystemError::new("mmap", self.buffer().name(), errno))?;
+        let mut map = map.map_err(|errno| SystemError::new("mmap", self.buffer().name(), errno))?;
+        if borrower.is_some() {
+            map.keep_from_children()
+                .map_err(|errno| SystemError::new("madvise", self.buffer().name(), errno))?;
+        }
         Ok(Mapping {
             map,
             range: self.clone(),
@@ -330,6 +353,7 @@ impl CpuAccess<'_> {
             let object = self.mapping.range.buffer().name().to_owned();
             return Err(BufferError::Access { object, wanted });
         }
+        self.mapping.check_here()?;
         self.mapping.range.slice(offset, length as u64)?;
         Ok(offset as usize)
     }

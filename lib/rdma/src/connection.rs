@@ -6,9 +6,9 @@ use std::fmt;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 
 use crate::card::Card;
 use crate::error::RdmaError;
@@ -16,6 +16,7 @@ use crate::registration::{Piece, Registration, Work};
 use crate::sys::verbs::{Done, Pair, Peer, QueuePair, Verb};
 use crate::wire::{Address, Remote};
 use crate::work::{Completion, Operation, Status, WorkError, WorkId};
+use peerbuf::Deadline;
 use peerbuf::error::{BufferError, SystemError};
 
 /// The longest message of one request, in bytes: what every card can.
@@ -423,7 +424,7 @@ impl Connection {
     /// As [`Connection::poll`], and [`RdmaError::TimedOut`]; [`RdmaError::Stopped`] when it was
     /// stopped and everything has come back.
     pub fn wait(&mut self, limit: Duration) -> Result<Completion, RdmaError> {
-        let deadline = Instant::now() + limit;
+        let deadline = Deadline::after(limit);
         let name = self.card.name().to_owned();
         let failed = |call| move |errno| SystemError::new(call, name, errno);
         loop {
@@ -440,18 +441,16 @@ impl Connection {
             if self.is_stopped() && self.in_flight.is_empty() {
                 return Err(self.stopped());
             }
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
+            if deadline.is_over() {
                 let what = format!("a completion of {}", self.card.name());
                 return Err(RdmaError::TimedOut { what, limit });
             }
-            let left = Timespec::try_from(left).ok();
             let events = self.queue.events();
             let mut wanted = [
                 PollFd::from_borrowed_fd(events, PollFlags::IN),
                 PollFd::new(&self.line.wake, PollFlags::IN),
             ];
-            match poll(&mut wanted, left.as_ref()) {
+            match poll(&mut wanted, deadline.timespec().as_ref()) {
                 Err(rustix::io::Errno::INTR) => continue,
                 Ok(_) if wanted[0].revents().is_empty() => continue,
                 Ok(_) => {}
@@ -475,10 +474,10 @@ impl Connection {
                 .stop()
                 .map_err(|errno| SystemError::new("ibv_modify_qp", self.card.name(), errno))?;
         }
-        let deadline = Instant::now() + limit;
+        let deadline = Deadline::after(limit);
         let mut all = Vec::new();
         while !self.in_flight.is_empty() {
-            all.push(self.wait(deadline.saturating_duration_since(Instant::now()))?);
+            all.push(self.wait(deadline.left())?);
         }
         Ok(all)
     }

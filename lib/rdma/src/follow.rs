@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use crate::card::Card;
 use crate::error::RdmaError;
 use crate::registration::{Registration, Weaker};
+use peerbuf::Deadline;
 use peerbuf::buffer::Access;
 use peerbuf::error::{ShareError, SystemError};
 use peerbuf::share::{Lease, Subscriber};
@@ -133,10 +134,14 @@ impl Follower {
     /// get the buffer back before this is dropped, or its time is nearly up.
     ///
     /// # Errors
-    /// [`RdmaError::TimedOut`]; why this generation could not be registered, as [`Card::register`];
+    /// [`RdmaError::TimedOut`]; [`RdmaError::Share`] with [`ShareError::Inherited`] in a child of the
+    /// process that made it; why this generation could not be registered, as [`Card::register`];
     /// [`RdmaError::Share`] when the publisher lends it no more.
     pub fn registration(&self, limit: Duration) -> Result<Registration, RdmaError> {
-        let deadline = Instant::now() + limit;
+        if let Some(inherited) = self.shared.inherited() {
+            return Err(RdmaError::Share(Box::new(inherited)));
+        }
+        let deadline = Deadline::after(limit);
         let mut state = self.shared.lock();
         loop {
             match &state.now {
@@ -144,7 +149,7 @@ impl Follower {
                 Now::Failed(error) | Now::Ended(error) => return Err(error.clone()),
                 Now::Moving => {}
             }
-            let left = deadline.saturating_duration_since(Instant::now());
+            let left = deadline.left();
             if left.is_zero() {
                 let what = format!("the next generation of {}", self.shared.name);
                 return Err(RdmaError::TimedOut { what, limit });
@@ -168,6 +173,10 @@ impl Follower {
 
 impl Drop for Follower {
     fn drop(&mut self) {
+        if self.shared.inherited().is_some() {
+            std::mem::forget((self.thread.take(), Arc::clone(&self.shared)));
+            return;
+        }
         self.shared.closing.store(true, Ordering::Release);
         self.shared.set(Now::Moving);
         if let Some(thread) = self.thread.take() {
@@ -177,6 +186,12 @@ impl Drop for Follower {
 }
 
 impl Shared {
+    /// In a child there is no thread that would follow, and the state may be locked for ever.
+    fn inherited(&self) -> Option<ShareError> {
+        let ended = self.subscriber.ended();
+        ended.filter(|error| matches!(error, ShareError::Inherited { .. }))
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         // A panic while it was locked leaves the state as it was between two changes.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)

@@ -1,11 +1,13 @@
 //! The socket: messages, descriptors, and who is at the other end.
 
+use std::fmt;
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::time::Duration;
 
-use rustix::fs::{FileType, Mode};
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
     SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
@@ -14,8 +16,12 @@ use rustix::net::{
 
 use super::wire;
 use crate::buffer::{Buffer, BufferRange, DmaBuf};
-use crate::errno::Errno;
 use crate::error::{BufferError, ShareError, SystemError};
+use crate::sys;
+use peerbuf_core::Deadline;
+
+/// How long [`Channel::connect`] waits for a place among those that are to be accepted.
+const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 
 /// The most descriptors that one message may carry (`SCM_MAX_FD`, include/net/scm.h).
 pub const MAX_DESCRIPTORS: usize = 253;
@@ -23,18 +29,29 @@ pub const MAX_DESCRIPTORS: usize = 253;
 /// One end of a connection that buffers travel over.
 #[derive(Debug)]
 pub struct Channel {
-    socket: OwnedFd,
+    pub(super) socket: OwnedFd,
 }
 
 /// The process at the other end when the connection was made, as the kernel vouches for it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Peer {
-    /// Process id; 0 for a process that this one's pid namespace cannot see.
-    pub pid: i32,
-    /// User id.
+    /// Process id, as this process's PID namespace counts. `None` for a process that is not in the
+    /// namespace, such as one in a container next door.
+    pub pid: Option<i32>,
+    /// User id, as this process's user namespace counts.
     pub uid: u32,
-    /// Group id.
+    /// Group id, likewise.
     pub gid: u32,
+}
+
+impl fmt::Display for Peer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.pid {
+            Some(pid) => write!(f, "process {pid} of user {}", self.uid),
+            None => write!(f, "a process of user {} in another PID namespace", self.uid),
+        }
+    }
 }
 
 impl Channel {
@@ -66,15 +83,45 @@ impl Channel {
         Ok(Channel { socket })
     }
 
-    /// Connects to a [`Listener`].
+    /// Connects to a [`Listener`](super::Listener). When too many others wait to be accepted, this
+    /// one waits up to ten seconds for its place.
     ///
     /// # Errors
     /// The call that failed: `ENOENT` or `ECONNREFUSED` when nobody listens there.
+    /// [`ShareError::TimedOut`] when whoever listens accepts nobody.
     pub fn connect(path: impl AsRef<Path>) -> Result<Channel, ShareError> {
+        Channel::connect_within(path, CONNECT_LIMIT)
+    }
+
+    /// As [`Channel::connect`], with this time limit.
+    ///
+    /// # Errors
+    /// As [`Channel::connect`].
+    pub fn connect_within(path: impl AsRef<Path>, limit: Duration) -> Result<Channel, ShareError> {
         let path = path.as_ref();
+        let deadline = Deadline::after(limit);
         let socket = seqpacket()?;
         let address = SocketAddrUnix::new(path).map_err(on("connect", path))?;
-        rustix::net::connect(&socket, &address).map_err(on("connect", path))?;
+        loop {
+            // The kernel takes zero for no limit.
+            let left = deadline.left().max(Duration::from_millis(1));
+            let left = deadline.instant().map(|_| left);
+            sockopt::set_socket_timeout(&socket, sockopt::Timeout::Send, left)
+                .map_err(on("setsockopt(SO_SNDTIMEO)", path))?;
+            match rustix::net::connect(&socket, &address) {
+                Ok(()) => break,
+                Err(rustix::io::Errno::INTR) => {}
+                Err(rustix::io::Errno::AGAIN) if deadline.is_over() => {
+                    let path = path.display();
+                    let what = format!("a place among those that wait to be accepted at {path}");
+                    return Err(ShareError::TimedOut { what, limit });
+                }
+                Err(rustix::io::Errno::AGAIN) => {}
+                Err(errno) => return Err(on("connect", path)(errno).into()),
+            }
+        }
+        sockopt::set_socket_timeout(&socket, sockopt::Timeout::Send, None)
+            .map_err(on("setsockopt(SO_SNDTIMEO)", path))?;
         Ok(Channel { socket })
     }
 
@@ -83,12 +130,13 @@ impl Channel {
     /// # Errors
     /// The call that failed.
     pub fn peer(&self) -> Result<Peer, ShareError> {
-        let peer =
-            sockopt::socket_peercred(&self.socket).map_err(system("getsockopt(SO_PEERCRED)"))?;
+        let credentials = sys::peer::credentials(self.socket.as_fd());
+        let (pid, uid, gid) = credentials
+            .map_err(|errno| SystemError::new("getsockopt(SO_PEERCRED)", "a unix socket", errno))?;
         Ok(Peer {
-            pid: peer.pid.as_raw_nonzero().get(),
-            uid: peer.uid.as_raw(),
-            gid: peer.gid.as_raw(),
+            pid: (pid != 0).then_some(pid),
+            uid,
+            gid,
         })
     }
 
@@ -97,7 +145,7 @@ impl Channel {
     /// A [`Publisher`](super::Publisher) keeps a hold on what it hands over.
     ///
     /// # Errors
-    /// [`ShareError::PeerGone`], or the call that failed.
+    /// As [`Channel::send_message`].
     pub fn send_buffer(&self, range: &BufferRange) -> Result<(), ShareError> {
         let description = wire::describe(range, super::Placement::Unknown);
         let descriptors = descriptors(range.buffer()).into_iter().flatten();
@@ -110,29 +158,28 @@ impl Channel {
     ///
     /// # Errors
     /// [`ShareError::PeerGone`]; [`ShareError::Truncated`] or [`ShareError::Malformed`] for what
-    /// is not an offer; [`ShareError::Buffer`] for descriptors that are not what the offer says.
+    /// is not an offer; [`ShareError::Buffer`] for descriptors that are not what the offer says;
+    /// [`ShareError::CutOff`] when a [`Publisher`](super::Publisher) is at the other end, which
+    /// lends to subscribers and hands nothing over.
     pub fn receive_buffer(&self) -> Result<BufferRange, ShareError> {
-        let (message, descriptors) = self.receive_message(wire::HAND_OVER_SIZE)?;
-        let description = wire::hand_over(&message)?;
-        let what = wire::decode(&description)?;
-        if descriptors.len() != what.descriptors() {
-            let what = format!(
-                "{} descriptors came with it, {} were announced",
-                descriptors.len(),
-                what.descriptors()
-            );
-            return Err(ShareError::Malformed { what });
-        }
-        let (offset, length) = (what.offset, what.length);
-        let buffer = open_buffer(&what, &mut descriptors.into_iter())?;
-        Ok(buffer.range(offset, length)?)
+        taken(self.receive_message(wire::HAND_OVER_SIZE)?)
     }
 
-    /// Sends a message of the application's own, with descriptors. It must not be empty.
+    /// As [`Channel::receive_buffer`], with a time limit.
+    ///
+    /// # Errors
+    /// The same, and [`ShareError::TimedOut`].
+    pub fn receive_buffer_within(&self, limit: Duration) -> Result<BufferRange, ShareError> {
+        taken(self.receive_message_within(wire::HAND_OVER_SIZE, limit)?)
+    }
+
+    /// Sends a message of the application's own, with descriptors. It must not be empty. Waits for
+    /// room, unless the socket was made not to wait (`O_NONBLOCK`).
     ///
     /// # Errors
     /// [`ShareError::PeerGone`], or the call that failed: `EMSGSIZE` for a message larger than
-    /// the socket's buffer, `EINVAL` for an empty one or more than [`MAX_DESCRIPTORS`].
+    /// the socket's buffer, `EINVAL` for an empty one or more than [`MAX_DESCRIPTORS`], `EAGAIN`
+    /// when there is no room and the socket does not wait. Nothing was sent then.
     pub fn send_message(
         &self,
         message: &[u8],
@@ -179,7 +226,9 @@ impl Channel {
                 Err(rustix::io::Errno::PIPE | rustix::io::Errno::CONNRESET) => {
                     return Err(ShareError::PeerGone);
                 }
-                Err(rustix::io::Errno::AGAIN) => return Ok(false),
+                Err(rustix::io::Errno::AGAIN) if flags.contains(SendFlags::DONTWAIT) => {
+                    return Ok(false);
+                }
                 Err(errno) => return Err(system("sendmsg")(errno).into()),
             }
         }
@@ -189,13 +238,44 @@ impl Channel {
     /// any error closed.
     ///
     /// # Errors
-    /// [`ShareError::PeerGone`], [`ShareError::Truncated`], or the call that failed.
+    /// [`ShareError::PeerGone`], [`ShareError::Truncated`], or the call that failed: `EAGAIN` when
+    /// there is none and the socket was made not to wait.
     pub fn receive_message(&self, limit: usize) -> Result<(Vec<u8>, Vec<OwnedFd>), ShareError> {
         let mut message = vec![0; limit];
         let mut descriptors = Vec::new();
         let bytes = self.receive(&mut message, &mut descriptors, RecvFlags::empty())?;
         message.truncate(bytes.unwrap_or(0));
         Ok((message, descriptors))
+    }
+
+    /// As [`Channel::receive_message`], with a time limit.
+    ///
+    /// # Errors
+    /// The same, and [`ShareError::TimedOut`].
+    pub fn receive_message_within(
+        &self,
+        limit: usize,
+        time_limit: Duration,
+    ) -> Result<(Vec<u8>, Vec<OwnedFd>), ShareError> {
+        let deadline = Deadline::after(time_limit);
+        let mut message = vec![0; limit];
+        let mut descriptors = Vec::new();
+        loop {
+            if let Some(bytes) = self.try_receive(&mut message, &mut descriptors)? {
+                message.truncate(bytes);
+                return Ok((message, descriptors));
+            }
+            if deadline.is_over() {
+                let what = "a message of the peer's".into();
+                let limit = time_limit;
+                return Err(ShareError::TimedOut { what, limit });
+            }
+            let mut waiting = [PollFd::new(&self.socket, PollFlags::IN)];
+            match poll(&mut waiting, deadline.timespec().as_ref()) {
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(errno) => return Err(system("poll")(errno).into()),
+            }
+        }
     }
 
     /// Takes a message if one is there, and puts its descriptors behind those in `descriptors`.
@@ -238,9 +318,19 @@ impl Channel {
             }
         }
         let error = if received.flags.contains(ReturnFlags::CTRUNC) {
-            ShareError::Truncated {
-                what: "descriptors are missing",
-            }
+            // Those that did come are still open, so this one fails as the missing ones did.
+            let what = match rustix::io::fcntl_dupfd_cloexec(&self.socket, 0) {
+                Err(rustix::io::Errno::MFILE) => {
+                    "descriptors are missing, because this process has as many open as it may \
+                     (RLIMIT_NOFILE)"
+                }
+                Err(rustix::io::Errno::NFILE) => {
+                    "descriptors are missing, because this machine has as many open as it may \
+                     (/proc/sys/fs/file-max)"
+                }
+                _ => "descriptors are missing",
+            };
+            ShareError::Truncated { what }
         } else if received.flags.contains(ReturnFlags::TRUNC) {
             ShareError::Truncated {
                 what: "it is longer than any message expected",
@@ -259,6 +349,23 @@ impl Channel {
         // It fails only when the other end has gone, which is as good.
         let _ = rustix::net::shutdown(&self.socket, rustix::net::Shutdown::Both);
     }
+}
+
+/// The range that a message hands over.
+fn taken((message, descriptors): (Vec<u8>, Vec<OwnedFd>)) -> Result<BufferRange, ShareError> {
+    let description = wire::hand_over(&message)?;
+    let what = wire::decode(&description)?;
+    if descriptors.len() != what.descriptors() {
+        let what = format!(
+            "{} descriptors came with it, {} were announced",
+            descriptors.len(),
+            what.descriptors()
+        );
+        return Err(ShareError::Malformed { what });
+    }
+    let (offset, length) = (what.offset, what.length);
+    let buffer = open_buffer(&what, &mut descriptors.into_iter())?;
+    Ok(buffer.range(offset, length)?)
 }
 
 /// A buffer's descriptors, in the order in which they travel.
@@ -306,78 +413,7 @@ impl From<Channel> for OwnedFd {
     }
 }
 
-/// A place in the filesystem where other processes connect. The socket file is removed when it
-/// is dropped.
-#[derive(Debug)]
-pub struct Listener {
-    socket: OwnedFd,
-    path: PathBuf,
-}
-
-impl Listener {
-    /// Listens at `path`. Only this user may connect, unless the file's mode is changed.
-    ///
-    /// A socket file that a process which died left there is replaced; one that is in use, and
-    /// any other file, is not.
-    ///
-    /// # Errors
-    /// The call that failed: `EADDRINUSE` when the path is taken.
-    pub fn bind(path: impl Into<PathBuf>) -> Result<Listener, ShareError> {
-        let path = path.into();
-        let socket = seqpacket()?;
-        let address = SocketAddrUnix::new(&path).map_err(on("bind", &path))?;
-        // Connecting needs write permission on the file, and it is made with the socket's mode.
-        let owner = Mode::RUSR | Mode::WUSR;
-        rustix::fs::fchmod(&socket, owner).map_err(on("fchmod", &path))?;
-        let mut bound = rustix::net::bind(&socket, &address);
-        if bound == Err(rustix::io::Errno::ADDRINUSE) && is_abandoned(&path) {
-            rustix::fs::unlink(&path).map_err(on("unlink", &path))?;
-            bound = rustix::net::bind(&socket, &address);
-        }
-        bound.map_err(on("bind", &path))?;
-        let listener = Listener { socket, path };
-        rustix::net::listen(&listener.socket, 16).map_err(on("listen", &listener.path))?;
-        Ok(listener)
-    }
-
-    /// Waits for a process to connect.
-    ///
-    /// # Errors
-    /// The call that failed; `EINTR` when a signal came.
-    pub fn accept(&self) -> Result<Channel, ShareError> {
-        let socket = rustix::net::accept_with(&self.socket, SocketFlags::CLOEXEC);
-        Ok(Channel {
-            socket: socket.map_err(on("accept", &self.path))?,
-        })
-    }
-}
-
-impl AsFd for Listener {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.socket.as_fd()
-    }
-}
-
-impl Drop for Listener {
-    fn drop(&mut self) {
-        // It may have been removed by somebody else, which is as good.
-        let _ = rustix::fs::unlink(&self.path);
-    }
-}
-
-/// True for a socket file that nobody listens at any more.
-fn is_abandoned(path: &Path) -> bool {
-    let is_socket = rustix::fs::lstat(path)
-        .is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Socket);
-    let refused = Errno::from(rustix::io::Errno::CONNREFUSED);
-    is_socket
-        && matches!(
-            Channel::connect(path),
-            Err(ShareError::System(SystemError { errno, .. })) if errno == refused
-        )
-}
-
-fn seqpacket() -> Result<OwnedFd, ShareError> {
+pub(super) fn seqpacket() -> Result<OwnedFd, ShareError> {
     let socket = rustix::net::socket_with(
         AddressFamily::UNIX,
         SocketType::SEQPACKET,
@@ -391,6 +427,6 @@ fn system(call: &'static str) -> impl Fn(rustix::io::Errno) -> SystemError {
     move |errno| SystemError::new(call, "a unix socket", errno)
 }
 
-fn on(call: &'static str, path: &Path) -> impl Fn(rustix::io::Errno) -> SystemError {
+pub(super) fn on(call: &'static str, path: &Path) -> impl Fn(rustix::io::Errno) -> SystemError {
     move |errno| SystemError::new(call, path.display().to_string(), errno)
 }

@@ -49,7 +49,8 @@
 //!    generation back when the last [`Lease`], clone, mapping and attachment of it is gone and its
 //!    descriptors are closed; the library sees to it that this is what it says.
 //! 2. **Bounded harm.** A subscriber that is killed, stopped, slow or sends rubbish delays a move by
-//!    no more than the time limit given to it, and the other subscribers by no more than that. It is
+//!    no more than the time limit given to it, and the other subscribers by no more than that. One
+//!    that never reads uses up a small part of the descriptors that may be under way. It is
 //!    cut off, and cannot reach the new generation. What it had written before is in the new
 //!    generation; what it writes while the move goes on may be there in whole, in part or not at
 //!    all; what it writes afterwards never is.
@@ -69,6 +70,23 @@
 //! lend those only to programs that you trust that far. The same holds for a descriptor that a program
 //! has duplicated behind the library's back.
 //!
+//! A connection ends nobody else's and no server: whoever does not greet is cut off
+//! ([`CutOff::Silent`]), and a process that has no descriptors left listens again when it has some.
+//!
+//! # fork, PID namespaces, containers
+//!
+//! - A loan belongs to the process that connected. A child that is forked from it inherits none of
+//!   the mappings of lent buffers (`MADV_DONTFORK`), and what it does with a subscriber, a lease or
+//!   a publisher returns [`ShareError::Inherited`] at once. It takes nothing from its parent:
+//!   dropping what it inherited gives nothing back and ends no connection. A child connects by itself. The
+//!   descriptors are inherited all the same, as all are until `exec`. A [`Channel`] that no
+//!   subscriber or publisher has can be used by either.
+//! - A process of another PID namespace has no number here ([`Peer::pid`] is `None`). The policy
+//!   decides by what it has: user, group and name.
+//! - A [`Listener`] takes the place of a socket file that a dead process left, one of those that start
+//!   together gets the path, and each removes only its own file.
+//!
+//! [`ShareError::Inherited`]: crate::error::ShareError::Inherited
 //! [`ShareError::DeviceBusy`]: crate::error::ShareError::DeviceBusy
 //! [`ShareError::PeerGone`]: crate::error::ShareError::PeerGone
 //!
@@ -78,10 +96,16 @@
 //!
 //! - System memory ([`Kind::Memfd`](crate::buffer::Kind::Memfd),
 //!   [`Kind::Udmabuf`](crate::buffer::Kind::Udmabuf)): the subscriber gets the memfd opened again
-//!   for reading, without the dma-buf, which is always writable. The kernel refuses writable mappings
-//!   and writes through it. The file's mode becomes 0600, so that a process of another user cannot
-//!   open it for writing through `/proc`. One of the same user, or root, can: between those,
-//!   read-only guards against mistakes, not against intent.
+//!   for reading, without the dma-buf, which is always writable. The kernel refuses writable mappings,
+//!   writes, holes and seals through that descriptor. Two ways around it are left:
+//!   - Whoever may open `/dev/udmabuf` can make a dma-buf of the memfd, and that one is writable:
+//!     the kernel looks at the memfd's seals and not at the descriptor's mode
+//!     (`check_memfd_seals` in drivers/dma-buf/udmabuf.c, Linux 7.3).
+//!   - A process of the same user, or root, can open the file for writing through `/proc`. The
+//!     publisher makes the file's mode 0600, so that another user cannot.
+//!
+//!   So read-only holds against a process of another user that may not open `/dev/udmabuf`. Against
+//!   others it is a guard against mistakes. A copy holds against everybody.
 //! - A dma-buf that was exported for reading: the kernel refuses writable mappings. Devices that
 //!   import it are not held back: the kernel does not tell their drivers.
 //! - Any other dma-buf: all its descriptors are one open file with one mode, so nothing would be
@@ -97,6 +121,7 @@
 mod backing;
 mod channel;
 mod grant;
+mod listener;
 mod policy;
 mod publisher;
 mod said;
@@ -106,8 +131,9 @@ pub mod tokio;
 mod wire;
 
 pub use backing::{Backing, Copied, Movable, Order, Placement, copy};
-pub use channel::{Channel, Listener, MAX_DESCRIPTORS, Peer};
+pub use channel::{Channel, MAX_DESCRIPTORS, Peer};
 pub use grant::Grant;
+pub use listener::Listener;
 pub use policy::{Policy, SameUser};
 #[doc(hidden)]
 pub use publisher::Fault;

@@ -1,8 +1,12 @@
 //! The side that is lent buffers.
 //!
-//! A thread of its own answers the publisher, so a program that is busy, or idle, is no late one
-//! as long as it lets go of its leases. What is given back is decided by the buffer itself: its
-//! last handle, when it is dropped, says so ([`Return`]).
+//! A thread of its own answers the publisher: a program that is busy or idle still meets the
+//! deadline if it drops its leases. The last handle of a buffer, when it is dropped, gives the
+//! generation back ([`Return`]).
+//!
+//! `fork` copies a subscriber without its thread, and perhaps in the middle of a change. So each way
+//! to a [`Session`]'s state asks first whether this is the process that made it, and a child's
+//! copy is left alone.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
@@ -22,6 +26,8 @@ use super::policy::Grant;
 use super::wire::{self, Entry, Farewell, Message, Note};
 use crate::buffer::{Buffer, LastHandle, LeaseState};
 use crate::error::{ShareError, SystemError};
+use crate::sys::fork::Process;
+use peerbuf_core::Deadline;
 
 /// The most messages that are taken before they are answered.
 const TOGETHER: usize = 64;
@@ -30,6 +36,10 @@ const TOGETHER: usize = 64;
 ///
 /// Dropping it gives back what is not on lease, and ends the connection. Leases that are left stay
 /// valid memory, but the publisher does not wait for them any more.
+///
+/// It works in the process that made it. In a child that was forked from that
+/// ([`ShareError::Inherited`]) it neither answers the publisher nor ends the connection when it is
+/// dropped.
 #[derive(Debug)]
 pub struct Subscriber {
     session: Arc<Session>,
@@ -40,6 +50,10 @@ pub struct Subscriber {
 ///
 /// It is a [`Buffer`], and like one it can be cloned, mapped and attached; the publisher gets the
 /// generation back when all of that is gone.
+///
+/// The publisher knows of the process that it lent to, and of no children. A child that is forked
+/// inherits none of the mappings, and can neither map nor use the buffer
+/// ([`BufferError::Inherited`](crate::error::BufferError::Inherited)).
 #[derive(Debug, Clone)]
 pub struct Lease {
     buffer: Buffer,
@@ -59,6 +73,7 @@ struct Terms {
 
 #[derive(Debug)]
 pub(super) struct Session {
+    owner: Process,
     channel: Channel,
     /// Wakes the thread.
     wake: OwnedFd,
@@ -117,6 +132,7 @@ enum Content {
 #[derive(Debug)]
 struct Return {
     session: Weak<Session>,
+    borrower: Process,
     note: Note,
 }
 
@@ -126,15 +142,25 @@ impl LastHandle for Return {
         Some(LeaseState {
             generation: self.note.generation,
             current: session.is_some_and(|session| {
-                let state = session.lock();
-                state.ended.is_none() && !state.closing
+                session.check_owner().is_ok() && {
+                    let state = session.lock();
+                    state.ended.is_none() && !state.closing
+                }
             }),
         })
+    }
+
+    fn borrower(&self) -> Option<Process> {
+        Some(self.borrower)
     }
 }
 
 impl Drop for Return {
     fn drop(&mut self) {
+        // A child's copy: the process that borrowed it may still use it.
+        if !self.borrower.is_current() {
+            return;
+        }
         if let Some(session) = self.session.upgrade() {
             session.post(Message::Released, self.note);
         }
@@ -160,6 +186,7 @@ impl Subscriber {
         let failed = |call| move |errno| SystemError::new(call, "a subscriber", errno);
         let wake = eventfd(0, flags).map_err(failed("eventfd"))?;
         let session = Arc::new(Session {
+            owner: Process::current(),
             channel,
             wake,
             state: Mutex::default(),
@@ -186,7 +213,7 @@ impl Subscriber {
     /// again after it was wanted back.
     ///
     /// # Errors
-    /// [`ShareError::PeerGone`] when the publisher has gone, [`ShareError::CutOff`] when it has
+    /// [`ShareError::Inherited`]; [`ShareError::PeerGone`] when the publisher has gone, [`ShareError::CutOff`] when it has
     /// closed the connection, [`ShareError::Malformed`] and [`ShareError::Truncated`] when it was
     /// not understood; [`ShareError::Buffer`] for an offer that is not what it says.
     pub fn buffer(&self, name: &str) -> Result<Lease, ShareError> {
@@ -203,6 +230,9 @@ impl Subscriber {
 
     /// The names of the buffers that can be had at this moment.
     pub fn names(&self) -> Vec<String> {
+        if self.session.check_owner().is_err() {
+            return Vec::new();
+        }
         let state = self.session.sorted();
         let offers = state.offers.values();
         offers.map(|offer| offer.entry.name().to_owned()).collect()
@@ -210,28 +240,26 @@ impl Subscriber {
 
     /// Why the connection ended; `None` while it has not.
     pub fn ended(&self) -> Option<ShareError> {
+        if let Err(inherited) = self.session.check_owner() {
+            return Some(inherited);
+        }
         self.session.sorted().ended.clone()
     }
 
     fn lease(&self, name: &str, limit: Option<Duration>) -> Result<Lease, ShareError> {
         let session = &self.session;
-        let deadline = limit.map(|limit| Instant::now() + limit);
+        session.check_owner()?;
+        let deadline = Deadline::after_some(limit);
         let mut state = session.lock();
         loop {
             if let Some(lease) = session.take_lease(&mut state, name)? {
                 return Ok(lease);
             }
-            state = match (deadline, limit) {
-                (Some(deadline), Some(limit)) => {
-                    let left = deadline.saturating_duration_since(Instant::now());
-                    if left.is_zero() {
-                        let what = format!("an offer of {name}");
-                        return Err(ShareError::TimedOut { what, limit });
-                    }
-                    session.wait(state, Some(left))
-                }
-                _ => session.wait(state, None),
-            };
+            if let Some(limit) = limit.filter(|_| deadline.is_over()) {
+                let what = format!("an offer of {name}");
+                return Err(ShareError::TimedOut { what, limit });
+            }
+            state = session.wait(state, deadline);
         }
     }
 }
@@ -244,12 +272,18 @@ impl Subscriber {
 
     /// A lease, if the buffer is offered at this moment.
     pub(super) fn try_buffer(&self, name: &str) -> Result<Option<Lease>, ShareError> {
+        self.session.check_owner()?;
         self.session.take_lease(&mut self.session.lock(), name)
     }
 }
 
 impl Drop for Subscriber {
     fn drop(&mut self) {
+        if self.session.check_owner().is_err() {
+            // The thread is not here, and its state may be in the middle of a change.
+            std::mem::forget((self.thread.take(), Arc::clone(&self.session)));
+            return;
+        }
         let offers = {
             let mut state = self.session.sorted();
             state.closing = true;
@@ -289,21 +323,23 @@ impl Lease {
     }
 
     /// The time by which the publisher wants it back, once it does. Work that takes long should
-    /// look now and then.
+    /// look now and then. In a child of the process that it was lent to: at once.
     pub fn wanted_back(&self) -> Option<Instant> {
+        if self.session.check_owner().is_err() {
+            return Some(Instant::now());
+        }
         self.terms.wanted.get().copied()
     }
 
     /// Waits up to `limit` until it is wanted back, or the publisher is gone.
     pub fn wait_until_wanted(&self, limit: Duration) -> Option<Instant> {
-        let deadline = Instant::now() + limit;
+        if self.session.check_owner().is_err() {
+            return self.wanted_back();
+        }
+        let deadline = Deadline::after(limit);
         let mut state = self.session.lock();
-        while self.wanted_back().is_none() && state.ended.is_none() {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                break;
-            }
-            state = self.session.wait(state, Some(left));
+        while self.wanted_back().is_none() && state.ended.is_none() && !deadline.is_over() {
+            state = self.session.wait(state, deadline);
         }
         self.wanted_back()
     }
@@ -381,6 +417,7 @@ fn unpack(
 ) -> Result<(Buffer, Terms), ShareError> {
     let checked = entry.check()?;
     let buffer = open_buffer(&checked.what, &mut descriptors.into_iter().flatten())?;
+    let borrower = session.owner;
     let session = Arc::downgrade(session);
     let note = Note::new(checked.id, checked.generation, 0);
     let terms = Terms {
@@ -389,14 +426,18 @@ fn unpack(
         placement: checked.what.placement,
         wanted: OnceLock::new(),
     };
-    let buffer = buffer.with_last_handle(Box::new(Return { session, note }));
+    let buffer = buffer.with_last_handle(Box::new(Return {
+        session,
+        borrower,
+        note,
+    }));
     Ok((buffer, terms))
 }
 
 #[cfg(feature = "tokio")]
 impl Session {
     pub(super) fn has_ended(&self) -> bool {
-        self.lock().ended.is_some()
+        self.check_owner().is_err() || self.lock().ended.is_some()
     }
 
     /// Asks after each change until there is an answer.
@@ -414,6 +455,15 @@ impl Session {
 }
 
 impl Session {
+    /// To be asked before anything else: in a child the state may be locked for ever.
+    fn check_owner(&self) -> Result<(), ShareError> {
+        if self.owner.is_current() {
+            return Ok(());
+        }
+        let what = "a subscriber";
+        Err(ShareError::Inherited { what })
+    }
+
     /// A lease of what is offered as `name`.
     fn take_lease(
         self: &Arc<Session>,
@@ -459,19 +509,15 @@ impl Session {
         }
     }
 
-    fn wait<'s>(
-        &self,
-        state: MutexGuard<'s, State>,
-        limit: Option<Duration>,
-    ) -> MutexGuard<'s, State> {
+    fn wait<'s>(&self, state: MutexGuard<'s, State>, deadline: Deadline) -> MutexGuard<'s, State> {
         self.waiting.fetch_add(1, Ordering::Relaxed);
-        let state = match limit {
+        let state = match deadline.instant() {
             None => self
                 .changed
                 .wait(state)
                 .unwrap_or_else(PoisonError::into_inner),
-            Some(limit) => {
-                let waited = self.changed.wait_timeout(state, limit);
+            Some(_) => {
+                let waited = self.changed.wait_timeout(state, deadline.left());
                 waited.unwrap_or_else(PoisonError::into_inner).0
             }
         };

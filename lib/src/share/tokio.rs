@@ -55,6 +55,7 @@ use super::channel::Channel;
 use super::publisher::{BufferId, Event, Migration, SubscriberId};
 use super::subscriber::Lease;
 use crate::error::{ShareError, SystemError};
+use crate::sys::fork::Process;
 
 /// Something for the thread to do. Gives the publisher up by taking it.
 type Command = Box<dyn FnOnce(&mut Option<super::Publisher>) + Send>;
@@ -64,7 +65,9 @@ type Command = Box<dyn FnOnce(&mut Option<super::Publisher>) + Send>;
 /// Can be used by many tasks at once; what they ask is done one after the other. Dropping it ends
 /// the thread, and the publisher with it, as soon as a migration that is under way has ended.
 pub struct Publisher {
-    commands: Sender<Command>,
+    /// Taken when it is dropped.
+    commands: Option<Sender<Command>>,
+    owner: Process,
     /// Ends the thread's wait.
     wake: Arc<OwnedFd>,
     events: Mutex<mpsc::UnboundedReceiver<Result<Event, ShareError>>>,
@@ -98,7 +101,8 @@ impl Publisher {
                 SystemError::new("clone", "a publisher's thread", errno)
             })?;
         Ok(Publisher {
-            commands,
+            commands: Some(commands),
+            owner: Process::current(),
             wake,
             events: Mutex::new(events),
         })
@@ -107,7 +111,8 @@ impl Publisher {
     /// Does something with the publisher, in its thread, and waits for the answer.
     ///
     /// # Errors
-    /// [`ShareError::PeerGone`] when the thread has ended, as [`Publisher::next_event`] explained.
+    /// [`ShareError::PeerGone`] when the thread has ended, as [`Publisher::next_event`] explained;
+    /// [`ShareError::Inherited`] in a child that was forked from the process with the thread.
     pub async fn with<T: Send + 'static>(
         &self,
         work: impl FnOnce(&mut super::Publisher) -> T + Send + 'static,
@@ -128,6 +133,7 @@ impl Publisher {
         &self,
         work: impl FnOnce(&mut Option<super::Publisher>) -> Option<T> + Send + 'static,
     ) -> Result<T, ShareError> {
+        self.check_owner()?;
         let (answer, answered) = oneshot::channel();
         let command: Command = Box::new(move |publisher| {
             if let Some(done) = work(publisher) {
@@ -135,9 +141,13 @@ impl Publisher {
                 let _ = answer.send(done);
             }
         });
-        self.commands
-            .send(command)
-            .map_err(|_| ShareError::PeerGone)?;
+        let sent = self
+            .commands
+            .as_ref()
+            .map(|commands| commands.send(command));
+        if !matches!(sent, Some(Ok(()))) {
+            return Err(ShareError::PeerGone);
+        }
         wake(&self.wake);
         answered.await.map_err(|_| ShareError::PeerGone)
     }
@@ -232,18 +242,35 @@ impl Publisher {
     /// Waits for something to happen. What happened while nobody waited is kept.
     ///
     /// # Errors
-    /// The call that failed and ended the thread, once; [`ShareError::PeerGone`] afterwards.
+    /// The call that failed and ended the thread, once; [`ShareError::PeerGone`] afterwards;
+    /// [`ShareError::Inherited`], as for [`Publisher::with`].
     pub async fn next_event(&self) -> Result<Event, ShareError> {
+        self.check_owner()?;
         let event = self.events.lock().await.recv().await;
         event.unwrap_or(Err(ShareError::PeerGone))
+    }
+
+    /// A child has no thread that would answer.
+    fn check_owner(&self) -> Result<(), ShareError> {
+        if self.owner.is_current() {
+            return Ok(());
+        }
+        let what = "a publisher";
+        Err(ShareError::Inherited { what })
     }
 }
 
 impl Drop for Publisher {
     fn drop(&mut self) {
+        let commands = self.commands.take();
+        if self.check_owner().is_err() {
+            // It may have been copied while somebody sent.
+            std::mem::forget(commands);
+            return;
+        }
         // The thread looks whether anybody can still ask for something; that has ended when the
         // sender goes, so it goes first.
-        drop(std::mem::replace(&mut self.commands, channel().0));
+        drop(commands);
         wake(&self.wake);
     }
 }

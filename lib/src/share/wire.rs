@@ -136,6 +136,7 @@ pub(super) enum Farewell {
     Late = 1,
     Rubbish = 2,
     Unreachable = 3,
+    Silent = 4,
 }
 
 impl Farewell {
@@ -145,6 +146,9 @@ impl Farewell {
             n if n == Farewell::Late as u32 => "it did not give a buffer back in time",
             n if n == Farewell::Rubbish as u32 => "it broke the protocol",
             n if n == Farewell::Unreachable as u32 => "nothing could be sent to it",
+            n if n == Farewell::Silent as u32 => {
+                "it did not greet in time: a publisher serves subscribers (`Subscriber::connect`)"
+            }
             _ => "for a reason that this library does not know",
         }
     }
@@ -400,6 +404,12 @@ pub(super) fn entries(records: &[u8]) -> Result<Vec<(Entry, usize)>, ShareError>
 pub(super) fn hand_over(message: &[u8]) -> Result<Description, ShareError> {
     match open(message)? {
         (Message::HandOver, records) => Ok(bytemuck::pod_read_unaligned(records)),
+        // Of a publisher, which lends and hands nothing over.
+        (Message::Farewell, records) => {
+            let why = notes(records)?.first().map_or(0, |note| note.value);
+            let why = Farewell::explain(why);
+            Err(ShareError::CutOff { why })
+        }
         (other, _) => wrong(format!("{other:?} where a buffer was expected")),
     }
 }

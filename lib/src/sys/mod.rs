@@ -6,6 +6,7 @@ pub(crate) mod direct;
 pub(crate) mod heap;
 pub(crate) mod importer;
 pub(crate) mod iommufd;
+pub(crate) mod peer;
 pub(crate) mod peerbuf;
 pub(crate) mod udmabuf;
 pub(crate) mod v4l2;
@@ -13,7 +14,7 @@ pub(crate) mod vfio;
 
 use crate::errno::Errno;
 
-pub(crate) use peerbuf_core::memory;
+pub(crate) use peerbuf_core::{fork, memory};
 
 /// The number behind an ioctl's error. nix has no name for those that the kernel keeps to
 /// itself, so they are read again from the C library.

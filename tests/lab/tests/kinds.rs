@@ -11,7 +11,7 @@ use peerbuf::export::{drm, heap, memfd, udmabuf};
 use peerbuf::import::drm::DrmImporter;
 use peerbuf::import::{iommufd, v4l2};
 use peerbuf::plan::{Path, ReasonCode};
-use peerbuf::share::{Channel, Copied, Publisher, Subscriber};
+use peerbuf::share::{Channel, Copied, Grant, Peer, Publisher, Subscriber};
 use peerbuf::{Access, Buffer, DmaBuf};
 use peerbuf_lab_suite::bytes::{get, put};
 use peerbuf_lab_suite::modules;
@@ -501,4 +501,42 @@ fn a_range_of_a_graphics_buffer_maps_its_own_bytes_and_not_the_first_ones() {
         cpu.read_at(0, &mut seen).unwrap();
         assert!(seen == expected, "{length} bytes at {offset} by the driver");
     }
+}
+
+/// What `peerbuf::share` says of [`Grant::ReadOnly`]: the descriptor refuses writes, and
+/// `/dev/udmabuf`, which asks for seals and not for modes, makes a writable dma-buf of it.
+#[test]
+fn memory_that_is_lent_for_reading_is_written_through_udmabuf_alone() {
+    use rustix::fs::{FallocateFlags, SealFlags};
+    use rustix::io::Errno;
+    let (ours, theirs) = Channel::pair().unwrap();
+    let policy = |_: &Peer, _: &str, _: &Buffer| Grant::ReadOnly;
+    let mut publisher = Publisher::new().unwrap().with_policy(policy);
+    publisher.add(ours).unwrap();
+    let memory = Copied::new(|_| memfd::export("shown", MIB)).unwrap();
+    let id = publisher.publish("shown", memory).unwrap();
+    let subscriber = Subscriber::new(theirs).unwrap();
+    let shown = loop {
+        publisher.serve_for(Duration::from_millis(5)).unwrap();
+        match subscriber.buffer_within("shown", Duration::ZERO) {
+            Ok(lease) => break lease,
+            Err(ShareError::TimedOut { .. }) => {}
+            Err(error) => panic!("{error}"),
+        }
+    };
+    let fd = shown.host_memory().unwrap();
+    let refused = shown.whole().map(Access::ReadWrite).unwrap_err();
+    assert!(matches!(refused, BufferError::Access { .. }), "{refused}");
+    assert_eq!(rustix::io::pwrite(fd, &[1], 0), Err(Errno::BADF));
+    assert_eq!(rustix::fs::ftruncate(fd, 2 * MIB), Err(Errno::INVAL));
+    let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    assert_eq!(rustix::fs::fallocate(fd, hole, 0, 4096), Err(Errno::BADF));
+    let seal = SealFlags::WRITE;
+    assert_eq!(rustix::fs::fcntl_add_seals(fd, seal), Err(Errno::PERM));
+    let published = |publisher: &Publisher| get(&publisher.buffer(id).unwrap().whole());
+    assert!(published(&publisher).iter().all(|byte| *byte == 0));
+    // Should this be refused one day, `peerbuf::share` has to say so.
+    let again = udmabuf::export_list("written", &[shown.whole()]).unwrap();
+    put(&again.range(0, 4096).unwrap(), &[7; 4096]);
+    assert_eq!(published(&publisher)[..4096], [7; 4096]);
 }

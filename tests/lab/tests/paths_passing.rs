@@ -115,7 +115,7 @@ fn the_command_serves_its_export_on_a_socket_until_it_is_stopped() {
     };
     let received = client.receive_buffer().unwrap();
     assert_eq!(received.len(), 1 << 20);
-    assert_eq!(client.peer().unwrap().pid as u32, server.id());
+    assert_eq!(client.peer().unwrap().pid, Some(server.id() as i32));
     let pid = rustix::process::Pid::from_child(&server);
     rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
     assert!(server.wait().unwrap().success());

@@ -4,16 +4,17 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::{Command, ExitCode};
+use std::time::Duration;
 
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use peerbuf::Access;
 use peerbuf::buffer::Buffer;
 use peerbuf::export::peerbuf::{Device, Request};
 use peerbuf::export::provider;
 use peerbuf::plan::topology::PciAddress;
-use peerbuf::share::Listener;
-use rustix::event::{PollFd, PollFlags};
+use peerbuf::share::{Channel, Listener};
+use peerbuf::{Access, Deadline};
+use rustix::event::{PollFd, PollFlags, Timespec};
 use serde::Serialize;
 
 use crate::{Failure, say, size};
@@ -166,11 +167,21 @@ fn run_command(program: &str, rest: &[String], buffer: &Buffer) -> Result<ExitCo
     Ok(ExitCode::from(code as u8))
 }
 
-fn serve(listener: Option<&Listener>, signals: &SignalFd, buffer: &Buffer) -> Result<(), Failure> {
+/// How long nobody is accepted after the process ran out of descriptors or memory.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// Gives the buffer to everybody who connects and may have it, until a signal comes. Nothing that
+/// one of them does, and no shortage, is a reason to stop serving the others.
+fn serve(listener: Option<&Listener>, signals: impl AsFd, buffer: &Buffer) -> Result<(), Failure> {
+    let mut pause: Option<Deadline> = None;
+    let mut told = false;
     loop {
+        pause = pause.filter(|pause| !pause.is_over());
+        let listening = listener.filter(|_| pause.is_none());
         let mut waiting = vec![PollFd::from_borrowed_fd(signals.as_fd(), PollFlags::IN)];
-        waiting.extend(listener.map(|listener| PollFd::new(listener, PollFlags::IN)));
-        match rustix::event::poll(&mut waiting, None) {
+        waiting.extend(listening.map(|listener| PollFd::new(listener, PollFlags::IN)));
+        let timeout = pause.and_then(|pause| Timespec::try_from(pause.left()).ok());
+        match rustix::event::poll(&mut waiting, timeout.as_ref()) {
             Ok(_) => {}
             Err(rustix::io::Errno::INTR) => continue,
             Err(errno) => return Err(errno.into()),
@@ -178,21 +189,162 @@ fn serve(listener: Option<&Listener>, signals: &SignalFd, buffer: &Buffer) -> Re
         if !waiting[0].revents().is_empty() {
             return Ok(());
         }
-        if let Some(listener) = listener {
-            let channel = listener.accept()?;
-            let peer = channel.peer()?;
-            let ours = rustix::process::geteuid().as_raw();
-            if peer.uid != ours && peer.uid != 0 {
-                say::remark(format_args!(
-                    "process {} of user {} was refused",
-                    peer.pid, peer.uid
-                ));
-                continue;
+        let came = waiting.get(1).is_some_and(|fd| !fd.revents().is_empty());
+        let Some(listener) = listening.filter(|_| came) else {
+            continue;
+        };
+        match listener.accept() {
+            Ok(channel) => {
+                told = false;
+                if let Err(why) = give(&channel, buffer) {
+                    say::remark(why);
+                }
             }
-            // One peer that goes away early is no reason to stop serving the others.
-            if let Err(error) = channel.send_buffer(&buffer.whole()) {
-                say::remark(format_args!("process {}: {error}", peer.pid));
+            // The newcomer waits, and would be found again without end.
+            Err(error) => {
+                if !std::mem::replace(&mut told, true) {
+                    say::remark(format_args!("nobody can connect for now: {error}"));
+                }
+                pause = Some(Deadline::after(PAUSE));
             }
         }
+    }
+}
+
+/// Hands the buffer over to a process of this user or of root.
+fn give(channel: &Channel, buffer: &Buffer) -> Result<(), String> {
+    let peer = channel.peer().map_err(|error| error.to_string())?;
+    let ours = rustix::process::geteuid().as_raw();
+    if peer.uid != ours && peer.uid != 0 {
+        return Err(format!("{peer} was refused"));
+    }
+    let sent = channel.send_buffer(&buffer.whole());
+    sent.map_err(|error| format!("{peer}: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::path::Path;
+    use std::process::{Child, Stdio};
+
+    use peerbuf::export::memfd;
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+    use super::*;
+
+    /// How long anything may take that is to happen.
+    const LONG: Duration = Duration::from_secs(20);
+
+    /// A process that is killed when the test is over.
+    struct Process(Child);
+
+    impl Drop for Process {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+
+    /// Starts this program again as [`serving_process`], through `prefix`.
+    fn start(prefix: &[&str], role: &str, socket: &Path) -> Process {
+        let exe = std::env::current_exe().unwrap();
+        let exe = exe.to_str().unwrap();
+        let test = "export::tests::serving_process";
+        let arguments = [exe, test, "--exact", "--ignored", "--nocapture"];
+        let mut words = prefix.iter().copied().chain(arguments);
+        let child = Command::new(words.next().unwrap())
+            .args(words)
+            .env("PEERBUF_TEST_ROLE", role)
+            .env("PEERBUF_TEST_SOCKET", socket)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .spawn();
+        Process(child.unwrap())
+    }
+
+    #[test]
+    #[ignore = "the other process of the tests in this file, which start it"]
+    fn serving_process() {
+        let socket = std::env::var("PEERBUF_TEST_SOCKET").expect("a socket");
+        let role = std::env::var("PEERBUF_TEST_ROLE").expect("a role");
+        let buffer = memfd::export("exported", 4096).unwrap();
+        let (never, _held) = std::io::pipe().unwrap();
+        let listener = Listener::bind(socket).unwrap();
+        if role == "short" {
+            // Not one more, until the first newcomer has waited for a while.
+            let before = getrlimit(Resource::Nofile);
+            let next = rustix::io::dup(&never).unwrap().as_raw_fd() as u64;
+            let current = Some(next);
+            setrlimit(Resource::Nofile, Rlimit { current, ..before }).unwrap();
+            std::thread::spawn(move || {
+                std::thread::sleep(Duration::from_millis(400));
+                setrlimit(Resource::Nofile, before).unwrap();
+            });
+        }
+        serve(Some(&listener), &never, &buffer).unwrap();
+    }
+
+    fn connect(socket: &Path) -> Channel {
+        let deadline = Deadline::after(LONG);
+        loop {
+            match Channel::connect(socket) {
+                Ok(channel) => return channel,
+                Err(error) => assert!(!deadline.is_over(), "{error}"),
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    fn all_get_the_buffer(mut process: Process, socket: &Path) {
+        for _ in 0..3 {
+            // One that goes at once, and one that stays.
+            drop(connect(socket));
+            let buffer = connect(socket).receive_buffer_within(LONG).unwrap();
+            assert_eq!(buffer.buffer().name(), "exported");
+        }
+        assert_eq!(process.0.try_wait().unwrap(), None, "the server has ended");
+    }
+
+    fn socket_path(name: &str) -> PathBuf {
+        let directory = std::env::temp_dir();
+        directory.join(format!("peerbuf-export-{name}-{}", std::process::id()))
+    }
+
+    #[test]
+    fn processes_of_another_pid_namespace_get_the_buffer() {
+        let ways = [
+            &["unshare", "--pid", "--fork", "--kill-child"][..],
+            &[
+                "unshare",
+                "--user",
+                "--map-root-user",
+                "--pid",
+                "--fork",
+                "--kill-child",
+            ],
+        ];
+        let works = |way: &&&[&str]| {
+            let mut command = Command::new(way[0]);
+            let done = command.args(&way[1..]).arg("true").output();
+            done.is_ok_and(|done| done.status.success())
+        };
+        let Some(way) = ways.iter().find(works) else {
+            // Not by a macro, whose words nobody sees.
+            let words = "not tested: processes_of_another_pid_namespace_get_the_buffer: no \
+                         `unshare --pid` here, not even with `--user`\n";
+            std::io::stderr().write_all(words.as_bytes()).unwrap();
+            return;
+        };
+        let socket = socket_path("namespace");
+        all_get_the_buffer(start(way, "plain", &socket), &socket);
+        let _ = std::fs::remove_file(socket);
+    }
+
+    #[test]
+    fn a_server_that_runs_out_of_descriptors_serves_again() {
+        let socket = socket_path("short");
+        all_get_the_buffer(start(&[], "short", &socket), &socket);
+        let _ = std::fs::remove_file(socket);
     }
 }

@@ -10,15 +10,17 @@ use std::os::fd::BorrowedFd;
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{Ordering, fence};
 
-use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous};
 
 use crate::errno::Errno;
+use crate::sys::fork::Process;
 
 /// A shared mapping of a descriptor's bytes.
 ///
 /// # Invariants
 /// `base` is the start of a live mapping of `mapped` bytes that this value owns, and
-/// `start + length <= mapped`. No Rust reference to those bytes exists.
+/// `start + length <= mapped`. No Rust reference to those bytes exists. With an `owner` the
+/// mapping is live in that process alone.
 #[derive(Debug)]
 pub struct Map {
     base: NonNull<u8>,
@@ -26,6 +28,7 @@ pub struct Map {
     start: usize,
     length: usize,
     writable: bool,
+    owner: Option<Process>,
 }
 
 // SAFETY: the mapping belongs to the process, not to a thread; nothing in it is tied to the
@@ -88,7 +91,28 @@ impl Map {
             start,
             length,
             writable,
+            owner: None,
         })
+    }
+
+    /// Has children that are forked from now on not inherit the mapping (`MADV_DONTFORK`).
+    pub(crate) fn keep_from_children(&mut self) -> Result<(), Errno> {
+        // SAFETY: the mapping is ours and live (invariant), and stays as it is in this process.
+        unsafe {
+            madvise(
+                self.base.as_ptr().cast(),
+                self.mapped,
+                Advice::LinuxDontFork,
+            )
+        }?;
+        // INVARIANT: children do not have it.
+        self.owner = Some(Process::current());
+        Ok(())
+    }
+
+    /// False in a child that did not inherit the mapping.
+    pub(crate) fn is_here(&self) -> bool {
+        self.owner.is_none_or(Process::is_current)
     }
 
     /// The address of byte `offset`, modulo `align` (a power of two).
@@ -96,15 +120,20 @@ impl Map {
         (self.base.as_ptr() as usize + self.start + offset) % align
     }
 
-    /// The part that the kernel is to read or write. Panics when it is not inside.
+    /// The part that the kernel is to read or write. Panics when it is not inside. In a child that
+    /// did not inherit the mapping the kernel answers `EFAULT`.
     pub fn window(&self, offset: usize, length: usize) -> Window<'_> {
         assert!(
             offset
                 .checked_add(length)
                 .is_some_and(|end| end <= self.length)
         );
-        // SAFETY: inside the mapping, by the check and the invariant.
-        let address = unsafe { self.base.as_ptr().add(self.start + offset) };
+        let address = match self.is_here() {
+            // SAFETY: inside the mapping, by the check and the invariant.
+            true => unsafe { self.base.as_ptr().add(self.start + offset) },
+            // Something else may be at the address by now. The kernel answers EFAULT for this one.
+            false => ptr::null_mut(),
+        };
         Window {
             address,
             length,
@@ -115,10 +144,12 @@ impl Map {
     }
 
     /// Copies bytes out, reading each exactly once, in the widest aligned accesses that fit.
-    /// Panics when they are not all inside.
+    /// Panics when they are not all inside, or the mapping
+    /// [is not here](Map::is_here).
     ///
     /// Memory of a device that has gone raises SIGBUS.
     pub fn copy_out(&self, offset: usize, into: &mut [u8]) {
+        assert!(self.is_here());
         let window = self.window(offset, into.len());
         // Nothing that was read before the caller's begin-access may be used instead.
         fence(Ordering::SeqCst);
@@ -145,11 +176,12 @@ impl Map {
     }
 
     /// Copies bytes in, writing each exactly once, in the widest aligned accesses that fit.
-    /// Panics when they are not all inside or the mapping is read-only.
+    /// Panics when they are not all inside, or the mapping is read-only or [is not
+    /// here](Map::is_here).
     ///
     /// Memory of a device that has gone raises SIGBUS.
     pub fn copy_in(&self, offset: usize, from: &[u8]) {
-        assert!(self.writable);
+        assert!(self.writable && self.is_here());
         let window = self.window(offset, from.len());
         let mut rest = from;
         let mut target = window.address;
@@ -181,7 +213,7 @@ impl Map {
 
     /// Reads a byte, for which the bus delivers what was posted before. Only where a read has no side effects.
     pub fn read_back(&self, offset: usize) {
-        if offset < self.length {
+        if offset < self.length && self.is_here() {
             let window = self.window(offset, 1);
             // SAFETY: one byte inside the window.
             unsafe { window.address.read_volatile() };
@@ -198,6 +230,9 @@ fn page_size(fd: BorrowedFd<'_>) -> Result<u64, Errno> {
 
 impl Drop for Map {
     fn drop(&mut self) {
+        if !self.is_here() {
+            return;
+        }
         // By the C library's function, and not by rustix's own system call: libraries that cache
         // registrations of memory (libfabric's, UCX) watch that one, and take what is next mapped at
         // the address for what was there before if they miss it.
@@ -239,7 +274,8 @@ fn array<const N: usize>(bytes: &[u8]) -> [u8; N] {
 ///
 /// # Invariants
 /// `length` bytes at `address` are inside a live mapping (writable if `writable`) that `'m`
-/// outlives, and no Rust reference to them is used while the kernel has them.
+/// outlives, and no Rust reference to them is used while the kernel has them. Or `address` is null,
+/// which the kernel refuses: in a child that did not inherit the mapping.
 #[derive(Debug, Clone, Copy)]
 pub struct Window<'m> {
     address: *mut u8,
@@ -357,6 +393,7 @@ mod tests {
             start,
             length,
             writable: true,
+            owner: None,
         };
         // Now the mapping's.
         std::mem::forget(memory);

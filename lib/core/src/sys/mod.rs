@@ -2,5 +2,6 @@
 #![allow(unsafe_code)]
 
 pub(crate) mod dmabuf;
+pub mod fork;
 pub mod memory;
 pub(crate) mod sync_file;

@@ -4,10 +4,10 @@ use std::fs::File;
 use std::net::TcpStream;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use peerbuf::import::file::FileImporter;
-use peerbuf::{Access, BufferRange};
+use peerbuf::{Access, BufferRange, Deadline};
 use peerbuf_rdma::{Address, Card, Link, RdmaError, Remote, Span, Status};
 
 use super::lent::{Every, Lent, PATIENCE};
@@ -70,11 +70,11 @@ const TRIES: u32 = 100;
 
 /// Connects to the other end, which may not be there yet.
 fn reach(ends: &Ends) -> Result<TcpStream, Failure> {
-    let deadline = Instant::now() + Duration::from_secs(ends.wait);
+    let deadline = Deadline::after(Duration::from_secs(ends.wait));
     loop {
         match TcpStream::connect(&ends.connect) {
             Ok(stream) => return Ok(stream),
-            Err(error) if Instant::now() >= deadline => {
+            Err(error) if deadline.is_over() => {
                 return Err(format!("{}: {error}", ends.connect).into());
             }
             Err(_) => std::thread::sleep(Duration::from_millis(200)),

@@ -1,0 +1,35 @@
+//! Who is at the other end of a unix socket (`SO_PEERCRED`, net/core/sock.c).
+//!
+//! rustix has this call with a type whose process number cannot be 0, and the kernel answers 0
+//! for a process that the caller's PID namespace does not have.
+
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use nix::libc;
+
+use crate::errno::Errno;
+
+/// Process, user and group. The process is 0 where it cannot be seen from here.
+pub(crate) fn credentials(socket: BorrowedFd<'_>) -> Result<(i32, u32, u32), Errno> {
+    let mut peer = libc::ucred {
+        pid: 0,
+        uid: 0,
+        gid: 0,
+    };
+    let mut length = size_of::<libc::ucred>() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `length` bytes to `peer`, which has as many, and any
+    // bytes make integers.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEERCRED,
+            (&raw mut peer).cast(),
+            &raw mut length,
+        )
+    };
+    match result {
+        0 => Ok((peer.pid, peer.uid, peer.gid)),
+        _ => Err(Errno::from(&std::io::Error::last_os_error())),
+    }
+}
