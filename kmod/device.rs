@@ -266,13 +266,17 @@ unsafe impl Sync for Device {}
 impl Device {
     /// Enables the device's memory and takes its BARs.
     ///
-    /// Bus mastering stays off: whatever somebody does to the device's registers through an
-    /// export, it cannot send DMA or an interrupt message on its own.
+    /// Bus mastering is off from here on, whoever had switched it on before: whatever somebody does to
+    /// the device's registers through an export, it cannot send DMA or an interrupt message on its own.
+    /// (A device that shows its configuration space in a BAR can be told to do so by whoever has that
+    /// BAR.)
     pub(crate) fn probe(pdev: &pci::Device<Core<'_>>) -> Result<Binding> {
         let raw = raw(pdev);
-        // SAFETY: `pdev` is being probed, so managed resources may be added. The same for the two
+        // SAFETY: `pdev` is being probed, so managed resources may be added. The same for the
         // calls that follow.
         to_result(unsafe { bindings::pcim_enable_device(raw) })?;
+        // SAFETY: `pdev` is valid.
+        unsafe { bindings::pci_clear_master(raw) };
         // SAFETY: As above; the name is static.
         to_result(unsafe { bindings::pcim_request_all_regions(raw, c"peerbuf".as_char_ptr()) })?;
         // SAFETY: As above.
@@ -664,8 +668,8 @@ impl Bar {
     }
 }
 
-/// A device that is bound. Dropping it is the device's removal, see [`Device::remove`]; it must
-/// happen before the devres of the PCI device is released, so the driver's private data owns it.
+/// A device that is bound. Dropping it is the device's removal, see [`Device::remove`], which must
+/// happen before the driver core takes anything of the device apart: in the driver's `unbind`.
 pub(crate) struct Binding(Arc<Device>);
 
 impl Binding {
@@ -678,6 +682,9 @@ impl Binding {
 impl Drop for Binding {
     fn drop(&mut self) {
         self.0.remove();
+        // Whatever was written to its registers meanwhile.
+        // SAFETY: The device is valid, and this module's until this returns.
+        unsafe { bindings::pci_clear_master(raw(self.0.pci())) };
     }
 }
 

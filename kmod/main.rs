@@ -48,7 +48,7 @@
 //! dma-buf refers to in the device is used only under its reservation lock while it is not
 //! revoked, and removal revokes all before it returns.
 
-use kernel::{debugfs, device::Core, pci, prelude::*};
+use kernel::{debugfs, device::Core, new_mutex, pci, prelude::*, sync::Mutex};
 
 mod abi;
 mod attachment;
@@ -79,14 +79,42 @@ use importer::Importer;
 use node::Node;
 use provider::Providers;
 
-/// What a bound device owns, dropped in this order before its devres is released.
-struct Bound {
+/// What a bound device owns, dropped in this order.
+struct Owned {
     /// First: nobody new comes in by the node.
     _node: Node,
     /// Nor by a reset, which cannot happen meanwhile anyway.
     _listed: Listed,
     /// Then the device takes away what was given out, and waits until it is.
     _device: Binding,
+}
+
+impl Owned {
+    /// Takes a device that is being probed.
+    fn of(pdev: &pci::Device<Core<'_>>) -> Result<Self> {
+        let device = Device::probe(pdev)?;
+        let listed = Listed::new(device.device())?;
+        reset::hear_of(device.device());
+        let node = node::register(device.device())?;
+        dev_info!(pdev, "/dev/peerbuf/{}\n", device.device().name());
+        Ok(Self {
+            _node: node,
+            _listed: listed,
+            _device: device,
+        })
+    }
+}
+
+/// The driver's data of a bound device.
+///
+/// What it owns goes in `unbind`, when the device still has its driver, its power and its place in an
+/// IOMMU group: peers are waited for there. The driver core drops these data later, when `remove` has
+/// returned and `struct pci_dev` says that the device has no driver. They still own something then only
+/// where the probe has failed after they were made.
+#[pin_data]
+struct Bound {
+    #[pin]
+    owned: Mutex<Option<Owned>>,
 }
 
 struct Driver;
@@ -110,16 +138,16 @@ impl pci::Driver for Driver {
         pdev: &'bound pci::Device<Core<'_>>,
         _info: compat::IdInfo<'bound, Self::IdInfo>,
     ) -> impl PinInit<Self::Data<'bound>, Error> + 'bound {
-        let device = Device::probe(pdev)?;
-        let listed = Listed::new(device.device())?;
-        reset::hear_of(device.device());
-        let node = node::register(device.device())?;
-        dev_info!(pdev, "/dev/peerbuf/{}\n", device.device().name());
-        Ok(Bound {
-            _node: node,
-            _listed: listed,
-            _device: device,
+        let owned = Owned::of(pdev);
+        try_pin_init!(Bound {
+            owned <- new_mutex!(Some(owned?)),
         })
+    }
+
+    fn unbind<'bound>(_pdev: &'bound pci::Device<Core<'_>>, this: Pin<&Self::Data<'bound>>) {
+        // The lock is let go before what it guards is dropped.
+        let owned = this.owned.lock().take();
+        drop(owned);
     }
 }
 
