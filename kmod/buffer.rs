@@ -415,12 +415,24 @@ impl<'a> Locked<'a> {
         ManuallyDrop::into_inner(this)
     }
 
+    /// As [`Locked::lock`], of a lock that this task has taken already, and hands over.
+    ///
+    /// # Safety
+    ///
+    /// `dmabuf` is one of ours and stays for `'a`; the task holds its reservation lock.
+    pub(crate) unsafe fn taken(dmabuf: *mut bindings::dma_buf) -> Self {
+        // SAFETY: By the caller's promise.
+        ManuallyDrop::into_inner(unsafe { Self::held(dmabuf) })
+    }
+
     /// Uses the lock that a caller holds, and goes on holding.
     ///
     /// # Safety
     ///
     /// `dmabuf` is one of ours and stays for `'a`, and so does the caller's hold.
     pub(crate) unsafe fn held(dmabuf: *mut bindings::dma_buf) -> ManuallyDrop<Self> {
+        // SAFETY: By the caller's promise.
+        unsafe { ffi::peerbuf_dma_resv_assert_held((*dmabuf).resv) };
         // INVARIANT: By the caller's promise.
         ManuallyDrop::new(Self {
             dmabuf,

@@ -142,10 +142,18 @@ impl Bar {
         if Pages::possible(start, size) {
             // SAFETY: By the caller's promise and the check above.
             match unsafe { Pages::publish(dev, index, start, size) } {
-                Ok(pages) => {
+                Ok(Some(pages)) => {
                     this.kernel = pages.kernel_address();
                     this.pages = Some(pages);
                     this.flags |= abi::BAR_PAGES;
+                }
+                Ok(None) => {
+                    pr_warn!(
+                        "BAR {}: its pages are not to be had: it is not exported\n",
+                        index
+                    );
+                    this.flags &= !abi::BAR_EXPORT;
+                    return this;
                 }
                 Err(e) => pr_warn!(
                     "BAR {}: no struct pages ({:?}): direct I/O on its mappings will be refused\n",

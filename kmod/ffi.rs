@@ -115,6 +115,15 @@ extern "C" {
     fn peerbuf_fatal_signal_pending() -> bool;
     pub(crate) fn peerbuf_totalram_pages() -> c_ulong;
     pub(crate) fn peerbuf_alloc_pages(gfp: bindings::gfp_t, order: c_uint) -> *mut bindings::page;
+    pub(crate) fn peerbuf_dma_resv_assert_held(resv: *mut bindings::dma_resv);
+    pub(crate) fn peerbuf_dma_resv_trylock(resv: *mut bindings::dma_resv) -> bool;
+    /// EINTR on a signal.
+    pub(crate) fn peerbuf_dma_resv_lock_interruptible(resv: *mut bindings::dma_resv) -> c_int;
+    pub(crate) fn peerbuf_fault_may_retry(fault: *const bindings::vm_fault) -> bool;
+    pub(crate) fn peerbuf_fault_may_wait(fault: *const bindings::vm_fault) -> bool;
+    pub(crate) fn peerbuf_mmap_read_unlock(mm: *mut bindings::mm_struct);
+    pub(crate) fn peerbuf_get_file(file: *mut bindings::file) -> *mut bindings::file;
+    pub(crate) fn peerbuf_vma_set_pfnmap(vma: *mut bindings::vm_area_struct);
 
     /// `linux/vmalloc.h`.
     pub(crate) fn vunmap(address: *const c_void);
