@@ -588,8 +588,8 @@ impl Device {
         });
     }
 
-    /// Calls `each` for every export whose file is alive, with a reference to the file and no lock
-    /// held. New exports are refused already.
+    /// Calls `each` for every export that there is already and whose file is alive, with a reference to
+    /// the file and no lock held: whoever has a buffer's lock may have it for long.
     fn each_kept(&self, mut each: impl FnMut(*mut bindings::dma_buf)) {
         let mut next = self.state.lock().exports.len();
         // Downwards: when entries go meanwhile, some are met twice, and none is left out.
@@ -638,19 +638,12 @@ impl Device {
         None
     }
 
-    /// Calls `each` for every export whose file is alive, with its reservation lock held.
+    /// Calls `each` for every export whose file is alive, with its reservation lock held and no other.
     pub(crate) fn each_export(&self, mut each: impl FnMut(&mut Locked<'_>)) {
-        let state = self.state.lock();
-        for &dmabuf in &state.exports {
-            // SAFETY: It is in the list, and the lock is held. The order of locks is as main.rs
-            // says; the reference is dropped when the reservation lock is.
-            unsafe {
-                if alive(dmabuf) {
-                    each(&mut Locked::lock(dmabuf));
-                    bindings::fput((*dmabuf).file);
-                }
-            }
-        }
+        self.each_kept(|dmabuf| {
+            // SAFETY: It is one of ours, and kept.
+            each(unsafe { &mut Locked::lock(dmabuf) });
+        });
     }
 
     /// Pages in use of the BARs that are ours.

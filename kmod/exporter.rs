@@ -365,12 +365,26 @@ unsafe extern "C" fn release(dmabuf: *mut bindings::dma_buf) {
     buffer.device.forget(&buffer, dmabuf);
 }
 
-/// `dma_buf_ops.begin_cpu_access`. The core waits for fences after it.
+/// `dma_buf_ops.begin_cpu_access`. The core waits for fences after it, which is too late for what is
+/// synchronised here: bounce buffers are copied, and a device may still write to them.
 unsafe extern "C" fn begin_cpu_access(
     dmabuf: *mut bindings::dma_buf,
     dir: bindings::dma_data_direction,
 ) -> c_int {
+    // Who reads waits for writers, and who writes for readers, too; as the core does it.
+    let usage = match dir == DataDirection::FromDevice.into() {
+        true => bindings::dma_resv_usage_DMA_RESV_USAGE_WRITE,
+        false => bindings::dma_resv_usage_DMA_RESV_USAGE_READ,
+    };
     // SAFETY: The dma-buf core calls with a valid dma-buf, a reference held and the lock not.
+    let waited = unsafe {
+        let resv = (*dmabuf).resv;
+        bindings::dma_resv_wait_timeout(resv, usage, true, c_long::MAX as usize)
+    };
+    if waited < 0 {
+        return waited as c_int;
+    }
+    // SAFETY: As above.
     let mut locked = unsafe { Locked::lock(dmabuf) };
     if locked.buffer().revoked() {
         return ENODEV.to_errno();

@@ -97,6 +97,7 @@ extern "C" {
         pdev: *mut bindings::pci_dev,
     ) -> *mut bindings::pci_dev;
     pub(crate) fn peerbuf_dma_fence_put(fence: *mut bindings::dma_fence);
+    pub(crate) fn peerbuf_dma_fence_is_signaled(fence: *mut bindings::dma_fence) -> bool;
     pub(crate) fn peerbuf_vma_set_device(vma: *mut bindings::vm_area_struct, device: bool);
     pub(crate) fn peerbuf_page_address(page: *mut bindings::page) -> *mut c_void;
     pub(crate) fn peerbuf_page_to_pfn(page: *const bindings::page) -> c_ulong;
@@ -110,6 +111,7 @@ extern "C" {
     pub(crate) fn peerbuf_virt_to_page(address: *const c_void) -> *mut bindings::page;
     pub(crate) fn peerbuf_get_pgmap(page: *mut bindings::page, references: c_ulong);
     pub(crate) fn peerbuf_put_page(page: *mut bindings::page);
+    pub(crate) fn peerbuf_page_maybe_dma_pinned(page: *mut bindings::page) -> bool;
     pub(crate) fn peerbuf_wmb();
     pub(crate) fn peerbuf_cond_resched();
     fn peerbuf_fatal_signal_pending() -> bool;

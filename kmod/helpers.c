@@ -37,6 +37,7 @@ phys_addr_t peerbuf_dma_to_phys(struct device *dev, dma_addr_t address);
 pci_bus_addr_t peerbuf_pci_bus_address(struct pci_dev *pdev, int bar);
 struct pci_dev *peerbuf_pci_upstream_bridge(struct pci_dev *pdev);
 void peerbuf_dma_fence_put(struct dma_fence *fence);
+bool peerbuf_dma_fence_is_signaled(struct dma_fence *fence);
 void peerbuf_vma_set_device(struct vm_area_struct *vma, bool device);
 void *peerbuf_page_address(struct page *page);
 unsigned long peerbuf_page_to_pfn(const struct page *page);
@@ -46,6 +47,7 @@ void *peerbuf_vmap(struct page **pages, unsigned int count, bool device);
 struct page *peerbuf_virt_to_page(const void *address);
 void peerbuf_get_pgmap(struct page *page, unsigned long references);
 void peerbuf_put_page(struct page *page);
+bool peerbuf_page_maybe_dma_pinned(struct page *page);
 void peerbuf_wmb(void);
 void peerbuf_cond_resched(void);
 bool peerbuf_fatal_signal_pending(void);
@@ -149,6 +151,11 @@ void peerbuf_put_page(struct page *page)
 	put_page(page);
 }
 
+bool peerbuf_page_maybe_dma_pinned(struct page *page)
+{
+	return folio_maybe_dma_pinned(page_folio(page));
+}
+
 void peerbuf_wmb(void)
 {
 	wmb();
@@ -182,6 +189,11 @@ struct pci_dev *peerbuf_pci_upstream_bridge(struct pci_dev *pdev)
 void peerbuf_dma_fence_put(struct dma_fence *fence)
 {
 	dma_fence_put(fence);
+}
+
+bool peerbuf_dma_fence_is_signaled(struct dma_fence *fence)
+{
+	return dma_fence_is_signaled(fence);
 }
 
 void peerbuf_cond_resched(void)

@@ -19,7 +19,8 @@
 //! - `buffer.rs`: the movable object behind a dma-buf, and its lock; `exporter.rs`: the dma-buf
 //!   operations; `mapping.rs`: the scatter tables that importers get; `system.rs`: memory that is
 //!   not in a BAR;
-//! - `moves.rs` and `revoke.rs`: the two state machines; `watch.rs`: events and counters;
+//! - `moves.rs` and `revoke.rs`: the two state machines; `fences.rs`: what a revoke waits for; `watch.rs`:
+//!   events and counters;
 //! - `importer.rs`: the importer's node, and whose device goes; `attachment.rs`: what it attaches;
 //!   `route.rs`: where the addresses lead that an attachment was given; `peers.rs`: to which devices
 //!   there is a route;
@@ -37,8 +38,9 @@
 //! 4. the reservation lock of a dma-buf: all of `buffer::State`;
 //! 5. the importers' own locks, taken in their callbacks; `i_mmap_rwsem`, when zapping.
 //!
-//! None of these is held while unmapping or direct I/O is waited for. Fences are waited for with the
-//! reservation lock held, as the kernel's own exporters do.
+//! None of these is held while unmapping or direct I/O is waited for, nor while a revoke waits for fences.
+//! A move waits for them with the reservation lock held, as the kernel's own exporters do. None of the first
+//! two is held while somebody else's reservation lock is waited for: one slow buffer stops no other.
 //!
 //! To begin reading: `buffer.rs`, then `exporter.rs`, then `moves.rs`.
 //!
@@ -57,6 +59,7 @@ mod compat;
 mod device;
 mod devices;
 mod exporter;
+mod fences;
 mod ffi;
 mod importer;
 mod mapping;

@@ -17,15 +17,18 @@
 //! are slowed down then, see `exporter.rs`, so that a stream of direct I/O comes to an end. A move
 //! in progress needs no fence: until the lock is given up for good, nobody sees half of it.
 //!
+//! Pages of system memory that somebody keeps longer than the move may take are left to him, with the bytes
+//! that they have; see [`Buffer::may_leave_pages`]. He sees none of what comes after.
+//!
 //! A move to the BAR waits also for mappings of the BAR from before an earlier move: the same
 //! bytes of the BAR would be written under them.
 
-use core::ops::Range;
+use core::{ops::Range, ptr};
 
 use kernel::{bindings, ffi::c_void, page::PAGE_SIZE, prelude::*, sync::Arc};
 
 use crate::{
-    buffer::{cut, Buffer, Locked, Piece, SystemPart},
+    buffer::{cut, Buffer, Locked, Piece, State, SystemPart},
     device, ffi,
     system::{self, Contents, System},
     watch::Wait,
@@ -173,7 +176,7 @@ unsafe fn prepare<'a>(
             told_at = Some(buffer.counters.maps);
             buffer.invalidate();
         }
-        match buffer.wait_fences(true, wait.left_jiffies()) {
+        match buffer.wait_fences(wait.left_jiffies()) {
             Ok(Some(())) => {}
             Ok(None) => return (buffer, Err(EBUSY)),
             Err(e) => return (buffer, Err(e)),
@@ -183,6 +186,9 @@ unsafe fn prepare<'a>(
         let in_use = object.busy_pages(&buffer, part, |piece| to.moves(piece));
         let stale = to == To::Device && buffer.has_stale_device_mapping();
         if in_use == 0 && !stale {
+            return (buffer, Ok(()));
+        }
+        if !stale && wait.left_ms() == 0 && object.may_leave_pages(&buffer, part, wait) {
             return (buffer, Ok(()));
         }
         // SAFETY: By the caller's promise.
@@ -287,6 +293,30 @@ fn join(pieces: &mut KVec<Piece>) {
             i += 1;
         }
     }
+}
+
+/// Gives a buffer other pages for those of its system memory that somebody uses: he keeps them, with the
+/// bytes that they have. Nobody has access by the buffer, and the lock is held. Errors: ENOMEM, EINTR where
+/// the task is being killed.
+pub(crate) fn leave_pages(buffer: &mut Locked<'_>) -> Result {
+    for i in 0..buffer.pieces.len() {
+        let state: &mut State = buffer;
+        let piece = &state.pieces[i];
+        if system::busy(piece.system_pages()) == 0 {
+            continue;
+        }
+        let pages = System::alloc(piece.len, Contents::Old)?;
+        for (&from, &to) in piece.system_pages().iter().zip(pages.pages()) {
+            // SAFETY: Both are pages, mapped in the kernel, and different.
+            unsafe {
+                let (from, to) = (system::address(from), system::address(to));
+                ptr::copy_nonoverlapping(from.cast::<u8>(), to.cast::<u8>(), PAGE_SIZE);
+                ffi::peerbuf_cond_resched();
+            }
+        }
+        state.pieces[i].system = Some(SystemPart { pages, first: 0 });
+    }
+    Ok(())
 }
 
 /// The most bytes that are copied without letting others run.
