@@ -189,6 +189,8 @@ pub(crate) struct Attachment {
     /// The fence that has not signalled, with a reference; or null. Whoever takes it signals it.
     fence: Atomic<*mut bindings::dma_fence>,
     fence_context: u64,
+    /// Not zero once it has let go.
+    has_let_go: Atomic<i32>,
     /// Signals the fence when its time is over.
     #[pin]
     fence_timer: Opaque<bindings::timer_list>,
@@ -245,6 +247,7 @@ impl Attachment {
                 fence: Atomic::new(ptr::null_mut()),
                 // SAFETY: It only counts.
                 fence_context: unsafe { bindings::dma_fence_context_alloc(1) },
+                has_let_go: Atomic::new(0),
                 fence_timer <- Opaque::ffi_init(|slot: *mut bindings::timer_list| {
                     // SAFETY: `slot` is valid for writes, and pinned.
                     unsafe {
@@ -645,6 +648,11 @@ impl Attachment {
         Ok(ns)
     }
 
+    /// Whether it has let go, and is not just about to.
+    pub(crate) fn has_let_go(&self) -> bool {
+        self.has_let_go.load(Relaxed) != 0
+    }
+
     /// Lets go of the buffer and of the device, whatever it was told to hold. Nothing happens if it
     /// has done so before; returns how long the detaching took.
     ///
@@ -665,7 +673,11 @@ impl Attachment {
             state.attach.take()
         };
         self.vunmap_locked(&mut control);
-        let attach = attach.ok_or_else(ffi::enotconn)?;
+        let Some(attach) = attach else {
+            // Before, or it was never made.
+            self.has_let_go.store(1, Relaxed);
+            return Err(ffi::enotconn());
+        };
         // SAFETY: It is an attachment of this dma-buf, nobody else detaches it, and the reservation
         // lock is not held.
         let ((), ns) =
@@ -683,6 +695,7 @@ impl Attachment {
             }
             bindings::timer_delete_sync(self.fence_timer.get());
         }
+        self.has_let_go.store(1, Relaxed);
         Ok(ns)
     }
 }

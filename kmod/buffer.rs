@@ -29,11 +29,12 @@ use kernel::{
 use crate::{
     abi,
     device::{Bar, Device},
+    fences::Fences,
     ffi,
     mapping::{Mapping, Mappings},
     provider::Chunk,
     system::{self, System},
-    watch::{Counters, Refusal, Watchers},
+    watch::{Counters, Refusal, Wait, Watchers},
 };
 
 /// A page-aligned run of a buffer's bytes, in one place.
@@ -111,6 +112,11 @@ pub(crate) struct KernelMapping {
 pub(crate) struct State {
     /// A move is under way, and waits for direct I/O with the lock given up.
     pub(crate) moving: bool,
+    /// While access is taken away: the fences that there were then. `None` for all that there are, where
+    /// there was no memory for a list.
+    pub(crate) marked: Option<Arc<Fences>>,
+    /// When access was taken away; see [`Wait`].
+    pub(crate) revoked: Option<Wait>,
     /// Raised by each move, revoke and restore, from 1.
     pub(crate) generation: u64,
     /// Somebody waits for a change, or is about to.
@@ -234,6 +240,10 @@ pub(crate) fn cut(pieces: KVec<Piece>, part: &Range<u64>) -> Result<KVec<Piece>>
     Ok(cut)
 }
 
+/// How long a move or a revoke waits for pages of system memory on which a device may be at work. Longer
+/// than what a disk takes for what it has accepted.
+const PATIENCE_NS: u64 = 10_000_000_000;
+
 /// An export.
 #[pin_data]
 pub(crate) struct Buffer {
@@ -291,6 +301,8 @@ impl Buffer {
                 cpu_mapped: Atomic::new(0),
                 state: UnsafeCell::new(State {
                     moving: false,
+                    marked: None,
+                    revoked: None,
                     generation: 1,
                     awaited: false,
                     pieces,
@@ -373,6 +385,22 @@ impl Buffer {
             .sum()
     }
 
+    /// Whether the pages of a part that are in use may be left to their users, with the bytes that they
+    /// have: they are system memory, and nobody's device is at work on them, or has been for as long as
+    /// `waited` says at least. Whoever pins pages can keep them for ever: a pipe, a registration that
+    /// somebody has forgotten; that is not to keep the buffer from moving. The reservation lock is held.
+    pub(crate) fn may_leave_pages(&self, state: &State, part: &Range<u64>, waited: &Wait) -> bool {
+        if self.busy_pages(state, part, |piece| piece.system.is_none()) != 0 {
+            return false;
+        }
+        let pinned = |(piece, common): (&Piece, Range<u64>)| {
+            let pages = piece.system_pages();
+            let page = |at: u64| at as usize / PAGE_SIZE;
+            !pages.is_empty() && system::any_pinned(&pages[page(common.start)..page(common.end)])
+        };
+        waited.ns() >= PATIENCE_NS || !state.within(part).any(pinned)
+    }
+
     /// As [`Buffer::busy_pages`], for a range of a piece, from its beginning.
     fn busy(&self, piece: &Piece, range: Range<u64>) -> usize {
         match (piece.home, &piece.system, &self.bar().pages) {
@@ -415,12 +443,24 @@ impl<'a> Locked<'a> {
         ManuallyDrop::into_inner(this)
     }
 
+    /// As [`Locked::lock`], of a lock that this task has taken already, and hands over.
+    ///
+    /// # Safety
+    ///
+    /// `dmabuf` is one of ours and stays for `'a`; the task holds its reservation lock.
+    pub(crate) unsafe fn taken(dmabuf: *mut bindings::dma_buf) -> Self {
+        // SAFETY: By the caller's promise.
+        ManuallyDrop::into_inner(unsafe { Self::held(dmabuf) })
+    }
+
     /// Uses the lock that a caller holds, and goes on holding.
     ///
     /// # Safety
     ///
     /// `dmabuf` is one of ours and stays for `'a`, and so does the caller's hold.
     pub(crate) unsafe fn held(dmabuf: *mut bindings::dma_buf) -> ManuallyDrop<Self> {
+        // SAFETY: By the caller's promise.
+        unsafe { ffi::peerbuf_dma_resv_assert_held((*dmabuf).resv) };
         // INVARIANT: By the caller's promise.
         ManuallyDrop::new(Self {
             dmabuf,
@@ -491,15 +531,15 @@ impl<'a> Locked<'a> {
     }
 
     /// Waits for every fence that there is, at most `jiffies`. `None` if they are not signalled by
-    /// then; EINTR on a signal, if `interruptible`.
-    pub(crate) fn wait_fences(&self, interruptible: bool, jiffies: usize) -> Result<Option<()>> {
+    /// then; EINTR on a signal.
+    pub(crate) fn wait_fences(&self, jiffies: usize) -> Result<Option<()>> {
         // BOOKKEEP is the usage that includes all others.
         // SAFETY: By the type invariant.
         let left = unsafe {
             bindings::dma_resv_wait_timeout(
                 (*self.dmabuf).resv,
                 bindings::dma_resv_usage_DMA_RESV_USAGE_BOOKKEEP,
-                interruptible,
+                true,
                 jiffies,
             )
         };
@@ -510,11 +550,20 @@ impl<'a> Locked<'a> {
         }
     }
 
-    /// Whether every fence is signalled.
-    pub(crate) fn fences_signalled(&self) -> bool {
+    /// Notes the fences that there are, for [`Locked::fences_pending`].
+    pub(crate) fn mark_fences(&mut self) {
+        // SAFETY: By the type invariant.
+        self.marked = unsafe { Fences::of((*self.dmabuf).resv) }.ok();
+    }
+
+    /// Whether a fence of those that counted when access was taken away is not signalled.
+    pub(crate) fn fences_pending(&self) -> bool {
+        if let Some(marked) = &self.marked {
+            return marked.pending();
+        }
         let usage = bindings::dma_resv_usage_DMA_RESV_USAGE_BOOKKEEP;
         // SAFETY: By the type invariant.
-        unsafe { bindings::dma_resv_test_signaled((*self.dmabuf).resv, usage) }
+        !unsafe { bindings::dma_resv_test_signaled((*self.dmabuf).resv, usage) }
     }
 
     /// Takes the pages of a part out of every process's mapping. They fault again.

@@ -142,10 +142,18 @@ impl Bar {
         if Pages::possible(start, size) {
             // SAFETY: By the caller's promise and the check above.
             match unsafe { Pages::publish(dev, index, start, size) } {
-                Ok(pages) => {
+                Ok(Some(pages)) => {
                     this.kernel = pages.kernel_address();
                     this.pages = Some(pages);
                     this.flags |= abi::BAR_PAGES;
+                }
+                Ok(None) => {
+                    pr_warn!(
+                        "BAR {}: its pages are not to be had: it is not exported\n",
+                        index
+                    );
+                    this.flags &= !abi::BAR_EXPORT;
+                    return this;
                 }
                 Err(e) => pr_warn!(
                     "BAR {}: no struct pages ({:?}): direct I/O on its mappings will be refused\n",
@@ -266,13 +274,17 @@ unsafe impl Sync for Device {}
 impl Device {
     /// Enables the device's memory and takes its BARs.
     ///
-    /// Bus mastering stays off: whatever somebody does to the device's registers through an
-    /// export, it cannot send DMA or an interrupt message on its own.
+    /// Bus mastering is off from here on, whoever had switched it on before: whatever somebody does to
+    /// the device's registers through an export, it cannot send DMA or an interrupt message on its own.
+    /// (A device that shows its configuration space in a BAR can be told to do so by whoever has that
+    /// BAR.)
     pub(crate) fn probe(pdev: &pci::Device<Core<'_>>) -> Result<Binding> {
         let raw = raw(pdev);
-        // SAFETY: `pdev` is being probed, so managed resources may be added. The same for the two
+        // SAFETY: `pdev` is being probed, so managed resources may be added. The same for the
         // calls that follow.
         to_result(unsafe { bindings::pcim_enable_device(raw) })?;
+        // SAFETY: `pdev` is valid.
+        unsafe { bindings::pci_clear_master(raw) };
         // SAFETY: As above; the name is static.
         to_result(unsafe { bindings::pcim_request_all_regions(raw, c"peerbuf".as_char_ptr()) })?;
         // SAFETY: As above.
@@ -576,8 +588,8 @@ impl Device {
         });
     }
 
-    /// Calls `each` for every export whose file is alive, with a reference to the file and no lock
-    /// held. New exports are refused already.
+    /// Calls `each` for every export that there is already and whose file is alive, with a reference to
+    /// the file and no lock held: whoever has a buffer's lock may have it for long.
     fn each_kept(&self, mut each: impl FnMut(*mut bindings::dma_buf)) {
         let mut next = self.state.lock().exports.len();
         // Downwards: when entries go meanwhile, some are met twice, and none is left out.
@@ -626,19 +638,12 @@ impl Device {
         None
     }
 
-    /// Calls `each` for every export whose file is alive, with its reservation lock held.
+    /// Calls `each` for every export whose file is alive, with its reservation lock held and no other.
     pub(crate) fn each_export(&self, mut each: impl FnMut(&mut Locked<'_>)) {
-        let state = self.state.lock();
-        for &dmabuf in &state.exports {
-            // SAFETY: It is in the list, and the lock is held. The order of locks is as main.rs
-            // says; the reference is dropped when the reservation lock is.
-            unsafe {
-                if alive(dmabuf) {
-                    each(&mut Locked::lock(dmabuf));
-                    bindings::fput((*dmabuf).file);
-                }
-            }
-        }
+        self.each_kept(|dmabuf| {
+            // SAFETY: It is one of ours, and kept.
+            each(unsafe { &mut Locked::lock(dmabuf) });
+        });
     }
 
     /// Pages in use of the BARs that are ours.
@@ -664,8 +669,8 @@ impl Bar {
     }
 }
 
-/// A device that is bound. Dropping it is the device's removal, see [`Device::remove`]; it must
-/// happen before the devres of the PCI device is released, so the driver's private data owns it.
+/// A device that is bound. Dropping it is the device's removal, see [`Device::remove`], which must
+/// happen before the driver core takes anything of the device apart: in the driver's `unbind`.
 pub(crate) struct Binding(Arc<Device>);
 
 impl Binding {
@@ -678,6 +683,9 @@ impl Binding {
 impl Drop for Binding {
     fn drop(&mut self) {
         self.0.remove();
+        // Whatever was written to its registers meanwhile.
+        // SAFETY: The device is valid, and this module's until this returns.
+        unsafe { bindings::pci_clear_master(raw(self.0.pci())) };
     }
 }
 

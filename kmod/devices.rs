@@ -68,7 +68,12 @@ pub(crate) fn find_provider() -> Option<Arc<Device>> {
     all.iter().find(|device| device.is_provider()).cloned()
 }
 
-/// Calls `act` for each, with the list locked.
+/// The `index`th, in whatever order.
+pub(crate) fn nth(index: usize) -> Option<Arc<Device>> {
+    ALL.lock().get(index).cloned()
+}
+
+/// Calls `act` for each, with the list locked: for what waits for nobody.
 pub(crate) fn each(act: impl FnMut(&Arc<Device>)) {
     ALL.lock().iter().for_each(act);
 }

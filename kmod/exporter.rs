@@ -16,7 +16,7 @@ use kernel::{
     dma::DataDirection,
     error::{from_err_ptr, from_result, to_result},
     ffi::*,
-    mm::virt::{flags, VmaNew},
+    mm::virt::VmaNew,
     page::PAGE_SIZE,
     prelude::*,
     sync::Arc,
@@ -27,7 +27,7 @@ use crate::{
     buffer::{Buffer, KernelMapping, Locked, Piece, State},
     ffi::{self, Table},
     mapping::Mapping,
-    moves::{self, To},
+    moves::{self, For, To},
 };
 
 static OPS: Table<bindings::dma_buf_ops> = Table(bindings::dma_buf_ops {
@@ -233,7 +233,15 @@ unsafe fn attach_new(dmabuf: *mut bindings::dma_buf, object: &Buffer, importer: 
     locked.need_system += 1;
     drop(locked);
     // SAFETY: As above. The whole of the buffer is page-aligned and not empty.
-    let moved = unsafe { moves::move_part(dmabuf, 0..object.len, To::System, ATTACH_LIMIT_MS) };
+    let moved = unsafe {
+        moves::move_part(
+            dmabuf,
+            0..object.len,
+            To::System,
+            ATTACH_LIMIT_MS,
+            For::Importer,
+        )
+    };
     match moved {
         Ok(_) => {
             importer.set_note(Importer::NEEDS_SYSTEM);
@@ -357,12 +365,26 @@ unsafe extern "C" fn release(dmabuf: *mut bindings::dma_buf) {
     buffer.device.forget(&buffer, dmabuf);
 }
 
-/// `dma_buf_ops.begin_cpu_access`. The core waits for fences after it.
+/// `dma_buf_ops.begin_cpu_access`. The core waits for fences after it, which is too late for what is
+/// synchronised here: bounce buffers are copied, and a device may still write to them.
 unsafe extern "C" fn begin_cpu_access(
     dmabuf: *mut bindings::dma_buf,
     dir: bindings::dma_data_direction,
 ) -> c_int {
+    // Who reads waits for writers, and who writes for readers, too; as the core does it.
+    let usage = match dir == DataDirection::FromDevice.into() {
+        true => bindings::dma_resv_usage_DMA_RESV_USAGE_WRITE,
+        false => bindings::dma_resv_usage_DMA_RESV_USAGE_READ,
+    };
     // SAFETY: The dma-buf core calls with a valid dma-buf, a reference held and the lock not.
+    let waited = unsafe {
+        let resv = (*dmabuf).resv;
+        bindings::dma_resv_wait_timeout(resv, usage, true, c_long::MAX as usize)
+    };
+    if waited < 0 {
+        return waited as c_int;
+    }
+    // SAFETY: As above.
     let mut locked = unsafe { Locked::lock(dmabuf) };
     if locked.buffer().revoked() {
         return ENODEV.to_errno();
@@ -520,8 +542,8 @@ unsafe extern "C" fn mmap(
             // No struct pages: plain frames, with which direct I/O fails with EFAULT.
             // `VmaNew` has no setter for PFNMAP alone.
             new.set_io();
-            // SAFETY: The VMA is being set up, so nobody else looks at its flags.
-            unsafe { (*vma).__bindgen_anon_2.vm_flags |= flags::PFNMAP };
+            // SAFETY: The VMA is being set up.
+            unsafe { ffi::peerbuf_vma_set_pfnmap(vma) };
         }
         // SAFETY: The VMA is being set up. The buffer outlives it: a VMA keeps its file.
         unsafe {
@@ -547,7 +569,81 @@ const FAULT_DELAY_MS: u32 = 40;
 /// delay again before it has all of them.
 const MOVE_WINDOW: usize = 512 * PAGE_SIZE;
 
-/// `vm_operations_struct.fault`, with the `mmap_lock` or the VMA's own lock held for reading.
+/// Takes the reservation lock for a fault; or says what the fault answers.
+///
+/// The `mmap_lock` is held, and a buffer's lock may be held for long, by anybody: so that one does not hold
+/// up whoever wants to map something in this process, the `mmap_lock` is let go for the wait and the fault
+/// begins anew, as TTM does it (`ttm_bo_vm_reserve`). A signal ends the wait.
+///
+/// # Safety
+///
+/// `vmf` is a fault on a VMA that [`mmap`] has set up for `dmabuf`, being handled with the `mmap_lock` held
+/// for reading.
+unsafe fn lock_for_fault<'a>(
+    vmf: *mut bindings::vm_fault,
+    dmabuf: *mut bindings::dma_buf,
+) -> Result<Locked<'a>, bindings::vm_fault_t> {
+    // SAFETY: By the caller's promise the VMA keeps the dma-buf, here and below.
+    let resv = unsafe { (*dmabuf).resv };
+    // SAFETY: As above.
+    if unsafe { ffi::peerbuf_dma_resv_trylock(resv) } {
+        // SAFETY: As above, and the lock was taken.
+        return Ok(unsafe { Locked::taken(dmabuf) });
+    }
+    let wait = || {
+        // SAFETY: As above; the caller's reference keeps the dma-buf while there is no `mmap_lock`.
+        unsafe {
+            if ffi::peerbuf_dma_resv_lock_interruptible(resv) == 0 {
+                bindings::dma_resv_unlock(resv);
+            }
+        }
+    };
+    // SAFETY: By the caller's promise.
+    if let Some(retry) = unsafe { retry_after(vmf, wait) } {
+        return Err(retry);
+    }
+    // SAFETY: As above.
+    match unsafe { ffi::peerbuf_dma_resv_lock_interruptible(resv) } {
+        // SAFETY: As above, and the lock was taken.
+        0 => Ok(unsafe { Locked::taken(dmabuf) }),
+        // The signal is handled, and then the fault comes again.
+        _ => Err(ffi::VM_FAULT_NOPAGE),
+    }
+}
+
+/// Lets the `mmap_lock` go, calls `wait`, and has the fault begin anew: what it answers is returned. `None`
+/// where it may not, or did so before.
+///
+/// # Safety
+///
+/// `vmf` is a fault that is being handled with the `mmap_lock` held for reading. Nothing of it is used if this
+/// returns an answer.
+unsafe fn retry_after(
+    vmf: *mut bindings::vm_fault,
+    wait: impl FnOnce(),
+) -> Option<bindings::vm_fault_t> {
+    // SAFETY: By the caller's promise, here and below.
+    if !unsafe { ffi::peerbuf_fault_may_retry(vmf) } {
+        return None;
+    }
+    // SAFETY: As above.
+    if unsafe { ffi::peerbuf_fault_may_wait(vmf) } {
+        // SAFETY: As above. The reference keeps the file, and so the dma-buf, when the VMA may go.
+        let file = unsafe {
+            let vma = (*vmf).__bindgen_anon_1.vma;
+            let file = ffi::peerbuf_get_file((*vma).vm_file);
+            ffi::peerbuf_mmap_read_unlock((*vma).vm_mm);
+            file
+        };
+        wait();
+        // SAFETY: The reference was taken above.
+        unsafe { bindings::fput(file) };
+    }
+    Some(bindings::vm_fault_reason_VM_FAULT_RETRY)
+}
+
+/// `vm_operations_struct.fault`, with the `mmap_lock` held for reading: the memory manager calls it with the
+/// VMA's own lock alone only where there is `map_pages`.
 unsafe extern "C" fn fault(vmf: *mut bindings::vm_fault) -> bindings::vm_fault_t {
     // SAFETY: The memory manager calls with a valid fault on a VMA that `mmap` set up, and the
     // VMA keeps its file, whose dma-buf this is.
@@ -569,16 +665,26 @@ unsafe extern "C" fn fault(vmf: *mut bindings::vm_fault) -> bindings::vm_fault_t
     // page put in before the mark is zapped, and after a revoke's none is put in.
     // SAFETY: The dma-buf is kept by the VMA; a fault happens with no reservation lock held, as
     // the lock order says.
-    let mut locked = unsafe { Locked::lock(dmabuf) };
+    let mut locked = match unsafe { lock_for_fault(vmf, dmabuf) } {
+        Ok(locked) => locked,
+        Err(answer) => return answer,
+    };
     let mut window = FAULT_WINDOW;
     if locked.moving {
         window = MOVE_WINDOW;
         let object = locked.buffer();
         locked.expect_change();
         drop(locked);
+        // SAFETY: As above.
+        if let Some(retry) = unsafe { retry_after(vmf, || object.wait_changed(FAULT_DELAY_MS)) } {
+            return retry;
+        }
         object.wait_changed(FAULT_DELAY_MS);
         // SAFETY: As above.
-        locked = unsafe { Locked::lock(dmabuf) };
+        locked = match unsafe { lock_for_fault(vmf, dmabuf) } {
+            Ok(locked) => locked,
+            Err(answer) => return answer,
+        };
     }
     let (object, state) = locked.parts();
     if object.revoked() || offset >= object.len as usize {

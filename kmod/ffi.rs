@@ -97,6 +97,7 @@ extern "C" {
         pdev: *mut bindings::pci_dev,
     ) -> *mut bindings::pci_dev;
     pub(crate) fn peerbuf_dma_fence_put(fence: *mut bindings::dma_fence);
+    pub(crate) fn peerbuf_dma_fence_is_signaled(fence: *mut bindings::dma_fence) -> bool;
     pub(crate) fn peerbuf_vma_set_device(vma: *mut bindings::vm_area_struct, device: bool);
     pub(crate) fn peerbuf_page_address(page: *mut bindings::page) -> *mut c_void;
     pub(crate) fn peerbuf_page_to_pfn(page: *const bindings::page) -> c_ulong;
@@ -110,11 +111,21 @@ extern "C" {
     pub(crate) fn peerbuf_virt_to_page(address: *const c_void) -> *mut bindings::page;
     pub(crate) fn peerbuf_get_pgmap(page: *mut bindings::page, references: c_ulong);
     pub(crate) fn peerbuf_put_page(page: *mut bindings::page);
+    pub(crate) fn peerbuf_page_maybe_dma_pinned(page: *mut bindings::page) -> bool;
     pub(crate) fn peerbuf_wmb();
     pub(crate) fn peerbuf_cond_resched();
     fn peerbuf_fatal_signal_pending() -> bool;
     pub(crate) fn peerbuf_totalram_pages() -> c_ulong;
     pub(crate) fn peerbuf_alloc_pages(gfp: bindings::gfp_t, order: c_uint) -> *mut bindings::page;
+    pub(crate) fn peerbuf_dma_resv_assert_held(resv: *mut bindings::dma_resv);
+    pub(crate) fn peerbuf_dma_resv_trylock(resv: *mut bindings::dma_resv) -> bool;
+    /// EINTR on a signal.
+    pub(crate) fn peerbuf_dma_resv_lock_interruptible(resv: *mut bindings::dma_resv) -> c_int;
+    pub(crate) fn peerbuf_fault_may_retry(fault: *const bindings::vm_fault) -> bool;
+    pub(crate) fn peerbuf_fault_may_wait(fault: *const bindings::vm_fault) -> bool;
+    pub(crate) fn peerbuf_mmap_read_unlock(mm: *mut bindings::mm_struct);
+    pub(crate) fn peerbuf_get_file(file: *mut bindings::file) -> *mut bindings::file;
+    pub(crate) fn peerbuf_vma_set_pfnmap(vma: *mut bindings::vm_area_struct);
 
     /// `linux/vmalloc.h`.
     pub(crate) fn vunmap(address: *const c_void);

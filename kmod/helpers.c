@@ -8,9 +8,12 @@
 #include <linux/dma-direct.h>
 #include <linux/dma-fence.h>
 #include <linux/dma-mapping.h>
+#include <linux/dma-resv.h>
+#include <linux/fs.h>
 #include <linux/gfp.h>
 #include <linux/memremap.h>
 #include <linux/mm.h>
+#include <linux/mmap_lock.h>
 #include <linux/pci.h>
 #include <linux/sched.h>
 #include <linux/sched/signal.h>
@@ -34,6 +37,7 @@ phys_addr_t peerbuf_dma_to_phys(struct device *dev, dma_addr_t address);
 pci_bus_addr_t peerbuf_pci_bus_address(struct pci_dev *pdev, int bar);
 struct pci_dev *peerbuf_pci_upstream_bridge(struct pci_dev *pdev);
 void peerbuf_dma_fence_put(struct dma_fence *fence);
+bool peerbuf_dma_fence_is_signaled(struct dma_fence *fence);
 void peerbuf_vma_set_device(struct vm_area_struct *vma, bool device);
 void *peerbuf_page_address(struct page *page);
 unsigned long peerbuf_page_to_pfn(const struct page *page);
@@ -43,11 +47,20 @@ void *peerbuf_vmap(struct page **pages, unsigned int count, bool device);
 struct page *peerbuf_virt_to_page(const void *address);
 void peerbuf_get_pgmap(struct page *page, unsigned long references);
 void peerbuf_put_page(struct page *page);
+bool peerbuf_page_maybe_dma_pinned(struct page *page);
 void peerbuf_wmb(void);
 void peerbuf_cond_resched(void);
 bool peerbuf_fatal_signal_pending(void);
 unsigned long peerbuf_totalram_pages(void);
 struct page *peerbuf_alloc_pages(gfp_t gfp, unsigned int order);
+void peerbuf_dma_resv_assert_held(struct dma_resv *resv);
+bool peerbuf_dma_resv_trylock(struct dma_resv *resv);
+int peerbuf_dma_resv_lock_interruptible(struct dma_resv *resv);
+bool peerbuf_fault_may_retry(const struct vm_fault *fault);
+bool peerbuf_fault_may_wait(const struct vm_fault *fault);
+void peerbuf_mmap_read_unlock(struct mm_struct *mm);
+struct file *peerbuf_get_file(struct file *file);
+void peerbuf_vma_set_pfnmap(struct vm_area_struct *vma);
 
 void peerbuf_dma_buf_free_sgt(struct dma_buf_attachment *attach, struct sg_table *sgt,
 			      enum dma_data_direction dir)
@@ -94,7 +107,7 @@ void peerbuf_vma_set_device(struct vm_area_struct *vma, bool device)
 {
 	pgprot_t prot = vm_get_page_prot(vma->vm_flags);
 
-	WRITE_ONCE(vma->vm_page_prot, device ? pgprot_noncached(prot) : prot);
+	WRITE_ONCE(vma->vm_page_prot, device ? pgprot_decrypted(pgprot_noncached(prot)) : prot);
 }
 
 void *peerbuf_page_address(struct page *page)
@@ -109,7 +122,7 @@ unsigned long peerbuf_page_to_pfn(const struct page *page)
 
 unsigned int peerbuf_dma_max_segment(struct device *dev)
 {
-	return dma_get_max_seg_size(dev);
+	return min_t(size_t, dma_get_max_seg_size(dev), dma_max_mapping_size(dev));
 }
 
 void peerbuf_reinit_completion(struct completion *completion)
@@ -119,7 +132,8 @@ void peerbuf_reinit_completion(struct completion *completion)
 
 void *peerbuf_vmap(struct page **pages, unsigned int count, bool device)
 {
-	return vmap(pages, count, VM_MAP, device ? pgprot_noncached(PAGE_KERNEL) : PAGE_KERNEL);
+	return vmap(pages, count, VM_MAP,
+		    device ? pgprot_decrypted(pgprot_noncached(PAGE_KERNEL)) : PAGE_KERNEL);
 }
 
 struct page *peerbuf_virt_to_page(const void *address)
@@ -135,6 +149,11 @@ void peerbuf_get_pgmap(struct page *page, unsigned long references)
 void peerbuf_put_page(struct page *page)
 {
 	put_page(page);
+}
+
+bool peerbuf_page_maybe_dma_pinned(struct page *page)
+{
+	return folio_maybe_dma_pinned(page_folio(page));
 }
 
 void peerbuf_wmb(void)
@@ -172,6 +191,11 @@ void peerbuf_dma_fence_put(struct dma_fence *fence)
 	dma_fence_put(fence);
 }
 
+bool peerbuf_dma_fence_is_signaled(struct dma_fence *fence)
+{
+	return dma_fence_is_signaled(fence);
+}
+
 void peerbuf_cond_resched(void)
 {
 	cond_resched();
@@ -190,4 +214,44 @@ unsigned long peerbuf_totalram_pages(void)
 struct page *peerbuf_alloc_pages(gfp_t gfp, unsigned int order)
 {
 	return alloc_pages(gfp, order);
+}
+
+void peerbuf_dma_resv_assert_held(struct dma_resv *resv)
+{
+	dma_resv_assert_held(resv);
+}
+
+bool peerbuf_dma_resv_trylock(struct dma_resv *resv)
+{
+	return dma_resv_trylock(resv);
+}
+
+int peerbuf_dma_resv_lock_interruptible(struct dma_resv *resv)
+{
+	return dma_resv_lock_interruptible(resv, NULL);
+}
+
+bool peerbuf_fault_may_retry(const struct vm_fault *fault)
+{
+	return fault_flag_allow_retry_first(fault->flags);
+}
+
+bool peerbuf_fault_may_wait(const struct vm_fault *fault)
+{
+	return !(fault->flags & FAULT_FLAG_RETRY_NOWAIT);
+}
+
+void peerbuf_mmap_read_unlock(struct mm_struct *mm)
+{
+	mmap_read_unlock(mm);
+}
+
+struct file *peerbuf_get_file(struct file *file)
+{
+	return get_file(file);
+}
+
+void peerbuf_vma_set_pfnmap(struct vm_area_struct *vma)
+{
+	vm_flags_set(vma, VM_PFNMAP);
 }

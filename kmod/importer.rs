@@ -185,11 +185,13 @@ unsafe extern "C" fn device_changes(
     }
     // Before the driver's removal begins: everything of the device is in place.
     if action == UNBINDS {
-        // None is added meanwhile, since that takes the device's lock.
+        // None is added meanwhile, since that takes the device's lock. One that is letting go by itself is
+        // waited for: it unmaps for the device.
         let next = || {
             let shared = SHARED.lock();
             let mut all = shared.attachments.iter();
-            all.find(|a| a.dev().cast() == dev && !a.is_gone()).cloned()
+            let left = |a: &&Arc<Attachment>| a.dev().cast() == dev && !a.has_let_go();
+            all.find(left).cloned()
         };
         while let Some(attachment) = next() {
             let _ = attachment.let_go(abi::IMPORT_DEVICE_GONE);

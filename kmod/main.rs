@@ -19,7 +19,8 @@
 //! - `buffer.rs`: the movable object behind a dma-buf, and its lock; `exporter.rs`: the dma-buf
 //!   operations; `mapping.rs`: the scatter tables that importers get; `system.rs`: memory that is
 //!   not in a BAR;
-//! - `moves.rs` and `revoke.rs`: the two state machines; `watch.rs`: events and counters;
+//! - `moves.rs` and `revoke.rs`: the two state machines; `fences.rs`: what a revoke waits for; `watch.rs`:
+//!   events and counters;
 //! - `importer.rs`: the importer's node, and whose device goes; `attachment.rs`: what it attaches;
 //!   `route.rs`: where the addresses lead that an attachment was given; `peers.rs`: to which devices
 //!   there is a route;
@@ -37,8 +38,9 @@
 //! 4. the reservation lock of a dma-buf: all of `buffer::State`;
 //! 5. the importers' own locks, taken in their callbacks; `i_mmap_rwsem`, when zapping.
 //!
-//! None of these is held while unmapping or direct I/O is waited for. Fences are waited for with the
-//! reservation lock held, as the kernel's own exporters do.
+//! None of these is held while unmapping or direct I/O is waited for, nor while a revoke waits for fences.
+//! A move waits for them with the reservation lock held, as the kernel's own exporters do. None of the first
+//! two is held while somebody else's reservation lock is waited for: one slow buffer stops no other.
 //!
 //! To begin reading: `buffer.rs`, then `exporter.rs`, then `moves.rs`.
 //!
@@ -48,7 +50,7 @@
 //! dma-buf refers to in the device is used only under its reservation lock while it is not
 //! revoked, and removal revokes all before it returns.
 
-use kernel::{debugfs, device::Core, pci, prelude::*};
+use kernel::{debugfs, device::Core, new_mutex, pci, prelude::*, sync::Mutex};
 
 mod abi;
 mod attachment;
@@ -57,6 +59,7 @@ mod compat;
 mod device;
 mod devices;
 mod exporter;
+mod fences;
 mod ffi;
 mod importer;
 mod mapping;
@@ -79,14 +82,42 @@ use importer::Importer;
 use node::Node;
 use provider::Providers;
 
-/// What a bound device owns, dropped in this order before its devres is released.
-struct Bound {
+/// What a bound device owns, dropped in this order.
+struct Owned {
     /// First: nobody new comes in by the node.
     _node: Node,
     /// Nor by a reset, which cannot happen meanwhile anyway.
     _listed: Listed,
     /// Then the device takes away what was given out, and waits until it is.
     _device: Binding,
+}
+
+impl Owned {
+    /// Takes a device that is being probed.
+    fn of(pdev: &pci::Device<Core<'_>>) -> Result<Self> {
+        let device = Device::probe(pdev)?;
+        let listed = Listed::new(device.device())?;
+        reset::hear_of(device.device());
+        let node = node::register(device.device())?;
+        dev_info!(pdev, "/dev/peerbuf/{}\n", device.device().name());
+        Ok(Self {
+            _node: node,
+            _listed: listed,
+            _device: device,
+        })
+    }
+}
+
+/// The driver's data of a bound device.
+///
+/// What it owns goes in `unbind`, when the device still has its driver, its power and its place in an
+/// IOMMU group: peers are waited for there. The driver core drops these data later, when `remove` has
+/// returned and `struct pci_dev` says that the device has no driver. They still own something then only
+/// where the probe has failed after they were made.
+#[pin_data]
+struct Bound {
+    #[pin]
+    owned: Mutex<Option<Owned>>,
 }
 
 struct Driver;
@@ -110,16 +141,16 @@ impl pci::Driver for Driver {
         pdev: &'bound pci::Device<Core<'_>>,
         _info: compat::IdInfo<'bound, Self::IdInfo>,
     ) -> impl PinInit<Self::Data<'bound>, Error> + 'bound {
-        let device = Device::probe(pdev)?;
-        let listed = Listed::new(device.device())?;
-        reset::hear_of(device.device());
-        let node = node::register(device.device())?;
-        dev_info!(pdev, "/dev/peerbuf/{}\n", device.device().name());
-        Ok(Bound {
-            _node: node,
-            _listed: listed,
-            _device: device,
+        let owned = Owned::of(pdev);
+        try_pin_init!(Bound {
+            owned <- new_mutex!(Some(owned?)),
         })
+    }
+
+    fn unbind<'bound>(_pdev: &'bound pci::Device<Core<'_>>, this: Pin<&Self::Data<'bound>>) {
+        // The lock is let go before what it guards is dropped.
+        let owned = this.owned.lock().take();
+        drop(owned);
     }
 }
 

@@ -17,15 +17,18 @@
 //! are slowed down then, see `exporter.rs`, so that a stream of direct I/O comes to an end. A move
 //! in progress needs no fence: until the lock is given up for good, nobody sees half of it.
 //!
+//! Pages of system memory that somebody keeps longer than the move may take are left to him, with the bytes
+//! that they have; see [`Buffer::may_leave_pages`]. He sees none of what comes after.
+//!
 //! A move to the BAR waits also for mappings of the BAR from before an earlier move: the same
 //! bytes of the BAR would be written under them.
 
-use core::ops::Range;
+use core::{ops::Range, ptr};
 
 use kernel::{bindings, ffi::c_void, page::PAGE_SIZE, prelude::*, sync::Arc};
 
 use crate::{
-    buffer::{cut, Buffer, Locked, Piece, SystemPart},
+    buffer::{cut, Buffer, Locked, Piece, State, SystemPart},
     device, ffi,
     system::{self, Contents, System},
     watch::Wait,
@@ -48,6 +51,15 @@ impl To {
     }
 }
 
+/// On whose behalf a move is made.
+#[derive(Clone, Copy)]
+pub(crate) enum For {
+    /// The limit is for what the move waits for. How long it copies is his business.
+    Owner,
+    /// Of an importer that attaches: the limit is for all of it.
+    Importer,
+}
+
 /// What a move has done.
 pub(crate) struct Moved {
     pub(crate) generation: u64,
@@ -67,6 +79,7 @@ pub(crate) unsafe fn move_part(
     part: Range<u64>,
     to: To,
     limit_ms: u32,
+    for_whom: For,
 ) -> Result<Moved> {
     let wait = Wait::begin(limit_ms);
     // SAFETY: By the caller's promise.
@@ -85,7 +98,10 @@ pub(crate) unsafe fn move_part(
     buffer.moving = true;
     // SAFETY: As above.
     let (mut buffer, result) = unsafe { prepare(buffer, dmabuf, &part, to, &wait) };
-    let result = result.and_then(|()| commit(&mut buffer, &part, to));
+    let patience = Patience {
+        end: matches!(for_whom, For::Importer).then_some(&wait),
+    };
+    let result = result.and_then(|()| commit(&mut buffer, &part, to, patience));
     buffer.moving = false;
     let waited = wait.ns();
     buffer.counters.waited(waited);
@@ -160,7 +176,7 @@ unsafe fn prepare<'a>(
             told_at = Some(buffer.counters.maps);
             buffer.invalidate();
         }
-        match buffer.wait_fences(true, wait.left_jiffies()) {
+        match buffer.wait_fences(wait.left_jiffies()) {
             Ok(Some(())) => {}
             Ok(None) => return (buffer, Err(EBUSY)),
             Err(e) => return (buffer, Err(e)),
@@ -170,6 +186,9 @@ unsafe fn prepare<'a>(
         let in_use = object.busy_pages(&buffer, part, |piece| to.moves(piece));
         let stale = to == To::Device && buffer.has_stale_device_mapping();
         if in_use == 0 && !stale {
+            return (buffer, Ok(()));
+        }
+        if !stale && wait.left_ms() == 0 && object.may_leave_pages(&buffer, part, wait) {
             return (buffer, Ok(()));
         }
         // SAFETY: By the caller's promise.
@@ -208,7 +227,12 @@ fn whole_blocks(buffer: &Locked<'_>, part: &Range<u64>) -> Range<u64> {
 }
 
 /// Step 5: nobody uses the part, and the lock is held throughout.
-fn commit(buffer: &mut Locked<'_>, part: &Range<u64>, to: To) -> Result<Moved> {
+fn commit(
+    buffer: &mut Locked<'_>,
+    part: &Range<u64>,
+    to: To,
+    patience: Patience<'_>,
+) -> Result<Moved> {
     let (object, state) = buffer.parts();
     // All that can fail comes before anything changes. The list of pieces is made anew, so that
     // an error leaves the old one.
@@ -232,22 +256,18 @@ fn commit(buffer: &mut Locked<'_>, part: &Range<u64>, to: To) -> Result<Moved> {
         match to {
             To::System => {
                 let pages = System::alloc(piece.len, Contents::Old)?;
-                copy_out(object, piece, &pages)?;
+                copy_out(object, piece, &pages, patience)?;
                 piece.system = Some(SystemPart { pages, first: 0 });
             }
             To::Device => {
-                copy_in(object, piece)?;
+                copy_in(object, piece, patience)?;
                 piece.system = None;
             }
         }
         copied += piece.len;
     }
     join(&mut pieces);
-    // A device that was pulled out answers reads with ones and drops writes, without an error.
-    // SAFETY: The device structure is kept by ours.
-    if !unsafe { bindings::pci_device_is_present(device::raw(object.device.pci())) } {
-        return Err(ENODEV);
-    }
+    patience.check(object)?;
     state.pieces = pieces;
     state.generation += 1;
     state.counters.moves += 1;
@@ -275,8 +295,59 @@ fn join(pieces: &mut KVec<Piece>) {
     }
 }
 
+/// Gives a buffer other pages for those of its system memory that somebody uses: he keeps them, with the
+/// bytes that they have. Nobody has access by the buffer, and the lock is held. Errors: ENOMEM, EINTR where
+/// the task is being killed.
+pub(crate) fn leave_pages(buffer: &mut Locked<'_>) -> Result {
+    for i in 0..buffer.pieces.len() {
+        let state: &mut State = buffer;
+        let piece = &state.pieces[i];
+        if system::busy(piece.system_pages()) == 0 {
+            continue;
+        }
+        let pages = System::alloc(piece.len, Contents::Old)?;
+        for (&from, &to) in piece.system_pages().iter().zip(pages.pages()) {
+            // SAFETY: Both are pages, mapped in the kernel, and different.
+            unsafe {
+                let (from, to) = (system::address(from), system::address(to));
+                ptr::copy_nonoverlapping(from.cast::<u8>(), to.cast::<u8>(), PAGE_SIZE);
+                ffi::peerbuf_cond_resched();
+            }
+        }
+        state.pieces[i].system = Some(SystemPart { pages, first: 0 });
+    }
+    Ok(())
+}
+
 /// The most bytes that are copied without letting others run.
 const STEP: usize = 1 << 20;
+
+/// What may end copying before its end. The lock is held for all of it.
+#[derive(Clone, Copy)]
+struct Patience<'a> {
+    /// When it is to end by itself, if ever: a process that only attaches must not keep the others from the
+    /// buffer for as long as it likes.
+    end: Option<&'a Wait>,
+}
+
+impl Patience<'_> {
+    /// EINTR where the task is being killed, ENODEV where the device was pulled out, EBUSY when the time is
+    /// over.
+    fn check(self, object: &Buffer) -> Result {
+        if ffi::fatal_signal_pending() {
+            return Err(EINTR);
+        }
+        if self.end.is_some_and(|end| end.left_ms() == 0) {
+            return Err(EBUSY);
+        }
+        // A device that was pulled out answers reads with ones and drops writes, without an error.
+        // SAFETY: The device structure is kept by ours.
+        if !unsafe { bindings::pci_device_is_present(device::raw(object.device.pci())) } {
+            return Err(ENODEV);
+        }
+        Ok(())
+    }
+}
 
 /// Calls `copy(address in the BAR's kernel mapping, address in system memory, bytes)` for the
 /// whole of a piece whose place is `home`.
@@ -284,11 +355,13 @@ fn each_run(
     object: &Buffer,
     home: u64,
     pages: &[*mut bindings::page],
+    patience: Patience<'_>,
     copy: impl Fn(*mut c_void, *mut c_void, usize),
 ) -> Result {
     let bar = object.bar();
     let mut at = 0;
     while at < pages.len() {
+        patience.check(object)?;
         let address = system::address(pages[at]);
         // As many pages as follow each other. The structures of neighbours are neighbours, too,
         // on every kernel with P2PDMA (SPARSEMEM_VMEMMAP).
@@ -309,21 +382,27 @@ fn each_run(
     Ok(())
 }
 
-fn copy_out(object: &Buffer, piece: &Piece, to: &Arc<System>) -> Result {
+fn copy_out(object: &Buffer, piece: &Piece, to: &Arc<System>, patience: Patience<'_>) -> Result {
     let home = piece.home.ok_or(EINVAL)?;
-    each_run(object, home, to.pages(), |io, memory, len| {
+    each_run(object, home, to.pages(), patience, |io, memory, len| {
         // SAFETY: Both are `len` bytes long, the lock is held and the buffer not revoked, so the
         // device is bound and the mapping of its BAR valid.
         unsafe { bindings::memcpy_fromio(memory, io, len) };
     })
 }
 
-fn copy_in(object: &Buffer, piece: &Piece) -> Result {
+fn copy_in(object: &Buffer, piece: &Piece, patience: Patience<'_>) -> Result {
     let home = piece.home.ok_or(EINVAL)?;
-    each_run(object, home, piece.system_pages(), |io, memory, len| {
-        // SAFETY: As in `copy_out`.
-        unsafe { bindings::memcpy_toio(io, memory, len) };
-    })?;
+    each_run(
+        object,
+        home,
+        piece.system_pages(),
+        patience,
+        |io, memory, len| {
+            // SAFETY: As in `copy_out`.
+            unsafe { bindings::memcpy_toio(io, memory, len) };
+        },
+    )?;
     // The writes are posted: a peer may come by another way.
     object.bar().flush(home);
     Ok(())

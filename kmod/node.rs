@@ -24,7 +24,7 @@ use crate::{
     exporter,
     ffi::{self, Table},
     misc::{begin, deliver, read_struct, write_struct, Fd, Misc},
-    moves::{self, To},
+    moves::{self, For, To},
     region::Place,
     revoke::{self, Scope},
     watch,
@@ -242,7 +242,8 @@ impl Open<'_> {
         }
         let part = request.offset..end;
         // SAFETY: The dma-buf is one of ours and kept, and the part is as it should be.
-        let moved = unsafe { moves::move_part(dmabuf.0, part, to, request.timeout_ms)? };
+        let moved =
+            unsafe { moves::move_part(dmabuf.0, part, to, request.timeout_ms, For::Owner)? };
         request.generation = moved.generation;
         request.copied = moved.copied;
         deliver(arg, &request);

@@ -42,8 +42,10 @@ impl Pages {
 
     /// Makes struct pages for the whole of `bar`, `len` bytes at `start`.
     ///
-    /// Errors: what `pci_p2pdma_add_resource` gives (ENOMEM, EINVAL, EOPNOTSUPP), or EBUSY where
-    /// somebody took from the pool first.
+    /// Nothing where the kernel has made them and put them into its pool, and they could not be taken from
+    /// there: others may take them, so the BAR is not ours to export.
+    ///
+    /// Errors: what `pci_p2pdma_add_resource` gives (ENOMEM, EINVAL, EOPNOTSUPP).
     ///
     /// # Safety
     ///
@@ -54,7 +56,7 @@ impl Pages {
         bar: u32,
         start: u64,
         len: u64,
-    ) -> Result<Self> {
+    ) -> Result<Option<Self>> {
         let raw = device::raw(pdev);
         // SAFETY: `pdev` is being probed, by the caller's promise; size 0 is the whole BAR.
         to_result(unsafe { bindings::pci_p2pdma_add_resource(raw, bar as c_int, 0, 0) })?;
@@ -63,7 +65,7 @@ impl Pages {
         // SAFETY: As above; the pool exists since the call before.
         let kaddr = unsafe { bindings::pci_alloc_p2pmem(raw, len as usize) };
         if kaddr.is_null() {
-            return Err(EBUSY);
+            return Ok(None);
         }
         // INVARIANT: The pool gave the whole chunk, so nobody else has any of its pages; the
         // chunk gives each its base count, and takes it back when devres is released.
@@ -75,15 +77,12 @@ impl Pages {
         this.set_counts(1);
         // On an error the chunk is dropped, and so goes back, at once. Devres is released last
         // in, first out: the chunk goes back before the P2PDMA core unmaps the pages.
-        devres::register(
-            pdev.as_ref(),
-            Chunk {
-                pdev: raw,
-                pages: this,
-            },
-            GFP_KERNEL,
-        )?;
-        Ok(this)
+        let chunk = Chunk {
+            pdev: raw,
+            pages: this,
+        };
+        let registered = devres::register(pdev.as_ref(), chunk, GFP_KERNEL);
+        Ok(registered.is_ok().then_some(this))
     }
 
     /// Those of a BAR, or of part of it, that another driver has made and published.

@@ -6,13 +6,14 @@
 //! map, pin and vmap answer ENODEV, page faults SIGBUS. It tells the importers, ends the
 //! processor's access, and waits, as long as its caller says, until fences, mappings and direct
 //! I/O are gone. Fences end what importers do with full access; unmapping ends speculative reads:
-//! both are needed. The reservation lock is given up in between, since importers need it to unmap.
+//! both are needed. The fences are those of the mark (`fences.rs`). Nothing is waited for with the
+//! reservation lock held, since importers need it to unmap.
 
 use kernel::{bindings, prelude::*};
 
 use crate::{
     buffer::{revoked, Locked, State},
-    ffi,
+    ffi, moves,
     watch::Wait,
 };
 
@@ -45,7 +46,7 @@ pub(crate) enum Scope {
     Bar,
 }
 
-/// The longest that the lock is kept for fences, or given up, at a time.
+/// The longest that is waited at a time, before a look at what is left.
 const SLICE_MS: u32 = 20;
 
 /// Takes access away for the reason `why`, a `revoked::*` bit, and waits at most `limit_ms`. A process
@@ -98,6 +99,12 @@ pub(crate) fn take_away(buffer: &mut Locked<'_>, why: u32) {
     let whole = 0..buffer.buffer().len;
     // After the mark no fault puts in another page, so what is zapped here stays so.
     buffer.zap(&whole);
+    // After the importers were told, who may leave a fence for what they still have to end. With another
+    // reason, none of what came since means anything.
+    if reasons == 0 {
+        buffer.revoked = Some(Wait::begin(0));
+        buffer.mark_fences();
+    }
 }
 
 /// Waits until nobody has access any more, or the time is over.
@@ -113,18 +120,20 @@ unsafe fn wait_locked(
     wait: Wait,
 ) -> Left {
     let left = loop {
-        let slice = wait.left_ms().min(SLICE_MS);
-        // A signal does not interrupt it, so EINTR cannot come.
-        let fences = buffer.wait_fences(false, Wait::jiffies(slice)) != Ok(Some(()));
-        let left = count(&buffer, scope, fences);
+        let left = count(&buffer, scope);
         let given_up = why == revoked::BY_OWNER && ffi::fatal_signal_pending();
         if left.nobody() || wait.left_ms() == 0 || given_up {
             break left;
         }
+        let slice = wait.left_ms().min(SLICE_MS);
         let object = buffer.buffer();
+        let marked = buffer.marked.clone();
         buffer.expect_change();
         drop(buffer);
-        object.wait_changed(if left.holders == 0 { 1 } else { slice });
+        match marked {
+            Some(marked) if left.fences => marked.wait_for_one(Wait::jiffies(slice)),
+            _ => object.wait_changed(if left.holders == 0 { 1 } else { slice }),
+        }
         // SAFETY: By the caller's promise; the lock was given up above.
         buffer = unsafe { Locked::lock(dmabuf) };
     };
@@ -133,7 +142,7 @@ unsafe fn wait_locked(
     left
 }
 
-fn count(buffer: &Locked<'_>, scope: Scope, fences: bool) -> Left {
+fn count(buffer: &Locked<'_>, scope: Scope) -> Left {
     let state: &State = buffer;
     let (holders, pages) = match scope {
         Scope::Buffer => {
@@ -145,7 +154,7 @@ fn count(buffer: &Locked<'_>, scope: Scope, fences: bool) -> Left {
     };
     Left {
         holders,
-        fences,
+        fences: buffer.fences_pending(),
         pages,
         generation: state.generation,
     }
@@ -155,7 +164,8 @@ fn count(buffer: &Locked<'_>, scope: Scope, fences: bool) -> Left {
 /// generation, which is returned.
 ///
 /// Errors: EALREADY where the reason does not hold, ENODEV where the device is gone, EBUSY where
-/// somebody still has access from before.
+/// somebody still has access from before; ENOMEM, EINTR where pages that somebody keeps were to be
+/// replaced.
 pub(crate) fn restore(buffer: &mut Locked<'_>, why: u32) -> Result<u64> {
     let reasons = buffer.buffer().reasons();
     if buffer.buffer().gone() {
@@ -164,7 +174,16 @@ pub(crate) fn restore(buffer: &mut Locked<'_>, why: u32) -> Result<u64> {
     if reasons & why == 0 {
         return Err(ffi::errno(bindings::EALREADY));
     }
-    let left = count(buffer, Scope::Buffer, !buffer.fences_signalled());
+    let mut left = count(buffer, Scope::Buffer);
+    if left.pages != 0 && left.holders == 0 && !left.fences {
+        // Pages that somebody just keeps do not keep the owner from giving access again.
+        let (object, state) = buffer.parts();
+        let since = state.revoked.as_ref();
+        if since.is_some_and(|since| object.may_leave_pages(state, &(0..object.len), since)) {
+            moves::leave_pages(buffer)?;
+            left.pages = 0;
+        }
+    }
     // Who kept his mapping through a reset had the BAR taken from under him and must not have it
     // back unawares; that is for the one who resets to wait for.
     if why == revoked::BY_OWNER && !left.nobody() {
@@ -172,6 +191,8 @@ pub(crate) fn restore(buffer: &mut Locked<'_>, why: u32) -> Result<u64> {
     }
     buffer.set_reasons(reasons & !why);
     if reasons == why {
+        buffer.marked = None;
+        buffer.revoked = None;
         buffer.generation += 1;
         buffer.watchers.signal();
         buffer.notify();
@@ -208,7 +229,7 @@ pub(crate) unsafe fn name_holders(dmabuf: *mut bindings::dma_buf) {
     {
         pr_warn!("{exporter}: revoked, and waiting for the end of a kernel mapping\n");
     }
-    if !buffer.fences_signalled() {
+    if buffer.fences_pending() {
         pr_warn!("{exporter}: revoked, and waiting for a fence\n");
     }
 }

@@ -145,3 +145,11 @@ pub(crate) fn busy(pages: &[*mut bindings::page]) -> usize {
     };
     pages.iter().filter(used).count()
 }
+
+/// Whether a device may be at work on one of `pages`: direct I/O, a registration of io_uring or of an RDMA
+/// card pin them (`FOLL_PIN`). Others have a reference at most, such as a pipe.
+pub(crate) fn any_pinned(pages: &[*mut bindings::page]) -> bool {
+    // SAFETY: The callers' pages are valid.
+    let pinned = |&page: &*mut bindings::page| unsafe { ffi::peerbuf_page_maybe_dma_pinned(page) };
+    pages.iter().any(pinned)
+}

@@ -341,10 +341,11 @@ impl Write for Text<'_> {
 /// What `peerbuf/buffers` in debugfs shows: every device, and its buffers as [`print`] has them.
 pub(crate) fn print_all(_: &(), to: &mut fmt::Formatter<'_>) -> fmt::Result {
     let mut result = Ok(());
-    devices::each(|device| {
+    // Without the lock of the list, for which every unbinding waits: a buffer's may be held for long.
+    for device in (0..).map_while(devices::nth) {
         let name = device.name();
         result = result.and_then(|()| to.write_fmt(fmt!("device:\t{}\n", name)));
         device.each_export(|buffer| result = result.and_then(|()| print(buffer, to)));
-    });
+    }
     result
 }

@@ -258,6 +258,12 @@ pub struct ExportRanges {
 /// memory. Mappings made before are invalidated, and keep their old backing until they are
 /// unmapped. Ranges that are there already stay as they are.
 ///
+/// Pages of system memory that somebody keeps, in a pipe for example (`vmsplice`), do not keep the bytes
+/// from moving: when the time is over, they are left to him with the bytes that they have, and he sees
+/// none of what comes after. Where a device may be at work on them (direct I/O, registrations of io_uring or
+/// of an RDMA card), that is done only after 10 seconds; with a lower limit the move fails with EBUSY. What
+/// such a device writes after that is not in the buffer.
+///
 /// Errors: EINVAL (size, flags, padding, placement, a part that is not page-aligned or not inside
 /// the buffer, a descriptor that is no dma-buf of this device), EBUSY (the buffer is pinned or has
 /// a kernel mapping; a move to the BAR while an importer needs system memory, or still has a stale
@@ -316,11 +322,15 @@ pub struct Revoke {
     pub holders: u32,
     /// Out: fences that are not signalled: 1 if any, otherwise 0.
     pub fences: u32,
-    /// Out: pages that direct I/O still uses.
+    /// Out: pages that direct I/O still uses, or that somebody keeps. Of system memory all pages of a block
+    /// count, of which one is in use.
     pub pages: u64,
 }
 
 /// [`IOC_RESTORE`]: gives access to a revoked buffer again, with a new generation.
+///
+/// Pages of system memory that somebody keeps are left to him, as [`Move`] says, the 10 seconds beginning
+/// with the revoke: the buffer gets others, with the same bytes.
 ///
 /// Errors: EBUSY (somebody still holds it from before), EALREADY (it is not revoked), ENODEV,
 /// EINVAL, EACCES, EBADF, EFAULT, as [`Move`].

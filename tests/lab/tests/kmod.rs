@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, PermissionsExt};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -18,6 +18,7 @@ use peerbuf_lab_suite::node::{
     MIB, Map, Node, PAGE, SYNC_END, SYNC_READ, SYNC_WRITE, assert_all_free, differs, errno, fill,
     in_child, ioctl, nvme_bdf, pattern, sync,
 };
+use peerbuf_lab_suite::pci::wait_until;
 use peerbuf_uapi as abi;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
@@ -815,6 +816,70 @@ fn unbinding_revokes_what_was_given_out() {
     assert_eq!(differs(&new, 0, MIB as usize, 4), None);
     drop((new, new_fd));
     assert_all_free(&fresh);
+}
+
+/// The command register in a device's configuration space.
+fn command(bdf: &str) -> u16 {
+    let space = fs::read(format!("/sys/bus/pci/devices/{bdf}/config")).unwrap();
+    u16::from_le_bytes([space[4], space[5]])
+}
+
+fn set_command(bdf: &str, command: u16) {
+    let path = format!("/sys/bus/pci/devices/{bdf}/config");
+    let space = File::options().write(true).open(path).unwrap();
+    space.write_all_at(&command.to_le_bytes(), 4).unwrap();
+}
+
+#[test]
+fn bus_mastering_is_off_when_the_device_is_bound_and_when_it_is_not_any_more() {
+    const MEMORY: u16 = 1 << 1;
+    const MASTER: u16 = 1 << 2;
+    let bdf = Node::largest().bdf;
+    Node::unbind(&bdf);
+    set_command(&bdf, MEMORY | MASTER);
+    Node::bind(&bdf);
+    assert_eq!(command(&bdf) & (MEMORY | MASTER), MEMORY);
+    // Whoever can may switch it on meanwhile; the next driver does not get it so.
+    set_command(&bdf, MEMORY | MASTER);
+    Node::unbind(&bdf);
+    assert_eq!(command(&bdf) & MASTER, 0);
+    Node::bind(&bdf);
+}
+
+/// The driver that `struct pci_dev` names, as the last word of the device's line.
+fn driver_in_proc(bdf: &str) -> String {
+    let digits = bdf.split_once(':').unwrap().1;
+    let (bus, rest) = digits.split_once(':').unwrap();
+    let (slot, function) = rest.split_once('.').unwrap();
+    let number = |text| u8::from_str_radix(text, 16).unwrap();
+    let devfn = number(slot) << 3 | number(function);
+    let name = format!("{bus}{devfn:02x}\t");
+    let list = fs::read_to_string("/proc/bus/pci/devices").unwrap();
+    let line = list.lines().find(|line| line.starts_with(&name)).unwrap();
+    line.rsplit('\t').next().unwrap().trim().to_owned()
+}
+
+#[test]
+fn a_device_has_its_driver_until_no_importer_reaches_it() {
+    let node = Node::largest();
+    let bdf = node.bdf.clone();
+    let (fd, _) = node.export(None, MIB).unwrap();
+    let late = Importer::attach(fd.as_fd(), &nvme_bdf(), DYNAMIC | PEER, 60_000).unwrap();
+    late.map().unwrap();
+    assert_eq!(driver_in_proc(&bdf), "peerbuf");
+    thread::scope(|scope| {
+        let unbinding = scope.spawn(|| Node::unbind(&bdf));
+        wait_until("it is told", || late.query().state & abi::IMPORT_STALE != 0);
+        thread::sleep(Duration::from_millis(300));
+        let driver = driver_in_proc(&bdf);
+        late.unmap();
+        unbinding.join().unwrap();
+        assert_eq!(driver, "peerbuf", "while an importer has a mapping");
+    });
+    assert_eq!(driver_in_proc(&bdf), "");
+    Node::bind(&bdf);
+    drop((fd, late, node));
+    assert_all_free(&Node::open(&bdf).unwrap());
 }
 
 #[test]

@@ -1,18 +1,23 @@
 //! Importers of every kind on buffers that move: who gets what memory, who is told, who is waited
 //! for. Runs in the guest.
 
+use std::fs;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use bytemuck::Zeroable;
 use peerbuf_lab_suite::clock::Stopwatch;
 use peerbuf_lab_suite::importer::{self, DYNAMIC, Importer, Mapping, PEER};
+use peerbuf_lab_suite::machine::seconds;
 use peerbuf_lab_suite::node::{
     MIB, Map, Node, PAGE, assert_all_free, differs, errno, fill, in_child, nvme_bdf,
 };
+use peerbuf_lab_suite::pci::spare_device;
 use peerbuf_uapi as abi;
 use peerbuf_uapi::{PLACEMENT_DEVICE, PLACEMENT_MIXED, PLACEMENT_SYSTEM};
 use rand::rngs::StdRng;
@@ -257,6 +262,165 @@ fn moves_wait_for_fences_of_every_usage() {
     }
     let query = node.buffer(&fd).unwrap();
     assert!(query.longest_wait_ns > 80_000_000, "{query:?}");
+}
+
+/// Two who leave fences in turn, so that there is always one that has not signalled, until this is dropped
+/// or 20 seconds are over.
+struct Fencing {
+    stop: Arc<AtomicBool>,
+    thread: Option<thread::JoinHandle<()>>,
+}
+
+impl Fencing {
+    /// How long a fence lasts. Another one comes before it is over.
+    const MS: u32 = 400;
+
+    fn start(fd: &OwnedFd) -> Self {
+        let importers = [0, 1].map(|_| attach(fd, DYNAMIC | PEER).unwrap());
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = stop.clone();
+        let thread = thread::spawn(move || {
+            let end = Instant::now() + Duration::from_secs(20);
+            for importer in importers.iter().cycle() {
+                if stopped.load(Ordering::Relaxed) || Instant::now() > end {
+                    return;
+                }
+                match errno(importer.fence(abi::IMPORT_FENCE_BOOKKEEP, Self::MS)) {
+                    0 | libc::EBUSY => {}
+                    other => panic!("{other}"),
+                }
+                thread::sleep(Duration::from_millis(u64::from(Self::MS) / 4));
+            }
+        });
+        Self {
+            stop,
+            thread: Some(thread),
+        }
+    }
+}
+
+impl Drop for Fencing {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        let _ = self.thread.take().unwrap().join();
+    }
+}
+
+#[test]
+fn fences_that_come_after_the_mark_hold_nobody_up() {
+    let node = Node::largest();
+    let bdf = node.bdf.clone();
+    let (fd, _) = node.export(None, MIB).unwrap();
+    let limit = seconds(5);
+    // Its owner's revoke, and that he gives access again.
+    let fencing = Fencing::start(&fd);
+    thread::sleep(Duration::from_millis(200));
+    let began = Instant::now();
+    let revoked = node.revoke(&fd, 20_000).unwrap();
+    assert_eq!((revoked.holders, revoked.fences), (0, 0), "{revoked:?}");
+    assert!(began.elapsed() < limit, "{:?}", began.elapsed());
+    thread::sleep(Duration::from_millis(u64::from(Fencing::MS)));
+    node.restore(&fd).unwrap();
+    // A reset, and the end of the binding.
+    let began = Instant::now();
+    fs::write(format!("/sys/bus/pci/devices/{bdf}/reset"), "1").unwrap();
+    assert!(began.elapsed() < limit, "{:?}", began.elapsed());
+    let began = Instant::now();
+    Node::unbind(&bdf);
+    assert!(began.elapsed() < limit, "{:?}", began.elapsed());
+    Node::bind(&bdf);
+    drop((fencing, fd, node));
+    assert_all_free(&Node::open(&bdf).unwrap());
+}
+
+#[test]
+fn a_fence_from_before_the_mark_is_waited_for_by_every_reason() {
+    let node = Node::largest();
+    let bdf = node.bdf.clone();
+    let (fd, _) = node.export(None, MIB).unwrap();
+    let importer = attach(&fd, DYNAMIC | PEER).unwrap();
+    let began = Instant::now();
+    importer.fence(abi::IMPORT_FENCE_READ, 1500).unwrap();
+    assert_eq!(node.revoke(&fd, 50).unwrap().fences, 1);
+    assert_eq!(errno(node.restore(&fd)), libc::EBUSY);
+    Node::unbind(&bdf);
+    let took = began.elapsed();
+    assert!(took >= Duration::from_millis(1400), "{took:?}");
+    Node::bind(&bdf);
+    drop((importer, fd, node));
+    assert_all_free(&Node::open(&bdf).unwrap());
+}
+
+#[test]
+fn a_buffer_that_is_held_up_holds_up_no_other() {
+    let node = Node::largest();
+    let bdf = node.bdf.clone();
+    let (held, _) = node.export(None, MIB).unwrap();
+    let importer = attach(&held, DYNAMIC | PEER).unwrap();
+    let hold = seconds(6);
+    let ms = hold.as_millis() as u32;
+    importer.fence(abi::IMPORT_FENCE_BOOKKEEP, ms).unwrap();
+    let began = Instant::now();
+    thread::scope(|scope| {
+        let (node, held) = (&node, &held);
+        // A move waits for the fence with the buffer's lock held, and others wait for that lock: the node's
+        // fdinfo, the list of all, the end of an open node.
+        scope.spawn(move || node.move_part(held, PLACEMENT_SYSTEM, 0, 0, 2 * ms));
+        thread::sleep(hold / 20);
+        let file = format!("/proc/self/fdinfo/{}", node.file.as_raw_fd());
+        scope.spawn(move || fs::read_to_string(file).unwrap());
+        scope.spawn(|| fs::read_to_string("/sys/kernel/debug/peerbuf/buffers").unwrap());
+        let another = Node::open(&bdf).unwrap();
+        scope.spawn(move || drop(another));
+        thread::sleep(hold / 20);
+
+        node.query().unwrap();
+        let (fd, _) = node.export(None, MIB).unwrap();
+        node.buffer(&fd).unwrap();
+        node.move_to(&fd, PLACEMENT_SYSTEM).unwrap();
+        drop(fd);
+        // The driver core tells of every unbinding of the machine.
+        let spare = spare_device();
+        for action in ["unbind", "bind"] {
+            fs::write(format!("/sys/bus/pci/drivers/ahci/{action}"), &spare).unwrap();
+        }
+        let took = began.elapsed();
+        assert!(took < hold * 3 / 4, "{took:?}");
+    });
+    assert_eq!(
+        placement(&node, &held),
+        PLACEMENT_SYSTEM,
+        "it moved in the end"
+    );
+}
+
+#[test]
+fn a_fault_on_a_buffer_that_is_held_up_ends_with_a_signal() {
+    let node = Node::largest();
+    let (fd, _) = node.export(None, MIB).unwrap();
+    let [fencing, mapping] = [(); 2].map(|()| attach(&fd, DYNAMIC | PEER).unwrap());
+    let hold = seconds(6);
+    fencing
+        .fence(abi::IMPORT_FENCE_KERNEL, hold.as_millis() as u32)
+        .unwrap();
+    let map = Map::new(fd.as_fd(), MIB as usize, false).unwrap();
+    let began = Instant::now();
+    thread::scope(|scope| {
+        // Waits for the fence with the buffer's lock held.
+        scope.spawn(|| mapping.map().unwrap());
+        thread::sleep(hold / 20);
+        let child = in_child(|| map.read(0) as i32);
+        thread::sleep(hold / 20);
+        assert_eq!(child.has_ended(), None);
+        child.kill(libc::SIGTERM);
+        assert_eq!(child.wait(), Err(libc::SIGTERM));
+        assert!(began.elapsed() < hold / 2, "{:?}", began.elapsed());
+        // Nor does a fault here keep this process's memory map.
+        scope.spawn(|| map.read(0));
+        thread::sleep(hold / 20);
+        drop(Map::new(fd.as_fd(), MIB as usize, false).unwrap());
+        assert!(began.elapsed() < hold / 2, "{:?}", began.elapsed());
+    });
 }
 
 #[test]

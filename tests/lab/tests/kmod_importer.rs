@@ -818,6 +818,32 @@ fn sixty_four_importers_are_told_each() {
 }
 
 #[test]
+fn a_driver_does_not_go_before_an_attachment_that_is_letting_go_by_itself() {
+    let hold = ms(3000);
+    let spare = spare_device();
+    let buffer = udmabuf(4 * PAGE);
+    let importer = Importer::attach(buffer.as_fd(), &spare, DYNAMIC, 0).unwrap();
+    importer.map().unwrap();
+    let [fencing, mapping] =
+        [(); 2].map(|()| Importer::attach(buffer.as_fd(), &nvme_bdf(), DYNAMIC, 0).unwrap());
+    fencing
+        .fence(abi::IMPORT_FENCE_KERNEL, hold.as_millis() as u32)
+        .unwrap();
+    let began = Instant::now();
+    thread::scope(|scope| {
+        // Waits for the fence with the buffer's lock, which the end of an attachment needs.
+        scope.spawn(|| mapping.map().unwrap());
+        thread::sleep(ms(300));
+        scope.spawn(move || drop(importer));
+        thread::sleep(ms(300));
+        fs::write("/sys/bus/pci/drivers/ahci/unbind", &spare).unwrap();
+        let took = began.elapsed();
+        assert!(took > hold - ms(200), "{took:?}: it was still mapped");
+    });
+    fs::write("/sys/bus/pci/drivers/ahci/bind", &spare).unwrap();
+}
+
+#[test]
 fn a_storm_of_calls_on_shared_attachments_ends_well() {
     let largest = Node::largest().bdf;
     let spare = spare_device();

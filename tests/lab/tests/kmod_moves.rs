@@ -1,7 +1,10 @@
 //! Buffers that move, are revoked and restored, and are watched. Runs in the guest.
 
 use std::fs;
+use std::io::Read;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::Path;
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -10,6 +13,7 @@ use bytemuck::Zeroable;
 use peerbuf_lab_suite::clock::Stopwatch;
 use peerbuf_lab_suite::disk::{self, SCRATCH, Slow};
 use peerbuf_lab_suite::importer::{DYNAMIC, Importer};
+use peerbuf_lab_suite::machine::{is_debug_kernel, seconds};
 use peerbuf_lab_suite::memory;
 use peerbuf_lab_suite::node::{
     MIB, Map, Node, PAGE, SYNC_END, SYNC_READ, SYNC_WRITE, assert_all_free, differs, errno, fill,
@@ -655,6 +659,80 @@ fn direct_io_in_flight_is_waited_for_within_the_limit() {
     }
 }
 
+/// A pipe that keeps the first page of a mapping.
+fn pipe_with_page_of(map: &Map) -> std::io::PipeReader {
+    let (read, write) = std::io::pipe().unwrap();
+    let page = libc::iovec {
+        iov_base: map.as_ptr(),
+        iov_len: PAGE as usize,
+    };
+    // SAFETY: The page lies in the mapping. The kernel only reads it.
+    let n = unsafe { libc::vmsplice(write.as_raw_fd(), &raw const page, 1, 0) };
+    assert_eq!(n, PAGE as isize, "{}", std::io::Error::last_os_error());
+    read
+}
+
+/// The words of the page that a pipe keeps.
+fn words(mut pipe: std::io::PipeReader) -> Vec<u64> {
+    let mut bytes = vec![0; PAGE as usize];
+    pipe.read_exact(&mut bytes).unwrap();
+    let word = |bytes: &[u8]| u64::from_ne_bytes(bytes.try_into().unwrap());
+    bytes.chunks(8).map(word).collect()
+}
+
+#[test]
+fn a_page_that_somebody_keeps_is_left_to_him_with_the_bytes_that_it_had() {
+    const LIMIT_MS: u32 = 300;
+    let node = Node::largest();
+    let bdf = node.bdf.clone();
+    let len = 2 * MIB as usize;
+    let (fd, _) = node.export(None, 2 * MIB).unwrap();
+    let old = |salt| (0..PAGE as usize).step_by(8).map(move |i| pattern(salt, i));
+
+    // A move.
+    node.move_to(&fd, PLACEMENT_SYSTEM).unwrap();
+    let seen = map(&fd, 2 * MIB);
+    fill(&seen, 0, len, 1);
+    let pipe = pipe_with_page_of(&seen);
+    drop(seen);
+    let began = Instant::now();
+    let moved = node
+        .move_part(&fd, PLACEMENT_DEVICE, 0, 0, LIMIT_MS)
+        .unwrap();
+    let took = began.elapsed();
+    assert_eq!(moved.1, 2 * MIB);
+    assert!(
+        took >= Duration::from_millis(u64::from(LIMIT_MS) - 50),
+        "{took:?}"
+    );
+    let seen = map(&fd, 2 * MIB);
+    assert_eq!(differs(&seen, 0, len, 1), None);
+    fill(&seen, 0, len, 2);
+    assert!(words(pipe).into_iter().eq(old(1)), "what he kept");
+
+    // A revoke, which says so, and that access is given again.
+    node.move_to(&fd, PLACEMENT_SYSTEM).unwrap();
+    let pipe = pipe_with_page_of(&seen);
+    let revoked = node.revoke(&fd, LIMIT_MS).unwrap();
+    assert!(revoked.pages > 0, "{revoked:?}");
+    node.restore(&fd).unwrap();
+    assert_eq!(node.buffer(&fd).unwrap().busy_pages, 0);
+    assert_eq!(differs(&seen, 0, len, 2), None);
+    fill(&seen, 0, len, 3);
+    assert!(words(pipe).into_iter().eq(old(2)), "what he kept");
+    assert_eq!(differs(&seen, 0, len, 3), None);
+
+    // The end of the device's binding.
+    let pipe = pipe_with_page_of(&seen);
+    let began = Instant::now();
+    Node::unbind(&bdf);
+    assert!(began.elapsed() < seconds(5), "{:?}", began.elapsed());
+    Node::bind(&bdf);
+    assert!(words(pipe).into_iter().eq(old(3)), "what he kept");
+    drop((seen, fd, node));
+    assert_all_free(&Node::open(&bdf).unwrap());
+}
+
 #[test]
 fn a_move_comes_to_an_end_under_a_stream_of_direct_io() {
     let node = Node::largest();
@@ -807,6 +885,64 @@ fn cpu_access_guards_serve_both_places() {
         assert_eq!(seen.read(8), u64::from(to));
         sync(&fd, SYNC_READ | SYNC_END).unwrap();
     }
+}
+
+/// The kernel's record of its `dma_sync_sg_for_cpu` calls, while this lives. The instrumented kernel keeps
+/// none.
+struct Synced;
+
+impl Synced {
+    const EVENTS: &str = "/sys/kernel/tracing/events/dma/dma_sync_sg_for_cpu/enable";
+
+    fn record() -> Option<Self> {
+        if !Path::new(Self::EVENTS).exists() {
+            let mount = ["-t", "tracefs", "none", "/sys/kernel/tracing"];
+            Command::new("mount").args(mount).status().unwrap();
+        }
+        if !Path::new(Self::EVENTS).exists() {
+            assert!(is_debug_kernel());
+            return None;
+        }
+        fs::write("/sys/kernel/tracing/trace", "").unwrap();
+        fs::write(Self::EVENTS, "1").unwrap();
+        Some(Self)
+    }
+
+    /// How often it was called for a device.
+    fn count(&self, bdf: &str) -> usize {
+        let text = fs::read_to_string("/sys/kernel/tracing/trace").unwrap();
+        let calls = text.lines().filter(|l| l.contains("dma_sync_sg_for_cpu:"));
+        calls.filter(|l| l.contains(bdf)).count()
+    }
+}
+
+impl Drop for Synced {
+    fn drop(&mut self) {
+        let _ = fs::write(Self::EVENTS, "0");
+    }
+}
+
+#[test]
+fn cpu_access_waits_for_the_device_before_its_bytes_are_synchronised() {
+    let Some(synced) = Synced::record() else {
+        return;
+    };
+    let node = Node::largest();
+    let nvme = nvme_bdf();
+    let (fd, _) = node.export(None, MIB).unwrap();
+    node.move_to(&fd, PLACEMENT_SYSTEM).unwrap();
+    let importer = Importer::attach(fd.as_fd(), &nvme, DYNAMIC, 0).unwrap();
+    importer.map().unwrap();
+    importer.fence(abi::IMPORT_FENCE_WRITE, 20_000).unwrap();
+    thread::scope(|scope| {
+        let access = scope.spawn(|| sync(&fd, SYNC_READ));
+        thread::sleep(Duration::from_millis(500));
+        let early = synced.count(&nvme);
+        importer.step(abi::IOC_IMPORT_SIGNAL).unwrap();
+        access.join().unwrap().unwrap();
+        assert_eq!(early, 0, "a device may still have been writing");
+    });
+    assert!(synced.count(&nvme) > 0);
 }
 
 #[test]
