@@ -4,4 +4,5 @@ pub use peerbuf_core::{
     Access, Buffer, BufferRange, CpuAccess, DmaBuf, FenceState, Identity, Info, Kind, Mapping,
     Provenance, SyncFile,
 };
+#[cfg(feature = "share")]
 pub(crate) use peerbuf_core::{LastHandle, LeaseState, parse_info};

@@ -45,11 +45,13 @@ pub mod buffer;
 pub mod device;
 pub mod error;
 pub mod export;
+#[cfg(feature = "share")]
 #[doc(hidden)]
 pub mod fuzz;
 pub mod import;
 mod path;
 pub mod plan;
+#[cfg(feature = "share")]
 pub mod share;
 mod sys;
 pub mod transfer;
@@ -63,6 +65,6 @@ pub use buffer::{Access, Buffer, BufferRange, DmaBuf};
 pub use peerbuf_core::{Deadline, Errno, bytemuck, topology};
 
 /// The README's example compiles.
-#[cfg(doctest)]
+#[cfg(all(doctest, feature = "module", feature = "share"))]
 #[doc = include_str!("../../README.md")]
 pub struct Readme;

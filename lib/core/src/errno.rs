@@ -12,39 +12,60 @@ pub struct Errno(pub i32);
 
 impl Errno {
     /// `EPERM`: not allowed.
-    pub const PERM: Errno = Errno(1);
+    pub const PERM: Errno = Errno(libc::EPERM);
+    /// `ENOENT`: no such file.
+    pub const NOENT: Errno = Errno(libc::ENOENT);
     /// `EINTR`: a signal came first.
-    pub const INTR: Errno = Errno(4);
-    /// `EAGAIN`: not now.
-    pub const AGAIN: Errno = Errno(11);
+    pub const INTR: Errno = Errno(libc::EINTR);
     /// `EIO`: the device failed.
-    pub const IO: Errno = Errno(5);
+    pub const IO: Errno = Errno(libc::EIO);
     /// `ENXIO`: no such device or address.
-    pub const NXIO: Errno = Errno(6);
+    pub const NXIO: Errno = Errno(libc::ENXIO);
+    /// `EBADF`: not an open descriptor, or not for this.
+    pub const BADF: Errno = Errno(libc::EBADF);
+    /// `EAGAIN`: not now.
+    pub const AGAIN: Errno = Errno(libc::EAGAIN);
+    /// `ENOMEM`: no memory, or more than a limit allows.
+    pub const NOMEM: Errno = Errno(libc::ENOMEM);
+    /// `EACCES`: no permission.
+    pub const ACCES: Errno = Errno(libc::EACCES);
     /// `EFAULT`: memory that the kernel cannot use for this call.
-    pub const FAULT: Errno = Errno(14);
-    /// Somebody uses it, so it cannot be done now.
-    pub const BUSY: Errno = Errno(16);
+    pub const FAULT: Errno = Errno(libc::EFAULT);
+    /// `EBUSY`: somebody uses it, so it cannot be done now.
+    pub const BUSY: Errno = Errno(libc::EBUSY);
+    /// `ENODEV`: there is no such device, or it is gone.
+    pub const NODEV: Errno = Errno(libc::ENODEV);
     /// `EINVAL`: a request that makes no sense, or a path that the kernel refuses.
-    pub const INVAL: Errno = Errno(22);
-    /// `ENODEV`: the device is gone.
-    pub const NODEV: Errno = Errno(19);
+    pub const INVAL: Errno = Errno(libc::EINVAL);
+    /// `ENOTTY`: an ioctl that this descriptor does not have.
+    pub const NOTTY: Errno = Errno(libc::ENOTTY);
+    /// `ENOSPC`: no room.
+    pub const NOSPC: Errno = Errno(libc::ENOSPC);
     /// `ETIME`: it took too long.
-    pub const TIME: Errno = Errno(62);
+    pub const TIME: Errno = Errno(libc::ETIME);
+    /// `ELIBACC`: a shared library cannot be opened.
+    pub const LIBACC: Errno = Errno(libc::ELIBACC);
+    /// `EUNATCH`: the driver is not attached.
+    pub const UNATCH: Errno = Errno(libc::EUNATCH);
     /// `EPROTONOSUPPORT`: an interface that the kernel or the driver lacks.
-    pub const PROTONOSUPPORT: Errno = Errno(93);
+    pub const PROTONOSUPPORT: Errno = Errno(libc::EPROTONOSUPPORT);
     /// `EOPNOTSUPP`: the operation is not supported.
-    pub const OPNOTSUPP: Errno = Errno(95);
+    pub const OPNOTSUPP: Errno = Errno(libc::EOPNOTSUPP);
+    /// `EADDRNOTAVAIL`: there is no such address.
+    pub const ADDRNOTAVAIL: Errno = Errno(libc::EADDRNOTAVAIL);
+    /// `ENETDOWN`: the network is down.
+    pub const NETDOWN: Errno = Errno(libc::ENETDOWN);
+    /// `ENOTCONN`: not connected.
+    pub const NOTCONN: Errno = Errno(libc::ENOTCONN);
     /// `EREMOTEIO`: how newer block layers refuse peer-to-peer memory.
-    pub const REMOTEIO: Errno = Errno(121);
+    pub const REMOTEIO: Errno = Errno(libc::EREMOTEIO);
     /// `ENOTSUPP`, internal to the kernel: not supported.
     pub const NOTSUPP: Errno = Errno(524);
 
     /// The symbolic name, such as `EINVAL`; `None` for a number without one.
     pub fn name(self) -> Option<&'static str> {
-        NAMES
-            .iter()
-            .find(|(number, _)| *number == self.0)
+        let mut all = NAMES.iter().chain(OTHERS);
+        all.find(|(number, _)| *number == self.0)
             .map(|(_, name)| *name)
     }
 
@@ -94,138 +115,29 @@ impl From<&std::io::Error> for Errno {
     }
 }
 
-// include/uapi/asm-generic/errno-base.h and errno.h, include/linux/errno.h, Linux 7.2.
-const NAMES: &[(i32, &str)] = &[
-    (1, "EPERM"),
-    (2, "ENOENT"),
-    (3, "ESRCH"),
-    (4, "EINTR"),
-    (5, "EIO"),
-    (6, "ENXIO"),
-    (7, "E2BIG"),
-    (8, "ENOEXEC"),
-    (9, "EBADF"),
-    (10, "ECHILD"),
-    (11, "EAGAIN"),
-    (12, "ENOMEM"),
-    (13, "EACCES"),
-    (14, "EFAULT"),
-    (15, "ENOTBLK"),
-    (16, "EBUSY"),
-    (17, "EEXIST"),
-    (18, "EXDEV"),
-    (19, "ENODEV"),
-    (20, "ENOTDIR"),
-    (21, "EISDIR"),
-    (22, "EINVAL"),
-    (23, "ENFILE"),
-    (24, "EMFILE"),
-    (25, "ENOTTY"),
-    (26, "ETXTBSY"),
-    (27, "EFBIG"),
-    (28, "ENOSPC"),
-    (29, "ESPIPE"),
-    (30, "EROFS"),
-    (31, "EMLINK"),
-    (32, "EPIPE"),
-    (33, "EDOM"),
-    (34, "ERANGE"),
-    (35, "EDEADLK"),
-    (36, "ENAMETOOLONG"),
-    (37, "ENOLCK"),
-    (38, "ENOSYS"),
-    (39, "ENOTEMPTY"),
-    (40, "ELOOP"),
-    (42, "ENOMSG"),
-    (43, "EIDRM"),
-    (44, "ECHRNG"),
-    (45, "EL2NSYNC"),
-    (46, "EL3HLT"),
-    (47, "EL3RST"),
-    (48, "ELNRNG"),
-    (49, "EUNATCH"),
-    (50, "ENOCSI"),
-    (51, "EL2HLT"),
-    (52, "EBADE"),
-    (53, "EBADR"),
-    (54, "EXFULL"),
-    (55, "ENOANO"),
-    (56, "EBADRQC"),
-    (57, "EBADSLT"),
-    (59, "EBFONT"),
-    (60, "ENOSTR"),
-    (61, "ENODATA"),
-    (62, "ETIME"),
-    (63, "ENOSR"),
-    (64, "ENONET"),
-    (65, "ENOPKG"),
-    (66, "EREMOTE"),
-    (67, "ENOLINK"),
-    (68, "EADV"),
-    (69, "ESRMNT"),
-    (70, "ECOMM"),
-    (71, "EPROTO"),
-    (72, "EMULTIHOP"),
-    (73, "EDOTDOT"),
-    (74, "EBADMSG"),
-    (75, "EOVERFLOW"),
-    (76, "ENOTUNIQ"),
-    (77, "EBADFD"),
-    (78, "EREMCHG"),
-    (79, "ELIBACC"),
-    (80, "ELIBBAD"),
-    (81, "ELIBSCN"),
-    (82, "ELIBMAX"),
-    (83, "ELIBEXEC"),
-    (84, "EILSEQ"),
-    (85, "ERESTART"),
-    (86, "ESTRPIPE"),
-    (87, "EUSERS"),
-    (88, "ENOTSOCK"),
-    (89, "EDESTADDRREQ"),
-    (90, "EMSGSIZE"),
-    (91, "EPROTOTYPE"),
-    (92, "ENOPROTOOPT"),
-    (93, "EPROTONOSUPPORT"),
-    (94, "ESOCKTNOSUPPORT"),
-    (95, "EOPNOTSUPP"),
-    (96, "EPFNOSUPPORT"),
-    (97, "EAFNOSUPPORT"),
-    (98, "EADDRINUSE"),
-    (99, "EADDRNOTAVAIL"),
-    (100, "ENETDOWN"),
-    (101, "ENETUNREACH"),
-    (102, "ENETRESET"),
-    (103, "ECONNABORTED"),
-    (104, "ECONNRESET"),
-    (105, "ENOBUFS"),
-    (106, "EISCONN"),
-    (107, "ENOTCONN"),
-    (108, "ESHUTDOWN"),
-    (109, "ETOOMANYREFS"),
-    (110, "ETIMEDOUT"),
-    (111, "ECONNREFUSED"),
-    (112, "EHOSTDOWN"),
-    (113, "EHOSTUNREACH"),
-    (114, "EALREADY"),
-    (115, "EINPROGRESS"),
-    (116, "ESTALE"),
-    (117, "EUCLEAN"),
-    (118, "ENOTNAM"),
-    (119, "ENAVAIL"),
-    (120, "EISNAM"),
-    (121, "EREMOTEIO"),
-    (122, "EDQUOT"),
-    (123, "ENOMEDIUM"),
-    (124, "EMEDIUMTYPE"),
-    (125, "ECANCELED"),
-    (126, "ENOKEY"),
-    (127, "EKEYEXPIRED"),
-    (128, "EKEYREVOKED"),
-    (129, "EKEYREJECTED"),
-    (130, "EOWNERDEAD"),
-    (131, "ENOTRECOVERABLE"),
-    (132, "ERFKILL"),
+macro_rules! names {
+    ($($name:ident)*) => { &[$((libc::$name, stringify!($name))),*] };
+}
+
+/// The system's.
+const NAMES: &[(i32, &str)] = names! {
+    EPERM ENOENT ESRCH EINTR EIO ENXIO E2BIG ENOEXEC EBADF ECHILD EAGAIN ENOMEM EACCES
+    EFAULT ENOTBLK EBUSY EEXIST EXDEV ENODEV ENOTDIR EISDIR EINVAL ENFILE EMFILE ENOTTY
+    ETXTBSY EFBIG ENOSPC ESPIPE EROFS EMLINK EPIPE EDOM ERANGE EDEADLK ENAMETOOLONG ENOLCK
+    ENOSYS ENOTEMPTY ELOOP ENOMSG EIDRM ECHRNG EL2NSYNC EL3HLT EL3RST ELNRNG EUNATCH ENOCSI
+    EL2HLT EBADE EBADR EXFULL ENOANO EBADRQC EBADSLT EBFONT ENOSTR ENODATA ETIME ENOSR
+    ENONET ENOPKG EREMOTE ENOLINK EADV ESRMNT ECOMM EPROTO EMULTIHOP EDOTDOT EBADMSG
+    EOVERFLOW ENOTUNIQ EBADFD EREMCHG ELIBACC ELIBBAD ELIBSCN ELIBMAX ELIBEXEC EILSEQ
+    ERESTART ESTRPIPE EUSERS ENOTSOCK EDESTADDRREQ EMSGSIZE EPROTOTYPE ENOPROTOOPT
+    EPROTONOSUPPORT ESOCKTNOSUPPORT EOPNOTSUPP EPFNOSUPPORT EAFNOSUPPORT EADDRINUSE
+    EADDRNOTAVAIL ENETDOWN ENETUNREACH ENETRESET ECONNABORTED ECONNRESET ENOBUFS EISCONN
+    ENOTCONN ESHUTDOWN ETOOMANYREFS ETIMEDOUT ECONNREFUSED EHOSTDOWN EHOSTUNREACH EALREADY
+    EINPROGRESS ESTALE EUCLEAN ENOTNAM ENAVAIL EISNAM EREMOTEIO EDQUOT ENOMEDIUM EMEDIUMTYPE
+    ECANCELED ENOKEY EKEYEXPIRED EKEYREVOKED EKEYREJECTED EOWNERDEAD ENOTRECOVERABLE ERFKILL
+};
+
+/// Those that the C library does not know.
+const OTHERS: &[(i32, &str)] = &[
     // rdma/fi_errno.h of libfabric 2.1
     (256, "FI_EOTHER"),
     (257, "FI_ETOOSMALL"),
@@ -242,6 +154,7 @@ const NAMES: &[(i32, &str)] = &[
     (268, "FI_EOVERRUN"),
     (269, "FI_ENORX"),
     (270, "FI_ENOMR"),
+    // include/linux/errno.h, Linux 7.2
     (512, "ERESTARTSYS"),
     (513, "ERESTARTNOINTR"),
     (514, "ERESTARTNOHAND"),
@@ -296,7 +209,10 @@ mod tests {
     }
 
     #[test]
-    fn the_table_names_each_number_once() {
-        assert!(NAMES.windows(2).all(|pair| pair[0].0 < pair[1].0));
+    fn the_tables_name_each_number_once() {
+        for table in [NAMES, OTHERS] {
+            assert!(table.windows(2).all(|pair| pair[0].0 < pair[1].0));
+        }
+        assert!(NAMES.last() < OTHERS.first());
     }
 }

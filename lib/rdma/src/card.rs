@@ -24,7 +24,6 @@ pub fn probe() -> Result<Vec<String>, Unavailable> {
     if names.is_empty() {
         return Err(Unavailable {
             what: WHAT,
-            // ENODEV
             cause: SystemError::new("ibv_get_device_list", verbs::NAME, Errno::NODEV),
             remedy: "load the card's driver; or, without one, `modprobe rdma_rxe` and \
                      `rdma link add rxe0 type rxe netdev NAME`"
@@ -37,8 +36,7 @@ pub fn probe() -> Result<Vec<String>, Unavailable> {
 fn library() -> Result<&'static verbs::Library, Unavailable> {
     verbs::library().map_err(|why| Unavailable {
         what: WHAT,
-        // ELIBACC
-        cause: SystemError::new("dlopen", verbs::NAME, Errno(79)),
+        cause: SystemError::new("dlopen", verbs::NAME, Errno::LIBACC),
         remedy: format!("install rdma-core's libraries (libibverbs1, ibverbs-providers): {why}"),
     })
 }
@@ -83,8 +81,7 @@ impl Card {
             .map_err(|errno| SystemError::new("ibv_open_device", name, errno))?;
         let failed = |errno| SystemError::new("ibv_query_gid_table", name, errno);
         let gids = domain.gids().map_err(failed)?;
-        // EADDRNOTAVAIL
-        let address = *choose(&gids).ok_or_else(|| failed(Errno(99)))?;
+        let address = *choose(&gids).ok_or_else(|| failed(Errno::ADDRNOTAVAIL))?;
         let device = Path::new("/sys/class/infiniband").join(name).join("device");
         let inner = Inner {
             domain: Arc::new(domain),

@@ -247,10 +247,9 @@ impl Domain {
     /// Registers a page of ordinary memory as a dma-buf without a descriptor, which is to fail.
     fn register_nobodys(&self, access: u64, key: u64) -> Result<(), Errno> {
         let page = rustix::param::page_size() as u64;
-        // ENOMEM
-        let memory = memfd::export("no dma-buf", page).map_err(|_| Errno(12))?;
+        let memory = memfd::export("no dma-buf", page).map_err(|_| Errno::NOMEM)?;
         let range = memory.whole();
-        let mapping = range.map(Access::ReadWrite).map_err(|_| Errno(12))?;
+        let mapping = range.map(Access::ReadWrite).map_err(|_| Errno::NOMEM)?;
         let kept = Kept::new(Memory::Mapped(mapping), &range);
         let part = Some((None, 0));
         Region::register(self.handle(), kept, Kept::window, part, access, key).map(drop)
@@ -290,8 +289,7 @@ impl ladder::Domain for Domain {
             let code = ReasonCode::NotPinnable;
             Attempt {
                 layer: match errno {
-                    // ENOMEM
-                    Errno::FAULT | Errno(12) => Layer::Memory,
+                    Errno::FAULT | Errno::NOMEM => Layer::Memory,
                     _ => Layer::Provider,
                 },
                 errno: Some(errno),

@@ -1,7 +1,11 @@
 //! Devices that both make buffers and use them: one open device serves [`export`](crate::export)
 //! and [`import`](crate::import) alike.
 
+#[cfg(feature = "drm")]
 pub mod drm;
+#[cfg(feature = "vfio")]
 pub mod edu;
+#[cfg(feature = "v4l2")]
 pub mod v4l2;
+#[cfg(feature = "vfio")]
 pub mod vfio;

@@ -12,14 +12,19 @@
 //! | [`udmabuf`] | this process's own, and memfds that others gave it | `/dev/udmabuf` |
 //! | [`memfd`] | the system's, without a dma-buf: the stand-in | nothing |
 
+#[cfg(feature = "drm")]
 pub mod drm;
 pub mod heap;
 pub mod memfd;
+#[cfg(feature = "module")]
 pub mod peerbuf;
+#[cfg(feature = "module")]
 pub mod provider;
 mod room;
 pub mod udmabuf;
+#[cfg(feature = "v4l2")]
 pub mod v4l2;
+#[cfg(feature = "vfio")]
 pub mod vfio;
 
 use crate::error::{ExportError, SystemError};

@@ -347,7 +347,7 @@ fn explain(errno: Errno, info: &DeviceInfo, bar: u8, ranges: &[RangeRequest]) ->
         })
     };
     match errno {
-        Errno(28 | 16) => format!(
+        Errno::NOSPC | Errno::BUSY => format!(
             ": {} of {} bytes are free, the longest run is {}",
             bar.free, bar.size, bar.largest_free
         ),

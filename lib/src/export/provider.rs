@@ -90,9 +90,11 @@ fn explain(errno: Errno, pool: Option<Pool>) -> String {
                 published: false, ..
             }),
         ) => ": its driver keeps its peer memory for itself (p2pmem/published is 0)".into(),
-        (Errno(28), Some(pool)) => format!(": {} of {} bytes are free", pool.available, pool.size),
-        (Errno(95), None) => ": its driver has no memory for peers".into(),
-        (Errno(19), _) => ": it has no driver".into(),
+        (Errno::NOSPC, Some(pool)) => {
+            format!(": {} of {} bytes are free", pool.available, pool.size)
+        }
+        (Errno::OPNOTSUPP, None) => ": its driver has no memory for peers".into(),
+        (Errno::NODEV, _) => ": it has no driver".into(),
         _ => String::new(),
     }
 }

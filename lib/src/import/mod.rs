@@ -15,18 +15,27 @@
 //! RDMA cards, and engines on libfabric, are importers of the crate `peerbuf-rdma`.
 
 pub mod cpu;
+#[cfg(feature = "drm")]
 pub mod drm;
 pub mod file;
+#[cfg(feature = "vfio")]
 pub mod iommufd;
+#[cfg(feature = "module")]
 pub mod probe;
+#[cfg(feature = "v4l2")]
 pub mod v4l2;
+#[cfg(feature = "vfio")]
 pub mod vfio;
 
-use crate::buffer::{Buffer, BufferRange, DmaBuf};
+#[cfg(any(feature = "drm", feature = "v4l2"))]
+use crate::buffer::DmaBuf;
+use crate::buffer::{Buffer, BufferRange};
+#[cfg(any(feature = "drm", feature = "v4l2"))]
 use crate::errno::Errno;
 use crate::error::{ImportError, SystemError};
 use crate::plan::ReasonCode;
 
+#[cfg(any(feature = "drm", feature = "v4l2"))]
 /// The dma-buf, for an importer that takes nothing else.
 fn dmabuf_of<'b>(buffer: &'b Buffer, importer: &str) -> Result<&'b DmaBuf, ImportError> {
     buffer.dmabuf().ok_or_else(|| {
@@ -44,6 +53,7 @@ fn impossible(importer: &str, buffer: &Buffer, code: ReasonCode, evidence: Strin
     }
 }
 
+#[cfg(any(feature = "drm", feature = "v4l2"))]
 /// What a driver's refusal of a dma-buf means.
 fn attach_refused(importer: &str, buffer: &Buffer, cause: &SystemError) -> ImportError {
     let in_device = !crate::plan::Plan::in_place(buffer)

@@ -448,12 +448,12 @@ fn mapping(query: &abi::ImportQuery) -> Mapping {
 fn system(call: &'static str, object: impl Into<String>, errno: Errno) -> ProbeError {
     let hint = match errno {
         Errno::NXIO => ": there is no such PCI device",
-        Errno(49) => {
+        Errno::UNATCH => {
             ": the device has no driver that does DMA by way of the kernel, or may not master the bus"
         }
         Errno::OPNOTSUPP => ": the exporter does not serve such an importer",
         Errno::NODEV => ": the exporter's device is gone, or its memory was revoked",
-        Errno(107) => ": the attachment has let go of the buffer",
+        Errno::NOTCONN => ": the attachment has let go of the buffer",
         _ => "",
     };
     ProbeError::System {

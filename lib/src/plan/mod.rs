@@ -3,9 +3,12 @@
 pub(crate) mod proof;
 mod verdicts;
 
-use crate::buffer::{Buffer, Kind, Provenance};
+use crate::buffer::{Buffer, DmaBuf, Kind, Provenance};
+#[cfg(feature = "module")]
 use crate::export::peerbuf::{Device, Placement};
+#[cfg(feature = "module")]
 use crate::export::provider;
+use crate::topology::PciAddress;
 
 pub use crate::path::{Direction, Path, Plan, ProofPolicy, Reason, ReasonCode};
 pub use crate::topology;
@@ -33,38 +36,51 @@ impl Plan {
             let evidence = format!("the buffer is {what}: its bytes are in system memory");
             return not_peer(ReasonCode::NotDeviceMemory, evidence);
         }
-        match module_placement(buffer) {
-            Some(Placement::System) => {
+        match is_in_device(buffer) {
+            Some(false) => {
                 let evidence = "peerbuf.ko has moved the buffer to system memory";
-                return not_peer(ReasonCode::NotDeviceMemory, evidence.into());
+                not_peer(ReasonCode::NotDeviceMemory, evidence.into())
             }
-            None | Some(Placement::Mixed) => {}
-            Some(_) => {
-                return Plan {
-                    path: Path::PeerToPeer,
-                    reasons: Vec::new(),
-                };
-            }
+            Some(true) => Plan {
+                path: Path::PeerToPeer,
+                reasons: Vec::new(),
+            },
+            None => not_peer(
+                ReasonCode::PlacementUnknown,
+                "it is not known where the buffer's bytes are; nothing is copied".into(),
+            ),
         }
-        not_peer(
-            ReasonCode::PlacementUnknown,
-            "it is not known where the buffer's bytes are; nothing is copied".into(),
-        )
     }
 }
 
-/// Where a buffer in a BAR is now: peerbuf.ko may have moved it, and says so to whoever may open
-/// its device's node. `None` where that is not known.
-fn module_placement(buffer: &Buffer) -> Option<Placement> {
+/// Whether all bytes are in device memory now, or all in system memory; `None` where that is not
+/// known, or they are in both. peerbuf.ko may have moved a buffer in a BAR, and says so to whoever may
+/// open its device's node.
+fn is_in_device(buffer: &Buffer) -> Option<bool> {
     let Provenance { kind, device, .. } = buffer.provenance();
     match (kind, device, buffer.dmabuf()) {
         (Kind::Bar | Kind::Provider, Some(device), Some(dmabuf)) => {
-            let device = match kind {
-                Kind::Bar => Device::open(*device).ok()?,
-                _ => provider::open(*device).ok()?,
-            };
-            Some(device.status(dmabuf).ok()?.placement)
+            module_says(*kind, *device, dmabuf)
         }
-        _ => kind.is_device_memory().then_some(Placement::Device),
+        _ => kind.is_device_memory().then_some(true),
     }
+}
+
+#[cfg(feature = "module")]
+fn module_says(kind: Kind, device: PciAddress, dmabuf: &DmaBuf) -> Option<bool> {
+    let device = match kind {
+        Kind::Bar => Device::open(device).ok()?,
+        _ => provider::open(device).ok()?,
+    };
+    match device.status(dmabuf).ok()?.placement {
+        Placement::Device => Some(true),
+        Placement::System => Some(false),
+        Placement::Mixed => None,
+    }
+}
+
+/// Without the module's part nobody can be asked.
+#[cfg(not(feature = "module"))]
+fn module_says(_: Kind, _: PciAddress, _: &DmaBuf) -> Option<bool> {
+    None
 }

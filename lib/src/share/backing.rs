@@ -1,12 +1,18 @@
 //! What a published buffer is made of, and how its next generation comes to be.
 
+#[cfg(feature = "module")]
 use std::path::PathBuf;
+#[cfg(feature = "module")]
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::buffer::{Access, Buffer, DmaBuf};
+#[cfg(feature = "module")]
+use crate::buffer::DmaBuf;
+use crate::buffer::{Access, Buffer};
 use crate::error::{ExportError, ShareError};
+#[cfg(feature = "module")]
 use crate::export::peerbuf as module;
+#[cfg(feature = "module")]
 use crate::export::peerbuf::{Device, MoveTo, RangeRequest, RangesRequest};
 
 /// Where a buffer's bytes are.
@@ -155,6 +161,7 @@ impl<F: FnMut(&Order) -> Result<Buffer, ExportError> + Send> Backing for Copied<
     }
 }
 
+#[cfg(feature = "module")]
 /// A backing in a card's BAR that peerbuf.ko moves to system memory and back, under one dma-buf.
 ///
 /// When nobody was cut off the kernel moves the bytes, and the next generation is the same dma-buf.
@@ -169,6 +176,7 @@ pub struct Movable {
     buffer: Buffer,
 }
 
+#[cfg(feature = "module")]
 impl Movable {
     /// Exports `length` bytes of a BAR, for reading and writing, anywhere in it.
     ///
@@ -238,6 +246,7 @@ impl Movable {
     }
 }
 
+#[cfg(feature = "module")]
 fn export(device: &Device, bar: u8, range: RangeRequest) -> Result<Buffer, ExportError> {
     device.export_ranges(&RangesRequest {
         bar,
@@ -247,6 +256,7 @@ fn export(device: &Device, bar: u8, range: RangeRequest) -> Result<Buffer, Expor
     })
 }
 
+#[cfg(feature = "module")]
 impl Backing for Movable {
     fn buffer(&self) -> &Buffer {
         &self.buffer

@@ -130,7 +130,9 @@ mod subscriber;
 pub mod tokio;
 mod wire;
 
-pub use backing::{Backing, Copied, Movable, Order, Placement, copy};
+#[cfg(feature = "module")]
+pub use backing::Movable;
+pub use backing::{Backing, Copied, Order, Placement, copy};
 pub use channel::{Channel, MAX_DESCRIPTORS, Peer};
 pub use grant::Grant;
 pub use listener::Listener;

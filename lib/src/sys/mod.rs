@@ -4,12 +4,18 @@
 pub(crate) mod block;
 pub(crate) mod direct;
 pub(crate) mod heap;
+#[cfg(feature = "module")]
 pub(crate) mod importer;
+#[cfg(feature = "vfio")]
 pub(crate) mod iommufd;
+#[cfg(feature = "share")]
 pub(crate) mod peer;
+#[cfg(feature = "module")]
 pub(crate) mod peerbuf;
 pub(crate) mod udmabuf;
+#[cfg(feature = "v4l2")]
 pub(crate) mod v4l2;
+#[cfg(feature = "vfio")]
 pub(crate) mod vfio;
 
 use crate::errno::Errno;

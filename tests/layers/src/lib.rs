@@ -60,6 +60,32 @@ fn a_crate_depends_only_on_those_below_it() {
     assert!(wrong.is_empty(), "not below: {wrong:#?}");
 }
 
+/// A program that reads files into dma-bufs compiles no graphics bindings.
+#[test]
+fn peerbuf_without_features_needs_these_crates_only() {
+    let manifest = workspace().join("lib/Cargo.toml");
+    let table: toml::Table = std::fs::read_to_string(manifest).unwrap().parse().unwrap();
+    let dependencies = table["dependencies"].as_table().unwrap();
+    let is_optional = |value: &toml::Value| {
+        let optional = value.get("optional").and_then(toml::Value::as_bool);
+        optional == Some(true)
+    };
+    let needed: Vec<&str> = dependencies
+        .iter()
+        .filter(|(_, value)| !is_optional(value))
+        .map(|(name, _)| name.as_str())
+        .collect();
+    let expected = [
+        "bytemuck",
+        "nix",
+        "peerbuf-core",
+        "rand",
+        "rustix",
+        "thiserror",
+    ];
+    assert_eq!(needed, expected);
+}
+
 fn workspace() -> &'static Path {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
 }

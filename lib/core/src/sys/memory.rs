@@ -60,13 +60,13 @@ impl Map {
         writable: bool,
     ) -> Result<Map, Errno> {
         let page = page_size(fd)? as usize;
-        let start = usize::try_from(start).map_err(|_| Errno(12))?;
-        let length = usize::try_from(length).map_err(|_| Errno(12))?;
+        let start = usize::try_from(start).map_err(|_| Errno::NOMEM)?;
+        let length = usize::try_from(length).map_err(|_| Errno::NOMEM)?;
         // An empty mapping cannot be made; one page keeps empty ranges ordinary.
         let mapped = start
             .checked_add(length.max(1))
             .and_then(|length| length.checked_next_multiple_of(page))
-            .ok_or(Errno(12))?;
+            .ok_or(Errno::NOMEM)?;
         let protection = if writable {
             ProtFlags::READ | ProtFlags::WRITE
         } else {

@@ -203,10 +203,9 @@ fn layer_in_kernel(errno: Errno) -> Layer {
         // uverbs' answers for a driver without it. (That it was not the exporter is found out by the
         // caller.)
         Errno::PROTONOSUPPORT | Errno::OPNOTSUPP => Layer::Driver,
-        // ENOTTY: a kernel, or a node, without such methods; EACCES, EBADF
-        Errno(25) | Errno(13) | Errno(9) => Layer::Uverbs,
-        // ENOMEM
-        Errno(12) => Layer::Driver,
+        // A kernel, or a node, without such methods.
+        Errno::NOTTY | Errno::ACCES | Errno::BADF => Layer::Uverbs,
+        Errno::NOMEM => Layer::Driver,
         // What an exporter answers that cannot serve the driver, or not any more.
         _ => Layer::Exporter,
     }

@@ -255,8 +255,7 @@ fn register(
 ) -> Result<(NonNull<abi::Mr>, *mut c_void), Errno> {
     let writes = access & (RECV | READ | REMOTE_WRITE) != 0;
     if writes && !window.is_writable() {
-        // EACCES
-        return Err(Errno(13));
+        return Err(Errno::ACCES);
     }
     let address: *mut c_void = window.address().cast();
     let pages = abi::IoVec {

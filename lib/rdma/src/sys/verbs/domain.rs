@@ -74,7 +74,7 @@ impl Domain {
         if port.state == 4 {
             Ok(port.active_mtu)
         } else {
-            Err(Errno(100))
+            Err(Errno::NETDOWN)
         }
     }
 
@@ -196,7 +196,7 @@ impl Region {
         access: u32,
     ) -> Result<Region, Errno> {
         if access & (LOCAL_WRITE | REMOTE_WRITE) != 0 && !window.is_writable() {
-            return Err(Errno(13));
+            return Err(Errno::ACCES);
         }
         // SAFETY: the window is mapped now, which is when its pages are pinned; from then on the card
         // has the pages and not the address. Nobody has a reference to the bytes of a `Map`.
