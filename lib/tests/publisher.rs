@@ -19,7 +19,7 @@ use peerbuf::{Access, Buffer};
 use rustix::process::{Pid, Signal};
 
 const SIZE: u64 = 64 << 10;
-const LIMIT: Duration = Duration::from_millis(300);
+const LIMIT: Duration = Duration::from_millis(1500);
 /// How long anything may take that is not to happen at all.
 const LONG: Duration = Duration::from_secs(20);
 
@@ -233,7 +233,7 @@ fn is_cut_off(misbehave: impl FnOnce(&mut Publisher, &Process) -> bool) {
     let begun = Instant::now();
     let moved = publisher.migrate(id, LIMIT).unwrap();
     let took = begun.elapsed();
-    assert!(took < LIMIT + Duration::from_secs(1), "{took:?}");
+    assert!(took < LONG, "{took:?}");
     assert_eq!(moved.released, 2, "{moved:?}");
     assert!(moved.isolated);
     assert!(!publisher.is_tainted(id));
