@@ -371,6 +371,10 @@ unsafe extern "C" fn begin_cpu_access(
     dmabuf: *mut bindings::dma_buf,
     dir: bindings::dma_data_direction,
 ) -> c_int {
+    // SAFETY: The dma-buf core calls with a valid dma-buf and a reference held.
+    if unsafe { buffer(dmabuf) }.revoked() {
+        return ENODEV.to_errno();
+    }
     // Who reads waits for writers, and who writes for readers, too; as the core does it.
     let usage = match dir == DataDirection::FromDevice.into() {
         true => bindings::dma_resv_usage_DMA_RESV_USAGE_WRITE,

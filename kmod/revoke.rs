@@ -175,7 +175,7 @@ pub(crate) fn restore(buffer: &mut Locked<'_>, why: u32) -> Result<u64> {
         return Err(ffi::errno(bindings::EALREADY));
     }
     let mut left = count(buffer, Scope::Buffer);
-    if left.pages != 0 && left.holders == 0 && !left.fences {
+    if why == revoked::BY_OWNER && left.pages != 0 && left.holders == 0 && !left.fences {
         // Pages that somebody just keeps do not keep the owner from giving access again.
         let (object, state) = buffer.parts();
         let since = state.revoked.as_ref();
