@@ -33,7 +33,7 @@ pub enum CutOff {
     Unreachable(ShareError),
 }
 
-/// Something that happened to a [`Publisher`].
+/// Something that happened to a [`Publisher`](crate::share::Publisher).
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Event {

@@ -27,7 +27,7 @@ impl Publisher {
     ///
     /// # Errors
     /// [`ShareError::Inherited`]; [`ShareError::Unknown`]; [`ShareError::StillInUse`] while this process itself has handles
-    /// on the current generation; [`ShareError::DeviceBusy`]; what [`Backing::migrate`] failed with.
+    /// on the current generation; [`ShareError::DeviceBusy`]; what [`Backing::migrate`](crate::share::Backing::migrate) failed with.
     /// After the last of these the old memory is offered again, unless somebody was cut off who may
     /// still reach it. In that case, and with a busy device, the buffer is withheld, with its bytes,
     /// until a later call succeeds.

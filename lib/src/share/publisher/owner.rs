@@ -154,7 +154,7 @@ impl Publisher {
         self
     }
 
-    /// Gives whoever connects so long to greet, as [`Subscriber::connect`](super::Subscriber::connect)
+    /// Gives whoever connects so long to greet, as [`Subscriber::connect`](crate::share::Subscriber::connect)
     /// does at once; ten seconds otherwise. Who does not greet in time is cut off. Subscribers that
     /// are [added](Publisher::add) have no limit.
     #[must_use]
