@@ -929,7 +929,7 @@ fn cpu_access_waits_for_the_device_before_its_bytes_are_synchronised() {
     };
     let node = Node::largest();
     let nvme = nvme_bdf();
-    let (fd, _) = node.export(None, MIB).unwrap();
+    let fd = node.export_movable(MIB).unwrap();
     node.move_to(&fd, PLACEMENT_SYSTEM).unwrap();
     let importer = Importer::attach(fd.as_fd(), &nvme, DYNAMIC, 0).unwrap();
     importer.map().unwrap();
