@@ -42,7 +42,7 @@ const KINDS: &[Kind] = &[
     Kind {
         name: "kernel",
         what: "kernel {}: its image and modules",
-        why: "guests with --kernel {}; the newest 7.2 is 'stock'",
+        why: "guests with --kernel {}; the newest that the module supports is 'stock'",
         takes: 400 * MB,
     },
     Kind {
@@ -60,7 +60,7 @@ const KINDS: &[Kind] = &[
     Kind {
         name: "debug",
         what: "the debug kernel, built from the source of {}, with a tree for modules",
-        why: "--kernel debug, `cargo lab fuzz`, the debug part of `cargo lab test`",
+        why: "--kernel debug, `cargo lab fuzz`, `cargo lab test --kernel debug`",
         takes: 2_500 * MB,
     },
     Kind {
