@@ -1,13 +1,16 @@
 //! The raw scratch disk of the guest, and ways to make it slow.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::thread;
+use std::time::Duration;
 
 use crate::machine::Machine;
 use crate::node::Map;
+use crate::pci::wait_until;
 
 /// The second namespace of the NVMe disk: nothing is on it that somebody needs.
 pub const SCRATCH: &str = "/dev/nvme0n2";
@@ -47,6 +50,21 @@ pub fn write_from(file: &File, map: &Map, at: usize, len: usize, offset: i64) ->
     // SAFETY: The range lies in the mapping, by the check.
     let n = unsafe { libc::pwrite(file.as_raw_fd(), map.as_ptr().byte_add(at), len, offset) };
     usize::try_from(n).map_err(|_| io::Error::last_os_error())
+}
+
+/// Waits until [`SCRATCH`] is reading, and then for the rest of the request's pages to be taken, which on a
+/// busy host is no matter of a fixed time.
+///
+/// # Panics
+///
+/// When the kernel does not tell, or nothing is read.
+pub fn await_reading() {
+    let reads = || {
+        let text = fs::read_to_string("/sys/block/nvme0n2/inflight").unwrap();
+        text.split_whitespace().next() != Some("0")
+    };
+    wait_until("the disk reads", reads);
+    thread::sleep(Duration::from_millis(200));
 }
 
 /// While it lives the disk behind [`SCRATCH`] reads and writes at most at the given rate: it keeps

@@ -926,7 +926,7 @@ fn unbinding_waits_for_direct_io_in_flight() {
         let count = disk::read_into(&disk, &map, 0, 2 << 20, 0).unwrap();
         i32::from(count != 2 << 20)
     });
-    thread::sleep(Duration::from_millis(300));
+    disk::await_reading();
     let (started, own) = (Instant::now(), Stopwatch::start());
     Node::unbind(&bdf);
     let took = started.elapsed();

@@ -657,7 +657,7 @@ fn a_reset_revokes_first_and_gives_access_again_after() {
     let _slow = Slow::new(MIB);
     thread::scope(|scope| {
         let reading = scope.spawn(|| disk::read_into(&disk, &seen, 0, 2 << 20, 0).unwrap());
-        thread::sleep(Duration::from_millis(100));
+        disk::await_reading();
         let began = Instant::now();
         std::fs::write(&reset, "1").unwrap();
         assert!(began.elapsed() >= Duration::from_millis(250));

@@ -635,7 +635,7 @@ fn direct_io_in_flight_is_waited_for_within_the_limit() {
         thread::scope(|scope| {
             let _slow = Slow::new(MIB / 2);
             let reading = scope.spawn(|| disk::read_into(&disk, &seen, 0, 2 << 20, 0).unwrap());
-            thread::sleep(Duration::from_millis(300));
+            disk::await_reading();
             let began = Stopwatch::start();
             assert_eq!(
                 errno(node.move_part(&fd, to, 0, 0, 200)),
@@ -1059,7 +1059,7 @@ fn the_crate_says_it_all() {
     let _slow = Slow::new(MIB / 2);
     thread::scope(|scope| {
         let reading = scope.spawn(|| disk::read_into(&disk, &seen, 0, 2 << 20, 0).unwrap());
-        thread::sleep(Duration::from_millis(300));
+        disk::await_reading();
         let busy = device.move_buffer(dmabuf, MoveTo::System, Duration::from_millis(50));
         let error = busy.unwrap_err().to_string();
         assert!(
