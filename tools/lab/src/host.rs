@@ -66,7 +66,7 @@ pub fn summary() -> String {
         text += &format!("\n  {what:<13} {found}");
     }
     text += "\nThe demo needs none of these: it runs in machines that the lab makes.";
-    text += " `cargo run --bin peerbuf -- info` says more of this host.\n";
+    text += "\n`cargo run --bin peerbuf -- info` says more of this host.\n";
     text
 }
 
