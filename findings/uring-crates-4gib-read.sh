@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Software:  tokio-uring 0.5.0 and monoio 0.2.4 (crates.io), compio 0.19.2 beside them; Linux with io_uring.
+# Software:  tokio-uring 0.5.0 and monoio 0.2.4, compio 0.19.2 beside them; Linux with io_uring.
 # Behaviour: read_at() with a buffer of exactly 4 GiB reads nothing and returns Ok(0), which looks like the end of
 #            the file; with 4 GiB + 4 KiB it reads 4 KiB. The length is cut to 32 bits on its way into the ring.
 #            compio gives what the kernel gives, 2 GiB - 4 KiB. The file is sparse and 5 GiB long.
