@@ -230,7 +230,10 @@ fn a_program_that_runs_can_be_read() {
         not_run("a_program_that_runs_can_be_read", "no program `sleep`");
         return;
     };
-    std::fs::copy(sleep, &program).unwrap();
+    // Another process copies it: a descriptor for writing in this one could be in a child that another
+    // test forks at that moment, and starting the program would fail.
+    let copied = Command::new("cp").arg(sleep).arg(&program).status();
+    assert!(copied.unwrap().success());
     let mut running = Command::new(&program).arg("60").spawn().unwrap();
     let file = FileImporter::open(&program);
     let for_writing = FileImporter::open_for(&program, Access::ReadWrite);
