@@ -267,11 +267,11 @@ mod tests {
     }
 
     #[test]
-    fn the_readme_shows_the_tables_as_they_are() {
-        let readme = include_str!("../../../../README.md");
+    fn the_documentation_shows_the_tables_as_they_are() {
+        let page = include_str!("../../../../docs/lab.md");
         for transfers in [switch(), lying(0, 8 << 20)] {
             let text = table(&transfers, PLACE, 100);
-            assert!(readme.contains(&text), "README.md does not have\n{text}");
+            assert!(page.contains(&text), "docs/lab.md does not have\n{text}");
         }
     }
 }
