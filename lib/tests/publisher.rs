@@ -786,20 +786,26 @@ fn who_connects_and_does_not_greet_is_cut_off() {
 fn no_time_limit_is_too_long() {
     let (mut publisher, subscriber) = pair();
     let id = publisher.publish("b", watched().0).unwrap();
+    let (tell, told) = std::sync::mpsc::channel();
     let thread = std::thread::spawn(move || {
         let lease = subscriber.buffer_within("b", Duration::MAX).unwrap();
+        tell.send(()).unwrap();
         let limit = lease.wait_until_wanted(Duration::MAX).unwrap() - Instant::now();
         assert!(limit > Duration::from_secs(24 * 3600));
         drop(lease);
         // For the second and the last time.
         let lease = subscriber.buffer_within("b", Duration::MAX).unwrap();
+        tell.send(()).unwrap();
         assert_eq!(lease.wait_until_wanted(Duration::MAX), None);
     });
     let joined = publisher.next_event(Some(Duration::MAX)).unwrap();
     assert!(matches!(joined, Some(Event::Joined { .. })), "{joined:?}");
     serve(&mut publisher, |publisher| publisher.accepted(id) == 1);
+    // The connection has it; the subscriber's program may not have asked yet.
+    told.recv().unwrap();
     assert_eq!(publisher.migrate(id, Duration::MAX).unwrap().released, 1);
     serve(&mut publisher, |publisher| publisher.accepted(id) == 1);
+    told.recv().unwrap();
     drop(publisher);
     thread.join().unwrap();
     let mut publisher = Publisher::new().unwrap();
