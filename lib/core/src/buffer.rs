@@ -9,6 +9,7 @@ use rustix::fs::{OFlags, SealFlags};
 
 use crate::dmabuf::DmaBuf;
 use crate::error::{BufferError, SystemError};
+use crate::stage::Shared;
 use crate::sys::fork::Process;
 use crate::topology::{PciAddress, Sysfs};
 
@@ -110,6 +111,7 @@ pub struct Provenance {
 #[derive(Debug, Clone)]
 pub struct Buffer {
     inner: Arc<Inner>,
+    stage: Option<Shared>,
 }
 
 #[derive(Debug)]
@@ -187,6 +189,7 @@ impl Buffer {
     fn new(inner: Inner) -> Buffer {
         Buffer {
             inner: Arc::new(inner),
+            stage: None,
         }
     }
 
@@ -338,6 +341,20 @@ impl Buffer {
             (None, None, Some(dmabuf)) => (dmabuf.as_fd(), 0),
             (None, None, None) => unreachable!("a buffer has a dma-buf or host memory"),
         }
+    }
+
+    /// How the processor copies its bytes without a mapping.
+    pub(crate) fn stage(&self) -> Option<&Shared> {
+        self.stage.as_ref()
+    }
+
+    pub(crate) fn set_stage(&mut self, stage: Shared) {
+        self.stage = Some(stage);
+    }
+
+    /// True when copies go by a [`Stage`](crate::Stage) and not by a mapping.
+    pub fn has_stage(&self) -> bool {
+        self.stage.is_some()
     }
 
     #[doc(hidden)]

@@ -36,6 +36,25 @@ pub enum BufferError {
     /// A system call failed.
     #[error(transparent)]
     System(#[from] SystemError),
+    /// The exporter gives the processor no mapping of the dma-buf.
+    #[error(
+        "{cause}: the exporter gives the processor no mapping of it; copy its bytes by the owner's own way \
+         (Buffer::with_stage)"
+    )]
+    NotMappable {
+        /// What `mmap` answered.
+        cause: SystemError,
+    },
+    /// The owner's own copy of the bytes failed (`Stage`).
+    #[error("{call} of {object}: {cause}")]
+    Stage {
+        /// Which copy: `upload` or `download`.
+        call: &'static str,
+        /// The buffer's name.
+        object: String,
+        /// What it said.
+        cause: String,
+    },
     /// The descriptor is something else.
     #[error("{object} is not a dma-buf (its filesystem's type is {found:#x})")]
     NotADmaBuf {

@@ -14,7 +14,7 @@
 //! use peerbuf_core::{Access, memfd};
 //!
 //! # fn main() -> Result<(), peerbuf_core::error::BufferError> {
-//! // Of a dma-buf that another library gave: Buffer::from_dmabuf(DmaBuf::from_fd(fd)?, provenance)
+//! // A dma-buf that another library made: Buffer::import(fd)
 //! let buffer = memfd::buffer("example", 1 << 20)?;
 //! let mut part = buffer.range(4096, 5)?.map(Access::ReadWrite)?;
 //! part.write_bytes(b"hello")?;
@@ -34,8 +34,10 @@ mod dmabuf;
 mod errno;
 pub mod error;
 mod fence;
+mod foreign;
 mod mapping;
 pub mod memfd;
+mod stage;
 mod sys;
 pub mod topology;
 
@@ -52,6 +54,7 @@ pub use dmabuf::{DmaBuf, Identity, Info};
 pub use errno::Errno;
 pub use fence::{FenceState, SyncFile};
 pub use mapping::{CpuAccess, Mapping};
+pub use stage::{LazyMapping, Stage};
 #[doc(hidden)]
 pub use sys::{fork, memory};
 pub use topology::PciAddress;

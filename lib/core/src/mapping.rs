@@ -6,9 +6,11 @@ use bytemuck::Pod;
 
 use crate::access::Access;
 use crate::buffer::{BufferRange, Kind};
+use crate::errno::Errno;
 use crate::error::{BufferError, SystemError};
 use crate::fence::flags_of;
 use crate::sys::dmabuf::{SYNC_END, sync};
+use crate::sys::fork::Process;
 use crate::sys::memory::Map;
 
 /// A mapped part of a buffer.
@@ -40,6 +42,41 @@ impl Mapping {
     /// True when it has no bytes.
     pub fn is_empty(&self) -> bool {
         self.range.is_empty()
+    }
+
+    /// The address of its first byte, for engines that take a pointer: buffers registered with io_uring,
+    /// `cuMemHostRegister`, `ucp_mem_map`. The bytes that follow it are [`Mapping::len`]. It is null in a child
+    /// of the process that a lent buffer was mapped in.
+    ///
+    /// ```
+    /// # fn register_with_an_engine(_: *mut u8, _: usize) {}
+    /// # fn main() -> Result<(), peerbuf_core::error::BufferError> {
+    /// # let buffer = peerbuf_core::memfd::buffer("example", 4096)?;
+    /// let mapping = buffer.whole().map(buffer.allowed())?;
+    /// register_with_an_engine(mapping.as_ptr(), mapping.len() as usize);
+    /// // The mapping outlives what the engine does with the pointer.
+    /// # drop(mapping);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Safety
+    /// Getting the pointer is safe. Who uses it sees to this:
+    ///
+    /// - It is used while the mapping exists, and for no byte beyond its length. An engine that keeps it has to
+    ///   forget it (deregistration, completion of all work) before the mapping is dropped.
+    /// - Bytes are written only if the mapping was made for writing; otherwise the processor gets `SIGSEGV`, and
+    ///   a system call `EFAULT`.
+    /// - No reference (`&[u8]`, `&mut [u8]`) is made of it, not even for a moment: devices and other processes
+    ///   change the bytes. Give it to the kernel or to a library, or copy with `read_volatile` and
+    ///   `write_volatile`.
+    /// - The processor touches the bytes only between [`Mapping::begin_cpu_access`] and its end. Whoever lets a
+    ///   device or the kernel use them waits for the buffer's fences first
+    ///   ([`DmaBuf::wait`](crate::DmaBuf::wait)).
+    /// - Copies by the processor may raise `SIGBUS` when the buffer's device goes away, and memory that has no
+    ///   struct pages cannot be pinned: `EFAULT` from direct I/O and registrations.
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.map.window(0, 0).address()
     }
 
     #[doc(hidden)]
@@ -132,18 +169,7 @@ impl BufferRange {
     /// [`BufferError::Access`]; [`BufferError::Inherited`] for a buffer that was lent to a process
     /// from which this one was forked; or the call that failed.
     pub fn map(&self, access: Access) -> Result<Mapping, BufferError> {
-        if access.writes() && !self.buffer().is_writable() {
-            let object = self.buffer().name().to_owned();
-            return Err(BufferError::Access {
-                object,
-                wanted: "write",
-            });
-        }
-        let borrower = self.buffer().borrower();
-        if borrower.is_some_and(|process| !process.is_current()) {
-            let object = self.buffer().name().to_owned();
-            return Err(BufferError::Inherited { object });
-        }
+        let borrower = self.usable(access)?;
         let (fd, at) = self.buffer().mappable();
         // Graphics drivers' fault handlers count from the mapping's beginning and not from the
         // buffer's (drm_gem_shmem_fault in drivers/gpu/drm/drm_gem_shmem_helper.c): with an offset,
@@ -159,7 +185,16 @@ impl BufferRange {
         } else {
             Map::shared_from(fd, at, self.offset(), self.len(), access.writes())
         };
-        let mut map = map.map_err(|errno| SystemError::new("mmap", self.buffer().name(), errno))?;
+        let mut map = map.map_err(|errno| {
+            let cause = SystemError::new("mmap", self.buffer().name(), errno);
+            // What exporters answer that have no mapping to give; the kernel says EINVAL for those without the
+            // operation. A memfd can always be mapped.
+            let refused = matches!(errno, Errno::INVAL | Errno::NOTSUPP | Errno::OPNOTSUPP);
+            match refused && self.buffer().host_memory().is_none() {
+                true => BufferError::NotMappable { cause },
+                false => cause.into(),
+            }
+        })?;
         if borrower.is_some() {
             map.keep_from_children()
                 .map_err(|errno| SystemError::new("madvise", self.buffer().name(), errno))?;
@@ -171,14 +206,33 @@ impl BufferRange {
         })
     }
 
-    /// Copies bytes to its beginning: one mapping, one CPU access. To do it often, keep a
-    /// [`Mapping`].
+    /// Refuses access that the buffer does not allow, or not to this process. Returns whom it is lent to.
+    pub(crate) fn usable(&self, access: Access) -> Result<Option<Process>, BufferError> {
+        let object = || self.buffer().name().to_owned();
+        if access.writes() && !self.buffer().is_writable() {
+            return Err(BufferError::Access {
+                object: object(),
+                wanted: "write",
+            });
+        }
+        let borrower = self.buffer().borrower();
+        if borrower.is_some_and(|process| !process.is_current()) {
+            return Err(BufferError::Inherited { object: object() });
+        }
+        Ok(borrower)
+    }
+
+    /// Copies bytes to its beginning: by the buffer's [`Stage`](crate::Stage) if it has one, otherwise with one
+    /// mapping and one CPU access. To do it often, keep a [`Mapping`] or a [`LazyMapping`](crate::LazyMapping).
     ///
     /// # Errors
     /// As [`BufferRange::map`] and [`Mapping::begin_cpu_access`]; [`BufferError::OutOfRange`] for more
     /// bytes than it has.
     pub fn write_bytes(&self, bytes: &[u8]) -> Result<(), BufferError> {
-        self.map(Access::ReadWrite)?.write_bytes(bytes)
+        match self.upload(bytes) {
+            Some(copied) => copied,
+            None => self.map(Access::ReadWrite)?.write_bytes(bytes),
+        }
     }
 
     /// Copies bytes from its beginning, as many as `into` has room for, likewise.
@@ -186,7 +240,10 @@ impl BufferRange {
     /// # Errors
     /// As [`BufferRange::write_bytes`].
     pub fn read_bytes(&self, into: &mut [u8]) -> Result<(), BufferError> {
-        self.map(Access::Read)?.read_bytes(into)
+        match self.download(into) {
+            Some(copied) => copied,
+            None => self.map(Access::Read)?.read_bytes(into),
+        }
     }
 
     /// A copy of its bytes, likewise.
@@ -241,7 +298,7 @@ impl BufferRange {
 /// ```
 #[derive(Debug)]
 pub struct CpuAccess<'m> {
-    mapping: &'m Mapping,
+    mapping: &'m mut Mapping,
     access: Access,
     /// Where the last bytes were written, if any were.
     last_write: Option<usize>,
@@ -276,7 +333,7 @@ impl CpuAccess<'_> {
 
     /// What is accessed. Within the access its bytes may also be given to the kernel, as for file I/O.
     pub fn mapping(&self) -> &Mapping {
-        self.mapping
+        &*self.mapping
     }
 
     /// Reads a value at `offset`, in bytes, which need not be a multiple of anything.

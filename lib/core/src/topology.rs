@@ -257,6 +257,38 @@ impl Sysfs {
         bound
     }
 
+    /// The PCI functions that the drivers of a module have.
+    pub fn functions_of_module(&self, module: &str) -> Vec<PciAddress> {
+        // The name may come from anywhere, and becomes part of a path.
+        let is_name = |name: &str| {
+            let known = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_' || byte == b'-';
+            !name.is_empty() && name.bytes().all(known)
+        };
+        if !is_name(module) {
+            return Vec::new();
+        }
+        let drivers = self.names_in(&format!("module/{module}/drivers"));
+        let drivers = drivers
+            .iter()
+            .filter_map(|driver| driver.strip_prefix("pci:"));
+        drivers.flat_map(|driver| self.bound_to(driver)).collect()
+    }
+
+    /// The PCI functions that the drivers of the modules have which use this module.
+    pub fn functions_of_users(&self, module: &str) -> Vec<PciAddress> {
+        let users = self.names_in(&format!("module/{module}/holders"));
+        let functions = users.iter().flat_map(|user| self.functions_of_module(user));
+        functions.collect()
+    }
+
+    fn names_in(&self, directory: &str) -> Vec<String> {
+        let entries = std::fs::read_dir(self.root.join(directory));
+        let names = entries.into_iter().flatten().flatten();
+        names
+            .filter_map(|entry| entry.file_name().into_string().ok())
+            .collect()
+    }
+
     /// The PCI function that the character device with this number belongs to.
     pub fn character_device(&self, major: u32, minor: u32) -> Option<PciAddress> {
         let link = self.root.join(format!("dev/char/{major}:{minor}"));
@@ -349,7 +381,7 @@ fn functions_in(path: &Path) -> Vec<PciAddress> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use std::os::unix::fs::symlink;
 
@@ -374,22 +406,23 @@ mod tests {
         }
     }
 
-    struct Tree(PathBuf);
+    /// A sysfs tree that is made up.
+    pub(crate) struct Tree(pub(crate) PathBuf);
 
     impl Tree {
-        fn new(name: &str) -> Tree {
+        pub(crate) fn new(name: &str) -> Tree {
             let root = std::env::temp_dir().join(format!("peerbuf-{name}-{}", std::process::id()));
             let _ = std::fs::remove_dir_all(&root);
             Tree(root)
         }
 
-        fn device(&self, path: &str) -> PathBuf {
+        pub(crate) fn device(&self, path: &str) -> PathBuf {
             let path = self.0.join("devices").join(path);
             std::fs::create_dir_all(&path).unwrap();
             path
         }
 
-        fn link(&self, from: &str, to: &Path) {
+        pub(crate) fn link(&self, from: &str, to: &Path) {
             let from = self.0.join(from);
             std::fs::create_dir_all(from.parent().unwrap()).unwrap();
             symlink(to, from).unwrap();

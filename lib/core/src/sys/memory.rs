@@ -32,9 +32,11 @@ pub struct Map {
 }
 
 // SAFETY: the mapping belongs to the process, not to a thread; nothing in it is tied to the
-// thread that made it. It is deliberately not `Sync`: two threads that copy through one mapping
-// would race.
+// thread that made it.
 unsafe impl Send for Map {}
+// SAFETY: what takes `&self` reads the bytes, or gives their address to the kernel; to write them this process
+// has the value to itself. That devices and other processes write meanwhile is what the volatile copies are for.
+unsafe impl Sync for Map {}
 
 impl Map {
     /// Maps `length` bytes of `fd` from `offset` on, which need not be page-aligned.
@@ -180,7 +182,7 @@ impl Map {
     /// here](Map::is_here).
     ///
     /// Memory of a device that has gone raises SIGBUS.
-    pub fn copy_in(&self, offset: usize, from: &[u8]) {
+    pub fn copy_in(&mut self, offset: usize, from: &[u8]) {
         assert!(self.writable && self.is_here());
         let window = self.window(offset, from.len());
         let mut rest = from;
@@ -402,7 +404,7 @@ mod tests {
 
     #[test]
     fn every_byte_crosses_once_at_any_alignment() {
-        let map = anonymous(3, 64);
+        let mut map = anonymous(3, 64);
         for offset in 0..16 {
             for length in 0..=40 {
                 map.copy_in(0, &[0xee; 64]);
