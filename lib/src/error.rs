@@ -230,6 +230,12 @@ pub enum ImportError {
     /// The buffer could not be mapped or accessed.
     #[error(transparent)]
     Buffer(#[from] BufferError),
+    /// Bytes did not get from a file to the buffer or back.
+    #[error(transparent)]
+    Transfer(#[from] TransferError),
+    /// The kernel could not be asked, or said no.
+    #[error(transparent)]
+    Probe(#[from] ProbeError),
     /// These two do not go together.
     #[error("{importer} cannot use {buffer}: {evidence} ({code})")]
     Impossible {
@@ -307,6 +313,16 @@ pub enum TransferError {
         /// Bytes that it took.
         written: u64,
         /// Bytes that it was given.
+        wanted: u64,
+    },
+    /// The file ended before as many bytes were read as were written to it.
+    #[error("{object} gave {read} of {wanted} bytes")]
+    ShortRead {
+        /// The file.
+        object: String,
+        /// Bytes that it gave.
+        read: u64,
+        /// Bytes that it was to give.
         wanted: u64,
     },
     /// The caller insisted on a better path than there is.

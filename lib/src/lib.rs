@@ -37,7 +37,7 @@
 //! # }
 //! ```
 //!
-//! Every function blocks, except those of `share::tokio` (feature `tokio`). Nothing here needs root by itself: the permissions of
+//! Every function blocks, except those of `share::tokio` and `import::file::tokio` (feature `tokio`). Nothing here needs root by itself: the permissions of
 //! `/dev/peerbuf/<BDF>`, `/dev/udmabuf` and the files decide.
 #![deny(unsafe_code)]
 

@@ -1,11 +1,14 @@
 //! Publishing with `async` (`peerbuf::share::tokio`): the same guarantees, and nobody is kept
-//! waiting by somebody else's wait.
+//! waiting by somebody else's wait. And files (`peerbuf::import::file::tokio`).
 
+use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
 use peerbuf::Buffer;
 use peerbuf::error::ShareError;
 use peerbuf::export::memfd;
+use peerbuf::import::file::tokio::PIECE;
+use peerbuf::import::file::{FileImporter, unnamed_file};
 use peerbuf::share::tokio::{Publisher, Subscriber};
 use peerbuf::share::{Backing, BufferId, Channel, Copied, CutOff, Event, Lease};
 use tokio::time::{sleep, timeout};
@@ -198,4 +201,63 @@ async fn a_publisher_is_given_back_or_goes() {
     // Nobody's any more, and still memory.
     put(&held, 1);
     assert_eq!(get(&held), 1);
+}
+
+/// A file of so many bytes that tell where they are, and its importer.
+fn a_file(length: u64) -> (std::fs::File, FileImporter, Vec<u8>) {
+    let directory = std::env::current_exe().unwrap();
+    let file = unnamed_file(directory.parent().unwrap()).unwrap();
+    let bytes: Vec<u8> = (0..length).map(|at| (at / 4096 * 7 + at) as u8).collect();
+    file.write_all_at(&bytes, 0).unwrap();
+    let again = file.try_clone().unwrap();
+    let importer = FileImporter::from_fd(again.into(), "the file").unwrap();
+    (file, importer, bytes)
+}
+
+#[tokio::test]
+async fn a_file_is_read_and_written_while_others_go_on() {
+    let (file, importer, bytes) = a_file(PIECE + 5000);
+    let buffer = memfd::export("memory", 2 * PIECE).unwrap();
+    let range = buffer.whole();
+    let receipt = importer.read_into(&range, 0).await.unwrap();
+    assert_eq!(
+        (receipt.bytes, receipt.host_bytes),
+        (PIECE + 5000, PIECE + 5000)
+    );
+    let all = range.to_vec().unwrap();
+    assert!(all[..bytes.len()] == bytes && all[bytes.len()..].iter().all(|&byte| byte == 0));
+
+    let part = buffer.range(1, PIECE + 10).unwrap();
+    let receipt = importer.write_from(&part, 4096).await.unwrap();
+    assert_eq!(receipt.bytes, PIECE + 10);
+    let mut found = vec![0; part.len() as usize];
+    file.read_exact_at(&mut found, 4096).unwrap();
+    assert!(found == bytes[1..][..found.len()]);
+    // Nothing is nothing, and an error is one.
+    let nothing = buffer.range(0, 0).unwrap();
+    assert_eq!(importer.read_into(&nothing, 0).await.unwrap().bytes, 0);
+    let closed = FileImporter::open("/proc/self/exe").unwrap();
+    assert!(closed.write_from(&part, 0).await.is_err());
+}
+
+#[test]
+fn a_transfer_whose_future_is_dropped_begins_no_other_piece() {
+    let (_file, importer, bytes) = a_file(2 * PIECE);
+    let buffer = memfd::export("memory", 2 * PIECE).unwrap();
+    let range = buffer.whole();
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    runtime.block_on(async {
+        tokio::select! {
+            biased;
+            _ = importer.read_into(&range, 0) => panic!("done at once"),
+            () = async {} => {}
+        }
+    });
+    // Waits for the piece that was begun, if it was.
+    drop(runtime);
+    let all = range.to_vec().unwrap();
+    let (first, second) = all.split_at(PIECE as usize);
+    assert!(first == &bytes[..PIECE as usize] || first.iter().all(|&byte| byte == 0));
+    assert!(second.iter().all(|&byte| byte == 0), "another was begun");
+    assert_eq!(importer.size().unwrap(), 2 * PIECE);
 }

@@ -7,9 +7,10 @@ use std::sync::{Arc, OnceLock};
 
 use rustix::fs::{OFlags, SealFlags};
 
+use crate::access::Access;
 use crate::dmabuf::DmaBuf;
 use crate::error::{BufferError, SystemError};
-use crate::stage::Shared;
+use crate::stage::{Shared, Stage};
 use crate::sys::fork::Process;
 use crate::topology::{PciAddress, Sysfs};
 
@@ -320,6 +321,15 @@ impl Buffer {
         self.inner.writable
     }
 
+    /// The most that its bytes may be used for.
+    pub fn allowed(&self) -> Access {
+        if self.is_writable() {
+            Access::ReadWrite
+        } else {
+            Access::Read
+        }
+    }
+
     /// Where it comes from. Of a buffer that was received, this is what the sender said.
     pub fn provenance(&self) -> &Provenance {
         &self.inner.provenance
@@ -348,11 +358,16 @@ impl Buffer {
         self.stage.as_ref()
     }
 
-    pub(crate) fn set_stage(&mut self, stage: Shared) {
-        self.stage = Some(stage);
+    /// The same buffer, whose bytes the processor copies by this stage and not by a mapping.
+    ///
+    /// The stage belongs to this handle, and to the clones and ranges that are made of it.
+    #[must_use]
+    pub fn with_stage(mut self, stage: impl Stage + 'static) -> Buffer {
+        self.stage = Some(Shared(Arc::new(stage)));
+        self
     }
 
-    /// True when copies go by a [`Stage`](crate::Stage) and not by a mapping.
+    /// True when copies go by a [`Stage`] and not by a mapping.
     pub fn has_stage(&self) -> bool {
         self.stage.is_some()
     }
@@ -457,7 +472,7 @@ impl BufferRange {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Access, memfd};
+    use crate::memfd;
 
     #[test]
     #[cfg_attr(miri, ignore = "a system call that Miri does not have")]

@@ -29,12 +29,14 @@
 
 mod access;
 mod buffer;
+mod copies;
 mod deadline;
 mod dmabuf;
 mod errno;
 pub mod error;
 mod fence;
 mod foreign;
+mod lazy;
 mod mapping;
 pub mod memfd;
 mod stage;
@@ -53,8 +55,9 @@ pub use dmabuf::parse_info;
 pub use dmabuf::{DmaBuf, Identity, Info};
 pub use errno::Errno;
 pub use fence::{FenceState, SyncFile};
+pub use lazy::LazyMapping;
 pub use mapping::{CpuAccess, Mapping};
-pub use stage::{LazyMapping, Stage};
+pub use stage::Stage;
 #[doc(hidden)]
 pub use sys::{fork, memory};
 pub use topology::PciAddress;

@@ -10,7 +10,6 @@ use crate::errno::Errno;
 use crate::error::{BufferError, SystemError};
 use crate::fence::flags_of;
 use crate::sys::dmabuf::{SYNC_END, sync};
-use crate::sys::fork::Process;
 use crate::sys::memory::Map;
 
 /// A mapped part of a buffer.
@@ -204,22 +203,6 @@ impl BufferRange {
             range: self.clone(),
             access,
         })
-    }
-
-    /// Refuses access that the buffer does not allow, or not to this process. Returns whom it is lent to.
-    pub(crate) fn usable(&self, access: Access) -> Result<Option<Process>, BufferError> {
-        let object = || self.buffer().name().to_owned();
-        if access.writes() && !self.buffer().is_writable() {
-            return Err(BufferError::Access {
-                object: object(),
-                wanted: "write",
-            });
-        }
-        let borrower = self.buffer().borrower();
-        if borrower.is_some_and(|process| !process.is_current()) {
-            return Err(BufferError::Inherited { object: object() });
-        }
-        Ok(borrower)
     }
 
     /// Copies bytes to its beginning: by the buffer's [`Stage`](crate::Stage) if it has one, otherwise with one

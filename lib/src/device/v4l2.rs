@@ -2,6 +2,8 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
@@ -84,14 +86,21 @@ pub struct Picture {
     pub sequence: u32,
 }
 
-/// An open capture device.
-#[derive(Debug)]
+/// An open capture device. Clones are the same.
+#[derive(Debug, Clone)]
 pub struct VideoDevice {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
     fd: OwnedFd,
     path: PathBuf,
     driver: String,
     card: String,
     device: Option<PciAddress>,
+    /// There is one queue of buffers at a time: an end of one is the end of all.
+    has_queue: AtomicBool,
 }
 
 impl VideoDevice {
@@ -133,38 +142,42 @@ impl VideoDevice {
         }
         let number = rustix::fs::fstat(&fd).map_or(0, |stat| stat.st_rdev);
         let number = (rustix::fs::major(number), rustix::fs::minor(number));
-        Ok(VideoDevice {
+        let inner = Inner {
             fd,
             path: path.to_owned(),
             driver: text(&capability.driver),
             card: text(&capability.card),
             device: Sysfs::default().character_device(number.0, number.1),
+            has_queue: AtomicBool::new(false),
+        };
+        Ok(VideoDevice {
+            inner: Arc::new(inner),
         })
     }
 
     /// The node's path.
     pub fn path(&self) -> &Path {
-        &self.path
+        &self.inner.path
     }
 
     /// The driver's name, such as `uvcvideo` or `vivid`.
     pub fn driver(&self) -> &str {
-        &self.driver
+        &self.inner.driver
     }
 
     /// What the device calls itself.
     pub fn card(&self) -> &str {
-        &self.card
+        &self.inner.card
     }
 
     /// The PCI device behind it; `None` for one that is virtual or on another bus.
     pub fn device(&self) -> Option<PciAddress> {
-        self.device
+        self.inner.device
     }
 
     /// For people: the node and its driver.
     pub(crate) fn name(&self) -> String {
-        format!("{} ({})", self.path.display(), self.driver)
+        format!("{} ({})", self.inner.path.display(), self.inner.driver)
     }
 
     /// What it captures now (`VIDIOC_G_FMT`).
@@ -172,7 +185,7 @@ impl VideoDevice {
     /// # Errors
     /// The ioctl's error.
     pub fn format(&self) -> Result<Format, SystemError> {
-        let format = sys::format(self.fd.as_fd());
+        let format = sys::format(self.inner.fd.as_fd());
         Ok(format.map_err(self.failed("ioctl(VIDIOC_G_FMT)"))?.into())
     }
 
@@ -188,7 +201,7 @@ impl VideoDevice {
         fourcc: [u8; 4],
     ) -> Result<Format, SystemError> {
         let pixels = u32::from_le_bytes(fourcc);
-        let format = sys::set_format(self.fd.as_fd(), width, height, pixels);
+        let format = sys::set_format(self.inner.fd.as_fd(), width, height, pixels);
         Ok(format.map_err(self.failed("ioctl(VIDIOC_S_FMT)"))?.into())
     }
 
@@ -197,26 +210,32 @@ impl VideoDevice {
     /// # Errors
     /// The ioctl's error: `EINVAL` for a control that it has not, `ERANGE` for the value.
     pub fn set_control(&self, id: u32, value: i32) -> Result<(), SystemError> {
-        let set = sys::set_control(self.fd.as_fd(), id, value);
+        let set = sys::set_control(self.inner.fd.as_fd(), id, value);
         set.map_err(self.failed("ioctl(VIDIOC_S_CTRL)"))
     }
 
-    /// A queue of `count` buffers; the driver may make more of its own.
-    pub(crate) fn queue(&mut self, count: u32, memory: Memory) -> Result<Queue<'_>, SystemError> {
+    /// A queue of `count` buffers; the driver may make more of its own. `EBUSY` while there is another.
+    pub(crate) fn queue(&self, count: u32, memory: Memory) -> Result<Queue, SystemError> {
         let call = "ioctl(VIDIOC_REQBUFS)";
-        let made = sys::request_buffers(self.fd.as_fd(), count, memory);
+        if self.inner.has_queue.swap(true, Ordering::AcqRel) {
+            return Err(self.failed(call)(Errno::BUSY));
+        }
+        // From here on dropping it lets another be made.
+        let mut queue = Queue {
+            device: self.clone(),
+            memory,
+            count: 0,
+        };
+        let made = sys::request_buffers(self.inner.fd.as_fd(), count, memory);
         let made = made.map_err(self.failed(call))?;
+        queue.count = made.count;
         // An old driver does not say what it can do.
         let capabilities = made.capabilities;
         if memory == Memory::DmaBuf && capabilities != 0 && capabilities & sys::BUF_CAP_DMABUF == 0
         {
             return Err(self.failed(call)(Errno::OPNOTSUPP));
         }
-        Ok(Queue {
-            device: self,
-            memory,
-            count: made.count,
-        })
+        Ok(queue)
     }
 
     fn failed(&self, call: &'static str) -> impl Fn(Errno) -> SystemError {
@@ -227,21 +246,21 @@ impl VideoDevice {
 
 impl AsFd for VideoDevice {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
+        self.inner.fd.as_fd()
     }
 }
 
-/// The device's queue of buffers. There is one, hence the exclusive borrow.
+/// The device's queue of buffers. There is one at a time.
 #[derive(Debug)]
-pub(crate) struct Queue<'d> {
-    device: &'d mut VideoDevice,
+pub(crate) struct Queue {
+    device: VideoDevice,
     memory: Memory,
     count: u32,
 }
 
-impl Queue<'_> {
+impl Queue {
     pub(crate) fn device(&self) -> &VideoDevice {
-        self.device
+        &self.device
     }
 
     pub(crate) fn count(&self) -> u32 {
@@ -299,7 +318,7 @@ impl Queue<'_> {
                 return Err(failed(Errno::TIME));
             }
             let timeout = Timespec::try_from(left).ok();
-            let mut waiting = [PollFd::new(&*self.device, PollFlags::IN)];
+            let mut waiting = [PollFd::new(&self.device, PollFlags::IN)];
             match rustix::event::poll(&mut waiting, timeout.as_ref()) {
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
                 Err(errno) => return Err(self.device.failed("poll")(errno.into())),
@@ -308,11 +327,12 @@ impl Queue<'_> {
     }
 }
 
-impl Drop for Queue<'_> {
+impl Drop for Queue {
     fn drop(&mut self) {
         // Buffers that were exported live on; a failure has nobody to tell.
         let _ = sys::stream(self.device.as_fd(), false);
         let _ = sys::request_buffers(self.device.as_fd(), 0, self.memory);
+        self.device.inner.has_queue.store(false, Ordering::Release);
     }
 }
 

@@ -7,7 +7,7 @@
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! let mut camera = VideoDevice::open(&v4l2::probe()?[0])?;
 //! camera.set_format(640, 480, *b"RGB3")?;
-//! let capture = v4l2::export(&mut camera, 4)?;
+//! let capture = v4l2::export(&camera, 4)?;
 //! let picture = capture.one(Duration::from_secs(1))?;
 //! let buffer = &capture.buffers()[picture.index];
 //! println!("{} of {} bytes of {buffer}", picture.bytes, buffer.size());
@@ -35,8 +35,8 @@ pub fn probe() -> Result<Vec<PathBuf>, Unavailable> {
 /// A device's own buffers, exported, and the device that fills them. The buffers live on after
 /// it.
 #[derive(Debug)]
-pub struct Capture<'d> {
-    queue: Queue<'d>,
+pub struct Capture {
+    queue: Queue,
     buffers: Vec<Buffer>,
 }
 
@@ -46,7 +46,7 @@ pub struct Capture<'d> {
 /// # Errors
 /// The call that failed: `EBUSY` when somebody else captures, `ENOTTY` or `EINVAL` from a driver
 /// that cannot export.
-pub fn export(device: &mut VideoDevice, count: u32) -> Result<Capture<'_>, ExportError> {
+pub fn export(device: &VideoDevice, count: u32) -> Result<Capture, ExportError> {
     let name = device.name();
     let address = device.device();
     let queue = device.queue(count, Memory::Own).map_err(plain)?;
@@ -64,7 +64,7 @@ pub fn export(device: &mut VideoDevice, count: u32) -> Result<Capture<'_>, Expor
     Ok(Capture { queue, buffers })
 }
 
-impl Capture<'_> {
+impl Capture {
     /// The buffers.
     pub fn buffers(&self) -> &[Buffer] {
         &self.buffers

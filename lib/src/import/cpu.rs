@@ -16,7 +16,7 @@
 //! # }
 //! ```
 
-use super::not_mappable;
+use super::{Attached, Importer, not_mappable};
 use crate::buffer::{Access, BufferRange, Mapping};
 use crate::error::{BufferError, ImportError};
 use crate::plan::{Path, Plan, Reason, ReasonCode};
@@ -30,7 +30,9 @@ const NAME: &str = "the processor";
 /// access that the buffer does not allow.
 pub fn attach(range: &BufferRange, access: Access) -> Result<Attachment, ImportError> {
     let mapping = range.map(access).map_err(|error| match error {
-        BufferError::System(cause) => not_mappable(NAME, range, &cause),
+        BufferError::System(cause) | BufferError::NotMappable { cause } => {
+            not_mappable(NAME, range, &cause)
+        }
         other => other.into(),
     })?;
     Ok(Attachment { mapping })
@@ -64,5 +66,35 @@ impl Attachment {
     /// The mapping.
     pub fn mapping(&mut self) -> &mut Mapping {
         &mut self.mapping
+    }
+}
+
+/// The processor as an [`Importer`] like others.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Processor;
+
+impl Importer for Processor {
+    fn name(&self) -> String {
+        NAME.into()
+    }
+
+    fn attach(&self, range: &BufferRange) -> Result<Box<dyn Attached>, ImportError> {
+        Ok(Box::new(attach(range, range.buffer().allowed())?))
+    }
+}
+
+impl Attached for Attachment {
+    fn plan(&self) -> Plan {
+        Attachment::plan(self)
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> Result<Option<Plan>, ImportError> {
+        self.mapping.write_bytes(bytes)?;
+        Ok(Some(Attachment::plan(self)))
+    }
+
+    fn read(&mut self, into: &mut [u8]) -> Result<Option<Plan>, ImportError> {
+        self.mapping.read_bytes(into)?;
+        Ok(Some(Attachment::plan(self)))
     }
 }

@@ -21,7 +21,7 @@ use std::path::PathBuf;
 
 use std::os::fd::AsFd;
 
-use super::{attach_refused, dmabuf_of};
+use super::{Attached, Importer, attach_refused, dmabuf_of};
 use crate::buffer::{Access, Buffer, BufferRange, DmaBuf, Mapping};
 use crate::device::drm::{Card, Gem, cards};
 use crate::errno::Errno;
@@ -125,5 +125,32 @@ impl Attachment {
         Ok(seen
             .range(self.range.offset(), self.range.len())?
             .map(access)?)
+    }
+}
+
+impl Importer for DrmImporter {
+    fn name(&self) -> String {
+        DrmImporter::name(self)
+    }
+
+    fn attach(&self, range: &BufferRange) -> Result<Box<dyn Attached>, ImportError> {
+        Ok(Box::new(DrmImporter::attach(self, range)?))
+    }
+}
+
+/// Bytes go by the mapping of the handle, so that they are what the driver sees.
+impl Attached for Attachment {
+    fn plan(&self) -> Plan {
+        Attachment::plan(self)
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> Result<Option<Plan>, ImportError> {
+        self.map(Access::ReadWrite)?.write_bytes(bytes)?;
+        Ok(Some(Attachment::plan(self)))
+    }
+
+    fn read(&mut self, into: &mut [u8]) -> Result<Option<Plan>, ImportError> {
+        self.map(Access::Read)?.read_bytes(into)?;
+        Ok(Some(Attachment::plan(self)))
     }
 }

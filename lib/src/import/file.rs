@@ -4,14 +4,18 @@
 //! `O_DIRECT` between them. For device memory that is peer-to-peer DMA, and it is used only once
 //! it was seen to work; see [`crate::plan`].
 
+use std::fs::File;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
 use std::path::{Path as FilePath, PathBuf};
+use std::sync::Arc;
 
-use crate::buffer::{Access, BufferRange, Mapping};
-use crate::error::{BufferError, SystemError, TransferError};
+use super::{Attached, Importer};
+use crate::buffer::{Access, BufferRange, LazyMapping, Mapping};
+use crate::error::{BufferError, ImportError, SystemError, TransferError};
 use crate::path::ProofPolicy;
-use crate::plan::proof::{self, Question, Scratch};
+use crate::plan::proof::{self, Question, Scratch as ScratchSpace};
 use crate::plan::{self, Direction, Key, Path, Plan, Reason, ReasonCode, Verdict};
 use crate::sys::direct::{DirectIo, Kernel};
 use crate::topology::PciAddress;
@@ -21,12 +25,13 @@ use crate::transfer::file::{Direct, Endpoint};
 
 pub use crate::transfer::file::unnamed_file;
 
-/// An open file or block device that buffers can be attached to.
+/// An open file or block device that buffers can be attached to. Clones are the same open file.
+#[derive(Clone)]
 pub struct FileImporter {
-    endpoint: Endpoint,
-    scratch: Scratch,
+    endpoint: Arc<Endpoint>,
+    scratch: ScratchSpace,
     policy: ProofPolicy,
-    io: Box<dyn DirectIo>,
+    io: Arc<dyn DirectIo>,
 }
 
 impl std::fmt::Debug for FileImporter {
@@ -75,10 +80,10 @@ impl FileImporter {
 
     fn new(endpoint: Endpoint) -> FileImporter {
         FileImporter {
-            endpoint,
-            scratch: Scratch::default(),
+            endpoint: Arc::new(endpoint),
+            scratch: ScratchSpace::default(),
             policy: ProofPolicy::default(),
-            io: Box::new(Kernel),
+            io: Arc::new(Kernel),
         }
     }
 
@@ -86,7 +91,7 @@ impl FileImporter {
     /// filesystem. Without this they use the file's own directory.
     #[must_use]
     pub fn with_scratch_directory(mut self, directory: impl Into<PathBuf>) -> FileImporter {
-        self.scratch = Scratch::Directory(directory.into());
+        self.scratch = ScratchSpace::Directory(directory.into());
         self
     }
 
@@ -94,7 +99,7 @@ impl FileImporter {
     /// the only way to prove, and so to use, peer-to-peer writes.
     #[must_use]
     pub fn with_scratch_range(mut self, bytes: Range<u64>) -> FileImporter {
-        self.scratch = Scratch::Range(bytes);
+        self.scratch = ScratchSpace::Range(bytes);
         self
     }
 
@@ -147,34 +152,33 @@ impl FileImporter {
         Ok(rustix::fs::fdatasync(self.endpoint.staged()).map_err(failed)?)
     }
 
-    /// Maps the range for transfers. Nothing is tried and no byte moves yet.
+    /// Brings the range and the file together. Nothing is mapped or tried, and no byte moves yet.
+    ///
+    /// The attachment keeps the file open, and the importer may be dropped before it.
     ///
     /// # Errors
-    /// [`TransferError::Buffer`] when it cannot be mapped.
-    pub fn attach(&self, range: &BufferRange) -> Result<Attachment<'_>, TransferError> {
-        let writable = range.buffer().is_writable();
-        let access = if writable {
-            Access::ReadWrite
-        } else {
-            Access::Read
-        };
+    /// [`BufferError::Inherited`] for a buffer that was lent to a process from which this one was forked.
+    pub fn attach(&self, range: &BufferRange) -> Result<Attachment, TransferError> {
         Ok(Attachment {
-            importer: self,
-            mapping: range.map(access)?,
+            importer: self.clone(),
+            buffer: LazyMapping::new(range)?,
             require: Path::StagedCopy,
         })
     }
 }
 
 /// A file and a buffer's range, brought together.
+///
+/// The range is mapped when a path first needs it: for direct I/O, and for copies of a buffer without a
+/// [`Stage`](crate::buffer::Stage). A buffer that cannot be mapped and has a stage goes by staged copies.
 #[derive(Debug)]
-pub struct Attachment<'f> {
-    importer: &'f FileImporter,
-    mapping: Mapping,
+pub struct Attachment {
+    importer: FileImporter,
+    buffer: LazyMapping,
     require: Path,
 }
 
-impl Attachment<'_> {
+impl Attachment {
     /// Refuses transfers on a path worse than this one, instead of falling back.
     #[must_use]
     pub fn require(mut self, path: Path) -> Self {
@@ -182,9 +186,17 @@ impl Attachment<'_> {
         self
     }
 
-    /// The mapping, for the CPU to look at between transfers.
-    pub fn mapping(&mut self) -> &mut Mapping {
-        &mut self.mapping
+    /// What was attached.
+    pub fn range(&self) -> &BufferRange {
+        self.buffer.range()
+    }
+
+    /// The mapping, made now if there is none yet, for the CPU to look at between transfers.
+    ///
+    /// # Errors
+    /// [`BufferError::NotMappable`], or the call that failed.
+    pub fn mapping(&mut self) -> Result<&mut Mapping, BufferError> {
+        self.buffer.mapping()
     }
 
     /// Chooses the path that a transfer of the whole range to or from `file_offset` would take.
@@ -203,7 +215,7 @@ impl Attachment<'_> {
     /// [`TransferError`] for what has nothing to do with the path, such as a file that cannot be
     /// read at all, or a range that may not be written.
     pub fn plan(&mut self, direction: Direction, file_offset: u64) -> Result<Plan, TransferError> {
-        let (plan, _) = self.choose(direction, file_offset, self.mapping.len())?;
+        let (plan, _) = self.choose(direction, file_offset, self.buffer.len())?;
         if plan.path < self.require {
             return Err(TransferError::PathTooPoor { plan });
         }
@@ -218,8 +230,9 @@ impl Attachment<'_> {
     pub fn read(&mut self, file_offset: u64) -> Result<Receipt, TransferError> {
         let direction = Direction::DiskToBuffer;
         self.importer.endpoint.may_read()?;
-        if !self.mapping.range().buffer().is_writable() {
-            let object = self.mapping.range().buffer().name().to_owned();
+        let buffer = self.buffer.range().buffer();
+        if !buffer.is_writable() {
+            let object = buffer.name().to_owned();
             return Err(BufferError::Access {
                 object,
                 wanted: "write",
@@ -227,7 +240,7 @@ impl Attachment<'_> {
             .into());
         }
         let left = self.importer.size()?.saturating_sub(file_offset);
-        self.carry(direction, file_offset, left.min(self.mapping.len()))
+        self.carry(direction, file_offset, left.min(self.buffer.len()))
     }
 
     /// Writes all of the range to the file, from `file_offset` on. The bytes are durable after
@@ -238,7 +251,7 @@ impl Attachment<'_> {
     /// nothing written; [`TransferError::ShortWrite`], or the call that failed: an unknown part of the file's
     /// range has then been overwritten.
     pub fn write(&mut self, file_offset: u64) -> Result<Receipt, TransferError> {
-        let length = self.mapping.len();
+        let length = self.buffer.len();
         self.importer.endpoint.may_write(file_offset, length)?;
         self.carry(Direction::BufferToDisk, file_offset, length)
     }
@@ -265,7 +278,7 @@ impl Attachment<'_> {
                 Direction::DiskToBuffer => Access::Write,
                 Direction::BufferToDisk => Access::Read,
             };
-            let bracket = self.mapping.begin_cpu_access(access)?;
+            let bracket = self.buffer.mapping()?.begin_cpu_access(access)?;
             let mapping = bracket.mapping();
             let (carried, result) =
                 engine::direct(io, direct, mapping, 0, file_offset, whole, direction);
@@ -283,7 +296,7 @@ impl Attachment<'_> {
                 let call = format!(
                     "{direction}, after {bytes} of {length} bytes: {errno} for {} and {}",
                     file.describe_disk(),
-                    self.mapping.range().buffer()
+                    self.buffer.range().buffer()
                 );
                 let reason = Reason::new(plan.path, ReasonCode::DeviceError, call);
                 plan = Plan {
@@ -305,7 +318,7 @@ impl Attachment<'_> {
         if bytes < length {
             let (at, from) = (bytes, file_offset + bytes);
             let rest = length - bytes;
-            let carried = engine::staged(io, file, &mut self.mapping, at, from, rest, direction)?;
+            let carried = engine::staged(io, file, &mut self.buffer, at, from, rest, direction)?;
             bytes += carried.bytes;
             host_bytes += carried.bytes;
         }
@@ -322,11 +335,11 @@ impl Attachment<'_> {
         file_offset: u64,
         length: u64,
     ) -> Result<(Plan, Option<Key>), TransferError> {
-        let buffer = self.mapping.range().buffer();
+        let buffer = self.buffer.range().buffer().clone();
         // The best path that the buffer's memory can have, and why not a better one. A memfd has
         // pages that the kernel can pin; whether a dma-buf's own mapping has them is seen by trial,
         // as is whether device memory can be reached.
-        let Plan { mut reasons, .. } = Plan::in_place(buffer);
+        let Plan { mut reasons, .. } = Plan::in_place(&buffer);
         reasons.retain(|reason| reason.code == ReasonCode::NotDeviceMemory);
         let best = if reasons.is_empty() {
             Path::PeerToPeer
@@ -334,19 +347,14 @@ impl Attachment<'_> {
             Path::SharedHostMemory
         };
         let pinnable = best == Path::SharedHostMemory && buffer.host_memory().is_some();
-        let key = Key::of(buffer, &self.importer.endpoint, direction, best);
-        let rejected = match direct_io(
-            &self.importer.endpoint,
-            &self.mapping,
-            best,
-            file_offset,
-            length,
-        ) {
+        let file = Arc::clone(&self.importer.endpoint);
+        let key = Key::of(&buffer, &file, direction, best);
+        let rejected = match direct_io(&file, &mut self.buffer, best, file_offset, length)? {
             Err((code, evidence)) => Some((code, evidence)),
             Ok(_) if pinnable => None,
             Ok(direct) => {
                 let question = Question {
-                    file: &self.importer.endpoint,
+                    file: &file,
                     direct,
                     direction,
                     scratch: &self.importer.scratch,
@@ -354,7 +362,7 @@ impl Attachment<'_> {
                     length,
                 };
                 let io = &*self.importer.io;
-                match proof::verdict(io, &question, &mut self.mapping, key.as_ref())? {
+                match proof::verdict(io, &question, &mut self.buffer, key.as_ref())? {
                     Verdict::Proved => None,
                     Verdict::Rejected { code, evidence } => Some((code, evidence)),
                 }
@@ -369,8 +377,7 @@ impl Attachment<'_> {
         };
         reasons.push(Reason::new(best, code, evidence));
         if best == Path::PeerToPeer {
-            let kind = self.mapping.range().buffer().provenance().kind;
-            let (code, evidence) = if kind.is_device_memory() {
+            let (code, evidence) = if buffer.provenance().kind.is_device_memory() {
                 (
                     ReasonCode::NotHostMemory,
                     "the bytes are in device memory, and no memory of the host is behind it",
@@ -383,6 +390,10 @@ impl Attachment<'_> {
             };
             reasons.push(Reason::new(Path::SharedHostMemory, code, evidence));
         }
+        if length > 0 {
+            // A plan that nothing could carry out is none.
+            self.buffer.reach()?;
+        }
         let plan = Plan {
             path: Path::StagedCopy,
             reasons,
@@ -391,35 +402,134 @@ impl Attachment<'_> {
     }
 }
 
-/// Whether direct I/O can carry this transfer, as far as alignment decides.
+/// Files of a directory, as an [`Importer`] like others: bytes go into a range, and out of it, by way of a file
+/// without a name, as a disk moves them.
+#[derive(Debug, Clone)]
+pub struct Scratch {
+    directory: PathBuf,
+}
+
+impl Scratch {
+    /// Files are made in this directory. Nothing is left there.
+    pub fn new(directory: impl Into<PathBuf>) -> Scratch {
+        let directory = directory.into();
+        Scratch { directory }
+    }
+}
+
+impl Importer for Scratch {
+    fn name(&self) -> String {
+        format!("a file in {}", self.directory.display())
+    }
+
+    fn attach(&self, range: &BufferRange) -> Result<Box<dyn Attached>, ImportError> {
+        let file = unnamed_file(&self.directory)?;
+        let again = file.try_clone().map_err(|error| {
+            SystemError::new("fcntl(F_DUPFD_CLOEXEC)", Importer::name(self), &error)
+        })?;
+        let importer = FileImporter::from_fd(again.into(), Importer::name(self))?;
+        let importer = importer.with_scratch_directory(&self.directory);
+        Ok(Box::new(Through {
+            file,
+            importer,
+            range: range.clone(),
+            plan: Plan::in_place(range.buffer()),
+        }))
+    }
+}
+
+/// A range, and the file that its bytes go through.
+struct Through {
+    file: File,
+    importer: FileImporter,
+    range: BufferRange,
+    plan: Plan,
+}
+
+impl Attached for Through {
+    fn plan(&self) -> Plan {
+        self.plan.clone()
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> Result<Option<Plan>, ImportError> {
+        let part = self.range.slice(0, bytes.len() as u64)?;
+        let written = self
+            .file
+            .set_len(0)
+            .and_then(|()| self.file.write_all_at(bytes, 0))
+            .and_then(|()| self.file.sync_data());
+        written.map_err(|error| SystemError::new("pwrite", self.importer.name(), &error))?;
+        let receipt = self.importer.attach(&part)?.read(0)?;
+        if receipt.bytes != part.len() {
+            return Err(TransferError::ShortRead {
+                object: self.importer.name().to_owned(),
+                read: receipt.bytes,
+                wanted: part.len(),
+            }
+            .into());
+        }
+        self.plan = receipt.plan;
+        Ok(Some(self.plan.clone()))
+    }
+
+    fn read(&mut self, into: &mut [u8]) -> Result<Option<Plan>, ImportError> {
+        let part = self.range.slice(0, into.len() as u64)?;
+        let receipt = self.importer.attach(&part)?.write(0)?;
+        self.importer.sync()?;
+        let read = self.file.read_exact_at(into, 0);
+        read.map_err(|error| SystemError::new("pread", self.importer.name(), &error))?;
+        self.plan = receipt.plan;
+        Ok(Some(self.plan.clone()))
+    }
+}
+
+/// Whether direct I/O can carry this transfer, as far as alignment decides, and whether there is a mapping. `Err`
+/// for a buffer whose bytes cannot be reached at all.
 fn direct_io<'f>(
     file: &'f Endpoint,
-    mapping: &Mapping,
+    buffer: &mut LazyMapping,
     path: Path,
     file_offset: u64,
     length: u64,
-) -> Result<&'f Direct, (ReasonCode, String)> {
+) -> Result<Result<&'f Direct, (ReasonCode, String)>, BufferError> {
+    let direct = match blocks_fit(file, path, file_offset, length) {
+        Ok(direct) => direct,
+        Err(reason) => return Ok(Err(reason)),
+    };
+    let range = buffer.range().clone();
+    let mapping = match buffer.mapping() {
+        Ok(mapping) => mapping,
+        Err(error) if range.buffer().has_stage() => {
+            return Ok(Err((ReasonCode::NotMappable, error.to_string())));
+        }
+        Err(error) => return Err(error),
+    };
+    let align = direct.memory_align;
+    if mapping.map().misalignment(0, align as usize) != 0 {
+        let evidence = format!(
+            "offset {} of {} is not a multiple of {align} bytes",
+            range.offset(),
+            range.buffer()
+        );
+        return Ok(Err((ReasonCode::Misaligned, evidence)));
+    }
+    Ok(Ok(direct))
+}
+
+fn blocks_fit(
+    file: &Endpoint,
+    path: Path,
+    file_offset: u64,
+    length: u64,
+) -> Result<&Direct, (ReasonCode, String)> {
     let direct = file
         .direct()
         .map_err(|why| (ReasonCode::NoDirectIo, format!("{}: {why}", file.name)))?;
-    let Direct {
-        memory_align,
-        block,
-        ..
-    } = *direct;
+    let block = direct.block;
     if !file_offset.is_multiple_of(u64::from(block)) {
         let evidence = format!(
             "offset {file_offset} of {} is not a multiple of {block} bytes",
             file.name
-        );
-        return Err((ReasonCode::Misaligned, evidence));
-    }
-    if length > 0 && mapping.map().misalignment(0, memory_align as usize) != 0 {
-        let range = mapping.range();
-        let evidence = format!(
-            "offset {} of {} is not a multiple of {memory_align} bytes",
-            range.offset(),
-            range.buffer()
         );
         return Err((ReasonCode::Misaligned, evidence));
     }
@@ -434,6 +544,9 @@ fn direct_io<'f>(
     }
     Ok(direct)
 }
+
+#[cfg(feature = "tokio")]
+pub mod tokio;
 
 #[cfg(test)]
 mod tests;

@@ -13,6 +13,10 @@
 //! | [`mod@probe`] | nobody: asks the kernel what it would give a device's driver | dma-bufs |
 //!
 //! RDMA cards, and engines on libfabric, are importers of the crate `peerbuf-rdma`.
+//!
+//! Each has its own functions, since each needs something else: an address, a direction, a list of buffers. What
+//! they have in common is [`Importer`]: a range is attached, has a plan, and bytes go into it and out of it in the
+//! importer's own way. Programs that bring buffers to importers of any kind, their own among them, use that.
 
 pub mod cpu;
 #[cfg(feature = "drm")]
@@ -33,7 +37,63 @@ use crate::buffer::{Buffer, BufferRange};
 #[cfg(any(feature = "drm", feature = "v4l2"))]
 use crate::errno::Errno;
 use crate::error::{ImportError, SystemError};
-use crate::plan::ReasonCode;
+use crate::plan::{Plan, ReasonCode};
+
+/// Anything that uses buffers.
+///
+/// ```
+/// use peerbuf::buffer::BufferRange;
+/// use peerbuf::error::ImportError;
+/// use peerbuf::export::memfd;
+/// use peerbuf::import::{Importer, cpu::Processor};
+///
+/// fn fill(importer: &dyn Importer, range: &BufferRange, bytes: &[u8]) -> Result<(), ImportError> {
+///     let mut attached = importer.attach(range)?;
+///     match attached.write(bytes)? {
+///         Some(plan) => println!("{} wrote it: {plan}", importer.name()),
+///         None => println!("{} moves no bytes by itself", importer.name()),
+///     }
+///     Ok(())
+/// }
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let buffer = memfd::export("example", 5)?;
+/// fill(&Processor, &buffer.whole(), b"hello")?;
+/// assert_eq!(buffer.whole().to_vec()?, b"hello");
+/// # Ok(())
+/// # }
+/// ```
+pub trait Importer: Send + Sync {
+    /// Its name, for people.
+    fn name(&self) -> String;
+
+    /// Brings it and a range together, until what is returned is dropped.
+    ///
+    /// # Errors
+    /// [`ImportError::Impossible`] where the two do not go together; the call that failed.
+    fn attach(&self, range: &BufferRange) -> Result<Box<dyn Attached>, ImportError>;
+}
+
+/// A range and an importer, brought together.
+pub trait Attached: Send {
+    /// How the importer gets at the bytes, as far as it is known before some have moved.
+    fn plan(&self) -> Plan;
+
+    /// Puts bytes into the beginning of the range, in the importer's own way: by the disk's DMA, the graphics
+    /// driver's mapping, and so on. Returns the path that they took; `None`, with nothing done, for an importer
+    /// that moves no bytes by itself.
+    ///
+    /// # Errors
+    /// [`BufferError::OutOfRange`](crate::error::BufferError::OutOfRange) for more bytes than the range has; what
+    /// the transfer failed with.
+    fn write(&mut self, bytes: &[u8]) -> Result<Option<Plan>, ImportError>;
+
+    /// Gets bytes from the beginning of the range, likewise.
+    ///
+    /// # Errors
+    /// As [`Attached::write`].
+    fn read(&mut self, into: &mut [u8]) -> Result<Option<Plan>, ImportError>;
+}
 
 #[cfg(any(feature = "drm", feature = "v4l2"))]
 /// The dma-buf, for an importer that takes nothing else.

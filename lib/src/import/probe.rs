@@ -30,9 +30,11 @@ use std::time::Duration;
 use peerbuf_uapi as abi;
 use rustix::fs::{Mode, OFlags};
 
-use crate::buffer::DmaBuf;
+use super::{Attached, Importer, impossible};
+use crate::buffer::{Buffer, BufferRange, DmaBuf};
 use crate::errno::Errno;
-use crate::error::{ProbeError, SystemError};
+use crate::error::{ImportError, ProbeError, SystemError};
+use crate::plan::{Path, Plan, ReasonCode};
 use crate::sys::importer::{self as ioctl, Step};
 use crate::topology::PciAddress;
 
@@ -421,6 +423,93 @@ impl Attachment {
         ioctl::step(self.fd.as_fd(), step)
             .map(Duration::from_nanos)
             .map_err(|errno| system(call, &self.object, errno))
+    }
+}
+
+/// The importer as the driver of one device: an [`Importer`](super::Importer) like others, that moves no bytes.
+#[derive(Debug)]
+pub struct OnBehalf {
+    probe: Probe,
+    device: PciAddress,
+    options: Options,
+}
+
+impl OnBehalf {
+    /// For this device.
+    pub fn new(probe: Probe, device: PciAddress, options: Options) -> OnBehalf {
+        OnBehalf {
+            probe,
+            device,
+            options,
+        }
+    }
+
+    /// Attaches a buffer and maps it, for both directions.
+    ///
+    /// # Errors
+    /// [`ImportError::Impossible`] with [`ReasonCode::NoDmaBuf`], or with [`ReasonCode::KernelRefused`] and the
+    /// kernel's answer.
+    pub fn map(&self, buffer: &Buffer) -> Result<(Attachment, Mapping), ImportError> {
+        let name = self.device.to_string();
+        let Some(dmabuf) = buffer.dmabuf() else {
+            let evidence = "it is memory alone, without a dma-buf over it".into();
+            return Err(impossible(&name, buffer, ReasonCode::NoDmaBuf, evidence));
+        };
+        let refused = |error: ProbeError| {
+            let code = ReasonCode::KernelRefused;
+            impossible(&name, buffer, code, error.to_string())
+        };
+        let attachment = self.probe.attach(dmabuf, self.device, self.options);
+        let attachment = attachment.map_err(refused)?;
+        let mapping = attachment.map(Direction::Bidirectional).map_err(refused)?;
+        Ok((attachment, mapping))
+    }
+}
+
+impl Importer for OnBehalf {
+    fn name(&self) -> String {
+        format!("the driver of {}", self.device)
+    }
+
+    fn attach(&self, range: &BufferRange) -> Result<Box<dyn Attached>, ImportError> {
+        let (attachment, mapping) = self.map(range.buffer())?;
+        let path = match mapping.route() {
+            Route::BusAddress | Route::HostBridge => Path::PeerToPeer,
+            Route::System => Path::SharedHostMemory,
+            Route::Mixed | Route::Unknown => {
+                let evidence = format!("the kernel gave {mapping:?}");
+                let (name, code) = (Importer::name(self), ReasonCode::PlacementUnknown);
+                return Err(impossible(&name, range.buffer(), code, evidence));
+            }
+        };
+        Ok(Box::new(Asked {
+            _attachment: attachment,
+            path,
+        }))
+    }
+}
+
+/// A mapping of the kernel's that nobody uses.
+struct Asked {
+    /// Keeps the mapping.
+    _attachment: Attachment,
+    path: Path,
+}
+
+impl Attached for Asked {
+    fn plan(&self) -> Plan {
+        Plan {
+            path: self.path,
+            reasons: Vec::new(),
+        }
+    }
+
+    fn write(&mut self, _: &[u8]) -> Result<Option<Plan>, ImportError> {
+        Ok(None)
+    }
+
+    fn read(&mut self, _: &mut [u8]) -> Result<Option<Plan>, ImportError> {
+        Ok(None)
     }
 }
 

@@ -10,13 +10,14 @@
 //! let size = u64::from(format.size).next_multiple_of(4096);
 //! let buffers = [udmabuf::export("one", size)?, udmabuf::export("two", size)?];
 //! let ranges = [buffers[0].whole(), buffers[1].whole()];
-//! let capture = v4l2::attach(&mut camera, &ranges)?;
+//! let capture = v4l2::attach(&camera, &ranges)?;
 //! let picture = capture.one(Duration::from_secs(1))?;
 //! println!("picture {} is in {}", picture.sequence, buffers[picture.index]);
 //! # Ok(())
 //! # }
 //! ```
 
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -42,11 +43,9 @@ pub fn probe() -> Result<Vec<PathBuf>, Unavailable> {
 /// [`ImportError::Impossible`] with [`ReasonCode::NotWhole`] for a range that does not begin where
 /// its buffer does (the interface has no place for an offset), [`ReasonCode::TooSmall`] for one
 /// that a picture of the present format does not fit in, or [`ReasonCode::NoDmaBuf`];
-/// [`ImportError::Buffer`] for one that may not be written; the call that failed.
-pub fn attach<'d>(
-    device: &'d mut VideoDevice,
-    ranges: &[BufferRange],
-) -> Result<Attachment<'d>, ImportError> {
+/// [`ImportError::Buffer`] for one that may not be written; the call that failed: `EBUSY` while the device has
+/// other buffers.
+pub fn attach(device: &VideoDevice, ranges: &[BufferRange]) -> Result<Attachment, ImportError> {
     let name = device.name();
     let format = device.format()?;
     for range in ranges {
@@ -79,12 +78,12 @@ pub fn attach<'d>(
 
 /// Buffers and a video device, brought together.
 #[derive(Debug)]
-pub struct Attachment<'d> {
-    queue: Queue<'d>,
+pub struct Attachment {
+    queue: Queue,
     ranges: Vec<BufferRange>,
 }
 
-impl Attachment<'_> {
+impl Attachment {
     /// The buffers.
     pub fn ranges(&self) -> &[BufferRange] {
         &self.ranges
@@ -148,5 +147,13 @@ impl Attachment<'_> {
         let picture = self.next(limit);
         self.stop()?;
         picture
+    }
+}
+
+/// Readable when a picture is there ([`Attachment::next`] with a limit of zero), for programs that wait for other
+/// things, too.
+impl AsFd for Attachment {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.queue.device().as_fd()
     }
 }

@@ -18,7 +18,7 @@
 //! ```
 
 use super::{impossible, not_mappable};
-use crate::buffer::{Access, BufferRange, Mapping};
+use crate::buffer::{BufferRange, Mapping};
 use crate::device::vfio::VfioDevice;
 use crate::errno::Errno;
 use crate::error::{BufferError, ImportError, Unavailable};
@@ -75,15 +75,14 @@ impl VfioImporter {
                 evidence,
             ));
         }
-        let access = if range.buffer().is_writable() {
-            Access::ReadWrite
-        } else {
-            Access::Read
-        };
-        let mapping = range.map(access).map_err(|error| match error {
-            BufferError::System(cause) => not_mappable(&self.name(), range, &cause),
-            other => other.into(),
-        })?;
+        let mapping = range
+            .map(range.buffer().allowed())
+            .map_err(|error| match error {
+                BufferError::System(cause) | BufferError::NotMappable { cause } => {
+                    not_mappable(&self.name(), range, &cause)
+                }
+                other => other.into(),
+            })?;
         let window = mapping.map().window(0, range.len() as usize);
         let mapped = sys::vfio::map_dma(self.device.container(), window, iova);
         mapped.map_err(|errno| {

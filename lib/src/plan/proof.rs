@@ -25,7 +25,7 @@ use std::ops::Range;
 use std::path::PathBuf;
 
 use super::verdicts::{self, Key, Verdict};
-use crate::buffer::{Access, Mapping};
+use crate::buffer::{BufferRange, LazyMapping};
 use crate::errno::Errno;
 use crate::error::{BufferError, SystemError, TransferError};
 use crate::path::{Direction, ProofPolicy, ReasonCode};
@@ -64,12 +64,12 @@ pub(crate) struct Question<'a> {
     pub(crate) length: u64,
 }
 
-/// Gives the verdict for the mapping's exporter and the file's disk, from memory or by trial. `key` is what it is
+/// Gives the verdict for the buffer's exporter and the file's disk, from memory or by trial. `key` is what it is
 /// kept by.
 pub(crate) fn verdict(
     io: &dyn DirectIo,
     question: &Question<'_>,
-    mapping: &mut Mapping,
+    buffer: &mut LazyMapping,
     key: Option<&Key>,
 ) -> Result<Verdict, TransferError> {
     let known = key
@@ -87,7 +87,7 @@ pub(crate) fn verdict(
             "no proof of this path is known, and none is to be made (ProofPolicy::Never)";
         return Ok(Verdict::rejected(code, evidence));
     }
-    let verdict = prove(io, question, mapping)?;
+    let verdict = prove(io, question, buffer)?;
     if let Some(key) = key {
         verdicts::keep(*key, question.file, &verdict);
     }
@@ -99,7 +99,7 @@ pub(crate) fn verdict(
 fn prove(
     io: &dyn DirectIo,
     question: &Question<'_>,
-    mapping: &mut Mapping,
+    buffer: &mut LazyMapping,
 ) -> Result<Verdict, TransferError> {
     let Question {
         file,
@@ -111,17 +111,17 @@ fn prove(
     let trial = Trial {
         io,
         disk: file.describe_disk(),
-        pair: describe_pair(file, mapping),
+        pair: describe_pair(file, buffer.range()),
         layer: file.disk.as_ref().and_then(|disk| {
             let is_over = !disk.functions.is_empty();
             disk.layer.map(|layer| (disk.name.as_str(), layer, is_over))
         }),
     };
     let unit = u64::from(direct.block.max(direct.memory_align));
-    let windows = windows(question.length.min(mapping.len()), unit);
+    let windows = windows(question.length.min(buffer.len()), unit);
     match direction {
-        Direction::DiskToBuffer => trial.reads(file, direct, mapping, &windows, scratch),
-        Direction::BufferToDisk => trial.writes(file, direct, mapping, &windows, scratch),
+        Direction::DiskToBuffer => trial.reads(file, direct, buffer, &windows, scratch),
+        Direction::BufferToDisk => trial.writes(file, direct, buffer, &windows, scratch),
     }
 }
 
@@ -144,8 +144,8 @@ fn windows(length: u64, unit: u64) -> Vec<(u64, u64)> {
     windows
 }
 
-fn describe_pair(file: &Endpoint, mapping: &Mapping) -> String {
-    let buffer = mapping.range().buffer();
+fn describe_pair(file: &Endpoint, range: &BufferRange) -> String {
+    let buffer = range.buffer();
     let Some(peer) = buffer.provenance().device else {
         return format!("{} and {}", file.describe_disk(), buffer.name());
     };
@@ -202,7 +202,7 @@ impl Trial<'_> {
         &self,
         file: &Endpoint,
         direct: &Direct,
-        mapping: &mut Mapping,
+        buffer: &mut LazyMapping,
         windows: &[(u64, u64)],
         scratch: &Scratch,
     ) -> Result<Verdict, TransferError> {
@@ -221,10 +221,13 @@ impl Trial<'_> {
             let size = size.min(known.length);
             let expected = &known.bytes.bytes()[..size as usize];
             let complement: Vec<u8> = expected.iter().map(|byte| !byte).collect();
-            let saved = exchange(mapping, start, &complement)?;
-            let window = mapping.map().window(start as usize, size as usize);
+            let saved = exchange(buffer, start, &complement)?;
+            let window = buffer
+                .mapping()?
+                .map()
+                .window(start as usize, size as usize);
             let result = self.io.read(source.fd(), window, known.offset);
-            let found = exchange(mapping, start, &saved)?;
+            let found = exchange(buffer, start, &saved)?;
             match result {
                 Err(errno) => {
                     return Ok(self.refused("pread", size, Direction::DiskToBuffer, errno));
@@ -249,15 +252,15 @@ impl Trial<'_> {
         &self,
         file: &Endpoint,
         direct: &Direct,
-        mapping: &mut Mapping,
+        buffer: &mut LazyMapping,
         windows: &[(u64, u64)],
         scratch: &Scratch,
     ) -> Result<Verdict, TransferError> {
         let unproved =
             |evidence: String| Ok(Verdict::rejected(ReasonCode::WriteUnproved, evidence));
         let block = u64::from(direct.block.max(direct.memory_align));
-        let mut own = own_patterns(mapping, windows, block)?;
-        if own.is_empty() && !mapping.range().buffer().is_writable() {
+        let mut own = own_patterns(buffer, windows, block)?;
+        if own.is_empty() && !buffer.range().buffer().is_writable() {
             return unproved(
                 "the buffer is read-only, so no pattern can be put in it, and its own bytes are too much alike"
                     .into(),
@@ -336,12 +339,15 @@ impl Trial<'_> {
             }
             let saved = match is_own {
                 true => None,
-                false => Some(exchange(mapping, start, pattern)?),
+                false => Some(exchange(buffer, start, pattern)?),
             };
-            let window = mapping.map().window(start as usize, size as usize);
+            let window = buffer
+                .mapping()?
+                .map()
+                .window(start as usize, size as usize);
             let result = self.io.write(target.fd(), window, offset);
             if let Some(saved) = saved {
-                exchange(mapping, start, &saved)?;
+                exchange(buffer, start, &saved)?;
             }
             match result {
                 Err(errno) => {
@@ -526,19 +532,18 @@ struct Pattern {
 /// Places of the range whose own bytes can serve as the pattern: for each window the first of some, from where
 /// the window is on to the next one.
 fn own_patterns(
-    mapping: &mut Mapping,
+    buffer: &mut LazyMapping,
     windows: &[(u64, u64)],
     unit: u64,
 ) -> Result<Vec<Pattern>, BufferError> {
     let mut patterns = Vec::new();
-    let cpu = mapping.begin_cpu_access(Access::Read)?;
     for (index, &(first, size)) in windows.iter().enumerate() {
         let next = windows.get(index + 1).map(|next| next.0);
         let room = next.map_or(0, |next| next.saturating_sub(first + size));
         for step in 0..TRIED {
             let start = first + room / TRIED * step / unit * unit;
             let mut bytes = vec![0; size as usize];
-            cpu.read_at(start, &mut bytes)?;
+            buffer.read_at(start, &mut bytes)?;
             if can_be_told(&bytes) {
                 patterns.push(Pattern {
                     start,
@@ -552,7 +557,6 @@ fn own_patterns(
             }
         }
     }
-    cpu.end()?;
     Ok(patterns)
 }
 
@@ -578,12 +582,10 @@ fn can_be_told(bytes: &[u8]) -> bool {
 }
 
 /// Puts `new` at `offset` and returns what was there.
-fn exchange(mapping: &mut Mapping, offset: u64, new: &[u8]) -> Result<Vec<u8>, BufferError> {
+fn exchange(buffer: &mut LazyMapping, offset: u64, new: &[u8]) -> Result<Vec<u8>, BufferError> {
     let mut old = vec![0; new.len()];
-    let mut cpu = mapping.begin_cpu_access(Access::ReadWrite)?;
-    cpu.read_at(offset, &mut old)?;
-    cpu.write_at(offset, new)?;
-    cpu.end()?;
+    buffer.read_at(offset, &mut old)?;
+    buffer.write_at(offset, new)?;
     Ok(old)
 }
 

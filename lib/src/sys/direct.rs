@@ -12,7 +12,7 @@ use crate::errno::Errno;
 use crate::sys::memory::Window;
 
 /// Positioned I/O between a file and a window of mapped memory, as the system calls define it.
-pub(crate) trait DirectIo {
+pub(crate) trait DirectIo: Send + Sync {
     /// `pread`. Returns the bytes read, 0 at the end of the file.
     fn read(&self, file: BorrowedFd<'_>, into: Window<'_>, offset: u64) -> Result<usize, Errno>;
     /// `pwrite`. Returns the bytes written.
@@ -76,7 +76,8 @@ fn retry(mut call: impl FnMut() -> isize) -> Result<usize, Errno> {
 #[cfg(test)]
 pub(crate) mod fake {
     use super::*;
-    use std::cell::{Cell, RefCell};
+    use std::sync::Mutex;
+    use std::sync::atomic::{AtomicU32, Ordering};
 
     use crate::path::Direction;
 
@@ -99,25 +100,45 @@ pub(crate) mod fake {
         FailsAfter(u32, Errno),
     }
 
-    type AtCall = Box<dyn Fn(Direction)>;
+    type AtCall = Box<dyn Fn(Direction) + Send + Sync>;
+
+    /// What a test changes while an importer has the fake.
+    pub(crate) struct Setting<T>(Mutex<T>);
+
+    impl<T: Copy> Setting<T> {
+        pub(crate) fn get(&self) -> T {
+            *self.0.lock().unwrap()
+        }
+    }
+
+    impl<T> Setting<T> {
+        pub(crate) fn set(&self, value: T) {
+            *self.0.lock().unwrap() = value;
+        }
+    }
 
     pub(crate) struct Fake {
         /// May change between calls, as a machine does.
-        pub(crate) behaviour: Cell<Behaviour>,
+        pub(crate) behaviour: Setting<Behaviour>,
         /// Called before each call on device memory: a process that is killed in the call leaves what is there
         /// then.
-        pub(crate) at_call: RefCell<Option<AtCall>>,
+        pub(crate) at_call: Setting<Option<AtCall>>,
         /// Calls on device memory so far.
-        pub(crate) calls: Cell<u32>,
+        calls: AtomicU32,
     }
 
     impl Fake {
         pub(crate) fn new(behaviour: Behaviour) -> Fake {
             Fake {
-                behaviour: Cell::new(behaviour),
-                at_call: RefCell::default(),
-                calls: Cell::new(0),
+                behaviour: Setting(Mutex::new(behaviour)),
+                at_call: Setting(Mutex::new(None)),
+                calls: AtomicU32::new(0),
             }
+        }
+
+        /// Calls on device memory so far.
+        pub(crate) fn calls(&self) -> u32 {
+            self.calls.load(Ordering::Relaxed)
         }
 
         fn device_call<'w>(
@@ -126,11 +147,10 @@ pub(crate) mod fake {
             direction: Direction,
             call: impl Fn(Window<'w>) -> Result<usize, Errno>,
         ) -> Result<usize, Errno> {
-            if let Some(at_call) = &*self.at_call.borrow() {
+            if let Some(at_call) = &*self.at_call.0.lock().unwrap() {
                 at_call(direction);
             }
-            let calls = self.calls.get();
-            self.calls.set(calls + 1);
+            let calls = self.calls.fetch_add(1, Ordering::Relaxed);
             match self.behaviour.get() {
                 Behaviour::Fails(errno) => Err(errno),
                 Behaviour::FailsAfter(works, errno) if calls >= works => Err(errno),

@@ -7,7 +7,7 @@
 
 use std::os::fd::BorrowedFd;
 
-use crate::buffer::{Access, Mapping};
+use crate::buffer::{LazyMapping, Mapping};
 use crate::errno::Errno;
 use crate::error::{SystemError, TransferError};
 use crate::path::Direction;
@@ -79,7 +79,7 @@ pub(crate) fn direct(
 pub(crate) fn staged(
     io: &dyn DirectIo,
     file: &Endpoint,
-    mapping: &mut Mapping,
+    buffer: &mut LazyMapping,
     buffer_offset: u64,
     file_offset: u64,
     length: u64,
@@ -93,9 +93,7 @@ pub(crate) fn staged(
         match direction {
             Direction::DiskToBuffer => {
                 let moved = read_host(io, file, from, &mut memory, chunk)?;
-                let mut cpu = mapping.begin_cpu_access(Access::Write)?;
-                cpu.write_at(at, &memory.bytes()[..moved as usize])?;
-                cpu.end()?;
+                buffer.write_at(at, &memory.bytes()[..moved as usize])?;
                 carried.bytes += moved;
                 if moved < chunk {
                     carried.ended = true;
@@ -103,9 +101,7 @@ pub(crate) fn staged(
                 }
             }
             Direction::BufferToDisk => {
-                let cpu = mapping.begin_cpu_access(Access::Read)?;
-                cpu.read_at(at, &mut memory.bytes_mut()[..chunk as usize])?;
-                cpu.end()?;
+                buffer.read_at(at, &mut memory.bytes_mut()[..chunk as usize])?;
                 write_host(io, file, from, &mut memory, chunk)?;
                 carried.bytes += chunk;
             }

@@ -20,3 +20,18 @@ pub struct Receipt {
     /// copied.
     pub host_bytes: u64,
 }
+
+#[cfg(feature = "tokio")]
+impl Receipt {
+    /// Both transfers in one account. The plan is that of the worse path.
+    pub(crate) fn followed_by(self, next: Receipt) -> Receipt {
+        Receipt {
+            bytes: self.bytes + next.bytes,
+            host_bytes: self.host_bytes + next.host_bytes,
+            plan: match next.plan.path < self.plan.path {
+                true => next.plan,
+                false => self.plan,
+            },
+        }
+    }
+}

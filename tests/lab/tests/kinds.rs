@@ -380,7 +380,7 @@ fn check_bars(picture: &[u8], bytes_per_line: usize) {
 
 #[test]
 fn a_camera_captures_straight_into_a_udmabuf() {
-    let mut camera = camera();
+    let camera = camera();
     let format = camera.format().unwrap();
     let size = u64::from(format.size).next_multiple_of(4096);
     let buffers = [
@@ -391,7 +391,7 @@ fn a_camera_captures_straight_into_a_udmabuf() {
         put(&buffer.whole(), &vec![0xaa; size as usize]);
     }
     let ranges = buffers.each_ref().map(Buffer::whole);
-    let capture = v4l2::attach(&mut camera, &ranges).unwrap();
+    let capture = v4l2::attach(&camera, &ranges).unwrap();
     assert_eq!(capture.plan(0).unwrap().path, Path::SharedHostMemory);
     capture.give(0).unwrap();
     capture.give(1).unwrap();
@@ -415,13 +415,60 @@ fn a_camera_captures_straight_into_a_udmabuf() {
     capture.stop().unwrap();
     let error = capture.next(Duration::from_millis(50)).unwrap_err();
     assert!(error.to_string().contains("VIDIOC_DQBUF"), "{error}");
+    // The device has one queue, and a second one would take its buffers away.
+    let error = v4l2::attach(&camera, &ranges).unwrap_err();
+    assert!(error.to_string().contains("EBUSY"), "{error}");
+    drop(capture);
+    assert!(v4l2::attach(&camera, &ranges).is_ok());
+}
+
+/// What another library would hand over: a descriptor, which a program that is executed would inherit.
+fn imported(buffer: &Buffer) -> Buffer {
+    let dmabuf = buffer.dmabuf().unwrap().as_fd();
+    let fd = rustix::io::dup(dmabuf).unwrap();
+    let imported = Buffer::import(fd).unwrap();
+    let flags = rustix::io::fcntl_getfd(imported.dmabuf().unwrap()).unwrap();
+    assert!(flags.contains(rustix::io::FdFlags::CLOEXEC));
+    imported
+}
+
+#[test]
+fn of_a_foreign_buffer_is_known_what_the_kernel_says() {
+    let card = modules::vgem();
+    let heap = heap::Heap::open("system").unwrap();
+    let camera = camera();
+    let capture = peerbuf::export::v4l2::export(&camera, 1).unwrap();
+    let cases = [
+        (udmabuf::export("weights", MIB).unwrap(), Kind::Udmabuf),
+        (heap.export("frames", MIB).unwrap(), Kind::Heap),
+        (capture.buffers()[0].clone(), Kind::V4l2),
+        (drm::export(&card, "surface", MIB).unwrap(), Kind::Other),
+    ];
+    for (buffer, kind) in cases {
+        let foreign = imported(&buffer);
+        assert_eq!(foreign.provenance().kind, kind, "{foreign}");
+        assert_eq!(foreign.provenance().device, None, "{foreign}");
+        assert_eq!(foreign.size(), buffer.size());
+        let exporter = foreign.dmabuf().unwrap().exporter();
+        let inode = foreign.dmabuf().unwrap().identity().inode();
+        match buffer.dmabuf().unwrap().info().unwrap().name.as_str() {
+            "" => assert_eq!(foreign.name(), format!("dma-buf {inode} of {exporter}")),
+            name => assert_eq!(foreign.name(), name),
+        }
+        let bytes = random(4096);
+        put(&foreign.range(4096, 4096).unwrap(), &bytes);
+        assert!(
+            get(&buffer.range(4096, 4096).unwrap()) == bytes,
+            "{foreign}"
+        );
+    }
 }
 
 #[test]
 fn a_cameras_own_memory_is_a_buffer_like_any_other() {
-    let mut camera = camera();
+    let camera = camera();
     let format = camera.format().unwrap();
-    let capture = peerbuf::export::v4l2::export(&mut camera, 2).unwrap();
+    let capture = peerbuf::export::v4l2::export(&camera, 2).unwrap();
     let picture = capture.one(5 * SECOND).unwrap();
     let buffers = capture.buffers().to_vec();
     let bytes = get(&buffers[picture.index].whole());
@@ -438,7 +485,7 @@ fn a_cameras_own_memory_is_a_buffer_like_any_other() {
 
 #[test]
 fn a_camera_says_which_buffers_it_cannot_use() {
-    let mut camera = camera();
+    let camera = camera();
     let size = u64::from(camera.format().unwrap().size).next_multiple_of(4096);
     let good = udmabuf::export("memory", size + 4096).unwrap();
     let memory = memfd::export("memory", size).unwrap();
@@ -448,7 +495,7 @@ fn a_camera_says_which_buffers_it_cannot_use() {
         (memory.whole(), ReasonCode::NoDmaBuf),
     ];
     for (range, expected) in cases {
-        match v4l2::attach(&mut camera, &[range]) {
+        match v4l2::attach(&camera, &[range]) {
             Err(ImportError::Impossible { code, .. }) => assert_eq!(code, expected),
             other => panic!("{other:?}"),
         }
@@ -458,7 +505,7 @@ fn a_camera_says_which_buffers_it_cannot_use() {
 #[test]
 fn no_descriptor_is_left_behind() {
     let card = modules::vgem();
-    let mut camera = camera();
+    let camera = camera();
     let size = u64::from(camera.format().unwrap().size).next_multiple_of(4096);
     let open = || std::fs::read_dir("/proc/self/fd").unwrap().count();
     let before = open();
@@ -466,11 +513,11 @@ fn no_descriptor_is_left_behind() {
         let buffer = udmabuf::export("memory", size).unwrap();
         let attached = DrmImporter::new(&card).attach(&buffer.whole()).unwrap();
         attached.map(Access::Read).unwrap();
-        v4l2::attach(&mut camera, &[buffer.whole()])
+        v4l2::attach(&camera, &[buffer.whole()])
             .unwrap()
             .one(5 * SECOND)
             .unwrap();
-        peerbuf::export::v4l2::export(&mut camera, 1)
+        peerbuf::export::v4l2::export(&camera, 1)
             .unwrap()
             .one(5 * SECOND)
             .unwrap();

@@ -1,11 +1,16 @@
 //! Devices driven through VFIO. Runs in a guest with an IOMMU.
 
-use peerbuf::buffer::Kind;
+use std::error::Error;
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+
+use peerbuf::buffer::{Kind, Stage};
 use peerbuf::device::edu::{self, CHUNK};
 use peerbuf::device::vfio::VfioDevice;
-use peerbuf::error::ImportError;
+use peerbuf::error::{BufferError, ImportError};
 use peerbuf::export::vfio::{self, Request};
 use peerbuf::export::{heap, memfd, udmabuf};
+use peerbuf::import::file::{FileImporter, unnamed_file};
 use peerbuf::import::vfio::VfioImporter;
 use peerbuf::plan::{Path, ReasonCode};
 use peerbuf::{Access, Buffer, DmaBuf};
@@ -100,6 +105,45 @@ fn what_was_detached_is_out_of_the_devices_reach() {
     assert!(get(&target.whole()).iter().all(|&byte| byte == 0));
 }
 
+/// Copies by the owner's own mapping, as a GPU's library has its own way.
+struct Owner(Buffer);
+
+impl Stage for Owner {
+    fn upload(&self, offset: u64, from: &[u8]) -> Result<(), Box<dyn Error + Send + Sync>> {
+        let range = self.0.range(offset, from.len() as u64)?;
+        Ok(range.write_bytes(from)?)
+    }
+
+    fn download(&self, offset: u64, into: &mut [u8]) -> Result<(), Box<dyn Error + Send + Sync>> {
+        let range = self.0.range(offset, into.len() as u64)?;
+        Ok(range.read_bytes(into)?)
+    }
+}
+
+/// Somebody else has the descriptor, which cannot be mapped.
+fn goes_by_its_owners_copies(buffer: &Buffer, card: &VfioDevice) {
+    let fd = buffer.dmabuf().unwrap().as_fd().try_clone_to_owned();
+    let foreign = Buffer::import(fd.unwrap()).unwrap();
+    assert_eq!(foreign.provenance().kind, Kind::Vfio);
+    assert_eq!(foreign.provenance().device, Some(card.address()));
+    let error = foreign.whole().to_vec().unwrap_err();
+    assert!(matches!(error, BufferError::NotMappable { .. }), "{error}");
+
+    let file = unnamed_file(std::path::Path::new("/mnt/nvme")).unwrap();
+    let bytes = random(foreign.size());
+    file.write_all_at(&bytes, 0).unwrap();
+    let importer = FileImporter::from_fd(file.into(), "the file").unwrap();
+    // Attaching asks for nothing that it has not.
+    let mut attachment = importer.attach(&foreign.whole()).unwrap();
+    let error = attachment.read(0).unwrap_err().to_string();
+    assert!(error.contains("Buffer::with_stage"), "{error}");
+    let foreign = foreign.with_stage(Owner(buffer.clone()));
+    let receipt = importer.attach(&foreign.whole()).unwrap().read(0).unwrap();
+    assert_eq!(receipt.plan.path, Path::StagedCopy);
+    assert_eq!(receipt.plan.reasons[0].code, ReasonCode::NotMappable);
+    assert!(get(&buffer.whole()) == bytes);
+}
+
 #[test]
 fn a_bar_of_a_vfio_device_is_a_buffer() {
     let card = card();
@@ -126,6 +170,8 @@ fn a_bar_of_a_vfio_device_is_a_buffer() {
         ),
         "{error}"
     );
+
+    goes_by_its_owners_copies(&buffer, &card);
 
     for (wrong, errno) in [
         (request(100, 4096), "EINVAL"),

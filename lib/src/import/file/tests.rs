@@ -3,41 +3,18 @@
 //! They need a directory with direct I/O, and say so where the one they are built in has none.
 
 use crate::buffer::Kind;
+use std::error::Error;
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
-use std::rc::Rc;
 use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Mutex};
 
 use super::*;
-use crate::buffer::{Buffer, Provenance};
+use crate::buffer::{Buffer, Provenance, Stage};
 use crate::errno::Errno;
 use crate::export::memfd;
 use crate::sys::direct::fake::{Behaviour, Fake};
-use crate::sys::memory::Window;
-
-/// Keeps the fake's counters readable after the importer took it.
-struct Shared(Rc<Fake>);
-
-impl DirectIo for Shared {
-    fn read(
-        &self,
-        file: std::os::fd::BorrowedFd<'_>,
-        into: Window<'_>,
-        offset: u64,
-    ) -> Result<usize, Errno> {
-        self.0.read(file, into, offset)
-    }
-
-    fn write(
-        &self,
-        file: std::os::fd::BorrowedFd<'_>,
-        from: Window<'_>,
-        offset: u64,
-    ) -> Result<usize, Errno> {
-        self.0.write(file, from, offset)
-    }
-}
 
 fn directory() -> Option<PathBuf> {
     let directory = std::env::current_exe()
@@ -63,11 +40,11 @@ fn file_with(bytes: &[u8]) -> Option<File> {
     Some(file)
 }
 
-fn importer(file: &File, behaviour: Behaviour) -> (FileImporter, Rc<Fake>) {
-    let fake = Rc::new(Fake::new(behaviour));
+fn importer(file: &File, behaviour: Behaviour) -> (FileImporter, Arc<Fake>) {
+    let fake = Arc::new(Fake::new(behaviour));
     let file = file.try_clone().unwrap();
     let mut importer = FileImporter::from_fd(file.into(), "the file").unwrap();
-    importer.io = Box::new(Shared(fake.clone()));
+    importer.io = fake.clone();
     (importer, fake)
 }
 
@@ -328,7 +305,7 @@ fn a_proof_changes_neither_the_buffer_nor_the_file() {
         let mut attachment = importer.attach(&buffer.whole()).unwrap();
         attachment.plan(Direction::DiskToBuffer, 0).unwrap();
         attachment.plan(Direction::BufferToDisk, 0).unwrap();
-        assert!(fake.calls.get() >= 2, "nothing was tried");
+        assert!(fake.calls() >= 2, "nothing was tried");
         assert!(get(&buffer.whole()) == held, "{behaviour:?}");
         assert!(content(&file) == bytes, "{behaviour:?}");
     }
@@ -344,11 +321,11 @@ fn a_pair_is_proved_once_for_each_direction_until_the_proofs_are_forgotten() {
     let (importer, fake) = importer(&file, Behaviour::Works);
     let mut attachment = importer.attach(&buffer.whole()).unwrap();
     attachment.plan(Direction::DiskToBuffer, 0).unwrap();
-    assert_eq!(fake.calls.get(), 1);
+    assert_eq!(fake.calls(), 1);
     attachment.plan(Direction::DiskToBuffer, 0).unwrap();
-    assert_eq!(fake.calls.get(), 1);
+    assert_eq!(fake.calls(), 1);
     attachment.plan(Direction::BufferToDisk, 0).unwrap();
-    assert_eq!(fake.calls.get(), 2);
+    assert_eq!(fake.calls(), 2);
 }
 
 #[test]
@@ -364,7 +341,7 @@ fn a_device_named_by_another_process_gets_no_credit_for_what_was_proved_of_it() 
         .unwrap()
         .plan(Direction::DiskToBuffer, 0)
         .unwrap();
-    let calls = fake.calls.get();
+    let calls = fake.calls();
     let memory = memfd::sealed("claims to be the BAR", 65536).unwrap();
     let claimed = Buffer::from_host_memory(memory, None, honest.provenance().clone()).unwrap();
     let claimed = claimed.without_voucher().whole();
@@ -374,7 +351,7 @@ fn a_device_named_by_another_process_gets_no_credit_for_what_was_proved_of_it() 
         .plan(Direction::DiskToBuffer, 0)
         .unwrap();
     assert!(
-        fake.calls.get() > calls,
+        fake.calls() > calls,
         "the proof of another buffer was believed"
     );
 }
@@ -386,13 +363,13 @@ fn planned(
     buffer: &Buffer,
     direction: Direction,
 ) -> (Plan, u32) {
-    let before = fake.calls.get();
+    let before = fake.calls();
     let plan = importer
         .attach(&buffer.whole())
         .unwrap()
         .plan(direction, 0)
         .unwrap();
-    (plan, fake.calls.get() - before)
+    (plan, fake.calls() - before)
 }
 
 #[test]
@@ -553,11 +530,11 @@ fn a_process_that_is_killed_in_a_proof_leaves_a_source_as_it_was() {
     put(&buffer.whole(), &held);
     let (importer, fake) = importer(&file, Behaviour::Works);
     let (seen, expected) = (buffer.clone(), held.clone());
-    *fake.at_call.borrow_mut() = Some(Box::new(move |_| {
+    fake.at_call.set(Some(Box::new(move |_| {
         assert!(get(&seen.whole()) == expected, "killed now, it is lost");
-    }));
+    })));
     importer.attach(&buffer.whole()).unwrap().write(0).unwrap();
-    assert!(fake.calls.get() >= 3, "start and end were not proved");
+    assert!(fake.calls() >= 3, "start and end were not proved");
 }
 
 #[test]
@@ -599,9 +576,9 @@ fn a_process_that_is_killed_in_a_read_has_touched_only_what_the_read_overwrites(
     put(&buffer.whole(), &held);
     let (importer, fake) = importer(&file, Behaviour::Works);
     let seen = buffer.clone();
-    *fake.at_call.borrow_mut() = Some(Box::new(move |_| {
+    fake.at_call.set(Some(Box::new(move |_| {
         assert!(get(&seen.whole())[70_000..] == held[70_000..]);
-    }));
+    })));
     let receipt = importer.attach(&buffer.whole()).unwrap().read(0).unwrap();
     assert_eq!(
         (receipt.plan.path, receipt.bytes),
@@ -777,4 +754,95 @@ fn what_is_no_file_is_refused() {
         error,
         "open on /nonexistent: ENOENT (No such file or directory)"
     );
+}
+
+/// Memory that only its owner's copies reach.
+struct Theirs(Arc<Mutex<Vec<u8>>>);
+
+impl Stage for Theirs {
+    fn upload(&self, offset: u64, from: &[u8]) -> Result<(), Box<dyn Error + Send + Sync>> {
+        self.0.lock().unwrap()[offset as usize..][..from.len()].copy_from_slice(from);
+        Ok(())
+    }
+
+    fn download(&self, offset: u64, into: &mut [u8]) -> Result<(), Box<dyn Error + Send + Sync>> {
+        into.copy_from_slice(&self.0.lock().unwrap()[offset as usize..][..into.len()]);
+        Ok(())
+    }
+}
+
+/// A buffer that cannot be mapped as a whole: no address space has as much room.
+fn unmappable() -> Buffer {
+    let provenance = device_memory(4096).provenance().clone();
+    let memory = memfd::sealed("their memory", 1 << 50).unwrap();
+    Buffer::from_host_memory(memory, None, provenance).unwrap()
+}
+
+#[test]
+#[cfg_attr(miri, ignore = "takes Miri minutes")]
+fn a_buffer_that_cannot_be_mapped_goes_by_its_owners_copies() {
+    const SIZE: usize = (1 << 20) + 4097;
+    let bytes = random(SIZE);
+    let Some(file) = file_with(&bytes) else {
+        return;
+    };
+    let (bare, theirs) = (unmappable(), Arc::new(Mutex::new(vec![0; SIZE])));
+    let (importer, _) = importer(&file, Behaviour::Works);
+    // It is attached all the same, and what cannot be done says what would help.
+    let mut attachment = importer.attach(&bare.whole()).unwrap();
+    let error = attachment.plan(Direction::DiskToBuffer, 0).unwrap_err();
+    assert!(error.to_string().contains("mmap"), "{error}");
+
+    let buffer = bare.with_stage(Theirs(theirs.clone()));
+    let mut attachment = importer.attach(&buffer.whole()).unwrap();
+    let plan = attachment.plan(Direction::DiskToBuffer, 0).unwrap();
+    let expected = [
+        (Path::PeerToPeer, ReasonCode::NotMappable),
+        (Path::SharedHostMemory, ReasonCode::NotHostMemory),
+    ];
+    assert_eq!(codes(&plan), expected, "{plan}");
+    let receipt = attachment.read(0).unwrap();
+    assert_eq!(
+        (receipt.bytes, receipt.host_bytes),
+        (SIZE as u64, SIZE as u64)
+    );
+    assert!(*theirs.lock().unwrap() == bytes);
+}
+
+#[test]
+#[cfg_attr(miri, ignore = "takes Miri minutes")]
+fn a_proof_looks_at_the_bytes_by_the_owners_copies() {
+    let bytes = random(65536);
+    let Some(file) = file_with(&bytes) else {
+        return;
+    };
+    let buffer = device_memory(65536);
+    let (importer, fake) = importer(&file, Behaviour::Works);
+    // The mapping leads to other memory than the owner's copies: nothing that was read arrives where they look.
+    let theirs = Arc::new(Mutex::new(vec![0; 65536]));
+    let elsewhere = buffer.clone().with_stage(Theirs(theirs.clone()));
+    let (plan, calls) = planned(&importer, &fake, &elsewhere, Direction::DiskToBuffer);
+    assert_eq!((plan.reasons[0].code, calls), (ReasonCode::ProofFailed, 1));
+    importer
+        .attach(&elsewhere.whole())
+        .unwrap()
+        .read(0)
+        .unwrap();
+    assert!(*theirs.lock().unwrap() == bytes);
+}
+
+#[test]
+#[cfg_attr(miri, ignore = "takes Miri minutes")]
+fn an_attachment_outlives_its_importer_and_goes_to_another_thread() {
+    let bytes = random(65536);
+    let Some(file) = file_with(&bytes) else {
+        return;
+    };
+    let buffer = device_memory(65536);
+    let (importer, _) = importer(&file, Behaviour::Works);
+    let mut attachment = importer.attach(&buffer.whole()).unwrap();
+    drop((importer, file));
+    let receipt = std::thread::spawn(move || attachment.read(0)).join();
+    assert_eq!(receipt.unwrap().unwrap().plan.path, Path::PeerToPeer);
+    assert!(get(&buffer.whole()) == bytes);
 }

@@ -1,7 +1,7 @@
 //! Taking buffers back: moves, withdrawals, and the wait for everybody who uses the old generation.
 
-use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use super::super::backing::{Order, Placement};
@@ -164,7 +164,7 @@ impl Publisher {
         } else {
             published.generation = order.generation;
             published.tainted = moved.is_err() && published.tainted;
-            published.read_only = OnceCell::new();
+            published.read_only = OnceLock::new();
             published.state = State::Live;
             published.describe(id);
         }

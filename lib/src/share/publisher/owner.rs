@@ -1,10 +1,10 @@
 //! A publisher as its owner has it: what it is made with, what it publishes, and who is there.
 
-use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use rustix::event::epoll;
@@ -257,7 +257,7 @@ impl Publisher {
                     state: State::Live,
                     holders: 0,
                     tainted: false,
-                    read_only: OnceCell::new(),
+                    read_only: OnceLock::new(),
                 };
                 published.describe(id);
                 published

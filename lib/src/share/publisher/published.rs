@@ -1,7 +1,7 @@
 //! One published buffer: its state, and the descriptors that go with an offer of it.
 
-use std::cell::OnceCell;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::OnceLock;
 
 use rustix::fs::{Mode, OFlags};
 
@@ -35,7 +35,7 @@ pub(super) struct Published {
     /// One that never gave it back may still reach this generation.
     pub(super) tainted: bool,
     /// The memory again, open for reading only. Made when it is first needed.
-    pub(super) read_only: OnceCell<OwnedFd>,
+    pub(super) read_only: OnceLock<OwnedFd>,
 }
 
 impl Published {

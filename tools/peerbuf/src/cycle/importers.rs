@@ -4,17 +4,18 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use peerbuf::Buffer;
 use peerbuf::buffer::BufferRange;
 use peerbuf::buffer::Kind as Made;
 use peerbuf::device::drm::Card;
-use peerbuf::export::memfd;
+use peerbuf::error::ImportError;
+use peerbuf::import::cpu::Processor;
 use peerbuf::import::drm::{self, DrmImporter};
-use peerbuf::import::file::{FileImporter, unnamed_file};
-use peerbuf::import::probe::{Direction, OnInvalidate, Options, Probe};
-use peerbuf::plan::Path as Way;
-use peerbuf::plan::topology::PciAddress;
+use peerbuf::import::file::{FileImporter, Scratch, unnamed_file};
+use peerbuf::import::probe::{self, OnBehalf, OnInvalidate, Options, Probe};
+use peerbuf::import::{Attached, Importer};
+use peerbuf::plan::{Plan, ReasonCode};
 use peerbuf::share::{Backing, Movable};
-use peerbuf::{Access, Buffer};
 use serde::{Deserialize, Serialize};
 
 use super::memory::{Bar, Source};
@@ -45,141 +46,21 @@ impl Kind {
     }
 }
 
-/// How a job was done.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Done {
-    /// In the only way there is.
-    Plainly,
-    /// By this one of several.
-    By(Way),
-}
-
-/// One importer of a worker.
-pub trait Importer {
-    fn kind(&self) -> Kind;
-
-    /// Puts bytes into the range.
-    fn write(&mut self, range: &BufferRange, bytes: &[u8]) -> Result<Done, Failure>;
-
-    /// Gets the range's bytes.
-    fn read(&mut self, range: &BufferRange, into: &mut [u8]) -> Result<Done, Failure>;
-}
-
-/// Opens an importer. `scratch` is where files may be made, `length` the longest range.
-pub fn open(kind: Kind, scratch: &Path, length: u64) -> Result<Box<dyn Importer>, Failure> {
+/// Opens an importer. `scratch` is where files may be made.
+pub fn open(kind: Kind, scratch: &Path) -> Result<Box<dyn Importer>, Failure> {
     Ok(match kind {
-        Kind::Cpu => Box::new(Cpu),
-        Kind::Nvme => Box::new(Disk::open(scratch, length)?),
-        Kind::Drm => Box::new(Graphics::open()?),
+        Kind::Cpu => Box::new(Processor),
+        Kind::Nvme => Box::new(Scratch::new(scratch)),
+        Kind::Drm => Box::new(DrmImporter::new(&Card::open(&drm::probe()?[0])?)),
         Kind::Probe => Box::new(Prober::open(scratch)?),
     })
-}
-
-struct Cpu;
-
-impl Importer for Cpu {
-    fn kind(&self) -> Kind {
-        Kind::Cpu
-    }
-
-    fn write(&mut self, range: &BufferRange, bytes: &[u8]) -> Result<Done, Failure> {
-        range.write_bytes(bytes)?;
-        Ok(Done::Plainly)
-    }
-
-    fn read(&mut self, range: &BufferRange, into: &mut [u8]) -> Result<Done, Failure> {
-        range.read_bytes(into)?;
-        Ok(Done::Plainly)
-    }
-}
-
-/// Bytes go through a file of this worker's own, and on the way between file and range they are
-/// the disk's business. Memory of this process is the other end of the file.
-struct Disk {
-    file: FileImporter,
-    own: Buffer,
-}
-
-impl Disk {
-    fn open(scratch: &Path, length: u64) -> Result<Disk, Failure> {
-        let file = unnamed_file(scratch)?;
-        file.set_len(length)?;
-        let name = format!("a scratch file in {}", scratch.display());
-        let file = FileImporter::from_fd(file.into(), name)?;
-        Ok(Disk {
-            file: file.with_scratch_directory(scratch),
-            own: memfd::export("scratch", length)?,
-        })
-    }
-}
-
-impl Importer for Disk {
-    fn kind(&self) -> Kind {
-        Kind::Nvme
-    }
-
-    fn write(&mut self, range: &BufferRange, bytes: &[u8]) -> Result<Done, Failure> {
-        let own = self.own.range(0, bytes.len() as u64)?;
-        own.write_bytes(bytes)?;
-        self.file.attach(&own)?.write(0)?;
-        let receipt = self.file.attach(range)?.read(0)?;
-        if receipt.bytes != range.len() {
-            return Err(format!("the disk read {} of {} bytes", receipt.bytes, range.len()).into());
-        }
-        Ok(Done::By(receipt.plan.path))
-    }
-
-    fn read(&mut self, range: &BufferRange, into: &mut [u8]) -> Result<Done, Failure> {
-        let receipt = self.file.attach(range)?.write(0)?;
-        let own = self.own.range(0, into.len() as u64)?;
-        self.file.attach(&own)?.read(0)?;
-        own.read_bytes(into)?;
-        Ok(Done::By(receipt.plan.path))
-    }
-}
-
-/// A driver attaches the buffer for as long as a job takes.
-struct Graphics {
-    importer: DrmImporter,
-}
-
-impl Graphics {
-    fn open() -> Result<Graphics, Failure> {
-        let nodes = drm::probe()?;
-        let card = Card::open(&nodes[0])?;
-        let importer = DrmImporter::new(&card);
-        Ok(Graphics { importer })
-    }
-}
-
-impl Importer for Graphics {
-    fn kind(&self) -> Kind {
-        Kind::Drm
-    }
-
-    fn write(&mut self, range: &BufferRange, bytes: &[u8]) -> Result<Done, Failure> {
-        self.importer
-            .attach(range)?
-            .map(Access::ReadWrite)?
-            .write_bytes(bytes)?;
-        Ok(Done::Plainly)
-    }
-
-    fn read(&mut self, range: &BufferRange, into: &mut [u8]) -> Result<Done, Failure> {
-        self.importer
-            .attach(range)?
-            .map(Access::Read)?
-            .read_bytes(into)?;
-        Ok(Done::Plainly)
-    }
 }
 
 /// A driver's mapping, for the disk that has the scratch directory, while the processor copies. It
 /// must not be told that it is stale while the buffer is lent, unless the kernel moves the buffer
 /// by itself.
 struct Prober {
-    probe: Probe,
-    device: PciAddress,
+    driver: OnBehalf,
 }
 
 impl Prober {
@@ -190,44 +71,69 @@ impl Prober {
             .disk_functions()
             .first()
             .ok_or("the scratch directory is on no PCI disk, for which a buffer could be mapped")?;
-        Ok(Prober { probe, device })
-    }
-
-    fn mapped(
-        &self,
-        range: &BufferRange,
-        work: impl FnOnce() -> Result<(), Failure>,
-    ) -> Result<Done, Failure> {
-        let buffer = range.buffer();
-        let dmabuf = buffer.dmabuf().ok_or("the buffer has no dma-buf")?;
         let options = Options {
             on_invalidate: OnInvalidate::Remap,
             ..Options::default()
         };
-        let attachment = self.probe.attach(dmabuf, self.device, options)?;
-        attachment.map(Direction::Bidirectional)?;
-        work()?;
-        let report = attachment.report()?;
-        let kind = buffer.provenance().kind;
-        let moves_by_itself = matches!(kind, Made::Bar | Made::Provider);
-        if report.invalidations > 0 && !moves_by_itself {
-            return Err(format!("invalidated while it was lent: {report:?}").into());
-        }
-        Ok(Done::Plainly)
+        let driver = OnBehalf::new(probe, device, options);
+        Ok(Prober { driver })
     }
 }
 
 impl Importer for Prober {
-    fn kind(&self) -> Kind {
-        Kind::Probe
+    fn name(&self) -> String {
+        self.driver.name()
     }
 
-    fn write(&mut self, range: &BufferRange, bytes: &[u8]) -> Result<Done, Failure> {
-        self.mapped(range, || Ok(range.write_bytes(bytes)?))
+    fn attach(&self, range: &BufferRange) -> Result<Box<dyn Attached>, ImportError> {
+        let (attachment, _) = self.driver.map(range.buffer())?;
+        Ok(Box::new(Watched {
+            attachment,
+            copies: Processor.attach(range)?,
+            range: range.clone(),
+        }))
+    }
+}
+
+struct Watched {
+    attachment: probe::Attachment,
+    copies: Box<dyn Attached>,
+    range: BufferRange,
+}
+
+impl Watched {
+    /// The mapping was good all the time.
+    fn check(&self) -> Result<(), ImportError> {
+        let report = self.attachment.report()?;
+        let buffer = self.range.buffer();
+        let moves_by_itself = matches!(buffer.provenance().kind, Made::Bar | Made::Provider);
+        if report.invalidations > 0 && !moves_by_itself {
+            return Err(ImportError::Impossible {
+                importer: Kind::Probe.name().into(),
+                buffer: buffer.name().into(),
+                code: ReasonCode::DeviceError,
+                evidence: format!("invalidated while it was lent: {report:?}"),
+            });
+        }
+        Ok(())
+    }
+}
+
+impl Attached for Watched {
+    fn plan(&self) -> Plan {
+        self.copies.plan()
     }
 
-    fn read(&mut self, range: &BufferRange, into: &mut [u8]) -> Result<Done, Failure> {
-        self.mapped(range, || Ok(range.read_bytes(into)?))
+    fn write(&mut self, bytes: &[u8]) -> Result<Option<Plan>, ImportError> {
+        let plan = self.copies.write(bytes)?;
+        self.check()?;
+        Ok(plan)
+    }
+
+    fn read(&mut self, into: &mut [u8]) -> Result<Option<Plan>, ImportError> {
+        let plan = self.copies.read(into)?;
+        self.check()?;
+        Ok(plan)
     }
 }
 
@@ -265,11 +171,11 @@ pub fn usable(
 
 /// Sends bytes through an importer and back.
 fn try_one(kind: Kind, buffer: &Buffer, scratch: &Path) -> Result<(), Failure> {
-    let mut importer = open(kind, scratch, buffer.size())?;
+    let mut attached = open(kind, scratch)?.attach(&buffer.whole())?;
     let bytes: Vec<u8> = (0..buffer.size()).map(|at| at as u8).collect();
-    importer.write(&buffer.whole(), &bytes)?;
+    attached.write(&bytes)?;
     let mut back = vec![0; bytes.len()];
-    importer.read(&buffer.whole(), &mut back)?;
+    attached.read(&mut back)?;
     match back == bytes {
         true => Ok(()),
         false => Err(format!("wrong bytes came back from {buffer}").into()),

@@ -10,7 +10,8 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use peerbuf::error::ShareError;
-use peerbuf::plan::Path as Way;
+use peerbuf::import::Importer;
+use peerbuf::plan::{Path as Way, Plan};
 use peerbuf::share::{Channel, Lease, Subscriber};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
@@ -18,7 +19,7 @@ use rustix::process::{Signal, set_parent_process_death_signal};
 use serde::{Deserialize, Serialize};
 
 use super::board::{Board, Counter, Progress};
-use super::importers::{self, Done, Importer, Kind};
+use super::importers::{self, Kind};
 use super::memory::name;
 use super::pattern::{self, Cell, Loss, Mark};
 use crate::Failure;
@@ -67,7 +68,7 @@ struct Worker {
     random: StdRng,
     /// The last write to each buffer that is done, and the generation that it went to.
     written: Vec<Option<Mark>>,
-    importers: Vec<Box<dyn Importer>>,
+    importers: Vec<(Kind, Box<dyn Importer>)>,
     bytes: Vec<u8>,
 }
 
@@ -93,12 +94,8 @@ pub fn run() -> Result<ExitCode, Failure> {
         orders,
     };
     for kind in worker.orders.importers.clone() {
-        match importers::open(
-            kind,
-            &worker.orders.scratch,
-            worker.orders.lane_length as u64,
-        ) {
-            Ok(importer) => worker.importers.push(importer),
+        match importers::open(kind, &worker.orders.scratch) {
+            Ok(importer) => worker.importers.push((kind, importer)),
             Err(error) => worker.report(&Report::Failed {
                 importer: kind,
                 why: error.to_string(),
@@ -167,9 +164,11 @@ impl Worker {
                 return Err(ended.into());
             }
             match result {
-                Ok(Done::Plainly) => {}
-                Ok(Done::By(way)) => {
-                    let which = match way {
+                Ok(None) => {}
+                // Of the others there is one way.
+                Ok(Some(_)) if self.importers[which].0 != Kind::Nvme => {}
+                Ok(Some(plan)) => {
+                    let which = match plan.path {
                         Way::PeerToPeer => 0,
                         Way::SharedHostMemory => 1,
                         Way::StagedCopy => 2,
@@ -177,7 +176,7 @@ impl Worker {
                     self.board.count(Counter::Paths, which, 1)?;
                 }
                 Err(error) => {
-                    let importer = self.importers.remove(which).kind();
+                    let importer = self.importers.remove(which).0;
                     let why = format!("{lease}: {error}");
                     self.report(&Report::Failed { importer, why })?;
                     // What it left is not known, and must not be taken for lost.
@@ -188,7 +187,7 @@ impl Worker {
                     continue;
                 }
             }
-            let kind = self.importers[which].kind() as usize;
+            let kind = self.importers[which].0 as usize;
             self.board.count(Counter::Jobs, kind, 1)?;
             drop(lease);
             let rest = begun
@@ -207,7 +206,12 @@ impl Worker {
         }
     }
 
-    fn write(&mut self, buffer: usize, lease: &Lease, which: usize) -> Result<Done, Failure> {
+    fn write(
+        &mut self,
+        buffer: usize,
+        lease: &Lease,
+        which: usize,
+    ) -> Result<Option<Plan>, Failure> {
         let before = self.board.progress(buffer)?;
         let count = before.begun + 1;
         let mark = self.mark(buffer, lease, count);
@@ -218,7 +222,7 @@ impl Worker {
         };
         self.board.set_progress(buffer, begun)?;
         let range = lease.range(self.orders.lane, self.orders.lane_length as u64)?;
-        let done = self.importers[which].write(&range, &self.bytes)?;
+        let done = self.importers[which].1.attach(&range)?.write(&self.bytes)?;
         self.written[buffer] = Some(mark);
         let progress = Progress {
             begun: count,
@@ -228,9 +232,14 @@ impl Worker {
         Ok(done)
     }
 
-    fn verify(&mut self, buffer: usize, lease: &Lease, which: usize) -> Result<Done, Failure> {
+    fn verify(
+        &mut self,
+        buffer: usize,
+        lease: &Lease,
+        which: usize,
+    ) -> Result<Option<Plan>, Failure> {
         let Some(mark) = self.written[buffer] else {
-            return Ok(Done::Plainly);
+            return Ok(None);
         };
         let range = lease.range(self.orders.lane, self.orders.lane_length as u64)?;
         // A proof of a path changes bytes and puts them back, so they are in doubt meanwhile.
@@ -241,12 +250,15 @@ impl Worker {
         };
         self.board.set_progress(buffer, in_doubt)?;
         self.bytes.fill(0);
-        let done = self.importers[which].read(&range, &mut self.bytes)?;
+        let done = self.importers[which]
+            .1
+            .attach(&range)?
+            .read(&mut self.bytes)?;
         self.board.set_progress(buffer, settled)?;
         let seen_by = format!(
             "writer {}, by {}",
             self.orders.writer,
-            self.importers[which].kind().name()
+            self.importers[which].0.name()
         );
         let template = Loss {
             seen_by,

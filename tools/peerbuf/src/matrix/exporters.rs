@@ -213,8 +213,8 @@ fn graphics(size: u64) -> Found {
 fn video(_: u64) -> Found {
     open_vivid()?;
     let make = || {
-        let mut camera: VideoDevice = open_vivid()?;
-        let capture = v4l2::export(&mut camera, 2)?;
+        let camera: VideoDevice = open_vivid()?;
+        let capture = v4l2::export(&camera, 2)?;
         let buffer = capture.buffers().first().cloned();
         buffer.ok_or_else(|| Failure::from("the video device made no buffer"))
     };

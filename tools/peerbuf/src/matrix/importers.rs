@@ -1,38 +1,60 @@
 //! The columns: everything on this machine that uses buffers, and how its bytes are checked.
 
-use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use peerbuf::Buffer;
+use peerbuf::buffer::BufferRange;
 use peerbuf::device::drm::{Card, cards};
 use peerbuf::device::edu::{self, CHUNK, Edu};
 use peerbuf::device::v4l2::{self as video, VideoDevice};
-use peerbuf::error::{
-    BufferError, ImportError, ProbeError, SystemError, TransferError, Unavailable,
-};
+use peerbuf::error::{BufferError, ImportError, ProbeError, SystemError, Unavailable};
+use peerbuf::export::memfd;
+use peerbuf::import::cpu::Processor;
 use peerbuf::import::drm::DrmImporter;
-use peerbuf::import::file::{FileImporter, unnamed_file};
-use peerbuf::import::iommufd::{self, AddressSpace};
-use peerbuf::import::probe::{self, Options, Probe, Route};
-use peerbuf::import::vfio::VfioImporter;
-use peerbuf::import::{cpu, v4l2};
-use peerbuf::plan::topology::{PciAddress, Sysfs};
+use peerbuf::import::file::Scratch;
+use peerbuf::import::iommufd::AddressSpace;
+use peerbuf::import::probe::{self, OnBehalf, Options, Probe};
+use peerbuf::import::vfio::{self, VfioImporter};
+use peerbuf::import::{Attached, Importer, v4l2};
+use peerbuf::plan::topology::Sysfs;
 use peerbuf::plan::{Plan, ReasonCode};
-use peerbuf::{Access, Buffer};
 
 use super::Missing;
 
-/// Lets the importer use a buffer.
-type Meet = dyn FnMut(&Buffer) -> Result<Met, Refusal>;
-
 /// The columns of one kind.
-type Found = Result<Vec<Importer>, Unavailable>;
+type Found = Result<Vec<Column>, Unavailable>;
 
 /// One column.
-pub struct Importer {
+pub struct Column {
     pub name: String,
-    pub meet: Box<Meet>,
+    by: By,
+}
+
+/// How bytes are exchanged with what is in a column.
+enum By {
+    /// At most so many.
+    Importer(Box<dyn Importer>, u64),
+    /// A device that writes what it sees, and not what it is given.
+    Camera,
+}
+
+impl Column {
+    fn new(name: impl Into<String>, importer: impl Importer + 'static) -> Column {
+        Column {
+            name: name.into(),
+            by: By::Importer(Box::new(importer), u64::MAX),
+        }
+    }
+
+    /// Lets it use a buffer.
+    pub fn meet(&self, buffer: &Buffer) -> Result<Met, Refusal> {
+        match &self.by {
+            By::Importer(importer, longest) => exchange(&**importer, *longest, buffer),
+            By::Camera => camera(buffer),
+        }
+    }
 }
 
 /// The two go together.
@@ -67,46 +89,43 @@ macro_rules! fails {
     )*};
 }
 
-fails!(BufferError, SystemError, TransferError, std::io::Error);
+fails!(BufferError, SystemError);
 
 /// All that there are. Files are made in `directory`.
-pub fn all(directory: &Path, missing: &mut Vec<Missing>) -> Vec<Importer> {
+pub fn all(directory: &Path, missing: &mut Vec<Missing>) -> Vec<Column> {
     let mut columns = vec![
-        Importer {
-            name: "CPU".into(),
-            meet: Box::new(processor),
-        },
-        {
-            let directory = directory.to_owned();
-            Importer {
-                name: "file".into(),
-                meet: Box::new(move |buffer| file(buffer, &directory)),
-            }
-        },
+        Column::new("CPU", Processor),
+        Column::new("file", Scratch::new(directory)),
     ];
     let kinds: [fn() -> Found; 5] = [
         graphics,
         || {
             open_vivid()?;
-            Ok(vec![Importer {
+            Ok(vec![Column {
                 name: "V4L2 vivid".into(),
-                meet: Box::new(camera),
+                by: By::Camera,
             }])
         },
         || {
-            let mut edu = Edu::open(edu::probe()?)?;
-            Ok(vec![Importer {
+            let edu = Mutex::new(Edu::open(edu::probe()?)?);
+            let own = memfd::export("the other side", CHUNK);
+            let own = own.map_err(|error| lacking("VFIO", "memory", &error.to_string()))?;
+            let importer = Box::new(Driven {
+                edu: Arc::new(edu),
+                own: own.whole(),
+            });
+            Ok(vec![Column {
                 name: "VFIO edu".into(),
-                meet: Box::new(move |buffer| driven(buffer, &mut edu)),
+                by: By::Importer(importer, CHUNK),
             }])
         },
         disk_driver,
         || {
-            iommufd::probe()?;
-            Ok(vec![Importer {
-                name: "iommufd".into(),
-                meet: Box::new(address_space),
-            }])
+            let space = AddressSpace::open().map_err(|error| match error {
+                ImportError::Unavailable(error) => error,
+                other => lacking("iommufd", "/dev/iommu", &other.to_string()),
+            })?;
+            Ok(vec![Column::new("iommufd", space)])
         },
     ];
     for kind in kinds {
@@ -124,41 +143,34 @@ fn random(length: u64) -> Vec<u8> {
     bytes
 }
 
-fn processor(buffer: &Buffer) -> Result<Met, Refusal> {
-    let bytes = random(buffer.size());
-    let mut attachment = cpu::attach(&buffer.whole(), Access::ReadWrite)?;
-    let mut access = attachment.mapping().begin_cpu_access(Access::Write)?;
-    access.write_at(0, &bytes)?;
-    access.end()?;
-    Ok(Met {
-        plan: attachment.plan(),
-        bytes: Some(buffer.whole().to_vec()? == bytes),
-    })
-}
-
-/// From a file into the buffer, and from the buffer into another file.
-fn file(buffer: &Buffer, directory: &Path) -> Result<Met, Refusal> {
-    let range = buffer.whole();
-    let (first, second) = (unnamed_file(directory)?, unnamed_file(directory)?);
-    let bytes = random(range.len());
-    first.write_all_at(&bytes, 0)?;
-    first.sync_data()?;
-    let (reader, writer) = (open(&first)?, open(&second)?);
-    let read = reader.attach(&range)?.read(0)?;
+/// Bytes into the buffer and out of it, and none beside them.
+fn exchange(importer: &dyn Importer, longest: u64, buffer: &Buffer) -> Result<Met, Refusal> {
+    let length = buffer.size().min(longest);
+    let (range, rest) = (
+        buffer.range(0, length)?,
+        buffer.range(length, buffer.size() - length)?,
+    );
+    let mut attached = importer.attach(&range)?;
+    rest.write_bytes(&vec![0; rest.len() as usize])?;
+    let bytes = random(length);
+    let Some(written) = attached.write(&bytes)? else {
+        return Ok(Met {
+            plan: attached.plan(),
+            bytes: None,
+        });
+    };
     let mut right = range.to_vec()? == bytes;
+    right &= rest.to_vec()?.iter().all(|&byte| byte == 0);
 
-    let bytes = random(range.len());
+    let bytes = random(length);
     range.write_bytes(&bytes)?;
-    let written = writer.attach(&range)?.write(0)?;
-    writer.sync()?;
     let mut found = vec![0; bytes.len()];
-    second.read_exact_at(&mut found, 0)?;
+    let read = attached.read(&mut found)?;
     right &= found == bytes;
     // The worse of the two, which is the same almost everywhere.
-    let plan = if written.plan.path < read.plan.path {
-        written.plan
-    } else {
-        read.plan
+    let plan = match read {
+        Some(read) if read.path < written.path => read,
+        _ => written,
     };
     Ok(Met {
         plan,
@@ -170,33 +182,10 @@ fn graphics() -> Found {
     let mut columns = Vec::new();
     for node in cards()? {
         let card = Card::open(node)?;
-        let importer = DrmImporter::new(&card);
-        columns.push(Importer {
-            name: format!("DRM {}", card.driver()),
-            meet: Box::new(move |buffer| surface(buffer, &importer)),
-        });
+        let name = format!("DRM {}", card.driver());
+        columns.push(Column::new(name, DrmImporter::new(&card)));
     }
     Ok(columns)
-}
-
-/// Both ways through the GEM handle.
-fn surface(buffer: &Buffer, importer: &DrmImporter) -> Result<Met, Refusal> {
-    let bytes = random(buffer.size());
-    buffer.whole().write_bytes(&bytes)?;
-    let attachment = importer.attach(&buffer.whole())?;
-    let mut mapping = attachment.map(Access::ReadWrite)?;
-    let mut access = mapping.begin_cpu_access(Access::ReadWrite)?;
-    let mut found = vec![0; bytes.len()];
-    access.read_at(0, &mut found)?;
-    let mut right = found == bytes;
-    let bytes = random(buffer.size());
-    access.write_at(0, &bytes)?;
-    access.end()?;
-    right &= buffer.whole().to_vec()? == bytes;
-    Ok(Met {
-        plan: attachment.plan(),
-        bytes: Some(right),
-    })
 }
 
 /// vivid's controls (drivers/media/test-drivers/vivid/vivid-ctrls.c): the test pattern, of which 1
@@ -232,18 +221,18 @@ pub fn open_vivid() -> Result<VideoDevice, Unavailable> {
 fn camera(buffer: &Buffer) -> Result<Met, Refusal> {
     const LIMIT: Duration = Duration::from_secs(5);
     const FILL: u8 = 0xaa;
-    let mut device = open_vivid().map_err(|error| Refusal::Failed(error.to_string()))?;
+    let device = open_vivid().map_err(|error| Refusal::Failed(error.to_string()))?;
     let size = device.format()?.size as usize;
     let whole = buffer.whole();
     whole.write_bytes(&vec![FILL; whole.len() as usize])?;
     let plan = {
         let ranges = [whole.clone()];
-        let attachment = v4l2::attach(&mut device, &ranges)?;
+        let attachment = v4l2::attach(&device, &ranges)?;
         attachment.one(LIMIT)?;
         attachment.plan(0)
     };
     let found = whole.to_vec()?;
-    let own = peerbuf::export::v4l2::export(&mut device, 2);
+    let own = peerbuf::export::v4l2::export(&device, 2);
     let own = own.map_err(|error| Refusal::Failed(error.to_string()))?;
     let picture = own.one(LIMIT)?;
     let expected = own.buffers()[picture.index].whole().to_vec()?;
@@ -257,89 +246,93 @@ fn camera(buffer: &Buffer) -> Result<Met, Refusal> {
     })
 }
 
-/// The device reads from one place of the buffer and writes to another.
-fn driven(buffer: &Buffer, edu: &mut Edu) -> Result<Met, Refusal> {
-    let range = buffer.range(0, 4 * CHUNK)?;
-    let bytes = random(CHUNK);
-    range.write_bytes(&vec![0; range.len() as usize])?;
-    range.write_bytes(&bytes)?;
-    let attachment = VfioImporter::new(edu.device()).attach(&range, 1 << 20)?;
-    edu.copy(attachment.iova(), attachment.iova() + 2 * CHUNK)?;
-    let found = range.to_vec()?;
-    let part = |number: usize| &found[number * CHUNK as usize..][..CHUNK as usize];
-    let untouched = |number| part(number).iter().all(|&byte| byte == 0);
-    let right = part(0) == bytes && untouched(1) && part(2) == bytes && untouched(3);
-    Ok(Met {
-        plan: attachment.plan(),
-        bytes: Some(right),
-    })
+/// An edu device, which copies between the range and memory of this process.
+struct Driven {
+    edu: Arc<Mutex<Edu>>,
+    own: BufferRange,
 }
 
-/// peerbuf.ko's importer, as the driver of the first NVMe disk.
-fn disk_driver() -> Found {
-    let nodev = |object: &str, remedy: &str| Unavailable {
-        what: "peerbuf.ko's importer",
+impl Importer for Driven {
+    fn name(&self) -> String {
+        "edu".into()
+    }
+
+    fn attach(&self, range: &BufferRange) -> Result<Box<dyn Attached>, ImportError> {
+        let edu = self.edu.lock().unwrap_or_else(PoisonError::into_inner);
+        let importer = VfioImporter::new(edu.device());
+        Ok(Box::new(Driving {
+            edu: Arc::clone(&self.edu),
+            range: importer.attach(range, 1 << 20)?,
+            memory: importer.attach(&self.own, 2 << 20)?,
+            own: self.own.clone(),
+        }))
+    }
+}
+
+struct Driving {
+    edu: Arc<Mutex<Edu>>,
+    range: vfio::Attachment,
+    memory: vfio::Attachment,
+    own: BufferRange,
+}
+
+impl Driving {
+    fn copy(&self, from: u64, to: u64) -> Result<Option<Plan>, ImportError> {
+        let mut edu = self.edu.lock().unwrap_or_else(PoisonError::into_inner);
+        edu.copy(from, to)?;
+        Ok(Some(self.plan()))
+    }
+}
+
+/// Whole chunks, of which there is one.
+impl Attached for Driving {
+    fn plan(&self) -> Plan {
+        self.range.plan()
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> Result<Option<Plan>, ImportError> {
+        self.own.write_bytes(bytes)?;
+        self.copy(self.memory.iova(), self.range.iova())
+    }
+
+    fn read(&mut self, into: &mut [u8]) -> Result<Option<Plan>, ImportError> {
+        let plan = self.copy(self.range.iova(), self.memory.iova())?;
+        self.own.read_bytes(into)?;
+        Ok(plan)
+    }
+}
+
+fn lacking(what: &'static str, object: &str, remedy: &str) -> Unavailable {
+    Unavailable {
+        what,
         cause: SystemError {
             call: "open",
             object: object.into(),
             errno: peerbuf::Errno::NODEV,
         },
         remedy: remedy.into(),
-    };
+    }
+}
+
+const ASKED: &str = "peerbuf.ko's importer";
+
+/// The kernel is asked what it would give the driver of the first NVMe disk.
+fn disk_driver() -> Found {
     let probe = Probe::open().map_err(|error| match error {
         ProbeError::Unavailable { cause, remedy } => Unavailable {
-            what: "peerbuf.ko's importer",
+            what: ASKED,
             cause,
             remedy: remedy.into(),
         },
-        other => nodev(probe::NODE, &other.to_string()),
+        other => lacking(ASKED, probe::NODE, &other.to_string()),
     })?;
     let disks = Sysfs::default().block_devices();
     let disk = disks.iter().find(|disk| disk.name.starts_with("nvme"));
     let function = disk.and_then(|disk| disk.functions.first().copied());
     let function = function.ok_or_else(|| {
         let remedy = "it asks on behalf of an NVMe disk, and there is none";
-        nodev("an NVMe disk", remedy)
+        lacking(ASKED, "an NVMe disk", remedy)
     })?;
-    Ok(vec![Importer {
-        name: "probe as NVMe driver".into(),
-        meet: Box::new(move |buffer| asked(buffer, &probe, function)),
-    }])
-}
-
-/// What the kernel would give the driver; no byte moves.
-fn asked(buffer: &Buffer, probe: &Probe, device: PciAddress) -> Result<Met, Refusal> {
-    let Some(dmabuf) = buffer.dmabuf() else {
-        let evidence = "it is memory alone, without a dma-buf over it".into();
-        return Err(Refusal::Impossible(ReasonCode::NoDmaBuf, evidence));
-    };
-    let refused =
-        |error: ProbeError| Refusal::Impossible(ReasonCode::KernelRefused, error.to_string());
-    let attachment = probe
-        .attach(dmabuf, device, Options::default())
-        .map_err(refused)?;
-    let mapping = attachment
-        .map(probe::Direction::Bidirectional)
-        .map_err(refused)?;
-    let path = match mapping.route() {
-        Route::BusAddress | Route::HostBridge => peerbuf::plan::Path::PeerToPeer,
-        Route::System => peerbuf::plan::Path::SharedHostMemory,
-        _ => return Err(Refusal::Failed(format!("{mapping:?}"))),
-    };
-    let reasons = Vec::new();
-    let plan = Plan { path, reasons };
-    Ok(Met { plan, bytes: None })
-}
-
-/// Without a device in it, an address space moves no bytes.
-fn address_space(buffer: &Buffer) -> Result<Met, Refusal> {
-    let attachment = AddressSpace::open()?.attach(&buffer.whole(), 1 << 20)?;
-    Ok(Met {
-        plan: attachment.plan(),
-        bytes: None,
-    })
-}
-
-fn open(file: &File) -> Result<FileImporter, Refusal> {
-    Ok(FileImporter::from_fd(file.try_clone()?.into(), "a file")?)
+    let driver = OnBehalf::new(probe, function, Options::default());
+    Ok(vec![Column::new("probe as NVMe driver", driver)])
 }

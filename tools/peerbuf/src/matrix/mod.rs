@@ -129,7 +129,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
         missing,
     };
     for exporter in &exporters {
-        for importer in &mut importers {
+        for importer in &importers {
             let _progress = Progress::start(format!("{} and {}", exporter.name, importer.name));
             matrix.cells.push(meet(exporter, importer));
         }
@@ -159,7 +159,7 @@ fn distinguish<'n>(names: impl Iterator<Item = &'n mut String>) {
     }
 }
 
-fn meet(exporter: &exporters::Exporter, importer: &mut importers::Importer) -> Cell {
+fn meet(exporter: &exporters::Exporter, importer: &importers::Column) -> Cell {
     let cell = |outcome| Cell {
         exporter: exporter.name.clone(),
         importer: importer.name.clone(),
@@ -171,7 +171,7 @@ fn meet(exporter: &exporters::Exporter, importer: &mut importers::Importer) -> C
     };
     // A new buffer each time: what one meeting leaves behind must not help the next.
     let met = match (exporter.make)() {
-        Ok(buffer) => (importer.meet)(&buffer),
+        Ok(buffer) => importer.meet(&buffer),
         Err(error) => Err(importers::Refusal::Failed(error.to_string())),
     };
     match met {

@@ -1,0 +1,75 @@
+//! What can be moved to another thread and used from several. It compiles, or it does not.
+
+use peerbuf::error::{
+    ControlError, ExportError, ImportError, ProbeError, ShareError, TransferError, Unavailable,
+};
+use peerbuf::plan::Plan;
+use peerbuf::transfer::Receipt;
+use peerbuf::{device, export, import, share};
+
+fn any_thread<T: Send + Sync>() {}
+fn owned<T: 'static>() {}
+
+#[test]
+fn devices_and_exporters_go_to_any_thread() {
+    any_thread::<device::drm::Card>();
+    any_thread::<device::edu::Edu>();
+    any_thread::<device::v4l2::VideoDevice>();
+    any_thread::<device::vfio::Registers>();
+    any_thread::<device::vfio::VfioDevice>();
+    any_thread::<export::heap::Heap>();
+    any_thread::<export::peerbuf::Device>();
+    any_thread::<export::peerbuf::Watch>();
+    any_thread::<export::v4l2::Capture>();
+}
+
+#[test]
+fn importers_and_attachments_go_to_any_thread() {
+    any_thread::<import::file::FileImporter>();
+    any_thread::<import::drm::DrmImporter>();
+    any_thread::<import::vfio::VfioImporter>();
+    any_thread::<import::iommufd::AddressSpace>();
+    any_thread::<import::probe::Probe>();
+    any_thread::<import::cpu::Attachment>();
+    any_thread::<import::file::Attachment>();
+    any_thread::<import::drm::Attachment>();
+    any_thread::<import::v4l2::Attachment>();
+    any_thread::<import::vfio::Attachment>();
+    any_thread::<import::iommufd::Attachment>();
+    any_thread::<import::probe::Attachment>();
+}
+
+#[test]
+fn an_attachment_owns_what_it_needs() {
+    owned::<import::cpu::Attachment>();
+    owned::<import::file::Attachment>();
+    owned::<import::drm::Attachment>();
+    owned::<import::v4l2::Attachment>();
+    owned::<import::vfio::Attachment>();
+    owned::<import::iommufd::Attachment>();
+    owned::<import::probe::Attachment>();
+}
+
+#[test]
+fn sharing_goes_to_any_thread() {
+    any_thread::<share::Channel>();
+    any_thread::<share::Subscriber>();
+    any_thread::<share::tokio::Publisher>();
+    any_thread::<share::tokio::Subscriber>();
+    // One thread at a time serves: its backings belong to it.
+    fn moves<T: Send>() {}
+    moves::<share::Publisher>();
+}
+
+#[test]
+fn what_is_said_goes_to_any_thread() {
+    any_thread::<Plan>();
+    any_thread::<Receipt>();
+    any_thread::<ControlError>();
+    any_thread::<ExportError>();
+    any_thread::<ImportError>();
+    any_thread::<ProbeError>();
+    any_thread::<ShareError>();
+    any_thread::<TransferError>();
+    any_thread::<Unavailable>();
+}
