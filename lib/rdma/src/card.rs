@@ -1,29 +1,31 @@
 //! Cards: which there are, opening one, and the address that it has.
 
-use std::path::Path;
 use std::sync::Arc;
 
 use peerbuf::Errno;
+use peerbuf::buffer::{Access, BufferRange};
 use peerbuf::error::{SystemError, Unavailable};
 
 use crate::error::RdmaError;
-use crate::sys::verbs::{self, Domain, GidEntry};
-
-const WHAT: &str = "RDMA";
+use crate::place::{Place, Placed};
+use crate::registration::Registration;
+use crate::rung::Rung;
+use crate::sys::domain::Domain;
+use crate::sys::verbs;
 
 /// The names of the cards that there are, such as `mlx5_0` or `rxe0`.
 ///
 /// # Errors
 /// [`Unavailable`] without libibverbs, or without a card.
 pub fn probe() -> Result<Vec<String>, Unavailable> {
-    let names = library()?.names().map_err(|errno| Unavailable {
-        what: WHAT,
+    let names = verbs::needed()?.names().map_err(|errno| Unavailable {
+        what: verbs::WHAT,
         cause: SystemError::new("ibv_get_device_list", verbs::NAME, errno),
         remedy: "`modprobe ib_uverbs`".into(),
     })?;
     if names.is_empty() {
         return Err(Unavailable {
-            what: WHAT,
+            what: verbs::WHAT,
             cause: SystemError::new("ibv_get_device_list", verbs::NAME, Errno::NODEV),
             remedy: "load the card's driver; or, without one, `modprobe rdma_rxe` and \
                      `rdma link add rxe0 type rxe netdev NAME`"
@@ -33,14 +35,6 @@ pub fn probe() -> Result<Vec<String>, Unavailable> {
     Ok(names)
 }
 
-fn library() -> Result<&'static verbs::Library, Unavailable> {
-    verbs::library().map_err(|why| Unavailable {
-        what: WHAT,
-        cause: SystemError::new("dlopen", verbs::NAME, Errno::LIBACC),
-        remedy: format!("install rdma-core's libraries (libibverbs1, ibverbs-providers): {why}"),
-    })
-}
-
 /// Where this crate takes each field of libibverbs' structures to be: name in C and offset. For the
 /// lab's comparison with the header.
 #[doc(hidden)]
@@ -48,86 +42,121 @@ pub fn layout() -> Vec<(&'static str, usize)> {
     verbs::layout()
 }
 
-/// An open card. Clones are the same.
+/// An open card: a protection domain of its own, at a port. Clones are the same.
 #[derive(Clone)]
 pub struct Card {
-    inner: Arc<Inner>,
-}
-
-struct Inner {
-    domain: Arc<Domain>,
-    name: String,
-    /// It has no device of its own: the processor does its work.
-    software: bool,
-    address: GidEntry,
+    domain: Domain,
+    place: Arc<Placed>,
 }
 
 impl std::fmt::Debug for Card {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_tuple("Card").field(&self.inner.name).finish()
+        f.debug_tuple("Card").field(&self.name()).finish()
     }
 }
 
 impl Card {
-    /// Opens a card by its name.
+    /// Opens a card by its name, at the first port that is active, with the address there that most networks
+    /// route.
+    ///
+    /// # Errors
+    /// As [`Card::open_at`].
+    pub fn open(name: &str) -> Result<Card, RdmaError> {
+        Card::open_at(name, Place::default())
+    }
+
+    /// Opens a card by its name, at this port and with this address.
     ///
     /// # Errors
     /// [`RdmaError::Unavailable`] without libibverbs; `ENODEV` where there is no such card, `EACCES`
-    /// without permission for `/dev/infiniband/uverbs*`; `EADDRNOTAVAIL` for one without an address,
-    /// which it has once its network interface has one.
-    pub fn open(name: &str) -> Result<Card, RdmaError> {
-        let library = library()?;
-        let domain = Domain::open(library, name)
+    /// without permission for `/dev/infiniband/uverbs*`; `EINVAL` for a port that it has not;
+    /// `EADDRNOTAVAIL` for one without an address, which it has once its network interface has one, or without
+    /// this one.
+    pub fn open_at(name: &str, place: Place) -> Result<Card, RdmaError> {
+        let library = verbs::needed()?;
+        let domain = verbs::Domain::open(library, name)
             .map_err(|errno| SystemError::new("ibv_open_device", name, errno))?;
+        // A card does not say how many it has, but refuses the one after the last.
+        let ports: Vec<_> = (1..=u8::MAX)
+            .map_while(|number| Some((number, domain.port(number).ok()?)))
+            .collect();
+        let (number, port) = place
+            .choose_port(&ports)
+            .ok_or_else(|| SystemError::new("ibv_query_port", name, Errno::INVAL))?;
         let failed = |errno| SystemError::new("ibv_query_gid_table", name, errno);
         let gids = domain.gids().map_err(failed)?;
-        let address = *choose(&gids).ok_or_else(|| failed(Errno::ADDRNOTAVAIL))?;
-        let device = Path::new("/sys/class/infiniband").join(name).join("device");
-        let inner = Inner {
-            domain: Arc::new(domain),
-            name: name.to_owned(),
-            software: !device.exists(),
-            address,
-        };
+        let gid = place.choose_gid(number, &gids);
+        let gid = *gid.ok_or_else(|| failed(Errno::ADDRNOTAVAIL))?;
         Ok(Card {
-            inner: Arc::new(inner),
+            domain: Domain::of(domain),
+            place: Arc::new(Placed::new(number, &port, gid)),
         })
     }
 
     /// Its name.
     pub fn name(&self) -> &str {
-        &self.inner.name
+        self.domain.name()
     }
 
-    pub(crate) fn domain(&self) -> &Arc<Domain> {
-        &self.inner.domain
+    /// The protection domain in which buffers are registered.
+    pub fn domain(&self) -> &Domain {
+        &self.domain
     }
 
-    pub(crate) fn address(&self) -> &GidEntry {
-        &self.inner.address
+    pub(crate) fn place(&self) -> &Placed {
+        &self.place
     }
 
-    /// Whether these are clones of each other.
-    pub(crate) fn is(&self, other: &Card) -> bool {
-        Arc::ptr_eq(&self.inner, &other.inner)
+    /// The number of the port that is used.
+    pub fn port(&self) -> u8 {
+        self.place.port
+    }
+
+    /// The port's address in its InfiniBand subnet; `None` on Ethernet, and where no subnet manager has given it
+    /// one.
+    pub fn lid(&self) -> Option<u16> {
+        Some(self.place.lid).filter(|&lid| lid != 0)
+    }
+
+    /// The address that is used, as on the wire.
+    pub fn gid(&self) -> [u8; 16] {
+        self.place.gid.gid()
+    }
+
+    /// The place of that address in the port's table.
+    #[doc(alias = "sgid_index")]
+    pub fn gid_index(&self) -> u8 {
+        // Checked when it was chosen.
+        self.place.gid.index() as u8
     }
 
     /// True for a card that is software, such as soft-RoCE: the processor moves its bytes.
     pub fn is_software(&self) -> bool {
-        self.inner.software
+        self.domain.is_software()
     }
-}
 
-/// The address that routes: of RoCE version 2 one of IPv4, which every network has, before others.
-fn choose(gids: &[GidEntry]) -> Option<&GidEntry> {
-    let rank = |entry: &&GidEntry| {
-        let gid = entry.gid();
-        let ipv4 = gid[..10] == [0; 10] && gid[10..12] == [0xff, 0xff];
-        (entry.kind() == verbs::GID_ROCE_V2, ipv4)
-    };
-    let usable = |entry: &&GidEntry| {
-        entry.is_of_our_port() && entry.gid() != [0; 16] && u8::try_from(entry.index()).is_ok()
-    };
-    // The first of the best.
-    gids.iter().rev().filter(usable).max_by_key(rank)
+    /// Gives the card a range: [`Domain::register`] in its protection domain.
+    ///
+    /// # Errors
+    /// As [`Domain::register`].
+    pub fn register(
+        &self,
+        range: &BufferRange,
+        remote: Option<Access>,
+    ) -> Result<Registration, RdmaError> {
+        self.domain.register(range, remote)
+    }
+
+    /// As [`Card::register`], by these rungs only, in their order.
+    ///
+    /// # Errors
+    /// As [`Domain::register`].
+    pub fn register_by(
+        &self,
+        range: &BufferRange,
+        remote: Option<Access>,
+        rungs: &[Rung],
+    ) -> Result<Registration, RdmaError> {
+        self.domain.register_by(range, remote, rungs)
+    }
 }

@@ -3,12 +3,12 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, epoll, eventfd, poll};
 
 use crate::card::Card;
 use crate::error::RdmaError;
@@ -16,8 +16,8 @@ use crate::registration::{Piece, Registration, Work};
 use crate::sys::verbs::{Done, Pair, Peer, QueuePair, Verb};
 use crate::wire::{Address, Remote};
 use crate::work::{Completion, Operation, Status, WorkError, WorkId};
-use peerbuf::Deadline;
 use peerbuf::error::{BufferError, SystemError};
+use peerbuf::{Deadline, Errno};
 
 /// The longest message of one request, in bytes: what every card can.
 pub(crate) const LONGEST: u64 = 1 << 30;
@@ -72,12 +72,17 @@ impl Card {
     /// The call that failed: `ENETDOWN` while the card's port is not active, `ENOMEM` and `EINVAL`
     /// for more requests than the card can.
     pub fn endpoint(&self, depth: u32) -> Result<Endpoint, RdmaError> {
-        let domain = self.domain();
+        let domain = self.domain().verbs();
         let failed = |call| move |errno| SystemError::new(call, self.name(), errno);
-        let mtu = domain.active_mtu().map_err(failed("ibv_query_port"))?;
+        let port = self.port();
+        let now = domain.port(port).map_err(failed("ibv_query_port"))?;
+        if !now.is_active() {
+            return Err(failed("ibv_query_port")(Errno::NETDOWN).into());
+        }
+        let mtu = now.mtu();
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
         let wake = eventfd(0, flags).map_err(|errno| failed("eventfd")(errno.into()))?;
-        let queue = QueuePair::new(domain, depth).map_err(failed("ibv_create_qp"))?;
+        let queue = QueuePair::new(domain, port, depth).map_err(failed("ibv_create_qp"))?;
         let line = Line {
             pair: Arc::clone(queue.pair()),
             stopping: AtomicBool::new(false),
@@ -99,7 +104,8 @@ impl Endpoint {
     /// What the other end needs to know.
     pub fn address(&self) -> Address {
         let peer = Peer {
-            gid: self.card.address().gid(),
+            gid: self.card.gid(),
+            lid: self.card.place().lid,
             queue: self.queue.number(),
             sequence: self.sequence,
             mtu: self.mtu,
@@ -112,20 +118,27 @@ impl Endpoint {
     /// is an end that has gone waited for ([`Status::UNANSWERED`]).
     ///
     /// # Errors
-    /// The call that failed: `EINVAL`, `ENETUNREACH` or `ETIMEDOUT` for an address that the card
-    /// finds no way to.
+    /// [`RdmaError::Mismatch`] for an end on another network; the call that failed: `EINVAL`, `ENETUNREACH` or
+    /// `ETIMEDOUT` for an address that the card finds no way to.
     pub fn connect(self, peer: &Address) -> Result<Connection, RdmaError> {
-        let source = self.card.address().index() as u8;
+        let route = self.card.place().route(&peer.peer)?;
         let peer = Peer {
             mtu: self.mtu.min(peer.peer.mtu),
             ..peer.peer
         };
         self.queue
-            .connect(&peer, source, self.sequence)
+            .connect(&peer, route, self.sequence)
             .map_err(|errno| SystemError::new("ibv_modify_qp", self.card.name(), errno))?;
+        let failed = |call| move |errno| SystemError::new(call, "a connection", errno);
+        let events = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(failed("epoll_create1"))?;
+        for fd in [self.queue.events(), self.line.wake.as_fd()] {
+            let data = epoll::EventData::new_u64(0);
+            epoll::add(&events, fd, data, epoll::EventFlags::IN).map_err(failed("epoll_ctl"))?;
+        }
         Ok(Connection {
             queue: self.queue,
             line: self.line,
+            events,
             in_flight: BTreeMap::new(),
             card: self.card,
             last: 0,
@@ -148,6 +161,8 @@ pub struct Connection {
     // These two first, so that the card has stopped when the registrations go.
     queue: QueuePair,
     line: Arc<Line>,
+    /// Readable when the card has an event, or the connection was stopped.
+    events: OwnedFd,
     /// By their number, which is the order in which they were posted.
     in_flight: BTreeMap<u64, Posted>,
     card: Card,
@@ -290,10 +305,10 @@ impl Connection {
     /// What the card must not be bothered with.
     fn fits(&self, piece: &Piece) -> Result<(), RdmaError> {
         let registration = piece.registration();
-        if !registration.card().is(&self.card) {
+        if !registration.domain().is(self.card.domain()) {
             let what = format!(
                 "the buffer is registered with {}, and the connection is {}'s",
-                registration.card().name(),
+                registration.domain().name(),
                 self.card.name()
             );
             return Err(RdmaError::Mismatch { what });
@@ -330,7 +345,7 @@ impl Connection {
         if self.in_flight.len() < 2 * self.depth as usize {
             return Ok(());
         }
-        Err(SystemError::new("ibv_post_send", self.card.name(), peerbuf::Errno::AGAIN).into())
+        Err(SystemError::new("ibv_post_send", self.card.name(), Errno::AGAIN).into())
     }
 
     /// How many requests may be in flight in each direction.
@@ -425,41 +440,51 @@ impl Connection {
     /// stopped and everything has come back.
     pub fn wait(&mut self, limit: Duration) -> Result<Completion, RdmaError> {
         let deadline = Deadline::after(limit);
-        let name = self.card.name().to_owned();
-        let failed = |call| move |errno| SystemError::new(call, name, errno);
         loop {
-            if let Some(completion) = self.poll()? {
+            if let Some(completion) = self.arm()? {
                 return Ok(completion);
-            }
-            self.queue
-                .arm()
-                .map_err(failed.clone()("ibv_req_notify_cq"))?;
-            // What came before the queue was armed makes no event.
-            if let Some(completion) = self.poll()? {
-                return Ok(completion);
-            }
-            if self.is_stopped() && self.in_flight.is_empty() {
-                return Err(self.stopped());
             }
             if deadline.is_over() {
                 let what = format!("a completion of {}", self.card.name());
                 return Err(RdmaError::TimedOut { what, limit });
             }
-            let events = self.queue.events();
-            let mut wanted = [
-                PollFd::from_borrowed_fd(events, PollFlags::IN),
-                PollFd::new(&self.line.wake, PollFlags::IN),
-            ];
+            let mut wanted = [PollFd::new(&self.events, PollFlags::IN)];
             match poll(&mut wanted, deadline.timespec().as_ref()) {
-                Err(rustix::io::Errno::INTR) => continue,
-                Ok(_) if wanted[0].revents().is_empty() => continue,
-                Ok(_) => {}
-                Err(errno) => return Err(failed("poll")(errno.into()).into()),
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(errno) => return Err(SystemError::new("poll", self.card.name(), errno).into()),
             }
+        }
+    }
+
+    /// The next completion, as [`Connection::poll`]; without one, sees to it that the descriptor ([`AsFd`]) becomes
+    /// readable when there is one. For programs that wait for other things, too: they call this, and if nothing
+    /// came wait for the descriptor and call it again.
+    ///
+    /// # Errors
+    /// As [`Connection::poll`]; [`RdmaError::Stopped`] when it was stopped and everything has come back.
+    pub fn arm(&mut self) -> Result<Option<Completion>, RdmaError> {
+        let name = self.card.name().to_owned();
+        let failed = |call| move |errno: Errno| SystemError::new(call, name, errno);
+        if let Some(completion) = self.poll()? {
+            return Ok(Some(completion));
+        }
+        // An event that was waited for before.
+        let mut event = [PollFd::from_borrowed_fd(self.queue.events(), PollFlags::IN)];
+        let waiting = poll(&mut event, Some(&Timespec::default()));
+        if waiting.map_err(|errno| failed.clone()("poll")(errno.into()))? > 0 {
             self.queue
                 .take_event()
                 .map_err(failed.clone()("ibv_get_cq_event"))?;
         }
+        self.queue.arm().map_err(failed("ibv_req_notify_cq"))?;
+        // What came before the queue was armed makes no event.
+        if let Some(completion) = self.poll()? {
+            return Ok(Some(completion));
+        }
+        if self.is_stopped() && self.in_flight.is_empty() {
+            return Err(self.stopped());
+        }
+        Ok(None)
     }
 
     /// Stops the card's work and waits until it has let go of all that was posted, at most `limit`.
@@ -480,6 +505,14 @@ impl Connection {
             all.push(self.wait(deadline.left())?);
         }
         Ok(all)
+    }
+}
+
+/// Readable when the card has something to tell, once [`Connection::arm`] has found nothing, and when the connection
+/// was stopped.
+impl AsFd for Connection {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.events.as_fd()
     }
 }
 

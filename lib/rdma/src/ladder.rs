@@ -11,9 +11,9 @@ use peerbuf::buffer::{Access, BufferRange};
 use peerbuf::error::BufferError;
 
 pub(crate) use standing::Standing;
-pub(crate) use system::{Staging, shared_memory};
 #[cfg(feature = "libfabric")]
-pub(crate) use system::{no_mapping, whole_access};
+pub(crate) use system::no_mapping;
+pub(crate) use system::{Staging, shared_memory};
 
 /// Whether a range can be registered at all, for peers to do this with it.
 ///

@@ -75,7 +75,6 @@ use std::sync::{Mutex, PoisonError};
 use crate::error::RdmaError;
 use crate::ladder::{
     self, Climbed, Domain as _, Staging, Standing, climb, no_mapping, registrable, shared_memory,
-    whole_access,
 };
 use crate::sys::libfabric::{self as sys, Region};
 use peerbuf::Errno;
@@ -226,7 +225,7 @@ impl Domain {
             );
             return Err(refused(Layer::Provider, evidence));
         }
-        let mapping = range.map(whole_access(buffer));
+        let mapping = range.map(buffer.allowed());
         let mapping = mapping.map_err(|error| no_mapping(rung, &error))?;
         let kept = Kept::new(Memory::Mapped(mapping), range);
         let part = Some((Some(dmabuf.as_fd()), range.offset()));

@@ -3,14 +3,16 @@
 
 mod ladder;
 
+use std::ffi::c_void;
 use std::fmt;
+use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Weak};
 
-use crate::card::Card;
 use crate::error::RdmaError;
 use crate::ladder::{Staging, Standing};
 use crate::rung::{Attempt, Rung};
+use crate::sys::domain::Domain;
 use crate::sys::verbs::{Keys, Local, Region};
 use crate::wire::Remote;
 use peerbuf::buffer::{Access, BufferRange};
@@ -23,8 +25,10 @@ pub(crate) trait Work: Send + Sync {
     fn stop(&self);
 }
 
-/// A range of a buffer that a card can use. Clones are the same; when the last is dropped, and no
+/// A range of a buffer that a card can use: a memory region. Clones are the same; when the last is dropped, and no
 /// work on it is in flight, the card cannot reach the buffer any more.
+#[doc(alias = "MemoryRegion")]
+#[doc(alias = "ibv_mr")]
 #[derive(Clone)]
 pub struct Registration {
     inner: Arc<Inner>,
@@ -41,7 +45,7 @@ struct Inner {
     offset: u64,
     length: u64,
     writable: bool,
-    card: Card,
+    domain: Domain,
     remote: Option<Access>,
     keys: Keys,
     rung: Rung,
@@ -61,7 +65,7 @@ struct Held {
 impl fmt::Debug for Registration {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Registration")
-            .field("card", &self.inner.card)
+            .field("domain", &self.inner.domain)
             .field("buffer", &self.inner.name)
             .field("offset", &self.inner.offset)
             .field("length", &self.inner.length)
@@ -192,9 +196,46 @@ impl Registration {
         Ok(held)
     }
 
-    /// The card.
-    pub fn card(&self) -> &Card {
-        &self.inner.card
+    /// The protection domain that it is in.
+    pub fn domain(&self) -> &Domain {
+        &self.inner.domain
+    }
+
+    /// The local key, for the program's own work requests.
+    pub fn lkey(&self) -> u32 {
+        self.inner.keys.local
+    }
+
+    /// The remote key, for the other end's work requests.
+    pub fn rkey(&self) -> u32 {
+        self.inner.keys.remote
+    }
+
+    /// The `struct ibv_mr *` of libibverbs, which this registration deregisters. `None` where the kernel made the
+    /// region without the library ([`Rung::DmaBufByKernel`]), and when it was ended.
+    #[doc(alias = "ibv_mr")]
+    pub fn as_raw(&self) -> Option<NonNull<c_void>> {
+        self.hold().ok()?.held.region.raw()
+    }
+
+    /// Part of it as a scatter/gather element of the program's own work requests; `offset` counts from the range's
+    /// beginning. Addresses are offsets in the buffer, whatever the rung.
+    ///
+    /// With a [staged](Rung::Staged) registration, call [`Registration::refresh`] before work that reads it, and
+    /// [`Registration::deliver`] after work that has written it. Work that is in flight when the registration is
+    /// dropped or ended fails.
+    ///
+    /// # Errors
+    /// [`BufferError::OutOfRange`] when the bytes are not all inside, [`RdmaError::Stale`].
+    #[doc(alias = "ibv_sge")]
+    pub fn sge(&self, offset: u64, length: u32) -> Result<Sge, RdmaError> {
+        self.inside(offset, length.into())?;
+        self.check()?;
+        Ok(Sge {
+            address: self.inner.offset + offset,
+            length,
+            lkey: self.inner.keys.local,
+        })
     }
 
     /// The number of the buffer's generation that was registered; `None` where it has none that
@@ -291,6 +332,18 @@ impl Registration {
     pub fn refresh(&self, offset: u64, length: u64) -> Result<u64, RdmaError> {
         self.hold()?.refresh(offset, length)
     }
+}
+
+/// A scatter/gather element (`struct ibv_sge`): memory of this end, as a work request names it. Good for as long as
+/// the registration is there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sge {
+    /// `addr`
+    pub address: u64,
+    /// `length`, in bytes.
+    pub length: u32,
+    /// `lkey`
+    pub lkey: u32,
 }
 
 /// A registration that nobody keeps in use by this.

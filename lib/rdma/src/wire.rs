@@ -5,6 +5,9 @@ use crate::error::RdmaError;
 use crate::sys::verbs::Peer;
 use peerbuf::error::BufferError;
 
+/// LIDs from here on are groups' (InfiniBand architecture, volume 1, 4.1.3).
+const FIRST_MULTICAST_LID: u16 = 0xc000;
+
 /// Where one end of a connection is, for the other to know. 32 bytes on the wire.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Address {
@@ -13,10 +16,12 @@ pub struct Address {
 
 impl Address {
     /// For the other end: address of the card, number of the queue pair, number of its first
-    /// packet (32 bits each, big-endian), code of the port's MTU, zeroes.
+    /// packet (32 bits each, big-endian), code of the port's MTU, a zero, the port's LID (16 bits, 0 on Ethernet),
+    /// zeroes.
     pub fn to_bytes(&self) -> [u8; 32] {
         let Peer {
             gid,
+            lid,
             queue,
             sequence,
             mtu,
@@ -26,6 +31,7 @@ impl Address {
         bytes[16..20].copy_from_slice(&queue.to_be_bytes());
         bytes[20..24].copy_from_slice(&sequence.to_be_bytes());
         bytes[24] = mtu as u8;
+        bytes[26..28].copy_from_slice(&lid.to_be_bytes());
         bytes
     }
 
@@ -42,13 +48,18 @@ impl Address {
         let mut gid = [0; 16];
         gid.copy_from_slice(&bytes[..16]);
         let (queue, sequence, mtu) = (word(16), word(20), bytes[24]);
+        let lid = u16::from_be_bytes([bytes[26], bytes[27]]);
         let rules = [
             (gid != [0; 16], "an address of zeroes"),
             (gid[0] != 0xff, "a multicast address"),
             (queue > 1 && queue < 1 << 24, "no number of a queue pair"),
             (sequence < 1 << 24, "no number of a packet"),
             ((1..=5).contains(&mtu), "no code of an MTU"),
-            (bytes[25..] == [0; 7], "bytes that are not zero"),
+            (lid < FIRST_MULTICAST_LID, "a multicast LID"),
+            (
+                bytes[25] == 0 && bytes[28..] == [0; 4],
+                "bytes that are not zero",
+            ),
         ];
         for (holds, what) in rules {
             if !holds {
@@ -59,6 +70,7 @@ impl Address {
         let mtu = mtu.into();
         let peer = Peer {
             gid,
+            lid,
             queue,
             sequence,
             mtu,
@@ -151,6 +163,7 @@ mod tests {
     fn address() -> Address {
         let peer = Peer {
             gid: [7; 16],
+            lid: 0x1234,
             queue: 17,
             sequence: 0xff_ffff,
             mtu: 3,
@@ -173,6 +186,8 @@ mod tests {
             (24, 0),
             (24, 6),
             (25, 1),
+            (26, 0xc0),
+            (28, 1),
             (31, 1),
             (0, 0xff),
         ] {

@@ -18,7 +18,7 @@ use peerbuf_lab_suite::rdma::{
     takes_dma_bufs,
 };
 use peerbuf_rdma::{
-    self as rdma, Card, Connection, Layer, RdmaError, Registration, Remote, Rung, Status,
+    self as rdma, Card, Connection, Layer, Place, RdmaError, Registration, Remote, Rung, Status,
 };
 
 fn buffers(size: u64) -> Vec<(&'static str, Buffer)> {
@@ -61,6 +61,54 @@ fn the_card_is_found_and_a_wrong_name_is_not() {
         panic!("not a system error");
     };
     assert_eq!(error.errno, Errno::NODEV);
+}
+
+#[test]
+fn port_and_address_are_those_that_are_given() {
+    let chosen = card();
+    let place = Place::default().port(1).gid_index(chosen.gid_index());
+    let given = Card::open_at("rxe0", place).unwrap();
+    assert_eq!((given.port(), given.gid()), (1, chosen.gid()));
+    // Ethernet has no LIDs.
+    assert_eq!(given.lid(), None);
+    for (place, errno) in [
+        (Place::default().port(2), Errno::INVAL),
+        (Place::default().gid_index(200), Errno::ADDRNOTAVAIL),
+    ] {
+        let RdmaError::System(error) = Card::open_at("rxe0", place).unwrap_err() else {
+            panic!("not a system error");
+        };
+        assert_eq!(error.errno, errno, "{error}");
+    }
+}
+
+#[test]
+fn a_connection_is_waited_for_with_other_things() {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    let card = card();
+    let buffer = udmabuf::export("buffer", 8192).unwrap();
+    let region = card.register(&buffer.whole(), ALL).unwrap();
+    let (mut here, _there) = connected(&card, 4);
+    let is_readable = |connection: &Connection, timeout: Timespec| {
+        let mut wanted = [PollFd::new(connection, PollFlags::IN)];
+        poll(&mut wanted, Some(&timeout)).unwrap() == 1
+    };
+    for _ in 0..3 {
+        assert_eq!(here.arm().unwrap(), None);
+        assert!(!is_readable(&here, Timespec::default()));
+        let (from, to) = (region.slice(0, 64).unwrap(), region.remote().unwrap());
+        here.write(&from, &to.slice(4096, 64).unwrap(), None)
+            .unwrap();
+        let long = Timespec::try_from(limit()).unwrap();
+        assert!(is_readable(&here, long));
+        assert_eq!(good(here.arm().unwrap().unwrap()), 64);
+    }
+    // And when it is stopped, by somebody else.
+    assert_eq!(here.arm().unwrap(), None);
+    here.shows(&region);
+    region.end();
+    assert!(is_readable(&here, Timespec::default()));
+    assert!(matches!(here.arm(), Err(RdmaError::Stopped { .. })));
 }
 
 #[test]

@@ -131,9 +131,14 @@ impl Other {
     }
 
     /// Connects with it and gives it its role.
-    fn connect(&mut self, registration: &Registration, role: Role) -> (Connection, Remote) {
+    fn connect(
+        &mut self,
+        card: &Card,
+        registration: &Registration,
+        role: Role,
+    ) -> (Connection, Remote) {
         let (address, remote) = Other::told(&self.channel);
-        let end = registration.card().endpoint(CHUNKS as u32).unwrap();
+        let end = card.endpoint(CHUNKS as u32).unwrap();
         let ours = end.address().to_bytes();
         let connection = end.connect(&address).unwrap();
         connection.shows(registration);
@@ -206,11 +211,12 @@ fn assert_unanswered(errors: &[WorkError]) {
 /// are known to have been done in the end.
 fn killed_in_mid_transfer(
     mut other: Other,
+    card: &Card,
     registration: &Registration,
     role: Role,
     after: usize,
 ) -> usize {
-    let (mut here, remote) = other.connect(registration, role);
+    let (mut here, remote) = other.connect(card, registration, role);
     let noticed = |here: &mut Connection, left: usize, killed: Stopwatch| {
         let mut done = 0;
         let mut errors = Vec::new();
@@ -281,9 +287,9 @@ fn check(buffer: &Buffer, role: Role, done: usize) {
 }
 
 /// A new connection of the same registration, there and back.
-fn works_again(mut other: Other, buffer: &Buffer, registration: &Registration) {
+fn works_again(mut other: Other, card: &Card, buffer: &Buffer, registration: &Registration) {
     const COUNT: u64 = CHUNK + 4099;
-    let (mut here, remote) = other.connect(registration, Role::Writes);
+    let (mut here, remote) = other.connect(card, registration, Role::Writes);
     let bytes = random(COUNT, 3);
     put(&buffer.range(EDGE + 5, COUNT).unwrap(), &bytes);
     let piece = registration.slice(5, COUNT).unwrap();
@@ -315,10 +321,10 @@ fn a_process_killed_in_mid_transfer_costs_the_other_an_error_and_nothing_else() 
             let card = card();
             let buffer = buffer(kind);
             let registration = registered(&card, &buffer, OURS);
-            let done = killed_in_mid_transfer(first, &registration, role, after);
+            let done = killed_in_mid_transfer(first, &card, &registration, role, after);
             check(&buffer, role, done);
             registration.check().unwrap();
-            works_again(second, &buffer, &registration);
+            works_again(second, &card, &buffer, &registration);
             drop((registration, buffer, card));
             wait_until("the killed process' resources", || resources() == nothing.1);
             assert_all_free(&Node::largest());

@@ -4,7 +4,7 @@
 use std::fmt;
 
 use crate::rung::{Attempt, Layer, Rung};
-use peerbuf::buffer::{Access, Buffer, BufferRange, Mapping};
+use peerbuf::buffer::{Access, BufferRange, LazyMapping, Mapping};
 use peerbuf::error::{BufferError, ExportError};
 use peerbuf::export::memfd;
 use peerbuf::plan::ReasonCode;
@@ -17,7 +17,7 @@ pub(crate) fn shared_memory(range: &BufferRange) -> Result<Mapping, Attempt> {
         let evidence = "no memory of the host is behind it";
         return Err(Attempt::lacking(rung, ReasonCode::NotHostMemory, evidence));
     }
-    let mapping = range.map(whole_access(range.buffer()));
+    let mapping = range.map(range.buffer().allowed());
     mapping.map_err(|error| no_mapping(rung, &error))
 }
 
@@ -26,7 +26,7 @@ pub(crate) struct Staging {
     memory: Mapping,
     /// Where in the memory the range begins: its place in a page is that of the range.
     lead: u64,
-    buffer: Mapping,
+    buffer: LazyMapping,
 }
 
 impl Staging {
@@ -38,7 +38,10 @@ impl Staging {
         let memory = memory
             .and_then(|memory| Ok(memory.whole().map(Access::ReadWrite)?))
             .map_err(|error: ExportError| no_mapping(Rung::Staged, &error))?;
-        let buffer = range.map(whole_access(range.buffer()));
+        let buffer = LazyMapping::new(range).and_then(|mut buffer| {
+            buffer.reach()?;
+            Ok(buffer)
+        });
         let buffer = buffer.map_err(|error| no_mapping(Rung::Staged, &error))?;
         Ok(Staging {
             memory,
@@ -59,18 +62,14 @@ impl Staging {
             let memory = self.memory.begin_cpu_access(Access::Read)?;
             memory.read_at(self.lead + at, chunk)?;
             memory.end()?;
-            let mut buffer = self.buffer.begin_cpu_access(Access::Write)?;
-            buffer.write_at(at, chunk)?;
-            buffer.end()
+            self.buffer.write_at(at, chunk)
         })
     }
 
     /// Copies from the buffer to the memory. The bytes are inside the range.
     pub(crate) fn refresh(&mut self, offset: u64, length: u64) -> Result<(), BufferError> {
         in_chunks(offset, length, |at, chunk| {
-            let buffer = self.buffer.begin_cpu_access(Access::Read)?;
-            buffer.read_at(at, chunk)?;
-            buffer.end()?;
+            self.buffer.read_at(at, chunk)?;
             let mut memory = self.memory.begin_cpu_access(Access::Write)?;
             memory.write_at(self.lead + at, chunk)?;
             memory.end()
@@ -92,15 +91,6 @@ fn in_chunks(
         done += now as u64;
     }
     Ok(())
-}
-
-/// The most that a mapping of the buffer can be used for.
-pub(crate) fn whole_access(buffer: &Buffer) -> Access {
-    if buffer.is_writable() {
-        Access::ReadWrite
-    } else {
-        Access::Read
-    }
 }
 
 pub(crate) fn no_mapping(rung: Rung, error: &dyn fmt::Display) -> Attempt {

@@ -6,17 +6,18 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, RwLock};
 
 use super::{Held, Inner, Registration};
-use crate::card::Card;
 use crate::error::RdmaError;
-use crate::ladder::{Climbed, Domain, Staging, climb, registrable, shared_memory};
+use crate::ladder::{self, Climbed, Staging, climb, registrable, shared_memory};
 use crate::rung::{Attempt, Layer, Rung};
+use crate::sys::domain::Domain;
 use crate::sys::verbs::{self, DmaBufRequest, Region};
 use peerbuf::Errno;
 use peerbuf::buffer::{Access, Buffer, BufferRange};
-use peerbuf::error::SystemError;
+use peerbuf::error::{ImportError, SystemError};
+use peerbuf::import::{Attached, Importer};
 use peerbuf::plan::{Path, Plan, Reason, ReasonCode};
 
-impl Card {
+impl Domain {
     /// Gives the card a range, in the best way that works. `remote` is what the other end may do
     /// with it; with `None` only this end's own work uses it. This end's work reads it always, and
     /// writes it where the buffer is writable.
@@ -32,10 +33,10 @@ impl Card {
         self.register_by(range, remote, &Rung::ALL)
     }
 
-    /// As [`Card::register`], by these rungs only, in their order.
+    /// As [`Domain::register`], by these rungs only, in their order.
     ///
     /// # Errors
-    /// As [`Card::register`].
+    /// As [`Domain::register`].
     pub fn register_by(
         &self,
         range: &BufferRange,
@@ -67,7 +68,7 @@ impl Card {
             offset: range.offset(),
             length: range.len(),
             writable: buffer.is_writable(),
-            card: self.clone(),
+            domain: self.clone(),
             remote,
             keys: region.keys(),
             rung,
@@ -87,13 +88,13 @@ impl Card {
     }
 }
 
-impl Domain for Card {
+impl ladder::Domain for Domain {
     /// `IBV_ACCESS_*`
     type Access = u32;
     type Region = (Region, Option<Staging>);
 
     fn name(&self) -> String {
-        Card::name(self).to_owned()
+        Domain::name(self).to_owned()
     }
 
     fn name_the_layers(attempts: &mut [Attempt], taken: Option<Rung>) {
@@ -107,7 +108,7 @@ impl Domain for Card {
         rung: Rung,
     ) -> Result<(Region, Option<Staging>), Attempt> {
         let buffer = range.buffer();
-        let domain = self.domain();
+        let domain = self.verbs();
         let refused = |call, layer: fn(Errno) -> Layer, code| {
             move |errno| Attempt {
                 rung,
@@ -191,6 +192,42 @@ impl Domain for Card {
     }
 }
 
+/// Registered, for the other end to read and write if the buffer may be written. Bytes move once somebody posts work.
+impl Importer for Domain {
+    fn name(&self) -> String {
+        Domain::name(self).to_owned()
+    }
+
+    fn attach(&self, range: &BufferRange) -> Result<Box<dyn Attached>, ImportError> {
+        let remote = range.buffer().allowed();
+        match self.register(range, Some(remote)) {
+            Ok(registration) => Ok(Box::new(registration)),
+            Err(RdmaError::Buffer(error)) => Err(error.into()),
+            Err(RdmaError::System(error)) => Err(error.into()),
+            Err(other) => Err(ImportError::Impossible {
+                importer: Domain::name(self).to_owned(),
+                buffer: range.buffer().name().to_owned(),
+                code: ReasonCode::AttachRefused,
+                evidence: other.to_string(),
+            }),
+        }
+    }
+}
+
+impl Attached for Registration {
+    fn plan(&self) -> Plan {
+        Registration::plan(self).clone()
+    }
+
+    fn write(&mut self, _: &[u8]) -> Result<Option<Plan>, ImportError> {
+        Ok(None)
+    }
+
+    fn read(&mut self, _: &mut [u8]) -> Result<Option<Plan>, ImportError> {
+        Ok(None)
+    }
+}
+
 fn layer_by_library(errno: Errno) -> Layer {
     match errno {
         Errno::OPNOTSUPP => Layer::Library,
@@ -231,7 +268,7 @@ fn name_the_layer(attempts: &mut [Attempt], taken: Option<Rung>) {
     }
 }
 
-fn plan(buffer: &Buffer, card: &Card, rung: Rung, attempts: &[Attempt]) -> Plan {
+fn plan(buffer: &Buffer, card: &Domain, rung: Rung, attempts: &[Attempt]) -> Plan {
     if rung == Rung::Staged {
         let failed = attempts.iter().map(|attempt| {
             let path = match attempt.rung {

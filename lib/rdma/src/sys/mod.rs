@@ -1,6 +1,7 @@
 //! The only `unsafe` of the crate: one module per interface, each with a safe face.
 #![allow(unsafe_code)]
 
+pub(crate) mod domain;
 #[cfg(feature = "libfabric")]
 pub(crate) mod libfabric;
 pub(crate) mod uverbs;

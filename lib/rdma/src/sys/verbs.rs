@@ -15,7 +15,9 @@ mod library;
 mod queue;
 
 pub(crate) use super::uverbs::{DmaBufRequest, Keys};
-pub(crate) use abi::{GID_ROCE_V2, GidEntry, LOCAL_WRITE, REMOTE_READ, REMOTE_WRITE, layout};
+pub(crate) use abi::{
+    GID_ROCE_V2, GidEntry, LOCAL_WRITE, PortAttr, REMOTE_READ, REMOTE_WRITE, layout,
+};
 pub(crate) use domain::{Domain, Region};
-pub(crate) use library::{Library, NAME, library};
-pub(crate) use queue::{Done, Local, Pair, Peer, QueuePair, Verb};
+pub(crate) use library::{NAME, WHAT, needed};
+pub(crate) use queue::{Done, Local, Pair, Peer, QueuePair, Route, Verb};

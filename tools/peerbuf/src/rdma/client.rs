@@ -14,16 +14,15 @@ use super::lent::{Every, Lent, PATIENCE};
 use super::place::{Place, checksum};
 use super::report::Tally;
 use super::wire::{self, Account, Hello, Receipt, Request, Response};
-use super::{DEPTH, card, receipt};
+use super::{DEPTH, Which, receipt};
 use crate::progress::Progress;
 use crate::{Failure, say, size, table};
 
 /// Both ends, as a client sees them.
 #[derive(clap::Args)]
 pub struct Ends {
-    /// The card [default: the first]
-    #[arg(long, value_name = "NAME")]
-    card: Option<String>,
+    #[command(flatten)]
+    which: Which,
 
     /// Where the other machine listens
     #[arg(long, value_name = "HOST:PORT")]
@@ -116,7 +115,7 @@ pub fn begin(ends: &Ends, every: Option<Every>) -> Result<(Here, There), Failure
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_write_timeout(Some(PATIENCE))?;
     stream.set_nodelay(true)?;
-    let card = card(ends.card.as_deref())?;
+    let card = ends.which.open()?;
     let lent = Lent::new(&card, &ends.buffer, ends.size, every, None)?;
     wire::send(&mut stream, &Hello::new(lent.size))?;
     let theirs: Hello = wire::receive(&mut stream)?.ok_or(

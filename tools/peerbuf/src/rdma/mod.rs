@@ -19,7 +19,7 @@ mod wire;
 use std::process::ExitCode;
 
 use peerbuf::plan::Path;
-use peerbuf_rdma::{self as rdma, Card, Registration};
+use peerbuf_rdma::{self as rdma, Card, Place, Registration};
 
 use crate::Failure;
 use wire::Receipt;
@@ -64,13 +64,37 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     }
 }
 
-/// The card of this name, or the first.
-fn card(name: Option<&str>) -> Result<Card, Failure> {
-    let first = match name {
-        Some(name) => name.to_owned(),
-        None => rdma::probe()?.swap_remove(0),
-    };
-    Ok(Card::open(&first)?)
+/// Which card, and where on its network.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Which {
+    /// The card [default: the first]
+    #[arg(long, value_name = "NAME")]
+    card: Option<String>,
+
+    /// The card's port [default: the first that is active]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..))]
+    ib_port: Option<u8>,
+
+    /// The port's address, by its place in the port's table [default: one of RoCE v2 and IPv4 if there is one]
+    #[arg(long, value_name = "N")]
+    gid_index: Option<u8>,
+}
+
+impl Which {
+    fn open(&self) -> Result<Card, Failure> {
+        let name = match &self.card {
+            Some(name) => name.clone(),
+            None => rdma::probe()?.swap_remove(0),
+        };
+        let mut place = Place::default();
+        if let Some(port) = self.ib_port {
+            place = place.port(port);
+        }
+        if let Some(index) = self.gid_index {
+            place = place.gid_index(index);
+        }
+        Ok(Card::open_at(&name, place)?)
+    }
 }
 
 /// How many requests an end has in flight.
@@ -82,7 +106,7 @@ fn receipt(registration: &Registration) -> Receipt {
     // the buffer's own memory, and nothing is copied on the way to the packets.
     let by_processor = registration.rung().is_dma_buf() && plan.path == Path::StagedCopy;
     Receipt {
-        card: registration.card().name().into(),
+        card: registration.domain().name().into(),
         buffer: registration.name().into(),
         registration: registration.rung().as_str().into(),
         attempts: registration

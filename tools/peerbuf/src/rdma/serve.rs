@@ -13,15 +13,14 @@ use sha2::{Digest, Sha256};
 use super::lent::{Every, Lent, PATIENCE};
 use super::place::{Place, checksum};
 use super::wire::{self, Account, FileAccount, Hello, Request, Response, Shown};
-use super::{DEPTH, card, receipt};
+use super::{DEPTH, Which, receipt};
 use crate::{Failure, say, size};
 
 /// Arguments of `peerbuf rdma serve`.
 #[derive(clap::Args)]
 pub struct Arguments {
-    /// The card [default: the first]
-    #[arg(long, value_name = "NAME")]
-    card: Option<String>,
+    #[command(flatten)]
+    which: Which,
 
     /// Where clients connect to, by TCP
     #[arg(long, value_name = "ADDRESS:PORT")]
@@ -57,7 +56,7 @@ struct Server {
 
 /// Serves one client after the other.
 pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
-    let card = card(arguments.card.as_deref())?;
+    let card = arguments.which.open()?;
     let server = Server {
         lent: Lent::new(
             &card,

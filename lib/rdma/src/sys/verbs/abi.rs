@@ -18,8 +18,8 @@ pub(super) const QPT_RC: c_int = 2;
 pub(crate) const GID_ROCE_V2: u32 = 2;
 /// `IBV_WC_WITH_IMM`
 pub(super) const WC_WITH_IMM: c_uint = 1 << 1;
-/// The port that is used: cards with more than one show each as a device of its own these days.
-pub(super) const PORT: u8 = 1;
+/// `IBV_LINK_LAYER_INFINIBAND`
+const LINK_LAYER_INFINIBAND: u8 = 1;
 
 /// `struct ibv_context_ops`: pointers to functions, most of them of no use any more.
 #[repr(C)]
@@ -36,7 +36,7 @@ pub(super) struct ContextOps {
 /// The beginning of `struct ibv_context`, which only the library makes.
 #[repr(C)]
 pub(super) struct Context {
-    device: *mut c_void,
+    pub(super) device: *mut c_void,
     pub(super) ops: ContextOps,
     pub(super) cmd_fd: c_int,
     async_fd: c_int,
@@ -45,7 +45,7 @@ pub(super) struct Context {
 /// `struct ibv_pd`
 #[repr(C)]
 pub(super) struct Pd {
-    context: *mut Context,
+    pub(super) context: *mut Context,
     pub(super) handle: u32,
 }
 
@@ -239,20 +239,83 @@ impl GidEntry {
         self.kind
     }
 
-    pub(crate) fn is_of_our_port(&self) -> bool {
-        self.port == u32::from(PORT)
+    pub(crate) fn is_of(&self, port: u8) -> bool {
+        self.port == u32::from(port)
+    }
+
+    /// One that is made up.
+    #[cfg(test)]
+    pub(crate) fn made_up(gid: [u8; 16], index: u32, port: u32, kind: u32) -> GidEntry {
+        GidEntry {
+            gid: bytemuck::cast(gid),
+            index,
+            port,
+            kind,
+            interface: 0,
+        }
     }
 }
 
 /// The beginning of `struct ibv_port_attr`; `ibv_query_port` fills in no more than this has room
 /// for.
 #[repr(C)]
-#[derive(Default)]
-pub(super) struct PortAttr {
-    pub(super) state: c_int,
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct PortAttr {
+    state: c_int,
     max_mtu: c_int,
-    pub(super) active_mtu: c_int,
-    rest: [u32; 13],
+    active_mtu: c_int,
+    gid_tbl_len: c_int,
+    port_cap_flags: u32,
+    max_msg_sz: u32,
+    bad_pkey_cntr: u32,
+    qkey_viol_cntr: u32,
+    pkey_tbl_len: u16,
+    lid: u16,
+    sm_lid: u16,
+    lmc: u8,
+    max_vl_num: u8,
+    sm_sl: u8,
+    subnet_timeout: u8,
+    init_type_reply: u8,
+    active_width: u8,
+    active_speed: u8,
+    phys_state: u8,
+    link_layer: u8,
+    flags: u8,
+    rest: [u32; 4],
+}
+
+impl PortAttr {
+    /// `IBV_PORT_ACTIVE`: it carries packets.
+    pub(crate) fn is_active(&self) -> bool {
+        self.state == 4
+    }
+
+    /// `enum ibv_mtu`
+    pub(crate) fn mtu(&self) -> i32 {
+        self.active_mtu
+    }
+
+    /// The port's address in its InfiniBand subnet; 0 on Ethernet, and before a subnet manager gave it one.
+    pub(crate) fn lid(&self) -> u16 {
+        self.lid
+    }
+
+    pub(crate) fn is_infiniband(&self) -> bool {
+        self.link_layer == LINK_LAYER_INFINIBAND
+    }
+
+    /// One that is made up.
+    #[cfg(test)]
+    pub(crate) fn made_up(is_active: bool, is_infiniband: bool, lid: u16) -> PortAttr {
+        PortAttr {
+            state: if is_active { 4 } else { 1 },
+            active_mtu: 3,
+            lid,
+            link_layer: if is_infiniband { 1 } else { 2 },
+            ..PortAttr::default()
+        }
+    }
 }
 
 /// Where each public field is, for the test that compares them with the header: name and offset.
@@ -266,8 +329,8 @@ pub(crate) fn layout() -> Vec<(&'static str, usize)> {
     }
     let mut all = offsets! {
         ContextOps "ibv_context_ops" { poll_cq, req_notify_cq, post_send, post_recv }
-        Context "ibv_context" { ops, cmd_fd, async_fd }
-        Pd "ibv_pd" { handle }
+        Context "ibv_context" { device, ops, cmd_fd, async_fd }
+        Pd "ibv_pd" { context, handle }
         Mr "ibv_mr" { addr, length, handle, lkey, rkey }
         CompChannel "ibv_comp_channel" { fd }
         Qp "ibv_qp" { handle, qp_num }
@@ -288,7 +351,8 @@ pub(crate) fn layout() -> Vec<(&'static str, usize)> {
                                timeout, retry_cnt, rnr_retry, alt_port_num, alt_timeout,
                                rate_limit }
         GidEntry "ibv_gid_entry" { gid }
-        PortAttr "ibv_port_attr" { state, max_mtu, active_mtu }
+        PortAttr "ibv_port_attr" { state, max_mtu, active_mtu, gid_tbl_len, lid, sm_lid, lmc, sm_sl, phys_state,
+                                   link_layer, flags }
     };
     // Those whose field is called otherwise, or is in a structure of its own.
     all.extend([

@@ -1,11 +1,11 @@
 //! An open device with its protection domain, and the regions that are registered in it.
 
-use std::ffi::c_int;
+use std::ffi::{CStr, c_int, c_void};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use super::abi::{Context, GidEntry, LOCAL_WRITE, Mr, PORT, Pd, PortAttr, REMOTE_WRITE};
+use super::abi::{Context, GidEntry, LOCAL_WRITE, Mr, Pd, PortAttr, REMOTE_WRITE};
 use super::library::{Library, check, last};
 use crate::sys::uverbs::{self, DmaBufRequest, Keys};
 use peerbuf::Errno;
@@ -20,6 +20,8 @@ pub(crate) struct Domain {
     pub(super) library: &'static Library,
     pub(super) context: NonNull<Context>,
     pub(super) pd: NonNull<Pd>,
+    /// Both were made here, and are ended here. Otherwise they are somebody else's.
+    is_ours: bool,
 }
 
 // SAFETY: by the invariant.
@@ -50,7 +52,38 @@ impl Domain {
             library,
             context,
             pd,
+            is_ours: true,
         })
+    }
+
+    /// A protection domain of somebody else, who also ends it. `None` for a null pointer, and for a domain that
+    /// names no device.
+    ///
+    /// # Safety
+    /// `pd` is null, or a live `struct ibv_pd` that the library made, and both it and its context stay so for as
+    /// long as what is returned.
+    pub(crate) unsafe fn foreign(library: &'static Library, pd: *mut c_void) -> Option<Domain> {
+        let pd = NonNull::new(pd.cast::<Pd>())?;
+        // SAFETY: live by the caller's word; the field does not change.
+        let context = NonNull::new(unsafe { (*pd.as_ptr()).context })?;
+        // INVARIANT: the caller's word.
+        Some(Domain {
+            library,
+            context,
+            pd,
+            is_ours: false,
+        })
+    }
+
+    /// The device's name.
+    pub(crate) fn device_name(&self) -> String {
+        // SAFETY: the context is live (invariant), and with it its device, whose name is a string that stays.
+        let name = unsafe {
+            CStr::from_ptr((self.library.get_device_name)(
+                (*self.context.as_ptr()).device,
+            ))
+        };
+        name.to_string_lossy().into_owned()
     }
 
     /// The descriptor of the device's uverbs node.
@@ -65,17 +98,12 @@ impl Domain {
         unsafe { (*self.pd.as_ptr()).handle }
     }
 
-    /// `enum ibv_mtu` of the port now; `ENETDOWN` while it is not active.
-    pub(crate) fn active_mtu(&self) -> Result<i32, Errno> {
+    /// What the port is now; `EINVAL` for one that the device has not.
+    pub(crate) fn port(&self, number: u8) -> Result<PortAttr, Errno> {
         let mut port = PortAttr::default();
         // SAFETY: the struct has room for what this function fills in.
-        check(unsafe { (self.library.query_port)(self.context.as_ptr(), PORT, &mut port) })?;
-        // IBV_PORT_ACTIVE
-        if port.state == 4 {
-            Ok(port.active_mtu)
-        } else {
-            Err(Errno::NETDOWN)
-        }
+        check(unsafe { (self.library.query_port)(self.context.as_ptr(), number, &mut port) })?;
+        Ok(port)
     }
 
     /// The addresses that the device has.
@@ -103,6 +131,9 @@ impl Domain {
 
 impl Drop for Domain {
     fn drop(&mut self) {
+        if !self.is_ours {
+            return;
+        }
         // SAFETY: ours, and what was made of them holds the domain, so is gone.
         unsafe {
             (self.library.dealloc_pd)(self.pd.as_ptr());
@@ -214,6 +245,14 @@ impl Region {
 
     pub(crate) fn keys(&self) -> Keys {
         self.keys
+    }
+
+    /// The library's `struct ibv_mr`; there is none where the kernel was asked.
+    pub(crate) fn raw(&self) -> Option<NonNull<c_void>> {
+        match self.made {
+            Made::Library(mr) => Some(mr.cast()),
+            Made::Kernel(..) => None,
+        }
     }
 }
 

@@ -5,6 +5,7 @@ use std::sync::OnceLock;
 
 use super::abi::{CompChannel, Context, Cq, GidEntry, Mr, Pd, PortAttr, Qp, QpAttr, QpInitAttr};
 use peerbuf::Errno;
+use peerbuf::error::{SystemError, Unavailable};
 
 /// Declares the functions that are taken from the library.
 macro_rules! functions {
@@ -68,12 +69,27 @@ pub(crate) const NAME: &str = "libibverbs.so.1";
 ///
 /// # Errors
 /// What the loader says, for people.
-pub(crate) fn library() -> Result<&'static Library, &'static str> {
+fn library() -> Result<&'static Library, &'static str> {
     static LIBRARY: OnceLock<Result<Library, String>> = OnceLock::new();
     match LIBRARY.get_or_init(Library::load) {
         Ok(library) => Ok(library),
         Err(why) => Err(why),
     }
+}
+
+/// What is missing without it.
+pub(crate) const WHAT: &str = "RDMA";
+
+/// The library, for those who cannot do without.
+///
+/// # Errors
+/// [`Unavailable`], with what the loader says.
+pub(crate) fn needed() -> Result<&'static Library, Unavailable> {
+    library().map_err(|why| Unavailable {
+        what: WHAT,
+        cause: SystemError::new("dlopen", NAME, Errno::LIBACC),
+        remedy: format!("install rdma-core's libraries (libibverbs1, ibverbs-providers): {why}"),
+    })
 }
 
 /// What `errno` is after a call of the library's that returned a null pointer.

@@ -7,8 +7,8 @@ use std::ptr::{self, NonNull};
 use std::sync::Arc;
 
 use super::abi::{
-    AhAttr, CompChannel, Cq, PORT, QPT_RC, Qp, QpAttr, QpCap, QpInitAttr, REMOTE_READ,
-    REMOTE_WRITE, RecvWr, SEND_SIGNALED, SendWr, Sge, WC_WITH_IMM, Wc,
+    AhAttr, CompChannel, Cq, QPT_RC, Qp, QpAttr, QpCap, QpInitAttr, REMOTE_READ, REMOTE_WRITE,
+    RecvWr, SEND_SIGNALED, SendWr, Sge, WC_WITH_IMM, Wc,
 };
 use super::domain::Domain;
 use super::library::{check, last};
@@ -53,10 +53,25 @@ pub(crate) struct Done {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Peer {
     pub(crate) gid: [u8; 16],
+    /// Its port's address in an InfiniBand subnet; 0 on Ethernet.
+    pub(crate) lid: u16,
     pub(crate) queue: u32,
     pub(crate) sequence: u32,
     /// `enum ibv_mtu`
     pub(crate) mtu: i32,
+}
+
+/// How this end's packets get to the other (`struct ibv_ah_attr`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Route {
+    /// This end's port.
+    pub(crate) port: u8,
+    /// The place of this end's address in the port's table.
+    pub(crate) source: u8,
+    /// The LID of the next port on the way; 0 on Ethernet.
+    pub(crate) lid: u16,
+    /// Packets have a global header, with the other end's address in it.
+    pub(crate) is_global: bool,
 }
 
 /// A queue pair of the reliable-connected kind, with a completion queue and channel of its own.
@@ -83,8 +98,8 @@ pub(crate) struct QueuePair {
 }
 
 impl QueuePair {
-    /// Makes one for so many requests in each direction.
-    pub(crate) fn new(domain: &Arc<Domain>, depth: u32) -> Result<QueuePair, Errno> {
+    /// Makes one at a port, for so many requests in each direction.
+    pub(crate) fn new(domain: &Arc<Domain>, port: u8, depth: u32) -> Result<QueuePair, Errno> {
         let library = domain.library;
         let entries = c_int::try_from(depth.saturating_mul(2)).map_err(|_| Errno::INVAL)?;
         // SAFETY: the context is live, by `Domain`'s invariant.
@@ -145,7 +160,7 @@ impl QueuePair {
         pair.pair.modify(
             QpAttr {
                 qp_state: 1, // INIT
-                port_num: PORT,
+                port_num: port,
                 qp_access_flags: REMOTE_WRITE | REMOTE_READ,
                 ..QpAttr::default()
             },
@@ -166,15 +181,15 @@ impl QueuePair {
         unsafe { (*self.pair.qp.as_ptr()).qp_num }
     }
 
-    /// Connects it: `RTR`, then `RTS`. `source` is the place of this end's address in its table,
-    /// `sequence` the number of its first packet.
-    pub(crate) fn connect(&self, peer: &Peer, source: u8, sequence: u32) -> Result<(), Errno> {
+    /// Connects it: `RTR`, then `RTS`. `sequence` is the number of its first packet.
+    pub(crate) fn connect(&self, peer: &Peer, route: Route, sequence: u32) -> Result<(), Errno> {
         let route = AhAttr {
             dgid: bytemuck::cast(peer.gid),
-            sgid_index: source,
+            sgid_index: route.source,
             hop_limit: 64,
-            is_global: 1,
-            port_num: PORT,
+            dlid: route.lid,
+            is_global: route.is_global.into(),
+            port_num: route.port,
             ..AhAttr::default()
         };
         self.pair.modify(
