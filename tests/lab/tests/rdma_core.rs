@@ -1,12 +1,19 @@
-//! The dma-buf tests of rdma-core's own Python suite, on buffers of ours: which pass, and which cannot run
-//! and why. Runs in the guest, on both soft-RoCEs; docs/rdma-core-tests.md is what comes of it.
+//! Other people's bindings on buffers of ours. The dma-buf tests of rdma-core's own Python suite: which pass, and which
+//! cannot run and why; docs/rdma-core-tests.md is what comes of it. And a program with the crate sideway, in whose
+//! protection domain a buffer is registered. Runs in the guest, on both soft-RoCEs.
 
 use std::collections::BTreeMap;
-use std::process::Command;
+use std::io::{Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixListener;
+use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 
+use peerbuf::export::{memfd, udmabuf};
+use peerbuf_lab_suite::bytes::get;
 use peerbuf_lab_suite::node::Node;
-use peerbuf_lab_suite::rdma::takes_dma_bufs;
+use peerbuf_lab_suite::rdma::{card, good, limit, random, takes_dma_bufs};
+use peerbuf_rdma::{Address, Rung};
 
 /// In the order in which they run.
 const TESTS: [&str; 10] = [
@@ -155,4 +162,57 @@ fn remote_atomics_are_refused_and_nothing_else() {
         *what = kind.to_owned();
     }
     assert_eq!(became, expected);
+}
+
+/// The program of `lib/examples/stranger`: its own RDMA, on sideway, and a dma-buf that this program has made.
+#[test]
+fn a_stranger_reads_a_file_into_a_foreign_buffer_and_sends_it_from_his_own_domain() {
+    const SIZE: u64 = 256 << 10;
+    let directory = tempfile::tempdir().unwrap();
+    let (file, socket) = (
+        directory.path().join("file"),
+        directory.path().join("socket"),
+    );
+    let bytes = random(SIZE - 100, 5);
+    std::fs::write(&file, &bytes).unwrap();
+    let listener = UnixListener::bind(&socket).unwrap();
+    let theirs = udmabuf::export("the stranger's", SIZE).unwrap();
+    let dmabuf = theirs.dmabuf().unwrap().as_fd().try_clone_to_owned();
+    let stranger = Command::new("/opt/peerbuf/bin/stranger")
+        .arg(&file)
+        .args(["rxe0"])
+        .arg(&socket)
+        .stdin(dmabuf.unwrap())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+
+    let card = card();
+    let buffer = memfd::export("received", SIZE).unwrap();
+    let region = card.register(&buffer.whole(), None).unwrap();
+    let end = card.endpoint(4).unwrap();
+    let (mut stream, _) = listener.accept().unwrap();
+    let mut address = [0; 32];
+    stream.read_exact(&mut address).unwrap();
+    let ours = end.address().to_bytes();
+    let mut here = end
+        .connect(&Address::from_bytes(&address).unwrap())
+        .unwrap();
+    let all = region.slice(0, SIZE).unwrap();
+    here.receive(Some(&all)).unwrap();
+    stream.write_all(&ours).unwrap();
+
+    assert_eq!(good(here.wait(limit()).unwrap()), SIZE - 100);
+    assert!(get(&buffer.range(0, SIZE - 100).unwrap()) == bytes);
+    assert!(get(&theirs.range(0, SIZE - 100).unwrap()) == bytes);
+    let output = stranger.wait_with_output().unwrap();
+    assert!(output.status.success());
+    let said = String::from_utf8(output.stdout).unwrap();
+    let rung = match takes_dma_bufs() {
+        true => Rung::DmaBufByKernel,
+        // Of a foreign udmabuf the memfd is not known.
+        false => Rung::Staged,
+    };
+    let expected = format!("{} bytes, read by staged-copy, sent by {rung}", SIZE - 100);
+    assert!(said.contains(&expected), "{said}");
 }

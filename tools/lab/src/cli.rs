@@ -188,6 +188,9 @@ pub struct GuestArgs {
     /// Lets the guest unplug its own devices and the like, through a port, as the suite's tests do
     #[arg(long)]
     pub events: bool,
+    /// Builds the program of lib/examples/stranger, which has RDMA by the crate sideway, and puts it into the guest
+    #[arg(long)]
+    pub stranger: bool,
 }
 
 /// Which soft-RoCE.
@@ -217,6 +220,7 @@ impl GuestArgs {
             bar_size: None,
             rdma: Rdma::Stock,
             events: false,
+            stranger: false,
         }
     }
 }

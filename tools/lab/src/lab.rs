@@ -18,7 +18,7 @@ use crate::{
     kernel::{Kernel, Named, Source},
     project::Project,
     run::{BOOT_LIMIT, DEFAULT_TIMEOUT, Ground, Job},
-    rxe,
+    rxe, stranger,
     tree::Tree,
 };
 
@@ -169,8 +169,12 @@ pub fn joined<T>(thread: std::thread::ScopedJoinHandle<'_, Result<T>>) -> Result
 /// A guest with these options and parts; the command is still to be set.
 ///
 /// # Errors
-/// When the directory to share is none.
-pub fn job(ground: &Ground, args: &GuestArgs, parts: Parts) -> Result<Job> {
+/// When the directory to share is none, or the stranger's program does not compile.
+pub fn job(ground: &Ground, args: &GuestArgs, mut parts: Parts) -> Result<Job> {
+    if args.stranger {
+        let program = stranger::build(&Project::find()?, ground)?;
+        parts.programs.push(program);
+    }
     let share = args.share.as_deref().map(shared).transpose()?;
     let mut machine = Machine {
         topology: args.topology,

@@ -32,6 +32,7 @@ mod sandbox;
 mod seal;
 mod selftests;
 mod session;
+mod stranger;
 mod suite;
 mod terminal;
 mod tree;

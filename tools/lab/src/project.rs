@@ -297,7 +297,8 @@ fn make(tree: &Tree, source: &Source, work: &Path, args: &[&str]) -> Result<()> 
         .map(drop)
 }
 
-fn cargo_program() -> OsString {
+/// The cargo that this one was started by.
+pub fn cargo_program() -> OsString {
     std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into())
 }
 

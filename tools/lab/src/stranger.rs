@@ -1,0 +1,78 @@
+//! The stranger's program (`lib/examples/stranger`), which has RDMA by `sideway`.
+//!
+//! The bindings below sideway need CMake, libclang and a C compiler. A machine that builds peerbuf need not have them;
+//! the distribution tree has the compilers, and a layer beside it CMake. So cargo runs there, with the host's tool chain
+//! and what it has downloaded.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context, Result, bail};
+
+use crate::{
+    progress::Step,
+    project::{self, Project},
+    run::Ground,
+    sandbox::{Mount, Sandbox},
+};
+
+/// The program's directory in the checkout.
+const PACKAGE: &str = "lib/examples/stranger";
+
+/// Builds it, if need be, and returns the program.
+///
+/// # Errors
+/// When its dependencies cannot be had, or something does not compile; holds the compiler's messages.
+pub fn build(project: &Project, ground: &Ground) -> Result<PathBuf> {
+    let manifest = project.root().join(PACKAGE).join("Cargo.toml");
+    let work = project.work_dir("stranger")?;
+    let _lock = project::lock(&work)?;
+    let step = Step::start("building the stranger's program (in the distribution tree)");
+    let out = work.join("target");
+    let merged = work.join("root");
+    for dir in [&out, &merged] {
+        fs::create_dir_all(dir)?;
+    }
+    // Nothing reaches the network from inside.
+    let mut fetch = Command::new(project::cargo_program());
+    fetch.args(["fetch", "--locked", "--quiet", "--manifest-path"]);
+    answer(fetch.arg(&manifest))?;
+    let sysroot = answer(Command::new("rustc").args(["--print", "sysroot"]))?;
+    let home = std::env::var_os("CARGO_HOME").map(PathBuf::from);
+    let home = home.or_else(|| Some(std::env::home_dir()?.join(".cargo")));
+    let home = home.context("neither CARGO_HOME nor HOME says where cargo keeps its downloads")?;
+    let layer = ground.tree.layer(&ground.cache, &["cmake".to_owned()])?;
+    let lower = vec![layer.path().join("upper"), ground.tree.root()];
+    Sandbox::new(&merged, "/opt/peerbuf/bin/cargo")
+        .own_processes()
+        .overlay_root(lower, None)
+        .mount(Mount::Tmpfs { at: "/tmp".into() })
+        .bind_read_only(project.root(), "/lab/src")
+        .bind_read_only(Path::new(sysroot.trim()), "/opt/peerbuf")
+        .bind(home, "/lab/linux")
+        .bind(&out, "/lab/out")
+        .env("PATH", "/opt/peerbuf/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+        .env("CARGO_HOME", "/lab/linux")
+        .env("CC", "gcc-14")
+        .env("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_LINKER", "gcc-14")
+        .env("LIBCLANG_PATH", "/usr/lib/llvm-19/lib")
+        .args(["build", "--offline", "--locked", "--quiet"])
+        .args(["--target-dir", "/lab/out", "--manifest-path"])
+        .arg(Path::new("/lab/src").join(PACKAGE).join("Cargo.toml"))
+        .run("building the stranger's program")?;
+    step.done();
+    Ok(out.join("debug/stranger"))
+}
+
+/// What a command says.
+fn answer(command: &mut Command) -> Result<String> {
+    let output = command.output().context("starting a program of Rust's")?;
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr);
+        bail!("{command:?} ended with {}: {said}", output.status);
+    }
+    Ok(String::from_utf8(output.stdout)?)
+}
