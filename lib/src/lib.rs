@@ -63,14 +63,3 @@ mod errno {
 
 pub use buffer::{Access, Buffer, BufferRange, DmaBuf};
 pub use peerbuf_core::{Deadline, Errno, bytemuck, topology};
-
-/// The examples in the documentation compile.
-#[cfg(all(doctest, feature = "module", feature = "share"))]
-mod documentation {
-    #[doc = include_str!("../../README.md")]
-    struct Readme;
-    #[doc = include_str!("../../docs/disks.md")]
-    struct Disks;
-    #[doc = include_str!("../../docs/sharing.md")]
-    struct Sharing;
-}

@@ -10,6 +10,8 @@
 
 #![cfg(test)]
 
+mod outside;
+
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt::Write;
 use std::path::{Path, PathBuf};

@@ -1,8 +1,7 @@
 //! One subscriber, as its publisher sees it: what it holds and what it is still to be told.
 
 use std::collections::VecDeque;
-
-use slotmap::SecondaryMap;
+use std::collections::btree_map::{BTreeMap, Entry};
 
 use super::super::channel::{Channel, Peer};
 use super::super::wire::{Message, Note};
@@ -27,7 +26,7 @@ pub(super) struct Connection {
     pub(super) channel: Channel,
     pub(super) peer: Peer,
     pub(super) greeted: bool,
-    pub(super) standing: SecondaryMap<BufferId, Standing>,
+    pub(super) standing: BTreeMap<BufferId, Standing>,
     /// Buffers that it may have to be offered, each once.
     pub(super) unseen: VecDeque<BufferId>,
     /// What it is to be told about buffers that it holds.
@@ -56,7 +55,7 @@ impl Connection {
     }
 
     pub(super) fn holding(&self, buffer: BufferId) -> Option<&Holding> {
-        match self.standing.get(buffer)? {
+        match self.standing.get(&buffer)? {
             Standing::Held(holding) => Some(holding),
             Standing::Unseen => None,
         }
@@ -64,8 +63,8 @@ impl Connection {
 
     /// Has a buffer offered, if it is neither held nor waiting.
     pub(super) fn queue(&mut self, buffer: BufferId) {
-        if !self.standing.contains_key(buffer) {
-            self.standing.insert(buffer, Standing::Unseen);
+        if let Entry::Vacant(place) = self.standing.entry(buffer) {
+            place.insert(Standing::Unseen);
             self.unseen.push_back(buffer);
         }
     }
@@ -73,7 +72,7 @@ impl Connection {
     /// The first buffer that waits is not offered.
     pub(super) fn skip(&mut self) {
         if let Some(buffer) = self.unseen.pop_front() {
-            self.standing.remove(buffer);
+            self.standing.remove(&buffer);
         }
     }
 }

@@ -81,6 +81,7 @@ pub enum Event {
 
 /// What a migration did, and how long each of its parts took.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Migration {
     /// The generation that it made.
     pub generation: u64,

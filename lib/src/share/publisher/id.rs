@@ -2,22 +2,19 @@
 
 use std::fmt;
 
-use slotmap::{Key, KeyData};
-
-slotmap::new_key_type! {
-    /// A buffer that was published. Never used twice.
-    pub struct BufferId;
-}
+/// A buffer that was published. Never used twice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct BufferId(u64);
 
 impl BufferId {
     /// Its number in messages.
     pub(super) fn number(self) -> u64 {
-        self.data().as_ffi()
+        self.0
     }
 
     /// The buffer that a message means. There may be none: it is only looked up.
     pub(super) fn from_number(number: u64) -> BufferId {
-        KeyData::from_ffi(number).into()
+        BufferId(number)
     }
 }
 

@@ -93,7 +93,7 @@ impl Publisher {
                 let name = self.named(id)?;
                 let idle = self
                     .buffers
-                    .get(id)
+                    .get(&id)
                     .is_some_and(|buffer| buffer.backing.is_idle());
                 match idle && seen.insert(id) {
                     true => Ok(id),
@@ -149,7 +149,7 @@ impl Publisher {
         let transferring = Instant::now();
         self.wait_for_devices(id, begun, time_limit)?;
         let name = self.named(id)?;
-        let Some(published) = self.buffers.get_mut(id) else {
+        let Some(published) = self.buffers.get_mut(&id) else {
             return Err(ShareError::Unknown { name });
         };
         let order = Order {
@@ -195,13 +195,13 @@ impl Publisher {
         self.take_back(&[id], Message::Withdraw, time_limit);
         self.drain(&[id], begun, time_limit)?;
         self.wait_for_devices(id, begun, time_limit)?;
-        self.buffers.remove(id);
+        self.buffers.remove(&id);
         self.names.remove(&name);
         Ok(())
     }
 
     fn named(&self, id: BufferId) -> Result<String, ShareError> {
-        match self.buffers.get(id) {
+        match self.buffers.get(&id) {
             Some(buffer) => Ok(buffer.name.clone()),
             None => Err(ShareError::Unknown {
                 name: format!("number {}", id.number()),
@@ -221,7 +221,7 @@ impl Publisher {
     fn take_back(&mut self, ids: &[BufferId], message: Message, time_limit: Duration) {
         let milliseconds = u32::try_from(time_limit.as_millis()).unwrap_or(u32::MAX);
         for id in ids {
-            if let Some(published) = self.buffers.get_mut(*id) {
+            if let Some(published) = self.buffers.get_mut(id) {
                 published.state = State::Leaving;
             }
         }
@@ -280,7 +280,7 @@ impl Publisher {
         begun: Instant,
         limit: Duration,
     ) -> Result<(), ShareError> {
-        let Some(published) = self.buffers.get_mut(id) else {
+        let Some(published) = self.buffers.get_mut(&id) else {
             return Ok(());
         };
         let Some(dmabuf) = published.backing.buffer().dmabuf() else {
@@ -302,10 +302,10 @@ impl Publisher {
         for id in ids {
             for connection in self.subscribers.values_mut() {
                 if connection.holding(*id).is_some() {
-                    connection.standing.remove(*id);
+                    connection.standing.remove(id);
                 }
             }
-            if let Some(published) = self.buffers.get_mut(*id) {
+            if let Some(published) = self.buffers.get_mut(id) {
                 published.holders = 0;
             }
         }

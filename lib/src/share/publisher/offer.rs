@@ -104,7 +104,7 @@ impl Publisher {
                 if room == 0 {
                     break;
                 }
-                let published = self.buffers.get(buffer);
+                let published = self.buffers.get(&buffer);
                 let Some(published) = published.filter(|p| p.state == State::Live) else {
                     connection.skip();
                     continue;
@@ -178,7 +178,7 @@ impl Publisher {
             }
             connection.sent += 1;
             for buffer in batch {
-                let Some(published) = self.buffers.get_mut(buffer) else {
+                let Some(published) = self.buffers.get_mut(&buffer) else {
                     continue;
                 };
                 published.holders += 1;

@@ -8,7 +8,6 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use rustix::event::epoll;
-use slotmap::{SecondaryMap, SlotMap};
 
 use super::super::backing::Backing;
 use super::super::channel::{Channel, MAX_DESCRIPTORS, Peer};
@@ -62,7 +61,8 @@ pub struct Publisher {
     /// Those who connected, in that order, until they have greeted or gone.
     pub(super) ungreeted: VecDeque<(Deadline, SubscriberId)>,
     pub(super) policy: Box<dyn Policy>,
-    pub(super) buffers: SlotMap<BufferId, Published>,
+    pub(super) buffers: BTreeMap<BufferId, Published>,
+    pub(super) last_buffer: u64,
     /// What they are published as.
     pub(super) names: BTreeSet<String>,
     pub(super) subscribers: BTreeMap<SubscriberId, Connection>,
@@ -108,7 +108,8 @@ impl Publisher {
             greeting_limit: GREETING_LIMIT,
             ungreeted: VecDeque::new(),
             policy: Box::new(SameUser),
-            buffers: SlotMap::with_key(),
+            buffers: BTreeMap::new(),
+            last_buffer: 0,
             names: BTreeSet::new(),
             subscribers: BTreeMap::new(),
             last_subscriber: 0,
@@ -185,7 +186,7 @@ impl Publisher {
             channel,
             peer,
             greeted: false,
-            standing: SecondaryMap::new(),
+            standing: BTreeMap::new(),
             unseen: VecDeque::new(),
             notices: VecDeque::new(),
             sent: 0,
@@ -212,9 +213,8 @@ impl Publisher {
         name: &str,
         backing: impl Backing + 'static,
     ) -> Result<BufferId, ShareError> {
-        let mut ids = self.publish_all([(name, Box::new(backing) as Box<dyn Backing>)])?;
-        // One went in, so one came out.
-        Ok(ids.pop().unwrap_or_default())
+        self.publish_all([(name, Box::new(backing) as Box<dyn Backing>)])?;
+        Ok(BufferId::from_number(self.last_buffer))
     }
 
     /// Publishes many buffers at once, which takes fewer messages than one after the other.
@@ -248,20 +248,21 @@ impl Publisher {
         let mut ids = Vec::new();
         for (name, backing) in buffers {
             self.names.insert(name.to_owned());
-            ids.push(self.buffers.insert_with_key(|id| {
-                let mut published = Published {
-                    entry: bytemuck::Zeroable::zeroed(),
-                    name: name.to_owned(),
-                    backing,
-                    generation: 1,
-                    state: State::Live,
-                    holders: 0,
-                    tainted: false,
-                    read_only: OnceLock::new(),
-                };
-                published.describe(id);
-                published
-            }));
+            self.last_buffer += 1;
+            let id = BufferId::from_number(self.last_buffer);
+            let mut published = Published {
+                entry: bytemuck::Zeroable::zeroed(),
+                name: name.to_owned(),
+                backing,
+                generation: 1,
+                state: State::Live,
+                holders: 0,
+                tainted: false,
+                read_only: OnceLock::new(),
+            };
+            published.describe(id);
+            self.buffers.insert(id, published);
+            ids.push(id);
         }
         self.offer(&ids);
         Ok(ids)
@@ -269,17 +270,17 @@ impl Publisher {
 
     /// The current generation of a buffer. Let go of it before the buffer is moved.
     pub fn buffer(&self, id: BufferId) -> Option<&Buffer> {
-        Some(self.buffers.get(id)?.backing.buffer())
+        Some(self.buffers.get(&id)?.backing.buffer())
     }
 
     /// The number of the current generation; the first is 1.
     pub fn generation(&self, id: BufferId) -> Option<u64> {
-        Some(self.buffers.get(id)?.generation)
+        Some(self.buffers.get(&id)?.generation)
     }
 
     /// How many subscribers hold the current generation or were just offered it.
     pub fn holders(&self, id: BufferId) -> usize {
-        self.buffers.get(id).map_or(0, |buffer| buffer.holders)
+        self.buffers.get(&id).map_or(0, |buffer| buffer.holders)
     }
 
     /// How many of them have confirmed that it arrived.
@@ -300,7 +301,7 @@ impl Publisher {
     /// True when somebody who was cut off, or who died, may still be able to write to the current
     /// generation. Moving the buffer ends that.
     pub fn is_tainted(&self, id: BufferId) -> bool {
-        self.buffers.get(id).is_some_and(|buffer| buffer.tainted)
+        self.buffers.get(&id).is_some_and(|buffer| buffer.tainted)
     }
 
     /// The subscribers that are there, and the processes that the kernel says they are.

@@ -197,7 +197,7 @@ impl Publisher {
         match message {
             Message::Hello => {
                 connection.greeted = true;
-                self.buffers.keys().for_each(|id| connection.queue(id));
+                self.buffers.keys().for_each(|id| connection.queue(*id));
                 let peer = connection.peer;
                 let event = Event::Joined {
                     subscriber: id,
@@ -232,8 +232,8 @@ impl Publisher {
                     if note.value > 1 {
                         return wrong("it gives a buffer back in a way that is unknown");
                     }
-                    connection.standing.remove(buffer);
-                    if let Some(published) = self.buffers.get_mut(buffer) {
+                    connection.standing.remove(&buffer);
+                    if let Some(published) = self.buffers.get_mut(&buffer) {
                         published.holders -= 1;
                     }
                     if note.value == 1 {
@@ -288,9 +288,9 @@ impl Publisher {
         let _ = epoll::delete(&self.waiting, &connection.channel);
         let standing = connection.standing.iter();
         let held = standing.filter(|(_, standing)| matches!(standing, Standing::Held(_)));
-        let held: Vec<BufferId> = held.map(|(buffer, _)| buffer).collect();
+        let held: Vec<BufferId> = held.map(|(buffer, _)| *buffer).collect();
         for buffer in &held {
-            if let Some(published) = self.buffers.get_mut(*buffer) {
+            if let Some(published) = self.buffers.get_mut(buffer) {
                 published.holders -= 1;
                 published.tainted = true;
             }
