@@ -1,12 +1,15 @@
 //! Errors, one type per operation.
 //!
-//! Each names the call that failed and the object it failed on, and keeps the error number. All
-//! may grow variants.
+//! Each names the call that failed and the object it failed on, and keeps the error number, which
+//! `errno()` gives. All may grow variants. Each becomes a [`std::io::Error`] with `?`, as those of
+//! [`peerbuf_core::error`] do.
 
+use std::io::ErrorKind;
 use std::time::Duration;
 
 use crate::errno::Errno;
 use crate::path::{Plan, ReasonCode};
+use peerbuf_core::into_io_error;
 
 pub use peerbuf_core::error::{BufferError, SystemError};
 
@@ -21,9 +24,19 @@ pub struct ControlError {
     pub hint: String,
 }
 
+impl ControlError {
+    /// What the kernel answered.
+    pub fn errno(&self) -> Option<Errno> {
+        self.cause.errno()
+    }
+}
+
+into_io_error!(ControlError, |_| ErrorKind::Other);
+
 /// Something that this machine lacks: what was tried, what came back, and what would help.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{what}: {cause}; {remedy}")]
+#[non_exhaustive]
 pub struct Unavailable {
     /// The exporter or importer that cannot be used, such as `udmabuf`.
     pub what: &'static str,
@@ -32,6 +45,24 @@ pub struct Unavailable {
     /// What would change it.
     pub remedy: String,
 }
+
+impl Unavailable {
+    /// `what` cannot be used, because of `cause`; `remedy` would change that.
+    pub fn new(what: &'static str, cause: SystemError, remedy: impl Into<String>) -> Unavailable {
+        Unavailable {
+            what,
+            cause,
+            remedy: remedy.into(),
+        }
+    }
+
+    /// What the kernel answered.
+    pub fn errno(&self) -> Option<Errno> {
+        self.cause.errno()
+    }
+}
+
+into_io_error!(Unavailable, |_| ErrorKind::Other);
 
 /// Why a buffer could not be exported.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -75,6 +106,24 @@ pub enum ExportError {
     Buffer(#[from] BufferError),
 }
 
+impl ExportError {
+    /// What the kernel answered, if a call failed.
+    pub fn errno(&self) -> Option<Errno> {
+        match self {
+            ExportError::Unavailable(error) => error.errno(),
+            ExportError::System { cause, .. } => cause.errno(),
+            ExportError::Buffer(error) => error.errno(),
+            ExportError::Unsuitable { .. } | ExportError::Version { .. } => None,
+        }
+    }
+}
+
+into_io_error!(ExportError, |error| match error {
+    ExportError::Unsuitable { .. } => ErrorKind::InvalidInput,
+    ExportError::Version { .. } => ErrorKind::Unsupported,
+    _ => ErrorKind::Other,
+});
+
 /// Why the kernel could not be asked what it would give an importer, or what it answered.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -96,6 +145,19 @@ pub enum ProbeError {
         hint: &'static str,
     },
 }
+
+impl ProbeError {
+    /// What the kernel answered.
+    pub fn errno(&self) -> Option<Errno> {
+        match self {
+            ProbeError::Unavailable { cause, .. } | ProbeError::System { cause, .. } => {
+                cause.errno()
+            }
+        }
+    }
+}
+
+into_io_error!(ProbeError, |_| ErrorKind::Other);
 
 /// Why a buffer could not be handed over or taken.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -191,6 +253,17 @@ pub enum ShareError {
 }
 
 impl ShareError {
+    /// What the kernel answered, if a call failed.
+    pub fn errno(&self) -> Option<Errno> {
+        match self {
+            ShareError::System(error) => error.errno(),
+            ShareError::Export(error) => error.errno(),
+            ShareError::Control(error) => error.errno(),
+            ShareError::Buffer(error) => error.errno(),
+            _ => None,
+        }
+    }
+
     /// True when the process, its user or the machine had no descriptors or memory left. The same
     /// call may work after a while.
     pub fn is_shortage(&self) -> bool {
@@ -216,6 +289,16 @@ impl ShareError {
         matches!(self, ShareError::System(SystemError { errno, .. }) if *errno == Errno::AGAIN)
     }
 }
+
+into_io_error!(ShareError, |error| match error {
+    ShareError::PeerGone | ShareError::CutOff { .. } => ErrorKind::ConnectionAborted,
+    ShareError::Truncated { .. } | ShareError::Malformed { .. } => ErrorKind::InvalidData,
+    ShareError::WrongSocket | ShareError::Name { .. } => ErrorKind::InvalidInput,
+    ShareError::TimedOut { .. } | ShareError::DeviceBusy { .. } => ErrorKind::TimedOut,
+    ShareError::StillInUse { .. } => ErrorKind::ResourceBusy,
+    ShareError::Unknown { .. } => ErrorKind::NotFound,
+    _ => ErrorKind::Other,
+});
 
 /// Why an importer did not take a buffer.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -249,6 +332,22 @@ pub enum ImportError {
         evidence: String,
     },
 }
+
+impl ImportError {
+    /// What the kernel answered, if a call failed.
+    pub fn errno(&self) -> Option<Errno> {
+        match self {
+            ImportError::Unavailable(error) => error.errno(),
+            ImportError::System(error) => error.errno(),
+            ImportError::Buffer(error) => error.errno(),
+            ImportError::Transfer(error) => error.errno(),
+            ImportError::Probe(error) => error.errno(),
+            ImportError::Impossible { .. } => None,
+        }
+    }
+}
+
+into_io_error!(ImportError, |_| ErrorKind::Unsupported);
 
 /// Why bytes did not get from a file to a buffer or back.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -332,3 +431,26 @@ pub enum TransferError {
         plan: Plan,
     },
 }
+
+impl TransferError {
+    /// What the kernel answered, if a call failed.
+    pub fn errno(&self) -> Option<Errno> {
+        match self {
+            TransferError::System(error) => error.errno(),
+            TransferError::Buffer(error) => error.errno(),
+            _ => None,
+        }
+    }
+}
+
+into_io_error!(TransferError, |error| match error {
+    TransferError::NotAFile { .. } | TransferError::WholeBlocksOnly { .. } => {
+        ErrorKind::InvalidInput
+    }
+    TransferError::ReadOnly { .. }
+    | TransferError::WriteOnly { .. }
+    | TransferError::Appending { .. } => ErrorKind::PermissionDenied,
+    TransferError::ShortWrite { .. } => ErrorKind::WriteZero,
+    TransferError::PathTooPoor { .. } => ErrorKind::Unsupported,
+    _ => ErrorKind::Other,
+});

@@ -7,6 +7,8 @@ use std::fmt;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Path {
     /// The CPU carries them through memory of its own. Always possible.
+    #[doc(alias = "bounce buffer")]
+    #[doc(alias = "fallback")]
     StagedCopy,
     /// Both use the same pages of system memory. Nothing is copied.
     SharedHostMemory,
@@ -68,11 +70,19 @@ pub enum ProofPolicy {
 
 /// The path chosen, and for each better one the reasons against it.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Plan {
     /// The path.
     pub path: Path,
     /// Why not a better one; best path first. Empty for peer to peer.
     pub reasons: Vec<Reason>,
+}
+
+impl Plan {
+    /// `reasons` are those against each better path, best path first.
+    pub fn new(path: Path, reasons: Vec<Reason>) -> Plan {
+        Plan { path, reasons }
+    }
 }
 
 impl fmt::Display for Plan {
@@ -87,6 +97,7 @@ impl fmt::Display for Plan {
 
 /// One reason against one path.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Reason {
     /// The path that is not possible.
     pub path: Path,
@@ -117,6 +128,8 @@ pub enum ReasonCode {
     ProofFailed,
     /// The device or the kernel failed while the path was being proved or used.
     DeviceError,
+    /// The file's blocks are spread over several disks, and a proof is about one.
+    SeveralDisks,
     /// Nothing could be read that would show whether bytes arrive.
     ReadUnproved,
     /// Nothing may be written that would show whether bytes arrive.
@@ -160,6 +173,7 @@ impl ReasonCode {
             ReasonCode::KernelRefused => "kernel-refused",
             ReasonCode::ProofFailed => "proof-failed",
             ReasonCode::DeviceError => "device-error",
+            ReasonCode::SeveralDisks => "several-disks",
             ReasonCode::ReadUnproved => "read-unproved",
             ReasonCode::WriteUnproved => "write-unproved",
             ReasonCode::NotDeviceMemory => "not-device-memory",

@@ -29,6 +29,7 @@ impl Identity {
 
 /// What the kernel says about a dma-buf (`/proc/self/fdinfo`).
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub struct Info {
     /// The exporter's name, such as `udmabuf`.
     pub exporter: String,
@@ -57,6 +58,7 @@ pub struct Info {
 /// # Ok::<(), std::io::Error>(())
 /// ```
 #[derive(Debug)]
+#[doc(alias = "dma_buf")]
 pub struct DmaBuf {
     fd: OwnedFd,
     size: u64,
@@ -116,7 +118,7 @@ impl DmaBuf {
     pub fn info(&self) -> Result<Info, BufferError> {
         let path = format!("/proc/self/fdinfo/{}", self.fd.as_raw_fd());
         let text = std::fs::read_to_string(&path)
-            .map_err(|error| SystemError::new("read", path, raw_errno(&error)))?;
+            .map_err(|error| SystemError::new("read", path, Errno::from(&error)))?;
         Ok(parse_info(&text))
     }
 
@@ -132,6 +134,7 @@ impl DmaBuf {
     /// # Errors
     /// [`BufferError::Name`] for a name that the kernel would not take: it takes up to 31 bytes
     /// without NUL. Otherwise the ioctl's error.
+    #[doc(alias = "DMA_BUF_SET_NAME")]
     pub fn set_name(&self, name: &str) -> Result<(), BufferError> {
         let unsuitable = || BufferError::Name {
             name: name.into(),
@@ -151,7 +154,7 @@ impl DmaBuf {
     /// The call that failed, with `EMFILE` where the process has too many descriptors.
     pub fn try_clone(&self) -> Result<DmaBuf, BufferError> {
         let fd = self.fd.try_clone().map_err(|error| {
-            SystemError::new("fcntl(F_DUPFD_CLOEXEC)", "a dma-buf", raw_errno(&error))
+            SystemError::new("fcntl(F_DUPFD_CLOEXEC)", "a dma-buf", Errno::from(&error))
         })?;
         Ok(DmaBuf { fd, ..*self })
     }
@@ -192,10 +195,6 @@ impl TryFrom<OwnedFd> for DmaBuf {
     fn try_from(fd: OwnedFd) -> Result<DmaBuf, BufferError> {
         DmaBuf::from_fd(fd)
     }
-}
-
-fn raw_errno(error: &std::io::Error) -> Errno {
-    Errno(error.raw_os_error().unwrap_or(Errno::IO.0))
 }
 
 #[cfg(test)]

@@ -69,6 +69,11 @@ impl Errno {
             .map(|(_, name)| *name)
     }
 
+    /// The kind of [`std::io::Error`] that it makes.
+    pub fn kind(self) -> std::io::ErrorKind {
+        std::io::Error::from_raw_os_error(self.0).kind()
+    }
+
     /// True for the numbers that the kernel keeps to itself and that have leaked.
     pub fn is_kernel_internal(self) -> bool {
         (512..=530).contains(&self.0)

@@ -1,14 +1,37 @@
 //! What can go wrong with a buffer and a mapping.
 //!
-//! Each error names the call that failed and the object it failed on, and keeps the error number.
+//! Each error names the call that failed and the object it failed on, and keeps the error number, which
+//! `errno()` gives. Each becomes a [`std::io::Error`] with `?`: of the kind that the error number has, with the
+//! error itself inside ([`std::io::Error::get_ref`]), so that its text stays.
 
+use std::io::ErrorKind;
 use std::time::Duration;
 
 use crate::errno::Errno;
 
+/// Lets an error with a method `errno` become a [`std::io::Error`]. Without an error number `$kind` says which
+/// kind it is.
+#[doc(hidden)]
+#[macro_export]
+macro_rules! into_io_error {
+    ($error:ty, $kind:expr) => {
+        impl From<$error> for std::io::Error {
+            fn from(error: $error) -> std::io::Error {
+                let without_number: fn(&$error) -> std::io::ErrorKind = $kind;
+                let kind = match error.errno() {
+                    Some(errno) => errno.kind(),
+                    None => without_number(&error),
+                };
+                std::io::Error::new(kind, error)
+            }
+        }
+    };
+}
+
 /// A system call that failed: which one, on what, and how.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{call} on {object}: {errno}")]
+#[non_exhaustive]
 pub struct SystemError {
     /// The call, such as `mmap` or `ioctl(PEERBUF_IOC_EXPORT)`.
     pub call: &'static str,
@@ -27,7 +50,14 @@ impl SystemError {
             errno: errno.into(),
         }
     }
+
+    /// What the kernel answered.
+    pub fn errno(&self) -> Option<Errno> {
+        Some(self.errno)
+    }
 }
+
+into_io_error!(SystemError, |_| ErrorKind::Other);
 
 /// Why a buffer could not be taken, mapped or accessed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -116,4 +146,44 @@ pub enum BufferError {
         /// The most bytes that it may have.
         limit: usize,
     },
+}
+
+impl BufferError {
+    /// What the kernel answered, if a call failed.
+    pub fn errno(&self) -> Option<Errno> {
+        match self {
+            BufferError::System(cause) | BufferError::NotMappable { cause } => cause.errno(),
+            _ => None,
+        }
+    }
+}
+
+into_io_error!(BufferError, |error| match error {
+    BufferError::Access { .. } | BufferError::NotSealed { .. } => ErrorKind::PermissionDenied,
+    BufferError::TimedOut { .. } => ErrorKind::TimedOut,
+    BufferError::NotADmaBuf { .. } | BufferError::OutOfRange { .. } | BufferError::Name { .. } => {
+        ErrorKind::InvalidInput
+    }
+    _ => ErrorKind::Other,
+});
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_stays_itself_within_an_io_error() {
+        let failed = SystemError::new("mmap", "weights", Errno::NOMEM);
+        let text = failed.to_string();
+        let error = std::io::Error::from(BufferError::from(failed.clone()));
+        assert_eq!(error.kind(), ErrorKind::OutOfMemory);
+        assert_eq!(error.to_string(), text);
+        let inside = error.get_ref().and_then(|it| it.downcast_ref());
+        assert_eq!(inside, Some(&BufferError::System(failed)));
+        let late = BufferError::TimedOut {
+            object: "weights".into(),
+            limit: Duration::from_secs(1),
+        };
+        assert_eq!(std::io::Error::from(late).kind(), ErrorKind::TimedOut);
+    }
 }

@@ -18,6 +18,8 @@ use crate::sys::dmabuf::{SYNC_READ, SYNC_WRITE};
 
 /// Fences as a descriptor: what was queued at one moment, whatever is queued later.
 #[derive(Debug)]
+#[doc(alias = "sync_file")]
+#[doc(alias = "dma_fence")]
 pub struct SyncFile {
     fd: OwnedFd,
 }
@@ -141,6 +143,7 @@ impl DmaBuf {
     ///
     /// # Errors
     /// The ioctl's error: `ENOTTY` on an older kernel, `EMFILE`.
+    #[doc(alias = "DMA_BUF_IOCTL_EXPORT_SYNC_FILE")]
     pub fn export_sync_file(&self, access: Access) -> Result<SyncFile, BufferError> {
         let call = "ioctl(DMA_BUF_IOCTL_EXPORT_SYNC_FILE)";
         let failed = |errno| SystemError::new(call, "a dma-buf", errno);
@@ -154,6 +157,7 @@ impl DmaBuf {
     ///
     /// # Errors
     /// The ioctl's error.
+    #[doc(alias = "DMA_BUF_IOCTL_IMPORT_SYNC_FILE")]
     pub fn import_sync_file(&self, fences: &SyncFile, access: Access) -> Result<(), BufferError> {
         let call = "ioctl(DMA_BUF_IOCTL_IMPORT_SYNC_FILE)";
         let failed = |errno| SystemError::new(call, "a dma-buf", errno);

@@ -29,6 +29,7 @@
 
 mod access;
 mod buffer;
+mod chunks;
 mod copies;
 mod deadline;
 mod dmabuf;
@@ -37,6 +38,8 @@ pub mod error;
 mod fence;
 mod foreign;
 mod lazy;
+#[doc(hidden)]
+pub mod limits;
 mod mapping;
 pub mod memfd;
 mod stage;
@@ -49,6 +52,8 @@ pub use buffer::{Buffer, BufferRange, Kind, Provenance};
 pub use buffer::{LastHandle, LeaseState};
 /// The traits of [`CpuAccess::read`] and [`CpuAccess::write`].
 pub use bytemuck;
+#[doc(hidden)]
+pub use chunks::in_chunks;
 pub use deadline::Deadline;
 #[doc(hidden)]
 pub use dmabuf::parse_info;

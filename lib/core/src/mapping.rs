@@ -112,6 +112,8 @@ impl Mapping {
     /// [`BufferError::Access`] for access that the mapping was not made for;
     /// [`BufferError::Inherited`] for lent memory in a child of the process that mapped it; or the
     /// ioctl's error.
+    #[doc(alias = "DMA_BUF_IOCTL_SYNC")]
+    #[doc(alias = "DMA_BUF_SYNC_START")]
     pub fn begin_cpu_access(&mut self, access: Access) -> Result<CpuAccess<'_>, BufferError> {
         if access.writes() && !self.access.writes() {
             let object = self.range.buffer().name().to_owned();
@@ -358,6 +360,7 @@ impl CpuAccess<'_> {
     ///
     /// # Errors
     /// The ioctl's error.
+    #[doc(alias = "DMA_BUF_SYNC_END")]
     pub fn end(mut self) -> Result<(), BufferError> {
         self.finish()
     }

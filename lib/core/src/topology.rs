@@ -8,6 +8,7 @@ use std::str::FromStr;
 
 /// The address of a PCI function, `DDDD:BB:DD.F`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[doc(alias = "BDF")]
 pub struct PciAddress {
     /// The domain, also called segment.
     pub domain: u32,
@@ -80,12 +81,16 @@ impl Default for Sysfs {
 
 /// A block device as sysfs knows it.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct BlockDevice {
     /// Its name, such as `nvme0n1p1`.
     pub name: String,
     /// The PCI functions that carry its I/O; several behind a striped or multi-path device, none
     /// for a device without hardware of its own, such as a RAM disk.
     pub functions: Vec<PciAddress>,
+    /// How many disks, or ways to one, its blocks are spread over or may take: more than one for a striped,
+    /// mirrored or multi-path device, and then nobody tells which of them a transfer reaches.
+    pub disks: usize,
     /// The smallest unit of I/O in bytes.
     pub logical_block: u32,
     /// For a device that the kernel makes, over others or in memory: what makes it, such as `device mapper`.
@@ -110,6 +115,7 @@ const LAYERS: [(&str, &str); 11] = [
 
 /// Memory that a device's driver has put into the kernel's pool for peers. Sizes are in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Pool {
     /// All of it.
     pub size: u64,
@@ -297,8 +303,10 @@ impl Sysfs {
 
     fn block_device_at(&self, directory: &Path) -> Option<BlockDevice> {
         let name = directory.file_name()?.to_str()?.to_owned();
-        let mut functions = BTreeSet::new();
-        self.collect_functions(directory, 0, &mut functions);
+        let mut below = BTreeSet::new();
+        self.collect_disks(directory, 0, &mut below);
+        let disks = below.len();
+        let functions = below.into_iter().filter_map(|disk| disk.ok());
         // A partition has no queue of its own; its disk is the directory above.
         let queue = [directory.join("queue"), directory.join("../queue")];
         let block = queue.iter().find_map(|queue| {
@@ -310,21 +318,29 @@ impl Sysfs {
         });
         Some(BlockDevice {
             name,
-            functions: functions.into_iter().collect(),
+            functions: functions.collect(),
+            disks,
             logical_block: block.unwrap_or(512),
             layer: layer_of(directory),
         })
     }
 
-    fn collect_functions(&self, directory: &Path, depth: u32, into: &mut BTreeSet<PciAddress>) {
+    /// Collects the functions that carry a device's I/O, and the directories of disks below it without one.
+    fn collect_disks(
+        &self,
+        directory: &Path,
+        depth: u32,
+        into: &mut BTreeSet<Result<PciAddress, PathBuf>>,
+    ) {
         // Device-mapper tables stack, but not this high; a loop in a copied tree must end.
         if depth > 8 {
             return;
         }
         if let Some(&function) = functions_in(directory).last() {
-            into.insert(function);
+            into.insert(Ok(function));
             return;
         }
+        let mut found = false;
         // md and device-mapper name what they are made of. The head of an NVMe multi-path disk
         // lives under its subsystem, beside links to the controllers. A partition of either is
         // one directory further down.
@@ -332,7 +348,8 @@ impl Sysfs {
             let slaves = std::fs::read_dir(place.join("slaves"));
             for entry in slaves.into_iter().flatten().flatten() {
                 if let Ok(slave) = entry.path().canonicalize() {
-                    self.collect_functions(&slave, depth + 1, into);
+                    self.collect_disks(&slave, depth + 1, into);
+                    found = true;
                 }
             }
         }
@@ -349,9 +366,13 @@ impl Sysfs {
                     continue;
                 };
                 if let Some(&function) = functions_in(&target).last() {
-                    into.insert(function);
+                    into.insert(Ok(function));
+                    found = true;
                 }
             }
+        }
+        if !found {
+            into.insert(Err(directory.to_owned()));
         }
     }
 }
@@ -524,7 +545,39 @@ pub(crate) mod tests {
         tree.link("dev/block/253:0", &mapped);
         let found = Sysfs::at(&tree.0).block_device(253, 0).unwrap();
         assert_eq!(found.functions.len(), 2);
+        assert_eq!(found.disks, 2);
         assert_eq!(found.layer, Some("device mapper"));
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "a system call that Miri does not have")]
+    fn disks_are_counted_once_and_those_without_a_function_too() {
+        let tree = Tree::new("counted");
+        let disk = tree.device("pci0000:00/0000:01:00.0/nvme/nvme0/nvme0n1");
+        let part = tree.device("pci0000:00/0000:01:00.0/nvme/nvme0/nvme0n1/nvme0n1p1");
+        let ram = tree.device("virtual/block/ram0");
+        let linear = tree.device("virtual/block/dm-0");
+        let mixed = tree.device("virtual/block/dm-1");
+        let above = tree.device("virtual/block/dm-2");
+        tree.link("devices/virtual/block/dm-0/slaves/nvme0n1", &disk);
+        tree.link("devices/virtual/block/dm-0/slaves/nvme0n1p1", &part);
+        tree.link("devices/virtual/block/dm-1/slaves/nvme0n1", &disk);
+        tree.link("devices/virtual/block/dm-1/slaves/ram0", &ram);
+        tree.link("devices/virtual/block/dm-2/slaves/dm-0", &linear);
+        tree.link("devices/virtual/block/dm-2/slaves/nvme0n1", &disk);
+        let sysfs = Sysfs::at(&tree.0);
+        for (minor, device, disks, functions) in [
+            (0, &disk, 1, 1),
+            (1, &ram, 1, 0),
+            (2, &linear, 1, 1),
+            (3, &mixed, 2, 1),
+            (4, &above, 1, 1),
+        ] {
+            tree.link(&format!("dev/block/259:{minor}"), device);
+            let found = sysfs.block_device(259, minor).unwrap();
+            let counts = (found.disks, found.functions.len());
+            assert_eq!(counts, (disks, functions), "{}", found.name);
+        }
     }
 
     #[test]

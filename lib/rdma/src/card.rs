@@ -17,20 +17,16 @@ use crate::sys::verbs;
 ///
 /// # Errors
 /// [`Unavailable`] without libibverbs, or without a card.
+#[doc(alias = "ibv_get_device_list")]
 pub fn probe() -> Result<Vec<String>, Unavailable> {
-    let names = verbs::needed()?.names().map_err(|errno| Unavailable {
-        what: verbs::WHAT,
-        cause: SystemError::new("ibv_get_device_list", verbs::NAME, errno),
-        remedy: "`modprobe ib_uverbs`".into(),
-    })?;
+    let failed = |errno| SystemError::new("ibv_get_device_list", verbs::NAME, errno);
+    let names = verbs::needed()?
+        .names()
+        .map_err(|errno| Unavailable::new(verbs::WHAT, failed(errno), "`modprobe ib_uverbs`"))?;
     if names.is_empty() {
-        return Err(Unavailable {
-            what: verbs::WHAT,
-            cause: SystemError::new("ibv_get_device_list", verbs::NAME, Errno::NODEV),
-            remedy: "load the card's driver; or, without one, `modprobe rdma_rxe` and \
-                     `rdma link add rxe0 type rxe netdev NAME`"
-                .into(),
-        });
+        let remedy = "load the card's driver; or, without one, `modprobe rdma_rxe` and \
+                      `rdma link add rxe0 type rxe netdev NAME`";
+        return Err(Unavailable::new(verbs::WHAT, failed(Errno::NODEV), remedy));
     }
     Ok(names)
 }
@@ -44,6 +40,9 @@ pub fn layout() -> Vec<(&'static str, usize)> {
 
 /// An open card: a protection domain of its own, at a port. Clones are the same.
 #[derive(Clone)]
+#[doc(alias = "ibv_context")]
+#[doc(alias = "ibv_pd")]
+#[doc(alias = "ProtectionDomain")]
 pub struct Card {
     domain: Domain,
     place: Arc<Placed>,
@@ -72,6 +71,8 @@ impl Card {
     /// without permission for `/dev/infiniband/uverbs*`; `EINVAL` for a port that it has not;
     /// `EADDRNOTAVAIL` for one without an address, which it has once its network interface has one, or without
     /// this one.
+    #[doc(alias = "ibv_open_device")]
+    #[doc(alias = "ibv_alloc_pd")]
     pub fn open_at(name: &str, place: Place) -> Result<Card, RdmaError> {
         let library = verbs::needed()?;
         let domain = verbs::Domain::open(library, name)

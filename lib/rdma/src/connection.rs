@@ -47,6 +47,7 @@ impl Work for Line {
 }
 
 /// One end of a connection that is to be.
+#[doc(alias = "ibv_create_qp")]
 pub struct Endpoint {
     queue: QueuePair,
     line: Arc<Line>,
@@ -120,6 +121,7 @@ impl Endpoint {
     /// # Errors
     /// [`RdmaError::Mismatch`] for an end on another network; the call that failed: `EINVAL`, `ENETUNREACH` or
     /// `ETIMEDOUT` for an address that the card finds no way to.
+    #[doc(alias = "ibv_modify_qp")]
     pub fn connect(self, peer: &Address) -> Result<Connection, RdmaError> {
         let route = self.card.place().route(&peer.peer)?;
         let peer = Peer {
@@ -157,6 +159,8 @@ struct Posted {
 /// A reliable connection. Requests are done in the order in which they were posted.
 ///
 /// Dropping it stops the card first, then lets go of the registrations that work was in flight on.
+#[doc(alias = "ibv_qp")]
+#[doc(alias = "QueuePair")]
 pub struct Connection {
     // These two first, so that the card has stopped when the registrations go.
     queue: QueuePair,
@@ -187,6 +191,8 @@ impl Connection {
     /// [`RdmaError::Stale`], [`RdmaError::Mismatch`] for pieces that do not fit each other, the card
     /// or one request; what copying into the staging memory failed with; `EAGAIN` with as many
     /// requests in flight as the connection was made for; [`RdmaError::Stopped`].
+    #[doc(alias = "IBV_WR_RDMA_WRITE")]
+    #[doc(alias = "ibv_post_send")]
     pub fn write(
         &mut self,
         from: &Piece,
@@ -205,6 +211,7 @@ impl Connection {
     ///
     /// # Errors
     /// As [`Connection::write`], and [`BufferError::Access`] for a buffer that is not writable.
+    #[doc(alias = "IBV_WR_RDMA_READ")]
     pub fn read(&mut self, into: &Piece, from: &Remote) -> Result<WorkId, RdmaError> {
         writable(into)?;
         let verb = Verb::Read {
@@ -218,6 +225,7 @@ impl Connection {
     ///
     /// # Errors
     /// As [`Connection::write`].
+    #[doc(alias = "IBV_WR_SEND")]
     pub fn send(&mut self, piece: &Piece, immediate: Option<u32>) -> Result<WorkId, RdmaError> {
         self.post(piece, None, Operation::Send, Verb::Send { immediate })
     }
@@ -227,6 +235,7 @@ impl Connection {
     ///
     /// # Errors
     /// As [`Connection::read`].
+    #[doc(alias = "ibv_post_recv")]
     pub fn receive(&mut self, into: Option<&Piece>) -> Result<WorkId, RdmaError> {
         if let Some(piece) = into {
             self.fits(piece)?;
@@ -361,8 +370,8 @@ impl Connection {
     /// What has been done, if something has: the next completion.
     ///
     /// # Errors
-    /// The call that failed, or what copying from the staging memory into the buffer failed with:
-    /// the bytes are lost then.
+    /// The call that failed.
+    #[doc(alias = "ibv_poll_cq")]
     pub fn poll(&mut self) -> Result<Option<Completion>, RdmaError> {
         // Asked first: once it is stopped nothing completes that was not there before.
         let stopped = self.is_stopped();
@@ -393,6 +402,7 @@ impl Connection {
             status: Status(status),
             vendor: done.vendor,
             cut_off,
+            copy: None,
         };
         let Posted {
             operation,
@@ -412,16 +422,26 @@ impl Connection {
             (&result, operation, &piece)
         {
             let length = arrived.min(piece.len());
-            match piece.registration().deliver(piece.offset(), length) {
-                Ok(bytes) => host_bytes += bytes,
+            let delivered = match piece.registration().hold() {
+                Ok(held) => held.deliver(piece.offset(), length),
                 // They arrived, and were still to be copied.
-                Err(RdmaError::Stale { .. }) => {
+                Err(_) => {
                     result = Err(WorkError {
                         cut_off: true,
                         ..failed(operation, Status::FLUSHED.0)
                     });
+                    Ok(0)
                 }
-                Err(error) => return Err(error),
+            };
+            match delivered {
+                Ok(bytes) => host_bytes += bytes,
+                Err(error) => {
+                    result = Err(WorkError {
+                        cut_off: false,
+                        copy: Some(error),
+                        ..failed(operation, Status::SUCCESS.0)
+                    });
+                }
             }
         }
         Ok(Completion {
@@ -438,6 +458,7 @@ impl Connection {
     /// # Errors
     /// As [`Connection::poll`], and [`RdmaError::TimedOut`]; [`RdmaError::Stopped`] when it was
     /// stopped and everything has come back.
+    #[doc(alias = "ibv_get_cq_event")]
     pub fn wait(&mut self, limit: Duration) -> Result<Completion, RdmaError> {
         let deadline = Deadline::after(limit);
         loop {

@@ -1,8 +1,11 @@
 //! [`RdmaError`]: what can go wrong between a buffer and a card.
 
+use std::io::ErrorKind;
 use std::time::Duration;
 
+use peerbuf::Errno;
 use peerbuf::error::{BufferError, ShareError, SystemError, Unavailable};
+use peerbuf_core::into_io_error;
 
 use crate::rung::Attempt;
 use crate::work::WorkError;
@@ -87,6 +90,29 @@ pub enum RdmaError {
         what: String,
     },
 }
+
+impl RdmaError {
+    /// What the kernel or the library answered, if a call failed.
+    pub fn errno(&self) -> Option<Errno> {
+        match self {
+            RdmaError::Unavailable(error) => error.errno(),
+            RdmaError::System(error) => error.errno(),
+            RdmaError::Buffer(error) => error.errno(),
+            RdmaError::Share(error) => error.errno(),
+            _ => None,
+        }
+    }
+}
+
+into_io_error!(RdmaError, |error| match error {
+    RdmaError::Empty { .. } | RdmaError::Mismatch { .. } => ErrorKind::InvalidInput,
+    RdmaError::NotRegistered { .. } => ErrorKind::Unsupported,
+    RdmaError::NotShared { .. } => ErrorKind::PermissionDenied,
+    RdmaError::Stopped { .. } | RdmaError::Work(_) => ErrorKind::ConnectionAborted,
+    RdmaError::TimedOut { .. } => ErrorKind::TimedOut,
+    RdmaError::Malformed { .. } => ErrorKind::InvalidData,
+    _ => ErrorKind::Other,
+});
 
 fn list(attempts: &[Attempt]) -> String {
     let texts: Vec<String> = attempts.iter().map(Attempt::to_string).collect();

@@ -2,7 +2,7 @@
 //! of what the buffer has become.
 
 use std::fmt;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -57,17 +57,14 @@ struct Shared {
     name: String,
     card: Card,
     remote: Option<Access>,
-    state: Mutex<State>,
+    now: Mutex<Now>,
     changed: Condvar,
     closing: AtomicBool,
-}
-
-struct State {
-    now: Now,
-    /// How many generations were registered.
-    generations: u64,
+    /// How many generations were registered. Not behind the lock, which may be held for ever in a child that was
+    /// forked.
+    generations: AtomicU64,
     /// How many of them had to be ended with work in flight.
-    cut_off: u64,
+    cut_off: AtomicU64,
 }
 
 enum Now {
@@ -102,19 +99,16 @@ impl Follower {
         name: &str,
         remote: Option<Access>,
     ) -> Result<Follower, RdmaError> {
-        let state = State {
-            now: Now::Moving,
-            generations: 0,
-            cut_off: 0,
-        };
         let shared = Arc::new(Shared {
             subscriber: Arc::clone(subscriber),
             name: name.to_owned(),
             card: card.clone(),
             remote,
-            state: Mutex::new(state),
+            now: Mutex::new(Now::Moving),
             changed: Condvar::new(),
             closing: AtomicBool::new(false),
+            generations: AtomicU64::new(0),
+            cut_off: AtomicU64::new(0),
         });
         let followed = Arc::clone(&shared);
         let thread = std::thread::Builder::new()
@@ -142,9 +136,9 @@ impl Follower {
             return Err(RdmaError::Share(Box::new(inherited)));
         }
         let deadline = Deadline::after(limit);
-        let mut state = self.shared.lock();
+        let mut now = self.shared.lock();
         loop {
-            match &state.now {
+            match &*now {
                 Now::Registered(registration) => return Ok(registration.clone()),
                 Now::Failed(error) | Now::Ended(error) => return Err(error.clone()),
                 Now::Moving => {}
@@ -154,20 +148,20 @@ impl Follower {
                 let what = format!("the next generation of {}", self.shared.name);
                 return Err(RdmaError::TimedOut { what, limit });
             }
-            let waited = self.shared.changed.wait_timeout(state, left);
-            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+            let waited = self.shared.changed.wait_timeout(now, left);
+            now = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
     /// How many generations were registered so far.
     pub fn generations(&self) -> u64 {
-        self.shared.lock().generations
+        self.shared.generations.load(Ordering::Relaxed)
     }
 
     /// How many of them had to be [ended](Registration::end), because they were still in use when the
     /// publisher's time was nearly up.
     pub fn cut_off(&self) -> u64 {
-        self.shared.lock().cut_off
+        self.shared.cut_off.load(Ordering::Relaxed)
     }
 }
 
@@ -192,15 +186,16 @@ impl Shared {
         ended.filter(|error| matches!(error, ShareError::Inherited { .. }))
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, Now> {
         // A panic while it was locked leaves the state as it was between two changes.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.now.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn set(&self, now: Now) {
+        let registered = u64::from(matches!(now, Now::Registered(_)));
         let mut state = self.lock();
-        state.generations += u64::from(matches!(now, Now::Registered(_)));
-        let before = std::mem::replace(&mut state.now, now);
+        self.generations.fetch_add(registered, Ordering::Relaxed);
+        let before = std::mem::replace(&mut *state, now);
         drop(state);
         self.changed.notify_all();
         // Not with the state locked: it may be the last handle, and then the card is asked to let go.
@@ -265,7 +260,7 @@ impl Shared {
             match registered.upgrade() {
                 Some(registration) if left.is_zero() => {
                     registration.end();
-                    self.lock().cut_off += 1;
+                    self.cut_off.fetch_add(1, Ordering::Relaxed);
                     return;
                 }
                 Some(_) if waiting && !self.is_closing() => {}

@@ -82,6 +82,7 @@ use peerbuf::buffer::{Access, BufferRange, Mapping};
 use peerbuf::error::{BufferError, SystemError};
 use peerbuf::export::memfd;
 use peerbuf::plan::ReasonCode;
+use peerbuf_core::limits::on_pinning;
 use peerbuf_core::memory::Window;
 
 pub use crate::rung::{Attempt, Layer, Rung};
@@ -113,6 +114,8 @@ impl Domain {
     /// range without bytes, [`RdmaError::Mismatch`] for a domain with `FI_MR_ENDPOINT` and no endpoint
     /// ([`Domain::for_endpoint`]), or with keys that are no numbers (`FI_MR_RAW`) where peers are to
     /// use it, and [`RdmaError::NotRegistered`] with each rung's failure.
+    #[doc(alias = "fi_mr_regattr")]
+    #[doc(alias = "FI_MR_DMABUF")]
     pub fn register(
         &self,
         range: &BufferRange,
@@ -285,6 +288,7 @@ impl ladder::Domain for Domain {
         let region = Region::register(self.handle(), kept, Kept::window, None, access, key);
         region.map_err(|errno| {
             let cause = SystemError::new("fi_mr_regattr", range.buffer().name(), errno);
+            let evidence = format!("{cause}{}", on_pinning(errno));
             let code = ReasonCode::NotPinnable;
             Attempt {
                 layer: match errno {
@@ -292,7 +296,7 @@ impl ladder::Domain for Domain {
                     _ => Layer::Provider,
                 },
                 errno: Some(errno),
-                ..Attempt::lacking(rung, code, &cause.to_string())
+                ..Attempt::lacking(rung, code, &evidence)
             }
         })
     }

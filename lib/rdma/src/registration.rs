@@ -30,6 +30,8 @@ pub(crate) trait Work: Send + Sync {
 #[doc(alias = "MemoryRegion")]
 #[doc(alias = "ibv_mr")]
 #[derive(Clone)]
+#[doc(alias = "ibv_mr")]
+#[doc(alias = "MemoryRegion")]
 pub struct Registration {
     inner: Arc<Inner>,
 }
@@ -127,6 +129,7 @@ impl Registration {
     /// Dropping the last clone does the same where nothing is in flight, and needs no connection to
     /// be stopped. A connection whose other end has the key must be known for this
     /// ([`Connection::shows`](crate::Connection::shows)).
+    #[doc(alias = "ibv_dereg_mr")]
     pub fn end(&self) {
         let mut held = self
             .inner
@@ -170,9 +173,8 @@ impl Registration {
         }
     }
 
-    /// Keeps it from being ended. Not to be called by who has it already: somebody waiting to end it
-    /// would stop both.
-    fn hold(&self) -> Result<Holding<'_>, RdmaError> {
+    /// Keeps it from being ended. Not reentrant: deadlocks if another thread waits in [`Registration::end`].
+    pub(crate) fn hold(&self) -> Result<Holding<'_>, RdmaError> {
         let guard = self.inner.held.read();
         let guard = guard.unwrap_or_else(PoisonError::into_inner);
         match &*guard {
@@ -321,7 +323,7 @@ impl Registration {
     /// [`BufferError::OutOfRange`], or what access to the buffer failed with; [`RdmaError::Stale`] when
     /// it was ended, and the bytes with it.
     pub fn deliver(&self, offset: u64, length: u64) -> Result<u64, RdmaError> {
-        self.hold()?.copy(offset, length, Staging::deliver)
+        Ok(self.hold()?.deliver(offset, length)?)
     }
 
     /// Brings the buffer's bytes to where the other end reads them; the reverse of
@@ -330,7 +332,7 @@ impl Registration {
     /// # Errors
     /// As [`Registration::deliver`].
     pub fn refresh(&self, offset: u64, length: u64) -> Result<u64, RdmaError> {
-        self.hold()?.refresh(offset, length)
+        Ok(self.hold()?.refresh(offset, length)?)
     }
 }
 
@@ -376,8 +378,13 @@ impl Holding<'_> {
     }
 
     /// See [`Registration::refresh`].
-    pub(crate) fn refresh(&self, offset: u64, length: u64) -> Result<u64, RdmaError> {
+    pub(crate) fn refresh(&self, offset: u64, length: u64) -> Result<u64, BufferError> {
         self.copy(offset, length, Staging::refresh)
+    }
+
+    /// See [`Registration::deliver`].
+    pub(crate) fn deliver(&self, offset: u64, length: u64) -> Result<u64, BufferError> {
+        self.copy(offset, length, Staging::deliver)
     }
 
     fn copy(
@@ -385,7 +392,7 @@ impl Holding<'_> {
         offset: u64,
         length: u64,
         step: impl FnOnce(&mut Staging, u64, u64) -> Result<(), BufferError>,
-    ) -> Result<u64, RdmaError> {
+    ) -> Result<u64, BufferError> {
         self.of.inside(offset, length)?;
         let Some(staging) = &self.held.staging else {
             return Ok(0);
@@ -398,6 +405,8 @@ impl Holding<'_> {
 
 /// Part of a registration, for this end's work.
 #[derive(Debug, Clone)]
+#[doc(alias = "ibv_sge")]
+#[doc(alias = "Sge")]
 pub struct Piece {
     registration: Registration,
     offset: u64,

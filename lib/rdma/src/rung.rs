@@ -16,6 +16,7 @@ pub enum Rung {
     /// The pages of the memfd behind the buffer, as ordinary memory.
     SharedMemory,
     /// System memory of its own, which the processor copies from and to.
+    #[doc(alias = "bounce buffer")]
     Staged,
 }
 
@@ -89,6 +90,7 @@ impl fmt::Display for Layer {
 
 /// A rung that did not work.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Attempt {
     /// Which.
     pub rung: Rung,

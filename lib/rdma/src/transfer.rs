@@ -37,6 +37,7 @@ pub struct Span {
 
 /// What a transfer came to.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Transferred {
     /// Bytes moved, each counted once.
     pub bytes: u64,
@@ -128,7 +129,11 @@ impl Follower {
             }
             Err(error) => {
                 work.again.extend(posted);
-                Err(error.into())
+                // Another connection would not make the copy succeed.
+                Err(match error.copy {
+                    Some(copy) => copy.into(),
+                    None => error.into(),
+                })
             }
         }
     }

@@ -82,6 +82,7 @@ impl Address {
 /// Memory of the other end's that this end may use: addresses, and the key for them. 24 bytes on the
 /// wire.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[doc(alias = "rkey")]
 pub struct Remote {
     pub(crate) address: u64,
     pub(crate) length: u64,

@@ -3,8 +3,11 @@
 
 use std::fmt;
 
+use peerbuf::error::BufferError;
+
 /// Names one request of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[doc(alias = "wr_id")]
 pub struct WorkId(pub(crate) u64);
 
 impl WorkId {
@@ -41,9 +44,12 @@ impl fmt::Display for Operation {
 
 /// What a card says of a request that failed (`enum ibv_wc_status`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[doc(alias = "ibv_wc_status")]
 pub struct Status(pub(crate) i32);
 
 impl Status {
+    /// The card did it.
+    pub const SUCCESS: Status = Status(0);
     /// This end's own memory was not there: the registration is gone or was revoked.
     pub const LOCAL_PROTECTION: Status = Status(4);
     /// It was given up, because an earlier one failed or the connection was stopped. Soft-RoCE also
@@ -112,10 +118,11 @@ impl fmt::Display for Status {
     }
 }
 
-/// A request that failed. The connection is of no use any more, and whatever was posted after it
-/// fails too.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("{operation}: {status}{}", cut(*.cut_off))]
+/// A request that failed. Unless only a [copy](WorkError::copy) did, the connection is of no use any more, and
+/// whatever was posted after it fails too.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{operation}: {}", what(.status, *.cut_off, .copy.as_ref()))]
+#[non_exhaustive]
 pub struct WorkError {
     /// What it was.
     pub operation: Operation,
@@ -127,18 +134,25 @@ pub struct WorkError {
     /// ([`Registration::end`](crate::Registration::end)): this end's buffer had to be
     /// given back. Nothing is wrong with the request itself.
     pub cut_off: bool,
+    /// The card did its part ([`Status::SUCCESS`]), and the processor could not copy the bytes from the staging
+    /// memory into the buffer. They are lost. Only this request failed: the connection works on.
+    pub copy: Option<BufferError>,
 }
 
-fn cut(cut_off: bool) -> &'static str {
-    if cut_off {
-        "; the buffer had to be given back meanwhile"
-    } else {
-        ""
+fn what(status: &Status, cut_off: bool, copy: Option<&BufferError>) -> String {
+    match copy {
+        Some(error) => {
+            format!("the bytes arrived, and could not be copied into the buffer: {error}")
+        }
+        None if cut_off => format!("{status}; the buffer had to be given back meanwhile"),
+        None => status.to_string(),
     }
 }
 
 /// What became of a request.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+#[doc(alias = "ibv_wc")]
 pub struct Completion {
     /// Which.
     pub id: WorkId,

@@ -50,6 +50,7 @@ pub fn devices() -> Result<Vec<PathBuf>, Unavailable> {
 
 /// What a device captures.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Format {
     /// Pixels in a line.
     pub width: u32,
@@ -77,6 +78,7 @@ impl From<sys::PixFormat> for Format {
 
 /// A picture that was captured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Picture {
     /// The buffer that it is in, by its place in the list that was given.
     pub index: usize,

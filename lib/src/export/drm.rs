@@ -61,6 +61,8 @@ pub fn export(card: &Card, name: &str, length: u64) -> Result<Buffer, ExportErro
 ///
 /// # Errors
 /// The ioctl's error: `ENOENT` for what is no handle here, `ENOSYS` from a driver without PRIME.
+#[doc(alias = "DRM_IOCTL_PRIME_HANDLE_TO_FD")]
+#[doc(alias = "drmPrimeHandleToFD")]
 pub fn export_handle(card: &Card, handle: NonZeroU32, name: &str) -> Result<Buffer, ExportError> {
     wrap(card, handle, name)
 }

@@ -101,6 +101,7 @@ impl Heap {
     /// # Errors
     /// [`ExportError::Unsuitable`] for a length of zero or off a page, and the ioctl's own error:
     /// `ENOMEM` for more than the heap has.
+    #[doc(alias = "DMA_HEAP_IOCTL_ALLOC")]
     pub fn export(&self, name: &str, length: u64) -> Result<Buffer, ExportError> {
         whole_pages(length)?;
         let allocated = sys::heap::allocate(self.fd.as_fd(), length);

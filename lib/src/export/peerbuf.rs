@@ -39,8 +39,7 @@ pub fn probe() -> Result<Vec<PathBuf>, Unavailable> {
             Path::new("/sys/module/peerbuf").exists(),
         ),
     };
-    let entries = std::fs::read_dir(NODES)
-        .map_err(|error| unavailable(Errno(error.raw_os_error().unwrap_or(Errno::IO.0))))?;
+    let entries = std::fs::read_dir(NODES).map_err(|error| unavailable(Errno::from(&error)))?;
     // The importer's node is there too, with or without devices.
     let is_device = |entry: &std::fs::DirEntry| {
         let name = entry.file_name();
@@ -88,6 +87,7 @@ pub struct Device {
 
 /// What a device is, and what its BARs are at this moment.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct DeviceInfo {
     /// Its PCI address.
     pub address: PciAddress,
@@ -110,6 +110,7 @@ impl DeviceInfo {
 
 /// One memory BAR. Sizes are in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct BarInfo {
     /// Its index, 0 to 5.
     pub index: u8,

@@ -34,6 +34,7 @@ pub fn probe() -> Result<(), Unavailable> {
 /// [`ExportError::Unavailable`] without `/dev/udmabuf`, [`ExportError::Unsuitable`] for a length
 /// of zero or off a page, or above the memory that the machine or the process's cgroup has left, and
 /// the ioctl's own error.
+#[doc(alias = "UDMABUF_CREATE")]
 pub fn export(name: &str, length: u64) -> Result<Buffer, ExportError> {
     whole_pages(length)?;
     room::check(length)?;
@@ -78,6 +79,7 @@ pub fn export_huge(name: &str, length: u64, pages: HugePages) -> Result<Buffer, 
 /// off a page or without a memfd, or where the pieces have more holes than there is memory left to
 /// fill them with, and the ioctl's own error: `EINVAL` for more pieces or bytes than the limits in
 /// `/sys/module/udmabuf/parameters`, or a memfd that is not sealed as the kernel wants it.
+#[doc(alias = "UDMABUF_CREATE_LIST")]
 pub fn export_list(name: &str, pieces: &[BufferRange]) -> Result<Buffer, ExportError> {
     if pieces.is_empty() {
         return Err(ExportError::Unsuitable {

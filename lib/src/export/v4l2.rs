@@ -46,6 +46,7 @@ pub struct Capture {
 /// # Errors
 /// The call that failed: `EBUSY` when somebody else captures, `ENOTTY` or `EINVAL` from a driver
 /// that cannot export.
+#[doc(alias = "VIDIOC_EXPBUF")]
 pub fn export(device: &VideoDevice, count: u32) -> Result<Capture, ExportError> {
     let name = device.name();
     let address = device.device();

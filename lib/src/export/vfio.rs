@@ -42,6 +42,7 @@ pub struct Request {
 /// The ioctl's error: `EINVAL` for what is off a page or outside the BAR, `ENODEV` for a BAR that
 /// is not there, `ENOTTY` from a kernel without the feature, `EOPNOTSUPP` from a device whose
 /// driver does not offer it.
+#[doc(alias = "VFIO_DEVICE_FEATURE_DMA_BUF")]
 pub fn export(device: &VfioDevice, request: Request) -> Result<Buffer, ExportError> {
     let writes = if request.access.writes() {
         OFlags::RDWR

@@ -58,6 +58,8 @@ impl DrmImporter {
     ///
     /// # Errors
     /// [`ImportError::Impossible`] where exporter and driver do not go together.
+    #[doc(alias = "DRM_IOCTL_PRIME_FD_TO_HANDLE")]
+    #[doc(alias = "drmPrimeFDToHandle")]
     pub fn attach(&self, range: &BufferRange) -> Result<Attachment, ImportError> {
         let buffer = range.buffer();
         let dmabuf = dmabuf_of(buffer, &self.name())?;

@@ -28,6 +28,7 @@ use crate::errno::Errno;
 use crate::error::{ImportError, SystemError, Unavailable};
 use crate::plan::{Plan, ReasonCode};
 use crate::sys;
+use peerbuf_core::limits::on_pinning;
 
 const NODE: &str = "/dev/iommu";
 const WHAT: &str = "iommufd";
@@ -57,6 +58,7 @@ fn open() -> Result<OwnedFd, Unavailable> {
 
 /// An I/O address space. Clones are the same.
 #[derive(Debug, Clone)]
+#[doc(alias = "IOAS")]
 pub struct AddressSpace {
     inner: Arc<Inner>,
 }
@@ -98,8 +100,10 @@ impl AddressSpace {
     ///
     /// # Errors
     /// [`ImportError::Impossible`] with [`ReasonCode::AttachRefused`] for a dma-buf that the
-    /// kernel does not take here, or [`ReasonCode::Misaligned`]; `EEXIST` or `EADDRINUSE` where
+    /// kernel does not take here, [`ReasonCode::NotPinnable`] above the limit on locked memory, or
+    /// [`ReasonCode::Misaligned`]; `EEXIST` or `EADDRINUSE` where
     /// something is mapped at the address already, `ENOTTY` from a kernel before 6.13.
+    #[doc(alias = "IOMMU_IOAS_MAP_FILE")]
     pub fn attach(&self, range: &BufferRange, iova: u64) -> Result<Attachment, ImportError> {
         let buffer = range.buffer();
         let page = rustix::param::page_size() as u64;
@@ -130,6 +134,9 @@ impl AddressSpace {
                            and this is another exporter's dma-buf";
                 let evidence = format!("{cause}: {why}");
                 impossible(WHAT, buffer, ReasonCode::AttachRefused, evidence)
+            } else if errno == Errno::NOMEM {
+                let evidence = format!("{cause}{}", on_pinning(errno));
+                impossible(WHAT, buffer, ReasonCode::NotPinnable, evidence)
             } else {
                 cause.into()
             }

@@ -52,6 +52,7 @@ pub struct Probe {
 
 /// What kind of importer to be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub enum Kind {
     /// Can be told that a mapping is stale, and takes peer memory.
     #[default]
@@ -66,6 +67,7 @@ pub enum Kind {
 
 /// What to do when the exporter says that a mapping is stale.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub enum OnInvalidate {
     /// Unmap at once.
     #[default]
@@ -100,6 +102,7 @@ pub enum Direction {
 
 /// What a fence on the buffer stands for (`enum dma_resv_usage`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Usage {
     /// Memory management, such as a move: everybody waits for it.
     Kernel,
@@ -113,6 +116,7 @@ pub enum Usage {
 
 /// The route to a mapping's bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Route {
     /// There is no peer memory in it.
     System,
@@ -128,6 +132,7 @@ pub enum Route {
 
 /// What the kernel gave for a mapping.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub struct Mapping {
     /// DMA segments.
     pub segments: u32,
@@ -172,6 +177,7 @@ impl Mapping {
 
 /// What became of an attachment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Report {
     /// The mapping there is, or the last there was; `None` before the first.
     pub mapping: Option<Mapping>,

@@ -45,6 +45,7 @@ pub fn probe() -> Result<Vec<PathBuf>, Unavailable> {
 /// that a picture of the present format does not fit in, or [`ReasonCode::NoDmaBuf`];
 /// [`ImportError::Buffer`] for one that may not be written; the call that failed: `EBUSY` while the device has
 /// other buffers.
+#[doc(alias = "V4L2_MEMORY_DMABUF")]
 pub fn attach(device: &VideoDevice, ranges: &[BufferRange]) -> Result<Attachment, ImportError> {
     let name = device.name();
     let format = device.format()?;
@@ -100,6 +101,7 @@ impl Attachment {
     /// # Errors
     /// [`ImportError::Impossible`] where the driver cannot use the buffer; `EINVAL` for a place
     /// that is not there or a buffer that the device has already.
+    #[doc(alias = "VIDIOC_QBUF")]
     pub fn give(&self, index: usize) -> Result<(), ImportError> {
         let range = self.ranges.get(index);
         let dmabuf: Option<&DmaBuf> = range.and_then(|range| range.buffer().dmabuf());
@@ -123,6 +125,7 @@ impl Attachment {
     /// # Errors
     /// The call that failed: `ETIME` when none came within `limit`, `EIO` for one that the device
     /// calls spoilt.
+    #[doc(alias = "VIDIOC_DQBUF")]
     pub fn next(&self, limit: Duration) -> Result<Picture, ImportError> {
         Ok(self.queue.next(limit)?)
     }

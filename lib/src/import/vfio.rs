@@ -25,6 +25,7 @@ use crate::error::{BufferError, ImportError, Unavailable};
 use crate::plan::{Plan, ReasonCode};
 use crate::sys;
 use crate::topology::PciAddress;
+use peerbuf_core::limits::on_pinning;
 
 /// The devices that `vfio-pci` has.
 ///
@@ -57,8 +58,9 @@ impl VfioImporter {
     ///
     /// # Errors
     /// [`ImportError::Impossible`] with [`ReasonCode::NotMappable`], [`ReasonCode::NotPinnable`],
-    /// or [`ReasonCode::Misaligned`]; `EEXIST` where something is mapped at the address already,
-    /// `ENOMEM` above the limit on locked memory.
+    /// above the limit on locked memory, too, or [`ReasonCode::Misaligned`]; `EEXIST` where something is
+    /// mapped at the address already.
+    #[doc(alias = "VFIO_IOMMU_MAP_DMA")]
     pub fn attach(&self, range: &BufferRange, iova: u64) -> Result<Attachment, ImportError> {
         let page = rustix::param::page_size() as u64;
         if !(range.offset() | range.len() | iova).is_multiple_of(page) || range.is_empty() {
@@ -90,6 +92,11 @@ impl VfioImporter {
             // Pages of a peer, and pages behind a mapping that has none, for the kernel.
             if matches!(errno, Errno::FAULT | Errno::REMOTEIO | Errno::OPNOTSUPP) {
                 let evidence = format!("{cause}: the kernel does not pin this memory");
+                let (buffer, code) = (range.buffer(), ReasonCode::NotPinnable);
+                return impossible(&self.name(), buffer, code, evidence);
+            }
+            if errno == Errno::NOMEM {
+                let evidence = format!("{cause}{}", on_pinning(errno));
                 let (buffer, code) = (range.buffer(), ReasonCode::NotPinnable);
                 return impossible(&self.name(), buffer, code, evidence);
             }

@@ -14,9 +14,11 @@ use crate::error::{ExportError, ShareError};
 use crate::export::peerbuf as module;
 #[cfg(feature = "module")]
 use crate::export::peerbuf::{Device, MoveTo, RangeRequest, RangesRequest};
+use peerbuf_core::in_chunks;
 
 /// Where a buffer's bytes are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Placement {
     /// In a device.
     Device,
@@ -52,6 +54,7 @@ impl std::fmt::Display for Placement {
 
 /// What [`Backing::migrate`] has to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Order {
     /// The number of the generation to be made.
     pub generation: u64,
@@ -289,9 +292,6 @@ impl Backing for Movable {
     }
 }
 
-/// How much the CPU copies at a time.
-const CHUNK: u64 = 256 << 10;
-
 /// Copies all bytes of one buffer to another of the same size.
 ///
 /// # Errors
@@ -309,14 +309,10 @@ pub fn copy(from: &Buffer, to: &Buffer) -> Result<(), ShareError> {
     let mut target = to.whole().map(Access::ReadWrite)?;
     let reading = source.begin_cpu_access(Access::Read)?;
     let mut writing = target.begin_cpu_access(Access::Write)?;
-    let mut bytes = vec![0; from.size().min(CHUNK) as usize];
-    let mut at = 0;
-    while at < from.size() {
-        let length = (from.size() - at).min(CHUNK) as usize;
-        reading.read_at(at, &mut bytes[..length])?;
-        writing.write_at(at, &bytes[..length])?;
-        at += length as u64;
-    }
+    in_chunks(from.size(), |at, chunk| {
+        reading.read_at(at, chunk)?;
+        writing.write_at(at, chunk)
+    })?;
     writing.end()?;
     reading.end()?;
     Ok(())

@@ -28,6 +28,8 @@ pub const MAX_DESCRIPTORS: usize = 253;
 
 /// One end of a connection that buffers travel over.
 #[derive(Debug)]
+#[doc(alias = "SCM_RIGHTS")]
+#[doc(alias = "SOCK_SEQPACKET")]
 pub struct Channel {
     pub(super) socket: OwnedFd,
 }
@@ -35,6 +37,7 @@ pub struct Channel {
 /// The process at the other end when the connection was made, as the kernel vouches for it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
+#[doc(alias = "SO_PEERCRED")]
 pub struct Peer {
     /// Process id, as this process's PID namespace counts. `None` for a process that is not in the
     /// namespace, such as one in a container next door.

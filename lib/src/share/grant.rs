@@ -2,6 +2,7 @@
 
 /// What a subscriber gets of a buffer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Grant {
     /// It is not offered, and the subscriber does not learn of it.
     Nothing,

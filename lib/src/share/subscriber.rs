@@ -200,7 +200,7 @@ impl Subscriber {
             .name("peerbuf subscriber".into())
             .spawn(move || served.serve())
             .map_err(|error| {
-                let errno = crate::errno::Errno(error.raw_os_error().unwrap_or(11));
+                let errno = crate::errno::Errno::from(&error);
                 SystemError::new("clone", "a subscriber's thread", errno)
             })?;
         Ok(Subscriber {

@@ -97,7 +97,7 @@ impl Publisher {
             .name("peerbuf publisher".into())
             .spawn(move || serve(publisher, &kept, &received, &happened))
             .map_err(|error| {
-                let errno = crate::errno::Errno(error.raw_os_error().unwrap_or(11));
+                let errno = crate::errno::Errno::from(&error);
                 SystemError::new("clone", "a publisher's thread", errno)
             })?;
         Ok(Publisher {

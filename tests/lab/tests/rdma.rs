@@ -18,8 +18,11 @@ use peerbuf_lab_suite::rdma::{
     takes_dma_bufs,
 };
 use peerbuf_rdma::{
-    self as rdma, Card, Connection, Layer, Place, RdmaError, Registration, Remote, Rung, Status,
+    self as rdma, Card, Connection, Layer, Operation, Place, RdmaError, Registration, Remote, Rung,
+    Status,
 };
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
 
 fn buffers(size: u64) -> Vec<(&'static str, Buffer)> {
     vec![
@@ -213,6 +216,66 @@ fn offsets_and_lengths_are_the_ranges_at_every_edge_of_a_page() {
                 );
             }
         }
+    }
+}
+
+#[test]
+fn a_copy_that_fails_is_told_with_the_request_that_it_belongs_to() {
+    const LENGTH: u64 = 4096;
+    let card = card();
+    let source = memfd::export("source", LENGTH).unwrap();
+    put(&source.whole(), &random(LENGTH, 1));
+    let source = card.register(&source.whole(), ALL).unwrap();
+    let remote = source.remote().unwrap();
+    let buffer = bar(LENGTH);
+    let staged = card.register_by(&buffer.whole(), None, &[Rung::Staged]);
+    let piece = staged.unwrap().slice(0, LENGTH).unwrap();
+    let (mut here, _there) = connected(&card, 4);
+    let id = here.read(&piece, &remote).unwrap();
+    // From now on the processor has no access to the buffer.
+    device().revoke(buffer.dmabuf().unwrap(), limit()).unwrap();
+    let done = here.wait(limit()).unwrap();
+    assert_eq!((done.id, done.operation), (id, Operation::Read));
+    let error = done.result.unwrap_err();
+    assert_eq!((error.status, error.cut_off), (Status::SUCCESS, false));
+    let copy = error.copy.as_ref().and_then(BufferError::errno);
+    assert_eq!(copy, Some(Errno::NODEV), "{error}");
+    // Nothing is wrong with the connection.
+    assert_eq!(here.in_flight(), 0);
+    let piece = source.slice(0, LENGTH).unwrap();
+    here.write(&piece, &remote, None).unwrap();
+    assert_eq!(good(here.wait(limit()).unwrap()), LENGTH);
+}
+
+#[test]
+fn a_registration_above_the_limit_on_locked_memory_names_the_limit() {
+    let card = card();
+    let buffer = memfd::export("large", 8 << 20).unwrap();
+    let before = getrlimit(Resource::Memlock);
+    let low = Rlimit {
+        current: Some(1 << 20),
+        ..before.clone()
+    };
+    // The limit is the process's, and counts for this thread alone: the others keep the capability.
+    let attempts = std::thread::spawn(move || {
+        let mut own = capabilities(None).unwrap();
+        own.effective.remove(CapabilitySet::IPC_LOCK);
+        set_capabilities(None, own).unwrap();
+        setrlimit(Resource::Memlock, low).unwrap();
+        let ways = [Rung::SharedMemory, Rung::Staged];
+        match card.register_by(&buffer.whole(), ALL, &ways) {
+            Err(RdmaError::NotRegistered { attempts, .. }) => attempts,
+            other => panic!("{other:?}"),
+        }
+    });
+    let attempts = attempts.join().unwrap();
+    setrlimit(Resource::Memlock, before).unwrap();
+    assert_eq!(attempts.len(), 2);
+    for attempt in attempts {
+        assert_eq!(attempt.errno, Some(Errno::NOMEM), "{attempt}");
+        let text = attempt.to_string();
+        assert!(text.contains("may lock 1048576 bytes"), "{text}");
+        assert!(text.contains("RLIMIT_MEMLOCK"), "{text}");
     }
 }
 

@@ -242,7 +242,7 @@ fn a_registration_ends_in_the_middle_of_a_message_of_either_end() {
             _ => Status::UNANSWERED,
         };
         for (n, result) in results[done..].iter().enumerate() {
-            let error = result.unwrap_err();
+            let error = result.as_ref().unwrap_err();
             let expected = if n == 0 { status } else { Status::FLUSHED };
             assert_eq!((error.status, error.cut_off), (expected, ended == "source"));
         }

@@ -8,7 +8,7 @@ use peerbuf::buffer::{Access, BufferRange, LazyMapping, Mapping};
 use peerbuf::error::{BufferError, ExportError};
 use peerbuf::export::memfd;
 use peerbuf::plan::ReasonCode;
-use peerbuf_core::memory::Window;
+use peerbuf_core::{in_chunks, memory::Window};
 
 /// Maps the pages of the memfd behind a range.
 pub(crate) fn shared_memory(range: &BufferRange) -> Result<Mapping, Attempt> {
@@ -58,7 +58,8 @@ impl Staging {
 
     /// Copies from the memory to the buffer. The bytes are inside the range.
     pub(crate) fn deliver(&mut self, offset: u64, length: u64) -> Result<(), BufferError> {
-        in_chunks(offset, length, |at, chunk| {
+        in_chunks(length, |at, chunk| {
+            let at = offset + at;
             let memory = self.memory.begin_cpu_access(Access::Read)?;
             memory.read_at(self.lead + at, chunk)?;
             memory.end()?;
@@ -68,29 +69,14 @@ impl Staging {
 
     /// Copies from the buffer to the memory. The bytes are inside the range.
     pub(crate) fn refresh(&mut self, offset: u64, length: u64) -> Result<(), BufferError> {
-        in_chunks(offset, length, |at, chunk| {
+        in_chunks(length, |at, chunk| {
+            let at = offset + at;
             self.buffer.read_at(at, chunk)?;
             let mut memory = self.memory.begin_cpu_access(Access::Write)?;
             memory.write_at(self.lead + at, chunk)?;
             memory.end()
         })
     }
-}
-
-fn in_chunks(
-    offset: u64,
-    length: u64,
-    mut step: impl FnMut(u64, &mut [u8]) -> Result<(), BufferError>,
-) -> Result<(), BufferError> {
-    const CHUNK: u64 = 256 << 10;
-    let mut bytes = vec![0; length.min(CHUNK) as usize];
-    let mut done = 0;
-    while done < length {
-        let now = (length - done).min(CHUNK) as usize;
-        step(offset + done, &mut bytes[..now])?;
-        done += now as u64;
-    }
-    Ok(())
 }
 
 pub(crate) fn no_mapping(rung: Rung, error: &dyn fmt::Display) -> Attempt {

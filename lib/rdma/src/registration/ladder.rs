@@ -16,6 +16,7 @@ use peerbuf::buffer::{Access, Buffer, BufferRange};
 use peerbuf::error::{ImportError, SystemError};
 use peerbuf::import::{Attached, Importer};
 use peerbuf::plan::{Path, Plan, Reason, ReasonCode};
+use peerbuf_core::limits::on_pinning;
 
 impl Domain {
     /// Gives the card a range, in the best way that works. `remote` is what the other end may do
@@ -25,6 +26,9 @@ impl Domain {
     /// # Errors
     /// [`RdmaError::Buffer`] for writing from afar what is not writable, [`RdmaError::Empty`] for a
     /// range without bytes, and [`RdmaError::NotRegistered`] with each rung's failure.
+    #[doc(alias = "ibv_reg_mr")]
+    #[doc(alias = "ibv_reg_dmabuf_mr")]
+    #[doc(alias = "UVERBS_METHOD_REG_DMABUF_MR")]
     pub fn register(
         &self,
         range: &BufferRange,
@@ -178,14 +182,16 @@ impl ladder::Domain for Domain {
                 let window = mapping.map().window(0, range.len() as usize);
                 let region = Region::of_pages(domain, window, range.offset(), access);
                 let code = ReasonCode::NotPinnable;
-                let region = region.map_err(refused("ibv_reg_mr", |_| Layer::Memory, code))?;
+                let region = region.map_err(refused("ibv_reg_mr", |_| Layer::Memory, code));
+                let region = region.map_err(with_limit)?;
                 Ok((region, None))
             }
             Rung::Staged => {
                 let staging = Staging::of(range)?;
                 let region = Region::of_pages(domain, staging.window(), range.offset(), access);
                 let code = ReasonCode::NotPinnable;
-                let region = region.map_err(refused("ibv_reg_mr", |_| Layer::Memory, code))?;
+                let region = region.map_err(refused("ibv_reg_mr", |_| Layer::Memory, code));
+                let region = region.map_err(with_limit)?;
                 Ok((region, Some(staging)))
             }
         }
@@ -226,6 +232,12 @@ impl Attached for Registration {
     fn read(&mut self, _: &mut [u8]) -> Result<Option<Plan>, ImportError> {
         Ok(None)
     }
+}
+
+/// Names the limit that `ENOMEM` stands for.
+fn with_limit(mut attempt: Attempt) -> Attempt {
+    attempt.evidence += &attempt.errno.map(on_pinning).unwrap_or_default();
+    attempt
 }
 
 fn layer_by_library(errno: Errno) -> Layer {
@@ -278,10 +290,7 @@ fn plan(buffer: &Buffer, card: &Domain, rung: Rung, attempts: &[Attempt]) -> Pla
             };
             Reason::new(path, attempt.code, attempt.to_string())
         });
-        return Plan {
-            path: Path::StagedCopy,
-            reasons: failed.collect(),
-        };
+        return Plan::new(Path::StagedCopy, failed.collect());
     }
     let plan = Plan::in_place(buffer);
     if plan.path != Path::PeerToPeer || !card.is_software() {
@@ -292,11 +301,9 @@ fn plan(buffer: &Buffer, card: &Domain, rung: Rung, attempts: &[Attempt]) -> Pla
         card.name()
     );
     let host = "the bytes are in device memory";
-    Plan {
-        path: Path::StagedCopy,
-        reasons: vec![
-            Reason::new(Path::PeerToPeer, ReasonCode::NotADevice, software),
-            Reason::new(Path::SharedHostMemory, ReasonCode::NotHostMemory, host),
-        ],
-    }
+    let reasons = vec![
+        Reason::new(Path::PeerToPeer, ReasonCode::NotADevice, software),
+        Reason::new(Path::SharedHostMemory, ReasonCode::NotHostMemory, host),
+    ];
+    Plan::new(Path::StagedCopy, reasons)
 }

@@ -49,6 +49,7 @@ impl std::fmt::Display for Placement {
 
 /// Where a move goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum MoveTo {
     /// To the BAR.
     Device,
@@ -58,6 +59,7 @@ pub enum MoveTo {
 
 /// What a move did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Moved {
     /// The generation that the buffer has now; the one it had, if nothing had to move.
     pub generation: u64,
@@ -67,6 +69,7 @@ pub struct Moved {
 
 /// How a revoke ended. From the call on, nobody gets new access.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Revoked {
     /// The generation that the buffer has now.
     pub generation: u64,
@@ -102,6 +105,7 @@ pub enum State {
 
 /// An importer of a buffer.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Attachment {
     /// Its device's name; a PCI address for PCI devices.
     pub device: String,
@@ -125,6 +129,7 @@ pub struct Attachment {
 
 /// A run of a buffer's bytes in one place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Piece {
     /// Bytes.
     pub length: u64,
@@ -136,6 +141,7 @@ pub struct Piece {
 
 /// The importer that was refused last.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Refusal {
     /// Its device's name.
     pub device: String,
@@ -149,6 +155,7 @@ pub struct Refusal {
 
 /// Where a buffer is, who uses it, and what has happened to it (`PEERBUF_IOC_BUFFER`).
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Status {
     /// Whether it can be used.
     pub state: State,

@@ -156,10 +156,11 @@ impl Backing for Moving {
                 copy(buffer, &next)?;
                 *buffer = next;
             }
-            Memory::InBar(movable) => movable.migrate(&Order {
-                isolate: order.isolate && !reuse,
-                ..*order
-            })?,
+            Memory::InBar(movable) => {
+                let mut order = *order;
+                order.isolate &= !reuse;
+                movable.migrate(&order)?;
+            }
         }
         if shared.broken == Some(Break::TearCopy) {
             tear(self.buffer())?;

@@ -196,19 +196,15 @@ const VIVID_CONTROLS: [(u32, i32); 2] = [(0x00f0_f000, 1), (0x00f0_f001, 2)];
 pub fn open_vivid() -> Result<VideoDevice, Unavailable> {
     let found: Vec<PathBuf> = video::devices()?;
     let mut devices = found.iter().filter_map(|node| VideoDevice::open(node).ok());
-    let missing = |cause| Unavailable {
-        what: "V4L2",
-        cause,
-        remedy: "`modprobe vivid`: of other devices it is not known what they see".into(),
+    let missing = |cause| {
+        let remedy = "`modprobe vivid`: of other devices it is not known what they see";
+        Unavailable::new("V4L2", cause, remedy)
     };
     let mut device = devices
         .find(|device| device.driver() == "vivid")
         .ok_or_else(|| {
-            missing(SystemError {
-                call: "open",
-                object: "a capture device of vivid".into(),
-                errno: peerbuf::Errno::NODEV,
-            })
+            let object = "a capture device of vivid";
+            missing(SystemError::new("open", object, peerbuf::Errno::NODEV))
         })?;
     device.set_format(320, 180, *b"RGB3").map_err(missing)?;
     for (control, value) in VIVID_CONTROLS {
@@ -303,15 +299,8 @@ impl Attached for Driving {
 }
 
 fn lacking(what: &'static str, object: &str, remedy: &str) -> Unavailable {
-    Unavailable {
-        what,
-        cause: SystemError {
-            call: "open",
-            object: object.into(),
-            errno: peerbuf::Errno::NODEV,
-        },
-        remedy: remedy.into(),
-    }
+    let cause = SystemError::new("open", object, peerbuf::Errno::NODEV);
+    Unavailable::new(what, cause, remedy)
 }
 
 const ASKED: &str = "peerbuf.ko's importer";
@@ -319,11 +308,7 @@ const ASKED: &str = "peerbuf.ko's importer";
 /// The kernel is asked what it would give the driver of the first NVMe disk.
 fn disk_driver() -> Found {
     let probe = Probe::open().map_err(|error| match error {
-        ProbeError::Unavailable { cause, remedy } => Unavailable {
-            what: ASKED,
-            cause,
-            remedy: remedy.into(),
-        },
+        ProbeError::Unavailable { cause, remedy } => Unavailable::new(ASKED, cause, remedy),
         other => lacking(ASKED, probe::NODE, &other.to_string()),
     })?;
     let disks = Sysfs::default().block_devices();
