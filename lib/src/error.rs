@@ -451,6 +451,7 @@ into_io_error!(TransferError, |error| match error {
     | TransferError::WriteOnly { .. }
     | TransferError::Appending { .. } => ErrorKind::PermissionDenied,
     TransferError::ShortWrite { .. } => ErrorKind::WriteZero,
+    TransferError::ShortRead { .. } => ErrorKind::UnexpectedEof,
     TransferError::PathTooPoor { .. } => ErrorKind::Unsupported,
     _ => ErrorKind::Other,
 });

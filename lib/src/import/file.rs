@@ -27,6 +27,7 @@ pub use crate::transfer::file::unnamed_file;
 
 /// An open file or block device that buffers can be attached to. Clones are the same open file.
 #[derive(Clone)]
+#[doc(alias = "O_DIRECT")]
 pub struct FileImporter {
     endpoint: Arc<Endpoint>,
     scratch: ScratchSpace,
@@ -349,7 +350,8 @@ impl Attachment {
         let pinnable = best == Path::SharedHostMemory && buffer.host_memory().is_some();
         let file = Arc::clone(&self.importer.endpoint);
         let key = Key::of(&buffer, &file, direction, best);
-        let rejected = match direct_io(&file, &mut self.buffer, best, file_offset, length)? {
+        let how = (best, direction);
+        let rejected = match direct_io(&file, &mut self.buffer, how, file_offset, length)? {
             Err((code, evidence)) => Some((code, evidence)),
             Ok(_) if pinnable => None,
             Ok(direct) => {
@@ -483,16 +485,16 @@ impl Attached for Through {
     }
 }
 
-/// Whether direct I/O can carry this transfer, as far as alignment decides, and whether there is a mapping. `Err`
+/// Whether direct I/O can carry this transfer, as far as alignment and the file decide, and whether there is a mapping. `Err`
 /// for a buffer whose bytes cannot be reached at all.
 fn direct_io<'f>(
     file: &'f Endpoint,
     buffer: &mut LazyMapping,
-    path: Path,
+    how: (Path, Direction),
     file_offset: u64,
     length: u64,
 ) -> Result<Result<&'f Direct, (ReasonCode, String)>, BufferError> {
-    let direct = match blocks_fit(file, path, file_offset, length) {
+    let direct = match blocks_fit(file, how, file_offset, length) {
         Ok(direct) => direct,
         Err(reason) => return Ok(Err(reason)),
     };
@@ -518,7 +520,7 @@ fn direct_io<'f>(
 
 fn blocks_fit(
     file: &Endpoint,
-    path: Path,
+    (path, direction): (Path, Direction),
     file_offset: u64,
     length: u64,
 ) -> Result<&Direct, (ReasonCode, String)> {
@@ -541,6 +543,14 @@ fn blocks_fit(
         };
         let evidence = format!("{length} bytes are less than {what} moves, {block}");
         return Err((ReasonCode::BelowBlockSize, evidence));
+    }
+    if let Some(why) = file.through_the_page_cache(direction, file_offset, length) {
+        return Err((ReasonCode::NoDirectIo, why));
+    }
+    if path == Path::PeerToPeer
+        && let Some(why) = file.several_disks()
+    {
+        return Err((ReasonCode::SeveralDisks, why));
     }
     Ok(direct)
 }

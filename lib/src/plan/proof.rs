@@ -194,7 +194,7 @@ struct Known<'a> {
 
 enum Source<'a> {
     Given(&'a Direct),
-    Made(Endpoint),
+    Made(Box<Endpoint>),
 }
 
 impl Trial<'_> {
@@ -299,7 +299,7 @@ impl Trial<'_> {
                 ));
             }
             Scratch::Beside | Scratch::Directory(_) => {
-                made = match scratch_file(file, scratch) {
+                made = match scratch_file(file, scratch, Direction::BufferToDisk) {
                     Ok(made) => made,
                     Err(why) => return unproved(why),
                 };
@@ -440,7 +440,7 @@ impl Trial<'_> {
             );
             Ok(Err(Verdict::rejected(ReasonCode::ReadUnproved, evidence)))
         };
-        let made = match scratch_file(file, scratch) {
+        let made = match scratch_file(file, scratch, Direction::DiskToBuffer) {
             Ok(made) => made,
             Err(why) => return unproved(why),
         };
@@ -456,7 +456,7 @@ impl Trial<'_> {
             return unproved(outcome(wrote));
         }
         Ok(Ok(Known {
-            file: Source::Made(made),
+            file: Source::Made(Box::new(made)),
             offset: 0,
             bytes,
             length,
@@ -503,7 +503,11 @@ impl Trial<'_> {
 }
 
 /// Makes a file without a name on the file's filesystem, or says why not.
-fn scratch_file(file: &Endpoint, scratch: &Scratch) -> Result<Endpoint, String> {
+fn scratch_file(
+    file: &Endpoint,
+    scratch: &Scratch,
+    direction: Direction,
+) -> Result<Endpoint, String> {
     if file.is_block_device {
         return Err("a raw device has no directory".into());
     }
@@ -514,8 +518,15 @@ fn scratch_file(file: &Endpoint, scratch: &Scratch) -> Result<Endpoint, String> 
     let made = unnamed_file(&directory).map_err(|error| error.to_string())?;
     let name = format!("a scratch file in {}", directory.display());
     let made = Endpoint::from_fd(made.into(), name).map_err(|error| error.to_string())?;
-    if made.number != file.number {
+    if made.place.number() != file.place.number() {
         return Err(format!("{} is on another filesystem", directory.display()));
+    }
+    if !file.place.is_proved_at(made.place, direction) {
+        return Err(format!(
+            "a new file in {} may be on another disk than {}",
+            directory.display(),
+            file.name
+        ));
     }
     Ok(made)
 }

@@ -20,6 +20,7 @@ use crate::buffer::{Buffer, Identity, Kind};
 use crate::path::{Direction, Path, ReasonCode};
 use crate::topology::{PciAddress, Stamp, Sysfs};
 use crate::transfer::file::Endpoint;
+use crate::transfer::place::Place;
 
 /// How long a verdict is believed.
 const BELIEVED: Duration = Duration::from_secs(600);
@@ -72,7 +73,7 @@ impl Memory {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Key {
     memory: Memory,
-    disk: (u32, u32),
+    disk: Place,
     direction: Direction,
     /// Memory in a BAR may be moved to system memory and back.
     path: Path,
@@ -88,7 +89,7 @@ impl Key {
     ) -> Option<Key> {
         Some(Key {
             memory: Memory::of(buffer)?,
-            disk: file.number,
+            disk: file.place,
             direction,
             path,
         })
@@ -104,7 +105,8 @@ impl Key {
         let disk = file.disk.iter().flat_map(|disk| &disk.functions).copied();
         let functions = peer.into_iter().chain(disk);
         let mut stamps: Vec<Stamp> = functions.map(|one| sysfs.stamp(one)).collect();
-        stamps.push(sysfs.block_stamp(self.disk.0, self.disk.1));
+        let (major, minor) = self.disk.number();
+        stamps.push(sysfs.block_stamp(major, minor));
         stamps
     }
 }
@@ -194,7 +196,7 @@ mod tests {
         let device = "ffff:00:00.0".parse().unwrap();
         Key {
             memory: Memory::Device(device, Kind::Bar, bar),
-            disk: (259, 0),
+            disk: Place::Device(259, 0),
             direction: Direction::DiskToBuffer,
             path: Path::PeerToPeer,
         }
@@ -220,7 +222,7 @@ mod tests {
     fn verdicts_of_any_number_of_buffers_take_bounded_room() {
         let (mut verdicts, now) = (Verdicts::default(), Instant::now());
         let disk = |number| Key {
-            disk: (259, number),
+            disk: Place::Device(259, number),
             ..key(None)
         };
         let count = KEPT as u32 + 10;

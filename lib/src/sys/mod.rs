@@ -3,6 +3,7 @@
 
 pub(crate) mod block;
 pub(crate) mod direct;
+pub(crate) mod extents;
 pub(crate) mod heap;
 #[cfg(feature = "module")]
 pub(crate) mod importer;

@@ -13,13 +13,15 @@ use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat, StatxFlags};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat, Statx, StatxAttributes, StatxFlags};
 
 use crate::buffer::Access;
 use crate::errno::Errno;
 use crate::error::{SystemError, TransferError};
-use crate::sys;
+use crate::path::Direction;
+use crate::sys::{self, extents};
 use crate::topology::{BlockDevice, Sysfs};
+use crate::transfer::place::{self, Place};
 
 /// What a second descriptor keeps of the first one's flags: a write that was to be durable when it returns
 /// stays so. `O_APPEND` is not among them.
@@ -33,8 +35,7 @@ pub(crate) struct Endpoint {
     blocks: Option<Blocks>,
     direct: Result<Direct, String>,
     pub(crate) name: String,
-    /// The number of the block device, or of the filesystem's.
-    pub(crate) number: (u32, u32),
+    pub(crate) place: Place,
     pub(crate) disk: Option<BlockDevice>,
     pub(crate) is_block_device: bool,
     pub(crate) readable: bool,
@@ -121,13 +122,16 @@ impl Endpoint {
                 .and_then(|direct| around_the_page_cache(direct, is_block_device));
             (fd, direct, None)
         };
+        let disk = Sysfs::default().block_device(number.0, number.1);
+        let place = Place::of(staged.as_fd(), &stat, number, disk.as_ref());
         Ok(Endpoint {
             staged,
             blocks,
             direct,
             name,
-            number,
-            disk: Sysfs::default().block_device(number.0, number.1),
+            place,
+            // sysfs does not know an XFS's realtime device.
+            disk: disk.filter(|_| !matches!(place, Place::Realtime(..))),
             is_block_device,
             readable: flags & OFlags::RWMODE != OFlags::WRONLY,
             writable: flags & OFlags::RWMODE != OFlags::RDONLY,
@@ -228,6 +232,45 @@ impl Endpoint {
         }
     }
 
+    /// Says so, for people, if a request goes to one of several disks.
+    pub(crate) fn several_disks(&self) -> Option<String> {
+        let disk = self.disk.as_ref().filter(|disk| disk.disks > 1)?;
+        Some(format!(
+            "{} passes each request to one of {} disks, and a proof would be about those that it happens to \
+             reach: use files on one disk, or the disks themselves",
+            self.describe_disk(),
+            disk.disks
+        ))
+    }
+
+    /// Says so, for people, if the kernel carries these bytes through the page cache in spite of `O_DIRECT`:
+    /// ext2 and ext3 (files without extents) do so to fill holes.
+    pub(crate) fn through_the_page_cache(
+        &self,
+        direction: Direction,
+        offset: u64,
+        length: u64,
+    ) -> Option<String> {
+        let fd = self.direct().ok()?.fd();
+        if direction == Direction::DiskToBuffer || self.is_block_device || !place::is_on(fd, EXT) {
+            return None;
+        }
+        let flags = rustix::fs::ioctl_getflags(fd).ok()?;
+        if flags.bits() & EXTENTS != 0 {
+            return None;
+        }
+        // What comes after the file's end is no hole: such blocks are written directly.
+        let end = offset.saturating_add(length).min(self.size().ok()?);
+        let holes = offset < end && extents::has_hole(fd, offset..end) != Ok(false);
+        holes.then(|| {
+            format!(
+                "{} has holes where it is to be written, which ext2 and ext3 fill through the page cache: \
+                 write zeros there first, or use ext4 with extents",
+                self.name
+            )
+        })
+    }
+
     /// The directory that holds the file, if it can still be found.
     pub(crate) fn directory(&self) -> Option<PathBuf> {
         let link = format!("/proc/self/fd/{}", self.staged.as_raw_fd());
@@ -235,8 +278,14 @@ impl Endpoint {
     }
 }
 
+/// `EXT4_SUPER_MAGIC`, which ext2 and ext3 share (linux/magic.h).
+const EXT: u64 = 0xef53;
+
+/// `FS_EXTENT_FL` (linux/fs.h), which rustix has no name for.
+const EXTENTS: u32 = 0x0008_0000;
+
 /// Filesystems whose files have the number of no disk (linux/magic.h, and btrfs, which makes up numbers).
-const FILESYSTEMS: [(u64, &str); 8] = [
+const FILESYSTEMS: [(u64, &str); 9] = [
     (0x794c_7630, "the overlay"),
     (0x0102_1997, "the 9p filesystem"),
     (0x6573_5546, "the FUSE filesystem"),
@@ -245,6 +294,7 @@ const FILESYSTEMS: [(u64, &str); 8] = [
     (0xff53_4d42, "the CIFS filesystem"),
     (0x9123_683e, "the btrfs"),
     (0x9584_58f6, "the huge pages"),
+    (0x5846_5342, "the realtime part of the XFS"),
 ];
 
 /// Opens a file again with other flags. `/proc` leads there even if the file has no name any more; without
@@ -286,12 +336,11 @@ fn open_again(
 /// Asks what direct I/O needs on a descriptor that is open with `O_DIRECT`.
 fn around_the_page_cache(fd: OwnedFd, is_block_device: bool) -> Result<Direct, String> {
     let statx = rustix::fs::statx(&fd, c"", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN);
-    let (memory_align, block) = match statx {
-        Ok(statx) if statx.stx_mask & StatxFlags::DIOALIGN.bits() != 0 => {
-            (statx.stx_dio_mem_align, statx.stx_dio_offset_align)
-        }
+    let told = statx.ok().map(|statx| alignment(&statx)).transpose()?;
+    let (memory_align, block) = match told.flatten() {
+        Some(alignment) => alignment,
         // A raw device has no filesystem in between, so its block size will do.
-        _ if is_block_device => {
+        None if is_block_device => {
             let block = rustix::fs::ioctl_blksszget(&fd)
                 .map_err(|errno| format!("ioctl(BLKSSZGET): {}", Errno::from(errno)))?;
             (block, block)
@@ -299,7 +348,7 @@ fn around_the_page_cache(fd: OwnedFd, is_block_device: bool) -> Result<Direct, S
         // Some filesystems accept O_DIRECT and copy through the page cache all the same: a tmpfs
         // always, a btrfs where it keeps checksums. One that does not say cannot be told from
         // those, and a copy must not be taken for a device's DMA.
-        _ => {
+        None => {
             return Err(
                 "the filesystem does not say that O_DIRECT goes around the page cache \
                  (statx with STATX_DIOALIGN, since Linux 6.1)"
@@ -315,6 +364,16 @@ fn around_the_page_cache(fd: OwnedFd, is_block_device: bool) -> Result<Direct, S
         memory_align,
         block,
     })
+}
+
+/// What a filesystem says that direct I/O needs, of memory and of offsets, if it says something.
+fn alignment(statx: &Statx) -> Result<Option<(u32, u32)>, String> {
+    // The processor copies between such a file and the caller's memory, O_DIRECT or not.
+    if statx.stx_attributes.contains(StatxAttributes::DAX) {
+        return Err("the file is in memory that the processor copies to and from (DAX)".into());
+    }
+    let told = statx.stx_mask & StatxFlags::DIOALIGN.bits() != 0;
+    Ok(told.then_some((statx.stx_dio_mem_align, statx.stx_dio_offset_align)))
 }
 
 /// Makes a file for reading and writing that has no name, so that nothing is left of it however
@@ -344,5 +403,25 @@ pub fn unnamed_file(directory: &Path) -> Result<File, SystemError> {
             Err(rustix::io::Errno::EXIST) => {}
             Err(errno) => return Err(SystemError::new("open(O_CREAT)", name, errno)),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    #[cfg_attr(miri, ignore = "a system call that Miri does not have")]
+    fn a_file_that_the_processor_copies_has_no_direct_io() {
+        let file = tempfile::tempfile().unwrap();
+        let mut statx =
+            rustix::fs::statx(&file, c"", AtFlags::EMPTY_PATH, StatxFlags::BASIC_STATS).unwrap();
+        statx.stx_mask &= !StatxFlags::DIOALIGN.bits();
+        assert_eq!(alignment(&statx), Ok(None));
+        statx.stx_mask |= StatxFlags::DIOALIGN.bits();
+        (statx.stx_dio_mem_align, statx.stx_dio_offset_align) = (4, 512);
+        assert_eq!(alignment(&statx), Ok(Some((4, 512))));
+        statx.stx_attributes |= StatxAttributes::DAX;
+        assert!(alignment(&statx).unwrap_err().contains("DAX"));
     }
 }

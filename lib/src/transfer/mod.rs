@@ -1,14 +1,17 @@
 //! Moving bytes between a file and a mapped buffer.
 //!
-//! `engine.rs` has the loops, `file.rs` is the file's end of them.
+//! `engine.rs` has the loops, `file.rs` is the file's end of them, and `place.rs` says
+//! which disk that is on.
 
 pub(crate) mod engine;
 pub(crate) mod file;
+pub(crate) mod place;
 
 use crate::path::Plan;
 
 /// What a transfer did: an account, not a forecast.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Receipt {
     /// The path that carried the bytes. A peer-to-peer transfer whose length is not a whole
     /// number of disk blocks moves the rest, less than a block, by the CPU; `host_bytes` has it.

@@ -6,23 +6,27 @@ use std::io::Seek;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path as FilePath;
+use std::process::Command;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use peerbuf::error::BufferError;
 use peerbuf::export::peerbuf::{Device, MoveTo, Request};
 use peerbuf::export::udmabuf;
 use peerbuf::import::file::{FileImporter, unnamed_file};
-use peerbuf::plan::{Direction, Path, ProofPolicy, forget_proofs};
+use peerbuf::plan::{Direction, Path, Plan, ProofPolicy, ReasonCode, forget_proofs};
 use peerbuf::{Access, Buffer};
 use peerbuf_lab_suite::bytes::{get, put};
 use peerbuf_lab_suite::importer::{DYNAMIC, Importer, PEER};
 use peerbuf_lab_suite::machine;
+use peerbuf_lab_suite::modules::load;
 use peerbuf_lab_suite::node::Node;
 use peerbuf_uapi as abi;
 
 const NVME: &str = "/mnt/nvme";
-/// The raw namespace that tests may overwrite.
+/// The raw namespace that tests may overwrite, one at a time.
 const RAW: &str = "/dev/nvme0n2";
+static OVERWRITES_RAW: Mutex<()> = Mutex::new(());
 const MIB: u64 = 1 << 20;
 
 const BOTH: [Direction; 2] = [Direction::DiskToBuffer, Direction::BufferToDisk];
@@ -194,4 +198,96 @@ fn a_disk_tells_its_size_and_leaves_the_position_of_who_gave_it() {
     let buffer = udmabuf::export("memory", MIB).unwrap();
     file.attach(&buffer.whole()).unwrap().read(0).unwrap();
     assert_eq!(raw.stream_position().unwrap(), 4096);
+}
+
+fn run(command: &str) {
+    let done = Command::new("sh").args(["-c", command]).status().unwrap();
+    assert!(done.success(), "{command}");
+}
+
+/// Runs a command when it goes.
+struct Afterwards(&'static str);
+
+impl Drop for Afterwards {
+    fn drop(&mut self) {
+        let _ = Command::new("sh").args(["-c", self.0]).status();
+    }
+}
+
+/// Why not peer to peer; `None` if it is.
+fn why_not(plan: &Plan) -> Option<ReasonCode> {
+    let mut reasons = plan.reasons.iter();
+    let against = reasons.find(|reason| reason.path == Path::PeerToPeer);
+    assert_eq!(against.is_none(), plan.path == Path::PeerToPeer, "{plan}");
+    against.map(|reason| reason.code)
+}
+
+#[test]
+fn no_proof_is_believed_of_a_device_that_is_several_disks() {
+    let _raw = OVERWRITES_RAW
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner);
+    load("dm-mod");
+    load("brd");
+    let buffer = device_memory(&device(&Node::largest()));
+    // Each 1 MiB, in sectors; chunks of 64 KiB.
+    for (table, disks) in [
+        ("0 2048 linear /dev/nvme0n2 2048", 1),
+        (
+            "0 4096 striped 2 128 /dev/nvme0n2 2048 /dev/nvme0n2 8192",
+            1,
+        ),
+        ("0 4096 striped 2 128 /dev/nvme0n2 2048 /dev/ram0 0", 2),
+    ] {
+        run(&format!(
+            "echo '{table}' | dmsetup create --noudevsync several"
+        ));
+        let _dm = Afterwards("dmsetup remove --noudevsync several");
+        let name = fs::read_dir("/sys/class/block").unwrap().flatten();
+        let name = name.map(|entry| entry.file_name().into_string().unwrap());
+        let name = name.filter(|name| name.starts_with("dm-")).last().unwrap();
+        let file = FileImporter::open(format!("/dev/{name}")).unwrap();
+        let mut attachment = file.attach(&buffer.whole()).unwrap();
+        let plan = attachment.plan(Direction::DiskToBuffer, 0).unwrap();
+        let several = why_not(&plan) == Some(ReasonCode::SeveralDisks);
+        assert_eq!(several, disks > 1, "{table}: {plan}");
+    }
+}
+
+#[test]
+fn a_hole_that_ext2_fills_through_the_page_cache_is_no_peer_to_peer_write() {
+    let _raw = OVERWRITES_RAW
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner);
+    run(
+        "mkfs.ext2 -q -F /dev/nvme0n2 && mkdir -p /mnt/ext2 && mount -t ext2 /dev/nvme0n2 /mnt/ext2",
+    );
+    let _mount = Afterwards("umount /mnt/ext2");
+    let file = File::create_new("/mnt/ext2/holes").unwrap();
+    // Bytes, a hole, bytes.
+    for at in [0, 2 * MIB] {
+        file.write_all_at(&random(), at).unwrap();
+    }
+    file.sync_all().unwrap();
+    let buffer = device_memory(&device(&Node::largest()));
+    let bytes = get(&buffer.whole());
+    let importer = importer(&file);
+    let mut attachment = importer.attach(&buffer.whole()).unwrap();
+    for (at, why) in [
+        (0, None),
+        (MIB, Some(ReasonCode::NoDirectIo)),
+        // Filled now.
+        (MIB, None),
+        (MIB + MIB / 2, None),
+        // At the end of the file, and beyond.
+        (3 * MIB, None),
+    ] {
+        let receipt = attachment.write(at).unwrap();
+        assert_eq!(why_not(&receipt.plan), why, "at {at}: {}", receipt.plan);
+        let through_memory = if why.is_some() { MIB } else { 0 };
+        assert_eq!(receipt.host_bytes, through_memory);
+        let mut found = vec![0; MIB as usize];
+        file.read_exact_at(&mut found, at).unwrap();
+        assert!(found == bytes, "at {at}");
+    }
 }

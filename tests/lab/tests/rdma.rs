@@ -254,7 +254,7 @@ fn a_registration_above_the_limit_on_locked_memory_names_the_limit() {
     let before = getrlimit(Resource::Memlock);
     let low = Rlimit {
         current: Some(1 << 20),
-        ..before.clone()
+        ..before
     };
     // The limit is the process's, and counts for this thread alone: the others keep the capability.
     let attempts = std::thread::spawn(move || {
