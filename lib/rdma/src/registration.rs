@@ -30,8 +30,6 @@ pub(crate) trait Work: Send + Sync {
 #[doc(alias = "MemoryRegion")]
 #[doc(alias = "ibv_mr")]
 #[derive(Clone)]
-#[doc(alias = "ibv_mr")]
-#[doc(alias = "MemoryRegion")]
 pub struct Registration {
     inner: Arc<Inner>,
 }

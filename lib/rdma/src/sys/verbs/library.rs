@@ -85,10 +85,11 @@ pub(crate) const WHAT: &str = "RDMA";
 /// # Errors
 /// [`Unavailable`], with what the loader says.
 pub(crate) fn needed() -> Result<&'static Library, Unavailable> {
-    library().map_err(|why| Unavailable {
-        what: WHAT,
-        cause: SystemError::new("dlopen", NAME, Errno::LIBACC),
-        remedy: format!("install rdma-core's libraries (libibverbs1, ibverbs-providers): {why}"),
+    library().map_err(|why| {
+        let cause = SystemError::new("dlopen", NAME, Errno::LIBACC);
+        let remedy =
+            format!("install rdma-core's libraries (libibverbs1, ibverbs-providers): {why}");
+        Unavailable::new(WHAT, cause, remedy)
     })
 }
 
