@@ -6,21 +6,11 @@
 // constant has a user.
 #![allow(dead_code, unexpected_cfgs, unreachable_pub)]
 
-use kernel::transmute::{AsBytes, FromBytes};
+use crate::misc::plain;
 
 include!("../uapi/src/abi.rs");
 
-/// Says of structs of the interface that they are plain bytes.
-macro_rules! plain {
-    ($($name:ident)*) => {$(
-        // SAFETY: Only integers and arrays of integers, for which every bit pattern is valid.
-        unsafe impl FromBytes for $name {}
-        // SAFETY: No padding and no pointers: the crate `peerbuf-uapi` derives `bytemuck::Pod`.
-        unsafe impl AsBytes for $name {}
-    )*};
-}
-
 plain! {
     Query Export Range ExportRanges Move Revoke Restore Watch Attachment Piece BufferQuery
-    ProviderOpen ImportAttach ImportMap ImportStep ImportFence ImportQuery
+    ProviderOpen
 }

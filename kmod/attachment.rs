@@ -48,7 +48,7 @@ use kernel::{
 };
 
 use crate::{
-    abi,
+    abi, common,
     ffi::{self, Table},
     route::Report,
 };
@@ -115,9 +115,9 @@ impl Drop for DmaBuf {
 
 /// How an attachment behaves; checked by the importer.
 pub(crate) struct Manner {
-    /// `abi::IMPORT_DYNAMIC`, `abi::IMPORT_PEER`.
+    /// `abi::DYNAMIC`, `abi::PEER`.
     pub(crate) flags: u32,
-    /// `abi::IMPORT_ON_INVALIDATE_*`.
+    /// `abi::ON_INVALIDATE_*`.
     pub(crate) on_invalidate: u32,
     /// Zero: until told.
     pub(crate) hold_ms: u32,
@@ -130,8 +130,8 @@ impl Manner {
     fn ops(&self) -> *const bindings::dma_buf_attach_ops {
         match self.flags {
             0 => ptr::null(),
-            abi::IMPORT_DYNAMIC => &SYSTEM.0,
-            abi::IMPORT_PEER => &DEAF.0,
+            abi::DYNAMIC => &SYSTEM.0,
+            abi::PEER => &DEAF.0,
             _ => &PEER.0,
         }
     }
@@ -142,7 +142,7 @@ impl Manner {
 
     /// Has operations, but none to be told by.
     fn is_deaf(&self) -> bool {
-        self.flags == abi::IMPORT_PEER
+        self.flags == abi::PEER
     }
 }
 
@@ -185,7 +185,7 @@ pub(crate) struct Attachment {
     state: State,
     /// What the query answers, kept up to date by whoever changes something.
     #[pin]
-    seen: Mutex<abi::ImportQuery>,
+    seen: Mutex<abi::Query>,
     /// The fence that has not signalled, with a reference; or null. Whoever takes it signals it.
     fence: Atomic<*mut bindings::dma_fence>,
     fence_context: u64,
@@ -212,6 +212,11 @@ impl_has_delayed_work! {
 unsafe impl Send for Attachment {}
 // SAFETY: As for `Send`.
 unsafe impl Sync for Attachment {}
+
+/// ENOTCONN, for which the kernel's Rust code has no constant.
+fn not_connected() -> Error {
+    ffi::errno(bindings::ENOTCONN)
+}
 
 /// Nanoseconds that a call took, and its result.
 fn timed<T>(call: impl FnOnce() -> T) -> (T, u64) {
@@ -240,8 +245,8 @@ impl Attachment {
                     wanted: Cell::new(false),
                     pinned: Cell::new(false),
                 },
-                seen <- new_mutex!(abi::ImportQuery {
-                    size: size_of::<abi::ImportQuery>() as u32,
+                seen <- new_mutex!(abi::Query {
+                    size: size_of::<abi::Query>() as u32,
                     ..Default::default()
                 }),
                 fence: Atomic::new(ptr::null_mut()),
@@ -299,7 +304,7 @@ impl Attachment {
     }
 
     fn pdev(&self) -> *mut bindings::pci_dev {
-        crate::device::raw(&*self.pdev)
+        common::raw(&*self.pdev)
     }
 
     pub(crate) fn detach_ms(&self) -> u32 {
@@ -308,14 +313,14 @@ impl Attachment {
 
     /// Whether it has let go, or is about to.
     pub(crate) fn is_gone(&self) -> bool {
-        self.seen.lock().state & abi::IMPORT_DETACHED != 0
+        self.seen.lock().state & abi::DETACHED != 0
     }
 
-    /// Answers `abi::IOC_IMPORT_QUERY`.
-    pub(crate) fn query(&self) -> abi::ImportQuery {
+    /// Answers `abi::IOC_QUERY`.
+    pub(crate) fn query(&self) -> abi::Query {
         let mut answer = *self.seen.lock();
         if !self.fence.load(Relaxed).is_null() {
-            answer.state |= abi::IMPORT_FENCED;
+            answer.state |= abi::FENCED;
         }
         answer
     }
@@ -332,12 +337,12 @@ impl Attachment {
         Held(self)
     }
 
-    /// Maps. Errors: those of `abi::ImportMap`.
+    /// Maps. Errors: those of `abi::Map`.
     pub(crate) fn map(&self, direction: bindings::dma_data_direction) -> Result<u64> {
         let _control = self.control.lock();
         let state = self.lock();
         if state.attach().is_none() {
-            return Err(ffi::enotconn());
+            return Err(not_connected());
         }
         if !state.sgt.get().is_null() {
             return Err(EBUSY);
@@ -352,7 +357,7 @@ impl Attachment {
 
     /// Makes a mapping where there is none.
     fn map_locked(&self, state: &State, direction: bindings::dma_data_direction) -> Result<u64> {
-        let attach = state.attach().ok_or_else(ffi::enotconn)?;
+        let attach = state.attach().ok_or_else(not_connected)?;
         // SAFETY: The attachment is valid until it is taken out of the state, and the caller holds
         // the reservation lock. The same for what follows.
         let (sgt, ns) = timed(|| unsafe { bindings::dma_buf_map_attachment(attach, direction) });
@@ -383,7 +388,7 @@ impl Attachment {
         // that driver's removal, takes the attachment out under this lock.
         let report = unsafe { Report::of(self.pdev(), sgt) };
         let mut seen = self.seen.lock();
-        seen.state = seen.state & !abi::IMPORT_STALE | abi::IMPORT_MAPPED;
+        seen.state = seen.state & !abi::STALE | abi::MAPPED;
         seen.segments = report.segments;
         seen.bytes = report.bytes();
         seen.system_bytes = report.system;
@@ -416,7 +421,7 @@ impl Attachment {
             bindings::dma_buf_unmap_attachment(attach, state.sgt.get(), state.direction.get())
         });
         state.sgt.set(ptr::null_mut());
-        self.note(0, abi::IMPORT_MAPPED | abi::IMPORT_STALE);
+        self.note(0, abi::MAPPED | abi::STALE);
         Some(ns)
     }
 
@@ -428,15 +433,15 @@ impl Attachment {
             return;
         }
         let delay = match self.manner.on_invalidate {
-            abi::IMPORT_ON_INVALIDATE_HOLD => {
-                self.note(abi::IMPORT_STALE, 0);
+            abi::ON_INVALIDATE_HOLD => {
+                self.note(abi::STALE, 0);
                 match self.manner.hold_ms {
                     0 => return,
                     ms => msecs_to_jiffies(ms),
                 }
             }
             // As InfiniBand's importer does it: the unmapping is part of the call.
-            abi::IMPORT_ON_INVALIDATE_REMAP => {
+            abi::ON_INVALIDATE_REMAP => {
                 self.unmap_locked(state);
                 0
             }
@@ -454,9 +459,9 @@ impl Attachment {
     /// Some time after an invalidation.
     fn catch_up(&self) {
         let state = self.lock();
-        if self.manner.on_invalidate == abi::IMPORT_ON_INVALIDATE_HOLD {
+        if self.manner.on_invalidate == abi::ON_INVALIDATE_HOLD {
             // It may have been unmapped and mapped again by the user meanwhile.
-            if self.seen.lock().state & abi::IMPORT_STALE != 0 {
+            if self.seen.lock().state & abi::STALE != 0 {
                 self.unmap_locked(&state);
             }
         } else if state.wanted.get() && state.sgt.get().is_null() && state.attach().is_some() {
@@ -473,11 +478,11 @@ impl Attachment {
         }
     }
 
-    /// Errors: those of `abi::IOC_IMPORT_PIN`.
+    /// Errors: those of `abi::IOC_PIN`.
     pub(crate) fn pin(&self) -> Result<u64> {
         let _control = self.control.lock();
         let state = self.lock();
-        let attach = state.attach().ok_or_else(ffi::enotconn)?;
+        let attach = state.attach().ok_or_else(not_connected)?;
         if self.manner.is_static() {
             return Err(EINVAL);
         }
@@ -488,16 +493,16 @@ impl Attachment {
         let (answer, ns) = timed(|| unsafe { bindings::dma_buf_pin(attach) });
         to_result(answer)?;
         state.pinned.set(true);
-        self.note(abi::IMPORT_PINNED, 0);
+        self.note(abi::PINNED, 0);
         Ok(ns)
     }
 
-    /// Errors: those of `abi::IOC_IMPORT_UNPIN`.
+    /// Errors: those of `abi::IOC_UNPIN`.
     pub(crate) fn unpin(&self) -> Result<u64> {
         let _control = self.control.lock();
         let state = self.lock();
         if state.attach().is_none() {
-            return Err(ffi::enotconn());
+            return Err(not_connected());
         }
         if self.manner.is_deaf() && !state.sgt.get().is_null() {
             return Err(EBUSY);
@@ -513,11 +518,11 @@ impl Attachment {
         // SAFETY: The attachment is valid and pinned; the caller holds the reservation lock.
         let ((), ns) = timed(|| unsafe { bindings::dma_buf_unpin(attach) });
         state.pinned.set(false);
-        self.note(0, abi::IMPORT_PINNED);
+        self.note(0, abi::PINNED);
         Some(ns)
     }
 
-    /// Errors: those of `abi::IOC_IMPORT_VMAP`.
+    /// Errors: those of `abi::IOC_VMAP`.
     ///
     /// The core says WARN when an exporter cannot do it, which a caller of this must not be able to
     /// bring about at will. So it is tried only where a mapping for the device shows that the
@@ -529,7 +534,7 @@ impl Attachment {
             return Err(EBUSY);
         }
         let state = self.lock();
-        let attach = state.attach().ok_or_else(ffi::enotconn)?;
+        let attach = state.attach().ok_or_else(not_connected)?;
         // SAFETY: The dma-buf is valid.
         if unsafe { (*(*self.dmabuf.0).ops).vmap }.is_none() {
             return Err(EINVAL);
@@ -552,16 +557,16 @@ impl Attachment {
         to_result(answer)?;
         drop(state);
         let iomem = if map.is_iomem {
-            abi::IMPORT_VMAP_IOMEM
+            abi::VMAP_IOMEM
         } else {
             0
         };
         control.vmap = Some(map);
-        self.note(abi::IMPORT_VMAPPED | iomem, 0);
+        self.note(abi::VMAPPED | iomem, 0);
         Ok(ns)
     }
 
-    /// Errors: those of `abi::IOC_IMPORT_VUNMAP`.
+    /// Errors: those of `abi::IOC_VUNMAP`.
     pub(crate) fn vunmap(&self) -> Result<u64> {
         self.vunmap_locked(&mut self.control.lock()).ok_or(ENOENT)
     }
@@ -572,15 +577,15 @@ impl Attachment {
         // not held.
         let ((), ns) =
             timed(|| unsafe { bindings::dma_buf_vunmap_unlocked(self.dmabuf.0, &mut map) });
-        self.note(0, abi::IMPORT_VMAPPED | abi::IMPORT_VMAP_IOMEM);
+        self.note(0, abi::VMAPPED | abi::VMAP_IOMEM);
         Some(ns)
     }
 
-    /// Leaves a fence. Errors: those of `abi::ImportFence`.
+    /// Leaves a fence. Errors: those of `abi::Fence`.
     pub(crate) fn leave_fence(&self, usage: u32, timeout_ms: u32) -> Result {
         let mut control = self.control.lock();
         if self.is_gone() {
-            return Err(ffi::enotconn());
+            return Err(not_connected());
         }
         if !self.fence.load(Relaxed).is_null() {
             return Err(EBUSY);
@@ -656,11 +661,11 @@ impl Attachment {
     /// Lets go of the buffer and of the device, whatever it was told to hold. Nothing happens if it
     /// has done so before; returns how long the detaching took.
     ///
-    /// `why` is zero or `abi::IMPORT_DEVICE_GONE`. May sleep, for as long as others hold the
+    /// `why` is zero or `abi::DEVICE_GONE`. May sleep, for as long as others hold the
     /// reservation lock.
     pub(crate) fn let_go(&self, why: u32) -> Result<u64> {
         // Others may be waiting for the fence with locks held that are needed below.
-        self.note(abi::IMPORT_DETACHED | why, 0);
+        self.note(abi::DETACHED | why, 0);
         let _ = self.signal();
         let mut control = self.control.lock();
         // Once more: this lock was given up by whoever left a fence meanwhile, and none comes after.
@@ -676,7 +681,7 @@ impl Attachment {
         let Some(attach) = attach else {
             // Before, or it was never made.
             self.has_let_go.store(1, Relaxed);
-            return Err(ffi::enotconn());
+            return Err(not_connected());
         };
         // SAFETY: It is an attachment of this dma-buf, nobody else detaches it, and the reservation
         // lock is not held.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What differs between the kernels that the module is written for, in Rust. Kbuild has the list of
+//! What differs between the kernels that the modules are written for, in Rust. Kbuild has the list of
 //! kernels, and says `since_7_3` for those from 7.3 on; for C see `compat.h`.
 
 /// What `pci::Driver::probe` is told of the id that matched: since 7.3 nothing where the device was
@@ -31,4 +31,4 @@ pub(crate) use pci_device_table;
 pub(crate) use crate::THIS_MODULE;
 #[cfg(since_7_3)]
 pub(crate) const THIS_MODULE: kernel::ThisModule =
-    <crate::Peerbuf as kernel::ModuleMetadata>::THIS_MODULE;
+    <crate::Loaded as kernel::ModuleMetadata>::THIS_MODULE;

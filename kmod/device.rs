@@ -9,7 +9,7 @@ use core::{
 
 use kernel::{
     bindings,
-    device::{Core, DeviceContext},
+    device::Core,
     error::to_result,
     ffi::*,
     new_mutex,
@@ -22,6 +22,7 @@ use kernel::{
 use crate::{
     abi,
     buffer::{revoked, Buffer, Locked, Piece, SystemPart},
+    common::raw,
     exporter, ffi,
     pages::Pages,
     peers::Peers,
@@ -687,12 +688,6 @@ impl Drop for Binding {
         // SAFETY: The device is valid, and this module's until this returns.
         unsafe { bindings::pci_clear_master(raw(self.0.pci())) };
     }
-}
-
-/// The C view of a PCI device.
-pub(crate) fn raw<Ctx: DeviceContext>(pdev: &pci::Device<Ctx>) -> *mut bindings::pci_dev {
-    // `pci::Device` is a transparent wrapper of `struct pci_dev`.
-    ptr::from_ref(pdev).cast_mut().cast()
 }
 
 /// A new dma-buf that is not yet a file descriptor. Dropping it releases it.

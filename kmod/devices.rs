@@ -7,7 +7,7 @@
 
 use kernel::{bindings, prelude::*, sync::Arc};
 
-use crate::device::{self, Device};
+use crate::{common, device::Device};
 
 kernel::sync::global_lock! {
     // SAFETY: Initialised by the module before anything else of it is.
@@ -58,7 +58,7 @@ pub(crate) fn remove(gone: &Arc<Device>) {
 /// That of a PCI device.
 pub(crate) fn find(pdev: *mut bindings::pci_dev) -> Option<Arc<Device>> {
     let all = ALL.lock();
-    let is_it = |device: &&Arc<Device>| device::raw(device.pci()) == pdev;
+    let is_it = |device: &&Arc<Device>| common::raw(device.pci()) == pdev;
     all.iter().find(is_it).cloned()
 }
 

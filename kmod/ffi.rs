@@ -1,7 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! Declarations that `kernel::bindings` lacks: functions that the kernel exports without their
-//! header being in the bindings, and the wrappers in `helpers.c`. Nothing but declarations.
+//! header being in the bindings, and the wrappers in `helpers.c` and `helpers_probe.c`. Nothing but
+//! declarations.
+
+// Each of the two modules uses some of it.
+#![allow(dead_code)]
 
 use kernel::{bindings, ffi::*};
 
@@ -26,16 +30,6 @@ pub(crate) fn signal_pending() -> bool {
 pub(crate) fn fatal_signal_pending() -> bool {
     // SAFETY: It looks at the current task.
     unsafe { peerbuf_fatal_signal_pending() }
-}
-
-/// ENOTCONN, likewise.
-pub(crate) fn enotconn() -> kernel::error::Error {
-    kernel::error::Error::from_errno(-(bindings::ENOTCONN as c_int))
-}
-
-/// EUNATCH, likewise.
-pub(crate) fn eunatch() -> kernel::error::Error {
-    kernel::error::Error::from_errno(-(bindings::EUNATCH as c_int))
 }
 
 /// A table of function pointers that the kernel only reads.

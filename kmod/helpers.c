@@ -5,7 +5,6 @@
  * is among them in Linux 7.3. Nothing else belongs here.
  */
 #include <linux/completion.h>
-#include <linux/dma-direct.h>
 #include <linux/dma-fence.h>
 #include <linux/dma-mapping.h>
 #include <linux/dma-resv.h>
@@ -33,9 +32,6 @@ void peerbuf_set_page_count(struct page *page, int count);
 unsigned long peerbuf_pci_resource_flags(struct pci_dev *pdev, int bar);
 int peerbuf_device_lock(struct device *dev);
 void peerbuf_device_unlock(struct device *dev);
-phys_addr_t peerbuf_dma_to_phys(struct device *dev, dma_addr_t address);
-pci_bus_addr_t peerbuf_pci_bus_address(struct pci_dev *pdev, int bar);
-struct pci_dev *peerbuf_pci_upstream_bridge(struct pci_dev *pdev);
 void peerbuf_dma_fence_put(struct dma_fence *fence);
 bool peerbuf_dma_fence_is_signaled(struct dma_fence *fence);
 void peerbuf_vma_set_device(struct vm_area_struct *vma, bool device);
@@ -169,21 +165,6 @@ int peerbuf_device_lock(struct device *dev)
 void peerbuf_device_unlock(struct device *dev)
 {
 	device_unlock(dev);
-}
-
-phys_addr_t peerbuf_dma_to_phys(struct device *dev, dma_addr_t address)
-{
-	return dma_to_phys(dev, address);
-}
-
-pci_bus_addr_t peerbuf_pci_bus_address(struct pci_dev *pdev, int bar)
-{
-	return pci_bus_address(pdev, bar);
-}
-
-struct pci_dev *peerbuf_pci_upstream_bridge(struct pci_dev *pdev)
-{
-	return pci_upstream_bridge(pdev);
 }
 
 void peerbuf_dma_fence_put(struct dma_fence *fence)

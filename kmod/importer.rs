@@ -17,13 +17,11 @@ use core::ptr::{self, NonNull};
 use kernel::{
     bindings,
     dma::DataDirection,
-    error::{from_err_ptr, to_result},
+    error::from_err_ptr,
     ffi::*,
-    pci,
     prelude::*,
-    sync::{aref::ARef, Arc, ArcBorrow},
+    sync::{Arc, ArcBorrow},
     time::msecs_to_jiffies,
-    transmute::FromBytes,
     uaccess::UserPtr,
     workqueue::Queue,
 };
@@ -31,15 +29,13 @@ use kernel::{
 use crate::{
     abi,
     attachment::{Attachment, DmaBuf, Manner},
-    devices,
+    common::{self, DeviceLock, Listening},
     ffi::{self, Table},
-    misc::{begin, deliver, read_struct, write_struct, DeviceLock, Fd, Misc},
-    provider,
+    misc::{begin, deliver, read_struct, write_struct, Fd, Misc},
 };
 
 static NODE_FOPS: Table<bindings::file_operations> = Table(bindings::file_operations {
     owner: crate::compat::THIS_MODULE.as_ptr(),
-    open: Some(open),
     unlocked_ioctl: Some(node_ioctl),
     // The structs are the same for 32-bit callers.
     compat_ioctl: bindings::compat_ptr_ioctl,
@@ -57,18 +53,6 @@ static ATTACHMENT_FOPS: Table<bindings::file_operations> = Table(bindings::file_
     // SAFETY: As above.
     ..unsafe { core::mem::zeroed() }
 });
-
-/// Registered as long as the node is; the driver core only links it.
-static NOTIFIER: Notifier = Notifier(core::cell::UnsafeCell::new(bindings::notifier_block {
-    notifier_call: Some(device_changes),
-    next: ptr::null_mut(),
-    priority: 0,
-}));
-
-struct Notifier(core::cell::UnsafeCell<bindings::notifier_block>);
-
-// SAFETY: Only the driver core uses it, under its own lock.
-unsafe impl Sync for Notifier {}
 
 kernel::sync::global_lock! {
     // SAFETY: Initialised by `Importer::register`, before anybody can attach.
@@ -107,7 +91,9 @@ impl Importer {
         unsafe { SHARED.init() };
         let queue = OwnQueue::new()?;
         SHARED.lock().queue = queue.0.as_ptr();
-        let listening = Listening::begin()?;
+        // Before exporters whose memory belongs to the same device: they wait for what is let go here.
+        // SAFETY: The function is there while the module is.
+        let listening = unsafe { Listening::begin(device_changes, 0) }?;
         // SAFETY: The node has no parent.
         let node = unsafe { Misc::register(c"importer", ptr::null_mut(), &NODE_FOPS, ()) }?;
         Ok(Self {
@@ -149,40 +135,13 @@ impl Drop for OwnQueue {
     }
 }
 
-/// While it lives the driver core says what happens to PCI devices.
-struct Listening(());
-
-impl Listening {
-    fn begin() -> Result<Self> {
-        // SAFETY: Both are valid for as long as the module is loaded.
-        to_result(unsafe {
-            bindings::bus_register_notifier(&raw const bindings::pci_bus_type, NOTIFIER.0.get())
-        })?;
-        Ok(Self(()))
-    }
-}
-
-impl Drop for Listening {
-    fn drop(&mut self) {
-        // SAFETY: It was registered. Cannot fail then; returns when it is not being called.
-        unsafe {
-            bindings::bus_unregister_notifier(&raw const bindings::pci_bus_type, NOTIFIER.0.get())
-        };
-    }
-}
-
-/// The driver core says that something happens to a device, whose lock it holds.
+/// A `notifier_fn_t`: the driver core says that something happens to a device, whose lock it holds.
 unsafe extern "C" fn device_changes(
     _notifier: *mut bindings::notifier_block,
     action: c_ulong,
     dev: *mut c_void,
 ) -> c_int {
     const UNBINDS: c_ulong = bindings::bus_notifier_event_BUS_NOTIFY_UNBIND_DRIVER as c_ulong;
-    const UNBOUND: c_ulong = bindings::bus_notifier_event_BUS_NOTIFY_UNBOUND_DRIVER as c_ulong;
-    const REMOVED: c_ulong = bindings::bus_notifier_event_BUS_NOTIFY_REMOVED_DEVICE as c_ulong;
-    if matches!(action, UNBOUND | REMOVED) {
-        devices::each(|device| device.peers.forget());
-    }
     // Before the driver's removal begins: everything of the device is in place.
     if action == UNBINDS {
         // None is added meanwhile, since that takes the device's lock. One that is letting go by itself is
@@ -194,27 +153,17 @@ unsafe extern "C" fn device_changes(
             all.find(left).cloned()
         };
         while let Some(attachment) = next() {
-            let _ = attachment.let_go(abi::IMPORT_DEVICE_GONE);
+            let _ = attachment.let_go(abi::DEVICE_GONE);
         }
-        // Not before: what is waited for there may be such an attachment.
-        // SAFETY: The notifier is that of the PCI bus.
-        unsafe { provider::unbinds(dev.cast()) };
     }
     0 // NOTIFY_DONE
-}
-
-/// `file_operations.open` of the node.
-unsafe extern "C" fn open(_inode: *mut bindings::inode, file: *mut bindings::file) -> c_int {
-    // SAFETY: The file is being opened. What `misc_open` has put there may go before the file does.
-    unsafe { (*file).private_data = ptr::null_mut() };
-    0
 }
 
 /// `file_operations.unlocked_ioctl` of the node.
 unsafe extern "C" fn node_ioctl(_file: *mut bindings::file, cmd: c_uint, arg: c_ulong) -> c_long {
     let arg = UserPtr::from_addr(arg as usize);
     answer(match cmd {
-        abi::IOC_IMPORT_ATTACH => attach(arg),
+        abi::IOC_ATTACH => attach(arg),
         _ => Err(ENOTTY),
     })
 }
@@ -227,22 +176,22 @@ fn answer(result: Result) -> c_long {
 }
 
 fn attach(arg: UserPtr) -> Result {
-    let mut request: abi::ImportAttach = read_struct(arg)?;
-    let dynamic = request.flags & abi::IMPORT_DYNAMIC != 0;
-    let holds = request.on_invalidate == abi::IMPORT_ON_INVALIDATE_HOLD;
-    if request.flags & !abi::IMPORT_FLAGS != 0
+    let mut request: abi::Attach = read_struct(arg)?;
+    let dynamic = request.flags & abi::DYNAMIC != 0;
+    let holds = request.on_invalidate == abi::ON_INVALIDATE_HOLD;
+    if request.flags & !abi::FLAGS != 0
         || request.fd_flags & !bindings::O_CLOEXEC != 0
-        || request.on_invalidate > abi::IMPORT_ON_INVALIDATE_HOLD
+        || request.on_invalidate > abi::ON_INVALIDATE_HOLD
         || (request.on_invalidate != 0 && !dynamic)
         || (request.hold_ms != 0 && !holds)
-        || request.hold_ms > abi::IMPORT_MAX_MS
-        || request.detach_ms > abi::IMPORT_MAX_MS
+        || request.hold_ms > abi::MAX_MS
+        || request.detach_ms > abi::MAX_MS
         || request.fd != 0
         || request.ns != 0
     {
         return Err(EINVAL);
     }
-    let pdev = find(&request.bdf)?;
+    let pdev = common::find(&request.bdf)?;
     let dmabuf = DmaBuf::get(request.dmabuf)?;
     let manner = Manner {
         flags: request.flags,
@@ -291,7 +240,7 @@ impl Attached {
         let _lock = unsafe { DeviceLock::new(attachment.dev()) }?;
         // SAFETY: As above; the lock keeps the driver as it is.
         if !unsafe { can_import(attachment.dev()) } {
-            return Err(ffi::eunatch());
+            return Err(ffi::errno(bindings::EUNATCH));
         }
         // In the list first, so that nothing can fail once it is attached.
         SHARED
@@ -397,22 +346,22 @@ unsafe extern "C" fn attachment_ioctl(
         unsafe { ArcBorrow::<Attachment>::from_raw((*file).private_data.cast_const().cast()) };
     let arg = UserPtr::from_addr(arg as usize);
     answer(match cmd {
-        abi::IOC_IMPORT_MAP => map(&this, arg),
-        abi::IOC_IMPORT_UNMAP => step(arg, || this.unmap()),
-        abi::IOC_IMPORT_PIN => step(arg, || this.pin()),
-        abi::IOC_IMPORT_UNPIN => step(arg, || this.unpin()),
-        abi::IOC_IMPORT_FENCE => leave_fence(&this, arg),
-        abi::IOC_IMPORT_SIGNAL => step(arg, || this.signal()),
-        abi::IOC_IMPORT_VMAP => step(arg, || this.vmap()),
-        abi::IOC_IMPORT_VUNMAP => step(arg, || this.vunmap()),
-        abi::IOC_IMPORT_DETACH => step(arg, || this.let_go(0)),
-        abi::IOC_IMPORT_QUERY => query(&this, arg),
+        abi::IOC_MAP => map(&this, arg),
+        abi::IOC_UNMAP => step(arg, || this.unmap()),
+        abi::IOC_PIN => step(arg, || this.pin()),
+        abi::IOC_UNPIN => step(arg, || this.unpin()),
+        abi::IOC_FENCE => leave_fence(&this, arg),
+        abi::IOC_SIGNAL => step(arg, || this.signal()),
+        abi::IOC_VMAP => step(arg, || this.vmap()),
+        abi::IOC_VUNMAP => step(arg, || this.vunmap()),
+        abi::IOC_DETACH => step(arg, || this.let_go(0)),
+        abi::IOC_QUERY => query(&this, arg),
         _ => Err(ENOTTY),
     })
 }
 
 fn step(arg: UserPtr, act: impl FnOnce() -> Result<u64>) -> Result {
-    let mut step: abi::ImportStep = begin(arg, |step: &abi::ImportStep| {
+    let mut step: abi::Step = begin(arg, |step: &abi::Step| {
         step.flags == 0 && step.ns == 0
     })?;
     step.ns = act()?;
@@ -421,15 +370,15 @@ fn step(arg: UserPtr, act: impl FnOnce() -> Result<u64>) -> Result {
 }
 
 fn map(this: &Attachment, arg: UserPtr) -> Result {
-    let mut request: abi::ImportMap = begin(arg, |request: &abi::ImportMap| {
+    let mut request: abi::Map = begin(arg, |request: &abi::Map| {
         request.flags == 0
-            && request.direction <= abi::IMPORT_FROM_DEVICE
+            && request.direction <= abi::FROM_DEVICE
             && request.reserved == 0
             && request.ns == 0
     })?;
     let direction = match request.direction {
-        abi::IMPORT_TO_DEVICE => DataDirection::ToDevice,
-        abi::IMPORT_FROM_DEVICE => DataDirection::FromDevice,
+        abi::TO_DEVICE => DataDirection::ToDevice,
+        abi::FROM_DEVICE => DataDirection::FromDevice,
         _ => DataDirection::Bidirectional,
     };
     request.ns = this.map(direction.into())?;
@@ -438,11 +387,11 @@ fn map(this: &Attachment, arg: UserPtr) -> Result {
 }
 
 fn leave_fence(this: &Attachment, arg: UserPtr) -> Result {
-    let request: abi::ImportFence = read_struct(arg)?;
+    let request: abi::Fence = read_struct(arg)?;
     if request.flags != 0
-        || request.usage > abi::IMPORT_FENCE_BOOKKEEP
+        || request.usage > abi::FENCE_BOOKKEEP
         || request.timeout_ms == 0
-        || request.timeout_ms > abi::IMPORT_MAX_MS
+        || request.timeout_ms > abi::MAX_MS
     {
         return Err(EINVAL);
     }
@@ -450,7 +399,7 @@ fn leave_fence(this: &Attachment, arg: UserPtr) -> Result {
 }
 
 fn query(this: &Attachment, arg: UserPtr) -> Result {
-    let asked: abi::ImportQuery = read_struct(arg)?;
+    let asked: abi::Query = read_struct(arg)?;
     if asked.flags != 0 || asked.reserved != 0 {
         return Err(EINVAL);
     }
@@ -458,46 +407,4 @@ fn query(this: &Attachment, arg: UserPtr) -> Result {
     // The caller's idea of the size, so that it finds its own field as it was.
     answer.size = asked.size;
     write_struct(arg, &answer)
-}
-
-/// The PCI device at an address, `DDDD:BB:DD.F`, with as many digits of the domain as it has.
-///
-/// Errors: EINVAL (that is no address), ENXIO (no such device).
-pub(crate) fn find(bdf: &[u8; 16]) -> Result<ARef<pci::Device>> {
-    let end = bdf.iter().position(|&byte| byte == 0).ok_or(EINVAL)?;
-    let (text, padding) = bdf.split_at(end);
-    if padding.iter().any(|&byte| byte != 0) {
-        return Err(EINVAL);
-    }
-    let (domain, rest) = text.split_at_checked(end.wrapping_sub(8)).ok_or(EINVAL)?;
-    let [b':', bus @ .., b':', slot1, slot2, b'.', function] = rest else {
-        return Err(EINVAL);
-    };
-    if domain.len() < 4 {
-        return Err(EINVAL);
-    }
-    let (domain, bus) = (hex(domain)?, hex(bus)?);
-    let (slot, function) = (hex(&[*slot1, *slot2])?, hex(&[*function])?);
-    if slot > 0x1f || function > 7 {
-        return Err(EINVAL);
-    }
-    let domain = c_int::try_from(domain).map_err(|_| EINVAL)?;
-    // SAFETY: Looks it up; takes any numbers.
-    let pdev =
-        unsafe { bindings::pci_get_domain_bus_and_slot(domain, bus, (slot << 3) | function) };
-    let pdev = NonNull::new(pdev.cast::<pci::Device>()).ok_or(ENXIO)?;
-    // SAFETY: `pci::Device` is a transparent wrapper of `struct pci_dev`, and the lookup took the
-    // reference that is handed over.
-    Ok(unsafe { ARef::from_raw(pdev) })
-}
-
-/// Digits of a hexadecimal number of at most 32 bits, in either case, without a sign.
-fn hex(digits: &[u8]) -> Result<u32> {
-    if digits.len() > 8 {
-        return Err(EINVAL);
-    }
-    digits.iter().try_fold(0, |number, &digit| {
-        let digit = char::from(digit).to_digit(16).ok_or(EINVAL)?;
-        Ok(number << 4 | digit)
-    })
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! peerbuf.ko: exports regions of PCI BARs as dma-bufs.
+//! peerbuf.ko: exports regions of PCI BARs as dma-bufs. (The importer to probe with is another module, see
+//! `probe.rs`.)
 //!
 //! The driver has no ids of its own and takes a device the way `vfio-pci` does, when an
 //! administrator says so:
@@ -21,16 +22,13 @@
 //!   not in a BAR;
 //! - `moves.rs` and `revoke.rs`: the two state machines; `fences.rs`: what a revoke waits for; `watch.rs`:
 //!   events and counters;
-//! - `importer.rs`: the importer's node, and whose device goes; `attachment.rs`: what it attaches;
-//!   `route.rs`: where the addresses lead that an attachment was given; `peers.rs`: to which devices
-//!   there is a route;
+//! - `peers.rs`: to which devices there is a route; `common.rs`: what is needed of PCI devices;
 //! - `abi.rs`: the interface to userspace; `ffi.rs`, `helpers.c`: what `bindings` lacks; `compat.rs`,
 //!   `compat.h`: what differs between the kernels that Kbuild names.
 //!
 //! # Locks, outermost first
 //!
-//! The driver core holds the PCI device's lock around probe and removal; the importer takes that of
-//! the device for which it attaches. All of the below come after it.
+//! The driver core holds the PCI device's lock around probe and removal. All of the below come after it.
 //!
 //! 1. `misc_mtx` of the misc core: opening a node, and unregistering it; the list of `devices.rs`;
 //! 2. `Device::state`: the BARs' regions, the list of exports, whether the device is live;
@@ -53,15 +51,14 @@
 use kernel::{debugfs, device::Core, new_mutex, pci, prelude::*, sync::Mutex};
 
 mod abi;
-mod attachment;
 mod buffer;
+mod common;
 mod compat;
 mod device;
 mod devices;
 mod exporter;
 mod fences;
 mod ffi;
-mod importer;
 mod mapping;
 mod misc;
 mod moves;
@@ -72,13 +69,11 @@ mod provider;
 mod region;
 mod reset;
 mod revoke;
-mod route;
 mod system;
 mod watch;
 
 use device::{Binding, Device};
 use devices::Listed;
-use importer::Importer;
 use node::Node;
 use provider::Providers;
 
@@ -156,25 +151,21 @@ impl pci::Driver for Driver {
 
 /// The module: its fields are dropped in this order when it is unloaded.
 #[pin_data]
-struct Peerbuf {
+struct Loaded {
     #[pin]
     _buffers: debugfs::File<()>,
     _providers: Providers,
-    _importer: Importer,
     #[pin]
     _driver: kernel::driver::Registration<pci::Adapter<Driver>>,
 }
 
-impl kernel::InPlaceModule for Peerbuf {
+impl kernel::InPlaceModule for Loaded {
     fn init(module: &'static ThisModule) -> impl PinInit<Self, Error> {
         // SAFETY: A module is initialised once, and all else of it is registered below.
         unsafe { devices::init() };
         let debug = debugfs::Dir::new(c"peerbuf");
         try_pin_init!(Self {
             _buffers <- debug.read_callback_file(c"buffers", (), &watch::print_all),
-            // SAFETY: A module is initialised once, and this is the only importer.
-            _importer: unsafe { Importer::register() }?,
-            // After the importer, which hears of drivers that are unbound.
             _providers: Providers::register()?,
             _driver <- kernel::driver::Registration::new(
                 <Self as kernel::ModuleMetadata>::NAME,
@@ -185,7 +176,7 @@ impl kernel::InPlaceModule for Peerbuf {
 }
 
 module! {
-    type: Peerbuf,
+    type: Loaded,
     name: "peerbuf",
     authors: ["The peerbuf authors"],
     description: "Exports regions of PCI BARs as dma-bufs",

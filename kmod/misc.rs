@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! What every node under `/dev/peerbuf` needs: its registration, the structs that its ioctls read
-//! and write, and new descriptor numbers.
+//! and write, and new descriptor numbers. Part of both modules, as `common.rs`.
 //!
 //! Rust's `MiscDeviceRegistration` wants a `'static` name, so the registration is made here. Who
 //! may use a node is a matter of its permissions: 0600, root, until an administrator says
@@ -19,7 +19,7 @@ use kernel::{
     uaccess::{UserPtr, UserSlice},
 };
 
-use crate::ffi::{self, Table};
+use crate::ffi::Table;
 
 /// What a node needs at an address that stays.
 struct Registration<T> {
@@ -88,13 +88,14 @@ impl<T> Misc<T> {
         Ok(Self(unsafe { NonNull::new_unchecked(raw) }))
     }
 
-    /// The data of the node that is being opened.
+    /// The data of the node that is being opened. (That of the importer has none.)
     ///
     /// # Safety
     ///
     /// Called from the `open` of a node that was registered with this `T`, before it writes
     /// `private_data`. The result is not used when `open` has returned: until then `misc_mtx` is
     /// held, so that the node is registered.
+    #[allow(dead_code)]
     pub(crate) unsafe fn data<'a>(file: *mut bindings::file) -> &'a T {
         // SAFETY: `misc_open` has put the `miscdevice` there, which is part of a `Registration`.
         unsafe {
@@ -114,32 +115,6 @@ impl<T> Drop for Misc<T> {
             bindings::misc_deregister(&raw mut (*raw).misc);
             drop(KBox::from_raw(raw));
         }
-    }
-}
-
-/// A device's lock, held.
-pub(crate) struct DeviceLock(*mut bindings::device);
-
-impl DeviceLock {
-    /// Who holds it may be the device's removal, and that may wait for an attachment of this very
-    /// process, which only the process's end gives up: so a signal ends the wait (EINTR).
-    ///
-    /// # Safety
-    ///
-    /// The caller keeps the device as long as the result lives.
-    pub(crate) unsafe fn new(dev: *mut bindings::device) -> Result<Self> {
-        // SAFETY: By the caller's promise.
-        match unsafe { ffi::peerbuf_device_lock(dev) } {
-            0 => Ok(Self(dev)),
-            _ => Err(EINTR),
-        }
-    }
-}
-
-impl Drop for DeviceLock {
-    fn drop(&mut self) {
-        // SAFETY: Locked by `new`, to which the caller has promised to keep it.
-        unsafe { ffi::peerbuf_device_unlock(self.0) };
     }
 }
 
@@ -224,3 +199,14 @@ pub(crate) fn deliver<T: AsBytes>(arg: UserPtr, answer: &T) {
 pub(crate) fn write_struct<T: AsBytes>(arg: UserPtr, value: &T) -> Result {
     UserSlice::new(arg, size_of::<T>()).writer().write(value)
 }
+
+/// Says of structs of the interface that they are plain bytes.
+macro_rules! plain {
+    ($($name:ty)*) => {$(
+        // SAFETY: Only integers and arrays of integers, for which every bit pattern is valid.
+        unsafe impl kernel::transmute::FromBytes for $name {}
+        // SAFETY: No padding and no pointers: the crate `peerbuf-uapi` derives `bytemuck::Pod`.
+        unsafe impl kernel::transmute::AsBytes for $name {}
+    )*};
+}
+pub(crate) use plain;

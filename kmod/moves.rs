@@ -29,7 +29,7 @@ use kernel::{bindings, ffi::c_void, page::PAGE_SIZE, prelude::*, sync::Arc};
 
 use crate::{
     buffer::{cut, Buffer, Locked, Piece, State, SystemPart},
-    device, ffi,
+    common, ffi,
     system::{self, Contents, System},
     watch::Wait,
 };
@@ -342,7 +342,7 @@ impl Patience<'_> {
         }
         // A device that was pulled out answers reads with ones and drops writes, without an error.
         // SAFETY: The device structure is kept by ours.
-        if !unsafe { bindings::pci_device_is_present(device::raw(object.device.pci())) } {
+        if !unsafe { bindings::pci_device_is_present(common::raw(object.device.pci())) } {
             return Err(ENODEV);
         }
         Ok(())

@@ -20,7 +20,8 @@ use kernel::{
 use crate::{
     abi,
     buffer::{revoked, Locked},
-    device::{self, Device, Part},
+    common,
+    device::{Device, Part},
     exporter,
     ffi::{self, Table},
     misc::{begin, deliver, read_struct, write_struct, Fd, Misc},
@@ -51,7 +52,7 @@ pub(crate) fn register(device: &Arc<Device>) -> Result<Node> {
     // SAFETY: It is the address of a field of a valid `struct pci_dev`, and the node goes when the
     // device is unbound.
     unsafe {
-        let parent = &raw mut (*device::raw(device.pci())).dev;
+        let parent = &raw mut (*common::raw(device.pci())).dev;
         Misc::register(device.name(), parent, &FOPS, device.clone())
     }
 }

@@ -14,7 +14,7 @@ use kernel::{
     bindings, device::Core, devres, error::to_result, ffi::*, page::PAGE_SIZE, pci, prelude::*,
 };
 
-use crate::{device, ffi};
+use crate::{common, ffi};
 
 /// The struct pages of one BAR.
 ///
@@ -57,7 +57,7 @@ impl Pages {
         start: u64,
         len: u64,
     ) -> Result<Option<Self>> {
-        let raw = device::raw(pdev);
+        let raw = common::raw(pdev);
         // SAFETY: `pdev` is being probed, by the caller's promise; size 0 is the whole BAR.
         to_result(unsafe { bindings::pci_p2pdma_add_resource(raw, bar as c_int, 0, 0) })?;
         // The pool has one chunk per BAR and each is taken as soon as it is added, so a request

@@ -23,7 +23,7 @@ use kernel::{
     sync::atomic::{Atomic, Relaxed},
 };
 
-use crate::device;
+use crate::common;
 
 /// The devices that one provider reaches.
 pub(crate) struct Peers {
@@ -66,7 +66,7 @@ impl Peers {
     ) -> bool {
         // SAFETY: Both devices are kept. The array has one entry.
         let distance = unsafe {
-            bindings::pci_p2pdma_distance_many(device::raw(provider), &mut importer, 1, false)
+            bindings::pci_p2pdma_distance_many(common::raw(provider), &mut importer, 1, false)
         };
         if distance < 0 {
             return false;

@@ -42,17 +42,16 @@ use kernel::{
 
 use crate::{
     abi,
-    device::{self, Device},
+    common::{self, DeviceLock, Listening},
+    device::Device,
     devices,
     ffi::{self, Table},
-    importer,
-    misc::{read_struct, write_struct, DeviceLock, Fd, Misc},
+    misc::{read_struct, write_struct, Fd, Misc},
     node,
 };
 
 static FOPS: Table<bindings::file_operations> = Table(bindings::file_operations {
     owner: crate::compat::THIS_MODULE.as_ptr(),
-    open: Some(open),
     unlocked_ioctl: Some(ioctl),
     // The structs are the same for 32-bit callers.
     compat_ioctl: bindings::compat_ptr_ioctl,
@@ -61,17 +60,24 @@ static FOPS: Table<bindings::file_operations> = Table(bindings::file_operations 
     ..unsafe { core::mem::zeroed() }
 });
 
-/// The registered node. Dropped when the module is unloaded: no descriptor of a provider is left then,
-/// and no buffer.
+/// The registered node, and what is heard of PCI devices. Dropped when the module is unloaded: no
+/// descriptor of a provider is left then, and no buffer.
 pub(crate) struct Providers {
     _node: Misc<()>,
+    _listening: Listening,
 }
 
 impl Providers {
     pub(crate) fn register() -> Result<Self> {
+        // After those importers that hear of a driver's end in the same way: a provider waits for them.
+        // SAFETY: The function is there while the module is.
+        let listening = unsafe { Listening::begin(device_changes, -1) }?;
         // SAFETY: The node has no parent.
         let node = unsafe { Misc::register(c"provider", ptr::null_mut(), &FOPS, ()) }?;
-        Ok(Self { _node: node })
+        Ok(Self {
+            _node: node,
+            _listening: listening,
+        })
     }
 }
 
@@ -160,13 +166,6 @@ impl Drop for Chunk {
     }
 }
 
-/// `file_operations.open`.
-unsafe extern "C" fn open(_inode: *mut bindings::inode, file: *mut bindings::file) -> c_int {
-    // SAFETY: The file is being opened. What `misc_open` has put there may go before the file does.
-    unsafe { (*file).private_data = ptr::null_mut() };
-    0
-}
-
 /// `file_operations.unlocked_ioctl`.
 unsafe extern "C" fn ioctl(file: *mut bindings::file, cmd: c_uint, arg: c_ulong) -> c_long {
     let arg = UserPtr::from_addr(arg as usize);
@@ -191,7 +190,7 @@ unsafe fn open_provider(file: *mut bindings::file, arg: UserPtr) -> Result {
     }
     // SAFETY: By the caller's promise.
     unsafe { node::check_fd_flags(file, request.fd_flags)? };
-    let device = open_device(importer::find(&request.bdf)?)?;
+    let device = open_device(common::find(&request.bdf)?)?;
 
     // The descriptor is published last: until then every step can be undone.
     let fd = Fd::reserve(request.fd_flags)?;
@@ -213,7 +212,7 @@ unsafe fn open_provider(file: *mut bindings::file, arg: UserPtr) -> Result {
 /// Errors: ENODEV (it has no driver), EOPNOTSUPP (that has published no memory), ENOSPC (all of it is
 /// taken, so it is not to be seen where it is), EINTR, ENOMEM.
 fn open_device(pdev: ARef<pci::Device>) -> Result<Arc<Device>> {
-    let raw = device::raw(&*pdev);
+    let raw = common::raw(&*pdev);
     // SAFETY: It is kept.
     let dev = unsafe { &raw mut (*raw).dev };
     // SAFETY: As above. No lock is held.
@@ -246,13 +245,31 @@ fn open_device(pdev: ARef<pci::Device>) -> Result<Arc<Device>> {
     Ok(provider)
 }
 
+/// A `notifier_fn_t`: the driver core says that something happens to a device, whose lock it holds.
+unsafe extern "C" fn device_changes(
+    _notifier: *mut bindings::notifier_block,
+    action: c_ulong,
+    dev: *mut c_void,
+) -> c_int {
+    const UNBINDS: c_ulong = bindings::bus_notifier_event_BUS_NOTIFY_UNBIND_DRIVER as c_ulong;
+    const UNBOUND: c_ulong = bindings::bus_notifier_event_BUS_NOTIFY_UNBOUND_DRIVER as c_ulong;
+    const REMOVED: c_ulong = bindings::bus_notifier_event_BUS_NOTIFY_REMOVED_DEVICE as c_ulong;
+    match action {
+        UNBOUND | REMOVED => devices::each(|device| device.peers.forget()),
+        // SAFETY: The notifier is that of the PCI bus.
+        UNBINDS => unsafe { unbinds(dev.cast()) },
+        _ => {}
+    }
+    0 // NOTIFY_DONE
+}
+
 /// The driver of a device is about to be unbound, and the device's lock is held. Returns when nobody
 /// can reach its memory through us, but for direct I/O that the owner waits for.
 ///
 /// # Safety
 ///
 /// `dev` is that of a PCI device.
-pub(crate) unsafe fn unbinds(dev: *mut bindings::device) {
+unsafe fn unbinds(dev: *mut bindings::device) {
     // SAFETY: By the caller's promise.
     let pdev = unsafe { container_of!(dev, bindings::pci_dev, dev) };
     if let Some(device) = devices::find(pdev) {

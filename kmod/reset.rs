@@ -9,7 +9,8 @@
 use kernel::bindings;
 
 use crate::{
-    device::{self, Device},
+    common,
+    device::Device,
     devices,
     ffi::Table,
 };
@@ -23,7 +24,7 @@ static HANDLERS: Table<bindings::pci_error_handlers> = Table(bindings::pci_error
 
 /// Sees to it that resets of a device are told to this module.
 pub(crate) fn hear_of(device: &Device) {
-    let raw = device::raw(device.pci());
+    let raw = common::raw(device.pci());
     // SAFETY: The device is being probed, so it has a driver, and that is this module's. Other probes
     // may write the same at the same time; who reads it holds the lock of a device that is bound, so
     // it was written before.

@@ -20,7 +20,7 @@ use core::ptr;
 
 use kernel::{bindings, ffi::*, page::PAGE_SIZE};
 
-use crate::{abi, ffi};
+use crate::ffi;
 
 /// The bytes of a mapping, by route.
 #[derive(Clone, Copy, Default)]
@@ -30,7 +30,7 @@ pub(crate) struct Report {
     pub(crate) bus: u64,
     pub(crate) bridge: u64,
     pub(crate) other: u64,
-    /// The provider of the first peer segment, as in `abi::ImportQuery`.
+    /// The provider of the first peer segment, as in `abi::Query`.
     pub(crate) provider: [u8; 16],
 }
 
@@ -178,7 +178,7 @@ impl Known {
             if provider.is_null() {
                 return None;
             }
-            for bar in 0..abi::NUM_BARS as c_int {
+            for bar in 0..bindings::PCI_STD_NUM_BARS as c_int {
                 // SAFETY: The device is valid and this is the index of a standard BAR.
                 let (start, len) = unsafe {
                     let start = if on_bus {

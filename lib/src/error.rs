@@ -129,7 +129,7 @@ into_io_error!(ExportError, |error| match error {
 #[non_exhaustive]
 pub enum ProbeError {
     /// There is no importer that may be used.
-    #[error("peerbuf.ko's importer: {cause}; {remedy}")]
+    #[error("peerbuf_probe.ko: {cause}; {remedy}")]
     Unavailable {
         /// What failed.
         cause: SystemError,

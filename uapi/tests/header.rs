@@ -1,24 +1,77 @@
-//! The C header says the same as `abi.rs`: a C compiler is asked for each number, size and offset
-//! of the header, and the answers are compared.
+//! The C headers say the same as `abi.rs` and `probe.rs`: a C compiler is asked for each number, size
+//! and offset of the header, and the answers are compared.
 //!
-//! A struct's fields are listed by a pattern without `..`, so a field added to `abi.rs` alone does
+//! A struct's fields are listed by a pattern without `..`, so a field added in Rust alone does
 //! not compile here; one added to the header alone changes the struct's size or leaves a gap.
 
 use std::mem::{offset_of, size_of};
 use std::process::Command;
 
 use peerbuf_uapi::{
-    self as abi, Attachment, Bar, BufferQuery, Export, ExportRanges, ImportAttach, ImportFence,
-    ImportMap, ImportQuery, ImportStep, Move, Piece, ProviderOpen, Query, Range, Restore, Revoke,
-    Watch,
+    self as abi, Attachment, Bar, BufferQuery, Export, ExportRanges, Move, Piece, ProviderOpen,
+    Query, Range, Restore, Revoke, Watch, probe,
 };
 
-/// C expression and the value that Rust has for it.
-struct Asked(Vec<(String, u64)>);
+/// C expressions, and the value that Rust has for each.
+struct Asked {
+    /// The header, and what its names begin with.
+    header: &'static str,
+    prefix: &'static str,
+    asked: Vec<(String, u64)>,
+}
 
 impl Asked {
+    fn of(header: &'static str, prefix: &'static str) -> Self {
+        let asked = Vec::new();
+        Self {
+            header,
+            prefix,
+            asked,
+        }
+    }
+
     fn constant(&mut self, name: &str, value: impl Into<u64>) {
-        self.0.push((format!("PEERBUF_{name}"), value.into()));
+        let name = format!("{}{name}", self.prefix);
+        self.asked.push((name, value.into()));
+    }
+
+    /// Compares them with a C compiler's values.
+    fn of_a_compiler(self) {
+        let dir = std::env::temp_dir().join(format!("{}-{}", self.header, std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let (source, program) = (dir.join("header.c"), dir.join("header"));
+        let prints: String = self
+            .asked
+            .iter()
+            .map(|(c, _)| format!("printf(\"%llu\\n\", (unsigned long long)({c}));\n"))
+            .collect();
+        let text = format!(
+            "#include <{}>\n#include <stddef.h>\n#include <stdio.h>\nint main(void)\n{{\n{prints}}}\n",
+            self.header
+        );
+        std::fs::write(&source, text).unwrap();
+        let cc = std::env::var("CC").unwrap_or_else(|_| "cc".into());
+        let compiled = Command::new(&cc)
+            .args(["-std=c99", "-Wall", "-Wextra", "-Werror", "-pedantic", "-I"])
+            .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/include"))
+            .arg(&source)
+            .arg("-o")
+            .arg(&program)
+            .output()
+            .unwrap_or_else(|e| panic!("{cc}: {e}; Rust links with a C compiler, so there is one"));
+        assert!(
+            compiled.status.success(),
+            "{cc}: {}",
+            String::from_utf8_lossy(&compiled.stderr)
+        );
+        let output = Command::new(&program).output().unwrap();
+        std::fs::remove_dir_all(&dir).unwrap();
+        let output = String::from_utf8(output.stdout).unwrap();
+        let answers: Vec<u64> = output.lines().map(|line| line.parse().unwrap()).collect();
+        assert_eq!(answers.len(), self.asked.len());
+        for ((c, rust), answer) in self.asked.iter().zip(answers) {
+            assert_eq!(answer, *rust, "{c}: the header's value, then Rust's");
+        }
     }
 }
 
@@ -27,24 +80,25 @@ macro_rules! structs {
     ($asked:ident, $($rust:ident $c:literal { $($field:ident),* })*) => {$(
         let $rust { $($field),* } = $rust::default();
         let mut end = 0;
+        let c = format!("struct {}{}", $asked.prefix.to_lowercase(), $c);
         $(
             let size = size_of_val(&$field);
             let offset = offset_of!($rust, $field);
             assert_eq!(offset, end, "{}: a gap before {}", $c, stringify!($field));
             end = offset + size;
-            let member = format!("struct peerbuf_{}, {}", $c, stringify!($field));
-            $asked.0.push((format!("offsetof({member})"), offset as u64));
-            let member = format!("((struct peerbuf_{} *)0)->{}", $c, stringify!($field));
-            $asked.0.push((format!("sizeof({member})"), size as u64));
+            let member = format!("{c}, {}", stringify!($field));
+            $asked.asked.push((format!("offsetof({member})"), offset as u64));
+            let member = format!("(({c} *)0)->{}", stringify!($field));
+            $asked.asked.push((format!("sizeof({member})"), size as u64));
         )*
         assert_eq!(size_of::<$rust>(), end, "{}: padding at the end", $c);
-        $asked.0.push((format!("sizeof(struct peerbuf_{})", $c), end as u64));
+        $asked.asked.push((format!("sizeof({c})"), end as u64));
     )*};
 }
 
 #[test]
 fn header_and_rust_agree() {
-    let mut asked = Asked(Vec::new());
+    let mut asked = Asked::of("peerbuf.h", "PEERBUF_");
     asked.constant("ABI_VERSION", abi::ABI_VERSION);
     asked.constant("IOC_MAGIC", abi::IOC_MAGIC);
     asked.constant("IOC_QUERY", abi::IOC_QUERY);
@@ -57,44 +111,6 @@ fn header_and_rust_agree() {
     asked.constant("BAR_PAGES", abi::BAR_PAGES);
     asked.constant("EXPORT_ANY_OFFSET", abi::EXPORT_ANY_OFFSET);
     asked.constant("IOC_PROVIDER_OPEN", abi::IOC_PROVIDER_OPEN);
-    asked.constant("IOC_IMPORT_ATTACH", abi::IOC_IMPORT_ATTACH);
-    asked.constant("IOC_IMPORT_MAP", abi::IOC_IMPORT_MAP);
-    asked.constant("IOC_IMPORT_UNMAP", abi::IOC_IMPORT_UNMAP);
-    asked.constant("IOC_IMPORT_PIN", abi::IOC_IMPORT_PIN);
-    asked.constant("IOC_IMPORT_UNPIN", abi::IOC_IMPORT_UNPIN);
-    asked.constant("IOC_IMPORT_FENCE", abi::IOC_IMPORT_FENCE);
-    asked.constant("IOC_IMPORT_SIGNAL", abi::IOC_IMPORT_SIGNAL);
-    asked.constant("IOC_IMPORT_VMAP", abi::IOC_IMPORT_VMAP);
-    asked.constant("IOC_IMPORT_VUNMAP", abi::IOC_IMPORT_VUNMAP);
-    asked.constant("IOC_IMPORT_DETACH", abi::IOC_IMPORT_DETACH);
-    asked.constant("IOC_IMPORT_QUERY", abi::IOC_IMPORT_QUERY);
-    asked.constant("IMPORT_DYNAMIC", abi::IMPORT_DYNAMIC);
-    asked.constant("IMPORT_PEER", abi::IMPORT_PEER);
-    asked.constant(
-        "IMPORT_ON_INVALIDATE_UNMAP",
-        abi::IMPORT_ON_INVALIDATE_UNMAP,
-    );
-    asked.constant(
-        "IMPORT_ON_INVALIDATE_REMAP",
-        abi::IMPORT_ON_INVALIDATE_REMAP,
-    );
-    asked.constant("IMPORT_ON_INVALIDATE_HOLD", abi::IMPORT_ON_INVALIDATE_HOLD);
-    asked.constant("IMPORT_BIDIRECTIONAL", abi::IMPORT_BIDIRECTIONAL);
-    asked.constant("IMPORT_TO_DEVICE", abi::IMPORT_TO_DEVICE);
-    asked.constant("IMPORT_FROM_DEVICE", abi::IMPORT_FROM_DEVICE);
-    asked.constant("IMPORT_FENCE_KERNEL", abi::IMPORT_FENCE_KERNEL);
-    asked.constant("IMPORT_FENCE_WRITE", abi::IMPORT_FENCE_WRITE);
-    asked.constant("IMPORT_FENCE_READ", abi::IMPORT_FENCE_READ);
-    asked.constant("IMPORT_FENCE_BOOKKEEP", abi::IMPORT_FENCE_BOOKKEEP);
-    asked.constant("IMPORT_MAX_MS", abi::IMPORT_MAX_MS);
-    asked.constant("IMPORT_MAPPED", abi::IMPORT_MAPPED);
-    asked.constant("IMPORT_STALE", abi::IMPORT_STALE);
-    asked.constant("IMPORT_PINNED", abi::IMPORT_PINNED);
-    asked.constant("IMPORT_VMAPPED", abi::IMPORT_VMAPPED);
-    asked.constant("IMPORT_VMAP_IOMEM", abi::IMPORT_VMAP_IOMEM);
-    asked.constant("IMPORT_FENCED", abi::IMPORT_FENCED);
-    asked.constant("IMPORT_DETACHED", abi::IMPORT_DETACHED);
-    asked.constant("IMPORT_DEVICE_GONE", abi::IMPORT_DEVICE_GONE);
     asked.constant("IOC_EXPORT_RANGES", abi::IOC_EXPORT_RANGES);
     asked.constant("IOC_MOVE", abi::IOC_MOVE);
     asked.constant("IOC_REVOKE", abi::IOC_REVOKE);
@@ -129,16 +145,6 @@ fn header_and_rust_agree() {
         }
         Export "export" { size, flags, bar, fd_flags, offset, length, fd, reserved }
         ProviderOpen "provider_open" { size, flags, fd_flags, fd, bdf }
-        ImportAttach "import_attach" {
-            size, flags, dmabuf, fd_flags, on_invalidate, hold_ms, detach_ms, fd, bdf, ns
-        }
-        ImportMap "import_map" { size, flags, direction, reserved, ns }
-        ImportStep "import_step" { size, flags, ns }
-        ImportFence "import_fence" { size, flags, usage, timeout_ms }
-        ImportQuery "import_query" {
-            size, flags, state, segments, bytes, system_bytes, bus_bytes, bridge_bytes,
-            other_bytes, provider, invalidations, maps, remaps, map_ns, remap_error, reserved
-        }
         Range "range" { offset, length, flags, reserved }
         ExportRanges "export_ranges" {
             size, flags, bar, fd_flags, ranges, nr_ranges, fd, length
@@ -157,55 +163,87 @@ fn header_and_rust_agree() {
             copied, longest_wait_ns, refusals, refused_device, refused_reason, refused_errno
         }
     );
-
-    let dir = std::env::temp_dir().join(format!("peerbuf-header-{}", std::process::id()));
-    std::fs::create_dir_all(&dir).unwrap();
-    let (source, program) = (dir.join("header.c"), dir.join("header"));
-    let prints: String = asked
-        .0
-        .iter()
-        .map(|(c, _)| format!("printf(\"%llu\\n\", (unsigned long long)({c}));\n"))
-        .collect();
-    let text = format!(
-        "#include <peerbuf.h>\n#include <stddef.h>\n#include <stdio.h>\nint main(void)\n{{\n{prints}}}\n"
-    );
-    std::fs::write(&source, text).unwrap();
-    let cc = std::env::var("CC").unwrap_or_else(|_| "cc".into());
-    let compiled = Command::new(&cc)
-        .args(["-std=c99", "-Wall", "-Wextra", "-Werror", "-pedantic", "-I"])
-        .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/include"))
-        .arg(&source)
-        .arg("-o")
-        .arg(&program)
-        .output()
-        .unwrap_or_else(|e| panic!("{cc}: {e}; Rust links with a C compiler, so there is one"));
-    assert!(
-        compiled.status.success(),
-        "{cc}: {}",
-        String::from_utf8_lossy(&compiled.stderr)
-    );
-    let output = Command::new(&program).output().unwrap();
-    std::fs::remove_dir_all(&dir).unwrap();
-    let output = String::from_utf8(output.stdout).unwrap();
-    let answers: Vec<u64> = output.lines().map(|line| line.parse().unwrap()).collect();
-    assert_eq!(answers.len(), asked.0.len());
-    for ((c, rust), answer) in asked.0.iter().zip(answers) {
-        assert_eq!(answer, *rust, "{c}: the header's value, then Rust's");
-    }
+    asked.of_a_compiler();
 }
 
 #[test]
-fn every_constant_is_in_the_header() {
-    let rust = include_str!("../src/abi.rs");
-    let header = include_str!("../include/peerbuf.h");
-    for line in rust.lines().filter(|line| line.starts_with("pub const ")) {
-        let name = line["pub const ".len()..].split(':').next().unwrap();
-        // Sums of the flags are for checks in Rust.
-        let sum = name.ends_with("_FLAGS");
-        assert!(
-            sum || header.contains(&format!("#define PEERBUF_{name} ")),
-            "{name}"
+fn the_probe_s_header_and_rust_agree() {
+    let mut asked = Asked::of("peerbuf_probe.h", "PEERBUF_PROBE_");
+    asked.constant("IOC_MAGIC", probe::IOC_MAGIC);
+    asked.constant("IOC_ATTACH", probe::IOC_ATTACH);
+    asked.constant("IOC_MAP", probe::IOC_MAP);
+    asked.constant("IOC_UNMAP", probe::IOC_UNMAP);
+    asked.constant("IOC_PIN", probe::IOC_PIN);
+    asked.constant("IOC_UNPIN", probe::IOC_UNPIN);
+    asked.constant("IOC_FENCE", probe::IOC_FENCE);
+    asked.constant("IOC_SIGNAL", probe::IOC_SIGNAL);
+    asked.constant("IOC_VMAP", probe::IOC_VMAP);
+    asked.constant("IOC_VUNMAP", probe::IOC_VUNMAP);
+    asked.constant("IOC_DETACH", probe::IOC_DETACH);
+    asked.constant("IOC_QUERY", probe::IOC_QUERY);
+    asked.constant("DYNAMIC", probe::DYNAMIC);
+    asked.constant("PEER", probe::PEER);
+    asked.constant("ON_INVALIDATE_UNMAP", probe::ON_INVALIDATE_UNMAP);
+    asked.constant("ON_INVALIDATE_REMAP", probe::ON_INVALIDATE_REMAP);
+    asked.constant("ON_INVALIDATE_HOLD", probe::ON_INVALIDATE_HOLD);
+    asked.constant("BIDIRECTIONAL", probe::BIDIRECTIONAL);
+    asked.constant("TO_DEVICE", probe::TO_DEVICE);
+    asked.constant("FROM_DEVICE", probe::FROM_DEVICE);
+    asked.constant("FENCE_KERNEL", probe::FENCE_KERNEL);
+    asked.constant("FENCE_WRITE", probe::FENCE_WRITE);
+    asked.constant("FENCE_READ", probe::FENCE_READ);
+    asked.constant("FENCE_BOOKKEEP", probe::FENCE_BOOKKEEP);
+    asked.constant("MAX_MS", probe::MAX_MS);
+    asked.constant("MAPPED", probe::MAPPED);
+    asked.constant("STALE", probe::STALE);
+    asked.constant("PINNED", probe::PINNED);
+    asked.constant("VMAPPED", probe::VMAPPED);
+    asked.constant("VMAP_IOMEM", probe::VMAP_IOMEM);
+    asked.constant("FENCED", probe::FENCED);
+    asked.constant("DETACHED", probe::DETACHED);
+    asked.constant("DEVICE_GONE", probe::DEVICE_GONE);
+    {
+        use probe::{Attach, Fence, Map, Query, Step};
+        structs!(asked,
+        Attach "attach" {
+            size, flags, dmabuf, fd_flags, on_invalidate, hold_ms, detach_ms, fd, bdf, ns
+        }
+        Map "map" { size, flags, direction, reserved, ns }
+        Step "step" { size, flags, ns }
+        Fence "fence" { size, flags, usage, timeout_ms }
+        Query "query" {
+            size, flags, state, segments, bytes, system_bytes, bus_bytes, bridge_bytes,
+            other_bytes, provider, invalidations, maps, remaps, map_ns, remap_error, reserved
+        }
         );
+    }
+    asked.of_a_compiler();
+}
+
+#[test]
+fn every_constant_is_in_its_header() {
+    let interfaces = [
+        (
+            include_str!("../src/abi.rs"),
+            include_str!("../include/peerbuf.h"),
+            "PEERBUF_",
+        ),
+        (
+            include_str!("../src/probe.rs"),
+            include_str!("../include/peerbuf_probe.h"),
+            "PEERBUF_PROBE_",
+        ),
+    ];
+    for (rust, header, prefix) in interfaces {
+        for line in rust.lines().filter(|line| line.starts_with("pub const ")) {
+            let name = line["pub const ".len()..].split(':').next().unwrap();
+            // Sums of the flags are for checks in Rust.
+            let sum = name.ends_with("FLAGS");
+            assert!(
+                sum || header.contains(&format!("#define {prefix}{name} ")),
+                "{name}"
+            );
+        }
     }
 }
 
@@ -235,32 +273,36 @@ fn numbers_never_change() {
     assert_eq!(abi::BAR_FLAGS, 0x1f);
     assert_eq!(abi::EXPORT_FLAGS, 3);
     assert_eq!(abi::RANGE_FLAGS, 3);
-    let numbers = [
-        abi::IOC_IMPORT_ATTACH,
-        abi::IOC_IMPORT_MAP,
-        abi::IOC_IMPORT_UNMAP,
-        abi::IOC_IMPORT_PIN,
-        abi::IOC_IMPORT_UNPIN,
-        abi::IOC_IMPORT_FENCE,
-        abi::IOC_IMPORT_SIGNAL,
-        abi::IOC_IMPORT_VMAP,
-        abi::IOC_IMPORT_VUNMAP,
-        abi::IOC_IMPORT_DETACH,
-        abi::IOC_IMPORT_QUERY,
-    ];
-    assert!(numbers.into_iter().eq(0xBB40..=0xBB4A));
     assert_eq!(
         (abi::IOC_PROVIDER_OPEN, size_of::<ProviderOpen>()),
         (0xBB20, 32)
     );
-    assert_eq!(size_of::<ImportAttach>(), 56);
-    assert_eq!(size_of::<ImportMap>(), 24);
-    assert_eq!(size_of::<ImportStep>(), 16);
-    assert_eq!(size_of::<ImportFence>(), 16);
-    assert_eq!(size_of::<ImportQuery>(), 112);
-    assert_eq!(abi::IMPORT_FLAGS, 3);
-    assert_eq!(abi::IMPORT_ON_INVALIDATE_HOLD, 2);
-    assert_eq!(abi::IMPORT_FROM_DEVICE, 2);
-    assert_eq!(abi::IMPORT_FENCE_BOOKKEEP, 3);
-    assert_eq!(abi::IMPORT_DEVICE_GONE, 0x80);
+}
+
+#[test]
+fn the_probe_s_numbers_never_change() {
+    let numbers = [
+        probe::IOC_ATTACH,
+        probe::IOC_MAP,
+        probe::IOC_UNMAP,
+        probe::IOC_PIN,
+        probe::IOC_UNPIN,
+        probe::IOC_FENCE,
+        probe::IOC_SIGNAL,
+        probe::IOC_VMAP,
+        probe::IOC_VUNMAP,
+        probe::IOC_DETACH,
+        probe::IOC_QUERY,
+    ];
+    assert!(numbers.into_iter().eq(0xBC00..=0xBC0A));
+    assert_eq!(size_of::<probe::Attach>(), 56);
+    assert_eq!(size_of::<probe::Map>(), 24);
+    assert_eq!(size_of::<probe::Step>(), 16);
+    assert_eq!(size_of::<probe::Fence>(), 16);
+    assert_eq!(size_of::<probe::Query>(), 112);
+    assert_eq!(probe::FLAGS, 3);
+    assert_eq!(probe::ON_INVALIDATE_HOLD, 2);
+    assert_eq!(probe::FROM_DEVICE, 2);
+    assert_eq!(probe::FENCE_BOOKKEEP, 3);
+    assert_eq!(probe::DEVICE_GONE, 0x80);
 }

@@ -40,7 +40,7 @@ pub fn probe() -> Result<Vec<PathBuf>, Unavailable> {
         ),
     };
     let entries = std::fs::read_dir(NODES).map_err(|error| unavailable(Errno::from(&error)))?;
-    // The importer's node is there too, with or without devices.
+    // The provider's and the importer's nodes are there too, with or without devices.
     let is_device = |entry: &std::fs::DirEntry| {
         let name = entry.file_name();
         name.to_str()

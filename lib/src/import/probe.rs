@@ -1,4 +1,4 @@
-//! peerbuf.ko's importer: asks the kernel what it would give a driver.
+//! The importer of peerbuf_probe.ko: asks the kernel what it would give a driver.
 //!
 //! A [`Probe`] attaches any dma-buf on behalf of a PCI device and maps it, as the device's driver
 //! would, and says where the addresses lead. No DMA is started and no byte looked at. What it says is
@@ -27,7 +27,7 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
-use peerbuf_uapi as abi;
+use peerbuf_uapi::probe as abi;
 use rustix::fs::{Mode, OFlags};
 
 use super::{Attached, Importer, impossible};
@@ -38,11 +38,11 @@ use crate::plan::{Path, Plan, ReasonCode};
 use crate::sys::importer::{self as ioctl, Step};
 use crate::topology::PciAddress;
 
-/// The importer's node; it is there while the module is loaded.
+/// The importer's node; it is there while peerbuf_probe.ko is loaded.
 pub const NODE: &str = "/dev/peerbuf/importer";
 
 /// The longest time that an attachment can be told to misbehave.
-pub const LONGEST: Duration = Duration::from_millis(abi::IMPORT_MAX_MS as u64);
+pub const LONGEST: Duration = Duration::from_millis(abi::MAX_MS as u64);
 
 /// The open importer.
 #[derive(Debug)]
@@ -210,13 +210,13 @@ impl Probe {
     /// Opens [`NODE`].
     ///
     /// # Errors
-    /// [`ProbeError::Unavailable`] where the module is not loaded or the node may not be opened.
+    /// [`ProbeError::Unavailable`] where peerbuf_probe.ko is not loaded or the node may not be opened.
     pub fn open() -> Result<Probe, ProbeError> {
         let opened = rustix::fs::open(NODE, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty());
         let fd = opened.map_err(|errno| ProbeError::Unavailable {
             cause: SystemError::new("open", NODE, errno),
             remedy: match errno {
-                rustix::io::Errno::NOENT => "load peerbuf.ko (see kmod/)",
+                rustix::io::Errno::NOENT => "load peerbuf_probe.ko (see kmod/)",
                 rustix::io::Errno::ACCESS | rustix::io::Errno::PERM => {
                     "the node is root's until an administrator gives it to somebody (chown, setfacl)"
                 }
@@ -241,22 +241,22 @@ impl Probe {
         options: Options,
     ) -> Result<Attachment, ProbeError> {
         let (on_invalidate, hold) = match options.on_invalidate {
-            OnInvalidate::Unmap => (abi::IMPORT_ON_INVALIDATE_UNMAP, None),
-            OnInvalidate::Remap => (abi::IMPORT_ON_INVALIDATE_REMAP, None),
-            OnInvalidate::Hold(time) => (abi::IMPORT_ON_INVALIDATE_HOLD, time),
+            OnInvalidate::Unmap => (abi::ON_INVALIDATE_UNMAP, None),
+            OnInvalidate::Remap => (abi::ON_INVALIDATE_REMAP, None),
+            OnInvalidate::Hold(time) => (abi::ON_INVALIDATE_HOLD, time),
         };
-        let mut request = abi::ImportAttach {
+        let mut request = abi::Attach {
             flags: match options.kind {
-                Kind::Peer => abi::IMPORT_DYNAMIC | abi::IMPORT_PEER,
-                Kind::System => abi::IMPORT_DYNAMIC,
-                Kind::Pinning => abi::IMPORT_PEER,
+                Kind::Peer => abi::DYNAMIC | abi::PEER,
+                Kind::System => abi::DYNAMIC,
+                Kind::Pinning => abi::PEER,
                 Kind::Static => 0,
             },
             fd_flags: OFlags::CLOEXEC.bits(),
             on_invalidate,
             hold_ms: hold.map_or(0, |time| millis(time).max(1)),
             detach_ms: millis(options.linger),
-            ..abi::ImportAttach::default()
+            ..abi::Attach::default()
         };
         let name = device.to_string();
         // An address has at most 16 digits and signs, in the longest of domains; the module wants
@@ -268,14 +268,14 @@ impl Probe {
             .filter(|_| name.len() < 16)
         else {
             return Err(system(
-                "ioctl(PEERBUF_IOC_IMPORT_ATTACH)",
+                "ioctl(PEERBUF_PROBE_IOC_ATTACH)",
                 object,
                 Errno::INVAL,
             ));
         };
         place.copy_from_slice(name.as_bytes());
         let (fd, ns) = ioctl::attach(self.fd.as_fd(), dmabuf.as_fd(), request)
-            .map_err(|errno| system("ioctl(PEERBUF_IOC_IMPORT_ATTACH)", object.clone(), errno))?;
+            .map_err(|errno| system("ioctl(PEERBUF_PROBE_IOC_ATTACH)", object.clone(), errno))?;
         Ok(Attachment {
             fd,
             object,
@@ -312,12 +312,12 @@ impl Attachment {
     /// (the bytes were not in place after half a minute), or what else the exporter answers.
     pub fn map(&self, direction: Direction) -> Result<Mapping, ProbeError> {
         let direction = match direction {
-            Direction::Bidirectional => abi::IMPORT_BIDIRECTIONAL,
-            Direction::ToDevice => abi::IMPORT_TO_DEVICE,
-            Direction::FromDevice => abi::IMPORT_FROM_DEVICE,
+            Direction::Bidirectional => abi::BIDIRECTIONAL,
+            Direction::ToDevice => abi::TO_DEVICE,
+            Direction::FromDevice => abi::FROM_DEVICE,
         };
         ioctl::map(self.fd.as_fd(), direction)
-            .map_err(|errno| system("ioctl(PEERBUF_IOC_IMPORT_MAP)", &self.object, errno))?;
+            .map_err(|errno| system("ioctl(PEERBUF_PROBE_IOC_MAP)", &self.object, errno))?;
         Ok(mapping(&self.raw_query()?))
     }
 
@@ -326,7 +326,7 @@ impl Attachment {
     /// # Errors
     /// [`ProbeError::System`]: `ENOENT` where it is not mapped, perhaps since an invalidation.
     pub fn unmap(&self) -> Result<Duration, ProbeError> {
-        self.step(Step::Unmap, "ioctl(PEERBUF_IOC_IMPORT_UNMAP)")
+        self.step(Step::Unmap, "ioctl(PEERBUF_PROBE_IOC_UNMAP)")
     }
 
     /// Asks the exporter to keep the buffer where it is.
@@ -335,7 +335,7 @@ impl Attachment {
     /// [`ProbeError::System`]: `EINVAL` (a [`Kind::Static`]), `EBUSY` (pinned already), `ENOTCONN`
     /// (detached), or what the exporter answers.
     pub fn pin(&self) -> Result<Duration, ProbeError> {
-        self.step(Step::Pin, "ioctl(PEERBUF_IOC_IMPORT_PIN)")
+        self.step(Step::Pin, "ioctl(PEERBUF_PROBE_IOC_PIN)")
     }
 
     /// Ends that.
@@ -344,7 +344,7 @@ impl Attachment {
     /// [`ProbeError::System`]: `ENOENT` (not pinned), `EBUSY` (mapped, and a [`Kind::Pinning`]),
     /// `ENOTCONN` (detached).
     pub fn unpin(&self) -> Result<Duration, ProbeError> {
-        self.step(Step::Unpin, "ioctl(PEERBUF_IOC_IMPORT_UNPIN)")
+        self.step(Step::Unpin, "ioctl(PEERBUF_PROBE_IOC_UNPIN)")
     }
 
     /// Leaves a fence on the buffer, which signals by itself after `limit`.
@@ -354,13 +354,13 @@ impl Attachment {
     /// above [`LONGEST`]), `ENOTCONN` (detached).
     pub fn fence(&self, usage: Usage, limit: Duration) -> Result<(), ProbeError> {
         let usage = match usage {
-            Usage::Kernel => abi::IMPORT_FENCE_KERNEL,
-            Usage::Write => abi::IMPORT_FENCE_WRITE,
-            Usage::Read => abi::IMPORT_FENCE_READ,
-            Usage::Bookkeep => abi::IMPORT_FENCE_BOOKKEEP,
+            Usage::Kernel => abi::FENCE_KERNEL,
+            Usage::Write => abi::FENCE_WRITE,
+            Usage::Read => abi::FENCE_READ,
+            Usage::Bookkeep => abi::FENCE_BOOKKEEP,
         };
         ioctl::fence(self.fd.as_fd(), usage, millis(limit))
-            .map_err(|errno| system("ioctl(PEERBUF_IOC_IMPORT_FENCE)", &self.object, errno))
+            .map_err(|errno| system("ioctl(PEERBUF_PROBE_IOC_FENCE)", &self.object, errno))
     }
 
     /// Signals the fence.
@@ -368,7 +368,7 @@ impl Attachment {
     /// # Errors
     /// [`ProbeError::System`]: `ENOENT` where there is none any more.
     pub fn signal(&self) -> Result<Duration, ProbeError> {
-        self.step(Step::Signal, "ioctl(PEERBUF_IOC_IMPORT_SIGNAL)")
+        self.step(Step::Signal, "ioctl(PEERBUF_PROBE_IOC_SIGNAL)")
     }
 
     /// Maps the buffer into the kernel's address space, and does not look at it.
@@ -377,7 +377,7 @@ impl Attachment {
     /// [`ProbeError::System`]: `EBUSY` (done already), `EINVAL` (the exporter has no such mappings),
     /// `ENOTCONN` (detached), or what the exporter answers.
     pub fn vmap(&self) -> Result<Duration, ProbeError> {
-        self.step(Step::Vmap, "ioctl(PEERBUF_IOC_IMPORT_VMAP)")
+        self.step(Step::Vmap, "ioctl(PEERBUF_PROBE_IOC_VMAP)")
     }
 
     /// Takes that mapping away.
@@ -385,7 +385,7 @@ impl Attachment {
     /// # Errors
     /// [`ProbeError::System`]: `ENOENT` where there is none.
     pub fn vunmap(&self) -> Result<Duration, ProbeError> {
-        self.step(Step::Vunmap, "ioctl(PEERBUF_IOC_IMPORT_VUNMAP)")
+        self.step(Step::Vunmap, "ioctl(PEERBUF_PROBE_IOC_VUNMAP)")
     }
 
     /// Lets go of the buffer, at once and whatever it was told to hold, and returns how long the
@@ -394,7 +394,7 @@ impl Attachment {
     /// # Errors
     /// [`ProbeError::System`]: `ENOTCONN` where it has let go before.
     pub fn detach(&self) -> Result<Duration, ProbeError> {
-        self.step(Step::Detach, "ioctl(PEERBUF_IOC_IMPORT_DETACH)")
+        self.step(Step::Detach, "ioctl(PEERBUF_PROBE_IOC_DETACH)")
     }
 
     /// What became of it. Does not wait for the buffer.
@@ -406,13 +406,13 @@ impl Attachment {
         let is = |flag| query.state & flag != 0;
         Ok(Report {
             mapping: (query.maps != 0).then(|| mapping(&query)),
-            mapped: is(abi::IMPORT_MAPPED),
-            stale: is(abi::IMPORT_STALE),
-            pinned: is(abi::IMPORT_PINNED),
-            vmapped: is(abi::IMPORT_VMAPPED).then(|| is(abi::IMPORT_VMAP_IOMEM)),
-            fenced: is(abi::IMPORT_FENCED),
-            detached: is(abi::IMPORT_DETACHED),
-            device_gone: is(abi::IMPORT_DEVICE_GONE),
+            mapped: is(abi::MAPPED),
+            stale: is(abi::STALE),
+            pinned: is(abi::PINNED),
+            vmapped: is(abi::VMAPPED).then(|| is(abi::VMAP_IOMEM)),
+            fenced: is(abi::FENCED),
+            detached: is(abi::DETACHED),
+            device_gone: is(abi::DEVICE_GONE),
             invalidations: query.invalidations,
             maps: query.maps,
             remaps: query.remaps,
@@ -420,9 +420,9 @@ impl Attachment {
         })
     }
 
-    fn raw_query(&self) -> Result<abi::ImportQuery, ProbeError> {
+    fn raw_query(&self) -> Result<abi::Query, ProbeError> {
         ioctl::query(self.fd.as_fd())
-            .map_err(|errno| system("ioctl(PEERBUF_IOC_IMPORT_QUERY)", &self.object, errno))
+            .map_err(|errno| system("ioctl(PEERBUF_PROBE_IOC_QUERY)", &self.object, errno))
     }
 
     fn step(&self, step: Step, call: &'static str) -> Result<Duration, ProbeError> {
@@ -525,7 +525,7 @@ impl AsFd for Attachment {
     }
 }
 
-fn mapping(query: &abi::ImportQuery) -> Mapping {
+fn mapping(query: &abi::Query) -> Mapping {
     let name = query.provider.split(|&byte| byte == 0).next();
     let name = std::str::from_utf8(name.unwrap_or_default());
     Mapping {
@@ -583,7 +583,7 @@ mod tests {
     fn times_are_rounded_up_and_never_wrap() {
         assert_eq!(millis(Duration::ZERO), 0);
         assert_eq!(millis(Duration::from_micros(1)), 1);
-        assert_eq!(millis(LONGEST), abi::IMPORT_MAX_MS);
+        assert_eq!(millis(LONGEST), abi::MAX_MS);
         assert_eq!(millis(Duration::MAX), u32::MAX);
     }
 }

@@ -1,30 +1,29 @@
-//! The ioctls of `/dev/peerbuf/importer` and of the attachments made with it (uapi/src/abi.rs).
+//! The ioctls of `/dev/peerbuf/importer` and of the attachments made with it (uapi/src/probe.rs).
 
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
-use peerbuf_uapi::{
-    IOC_IMPORT_ATTACH, IOC_IMPORT_DETACH, IOC_IMPORT_FENCE, IOC_IMPORT_MAP, IOC_IMPORT_PIN,
-    IOC_IMPORT_QUERY, IOC_IMPORT_SIGNAL, IOC_IMPORT_UNMAP, IOC_IMPORT_UNPIN, IOC_IMPORT_VMAP,
-    IOC_IMPORT_VUNMAP, ImportAttach, ImportFence, ImportMap, ImportQuery, ImportStep,
+use peerbuf_uapi::probe::{
+    Attach, Fence, IOC_ATTACH, IOC_DETACH, IOC_FENCE, IOC_MAP, IOC_PIN, IOC_QUERY, IOC_SIGNAL,
+    IOC_UNMAP, IOC_UNPIN, IOC_VMAP, IOC_VUNMAP, Map, Query, Step as Plain,
 };
 
 use crate::errno::Errno;
 
 mod raw {
-    nix::ioctl_readwrite_bad!(attach, super::IOC_IMPORT_ATTACH, super::ImportAttach);
-    nix::ioctl_readwrite_bad!(map, super::IOC_IMPORT_MAP, super::ImportMap);
-    nix::ioctl_readwrite_bad!(unmap, super::IOC_IMPORT_UNMAP, super::ImportStep);
-    nix::ioctl_readwrite_bad!(pin, super::IOC_IMPORT_PIN, super::ImportStep);
-    nix::ioctl_readwrite_bad!(unpin, super::IOC_IMPORT_UNPIN, super::ImportStep);
-    nix::ioctl_readwrite_bad!(fence, super::IOC_IMPORT_FENCE, super::ImportFence);
-    nix::ioctl_readwrite_bad!(signal, super::IOC_IMPORT_SIGNAL, super::ImportStep);
-    nix::ioctl_readwrite_bad!(vmap, super::IOC_IMPORT_VMAP, super::ImportStep);
-    nix::ioctl_readwrite_bad!(vunmap, super::IOC_IMPORT_VUNMAP, super::ImportStep);
-    nix::ioctl_readwrite_bad!(detach, super::IOC_IMPORT_DETACH, super::ImportStep);
-    nix::ioctl_readwrite_bad!(query, super::IOC_IMPORT_QUERY, super::ImportQuery);
+    nix::ioctl_readwrite_bad!(attach, super::IOC_ATTACH, super::Attach);
+    nix::ioctl_readwrite_bad!(map, super::IOC_MAP, super::Map);
+    nix::ioctl_readwrite_bad!(unmap, super::IOC_UNMAP, super::Plain);
+    nix::ioctl_readwrite_bad!(pin, super::IOC_PIN, super::Plain);
+    nix::ioctl_readwrite_bad!(unpin, super::IOC_UNPIN, super::Plain);
+    nix::ioctl_readwrite_bad!(fence, super::IOC_FENCE, super::Fence);
+    nix::ioctl_readwrite_bad!(signal, super::IOC_SIGNAL, super::Plain);
+    nix::ioctl_readwrite_bad!(vmap, super::IOC_VMAP, super::Plain);
+    nix::ioctl_readwrite_bad!(vunmap, super::IOC_VUNMAP, super::Plain);
+    nix::ioctl_readwrite_bad!(detach, super::IOC_DETACH, super::Plain);
+    nix::ioctl_readwrite_bad!(query, super::IOC_QUERY, super::Query);
 }
 
-/// The ioctls that take an [`ImportStep`].
+/// The ioctls that take an [`Plain`].
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Step {
     Unmap,
@@ -36,14 +35,14 @@ pub(crate) enum Step {
     Detach,
 }
 
-/// `PEERBUF_IOC_IMPORT_ATTACH`. Returns the attachment and the nanoseconds that attaching took.
+/// `PEERBUF_PROBE_IOC_ATTACH`. Returns the attachment and the nanoseconds that attaching took.
 pub(crate) fn attach(
     importer: BorrowedFd<'_>,
     dmabuf: BorrowedFd<'_>,
-    request: ImportAttach,
+    request: Attach,
 ) -> Result<(OwnedFd, u64), Errno> {
-    let mut argument = ImportAttach {
-        size: size_of::<ImportAttach>() as u32,
+    let mut argument = Attach {
+        size: size_of::<Attach>() as u32,
         dmabuf: dmabuf.as_raw_fd(),
         ..request
     };
@@ -54,12 +53,12 @@ pub(crate) fn attach(
     Ok((attachment, argument.ns))
 }
 
-/// `PEERBUF_IOC_IMPORT_MAP`. Returns the nanoseconds that it took.
+/// `PEERBUF_PROBE_IOC_MAP`. Returns the nanoseconds that it took.
 pub(crate) fn map(attachment: BorrowedFd<'_>, direction: u32) -> Result<u64, Errno> {
-    let mut argument = ImportMap {
-        size: size_of::<ImportMap>() as u32,
+    let mut argument = Map {
+        size: size_of::<Map>() as u32,
         direction,
-        ..ImportMap::default()
+        ..Map::default()
     };
     // SAFETY: as in `attach`.
     unsafe { raw::map(attachment.as_raw_fd(), &mut argument) }.map_err(super::ioctl_errno)?;
@@ -68,9 +67,9 @@ pub(crate) fn map(attachment: BorrowedFd<'_>, direction: u32) -> Result<u64, Err
 
 /// One of the ioctls that only do something. Returns the nanoseconds that it took.
 pub(crate) fn step(attachment: BorrowedFd<'_>, step: Step) -> Result<u64, Errno> {
-    let mut argument = ImportStep {
-        size: size_of::<ImportStep>() as u32,
-        ..ImportStep::default()
+    let mut argument = Plain {
+        size: size_of::<Plain>() as u32,
+        ..Plain::default()
     };
     let call = match step {
         Step::Unmap => raw::unmap,
@@ -86,10 +85,10 @@ pub(crate) fn step(attachment: BorrowedFd<'_>, step: Step) -> Result<u64, Errno>
     Ok(argument.ns)
 }
 
-/// `PEERBUF_IOC_IMPORT_FENCE`
+/// `PEERBUF_PROBE_IOC_FENCE`
 pub(crate) fn fence(attachment: BorrowedFd<'_>, usage: u32, timeout_ms: u32) -> Result<(), Errno> {
-    let mut argument = ImportFence {
-        size: size_of::<ImportFence>() as u32,
+    let mut argument = Fence {
+        size: size_of::<Fence>() as u32,
         flags: 0,
         usage,
         timeout_ms,
@@ -99,11 +98,11 @@ pub(crate) fn fence(attachment: BorrowedFd<'_>, usage: u32, timeout_ms: u32) -> 
     Ok(())
 }
 
-/// `PEERBUF_IOC_IMPORT_QUERY`
-pub(crate) fn query(attachment: BorrowedFd<'_>) -> Result<ImportQuery, Errno> {
-    let mut argument = ImportQuery {
-        size: size_of::<ImportQuery>() as u32,
-        ..ImportQuery::default()
+/// `PEERBUF_PROBE_IOC_QUERY`
+pub(crate) fn query(attachment: BorrowedFd<'_>) -> Result<Query, Errno> {
+    let mut argument = Query {
+        size: size_of::<Query>() as u32,
+        ..Query::default()
     };
     // SAFETY: as in `attach`.
     unsafe { raw::query(attachment.as_raw_fd(), &mut argument) }.map_err(super::ioctl_errno)?;

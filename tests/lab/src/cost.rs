@@ -1,5 +1,5 @@
 //! What the operations of an exporter cost, in instructions: peerbuf.ko's beside vfio-pci's, of
-//! the same BAR, with peerbuf.ko's importer as the importer of both.
+//! the same BAR, with peerbuf_probe.ko as the importer of both.
 //!
 //! Runs in a guest whose clock counts instructions. What the importer does is timed in the kernel,
 //! around the one call that it makes; export, revoke, restore and moves are timed here, around one
@@ -12,7 +12,7 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::process::Command;
 
 use peerbuf::device::vfio::VfioDevice;
-use peerbuf_uapi as abi;
+use peerbuf_uapi::{self as abi, probe};
 
 use crate::importer::{DYNAMIC, Importer, PEER};
 use crate::modules;
@@ -163,9 +163,9 @@ impl Costs {
             for round in 0..ROUNDS + 5 {
                 let (export, fd) = exporter.export(size);
                 let importer = attach(&fd);
-                let map = importer.map_for(abi::IMPORT_BIDIRECTIONAL).unwrap();
-                let unmap = importer.step(abi::IOC_IMPORT_UNMAP).unwrap();
-                let detach = importer.step(abi::IOC_IMPORT_DETACH).unwrap();
+                let map = importer.map_for(probe::BIDIRECTIONAL).unwrap();
+                let unmap = importer.step(probe::IOC_UNMAP).unwrap();
+                let detach = importer.step(probe::IOC_DETACH).unwrap();
                 let costs = [export, importer.attach_ns, map, unmap, detach];
                 // The first do not count.
                 if round >= 5 {
@@ -185,7 +185,7 @@ impl Costs {
             let mut restores = Vec::new();
             let revoke = median(|| {
                 for importer in &importers {
-                    importer.map_for(abi::IMPORT_BIDIRECTIONAL).unwrap();
+                    importer.map_for(probe::BIDIRECTIONAL).unwrap();
                 }
                 let revoke = exporter.revoke(&fd);
                 for importer in &importers {

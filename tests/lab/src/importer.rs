@@ -5,14 +5,14 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
-use peerbuf_uapi as abi;
+use peerbuf_uapi::probe;
 
 use crate::node::ioctl;
 
 /// Can be told that its mappings are stale.
-pub const DYNAMIC: u32 = abi::IMPORT_DYNAMIC;
+pub const DYNAMIC: u32 = probe::DYNAMIC;
 /// Asks for peer memory.
-pub const PEER: u32 = abi::IMPORT_PEER;
+pub const PEER: u32 = probe::PEER;
 
 /// Opens `/dev/peerbuf/importer`.
 ///
@@ -26,10 +26,10 @@ pub fn open() -> io::Result<File> {
         .open("/dev/peerbuf/importer")
 }
 
-/// A request to attach a dma-buf on behalf of a PCI device, with these `IMPORT_*` flags.
-pub fn request(fd: BorrowedFd<'_>, bdf: &str, flags: u32) -> abi::ImportAttach {
-    let mut request = abi::ImportAttach {
-        size: size_of::<abi::ImportAttach>() as u32,
+/// A request to attach a dma-buf on behalf of a PCI device, with these `probe::*` flags.
+pub fn request(fd: BorrowedFd<'_>, bdf: &str, flags: u32) -> probe::Attach {
+    let mut request = probe::Attach {
+        size: size_of::<probe::Attach>() as u32,
         flags,
         dmabuf: fd.as_raw_fd(),
         fd_flags: libc::O_CLOEXEC as u32,
@@ -58,7 +58,7 @@ impl Importer {
     pub fn attach(fd: BorrowedFd<'_>, bdf: &str, flags: u32, late_ms: u32) -> io::Result<Self> {
         let mut request = request(fd, bdf, flags);
         if late_ms != 0 {
-            request.on_invalidate = abi::IMPORT_ON_INVALIDATE_HOLD;
+            request.on_invalidate = probe::ON_INVALIDATE_HOLD;
             request.hold_ms = late_ms;
         }
         Self::attach_as(request)
@@ -69,10 +69,10 @@ impl Importer {
     /// # Errors
     ///
     /// What the kernel answers.
-    pub fn attach_as(mut request: abi::ImportAttach) -> io::Result<Self> {
+    pub fn attach_as(mut request: probe::Attach) -> io::Result<Self> {
         let node = open()?;
         let at = (&raw mut request).addr();
-        ioctl(node.as_fd(), abi::IOC_IMPORT_ATTACH, at)?;
+        ioctl(node.as_fd(), probe::IOC_ATTACH, at)?;
         // SAFETY: The ioctl has just made this descriptor, and nobody else knows of it.
         let fd = unsafe { OwnedFd::from_raw_fd(request.fd) };
         Ok(Self {
@@ -87,74 +87,74 @@ impl Importer {
     ///
     /// What the kernel answers.
     pub fn map(&self) -> io::Result<Mapping> {
-        self.map_for(abi::IMPORT_BIDIRECTIONAL)?;
+        self.map_for(probe::BIDIRECTIONAL)?;
         Ok(self.mapping())
     }
 
-    /// Maps the attachment in an `IMPORT_*` direction; the nanoseconds that it took in the kernel.
+    /// Maps the attachment in an `probe::*` direction; the nanoseconds that it took in the kernel.
     ///
     /// # Errors
     ///
     /// What the kernel answers.
     pub fn map_for(&self, direction: u32) -> io::Result<u64> {
-        let mut map = abi::ImportMap {
-            size: size_of::<abi::ImportMap>() as u32,
+        let mut map = probe::Map {
+            size: size_of::<probe::Map>() as u32,
             direction,
             ..Default::default()
         };
         let at = (&raw mut map).addr();
-        ioctl(self.fd.as_fd(), abi::IOC_IMPORT_MAP, at)?;
+        ioctl(self.fd.as_fd(), probe::IOC_MAP, at)?;
         Ok(map.ns)
     }
 
     /// Unmaps it, if it is mapped.
     pub fn unmap(&self) {
-        match self.step(abi::IOC_IMPORT_UNMAP) {
+        match self.step(probe::IOC_UNMAP) {
             Ok(_) => {}
             Err(e) => assert_eq!(e.raw_os_error(), Some(libc::ENOENT), "unmap: {e}"),
         }
     }
 
-    /// One of the ioctls that take an [`abi::ImportStep`]; the nanoseconds that it took in the
+    /// One of the ioctls that take an [`probe::Step`]; the nanoseconds that it took in the
     /// kernel.
     ///
     /// # Errors
     ///
     /// What the kernel answers.
     pub fn step(&self, number: u32) -> io::Result<u64> {
-        let mut step = abi::ImportStep {
-            size: size_of::<abi::ImportStep>() as u32,
+        let mut step = probe::Step {
+            size: size_of::<probe::Step>() as u32,
             ..Default::default()
         };
         ioctl(self.fd.as_fd(), number, (&raw mut step).addr())?;
         Ok(step.ns)
     }
 
-    /// Leaves a fence of an `IMPORT_FENCE_*` usage that signals by itself after `timeout_ms`.
+    /// Leaves a fence of an `probe::FENCE_*` usage that signals by itself after `timeout_ms`.
     ///
     /// # Errors
     ///
     /// What the kernel answers.
     pub fn fence(&self, usage: u32, timeout_ms: u32) -> io::Result<()> {
-        let mut fence = abi::ImportFence {
-            size: size_of::<abi::ImportFence>() as u32,
+        let mut fence = probe::Fence {
+            size: size_of::<probe::Fence>() as u32,
             flags: 0,
             usage,
             timeout_ms,
         };
         let at = (&raw mut fence).addr();
-        ioctl(self.fd.as_fd(), abi::IOC_IMPORT_FENCE, at)?;
+        ioctl(self.fd.as_fd(), probe::IOC_FENCE, at)?;
         Ok(())
     }
 
     /// All that is known of it.
-    pub fn query(&self) -> abi::ImportQuery {
-        let mut query = abi::ImportQuery {
-            size: size_of::<abi::ImportQuery>() as u32,
+    pub fn query(&self) -> probe::Query {
+        let mut query = probe::Query {
+            size: size_of::<probe::Query>() as u32,
             ..Default::default()
         };
         let at = (&raw mut query).addr();
-        ioctl(self.fd.as_fd(), abi::IOC_IMPORT_QUERY, at).expect("query");
+        ioctl(self.fd.as_fd(), probe::IOC_QUERY, at).expect("query");
         query
     }
 
@@ -163,7 +163,7 @@ impl Importer {
         let query = self.query();
         State {
             invalidations: query.invalidations as u32,
-            mapped: u32::from(query.state & abi::IMPORT_MAPPED != 0),
+            mapped: u32::from(query.state & probe::MAPPED != 0),
         }
     }
 

@@ -19,7 +19,7 @@ use peerbuf_lab_suite::node::{
     in_child, ioctl, nvme_bdf, pattern, sync,
 };
 use peerbuf_lab_suite::pci::wait_until;
-use peerbuf_uapi as abi;
+use peerbuf_uapi::{self as abi, probe};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
@@ -356,7 +356,7 @@ fn bad_requests_get_their_errno_and_change_nothing() {
     query.reserved = 0;
     query.size -= 1;
     assert_eq!(errno(node.call(abi::IOC_QUERY, &mut query)), libc::EINVAL);
-    for number in [0u32, 0xBB09, 0xBBFF, 0xBA00, 0x4004_BB00, u32::MAX] {
+    for number in [0u32, 0xBB09, 0xBBFF, 0xBC00, 0x4004_BB00, u32::MAX] {
         assert_eq!(
             errno(node.call(number, &mut query)),
             libc::ENOTTY,
@@ -869,7 +869,7 @@ fn a_device_has_its_driver_until_no_importer_reaches_it() {
     assert_eq!(driver_in_proc(&bdf), "peerbuf");
     thread::scope(|scope| {
         let unbinding = scope.spawn(|| Node::unbind(&bdf));
-        wait_until("it is told", || late.query().state & abi::IMPORT_STALE != 0);
+        wait_until("it is told", || late.query().state & probe::STALE != 0);
         thread::sleep(Duration::from_millis(300));
         let driver = driver_in_proc(&bdf);
         late.unmap();

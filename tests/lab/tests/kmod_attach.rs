@@ -18,7 +18,7 @@ use peerbuf_lab_suite::node::{
     MIB, Map, Node, PAGE, assert_all_free, differs, errno, fill, in_child, nvme_bdf,
 };
 use peerbuf_lab_suite::pci::spare_device;
-use peerbuf_uapi as abi;
+use peerbuf_uapi::{self as abi, probe};
 use peerbuf_uapi::{PLACEMENT_DEVICE, PLACEMENT_MIXED, PLACEMENT_SYSTEM};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
@@ -28,12 +28,12 @@ fn attach(fd: &OwnedFd, flags: u32) -> io::Result<Importer> {
     Importer::attach(fd.as_fd(), &nvme_bdf(), flags, 0)
 }
 
-/// As [`attach`], with an `IMPORT_ON_INVALIDATE_*`.
+/// As [`attach`], with an `probe::ON_INVALIDATE_*`.
 fn attach_that(fd: &OwnedFd, flags: u32, on_invalidate: u32) -> Importer {
     let mut request = importer::request(fd.as_fd(), &nvme_bdf(), flags);
     request.on_invalidate = on_invalidate;
-    if on_invalidate == abi::IMPORT_ON_INVALIDATE_HOLD {
-        request.hold_ms = abi::IMPORT_MAX_MS;
+    if on_invalidate == probe::ON_INVALIDATE_HOLD {
+        request.hold_ms = probe::MAX_MS;
     }
     Importer::attach_as(request).unwrap()
 }
@@ -57,7 +57,7 @@ fn who_cannot_use_the_bar_gets_system_memory() {
         assert_eq!(placement(&node, &fd), PLACEMENT_SYSTEM, "{flags}");
         assert_eq!(differs(&seen, 0, MIB as usize, 1), None);
         if flags == PEER {
-            importer.step(abi::IOC_IMPORT_PIN).unwrap();
+            importer.step(probe::IOC_PIN).unwrap();
         }
         let mapping = importer.map().unwrap();
         assert!(system(MIB)(&mapping), "{mapping:?}");
@@ -70,7 +70,7 @@ fn who_cannot_use_the_bar_gets_system_memory() {
         // For as long as it is attached, mapped or not.
         importer.unmap();
         if flags == PEER {
-            importer.step(abi::IOC_IMPORT_UNPIN).unwrap();
+            importer.step(probe::IOC_UNPIN).unwrap();
         }
         assert_eq!(errno(node.move_to(&fd, PLACEMENT_DEVICE)), libc::EBUSY);
         drop(importer);
@@ -107,7 +107,7 @@ fn a_refusal_says_who_and_why() {
     for flags in [0, DYNAMIC, PEER, DYNAMIC | PEER] {
         let importer = attach(&fd, flags).unwrap();
         if flags == PEER {
-            importer.step(abi::IOC_IMPORT_PIN).unwrap();
+            importer.step(probe::IOC_PIN).unwrap();
         }
         assert!(system(MIB)(&importer.map().unwrap()));
     }
@@ -118,7 +118,7 @@ fn a_pinned_buffer_refuses_who_would_move_it() {
     let node = Node::largest();
     let fd = node.export_movable(MIB).unwrap();
     let peer = attach(&fd, DYNAMIC | PEER).unwrap();
-    peer.step(abi::IOC_IMPORT_PIN).unwrap();
+    peer.step(probe::IOC_PIN).unwrap();
     assert_eq!(errno(node.move_to(&fd, PLACEMENT_SYSTEM)), libc::EBUSY);
     assert_eq!(errno(attach(&fd, 0)), libc::EBUSY);
     let query = node.buffer(&fd).unwrap();
@@ -131,11 +131,11 @@ fn a_pinned_buffer_refuses_who_would_move_it() {
     assert_eq!(node.revoke(&fd, 1000).unwrap().holders, 0);
     assert_eq!(peer.state().invalidations, 1);
     node.restore(&fd).unwrap();
-    peer.step(abi::IOC_IMPORT_UNPIN).unwrap();
+    peer.step(probe::IOC_UNPIN).unwrap();
     node.move_to(&fd, PLACEMENT_SYSTEM).unwrap();
     assert_eq!(node.buffer(&fd).unwrap().pins, 0);
     // Pins of an importer that goes without a word go with it.
-    peer.step(abi::IOC_IMPORT_PIN).unwrap();
+    peer.step(probe::IOC_PIN).unwrap();
     drop(peer);
     node.move_to(&fd, PLACEMENT_DEVICE).unwrap();
 }
@@ -164,9 +164,9 @@ fn the_pins_of_an_importer_that_forgets_them_end_when_it_detaches() {
     assert_eq!((query.nr_attachments, query.pins), (0, 0));
     // The pins of others are theirs.
     let peer = attach(&fd, DYNAMIC | PEER).unwrap();
-    peer.step(abi::IOC_IMPORT_PIN).unwrap();
+    peer.step(probe::IOC_PIN).unwrap();
     assert_eq!(errno(node.move_to(&fd, PLACEMENT_SYSTEM)), libc::EBUSY);
-    peer.step(abi::IOC_IMPORT_UNPIN).unwrap();
+    peer.step(probe::IOC_UNPIN).unwrap();
     node.move_to(&fd, PLACEMENT_SYSTEM).unwrap();
 }
 
@@ -174,7 +174,7 @@ fn the_pins_of_an_importer_that_forgets_them_end_when_it_detaches() {
 fn importers_of_every_kind_share_a_buffer() {
     let node = Node::largest();
     let fd = node.export_movable(MIB).unwrap();
-    let peer = attach_that(&fd, DYNAMIC | PEER, abi::IMPORT_ON_INVALIDATE_REMAP);
+    let peer = attach_that(&fd, DYNAMIC | PEER, probe::ON_INVALIDATE_REMAP);
     let mapping = peer.map().unwrap();
     assert_eq!((mapping.bus, mapping.system), (MIB, 0));
     // A static one comes: the peer is told, and finds the bytes in system memory.
@@ -209,7 +209,7 @@ fn importers_of_every_kind_share_a_buffer() {
 fn an_old_mapping_keeps_its_memory_and_holds_up_the_way_back() {
     let node = Node::largest();
     let (fd, _) = node.export(None, MIB).unwrap();
-    let holder = attach_that(&fd, DYNAMIC | PEER, abi::IMPORT_ON_INVALIDATE_HOLD);
+    let holder = attach_that(&fd, DYNAMIC | PEER, probe::ON_INVALIDATE_HOLD);
     assert_eq!(holder.map().unwrap().bus, MIB);
     // The way out is free: what it still reaches is in nobody's use.
     node.move_to(&fd, PLACEMENT_SYSTEM).unwrap();
@@ -237,10 +237,10 @@ fn moves_wait_for_fences_of_every_usage() {
     let (fd, _) = node.export(None, MIB).unwrap();
     let importer = attach(&fd, DYNAMIC | PEER).unwrap();
     for usage in [
-        abi::IMPORT_FENCE_KERNEL,
-        abi::IMPORT_FENCE_WRITE,
-        abi::IMPORT_FENCE_READ,
-        abi::IMPORT_FENCE_BOOKKEEP,
+        probe::FENCE_KERNEL,
+        probe::FENCE_WRITE,
+        probe::FENCE_READ,
+        probe::FENCE_BOOKKEEP,
     ] {
         importer.map().unwrap();
         importer.fence(usage, 30_000).unwrap();
@@ -249,7 +249,7 @@ fn moves_wait_for_fences_of_every_usage() {
         let revoked = node.revoke(&fd, 50).unwrap();
         assert_eq!(revoked.fences, 1, "usage {usage}");
         assert_eq!(errno(node.restore(&fd)), libc::EBUSY);
-        importer.step(abi::IOC_IMPORT_SIGNAL).unwrap();
+        importer.step(probe::IOC_SIGNAL).unwrap();
         node.revoke(&fd, 1000).unwrap();
         node.restore(&fd).unwrap();
         // One that signals while it is waited for.
@@ -285,7 +285,7 @@ impl Fencing {
                 if stopped.load(Ordering::Relaxed) || Instant::now() > end {
                     return;
                 }
-                match errno(importer.fence(abi::IMPORT_FENCE_BOOKKEEP, Self::MS)) {
+                match errno(importer.fence(probe::FENCE_BOOKKEEP, Self::MS)) {
                     0 | libc::EBUSY => {}
                     other => panic!("{other}"),
                 }
@@ -340,7 +340,7 @@ fn a_fence_from_before_the_mark_is_waited_for_by_every_reason() {
     let (fd, _) = node.export(None, MIB).unwrap();
     let importer = attach(&fd, DYNAMIC | PEER).unwrap();
     let began = Instant::now();
-    importer.fence(abi::IMPORT_FENCE_READ, 1500).unwrap();
+    importer.fence(probe::FENCE_READ, 1500).unwrap();
     assert_eq!(node.revoke(&fd, 50).unwrap().fences, 1);
     assert_eq!(errno(node.restore(&fd)), libc::EBUSY);
     Node::unbind(&bdf);
@@ -360,7 +360,7 @@ fn a_buffer_that_is_held_up_holds_up_no_other() {
     let bdf = node.bdf.clone();
     let (held, _) = node.export(None, MIB).unwrap();
     let importer = attach(&held, DYNAMIC | PEER).unwrap();
-    importer.fence(abi::IMPORT_FENCE_BOOKKEEP, LONG_MS).unwrap();
+    importer.fence(probe::FENCE_BOOKKEEP, LONG_MS).unwrap();
     let pause = Duration::from_millis(300);
     thread::scope(|scope| {
         let (node, held) = (&node, &held);
@@ -386,7 +386,7 @@ fn a_buffer_that_is_held_up_holds_up_no_other() {
             fs::write(format!("/sys/bus/pci/drivers/ahci/{action}"), &spare).unwrap();
         }
         assert!(!moving.is_finished(), "all that waited for the fence");
-        importer.step(abi::IOC_IMPORT_SIGNAL).unwrap();
+        importer.step(probe::IOC_SIGNAL).unwrap();
     });
     assert_eq!(
         placement(&node, &held),
@@ -400,7 +400,7 @@ fn a_fault_on_a_buffer_that_is_held_up_ends_with_a_signal() {
     let node = Node::largest();
     let (fd, _) = node.export(None, MIB).unwrap();
     let [fencing, mapping] = [(); 2].map(|()| attach(&fd, DYNAMIC | PEER).unwrap());
-    fencing.fence(abi::IMPORT_FENCE_KERNEL, LONG_MS).unwrap();
+    fencing.fence(probe::FENCE_KERNEL, LONG_MS).unwrap();
     let map = Map::new(fd.as_fd(), MIB as usize, false).unwrap();
     let pause = Duration::from_millis(300);
     thread::scope(|scope| {
@@ -418,7 +418,7 @@ fn a_fault_on_a_buffer_that_is_held_up_ends_with_a_signal() {
         thread::sleep(pause);
         drop(Map::new(fd.as_fd(), MIB as usize, false).unwrap());
         assert!(!waiting.is_finished(), "a mapping waited for the fence");
-        fencing.step(abi::IOC_IMPORT_SIGNAL).unwrap();
+        fencing.step(probe::IOC_SIGNAL).unwrap();
     });
 }
 
@@ -426,7 +426,7 @@ fn a_fault_on_a_buffer_that_is_held_up_ends_with_a_signal() {
 fn revoke_names_who_does_not_let_go() {
     let node = Node::largest();
     let (fd, _) = node.export(None, MIB).unwrap();
-    let holder = attach_that(&fd, DYNAMIC | PEER, abi::IMPORT_ON_INVALIDATE_HOLD);
+    let holder = attach_that(&fd, DYNAMIC | PEER, probe::ON_INVALIDATE_HOLD);
     let good = attach(&fd, DYNAMIC | PEER).unwrap();
     holder.map().unwrap();
     good.map().unwrap();
@@ -440,7 +440,7 @@ fn revoke_names_who_does_not_let_go() {
     // Nobody comes in meanwhile.
     assert_eq!(errno(good.map()), libc::ENODEV);
     assert_eq!(errno(attach(&fd, DYNAMIC | PEER)), libc::ENODEV);
-    assert_eq!(errno(good.step(abi::IOC_IMPORT_PIN)), libc::ENODEV);
+    assert_eq!(errno(good.step(probe::IOC_PIN)), libc::ENODEV);
     assert_eq!(errno(node.restore(&fd)), libc::EBUSY);
     holder.unmap();
     assert_eq!(node.revoke(&fd, 1000).unwrap().holders, 0);
@@ -452,7 +452,7 @@ fn revoke_names_who_does_not_let_go() {
 fn who_waits_long_for_a_revoke_can_be_killed() {
     let node = Node::largest();
     let (fd, _) = node.export(None, MIB).unwrap();
-    let holder = attach_that(&fd, DYNAMIC | PEER, abi::IMPORT_ON_INVALIDATE_HOLD);
+    let holder = attach_that(&fd, DYNAMIC | PEER, probe::ON_INVALIDATE_HOLD);
     holder.map().unwrap();
     let child = in_child(|| node.revoke(&fd, u32::MAX).unwrap().holders as i32);
     thread::sleep(Duration::from_millis(300));
@@ -489,14 +489,14 @@ fn kernel_mappings_show_either_place_and_keep_it() {
     let importer = attach(&fd, DYNAMIC | PEER).unwrap();
     for to in [PLACEMENT_DEVICE, PLACEMENT_SYSTEM] {
         node.move_to(&fd, to).unwrap();
-        importer.step(abi::IOC_IMPORT_VMAP).unwrap();
+        importer.step(probe::IOC_VMAP).unwrap();
         // Never called iomem: the kernel's video drivers drop the flag and then trip over it.
-        assert_eq!(importer.query().state & abi::IMPORT_VMAP_IOMEM, 0);
+        assert_eq!(importer.query().state & probe::VMAP_IOMEM, 0);
         let other = PLACEMENT_DEVICE + PLACEMENT_SYSTEM - to;
         assert_eq!(errno(node.move_to(&fd, other)), libc::EBUSY);
         assert_eq!(node.buffer(&fd).unwrap().vmaps, 1);
         assert_eq!(node.revoke(&fd, 50).unwrap().holders, 1);
-        importer.step(abi::IOC_IMPORT_VUNMAP).unwrap();
+        importer.step(probe::IOC_VUNMAP).unwrap();
         assert_eq!(node.revoke(&fd, 50).unwrap().holders, 0);
         node.restore(&fd).unwrap();
     }
@@ -509,8 +509,8 @@ fn kernel_mappings_show_either_place_and_keep_it() {
     let mut ranges = [range(32 * MIB), range(34 * MIB), range(33 * MIB)];
     let (fd, _) = node.export_ranges(0, &mut ranges).unwrap();
     let importer = attach(&fd, DYNAMIC | PEER).unwrap();
-    importer.step(abi::IOC_IMPORT_VMAP).unwrap();
-    assert_ne!(importer.query().state & abi::IMPORT_VMAPPED, 0);
+    importer.step(probe::IOC_VMAP).unwrap();
+    assert_ne!(importer.query().state & probe::VMAPPED, 0);
 }
 
 #[test]
@@ -650,7 +650,7 @@ fn a_reset_revokes_first_and_gives_access_again_after() {
     // Direct I/O in flight and an importer that is slow: the reset waits for both.
     let disk = disk::open_direct(SCRATCH).unwrap();
     let mut late = importer::request(fd.as_fd(), &nvme_bdf(), DYNAMIC | PEER);
-    late.on_invalidate = abi::IMPORT_ON_INVALIDATE_HOLD;
+    late.on_invalidate = probe::ON_INVALIDATE_HOLD;
     late.hold_ms = 300;
     let late = Importer::attach_as(late).unwrap();
     late.map().unwrap();
@@ -689,7 +689,7 @@ fn everything_races_with_everything() {
                         if flags & DYNAMIC != 0 {
                             request.on_invalidate = random.random_range(0..3);
                         }
-                        if request.on_invalidate == abi::IMPORT_ON_INVALIDATE_HOLD {
+                        if request.on_invalidate == probe::ON_INVALIDATE_HOLD {
                             request.hold_ms = random.random_range(1..30);
                         }
                         let Ok(importer) = Importer::attach_as(request) else {
@@ -698,9 +698,9 @@ fn everything_races_with_everything() {
                         for _ in 0..random.random_range(0..8) {
                             let _ = match random.random_range(0..5) {
                                 0 => importer.map_for(random.random_range(0..3)),
-                                1 => importer.step(abi::IOC_IMPORT_UNMAP),
-                                2 if flags & DYNAMIC != 0 => importer.step(abi::IOC_IMPORT_PIN),
-                                3 if flags & DYNAMIC != 0 => importer.step(abi::IOC_IMPORT_UNPIN),
+                                1 => importer.step(probe::IOC_UNMAP),
+                                2 if flags & DYNAMIC != 0 => importer.step(probe::IOC_PIN),
+                                3 if flags & DYNAMIC != 0 => importer.step(probe::IOC_UNPIN),
                                 _ => importer
                                     .fence(random.random_range(0..4), random.random_range(1..10))
                                     .map(|()| 0),

@@ -24,7 +24,7 @@ use peerbuf_lab_suite::memory;
 use peerbuf_lab_suite::node::{
     Map, Node, PAGE, SYNC_END, SYNC_WRITE, assert_all_free, errno, ioctl, nvme_bdf, pattern, sync,
 };
-use peerbuf_uapi as abi;
+use peerbuf_uapi::{self as abi, probe};
 use peerbuf_uapi::{PLACEMENT_DEVICE, PLACEMENT_SYSTEM};
 use rustix::event::{EventfdFlags, eventfd};
 
@@ -223,7 +223,7 @@ fn attached(make: impl Fn(&Node) -> OwnedFd, flags: u32) -> Attached {
     (node, fd, importer)
 }
 
-fn all_of(stage: &Attached) -> (abi::BufferQuery, abi::ImportQuery, RawFd) {
+fn all_of(stage: &Attached) -> (abi::BufferQuery, probe::Query, RawFd) {
     let (node, fd, importer) = stage;
     (still(node, fd), importer.query(), lowest_fd())
 }
@@ -378,7 +378,7 @@ fn revoking_and_watching() {
 
 #[test]
 fn attaching() {
-    type Stage = (Node, OwnedFd, Option<OwnedFd>, File, abi::ImportAttach);
+    type Stage = (Node, OwnedFd, Option<OwnedFd>, File, probe::Attach);
     let prepare = |flags: u32| {
         move || {
             let node = Node::largest();
@@ -390,7 +390,7 @@ fn attaching() {
     let call = |stage: &mut Stage| {
         let mut request = stage.4;
         let at = (&raw mut request).addr();
-        ioctl(stage.3.as_fd(), abi::IOC_IMPORT_ATTACH, at)?;
+        ioctl(stage.3.as_fd(), probe::IOC_ATTACH, at)?;
         // SAFETY: The call has just made it.
         stage.2 = Some(unsafe { OwnedFd::from_raw_fd(request.fd) });
         Ok(())
@@ -424,7 +424,7 @@ fn mapping() {
         let mut ranges = [range(MANY, abi::RANGE_SYSTEM), range(3, abi::RANGE_SYSTEM)];
         node.export_ranges(0, &mut ranges).unwrap().0
     };
-    let map = |stage: &mut Attached| stage.2.map_for(abi::IMPORT_BIDIRECTIONAL).map(drop);
+    let map = |stage: &mut Attached| stage.2.map_for(probe::BIDIRECTIONAL).map(drop);
     type Make<'a> = &'a dyn Fn(&Node) -> OwnedFd;
     let makes: [(&str, Make<'_>); 3] = [
         ("the BAR", &scattered),
@@ -442,7 +442,7 @@ fn mapping() {
     expect("dma_buf_vmap");
     for (what, make) in &makes[..2] {
         let prepare = || attached(make, DYNAMIC | PEER);
-        let vmap = |stage: &mut Attached| stage.2.step(abi::IOC_IMPORT_VMAP).map(drop);
+        let vmap = |stage: &mut Attached| stage.2.step(probe::IOC_VMAP).map(drop);
         each_place(&format!("VMAP of {what}"), 8, prepare, vmap, all_of);
     }
     finish();
@@ -456,9 +456,9 @@ fn the_other_steps_of_an_importer() {
             let stage = attached(mixed, DYNAMIC | PEER);
             for &number in numbers {
                 match number {
-                    abi::IOC_IMPORT_MAP => drop(stage.2.map().unwrap()),
-                    abi::IOC_IMPORT_FENCE => {
-                        stage.2.fence(abi::IMPORT_FENCE_READ, 20_000).unwrap();
+                    probe::IOC_MAP => drop(stage.2.map().unwrap()),
+                    probe::IOC_FENCE => {
+                        stage.2.fence(probe::FENCE_READ, 20_000).unwrap();
                     }
                     number => drop(stage.2.step(number).unwrap()),
                 }
@@ -467,32 +467,28 @@ fn the_other_steps_of_an_importer() {
         }
     };
     let steps: [(&str, u32, &'static [u32]); 5] = [
-        ("UNMAP", abi::IOC_IMPORT_UNMAP, &[abi::IOC_IMPORT_MAP]),
-        ("PIN", abi::IOC_IMPORT_PIN, &[]),
-        ("UNPIN", abi::IOC_IMPORT_UNPIN, &[abi::IOC_IMPORT_PIN]),
-        ("SIGNAL", abi::IOC_IMPORT_SIGNAL, &[abi::IOC_IMPORT_FENCE]),
+        ("UNMAP", probe::IOC_UNMAP, &[probe::IOC_MAP]),
+        ("PIN", probe::IOC_PIN, &[]),
+        ("UNPIN", probe::IOC_UNPIN, &[probe::IOC_PIN]),
+        ("SIGNAL", probe::IOC_SIGNAL, &[probe::IOC_FENCE]),
         (
             "DETACH",
-            abi::IOC_IMPORT_DETACH,
-            &[
-                abi::IOC_IMPORT_MAP,
-                abi::IOC_IMPORT_PIN,
-                abi::IOC_IMPORT_FENCE,
-            ],
+            probe::IOC_DETACH,
+            &[probe::IOC_MAP, probe::IOC_PIN, probe::IOC_FENCE],
         ),
     ];
     for (what, number, before) in steps {
         each_place(what, 3, done(before), step(number), all_of);
     }
-    let fence = |stage: &mut Attached| stage.2.fence(abi::IMPORT_FENCE_WRITE, 20_000);
+    let fence = |stage: &mut Attached| stage.2.fence(probe::FENCE_WRITE, 20_000);
     each_place("FENCE", 4, done(&[]), fence, all_of);
     let query = |stage: &mut Attached| {
-        let mut query = abi::ImportQuery {
-            size: size_of::<abi::ImportQuery>() as u32,
+        let mut query = probe::Query {
+            size: size_of::<probe::Query>() as u32,
             ..Default::default()
         };
         let at = (&raw mut query).addr();
-        ioctl(stage.2.fd.as_fd(), abi::IOC_IMPORT_QUERY, at).map(drop)
+        ioctl(stage.2.fd.as_fd(), probe::IOC_QUERY, at).map(drop)
     };
     each_place("IMPORT_QUERY", 3, done(&[]), query, all_of);
     finish();

@@ -21,7 +21,7 @@ use peerbuf_lab_suite::node::{
     MIB, Map, Node, PAGE, SYNC_READ, SYNC_WRITE, assert_all_free, errno, in_child, nvme_bdf, sync,
 };
 use peerbuf_lab_suite::pci::wait_until;
-use peerbuf_uapi as abi;
+use peerbuf_uapi::{self as abi, probe};
 use peerbuf_uapi::{PLACEMENT_DEVICE, PLACEMENT_SYSTEM};
 use rustix::event::{EventfdFlags, eventfd};
 
@@ -121,11 +121,8 @@ fn with_everything_under_way(bdf: &str, go: impl FnOnce(&Busy) -> bool) {
     node.watch(abi::IOC_WATCH, &busy.touched, event.as_fd())
         .unwrap();
 
-    let told = abi::IMPORT_ON_INVALIDATE_UNMAP;
-    let (remaps, holds) = (
-        abi::IMPORT_ON_INVALIDATE_REMAP,
-        abi::IMPORT_ON_INVALIDATE_HOLD,
-    );
+    let told = probe::ON_INVALIDATE_UNMAP;
+    let (remaps, holds) = (probe::ON_INVALIDATE_REMAP, probe::ON_INVALIDATE_HOLD);
     let good = attach(&busy.imported, DYNAMIC | PEER, told, 0);
     let again = attach(&busy.imported, DYNAMIC | PEER, remaps, 0);
     let late = attach(&busy.imported, DYNAMIC | PEER, holds, LATE_MS);
@@ -135,9 +132,9 @@ fn with_everything_under_way(bdf: &str, go: impl FnOnce(&Busy) -> bool) {
     for importer in [&good, &again, &late, &stubborn, &settled] {
         importer.map().unwrap();
     }
-    good.step(abi::IOC_IMPORT_PIN).unwrap();
-    again.fence(abi::IMPORT_FENCE_BOOKKEEP, LATE_MS).unwrap();
-    kernel.step(abi::IOC_IMPORT_VMAP).unwrap();
+    good.step(probe::IOC_PIN).unwrap();
+    again.fence(probe::FENCE_BOOKKEEP, LATE_MS).unwrap();
+    kernel.step(probe::IOC_VMAP).unwrap();
 
     // A process of its own, since a load from what was revoked ends it.
     let loader = in_child(|| {
@@ -192,7 +189,7 @@ fn with_everything_under_way(bdf: &str, go: impl FnOnce(&Busy) -> bool) {
         let (stubborn, kernel) = (&stubborn, &kernel);
         scope.spawn(move || {
             wait_until("its mapping is stale", || {
-                stubborn.query().state & abi::IMPORT_STALE != 0
+                stubborn.query().state & probe::STALE != 0
             });
             thread::sleep(pause);
             stubborn.unmap();
@@ -202,7 +199,7 @@ fn with_everything_under_way(bdf: &str, go: impl FnOnce(&Busy) -> bool) {
                 node.buffer(&busy.touched).unwrap().state != abi::STATE_LIVE
             });
             thread::sleep(pause);
-            kernel.step(abi::IOC_IMPORT_VUNMAP).unwrap();
+            kernel.step(probe::IOC_VUNMAP).unwrap();
         });
 
         let began = Stopwatch::start();
@@ -227,7 +224,7 @@ fn with_everything_under_way(bdf: &str, go: impl FnOnce(&Busy) -> bool) {
                 assert!(!device || query.busy_pages == 0, "{query:?}");
             }
             for importer in [&good, &again, &late, stubborn] {
-                assert_eq!(importer.query().state & abi::IMPORT_MAPPED, 0);
+                assert_eq!(importer.query().state & probe::MAPPED, 0);
                 assert_eq!(errno(importer.map()), libc::ENODEV);
             }
             assert_eq!(kernel_reads(touched, 0), libc::EFAULT);

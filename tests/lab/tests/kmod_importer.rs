@@ -1,4 +1,4 @@
-//! What peerbuf.ko's importer promises, with buffers of three exporters. Runs in the guest.
+//! What peerbuf_probe.ko, the importer, promises, with buffers of three exporters. Runs in the guest.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Write};
@@ -16,7 +16,7 @@ use peerbuf_lab_suite::importer::{self, DYNAMIC, Importer, Mapping, PEER};
 use peerbuf_lab_suite::memory;
 use peerbuf_lab_suite::node::{Map, Node, errno, in_child, ioctl, nvme_bdf};
 use peerbuf_lab_suite::pci::{bound_to, spare_device, wait_until};
-use peerbuf_uapi as abi;
+use peerbuf_uapi::{self as abi, probe};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
@@ -96,9 +96,9 @@ fn what_an_unprivileged_process_was_given_it_may_use_and_no_more() {
         attachment.unmap();
         let mut request = importer::request(buffer.as_fd(), &nvme_bdf(), 0);
         let at = (&raw mut request).addr();
-        assert_eq!(errno(ioctl(node.as_fd(), abi::IOC_IMPORT_ATTACH, at)), 0);
+        assert_eq!(errno(ioctl(node.as_fd(), probe::IOC_ATTACH, at)), 0);
         // An attachment is no way to another: not even to attach again.
-        let on_attachment = ioctl(attachment.fd.as_fd(), abi::IOC_IMPORT_ATTACH, at);
+        let on_attachment = ioctl(attachment.fd.as_fd(), probe::IOC_ATTACH, at);
         assert_eq!(errno(on_attachment), libc::ENOTTY);
         0
     })
@@ -118,11 +118,11 @@ fn bad_requests_get_their_errno_and_change_nothing() {
         request.bdf[..bdf.len()].copy_from_slice(bdf);
         request
     };
-    let holding = abi::ImportAttach {
-        on_invalidate: abi::IMPORT_ON_INVALIDATE_HOLD,
+    let holding = probe::Attach {
+        on_invalidate: probe::ON_INVALIDATE_HOLD,
         ..good
     };
-    type Change = fn(&mut abi::ImportAttach);
+    type Change = fn(&mut probe::Attach);
     let changes: [(&str, Change, i32); 14] = [
         ("a size of zero", |r| r.size = 0, libc::EINVAL),
         ("a short size", |r| r.size -= 1, libc::EINVAL),
@@ -145,7 +145,7 @@ fn bad_requests_get_their_errno_and_change_nothing() {
         ("a time without holding", |r| r.hold_ms = 1, libc::EINVAL),
         (
             "a long lingering",
-            |r| r.detach_ms = abi::IMPORT_MAX_MS + 1,
+            |r| r.detach_ms = probe::MAX_MS + 1,
             libc::EINVAL,
         ),
         ("a descriptor on entry", |r| r.fd = 3, libc::EINVAL),
@@ -154,7 +154,7 @@ fn bad_requests_get_their_errno_and_change_nothing() {
         ("a closed descriptor", |r| r.dmabuf = 1_000_000, libc::EBADF),
         ("no address", |r| r.bdf = [0; 16], libc::EINVAL),
     ];
-    let mut cases: Vec<(&str, abi::ImportAttach, i32)> = changes
+    let mut cases: Vec<(&str, probe::Attach, i32)> = changes
         .into_iter()
         .map(|(what, change, expected)| {
             let mut request = good;
@@ -164,15 +164,15 @@ fn bad_requests_get_their_errno_and_change_nothing() {
         .collect();
     cases.push((
         "a long hold",
-        abi::ImportAttach {
-            hold_ms: abi::IMPORT_MAX_MS + 1,
+        probe::Attach {
+            hold_ms: probe::MAX_MS + 1,
             ..holding
         },
         libc::EINVAL,
     ));
     cases.push((
         "no dma-buf",
-        abi::ImportAttach {
+        probe::Attach {
             dmabuf: plain.as_raw_fd(),
             ..good
         },
@@ -217,7 +217,7 @@ fn bad_requests_get_their_errno_and_change_nothing() {
     for (what, request, expected) in cases {
         let mut sent = request;
         let at = (&raw mut sent).addr();
-        let answer = ioctl(node.as_fd(), abi::IOC_IMPORT_ATTACH, at);
+        let answer = ioctl(node.as_fd(), probe::IOC_ATTACH, at);
         assert_eq!(errno(answer), expected, "{what}");
         assert_eq!(sent, request, "{what}: nothing is written back");
         assert_eq!(descriptors(), open, "{what}");
@@ -226,8 +226,8 @@ fn bad_requests_get_their_errno_and_change_nothing() {
         0u32,
         abi::IOC_QUERY,
         abi::IOC_EXPORT,
-        abi::IOC_IMPORT_MAP,
-        0xBB4B,
+        probe::IOC_MAP,
+        0xBC0B,
         u32::MAX,
     ] {
         let mut sent = good;
@@ -236,7 +236,7 @@ fn bad_requests_get_their_errno_and_change_nothing() {
         assert_eq!(errno(answer), libc::ENOTTY, "{number:#x}");
     }
     for bad in [0usize, 1, 0xffff_8000_0000_0000, usize::MAX] {
-        let answer = ioctl(node.as_fd(), abi::IOC_IMPORT_ATTACH, bad);
+        let answer = ioctl(node.as_fd(), probe::IOC_ATTACH, bad);
         assert_eq!(errno(answer), libc::EFAULT);
     }
 }
@@ -259,7 +259,7 @@ fn bad_calls_on_an_attachment_get_their_errno_and_change_nothing() {
         words
     };
     // size, flags, then fields; which of them must be zero or small.
-    let map = abi::IOC_IMPORT_MAP;
+    let map = probe::IOC_MAP;
     assert_eq!(call(map, words(&[23])), libc::EINVAL, "a short size");
     assert_eq!(call(map, words(&[24, 1])), libc::EINVAL, "a flag");
     assert_eq!(call(map, words(&[24, 0, 3])), libc::EINVAL, "DMA_NONE");
@@ -267,8 +267,8 @@ fn bad_calls_on_an_attachment_get_their_errno_and_change_nothing() {
     assert_eq!(call(map, words(&[24, 0, 0, 0, 1])), libc::EINVAL, "a time");
     let longer = words(&[28, 0, 0, 0, 0, 0, 1]);
     assert_eq!(call(map, longer), libc::E2BIG, "what a later version means");
-    for number in abi::IOC_IMPORT_UNMAP..=abi::IOC_IMPORT_DETACH {
-        if number == abi::IOC_IMPORT_FENCE {
+    for number in probe::IOC_UNMAP..=probe::IOC_DETACH {
+        if number == probe::IOC_FENCE {
             continue;
         }
         assert_eq!(call(number, words(&[15])), libc::EINVAL, "{number:#x}");
@@ -279,50 +279,50 @@ fn bad_calls_on_an_attachment_get_their_errno_and_change_nothing() {
             "{number:#x}"
         );
     }
-    let fence = abi::IOC_IMPORT_FENCE;
+    let fence = probe::IOC_FENCE;
     assert_eq!(call(fence, words(&[16, 1, 0, 10])), libc::EINVAL, "a flag");
     assert_eq!(call(fence, words(&[16, 0, 4, 10])), libc::EINVAL, "a usage");
     assert_eq!(call(fence, words(&[16, 0, 0, 0])), libc::EINVAL, "no time");
-    let long = words(&[16, 0, 0, abi::IMPORT_MAX_MS + 1]);
+    let long = words(&[16, 0, 0, probe::MAX_MS + 1]);
     assert_eq!(call(fence, long), libc::EINVAL, "a long time");
-    let query = abi::IOC_IMPORT_QUERY;
+    let query = probe::IOC_QUERY;
     assert_eq!(call(query, words(&[111])), libc::EINVAL, "a short size");
     assert_eq!(call(query, words(&[112, 1])), libc::EINVAL, "a flag");
     let mut padding = words(&[112]);
     padding[27] = 1;
     assert_eq!(call(query, padding), libc::EINVAL, "padding");
-    for number in [0xBB00, 0xBB01, abi::IOC_IMPORT_ATTACH, 0xBB4B, 0xBBFF] {
+    for number in [0xBB00, 0xBC0B, probe::IOC_ATTACH, 0xBCFF] {
         assert_eq!(call(number, words(&[16])), libc::ENOTTY, "{number:#x}");
     }
     assert_eq!(attachment.query(), before);
 
     // Steps that do not follow from what went before.
     for number in [
-        abi::IOC_IMPORT_UNMAP,
-        abi::IOC_IMPORT_UNPIN,
-        abi::IOC_IMPORT_SIGNAL,
-        abi::IOC_IMPORT_VUNMAP,
+        probe::IOC_UNMAP,
+        probe::IOC_UNPIN,
+        probe::IOC_SIGNAL,
+        probe::IOC_VUNMAP,
     ] {
         assert_eq!(errno(attachment.step(number)), libc::ENOENT, "{number:#x}");
     }
     attachment.map().unwrap();
     assert_eq!(errno(attachment.map()), libc::EBUSY);
-    attachment.step(abi::IOC_IMPORT_PIN).unwrap();
-    assert_eq!(errno(attachment.step(abi::IOC_IMPORT_PIN)), libc::EBUSY);
-    attachment.step(abi::IOC_IMPORT_VMAP).unwrap();
-    assert_eq!(errno(attachment.step(abi::IOC_IMPORT_VMAP)), libc::EBUSY);
-    attachment.fence(abi::IMPORT_FENCE_READ, 20_000).unwrap();
-    let again = attachment.fence(abi::IMPORT_FENCE_READ, 20_000);
+    attachment.step(probe::IOC_PIN).unwrap();
+    assert_eq!(errno(attachment.step(probe::IOC_PIN)), libc::EBUSY);
+    attachment.step(probe::IOC_VMAP).unwrap();
+    assert_eq!(errno(attachment.step(probe::IOC_VMAP)), libc::EBUSY);
+    attachment.fence(probe::FENCE_READ, 20_000).unwrap();
+    let again = attachment.fence(probe::FENCE_READ, 20_000);
     assert_eq!(errno(again), libc::EBUSY);
-    let all = abi::IMPORT_MAPPED | abi::IMPORT_PINNED | abi::IMPORT_VMAPPED | abi::IMPORT_FENCED;
+    let all = probe::MAPPED | probe::PINNED | probe::VMAPPED | probe::FENCED;
     assert_eq!(attachment.query().state, all);
-    attachment.step(abi::IOC_IMPORT_DETACH).unwrap();
-    assert_eq!(attachment.query().state, abi::IMPORT_DETACHED);
+    attachment.step(probe::IOC_DETACH).unwrap();
+    assert_eq!(attachment.query().state, probe::DETACHED);
     for number in [
-        abi::IOC_IMPORT_PIN,
-        abi::IOC_IMPORT_UNPIN,
-        abi::IOC_IMPORT_VMAP,
-        abi::IOC_IMPORT_DETACH,
+        probe::IOC_PIN,
+        probe::IOC_UNPIN,
+        probe::IOC_VMAP,
+        probe::IOC_DETACH,
     ] {
         assert_eq!(
             errno(attachment.step(number)),
@@ -331,7 +331,7 @@ fn bad_calls_on_an_attachment_get_their_errno_and_change_nothing() {
         );
     }
     assert_eq!(errno(attachment.map()), libc::ENOTCONN);
-    let fence = attachment.fence(abi::IMPORT_FENCE_READ, 10);
+    let fence = attachment.fence(probe::FENCE_READ, 10);
     assert_eq!(errno(fence), libc::ENOTCONN);
     // Nobody waits for the fence that was left.
     let ((), waited) = took(|| cpu_access(buffer.as_fd(), true));
@@ -348,8 +348,8 @@ fn an_answer_that_cannot_be_delivered_leaves_nothing_behind() {
     let mut memory = tempfile::tempfile().unwrap();
     let request = importer::request(buffer.as_fd(), &nvme, DYNAMIC | PEER);
     memory.write_all(bytemuck::bytes_of(&request)).unwrap();
-    let map_request = abi::ImportMap {
-        size: size_of::<abi::ImportMap>() as u32,
+    let map_request = probe::Map {
+        size: size_of::<probe::Map>() as u32,
         ..Default::default()
     };
     memory.write_all(bytemuck::bytes_of(&map_request)).unwrap();
@@ -359,11 +359,11 @@ fn an_answer_that_cannot_be_delivered_leaves_nothing_behind() {
     let open = descriptors();
 
     let at = page.as_ptr().addr();
-    let answer = ioctl(node.as_fd(), abi::IOC_IMPORT_ATTACH, at);
+    let answer = ioctl(node.as_fd(), probe::IOC_ATTACH, at);
     assert_eq!(errno(answer), libc::EFAULT);
     assert_eq!(descriptors(), open);
     let at = at + size_of_val(&request);
-    let answer = ioctl(attachment.fd.as_fd(), abi::IOC_IMPORT_MAP, at);
+    let answer = ioctl(attachment.fd.as_fd(), probe::IOC_MAP, at);
     assert_eq!(errno(answer), libc::EFAULT);
     assert_eq!(attachment.query().state, 0, "not mapped");
     assert_eq!(attachment.query().maps, 0);
@@ -460,12 +460,12 @@ fn kernel_mappings_are_made_and_taken_away() {
     for fd in [udmabuf(MIB), heap(MIB)] {
         let one = Importer::attach(fd.as_fd(), &nvme_bdf(), 0, 0).unwrap();
         let other = Importer::attach(fd.as_fd(), &nvme_bdf(), DYNAMIC, 0).unwrap();
-        one.step(abi::IOC_IMPORT_VMAP).unwrap();
-        other.step(abi::IOC_IMPORT_VMAP).unwrap();
-        assert_eq!(one.query().state, abi::IMPORT_VMAPPED, "system memory");
-        one.step(abi::IOC_IMPORT_VUNMAP).unwrap();
+        one.step(probe::IOC_VMAP).unwrap();
+        other.step(probe::IOC_VMAP).unwrap();
+        assert_eq!(one.query().state, probe::VMAPPED, "system memory");
+        one.step(probe::IOC_VUNMAP).unwrap();
         assert_eq!(one.query().state, 0);
-        one.step(abi::IOC_IMPORT_VMAP).unwrap();
+        one.step(probe::IOC_VMAP).unwrap();
         // The rest is taken away by closing.
     }
 }
@@ -503,10 +503,10 @@ fn those_that_must_wait_for_a_fence_do() {
     };
     // Who waits: for a mapping of either kind, to read, to write.
     for (usage, [maps, reads, writes]) in [
-        (abi::IMPORT_FENCE_KERNEL, [true, true, true]),
-        (abi::IMPORT_FENCE_WRITE, [false, true, true]),
-        (abi::IMPORT_FENCE_READ, [false, false, true]),
-        (abi::IMPORT_FENCE_BOOKKEEP, [false, false, false]),
+        (probe::FENCE_KERNEL, [true, true, true]),
+        (probe::FENCE_WRITE, [false, true, true]),
+        (probe::FENCE_READ, [false, false, true]),
+        (probe::FENCE_BOOKKEEP, [false, false, false]),
     ] {
         let waits: [(&str, bool, &dyn Fn() -> Duration); 4] = [
             ("dynamic map", maps, &|| map(&told)),
@@ -521,24 +521,24 @@ fn those_that_must_wait_for_a_fence_do() {
             let waited = wait();
             assert_eq!(waited >= ms(200), expected, "{what} {usage}: {waited:?}");
             assert!(waited < ms(10_000), "{what} {usage}: {waited:?}");
-            let fenced = leaver.query().state & abi::IMPORT_FENCED != 0;
+            let fenced = leaver.query().state & probe::FENCED != 0;
             assert_eq!(fenced, !expected, "{what} {usage}");
-            let signalled = leaver.step(abi::IOC_IMPORT_SIGNAL);
+            let signalled = leaver.step(probe::IOC_SIGNAL);
             assert_eq!(errno(signalled), if expected { libc::ENOENT } else { 0 });
         }
     }
     // Told to, it signals before its time; the time of an old fence does not end a new one.
-    leaver.fence(abi::IMPORT_FENCE_KERNEL, 20_000).unwrap();
+    leaver.fence(probe::FENCE_KERNEL, 20_000).unwrap();
     thread::scope(|scope| {
         let waiter = scope.spawn(|| map(&told));
         thread::sleep(ms(100));
-        leaver.step(abi::IOC_IMPORT_SIGNAL).unwrap();
+        leaver.step(probe::IOC_SIGNAL).unwrap();
         let waited = waiter.join().unwrap();
         assert!(waited < ms(10_000), "{waited:?}");
     });
-    leaver.fence(abi::IMPORT_FENCE_KERNEL, 20_000).unwrap();
+    leaver.fence(probe::FENCE_KERNEL, 20_000).unwrap();
     thread::sleep(ms(500));
-    assert_ne!(leaver.query().state & abi::IMPORT_FENCED, 0);
+    assert_ne!(leaver.query().state & probe::FENCED, 0);
     // Closing signals, too.
     drop(leaver);
     assert!(map(&told) < ms(10_000));
@@ -548,7 +548,7 @@ fn those_that_must_wait_for_a_fence_do() {
 fn a_signal_ends_the_wait_for_a_fence() {
     let fd = udmabuf(MIB);
     let leaver = Importer::attach(fd.as_fd(), &nvme_bdf(), DYNAMIC, 0).unwrap();
-    leaver.fence(abi::IMPORT_FENCE_KERNEL, 20_000).unwrap();
+    leaver.fence(probe::FENCE_KERNEL, 20_000).unwrap();
     for flags in [DYNAMIC, 0] {
         let waiter = Importer::attach(fd.as_fd(), &nvme_bdf(), flags, 0).unwrap();
         let child = in_child(|| errno(waiter.map()));
@@ -567,14 +567,14 @@ fn a_mapping_is_held_until_told() {
     let bdf = node.bdf.clone();
     let (fd, _) = node.export(None, MIB).unwrap();
     let mut request = importer::request(fd.as_fd(), &nvme_bdf(), DYNAMIC | PEER);
-    request.on_invalidate = abi::IMPORT_ON_INVALIDATE_HOLD;
+    request.on_invalidate = probe::ON_INVALIDATE_HOLD;
     let holder = Importer::attach_as(request).unwrap();
     holder.map().unwrap();
     let lawful = Importer::attach(fd.as_fd(), &nvme_bdf(), DYNAMIC | PEER, 0).unwrap();
     lawful.map().unwrap();
     thread::scope(|scope| {
         let unbinding = scope.spawn(|| Node::unbind(&bdf));
-        let stale = abi::IMPORT_MAPPED | abi::IMPORT_STALE;
+        let stale = probe::MAPPED | probe::STALE;
         wait_until("told", || holder.query().state == stale);
         wait_until("told, too", || lawful.query().state == 0);
         thread::sleep(ms(400));
@@ -594,14 +594,14 @@ fn who_attaches_for_a_device_that_is_going_can_be_killed() {
     let bdf = node.bdf.clone();
     let (fd, _) = node.export(None, MIB).unwrap();
     let mut request = importer::request(fd.as_fd(), &nvme_bdf(), DYNAMIC | PEER);
-    request.on_invalidate = abi::IMPORT_ON_INVALIDATE_HOLD;
+    request.on_invalidate = probe::ON_INVALIDATE_HOLD;
     let (told, telling) = std::io::pipe().unwrap();
     // It holds what the unbinding waits for, and waits for the unbinding.
     let child = in_child(|| {
         let holder = Importer::attach_as(request).unwrap();
         holder.map().unwrap();
         (&telling).write_all(b"!").unwrap();
-        wait_until("told", || holder.query().state & abi::IMPORT_STALE != 0);
+        wait_until("told", || holder.query().state & probe::STALE != 0);
         errno(Importer::attach(fd.as_fd(), &bdf, DYNAMIC | PEER, 0))
     });
     (&told).read_exact(&mut [0]).unwrap();
@@ -679,9 +679,9 @@ fn who_maps_again_by_itself_follows_a_move() {
     let node = Node::largest();
     let fd = node.export_movable(MIB).unwrap();
     let mut request = importer::request(fd.as_fd(), &nvme_bdf(), DYNAMIC | PEER);
-    request.on_invalidate = abi::IMPORT_ON_INVALIDATE_REMAP;
+    request.on_invalidate = probe::ON_INVALIDATE_REMAP;
     let follower = Importer::attach_as(request).unwrap();
-    request.on_invalidate = abi::IMPORT_ON_INVALIDATE_HOLD;
+    request.on_invalidate = probe::ON_INVALIDATE_HOLD;
     let holder = Importer::attach_as(request).unwrap();
     assert_eq!(follower.map().unwrap().bus, MIB);
     assert_eq!(holder.map().unwrap().bus, MIB);
@@ -697,9 +697,9 @@ fn who_maps_again_by_itself_follows_a_move() {
         assert_eq!(found.bus_bytes, if in_bar { MIB } else { 0 });
         assert_eq!(found.system_bytes, if in_bar { 0 } else { MIB });
         assert_eq!((found.invalidations, found.maps), (remaps, remaps + 1));
-        assert_eq!((found.remap_error, found.state), (0, abi::IMPORT_MAPPED));
+        assert_eq!((found.remap_error, found.state), (0, probe::MAPPED));
         // The other keeps its mapping of the BAR until told, and the way back waits for that.
-        let stale = abi::IMPORT_MAPPED | abi::IMPORT_STALE;
+        let stale = probe::MAPPED | probe::STALE;
         assert_eq!(holder.query().state, if in_bar { 0 } else { stale });
         holder.unmap();
     }
@@ -734,43 +734,62 @@ fn an_attachment_outlives_its_file_as_long_as_it_was_told() {
     let (fd, _) = Node::open(&bdf).unwrap().export(None, MIB).unwrap();
     request.dmabuf = fd.as_raw_fd();
     let lingering = Importer::attach_as(request).unwrap();
-    lingering.step(abi::IOC_IMPORT_DETACH).unwrap();
+    lingering.step(probe::IOC_DETACH).unwrap();
     drop((lingering, fd));
     assert_eq!(exports(), 0);
 }
 
 #[test]
-fn an_attachment_that_lingers_keeps_the_module() {
-    // The buffer is another exporter's: nothing else of the module is in use.
+fn an_attachment_that_lingers_keeps_its_module() {
     let fd = udmabuf(PAGE);
     let mut request = importer::request(fd.as_fd(), &nvme_bdf(), 0);
     request.detach_ms = 1500;
     drop(Importer::attach_as(request).unwrap());
     let users = || {
-        let text = fs::read_to_string("/sys/module/peerbuf/refcnt").unwrap();
+        let text = fs::read_to_string("/sys/module/peerbuf_probe/refcnt").unwrap();
         text.trim().parse::<i32>().unwrap()
     };
     assert!(users() >= 1);
-    let refused = Command::new("rmmod").arg("peerbuf").output().unwrap();
-    assert!(!refused.status.success());
+    assert!(!done("rmmod", "peerbuf_probe"));
     // That of the test before has twenty seconds.
     let waiting = Stopwatch::start();
     while users() != 0 {
         assert!(waiting.elapsed() < ms(40_000), "{} users", users());
         thread::sleep(ms(20));
     }
-    for command in [
-        ["rmmod", "peerbuf"],
-        ["insmod", "/opt/peerbuf/modules/peerbuf.ko"],
-    ] {
-        let done = Command::new(command[0]).arg(command[1]).output().unwrap();
-        assert!(done.status.success(), "{done:?}");
-        let there = command[0] == "insmod";
-        wait_until("the node", || {
-            fs::exists("/dev/peerbuf/importer").unwrap() == there
-        });
-    }
+    assert!(done("rmmod", "peerbuf_probe"));
+    assert!(done("insmod", "/opt/peerbuf/modules/peerbuf_probe.ko"));
+}
+
+/// Whether a command did it.
+fn done(command: &str, module: &str) -> bool {
+    let ended = Command::new(command).arg(module).output().unwrap();
+    ended.status.success()
+}
+
+#[test]
+fn exporter_and_importer_are_loaded_each_without_the_other() {
+    let node = |name: &str| fs::exists(format!("/dev/peerbuf/{name}")).unwrap();
+    let bdf = Node::largest().bdf;
+    assert!(done("rmmod", "peerbuf"));
+    wait_until("no exporter", || !node("provider") && !node(&bdf));
+    let buffer = udmabuf(PAGE);
+    let importer = Importer::attach(buffer.as_fd(), &nvme_bdf(), DYNAMIC, 0).unwrap();
+    importer.map().unwrap();
+    drop(importer);
+    assert!(done("insmod", "/opt/peerbuf/modules/peerbuf.ko"));
     wait_until("the devices", || Node::all().len() == 3);
+
+    assert!(done("rmmod", "peerbuf_probe"));
+    wait_until("no importer", || !node("importer"));
+    let buffer = bar(MIB);
+    let map = Map::new(buffer.as_fd(), MIB as usize, true).unwrap();
+    map.write(0, 5);
+    assert_eq!(map.read(0), 5);
+    let missing = Probe::open().unwrap_err().to_string();
+    assert!(missing.contains("load peerbuf_probe.ko"), "{missing}");
+    assert!(done("insmod", "/opt/peerbuf/modules/peerbuf_probe.ko"));
+    wait_until("the importer", || node("importer"));
 }
 
 #[test]
@@ -782,8 +801,8 @@ fn a_killed_process_leaves_nothing_behind() {
             let importer =
                 Importer::attach(fd.as_fd(), &nvme_bdf(), DYNAMIC | PEER, 30_000).unwrap();
             importer.map().unwrap();
-            importer.step(abi::IOC_IMPORT_PIN).unwrap();
-            importer.fence(abi::IMPORT_FENCE_BOOKKEEP, 30_000).unwrap();
+            importer.step(probe::IOC_PIN).unwrap();
+            importer.fence(probe::FENCE_BOOKKEEP, 30_000).unwrap();
             loop {
                 importer.unmap();
                 importer.map().unwrap();
@@ -827,7 +846,7 @@ fn a_driver_does_not_go_before_an_attachment_that_is_letting_go_by_itself() {
     let [fencing, mapping] =
         [(); 2].map(|()| Importer::attach(buffer.as_fd(), &nvme_bdf(), DYNAMIC, 0).unwrap());
     fencing
-        .fence(abi::IMPORT_FENCE_KERNEL, hold.as_millis() as u32)
+        .fence(probe::FENCE_KERNEL, hold.as_millis() as u32)
         .unwrap();
     let began = Instant::now();
     thread::scope(|scope| {
@@ -870,7 +889,7 @@ fn a_storm_of_calls_on_shared_attachments_ends_well() {
             if request.flags & DYNAMIC != 0 {
                 request.on_invalidate = rng.random_range(0..3);
             }
-            if request.on_invalidate == abi::IMPORT_ON_INVALIDATE_HOLD {
+            if request.on_invalidate == probe::ON_INVALIDATE_HOLD {
                 request.hold_ms = rng.random_range(1..30);
             }
             request.detach_ms = rng.random_range(0..3) * 10;
@@ -891,17 +910,15 @@ fn a_storm_of_calls_on_shared_attachments_ends_well() {
                                     .map(|()| 0),
                                 4 => Ok(attachment.query().maps),
                                 // Detaching ends the round, so it is rare.
-                                5 if rng.random_bool(0.1) => {
-                                    attachment.step(abi::IOC_IMPORT_DETACH)
-                                }
-                                6..8 => attachment.step(abi::IOC_IMPORT_UNMAP),
+                                5 if rng.random_bool(0.1) => attachment.step(probe::IOC_DETACH),
+                                6..8 => attachment.step(probe::IOC_UNMAP),
                                 _ => attachment.step(
                                     [
-                                        abi::IOC_IMPORT_PIN,
-                                        abi::IOC_IMPORT_UNPIN,
-                                        abi::IOC_IMPORT_SIGNAL,
-                                        abi::IOC_IMPORT_VMAP,
-                                        abi::IOC_IMPORT_VUNMAP,
+                                        probe::IOC_PIN,
+                                        probe::IOC_UNPIN,
+                                        probe::IOC_SIGNAL,
+                                        probe::IOC_VMAP,
+                                        probe::IOC_VUNMAP,
                                     ][rng.random_range(0..5)],
                                 ),
                             };
@@ -937,8 +954,8 @@ fn attaching_mapping_and_fencing_leak_nothing() {
     let round = || {
         let importer = Importer::attach(fd.as_fd(), &nvme_bdf(), DYNAMIC, 0).unwrap();
         importer.map().unwrap();
-        importer.fence(abi::IMPORT_FENCE_READ, 1000).unwrap();
-        importer.step(abi::IOC_IMPORT_SIGNAL).unwrap();
+        importer.fence(probe::FENCE_READ, 1000).unwrap();
+        importer.step(probe::IOC_SIGNAL).unwrap();
     };
     for _ in 0..200 {
         round();

@@ -19,7 +19,7 @@ use peerbuf_lab_suite::node::{
     MIB, Map, Node, PAGE, SYNC_END, SYNC_READ, SYNC_WRITE, assert_all_free, differs, errno, fill,
     in_child, nvme_bdf, pattern, sync,
 };
-use peerbuf_uapi as abi;
+use peerbuf_uapi::{self as abi, probe};
 use peerbuf_uapi::{PLACEMENT_DEVICE, PLACEMENT_MIXED, PLACEMENT_SYSTEM};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
@@ -933,12 +933,12 @@ fn cpu_access_waits_for_the_device_before_its_bytes_are_synchronised() {
     node.move_to(&fd, PLACEMENT_SYSTEM).unwrap();
     let importer = Importer::attach(fd.as_fd(), &nvme, DYNAMIC, 0).unwrap();
     importer.map().unwrap();
-    importer.fence(abi::IMPORT_FENCE_WRITE, 20_000).unwrap();
+    importer.fence(probe::FENCE_WRITE, 20_000).unwrap();
     thread::scope(|scope| {
         let access = scope.spawn(|| sync(&fd, SYNC_READ));
         thread::sleep(Duration::from_millis(500));
         let early = synced.count(&nvme);
-        importer.step(abi::IOC_IMPORT_SIGNAL).unwrap();
+        importer.step(probe::IOC_SIGNAL).unwrap();
         access.join().unwrap().unwrap();
         assert_eq!(early, 0, "a device may still have been writing");
     });

@@ -13,7 +13,7 @@ use peerbuf_lab_suite::disk::{self, SCRATCH};
 use peerbuf_lab_suite::importer::{self, DYNAMIC, Importer, Mapping, PEER};
 use peerbuf_lab_suite::node::{Map, Node, errno, nvme_bdf};
 use peerbuf_lab_suite::pci::{spare_device, wait_until};
-use peerbuf_uapi as abi;
+use peerbuf_uapi::{self as abi, probe};
 
 const MIB: u64 = 1 << 20;
 const OFFSET: u64 = 5 << 12;
@@ -120,7 +120,7 @@ fn an_attachment_ends_with_the_driver_of_its_device() {
         let mut held = Vec::new();
         for fd in [fd, &heap, &bar] {
             let mut request = importer::request(fd.as_fd(), &bdf, DYNAMIC | PEER);
-            request.on_invalidate = abi::IMPORT_ON_INVALIDATE_HOLD;
+            request.on_invalidate = probe::ON_INVALIDATE_HOLD;
             let importer = match Importer::attach_as(request) {
                 Ok(importer) => importer,
                 // From its place the device reaches a BAR only if host bridges are trusted.
@@ -131,8 +131,8 @@ fn an_attachment_ends_with_the_driver_of_its_device() {
                 }
             };
             assert_eq!(importer.map().unwrap().bytes, MIB);
-            importer.step(abi::IOC_IMPORT_PIN).unwrap();
-            importer.fence(abi::IMPORT_FENCE_BOOKKEEP, 20_000).unwrap();
+            importer.step(probe::IOC_PIN).unwrap();
+            importer.fence(probe::FENCE_BOOKKEEP, 20_000).unwrap();
             held.push(importer);
         }
         let other = Importer::attach(fd.as_fd(), &nvme_bdf(), DYNAMIC, 0).unwrap();
@@ -147,12 +147,12 @@ fn an_attachment_ends_with_the_driver_of_its_device() {
         remove();
         let waited = start.elapsed();
         assert!(waited < Duration::from_secs(10), "{how}: {waited:?}");
-        let gone = abi::IMPORT_DETACHED | abi::IMPORT_DEVICE_GONE;
+        let gone = probe::DETACHED | probe::DEVICE_GONE;
         for importer in &held {
             assert_eq!(importer.query().state, gone, "{how}");
             assert_eq!(errno(importer.map()), libc::ENOTCONN, "{how}");
         }
-        assert_eq!(other.query().state, abi::IMPORT_MAPPED, "not its device");
+        assert_eq!(other.query().state, probe::MAPPED, "not its device");
         let refused = Importer::attach(fd.as_fd(), &bdf, DYNAMIC, 0);
         let expected = if how == "unbound" {
             libc::EUNATCH

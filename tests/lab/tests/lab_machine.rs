@@ -135,6 +135,7 @@ fn a_network_card_carries_soft_roce() {
 #[test]
 fn peerbuf_is_loaded_and_has_a_node_for_each_bar_and_for_root_alone() {
     assert!(Path::new("/sys/module/peerbuf").is_dir());
+    assert!(Path::new("/sys/module/peerbuf_probe").is_dir());
     for device in devices(IVSHMEM) {
         let node = Path::new("/dev/peerbuf").join(device.file_name().unwrap());
         let metadata = fs::metadata(&node).unwrap();

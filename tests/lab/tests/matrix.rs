@@ -18,7 +18,7 @@ type Row = (&'static str, &'static [&'static str]);
 const P2P: &str = "peer-to-peer";
 const SHARED: &str = "shared-host-memory";
 const STAGED: &str = "staged-copy";
-/// The column of peerbuf.ko's importer, which moves no bytes.
+/// The column of peerbuf_probe.ko, which moves no bytes.
 const ASKED: &str = "probe as NVMe driver";
 
 const SWITCH: &[Row] = &[

@@ -21,7 +21,7 @@ use peerbuf_lab_suite::importer::{DYNAMIC, Importer, PEER};
 use peerbuf_lab_suite::machine;
 use peerbuf_lab_suite::modules::load;
 use peerbuf_lab_suite::node::Node;
-use peerbuf_uapi as abi;
+use peerbuf_uapi::probe;
 
 const NVME: &str = "/mnt/nvme";
 /// The raw namespace that tests may overwrite, one at a time.
@@ -103,10 +103,10 @@ fn direct_io_waits_for_the_fences_of_the_buffer() {
         let mut attachment = file.attach(&buffer.whole()).unwrap();
         // Who overwrites waits for all, who reads for those who write.
         for (direction, usage, waits) in [
-            (Direction::DiskToBuffer, abi::IMPORT_FENCE_WRITE, true),
-            (Direction::DiskToBuffer, abi::IMPORT_FENCE_READ, true),
-            (Direction::BufferToDisk, abi::IMPORT_FENCE_WRITE, true),
-            (Direction::BufferToDisk, abi::IMPORT_FENCE_READ, false),
+            (Direction::DiskToBuffer, probe::FENCE_WRITE, true),
+            (Direction::DiskToBuffer, probe::FENCE_READ, true),
+            (Direction::BufferToDisk, probe::FENCE_WRITE, true),
+            (Direction::BufferToDisk, probe::FENCE_READ, false),
         ] {
             // Much longer than the transfer takes.
             let limit = if waits { 3_000 } else { 30_000 };
@@ -119,7 +119,7 @@ fn direct_io_waits_for_the_fences_of_the_buffer() {
             assert_eq!(receipt.plan.path, expected, "{direction}: {}", receipt.plan);
             assert_eq!(is_busy(&buffer), !waits, "{direction}, usage {usage}");
             if !waits {
-                other.step(abi::IOC_IMPORT_SIGNAL).unwrap();
+                other.step(probe::IOC_SIGNAL).unwrap();
             }
             assert!(!is_busy(&buffer));
         }

@@ -109,7 +109,7 @@ pub enum Command {
         #[command(flatten)]
         guest: GuestArgs,
     },
-    /// Builds peerbuf.ko for the chosen kernel and prints its path
+    /// Builds peerbuf.ko and peerbuf_probe.ko for the chosen kernel and prints their paths
     Kmod {
         /// The kernel to build for
         #[command(flatten)]
@@ -168,7 +168,7 @@ pub struct GuestArgs {
     /// Ends the guest when CMD has run for S seconds, with exit status 124 [default: 600; shell: none]
     #[arg(long, value_name = "S", value_parser = clap::value_parser!(u64).range(1..))]
     pub timeout: Option<u64>,
-    /// Neither builds nor loads peerbuf.ko and peerbuf's tools
+    /// Neither builds nor loads peerbuf's modules and tools
     #[arg(long)]
     pub bare: bool,
     /// Main memory of the guest in MiB

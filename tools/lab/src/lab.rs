@@ -29,8 +29,8 @@ const SLOWER: u32 = 5;
 /// What is built from the checkout and put into guests of one kernel.
 #[derive(Debug, Clone, Default)]
 pub struct Parts {
-    /// peerbuf.ko, if there is one to build.
-    pub module: Option<PathBuf>,
+    /// peerbuf.ko and peerbuf_probe.ko, if they can be built.
+    pub modules: Vec<PathBuf>,
     /// The command `peerbuf`.
     pub programs: Vec<PathBuf>,
     /// The tests' fixtures.
@@ -67,7 +67,7 @@ pub fn ground(cache: &Cache, args: &GuestArgs) -> Result<Ground> {
 /// What of the checkout guests are to have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Want {
-    /// The module and the command.
+    /// The modules and the command.
     Command,
     /// And the crate's examples and the fixtures, which are for tests.
     Fixtures,
@@ -95,8 +95,8 @@ pub fn made(
             Ok(programs)
         });
         let tree = Tree::get(cache)?;
-        let (ground, source, module) = ground_and_module(cache, project, &tree, args)?;
-        if module.is_none() {
+        let (ground, source, modules) = ground_and_modules(cache, project, &tree, args)?;
+        if modules.is_empty() {
             crate::progress::note("kmod/ has no Makefile, so there is no peerbuf.ko in the guest");
         }
         let fixtures = match want {
@@ -104,7 +104,7 @@ pub fn made(
             Want::Fixtures | Want::Suite => Some(fixtures::build(project, &ground, &source)?),
         };
         let parts = Parts {
-            module,
+            modules,
             programs: joined(programs)?,
             fixtures,
         };
@@ -112,32 +112,32 @@ pub fn made(
     })
 }
 
-/// The kernel's source and the module, and beside them, since they take longest, what guests start from.
-fn ground_and_module(
+/// The kernel's source and the modules, and beside them, since they take longest, what guests start from.
+fn ground_and_modules(
     cache: &Cache,
     project: &Project,
     tree: &Tree,
     args: &GuestArgs,
 ) -> Result<(Ground, Source, Option<PathBuf>)> {
-    let module_for = |kernel: &Named| -> Result<_> {
+    let modules_for = |kernel: &Named| -> Result<_> {
         let source = Source::get(cache, tree, kernel)?;
-        let module = project.module(tree, &source)?;
-        Ok((source, module))
+        let modules = project.modules(tree, &source)?;
+        Ok((source, modules))
     };
     let named = Named::find(cache, tree, &args.kernel.kernel)?;
     std::thread::scope(|scope| {
         let built = named
             .as_ref()
-            .map(|named| scope.spawn(|| module_for(named)));
+            .map(|named| scope.spawn(|| modules_for(named)));
         let ground = ground(cache, args)?;
         accel::try_all(&ground);
         let kernel = ground.kernel.named();
-        let (source, module) = match built {
+        let (source, modules) = match built {
             // The list of kernels may have been too old, and so the name.
             Some(built) if named.as_ref() == Some(&kernel) => joined(built)?,
-            _ => module_for(&kernel)?,
+            _ => modules_for(&kernel)?,
         };
-        Ok((ground, source, module))
+        Ok((ground, source, modules))
     })
 }
 
@@ -197,7 +197,7 @@ pub fn job(ground: &Ground, args: &GuestArgs, mut parts: Parts) -> Result<Job> {
         machine,
         share,
         programs: parts.programs,
-        module: parts.module,
+        modules: parts.modules,
         fixtures: parts.fixtures,
         timeout: Some(
             args.timeout

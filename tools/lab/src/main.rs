@@ -329,9 +329,12 @@ fn kmod(cache: &Cache, args: &KernelArgs) -> Result<i32> {
     let tree = Tree::get(cache)?;
     let kernel = Kernel::get(cache, &tree, &args.kernel)?;
     let source = Source::get(cache, &tree, &kernel.named())?;
-    match Project::find()?.module(&tree, &source)? {
-        Some(path) => writeln!(io::stdout(), "{}", path.display())?,
-        None => bail!("kmod/ has no Makefile, so there is no module to build"),
+    let modules = Project::find()?.modules(&tree, &source)?;
+    if modules.is_empty() {
+        bail!("kmod/ has no Makefile, so there is no module to build");
+    }
+    for module in modules {
+        writeln!(io::stdout(), "{}", module.display())?;
     }
     Ok(0)
 }

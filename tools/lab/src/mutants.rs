@@ -157,7 +157,7 @@ fn one(cache: &Cache, project: &Project, mutant: &Mutant) -> Result<Outcome> {
     let (ground, mut parts) = lab::made(cache, project, &args, Want::Fixtures)?;
     let source = Source::get(cache, &ground.tree, &ground.kernel.named())?;
     let change = |kmod: &Path| mutant.apply(kmod);
-    parts.module = Some(project.changed_module(&ground.tree, &source, change)?);
+    parts.modules = project.changed_modules(&ground.tree, &source, change)?;
     let mut job = lab::job(&ground, &args, parts)?;
     job.machine.events = true;
     let name = file.file_name().context("a program without a name")?;

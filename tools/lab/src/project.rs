@@ -160,54 +160,58 @@ impl Project {
         Ok(programs)
     }
 
-    /// Builds `peerbuf.ko` for one kernel, outside the sources, and returns its path; `None`
-    /// while there is no module to build.
+    /// Builds [`MODULES`] for one kernel, outside the sources, and returns their paths; none while there
+    /// is nothing to build.
     ///
     /// # Errors
-    /// When it does not compile; holds the compiler's messages.
-    pub fn module(&self, tree: &Tree, source: &Source) -> Result<Option<PathBuf>> {
+    /// When one does not compile; holds the compiler's messages.
+    pub fn modules(&self, tree: &Tree, source: &Source) -> Result<Vec<PathBuf>> {
         if !self.root.join("kmod/Makefile").is_file() {
-            return Ok(None);
+            return Ok(Vec::new());
         }
         let work = self.work_dir(&format!("kmod-{}", source.name()))?;
         let _lock = lock(&work)?;
         for part in ["kmod", "uapi"] {
             mirror(&self.root.join(part), &work.join(part))?;
         }
-        make_module(tree, source, &work).map(Some)
+        make_modules(tree, source, &work)
     }
 
-    /// Builds the module as [`Project::module`] does, of sources that `change` has had in hand: it
+    /// Builds the modules as [`Project::modules`] does, of sources that `change` has had in hand: it
     /// is given the directory of the copied `kmod/`.
     ///
     /// # Errors
     /// Those of `change`; and when it does not compile.
-    pub fn changed_module(
+    pub fn changed_modules(
         &self,
         tree: &Tree,
         source: &Source,
         change: impl FnOnce(&Path) -> Result<()>,
-    ) -> Result<PathBuf> {
+    ) -> Result<Vec<PathBuf>> {
         let work = self.work_dir(&format!("kmod-changed-{}", source.name()))?;
         let _lock = lock(&work)?;
         for part in ["kmod", "uapi"] {
             mirror(&self.root.join(part), &work.join(part))?;
         }
         change(&work.join("kmod"))?;
-        make_module(tree, source, &work)
+        make_modules(tree, source, &work)
     }
 }
 
-/// Builds `peerbuf.ko` of the sources in `work`, unless it is there already.
-fn make_module(tree: &Tree, source: &Source, work: &Path) -> Result<PathBuf> {
-    let module = work.join("kmod/peerbuf.ko");
+/// What `kmod/` has: the exporter, and the importer to probe with.
+const MODULES: [&str; 2] = ["peerbuf.ko", "peerbuf_probe.ko"];
+
+/// Builds [`MODULES`] of the sources in `work`, unless they are there already.
+fn make_modules(tree: &Tree, source: &Source, work: &Path) -> Result<Vec<PathBuf>> {
+    let modules = MODULES.map(|name| work.join("kmod").join(name));
     let stamp = work.join("made-of");
     let made_of = made_of(&[&work.join("kmod"), &work.join("uapi")], source)?;
     // Even a make that finds nothing to do takes seconds to find it.
-    if module.is_file() && fs::read_to_string(&stamp).ok().as_deref() == Some(&made_of) {
-        return Ok(module);
+    let there = modules.iter().all(|module| module.is_file());
+    if there && fs::read_to_string(&stamp).ok().as_deref() == Some(&made_of) {
+        return Ok(modules.into());
     }
-    let step = Step::start("building peerbuf.ko");
+    let step = Step::start("building kmod/");
     // A make that was killed leaves half an object, which the next one would take for whole. One that fails
     // removes what it did not finish.
     let begun = work.join("begun");
@@ -219,12 +223,12 @@ fn make_module(tree: &Tree, source: &Source, work: &Path) -> Result<PathBuf> {
     let made = make(tree, source, work, &args("modules"));
     fs::remove_file(&begun)?;
     made?;
-    if !module.is_file() {
-        bail!("building kmod/ made no peerbuf.ko");
+    if let Some(missing) = modules.iter().find(|module| !module.is_file()) {
+        bail!("building kmod/ made no {}", missing.display());
     }
     fs::write(&stamp, made_of)?;
     step.done();
-    Ok(module)
+    Ok(modules.into())
 }
 
 /// A text that changes with any source below `dirs` and with the kernel they are built for.

@@ -82,8 +82,8 @@ pub struct Job {
     pub share: Option<PathBuf>,
     /// Programs for `/opt/peerbuf/bin`.
     pub programs: Vec<PathBuf>,
-    /// peerbuf.ko, to be loaded before the command.
-    pub module: Option<PathBuf>,
+    /// peerbuf.ko and peerbuf_probe.ko, to be loaded before the command; or none.
+    pub modules: Vec<PathBuf>,
     /// A directory whose files appear in `/opt/peerbuf/fixtures`.
     pub fixtures: Option<PathBuf>,
     /// For the command.
@@ -168,7 +168,7 @@ impl Default for Job {
             command: Vec::new(),
             share: None,
             programs: Vec::new(),
-            module: None,
+            modules: Vec::new(),
             fixtures: None,
             timeout: Some(DEFAULT_TIMEOUT),
             deadline: Deadline::default(),
@@ -701,7 +701,7 @@ fn stage(ground: &Ground, job: &Job, opt: &Path) -> Result<()> {
     for program in &job.programs {
         copy_into(program, &opt.join("bin"))?;
     }
-    if let Some(module) = &job.module {
+    for module in &job.modules {
         copy_into(module, &opt.join("modules"))?;
     }
     if let Some(rxe) = &ground.rxe {
@@ -717,7 +717,7 @@ fn stage(ground: &Ground, job: &Job, opt: &Path) -> Result<()> {
         "PEERBUF_LAB_TOPOLOGY={}\nSHARE={}\nMODULE={}\nRXE={}\nEND={}\nSHELL_WANTED={}\n",
         job.machine.topology.name(),
         yes(job.share.is_some()),
-        yes(job.module.is_some()),
+        yes(!job.modules.is_empty()),
         yes(ground.rxe.is_some()),
         job.machine.end.map_or("", guest::End::name),
         yes(job.machine.shell),

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use peerbuf_uapi as abi;
+use peerbuf_uapi::{self as abi, probe};
 
 /// A kind of call.
 pub struct Call {
@@ -83,18 +83,18 @@ calls! {
     PROVIDER_OPEN = ioctl("PROVIDER_OPEN", abi::IOC_PROVIDER_OPEN,
         &[ENXIO, EUNATCH, ENODEV, EOPNOTSUPP, ENOSPC, EINTR, EACCES, EMFILE]);
     BUFFER = ioctl("BUFFER", abi::IOC_BUFFER, &[]);
-    ATTACH = ioctl("ATTACH", abi::IOC_IMPORT_ATTACH,
+    ATTACH = ioctl("ATTACH", probe::IOC_ATTACH,
         &[ENXIO, EUNATCH, EMFILE, EOPNOTSUPP, ENODEV, EREMOTEIO, EBUSY, EINTR]);
-    MAP = ioctl("MAP", abi::IOC_IMPORT_MAP, MAPPING);
-    UNMAP = ioctl("UNMAP", abi::IOC_IMPORT_UNMAP, &[ENOENT]);
-    PIN = ioctl("PIN", abi::IOC_IMPORT_PIN, &[EBUSY, ENOTCONN, ENODEV]);
-    UNPIN = ioctl("UNPIN", abi::IOC_IMPORT_UNPIN, &[ENOENT, EBUSY, ENOTCONN]);
-    FENCE = ioctl("FENCE", abi::IOC_IMPORT_FENCE, &[EBUSY, ENOTCONN]);
-    SIGNAL = ioctl("SIGNAL", abi::IOC_IMPORT_SIGNAL, &[ENOENT]);
-    VMAP = ioctl("VMAP", abi::IOC_IMPORT_VMAP, MAPPING);
-    VUNMAP = ioctl("VUNMAP", abi::IOC_IMPORT_VUNMAP, &[ENOENT]);
-    DETACH = ioctl("DETACH", abi::IOC_IMPORT_DETACH, &[ENOTCONN]);
-    IMPORT_QUERY = ioctl("IMPORT_QUERY", abi::IOC_IMPORT_QUERY, &[]);
+    MAP = ioctl("MAP", probe::IOC_MAP, MAPPING);
+    UNMAP = ioctl("UNMAP", probe::IOC_UNMAP, &[ENOENT]);
+    PIN = ioctl("PIN", probe::IOC_PIN, &[EBUSY, ENOTCONN, ENODEV]);
+    UNPIN = ioctl("UNPIN", probe::IOC_UNPIN, &[ENOENT, EBUSY, ENOTCONN]);
+    FENCE = ioctl("FENCE", probe::IOC_FENCE, &[EBUSY, ENOTCONN]);
+    SIGNAL = ioctl("SIGNAL", probe::IOC_SIGNAL, &[ENOENT]);
+    VMAP = ioctl("VMAP", probe::IOC_VMAP, MAPPING);
+    VUNMAP = ioctl("VUNMAP", probe::IOC_VUNMAP, &[ENOENT]);
+    DETACH = ioctl("DETACH", probe::IOC_DETACH, &[ENOTCONN]);
+    IMPORT_QUERY = ioctl("IMPORT_QUERY", probe::IOC_QUERY, &[]);
     SYNC = ioctl("DMA_BUF_SYNC", 0x4008_6200, &[ENODEV, EINTR]);
     SET_NAME = ioctl("DMA_BUF_SET_NAME", 0x4008_6201, &[]);
     EXPORT_SYNC_FILE = ioctl("DMA_BUF_EXPORT_SYNC_FILE", 0xc008_6202, &[EMFILE]);

@@ -12,7 +12,7 @@ use std::ptr;
 use std::sync::atomic::{AtomicI32, Ordering};
 
 use bytemuck::{Pod, Zeroable};
-use peerbuf_uapi as abi;
+use peerbuf_uapi::{self as abi, probe};
 
 use super::calls::{self, CALLS, Counts};
 use super::random::Random;
@@ -192,7 +192,7 @@ const ODD: [u64; 16] = [
 const PATIENCE_MS: u32 = 20;
 
 fn short(ms: u32) -> u32 {
-    if ms > abi::IMPORT_MAX_MS {
+    if ms > probe::MAX_MS {
         ms
     } else {
         ms % PATIENCE_MS
@@ -548,21 +548,17 @@ impl<'a> Worker<'a> {
 
     fn attach(&mut self) {
         let importer = self.shared.importers.get(&mut self.random);
-        let flags = self.random.of(&[
-            0,
-            abi::IMPORT_DYNAMIC,
-            abi::IMPORT_PEER,
-            abi::IMPORT_FLAGS,
-            abi::IMPORT_FLAGS,
-        ]);
-        let on_invalidate = match flags & abi::IMPORT_DYNAMIC {
+        let flags = self
+            .random
+            .of(&[0, probe::DYNAMIC, probe::PEER, probe::FLAGS, probe::FLAGS]);
+        let on_invalidate = match flags & probe::DYNAMIC {
             0 => 0,
             _ => self.random.below(3) as u32,
         };
-        let holds = on_invalidate == abi::IMPORT_ON_INVALIDATE_HOLD;
+        let holds = on_invalidate == probe::ON_INVALIDATE_HOLD;
         let device = self.device();
-        let mut request = abi::ImportAttach {
-            size: size_of::<abi::ImportAttach>() as u32,
+        let mut request = probe::Attach {
+            size: size_of::<probe::Attach>() as u32,
             flags,
             dmabuf: self.shared.buffers.get(&mut self.random),
             fd_flags: libc::O_CLOEXEC as u32,
@@ -587,8 +583,8 @@ impl<'a> Worker<'a> {
 
     fn map(&mut self) {
         let attachment = self.shared.attachments.get(&mut self.random);
-        let request = abi::ImportMap {
-            size: size_of::<abi::ImportMap>() as u32,
+        let request = probe::Map {
+            size: size_of::<probe::Map>() as u32,
             direction: self.random.below(3) as u32,
             ..Zeroable::zeroed()
         };
@@ -609,8 +605,8 @@ impl<'a> Worker<'a> {
             calls::VUNMAP,
             calls::DETACH,
         ]);
-        let request = abi::ImportStep {
-            size: size_of::<abi::ImportStep>() as u32,
+        let request = probe::Step {
+            size: size_of::<probe::Step>() as u32,
             ..Zeroable::zeroed()
         };
         self.send_struct(call, attachment, request, |_| ());
@@ -618,8 +614,8 @@ impl<'a> Worker<'a> {
 
     fn fence(&mut self) {
         let attachment = self.shared.attachments.get(&mut self.random);
-        let request = abi::ImportFence {
-            size: size_of::<abi::ImportFence>() as u32,
+        let request = probe::Fence {
+            size: size_of::<probe::Fence>() as u32,
             flags: 0,
             usage: self.random.below(4) as u32,
             timeout_ms: 1 + self.random.below(u64::from(PATIENCE_MS)) as u32,
@@ -629,8 +625,8 @@ impl<'a> Worker<'a> {
         });
         // Most fences end by themselves before anybody signals them.
         if made.is_some() && self.random.once_in(4) {
-            let step = abi::ImportStep {
-                size: size_of::<abi::ImportStep>() as u32,
+            let step = probe::Step {
+                size: size_of::<probe::Step>() as u32,
                 ..Zeroable::zeroed()
             };
             self.send_struct(calls::SIGNAL, attachment, step, |_| ());
@@ -639,8 +635,8 @@ impl<'a> Worker<'a> {
 
     fn import_query(&mut self) {
         let attachment = self.shared.attachments.get(&mut self.random);
-        let request = abi::ImportQuery {
-            size: size_of::<abi::ImportQuery>() as u32,
+        let request = probe::Query {
+            size: size_of::<probe::Query>() as u32,
             ..Zeroable::zeroed()
         };
         self.send_struct(calls::IMPORT_QUERY, attachment, request, |_| ());

@@ -31,7 +31,7 @@ pub enum Kind {
     Nvme,
     /// A graphics driver takes the buffer in; the bytes go by its mapping
     Drm,
-    /// peerbuf.ko's importer maps the buffer for a disk meanwhile, as a driver would
+    /// peerbuf_probe.ko maps the buffer for a disk meanwhile, as a driver would
     Probe,
 }
 

@@ -303,7 +303,7 @@ fn lacking(what: &'static str, object: &str, remedy: &str) -> Unavailable {
     Unavailable::new(what, cause, remedy)
 }
 
-const ASKED: &str = "peerbuf.ko's importer";
+const ASKED: &str = "peerbuf_probe.ko";
 
 /// The kernel is asked what it would give the driver of the first NVMe disk.
 fn disk_driver() -> Found {

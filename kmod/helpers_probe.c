@@ -1,0 +1,46 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * As helpers.c, for peerbuf_probe.ko.
+ */
+#include <linux/device.h>
+#include <linux/dma-direct.h>
+#include <linux/dma-fence.h>
+#include <linux/pci.h>
+
+/* Rust calls them; no C file does. */
+int peerbuf_device_lock(struct device *dev);
+void peerbuf_device_unlock(struct device *dev);
+void peerbuf_dma_fence_put(struct dma_fence *fence);
+phys_addr_t peerbuf_dma_to_phys(struct device *dev, dma_addr_t address);
+pci_bus_addr_t peerbuf_pci_bus_address(struct pci_dev *pdev, int bar);
+struct pci_dev *peerbuf_pci_upstream_bridge(struct pci_dev *pdev);
+
+int peerbuf_device_lock(struct device *dev)
+{
+	return device_lock_interruptible(dev);
+}
+
+void peerbuf_device_unlock(struct device *dev)
+{
+	device_unlock(dev);
+}
+
+void peerbuf_dma_fence_put(struct dma_fence *fence)
+{
+	dma_fence_put(fence);
+}
+
+phys_addr_t peerbuf_dma_to_phys(struct device *dev, dma_addr_t address)
+{
+	return dma_to_phys(dev, address);
+}
+
+pci_bus_addr_t peerbuf_pci_bus_address(struct pci_dev *pdev, int bar)
+{
+	return pci_bus_address(pdev, bar);
+}
+
+struct pci_dev *peerbuf_pci_upstream_bridge(struct pci_dev *pdev)
+{
+	return pci_upstream_bridge(pdev);
+}
