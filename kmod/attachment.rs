@@ -330,11 +330,11 @@ impl Attachment {
         seen.state = seen.state & !clear | set;
     }
 
-    fn lock(&self) -> Held<'_> {
+    fn lock(&self) -> LockedState<'_> {
         // SAFETY: The dma-buf is valid, and its lock is not held. Without an acquire context this
         // cannot fail.
         unsafe { bindings::dma_resv_lock(self.dmabuf.resv(), ptr::null_mut()) };
-        Held(self)
+        LockedState(self)
     }
 
     /// Maps. Errors: those of `abi::Map`.
@@ -706,9 +706,9 @@ impl Attachment {
 }
 
 /// The state, with the reservation lock held.
-struct Held<'a>(&'a Attachment);
+struct LockedState<'a>(&'a Attachment);
 
-impl core::ops::Deref for Held<'_> {
+impl core::ops::Deref for LockedState<'_> {
     type Target = State;
 
     fn deref(&self) -> &State {
@@ -716,7 +716,7 @@ impl core::ops::Deref for Held<'_> {
     }
 }
 
-impl Drop for Held<'_> {
+impl Drop for LockedState<'_> {
     fn drop(&mut self) {
         // SAFETY: `Attachment::lock` has taken it.
         unsafe { bindings::dma_resv_unlock(self.0.dmabuf.resv()) };

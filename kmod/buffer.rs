@@ -4,12 +4,11 @@
 //!
 //! A [`Buffer`] is owned by its dma-buf (`dma_buf.priv` is a reference, dropped by the release
 //! operation) and keeps its [`Device`] structure, though not the device, alive. All that changes
-//! is its [`State`], guarded by the dma-buf's reservation lock, as importers expect; [`Locked`] is
+//! is its [`State`], guarded by the dma-buf's reservation lock, as importers expect; [`Held`] is
 //! the way to it.
 
 use core::{
     cell::UnsafeCell,
-    mem::ManuallyDrop,
     ops::{Deref, DerefMut, Range},
     ptr,
 };
@@ -108,7 +107,7 @@ pub(crate) struct KernelMapping {
     pub(crate) _pages: KVec<Arc<System>>,
 }
 
-/// What changes in a buffer. See [`Locked`].
+/// What changes in a buffer. See [`Held`].
 pub(crate) struct State {
     /// A move is under way, and waits for direct I/O with the lock given up.
     pub(crate) moving: bool,
@@ -272,7 +271,7 @@ pub(crate) struct Buffer {
 
 // SAFETY: Nothing is tied to a thread; the pointers are used as their fields say.
 unsafe impl Send for Buffer {}
-// SAFETY: `state` is reached by `Locked` only; the rest does not change, or is a completion.
+// SAFETY: `state` is reached by `Held` only; the rest does not change, or is a completion.
 unsafe impl Sync for Buffer {}
 
 impl Buffer {
@@ -418,55 +417,29 @@ impl Buffer {
     }
 }
 
-/// A buffer with its reservation lock held, by this object or by whoever called in.
+/// A buffer whose reservation lock is held, by whoever called in or by a [`Locked`].
 ///
 /// # Invariants
 ///
-/// `dmabuf` is one of ours, and its reservation lock is held as long as this object lives.
-pub(crate) struct Locked<'a> {
+/// `dmabuf` is one of ours, and this task holds its reservation lock as long as this object lives.
+pub(crate) struct Held<'a> {
     dmabuf: *mut bindings::dma_buf,
     buffer: &'a Buffer,
 }
 
-impl<'a> Locked<'a> {
-    /// Takes the lock.
-    ///
+impl<'a> Held<'a> {
     /// # Safety
     ///
-    /// `dmabuf` is one of ours and stays for `'a`; the task does not hold its reservation lock.
-    pub(crate) unsafe fn lock(dmabuf: *mut bindings::dma_buf) -> Self {
-        // Without an acquire context this cannot fail: it only waits.
-        // SAFETY: By the caller's promise.
-        unsafe { bindings::dma_resv_lock((*dmabuf).resv, ptr::null_mut()) };
-        // SAFETY: As above.
-        let this = unsafe { Self::held(dmabuf) };
-        ManuallyDrop::into_inner(this)
-    }
-
-    /// As [`Locked::lock`], of a lock that this task has taken already, and hands over.
-    ///
-    /// # Safety
-    ///
-    /// `dmabuf` is one of ours and stays for `'a`; the task holds its reservation lock.
-    pub(crate) unsafe fn taken(dmabuf: *mut bindings::dma_buf) -> Self {
-        // SAFETY: By the caller's promise.
-        ManuallyDrop::into_inner(unsafe { Self::held(dmabuf) })
-    }
-
-    /// Uses the lock that a caller holds, and goes on holding.
-    ///
-    /// # Safety
-    ///
-    /// `dmabuf` is one of ours and stays for `'a`, and so does the caller's hold.
-    pub(crate) unsafe fn held(dmabuf: *mut bindings::dma_buf) -> ManuallyDrop<Self> {
+    /// `dmabuf` is one of ours and stays for `'a`, and so does this task's hold on its reservation lock.
+    pub(crate) unsafe fn new(dmabuf: *mut bindings::dma_buf) -> Self {
         // SAFETY: By the caller's promise.
         unsafe { ffi::peerbuf_dma_resv_assert_held((*dmabuf).resv) };
         // INVARIANT: By the caller's promise.
-        ManuallyDrop::new(Self {
+        Self {
             dmabuf,
             // SAFETY: `priv_` is the reference put there when it was exported.
             buffer: unsafe { &*(*dmabuf).priv_.cast::<Buffer>() },
-        })
+        }
     }
 
     pub(crate) fn buffer(&self) -> &'a Buffer {
@@ -550,7 +523,7 @@ impl<'a> Locked<'a> {
         }
     }
 
-    /// Notes the fences that there are, for [`Locked::fences_pending`].
+    /// Notes the fences that there are, for [`Held::fences_pending`].
     pub(crate) fn mark_fences(&mut self) {
         // SAFETY: By the type invariant.
         self.marked = unsafe { Fences::of((*self.dmabuf).resv) }.ok();
@@ -581,7 +554,7 @@ impl<'a> Locked<'a> {
     }
 }
 
-impl Deref for Locked<'_> {
+impl Deref for Held<'_> {
     type Target = State;
 
     fn deref(&self) -> &State {
@@ -590,16 +563,58 @@ impl Deref for Locked<'_> {
     }
 }
 
-impl DerefMut for Locked<'_> {
+impl DerefMut for Held<'_> {
     fn deref_mut(&mut self) -> &mut State {
-        // SAFETY: As above; the borrow of `self` makes it the only one in this call.
+        // SAFETY: By the type invariant; the borrow of `self` makes it the only one in this call.
         unsafe { &mut *self.buffer.state.get() }
+    }
+}
+
+/// A buffer whose reservation lock this object lets go when it is dropped.
+pub(crate) struct Locked<'a>(Held<'a>);
+
+impl<'a> Locked<'a> {
+    /// Takes the lock.
+    ///
+    /// # Safety
+    ///
+    /// `dmabuf` is one of ours and stays for `'a`; the task does not hold its reservation lock.
+    pub(crate) unsafe fn lock(dmabuf: *mut bindings::dma_buf) -> Self {
+        // Without an acquire context this cannot fail: it only waits.
+        // SAFETY: By the caller's promise.
+        unsafe { bindings::dma_resv_lock((*dmabuf).resv, ptr::null_mut()) };
+        // SAFETY: By the caller's promise, and the lock was taken.
+        unsafe { Self::taken(dmabuf) }
+    }
+
+    /// As [`Locked::lock`], of a lock that this task has taken already, and hands over.
+    ///
+    /// # Safety
+    ///
+    /// `dmabuf` is one of ours and stays for `'a`; the task holds its reservation lock.
+    pub(crate) unsafe fn taken(dmabuf: *mut bindings::dma_buf) -> Self {
+        // SAFETY: By the caller's promise; the lock is held until this is dropped.
+        Self(unsafe { Held::new(dmabuf) })
+    }
+}
+
+impl<'a> Deref for Locked<'a> {
+    type Target = Held<'a>;
+
+    fn deref(&self) -> &Held<'a> {
+        &self.0
+    }
+}
+
+impl<'a> DerefMut for Locked<'a> {
+    fn deref_mut(&mut self) -> &mut Held<'a> {
+        &mut self.0
     }
 }
 
 impl Drop for Locked<'_> {
     fn drop(&mut self) {
-        // SAFETY: Only made to be dropped by `lock`, which has taken the lock.
-        unsafe { bindings::dma_resv_unlock((*self.dmabuf).resv) };
+        // SAFETY: The lock is held, and was this object's to let go.
+        unsafe { bindings::dma_resv_unlock((*self.0.dmabuf).resv) };
     }
 }

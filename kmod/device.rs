@@ -21,7 +21,7 @@ use kernel::{
 
 use crate::{
     abi,
-    buffer::{revoked, Buffer, Locked, Piece, SystemPart},
+    buffer::{revoked, Buffer, Held, Locked, Piece, SystemPart},
     common::raw,
     exporter, ffi,
     pages::Pages,
@@ -640,7 +640,7 @@ impl Device {
     }
 
     /// Calls `each` for every export whose file is alive, with its reservation lock held and no other.
-    pub(crate) fn each_export(&self, mut each: impl FnMut(&mut Locked<'_>)) {
+    pub(crate) fn each_export(&self, mut each: impl FnMut(&mut Held<'_>)) {
         self.each_kept(|dmabuf| {
             // SAFETY: It is one of ours, and kept.
             each(unsafe { &mut Locked::lock(dmabuf) });

@@ -24,7 +24,7 @@ use kernel::{
 
 use crate::{
     abi,
-    buffer::{Buffer, KernelMapping, Locked, Piece, State},
+    buffer::{Buffer, Held, KernelMapping, Locked, Piece, State},
     ffi::{self, Table},
     mapping::Mapping,
     moves::{self, For, To},
@@ -286,7 +286,7 @@ unsafe extern "C" fn detach(
 unsafe extern "C" fn pin(attachment: *mut bindings::dma_buf_attachment) -> c_int {
     // SAFETY: The dma-buf core calls with a valid attachment and the lock held.
     let (mut locked, importer) =
-        unsafe { (Locked::held((*attachment).dmabuf), Importer::of(attachment)) };
+        unsafe { (Held::new((*attachment).dmabuf), Importer::of(attachment)) };
     if locked.buffer().revoked() {
         return ENODEV.to_errno();
     }
@@ -299,7 +299,7 @@ unsafe extern "C" fn pin(attachment: *mut bindings::dma_buf_attachment) -> c_int
 unsafe extern "C" fn unpin(attachment: *mut bindings::dma_buf_attachment) {
     // SAFETY: As in `pin`.
     let (mut locked, importer) =
-        unsafe { (Locked::held((*attachment).dmabuf), Importer::of(attachment)) };
+        unsafe { (Held::new((*attachment).dmabuf), Importer::of(attachment)) };
     // An importer that unpins more often than it pinned has a bug, which is not to become ours.
     if importer.pins() > 0 {
         importer.set_note(importer.note() - Importer::ONE_PIN);
@@ -316,7 +316,7 @@ unsafe extern "C" fn map(
     // SAFETY: The dma-buf core calls with a valid attachment of one of our dma-bufs, and the lock
     // held.
     let (mut locked, importer) =
-        unsafe { (Locked::held((*attachment).dmabuf), Importer::of(attachment)) };
+        unsafe { (Held::new((*attachment).dmabuf), Importer::of(attachment)) };
     let (object, state) = locked.parts();
     let mapped = (|| {
         if object.revoked() {
@@ -349,7 +349,7 @@ unsafe extern "C" fn unmap(
     dir: bindings::dma_data_direction,
 ) {
     // SAFETY: As in `map`, and `sgt` is a table that `map` made for the attachment.
-    let mut locked = unsafe { Locked::held((*attachment).dmabuf) };
+    let mut locked = unsafe { Held::new((*attachment).dmabuf) };
     if let Some(mapping) = locked.mappings.take(attachment, sgt) {
         // SAFETY: The lock is held, and `dir` is what the importer has mapped in.
         unsafe { mapping.unmap(dir) };
@@ -440,7 +440,7 @@ unsafe extern "C" fn end_cpu_access(
 /// BAR and partly not, since one mapping has one memory type; ENOMEM.
 unsafe extern "C" fn vmap(dmabuf: *mut bindings::dma_buf, map: *mut bindings::iosys_map) -> c_int {
     // SAFETY: The dma-buf core calls with a valid dma-buf and the lock held.
-    let mut locked = unsafe { Locked::held(dmabuf) };
+    let mut locked = unsafe { Held::new(dmabuf) };
     let (object, state) = locked.parts();
     from_result(|| {
         if object.revoked() {
@@ -511,7 +511,7 @@ fn kernel_mapping(object: &Buffer, state: &State) -> Result<KernelMapping> {
 /// `dma_buf_ops.vunmap`, with the reservation lock held.
 unsafe extern "C" fn vunmap(dmabuf: *mut bindings::dma_buf, _map: *mut bindings::iosys_map) {
     // SAFETY: The dma-buf core calls with a valid dma-buf and the lock held, once for each `vmap`.
-    let mut locked = unsafe { Locked::held(dmabuf) };
+    let mut locked = unsafe { Held::new(dmabuf) };
     if let Some(mapping) = locked.kernel_mapping.take() {
         if mapping.vmapped {
             // SAFETY: `vmap` has made it.

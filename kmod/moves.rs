@@ -28,7 +28,7 @@ use core::{ops::Range, ptr};
 use kernel::{bindings, ffi::c_void, page::PAGE_SIZE, prelude::*, sync::Arc};
 
 use crate::{
-    buffer::{cut, Buffer, Locked, Piece, State, SystemPart},
+    buffer::{cut, Buffer, Held, Locked, Piece, State, SystemPart},
     common, ffi,
     system::{self, Contents, System},
     watch::Wait,
@@ -110,7 +110,7 @@ pub(crate) unsafe fn move_part(
 }
 
 /// Whether there is anything to move. The errors are those that waiting does not help against.
-fn check(state: &Locked<'_>, part: &Range<u64>, to: To) -> Result<bool> {
+fn check(state: &Held<'_>, part: &Range<u64>, to: To) -> Result<bool> {
     if state.buffer().revoked() {
         return Err(ENODEV);
     }
@@ -208,7 +208,7 @@ unsafe fn prepare<'a>(
 
 /// `part`, and what is in one block of system memory with it: page table entries of the rest would
 /// look like uses of the part.
-fn whole_blocks(buffer: &Locked<'_>, part: &Range<u64>) -> Range<u64> {
+fn whole_blocks(buffer: &Held<'_>, part: &Range<u64>) -> Range<u64> {
     let mut whole = part.clone();
     for (start, piece) in buffer.placed() {
         let (from, to) = (part.start.max(start), part.end.min(start + piece.len));
@@ -228,7 +228,7 @@ fn whole_blocks(buffer: &Locked<'_>, part: &Range<u64>) -> Range<u64> {
 
 /// Step 5: nobody uses the part, and the lock is held throughout.
 fn commit(
-    buffer: &mut Locked<'_>,
+    buffer: &mut Held<'_>,
     part: &Range<u64>,
     to: To,
     patience: Patience<'_>,
@@ -298,7 +298,7 @@ fn join(pieces: &mut KVec<Piece>) {
 /// Gives a buffer other pages for those of its system memory that somebody uses: he keeps them, with the
 /// bytes that they have. Nobody has access by the buffer, and the lock is held. Errors: ENOMEM, EINTR where
 /// the task is being killed.
-pub(crate) fn leave_pages(buffer: &mut Locked<'_>) -> Result {
+pub(crate) fn leave_pages(buffer: &mut Held<'_>) -> Result {
     for i in 0..buffer.pieces.len() {
         let state: &mut State = buffer;
         let piece = &state.pieces[i];

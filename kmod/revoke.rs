@@ -12,7 +12,7 @@
 use kernel::{bindings, prelude::*};
 
 use crate::{
-    buffer::{revoked, Locked, State},
+    buffer::{revoked, Held, Locked, State},
     ffi, moves,
     watch::Wait,
 };
@@ -87,7 +87,7 @@ pub(crate) unsafe fn wait_for(
 }
 
 /// Takes access away for the reason `why`, and tells who has it still; waits for nobody.
-pub(crate) fn take_away(buffer: &mut Locked<'_>, why: u32) {
+pub(crate) fn take_away(buffer: &mut Held<'_>, why: u32) {
     let reasons = buffer.buffer().reasons();
     if reasons == 0 {
         buffer.generation += 1;
@@ -142,7 +142,7 @@ unsafe fn wait_locked(
     left
 }
 
-fn count(buffer: &Locked<'_>, scope: Scope) -> Left {
+fn count(buffer: &Held<'_>, scope: Scope) -> Left {
     let state: &State = buffer;
     let (holders, pages) = match scope {
         Scope::Buffer => {
@@ -166,7 +166,7 @@ fn count(buffer: &Locked<'_>, scope: Scope) -> Left {
 /// Errors: EALREADY where the reason does not hold, ENODEV where the device is gone, EBUSY where
 /// somebody still has access from before; ENOMEM, EINTR where pages that somebody keeps were to be
 /// replaced.
-pub(crate) fn restore(buffer: &mut Locked<'_>, why: u32) -> Result<u64> {
+pub(crate) fn restore(buffer: &mut Held<'_>, why: u32) -> Result<u64> {
     let reasons = buffer.buffer().reasons();
     if buffer.buffer().gone() {
         return Err(ENODEV);

@@ -16,7 +16,7 @@ use kernel::{
 
 use crate::{
     abi,
-    buffer::{revoked, Locked, State},
+    buffer::{revoked, Held, State},
     devices,
     exporter::Importer,
 };
@@ -193,7 +193,7 @@ fn state_of(reasons: u32) -> u32 {
 }
 
 /// Fills in what `abi::BufferQuery` answers, but for the lists.
-pub(crate) fn query(locked: &Locked<'_>, query: &mut abi::BufferQuery) {
+pub(crate) fn query(locked: &Held<'_>, query: &mut abi::BufferQuery) {
     let (buffer, state): (_, &State) = (locked.buffer(), locked);
     query.state = state_of(locked.buffer().reasons());
     query.placement = state.placement();
@@ -246,7 +246,7 @@ fn attachment(state: &State, raw: *mut bindings::dma_buf_attachment) -> abi::Att
 }
 
 /// The first `most` attachments. ENOMEM.
-pub(crate) fn attachments(locked: &Locked<'_>, most: usize) -> Result<KVec<abi::Attachment>> {
+pub(crate) fn attachments(locked: &Held<'_>, most: usize) -> Result<KVec<abi::Attachment>> {
     let mut list = KVec::new();
     for raw in locked.attachments().take(most) {
         list.push(attachment(locked, raw), GFP_KERNEL)?;
@@ -270,7 +270,7 @@ pub(crate) fn pieces(state: &State, most: usize) -> Result<KVec<abi::Piece>> {
 }
 
 /// Writes a buffer as text, as `fdinfo` of a node and debugfs show it.
-pub(crate) fn print(locked: &Locked<'_>, to: &mut impl Write) -> fmt::Result {
+pub(crate) fn print(locked: &Held<'_>, to: &mut impl Write) -> fmt::Result {
     let mut query = abi::BufferQuery::default();
     self::query(locked, &mut query);
     let placement = match query.placement {
