@@ -48,7 +48,8 @@ use kernel::{
 };
 
 use crate::{
-    abi, common,
+    abi,
+    common::{self, DmaBuf},
     ffi::{self, Table},
     route::Report,
 };
@@ -82,35 +83,6 @@ static FENCE_OPS: Table<bindings::dma_fence_ops> = Table(bindings::dma_fence_ops
 
 unsafe extern "C" fn fence_name(_fence: *mut bindings::dma_fence) -> *const c_char {
     c"peerbuf-importer".as_char_ptr()
-}
-
-/// A reference to a dma-buf.
-///
-/// # Invariants
-///
-/// It is valid.
-pub(crate) struct DmaBuf(*mut bindings::dma_buf);
-
-impl DmaBuf {
-    /// That of a descriptor of the calling task. EBADF, or EINVAL for another kind of file.
-    pub(crate) fn get(fd: i32) -> Result<Self> {
-        // SAFETY: Called by a task on its own behalf.
-        let dmabuf = from_err_ptr(unsafe { bindings::dma_buf_get(fd) })?;
-        // INVARIANT: The call took a reference.
-        Ok(Self(dmabuf))
-    }
-
-    fn resv(&self) -> *mut bindings::dma_resv {
-        // SAFETY: By the type invariant.
-        unsafe { (*self.0).resv }
-    }
-}
-
-impl Drop for DmaBuf {
-    fn drop(&mut self) {
-        // SAFETY: This object owns a reference.
-        unsafe { bindings::dma_buf_put(self.0) };
-    }
 }
 
 /// How an attachment behaves; checked by the importer.
@@ -286,7 +258,7 @@ impl Attachment {
         // attachment is detached, since `let_go` is called before `self` is dropped.
         let (attach, ns) = timed(|| unsafe {
             bindings::dma_buf_dynamic_attach(
-                self.dmabuf.0,
+                self.dmabuf.raw(),
                 dev,
                 self.manner.ops(),
                 priv_.cast_mut().cast(),
@@ -301,6 +273,11 @@ impl Attachment {
     pub(crate) fn dev(&self) -> *mut bindings::device {
         // SAFETY: It is the address of a field of a valid `struct pci_dev`.
         unsafe { &raw mut (*self.pdev()).dev }
+    }
+
+    fn resv(&self) -> *mut bindings::dma_resv {
+        // SAFETY: The reference keeps it.
+        unsafe { (*self.dmabuf.raw()).resv }
     }
 
     fn pdev(&self) -> *mut bindings::pci_dev {
@@ -333,7 +310,7 @@ impl Attachment {
     fn lock(&self) -> LockedState<'_> {
         // SAFETY: The dma-buf is valid, and its lock is not held. Without an acquire context this
         // cannot fail.
-        unsafe { bindings::dma_resv_lock(self.dmabuf.resv(), ptr::null_mut()) };
+        unsafe { bindings::dma_resv_lock(self.resv(), ptr::null_mut()) };
         LockedState(self)
     }
 
@@ -367,7 +344,7 @@ impl Attachment {
             // SAFETY: As above.
             let left = unsafe {
                 bindings::dma_resv_wait_timeout(
-                    self.dmabuf.resv(),
+                    self.resv(),
                     bindings::dma_resv_usage_DMA_RESV_USAGE_KERNEL,
                     true,
                     msecs_to_jiffies(30_000),
@@ -536,7 +513,7 @@ impl Attachment {
         let state = self.lock();
         let attach = state.attach().ok_or_else(not_connected)?;
         // SAFETY: The dma-buf is valid.
-        if unsafe { (*(*self.dmabuf.0).ops).vmap }.is_none() {
+        if unsafe { (*(*self.dmabuf.raw()).ops).vmap }.is_none() {
             return Err(EINVAL);
         }
         let direction = DataDirection::Bidirectional.into();
@@ -553,7 +530,7 @@ impl Attachment {
         }
         let mut map = bindings::iosys_map::default();
         // SAFETY: The dma-buf is valid and its reservation lock is held.
-        let (answer, ns) = timed(|| unsafe { bindings::dma_buf_vmap(self.dmabuf.0, &mut map) });
+        let (answer, ns) = timed(|| unsafe { bindings::dma_buf_vmap(self.dmabuf.raw(), &mut map) });
         to_result(answer)?;
         drop(state);
         let iomem = if map.is_iomem {
@@ -576,7 +553,7 @@ impl Attachment {
         // SAFETY: The mapping came from the dma-buf, which is valid and whose reservation lock is
         // not held.
         let ((), ns) =
-            timed(|| unsafe { bindings::dma_buf_vunmap_unlocked(self.dmabuf.0, &mut map) });
+            timed(|| unsafe { bindings::dma_buf_vunmap_unlocked(self.dmabuf.raw(), &mut map) });
         self.note(0, abi::VMAPPED | abi::VMAP_IOMEM);
         Some(ns)
     }
@@ -614,7 +591,7 @@ impl Attachment {
             let _state = self.lock();
             // SAFETY: The reservation object is valid and locked, and the fence is initialised.
             let added = unsafe {
-                let resv = self.dmabuf.resv();
+                let resv = self.resv();
                 to_result(bindings::dma_resv_reserve_fences(resv, 1))
                     .map(|()| bindings::dma_resv_add_fence(resv, fence, usage))
             };
@@ -686,7 +663,7 @@ impl Attachment {
         // SAFETY: It is an attachment of this dma-buf, nobody else detaches it, and the reservation
         // lock is not held.
         let ((), ns) =
-            timed(|| unsafe { bindings::dma_buf_detach(self.dmabuf.0, attach.as_ptr()) });
+            timed(|| unsafe { bindings::dma_buf_detach(self.dmabuf.raw(), attach.as_ptr()) });
         // From here on nobody invalidates, so nothing is queued any more.
         // SAFETY: Both are initialised. What they run takes neither of the locks held here: the
         // work takes the reservation lock, the timer none.
@@ -719,7 +696,7 @@ impl core::ops::Deref for LockedState<'_> {
 impl Drop for LockedState<'_> {
     fn drop(&mut self) {
         // SAFETY: `Attachment::lock` has taken it.
-        unsafe { bindings::dma_resv_unlock(self.0.dmabuf.resv()) };
+        unsafe { bindings::dma_resv_unlock(self.0.resv()) };
     }
 }
 

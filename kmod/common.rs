@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What peerbuf.ko and peerbuf_probe.ko need of PCI devices. Each has a copy of its own, and neither
-//! needs the other to be loaded.
+//! What peerbuf.ko and peerbuf_probe.ko need of PCI devices and of dma-bufs. Each has a copy of its own,
+//! and neither needs the other to be loaded.
 
 use core::ptr;
 
 use kernel::{
     bindings,
     device::DeviceContext,
-    error::to_result,
+    error::{from_err_ptr, to_result},
     ffi::*,
     pci,
     prelude::*,
@@ -58,6 +58,46 @@ impl Drop for Listening {
         unsafe {
             bindings::bus_unregister_notifier(&raw const bindings::pci_bus_type, self.0.get())
         };
+    }
+}
+
+/// A reference to a dma-buf.
+///
+/// # Invariants
+///
+/// It is valid.
+pub(crate) struct DmaBuf(*mut bindings::dma_buf);
+
+impl DmaBuf {
+    /// That of a descriptor of the calling task. EBADF, or EINVAL for another kind of file.
+    pub(crate) fn get(fd: i32) -> Result<Self> {
+        // SAFETY: Called by a task on its own behalf.
+        let dmabuf = from_err_ptr(unsafe { bindings::dma_buf_get(fd) })?;
+        // INVARIANT: The call took a reference.
+        Ok(Self(dmabuf))
+    }
+
+    /// Takes a reference over.
+    ///
+    /// # Safety
+    ///
+    /// It is the caller's.
+    // The importer has none.
+    #[allow(dead_code)]
+    pub(crate) unsafe fn from_raw(dmabuf: *mut bindings::dma_buf) -> Self {
+        // INVARIANT: By the caller's promise.
+        Self(dmabuf)
+    }
+
+    pub(crate) fn raw(&self) -> *mut bindings::dma_buf {
+        self.0
+    }
+}
+
+impl Drop for DmaBuf {
+    fn drop(&mut self) {
+        // SAFETY: This object owns a reference.
+        unsafe { bindings::dma_buf_put(self.0) };
     }
 }
 

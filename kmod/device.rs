@@ -2,10 +2,7 @@
 
 //! A bound PCI device: its BARs, who has what of them, and going away.
 
-use core::{
-    mem::{self, ManuallyDrop},
-    ptr,
-};
+use core::{mem, ptr};
 
 use kernel::{
     bindings,
@@ -22,7 +19,7 @@ use kernel::{
 use crate::{
     abi,
     buffer::{revoked, Buffer, Held, Locked, Piece, SystemPart},
-    common::raw,
+    common::{raw, DmaBuf},
     exporter, ffi,
     pages::Pages,
     peers::Peers,
@@ -473,7 +470,8 @@ impl Device {
             Ok(dmabuf) => {
                 // Cannot fail: the room was reserved above, under the same lock.
                 let _ = state.exports.push_within_capacity(dmabuf);
-                Ok(DmaBuf(dmabuf))
+                // SAFETY: It is new, and so is its one reference.
+                Ok(unsafe { DmaBuf::from_raw(dmabuf) })
             }
             Err(e) => {
                 for part in parts[..taken].iter().filter(|part| part.place.is_some()) {
@@ -687,28 +685,5 @@ impl Drop for Binding {
         // Whatever was written to its registers meanwhile.
         // SAFETY: The device is valid, and this module's until this returns.
         unsafe { bindings::pci_clear_master(raw(self.0.pci())) };
-    }
-}
-
-/// A new dma-buf that is not yet a file descriptor. Dropping it releases it.
-pub(crate) struct DmaBuf(*mut bindings::dma_buf);
-
-impl DmaBuf {
-    /// Gives the dma-buf to the descriptor number `fd`, which the caller has reserved.
-    ///
-    /// # Safety
-    ///
-    /// `fd` came from `get_unused_fd_flags` and is not used otherwise.
-    pub(crate) unsafe fn install(self, fd: u32) {
-        let this = ManuallyDrop::new(self);
-        // SAFETY: By the caller's promise, and the file takes over this object's reference.
-        unsafe { bindings::fd_install(fd, (*this.0).file) };
-    }
-}
-
-impl Drop for DmaBuf {
-    fn drop(&mut self) {
-        // SAFETY: This object owns a reference.
-        unsafe { bindings::dma_buf_put(self.0) };
     }
 }

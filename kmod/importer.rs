@@ -22,14 +22,15 @@ use kernel::{
     prelude::*,
     sync::{Arc, ArcBorrow},
     time::msecs_to_jiffies,
+    types::ScopeGuard,
     uaccess::UserPtr,
     workqueue::Queue,
 };
 
 use crate::{
     abi,
-    attachment::{Attachment, DmaBuf, Manner},
-    common::{self, DeviceLock, Listening},
+    attachment::{Attachment, Manner},
+    common::{self, DeviceLock, DmaBuf, Listening},
     ffi::{self, Table},
     misc::{begin, deliver, read_struct, write_struct, Fd, Misc},
 };
@@ -55,7 +56,7 @@ static ATTACHMENT_FOPS: Table<bindings::file_operations> = Table(bindings::file_
 });
 
 kernel::sync::global_lock! {
-    // SAFETY: Initialised by `Importer::register`, before anybody can attach.
+    // SAFETY: Initialised by `Registered::new`, before anybody can attach.
     unsafe(uninit) static SHARED: Mutex<Shared> = Shared {
         attachments: KVec::new(),
         queue: ptr::null_mut(),
@@ -76,17 +77,17 @@ unsafe impl Send for Shared {}
 
 /// The registered importer. Dropped when the module is unloaded: then no file of it is open, and no
 /// attachment is left, but the work that gave up the last one may still be about to return.
-pub(crate) struct Importer {
+pub(crate) struct Registered {
     _node: Misc<()>,
     _listening: Listening,
     _queue: OwnQueue,
 }
 
-impl Importer {
+impl Registered {
     /// # Safety
     ///
     /// Called once.
-    pub(crate) unsafe fn register() -> Result<Self> {
+    pub(crate) unsafe fn new() -> Result<Self> {
         // SAFETY: By the caller's promise.
         unsafe { SHARED.init() };
         let queue = OwnQueue::new()?;
@@ -199,75 +200,54 @@ fn attach(arg: UserPtr) -> Result {
         hold_ms: request.hold_ms,
         detach_ms: request.detach_ms,
     };
-    let attachment = Attached::new(Attachment::new(pdev, dmabuf, manner)?)?;
+    let (attachment, ns) = attached(Attachment::new(pdev, dmabuf, manner)?)?;
 
     // The descriptor is published last: until then every step can be undone.
     let fd = Fd::reserve(request.fd_flags)?;
-    request.ns = attachment.ns;
+    request.ns = ns;
     request.fd = fd.number();
     // SAFETY: The operations are static, and expect what is given as private data.
     let file = from_err_ptr(unsafe {
         ffi::anon_inode_getfile(
             c"[peerbuf-attachment]".as_char_ptr(),
             &ATTACHMENT_FOPS.0,
-            Arc::as_ptr(&attachment.attachment).cast_mut().cast(),
+            Arc::as_ptr(&attachment).cast_mut().cast(),
             bindings::O_RDWR as c_int,
         )
     })?;
     // The file has taken the attachment over, and its release gives it up.
-    let _ = Arc::into_raw(attachment.into_inner());
+    let _ = Arc::into_raw(attachment.dismiss());
     if let Err(e) = write_struct(arg, &request) {
         // SAFETY: This is the file's only reference.
         unsafe { bindings::fput(file) };
         return Err(e);
     }
-    // SAFETY: The number was reserved above and is not given back any more; the file's reference
-    // goes with it.
-    unsafe { bindings::fd_install(fd.into_number(), file) };
+    // SAFETY: This is the file's only reference.
+    unsafe { fd.install(file) };
     Ok(())
 }
 
-/// An attachment that has no file yet. Dropping it gives it up.
-struct Attached {
-    attachment: Arc<Attachment>,
-    ns: u64,
-}
+/// Gives an attachment that has no file yet up when it is dropped.
+type Guard = ScopeGuard<Arc<Attachment>, fn(Arc<Attachment>)>;
 
-impl Attached {
-    /// Attaches, if the device has a driver in the kernel that does DMA.
-    fn new(attachment: Arc<Attachment>) -> Result<Self> {
-        // SAFETY: The attachment keeps the device.
-        let _lock = unsafe { DeviceLock::new(attachment.dev()) }?;
-        // SAFETY: As above; the lock keeps the driver as it is.
-        if !unsafe { can_import(attachment.dev()) } {
-            return Err(ffi::errno(bindings::EUNATCH));
-        }
-        // In the list first, so that nothing can fail once it is attached.
-        SHARED
-            .lock()
-            .attachments
-            .push(attachment.clone(), GFP_KERNEL)?;
-        let mut this = Self { attachment, ns: 0 };
-        // SAFETY: The lock is held. It is in the list, where the end of the driver finds it, and
-        // given up when this object is dropped, or by the file that takes it over.
-        this.ns = unsafe { this.attachment.as_arc_borrow().attach() }?;
-        Ok(this)
+/// Attaches, if the device has a driver in the kernel that does DMA, and says how long it took.
+fn attached(attachment: Arc<Attachment>) -> Result<(Guard, u64)> {
+    // SAFETY: The attachment keeps the device.
+    let _lock = unsafe { DeviceLock::new(attachment.dev()) }?;
+    // SAFETY: The attachment keeps the device; the lock keeps the driver as it is.
+    if !unsafe { can_import(attachment.dev()) } {
+        return Err(ffi::errno(bindings::EUNATCH));
     }
-
-    /// The attachment, which the caller gives up.
-    fn into_inner(self) -> Arc<Attachment> {
-        let attachment = self.attachment.clone();
-        let this = core::mem::ManuallyDrop::new(self);
-        // SAFETY: The field is not used any more: the object is not dropped.
-        drop(unsafe { ptr::read(&this.attachment) });
-        attachment
-    }
-}
-
-impl Drop for Attached {
-    fn drop(&mut self) {
-        give_up(&self.attachment);
-    }
+    // In the list first, so that nothing can fail once it is attached.
+    SHARED
+        .lock()
+        .attachments
+        .push(attachment.clone(), GFP_KERNEL)?;
+    let guard: Guard = ScopeGuard::new_with_data(attachment, give_up);
+    // SAFETY: The lock is held. It is in the list, where the end of the driver finds it, and given up by the
+    // guard, or by the file that takes it over.
+    let ns = unsafe { guard.as_arc_borrow().attach() }?;
+    Ok((guard, ns))
 }
 
 /// Whether a device may be an importer: its driver does DMA, and by way of the kernel. Drivers that
@@ -291,13 +271,13 @@ unsafe fn can_import(dev: *mut bindings::device) -> bool {
 }
 
 /// Detaches, and takes the attachment out of the list.
-fn give_up(attachment: &Arc<Attachment>) {
+fn give_up(attachment: Arc<Attachment>) {
     let _ = attachment.let_go(0);
     let mut shared = SHARED.lock();
     let place = shared
         .attachments
         .iter()
-        .position(|a| Arc::ptr_eq(a, attachment));
+        .position(|a| Arc::ptr_eq(a, &attachment));
     if let Some(place) = place {
         let ours = shared.attachments.remove(place);
         drop(shared);
@@ -312,7 +292,7 @@ unsafe extern "C" fn release(_inode: *mut bindings::inode, file: *mut bindings::
         unsafe { Arc::from_raw((*file).private_data.cast_const().cast()) };
     let delay = attachment.detach_ms();
     if delay == 0 || attachment.is_gone() {
-        give_up(&attachment);
+        give_up(attachment);
         return 0;
     }
     let queue = SHARED.lock().queue;
@@ -329,8 +309,7 @@ unsafe extern "C" fn release(_inode: *mut bindings::inode, file: *mut bindings::
 
 /// Some time after the release of an attachment that outlives its file.
 pub(crate) fn detach_late(attachment: Arc<Attachment>) {
-    give_up(&attachment);
-    drop(attachment);
+    give_up(attachment);
     // SAFETY: Taken by `release`. Unloading the module waits until the queue that runs this is empty.
     unsafe { bindings::module_put(crate::compat::THIS_MODULE.as_ptr()) };
 }

@@ -136,11 +136,15 @@ impl Fd {
         self.0 as i32
     }
 
-    /// Keeps the number reserved, for the caller to install a file in it.
-    pub(crate) fn into_number(self) -> u32 {
-        let number = self.0;
+    /// Publishes a file under the number.
+    ///
+    /// # Safety
+    ///
+    /// The file is valid, and takes a reference of the caller's along.
+    pub(crate) unsafe fn install(self, file: *mut bindings::file) {
+        // SAFETY: By the caller's promise; the number was reserved, and is not given back any more.
+        unsafe { bindings::fd_install(self.0, file) };
         core::mem::forget(self);
-        number
     }
 }
 

@@ -20,7 +20,7 @@ use kernel::{
 use crate::{
     abi,
     buffer::{revoked, Locked},
-    common,
+    common::{self, DmaBuf},
     device::{Device, Part},
     exporter,
     ffi::{self, Table},
@@ -172,8 +172,7 @@ impl Open<'_> {
         request.offset = parts[0].offset;
         request.fd = fd.number();
         write_struct(arg, &request)?;
-        // SAFETY: The number was reserved above and is not given back any more.
-        unsafe { dmabuf.install(fd.into_number()) };
+        publish(dmabuf, fd);
         Ok(())
     }
 
@@ -213,8 +212,7 @@ impl Open<'_> {
         request.fd = fd.number();
         write_list(array, &ranges)?;
         write_struct(arg, &request)?;
-        // SAFETY: The number was reserved above and is not given back any more.
-        unsafe { dmabuf.install(fd.into_number()) };
+        publish(dmabuf, fd);
         Ok(())
     }
 
@@ -244,7 +242,7 @@ impl Open<'_> {
         let part = request.offset..end;
         // SAFETY: The dma-buf is one of ours and kept, and the part is as it should be.
         let moved =
-            unsafe { moves::move_part(dmabuf.0, part, to, request.timeout_ms, For::Owner)? };
+            unsafe { moves::move_part(dmabuf.raw(), part, to, request.timeout_ms, For::Owner)? };
         request.generation = moved.generation;
         request.copied = moved.copied;
         deliver(arg, &request);
@@ -263,7 +261,7 @@ impl Open<'_> {
         let dmabuf = self.get(request.fd)?;
         let limit = request.timeout_ms;
         // SAFETY: The dma-buf is one of ours and kept.
-        let left = unsafe { revoke::revoke(dmabuf.0, revoked::BY_OWNER, Scope::Buffer, limit) };
+        let left = unsafe { revoke::revoke(dmabuf.raw(), revoked::BY_OWNER, Scope::Buffer, limit) };
         request.generation = left.generation;
         request.holders = left.holders as u32;
         request.fences = u32::from(left.fences);
@@ -337,17 +335,15 @@ impl Open<'_> {
     /// The dma-buf behind a descriptor. EBADF; EINVAL where it is no dma-buf, or none that this
     /// device has exported.
     fn get(&self, fd: i32) -> Result<Got> {
-        // SAFETY: It checks what the number stands for.
-        let got = Got(from_err_ptr(unsafe { bindings::dma_buf_get(fd) })?);
+        let got = DmaBuf::get(fd)?;
         // SAFETY: The reference keeps it. The buffer is looked at only if it is one of ours.
         let ours = unsafe {
-            exporter::is_ours(got.0)
-                && core::ptr::eq(&*exporter::buffer(got.0).device, &*self.device)
+            exporter::is_ours(got.raw())
+                && core::ptr::eq(&*exporter::buffer(got.raw()).device, &*self.device)
         };
-        if ours {
-            Ok(got)
-        } else {
-            Err(EINVAL)
+        match ours {
+            true => Ok(Got(got)),
+            false => Err(EINVAL),
         }
     }
 }
@@ -385,27 +381,30 @@ pub(crate) unsafe fn check_fd_flags(file: *mut bindings::file, flags: u32) -> Re
 /// `FMODE_WRITE`, `linux/fs.h`.
 const FMODE_WRITE: c_uint = 1 << 1;
 
-/// A reference to a dma-buf.
-struct Got(*mut bindings::dma_buf);
+/// A reference to a dma-buf that the node's device has exported.
+struct Got(DmaBuf);
 
 impl Got {
-    fn len(&self) -> u64 {
-        // SAFETY: The reference keeps it.
-        unsafe { (*self.0).size as u64 }
+    fn raw(&self) -> *mut bindings::dma_buf {
+        self.0.raw()
     }
 
-    /// The dma-buf was checked to be one of ours.
+    fn len(&self) -> u64 {
+        // SAFETY: The reference keeps it.
+        unsafe { (*self.raw()).size as u64 }
+    }
+
     fn lock(&self) -> Locked<'_> {
         // SAFETY: The reference keeps it, and an ioctl begins with no lock held.
-        unsafe { Locked::lock(self.0) }
+        unsafe { Locked::lock(self.raw()) }
     }
 }
 
-impl Drop for Got {
-    fn drop(&mut self) {
-        // SAFETY: This object owns a reference.
-        unsafe { bindings::dma_buf_put(self.0) };
-    }
+/// Makes a new dma-buf a descriptor.
+fn publish(dmabuf: DmaBuf, fd: Fd) {
+    // SAFETY: The file takes the reference over, which is all that a dma-buf consists of.
+    unsafe { fd.install((*dmabuf.raw()).file) };
+    core::mem::forget(dmabuf);
 }
 
 fn place(any: bool, offset: u64) -> Result<Place> {

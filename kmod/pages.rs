@@ -77,7 +77,7 @@ impl Pages {
         this.set_counts(1);
         // On an error the chunk is dropped, and so goes back, at once. Devres is released last
         // in, first out: the chunk goes back before the P2PDMA core unmaps the pages.
-        let chunk = Chunk {
+        let chunk = WholePool {
             pdev: raw,
             pages: this,
         };
@@ -130,15 +130,15 @@ impl Pages {
 }
 
 /// The chunk that the pool gave; dropping it gives it back.
-struct Chunk {
+struct WholePool {
     pdev: *mut bindings::pci_dev,
     pages: Pages,
 }
 
 // SAFETY: The pointers are not tied to a thread.
-unsafe impl Send for Chunk {}
+unsafe impl Send for WholePool {}
 
-impl Drop for Chunk {
+impl Drop for WholePool {
     fn drop(&mut self) {
         self.pages.set_counts(0);
         let len = self.pages.count * PAGE_SIZE;

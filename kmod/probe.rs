@@ -37,13 +37,13 @@ misc::plain! { abi::Attach abi::Map abi::Step abi::Fence abi::Query }
 
 /// The module.
 struct Loaded {
-    _importer: importer::Importer,
+    _importer: importer::Registered,
 }
 
 impl kernel::Module for Loaded {
     fn init(_module: &'static ThisModule) -> Result<Self> {
         // SAFETY: A module is initialised once, and this is the only importer.
-        let importer = unsafe { importer::Importer::register() }?;
+        let importer = unsafe { importer::Registered::new() }?;
         Ok(Self {
             _importer: importer,
         })

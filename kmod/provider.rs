@@ -201,9 +201,8 @@ unsafe fn open_provider(file: *mut bindings::file, arg: UserPtr) -> Result {
         unsafe { bindings::fput(file) };
         return Err(e);
     }
-    // SAFETY: The number was reserved above and is not given back any more; the file's reference goes
-    // with it.
-    unsafe { bindings::fd_install(fd.into_number(), file) };
+    // SAFETY: This is the file's only reference.
+    unsafe { fd.install(file) };
     Ok(())
 }
 
