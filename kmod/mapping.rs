@@ -368,7 +368,7 @@ impl JoinedTable {
         state: &State,
         dir: bindings::dma_data_direction,
     ) -> Result {
-        let mut pages = [ptr::null_mut()];
+        let pages;
         let mut system: &[*mut bindings::sg_table] = &[];
         if state.placement() != abi::PLACEMENT_DEVICE {
             // SAFETY: By the caller's promise.

@@ -31,7 +31,6 @@ use core::ptr;
 
 use kernel::{
     bindings, container_of,
-    error::from_err_ptr,
     ffi::*,
     page::PAGE_SIZE,
     pci,
