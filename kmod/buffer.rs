@@ -26,65 +26,17 @@ use kernel::{
 };
 
 use crate::{
-    abi,
     device::{Bar, Device},
     fences::Fences,
     ffi,
+    counters::{Counters, Refusal},
     mapping::{Mapping, Mappings},
+    pieces::{Piece, Pieces},
     provider::Chunk,
     system::{self, System},
-    watch::{Counters, Refusal, Wait, Watchers},
+    wait::Wait,
+    watchers::Watchers,
 };
-
-/// A page-aligned run of a buffer's bytes, in one place.
-pub(crate) struct Piece {
-    /// Its length in bytes.
-    pub(crate) len: u64,
-    /// Its place in the BAR, in bytes, its own as long as the buffer lives. `None` for memory
-    /// that is always system memory.
-    pub(crate) home: Option<u64>,
-    /// Where the bytes are now, if not at home. Never `None` where `home` is.
-    pub(crate) system: Option<SystemPart>,
-}
-
-/// Part of some system memory.
-#[derive(Clone)]
-pub(crate) struct SystemPart {
-    pub(crate) pages: Arc<System>,
-    /// The first page of the part.
-    pub(crate) first: usize,
-}
-
-impl Piece {
-    /// The pages, where the bytes are in system memory; otherwise none.
-    pub(crate) fn system_pages(&self) -> &[*mut bindings::page] {
-        match &self.system {
-            Some(part) => &part.pages.pages()[part.first..][..self.len as usize / PAGE_SIZE],
-            None => &[],
-        }
-    }
-
-    /// The `PLACEMENT_*` of the interface.
-    pub(crate) fn placement(&self) -> u32 {
-        match self.system {
-            Some(_) => abi::PLACEMENT_SYSTEM,
-            None => abi::PLACEMENT_DEVICE,
-        }
-    }
-
-    /// Two pieces that meet at `len` bytes, a multiple of the page size below this one's length.
-    fn split(self, len: u64) -> (Self, Self) {
-        let after = Self {
-            len: self.len - len,
-            home: self.home.map(|home| home + len),
-            system: self.system.clone().map(|part| SystemPart {
-                first: part.first + len as usize / PAGE_SIZE,
-                ..part
-            }),
-        };
-        (Self { len, ..self }, after)
-    }
-}
 
 /// Reasons for which access is taken away; more than one may hold.
 pub(crate) mod revoked {
@@ -120,8 +72,7 @@ pub(crate) struct State {
     pub(crate) generation: u64,
     /// Somebody waits for a change, or is about to.
     awaited: bool,
-    /// The whole buffer, in order.
-    pub(crate) pieces: KVec<Piece>,
+    pub(crate) pieces: Pieces,
     /// What it has of a provider's pool. Emptied when the provider goes.
     pub(crate) chunks: KVec<Chunk>,
     /// The mappings that importers have.
@@ -138,63 +89,6 @@ pub(crate) struct State {
 }
 
 impl State {
-    /// The places in the BAR of the pieces that are there, in order: offset and length.
-    pub(crate) fn at_home(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
-        let at_home = |piece: &Piece| match &piece.system {
-            None => piece.home.map(|home| (home, piece.len)),
-            Some(_) => None,
-        };
-        self.pieces.iter().filter_map(at_home)
-    }
-
-    /// Where the buffer begins in the BAR, if it is there in one run.
-    pub(crate) fn one_run(&self) -> Option<u64> {
-        let (mut first, mut next) = (None, None);
-        for piece in &self.pieces {
-            match (piece.home, &piece.system) {
-                (Some(home), None) if next.is_none_or(|next| next == home) => {
-                    first.get_or_insert(home);
-                    next = Some(home + piece.len);
-                }
-                _ => return None,
-            }
-        }
-        first
-    }
-
-    /// The `PLACEMENT_*` of the whole.
-    pub(crate) fn placement(&self) -> u32 {
-        let mut placements = self.pieces.iter().map(Piece::placement);
-        let first = placements.next().unwrap_or(abi::PLACEMENT_SYSTEM);
-        match placements.all(|placement| placement == first) {
-            true => first,
-            false => abi::PLACEMENT_MIXED,
-        }
-    }
-
-    /// The pieces with where each begins in the buffer.
-    pub(crate) fn placed(&self) -> impl Iterator<Item = (u64, &Piece)> {
-        self.pieces.iter().scan(0, |offset, piece| {
-            let start = *offset;
-            *offset += piece.len;
-            Some((start, piece))
-        })
-    }
-
-    /// The pieces that `part` of the buffer touches, each with the common range, from the piece's
-    /// beginning.
-    pub(crate) fn within(
-        &self,
-        part: &Range<u64>,
-    ) -> impl Iterator<Item = (&Piece, Range<u64>)> + '_ {
-        let part = part.clone();
-        self.placed().filter_map(move |(start, piece)| {
-            let from = part.start.max(start);
-            let to = part.end.min(start + piece.len);
-            (from < to).then(|| (piece, from - start..to - start))
-        })
-    }
-
     /// Whether an importer still has a mapping of device memory from before the last move or
     /// revoke.
     pub(crate) fn has_stale_device_mapping(&self) -> bool {
@@ -217,26 +111,6 @@ impl State {
     pub(crate) fn holders(&self) -> usize {
         self.mappings.len() + usize::from(self.kernel_mapping.is_some())
     }
-}
-
-/// The pieces after `part` of the buffer was cut out of its neighbours: none lies across its
-/// bounds. ENOMEM.
-pub(crate) fn cut(pieces: KVec<Piece>, part: &Range<u64>) -> Result<KVec<Piece>> {
-    let mut cut = KVec::with_capacity(pieces.len() + 2, GFP_KERNEL)?;
-    let mut start = 0;
-    for mut piece in pieces {
-        for bound in [part.start, part.end] {
-            if start < bound && bound < start + piece.len {
-                let (before, after) = piece.split(bound - start);
-                start = bound;
-                cut.push(before, GFP_KERNEL)?;
-                piece = after;
-            }
-        }
-        start += piece.len;
-        cut.push(piece, GFP_KERNEL)?;
-    }
-    Ok(cut)
 }
 
 /// How long a move or a revoke waits for pages of system memory on which a device may be at work. Longer
@@ -280,11 +154,11 @@ impl Buffer {
         device: Arc<Device>,
         bar: usize,
         may_move: bool,
-        pieces: KVec<Piece>,
+        pieces: Pieces,
         chunks: KVec<Chunk>,
     ) -> Result<Arc<Self>> {
         let has_home = pieces.iter().any(|piece| piece.home.is_some());
-        let len = pieces.iter().map(|piece| piece.len).sum();
+        let len = pieces.bytes();
         Arc::pin_init(
             pin_init!(Self {
                 device,
@@ -378,6 +252,7 @@ impl Buffer {
             return 0;
         }
         state
+            .pieces
             .within(part)
             .filter(|(piece, _)| which(piece))
             .map(|(piece, common)| self.busy(piece, common))
@@ -397,7 +272,7 @@ impl Buffer {
             let page = |at: u64| at as usize / PAGE_SIZE;
             !pages.is_empty() && system::any_pinned(&pages[page(common.start)..page(common.end)])
         };
-        waited.ns() >= PATIENCE_NS || !state.within(part).any(pinned)
+        waited.ns() >= PATIENCE_NS || !state.pieces.within(part).any(pinned)
     }
 
     /// As [`Buffer::busy_pages`], for a range of a piece, from its beginning.

@@ -18,11 +18,12 @@ use kernel::{
 
 use crate::{
     abi,
-    buffer::{revoked, Buffer, Held, Locked, Piece, SystemPart},
+    buffer::{revoked, Buffer, Held, Locked},
     common::{raw, DmaBuf},
     exporter, ffi,
     pages::Pages,
     peers::Peers,
+    pieces::{Piece, Pieces, SystemPart},
     provider::Chunk,
     region::{Place, Regions},
     revoke::{self, Scope},
@@ -463,7 +464,7 @@ impl Device {
                 }
                 taken += 1;
             }
-            let buffer = Buffer::new(self.into(), index, may_move, pieces, chunks)?;
+            let buffer = Buffer::new(self.into(), index, may_move, Pieces::new(pieces), chunks)?;
             exporter::export(buffer, fd_flags)
         })();
         match exported {
@@ -514,7 +515,7 @@ impl Device {
             };
             // SAFETY: The dma-buf is being released: it is valid, and nobody else has it.
             let locked = unsafe { Locked::lock(dmabuf) };
-            for piece in &locked.pieces {
+            for piece in &*locked.pieces {
                 if let Some(home) = piece.home {
                     state.regions[buffer.bar].give_back(home, piece.len, in_use);
                 }

@@ -24,10 +24,11 @@ use kernel::{
 
 use crate::{
     abi,
-    buffer::{Buffer, Held, KernelMapping, Locked, Piece, State},
+    buffer::{Buffer, Held, KernelMapping, Locked, State},
     ffi::{self, Table},
     mapping::Mapping,
     moves::{self, For, To},
+    pieces::Piece,
 };
 
 static OPS: Table<bindings::dma_buf_ops> = Table(bindings::dma_buf_ops {
@@ -327,13 +328,19 @@ unsafe extern "C" fn map(
         }
         // Not reached while `need_system` holds: the buffer went there when the importer came,
         // and does not leave.
-        if importer.needs_system() && state.at_home().next().is_some() {
+        if importer.needs_system() && state.pieces.at_home().next().is_some() {
             return Err(ffi::errno(bindings::EREMOTEIO));
         }
         // Room first, so that nothing can fail once the mapping is made.
         state.mappings.reserve()?;
         // SAFETY: The lock is held, the buffer is not revoked, and the attachment is one of its.
-        let mapping = unsafe { Mapping::map(attachment, object, state, dir)? };
+        let mapping = unsafe { Mapping::map(
+                attachment,
+                object.bar(),
+                &state.pieces,
+                state.generation,
+                dir,
+            )? };
         let sgt = mapping.sgt();
         state.mappings.push(mapping);
         state.counters.maps += 1;
@@ -421,7 +428,7 @@ unsafe extern "C" fn end_cpu_access(
     // A peer may reach the memory by a path that the processor's posted writes do not take.
     let (object, state) = locked.parts();
     // One read pushes the writes to the whole of the BAR.
-    if let Some((offset, _)) = state.at_home().next() {
+    if let Some((offset, _)) = state.pieces.at_home().next() {
         object.bar().flush(offset);
     }
     for mapping in state.mappings.iter_mut() {
@@ -462,12 +469,12 @@ unsafe extern "C" fn vmap(dmabuf: *mut bindings::dma_buf, map: *mut bindings::io
 }
 
 fn kernel_mapping(object: &Buffer, state: &State) -> Result<KernelMapping> {
-    let device = match state.placement() {
+    let device = match state.pieces.placement() {
         abi::PLACEMENT_DEVICE => true,
         abi::PLACEMENT_SYSTEM => false,
         _ => return Err(ffi::errno(bindings::EOPNOTSUPP)),
     };
-    if let Some(home) = state.one_run() {
+    if let Some(home) = state.pieces.one_run() {
         // The kernel has the BAR mapped already.
         return Ok(KernelMapping {
             address: object.bar().kernel_address(home)?,
@@ -478,7 +485,7 @@ fn kernel_mapping(object: &Buffer, state: &State) -> Result<KernelMapping> {
     }
     let mut pages = KVVec::new();
     let mut kept = KVec::new();
-    for piece in &state.pieces {
+    for piece in &*state.pieces {
         if let Some(system) = &piece.system {
             kept.push(system.pages.clone(), GFP_KERNEL)?;
             pages.extend_from_slice(piece.system_pages(), GFP_KERNEL)?;
@@ -738,6 +745,7 @@ unsafe fn insert(
     offset: u64,
 ) -> Result {
     let (start, piece) = state
+        .pieces
         .placed()
         .find(|(start, piece): &(u64, &Piece)| offset < start + piece.len)
         .ok_or(EFAULT)?;

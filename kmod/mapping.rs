@@ -20,8 +20,9 @@ use kernel::{
 
 use crate::{
     abi,
-    buffer::{Buffer, State},
+    device::Bar,
     ffi,
+    pieces::Pieces,
     system::System,
 };
 
@@ -68,38 +69,40 @@ impl Mapping {
     ///
     /// # Safety
     ///
-    /// The reservation lock is held, the buffer is not revoked, and `attachment` is one of its.
+    /// The reservation lock is held, the buffer, which consists of `pieces` in `bar`, is not revoked, and
+    /// `attachment` is one of its.
     pub(crate) unsafe fn map(
         attachment: *mut bindings::dma_buf_attachment,
-        buffer: &Buffer,
-        state: &State,
+        bar: &Bar,
+        pieces: &Pieces,
+        generation: u64,
         dir: bindings::dma_data_direction,
     ) -> Result<Self> {
         // SAFETY: By the caller's promise, in each case.
         let (sgt, backing) = unsafe {
-            match state.one_run() {
+            match pieces.one_run() {
                 // Most buffers: no list is needed.
                 Some(home) => {
                     let mut range = bindings::phys_vec {
-                        paddr: buffer.bar().start + home,
-                        len: buffer.len as usize,
+                        paddr: bar.start + home,
+                        len: pieces.bytes() as usize,
                     };
                     let range = slice::from_mut(&mut range);
-                    let sgt = map_ranges(attachment, buffer, range, dir)?;
+                    let sgt = map_ranges(attachment, bar, range, dir)?;
                     (sgt, Backing::Device)
                 }
-                None if state.placement() == abi::PLACEMENT_SYSTEM => {
-                    let mut table = SystemTable::map((*attachment).dev, state, dir)?;
+                None if pieces.placement() == abi::PLACEMENT_SYSTEM => {
+                    let mut table = SystemTable::map((*attachment).dev, pieces, dir)?;
                     (&raw mut table.sgt, Backing::System(table))
                 }
                 None => {
-                    let device = map_device(attachment, buffer, state, dir)?;
+                    let device = map_device(attachment, bar, pieces, dir)?;
                     match &*device {
-                        &[sgt] if state.placement() == abi::PLACEMENT_DEVICE => {
+                        &[sgt] if pieces.placement() == abi::PLACEMENT_DEVICE => {
                             (sgt, Backing::Device)
                         }
                         _ => {
-                            let mut table = JoinedTable::join(attachment, state, device, dir)?;
+                            let mut table = JoinedTable::join(attachment, pieces, device, dir)?;
                             (&raw mut table.sgt, Backing::Joined(table))
                         }
                     }
@@ -108,7 +111,7 @@ impl Mapping {
         };
         Ok(Self {
             attachment,
-            generation: state.generation,
+            generation,
             sgt,
             backing,
         })
@@ -175,13 +178,13 @@ impl Mapping {
 /// As for [`Mapping::map`].
 unsafe fn map_device(
     attachment: *mut bindings::dma_buf_attachment,
-    buffer: &Buffer,
-    state: &State,
+    bar: &Bar,
+    pieces: &Pieces,
     dir: bindings::dma_data_direction,
 ) -> Result<DeviceTables> {
-    let start = buffer.bar().start;
+    let start = bar.start;
     let mut ranges: KVec<bindings::phys_vec> = KVec::new();
-    for (offset, len) in state.at_home() {
+    for (offset, len) in pieces.at_home() {
         let (paddr, len) = (start + offset, len as usize);
         match ranges.last_mut() {
             // Neighbours are joined.
@@ -200,7 +203,7 @@ unsafe fn map_device(
     let mut tables = KVec::with_capacity(ranges.len().div_ceil(at_once), GFP_KERNEL)?;
     for ranges in ranges.chunks_mut(at_once) {
         // SAFETY: By the caller's promise.
-        match unsafe { map_ranges(attachment, buffer, ranges, dir) } {
+        match unsafe { map_ranges(attachment, bar, ranges, dir) } {
             Ok(table) => {
                 let _ = tables.push_within_capacity(table);
             }
@@ -219,7 +222,7 @@ unsafe fn map_device(
 /// As for [`Mapping::map`]; the ranges are the buffer's own.
 unsafe fn map_ranges(
     attachment: *mut bindings::dma_buf_attachment,
-    buffer: &Buffer,
+    bar: &Bar,
     ranges: &mut [bindings::phys_vec],
     dir: bindings::dma_data_direction,
 ) -> Result<*mut bindings::sg_table> {
@@ -229,7 +232,7 @@ unsafe fn map_ranges(
     from_err_ptr(unsafe {
         ffi::dma_buf_phys_vec_to_sgt(
             attachment,
-            buffer.bar().provider,
+            bar.provider,
             ranges.as_mut_ptr(),
             ranges.len(),
             len,
@@ -272,12 +275,12 @@ impl SystemTable {
     /// The reservation lock is held, and `dev` can do DMA (it has a DMA mask).
     unsafe fn map(
         dev: *mut bindings::device,
-        state: &State,
+        pieces: &Pieces,
         dir: bindings::dma_data_direction,
     ) -> Result<KBox<Self>> {
         let mut kept = KVec::new();
         let mut all = KVVec::new();
-        for piece in &state.pieces {
+        for piece in &**pieces {
             if let Some(system) = &piece.system {
                 kept.push(system.pages.clone(), GFP_KERNEL)?;
                 all.extend_from_slice(piece.system_pages(), GFP_KERNEL)?;
@@ -334,10 +337,10 @@ impl JoinedTable {
     ///
     /// # Safety
     ///
-    /// As for [`Mapping::map`]; `device` was mapped for the attachment from `state` as it is.
+    /// As for [`Mapping::map`]; `device` was mapped for the attachment from `pieces`.
     unsafe fn join(
         attachment: *mut bindings::dma_buf_attachment,
-        state: &State,
+        pieces: &Pieces,
         device: DeviceTables,
         dir: bindings::dma_data_direction,
     ) -> Result<KBox<Self>> {
@@ -347,7 +350,7 @@ impl JoinedTable {
             system: None,
         };
         // SAFETY: By the caller's promise.
-        let made = unsafe { this.fill((*attachment).dev, state, dir) }
+        let made = unsafe { this.fill((*attachment).dev, pieces, dir) }
             .and_then(|()| Ok(KBox::<Self>::new_uninit(GFP_KERNEL)?));
         match made {
             Ok(place) => Ok(place.write(this)),
@@ -365,21 +368,21 @@ impl JoinedTable {
     unsafe fn fill(
         &mut self,
         dev: *mut bindings::device,
-        state: &State,
+        pieces: &Pieces,
         dir: bindings::dma_data_direction,
     ) -> Result {
         let pages;
         let mut system: &[*mut bindings::sg_table] = &[];
-        if state.placement() != abi::PLACEMENT_DEVICE {
+        if pieces.placement() != abi::PLACEMENT_DEVICE {
             // SAFETY: By the caller's promise.
             let table = self
                 .system
-                .insert(unsafe { SystemTable::map(dev, state, dir) }?);
+                .insert(unsafe { SystemTable::map(dev, pieces, dir) }?);
             pages = [&raw mut table.sgt];
             system = &pages;
         }
         // SAFETY: By the caller's promise, for both.
-        let entries = unsafe { in_order(state, &self.device, system, |_, _| {}) };
+        let entries = unsafe { in_order(pieces, &self.device, system, |_, _| {}) };
         // SAFETY: The table is ours, and empty.
         to_result(unsafe {
             bindings::sg_alloc_table(&mut self.sgt, entries, bindings::GFP_KERNEL)
@@ -387,7 +390,7 @@ impl JoinedTable {
         let mut to = self.sgt.sgl;
         // SAFETY: As above; it has as many entries as were counted.
         unsafe {
-            in_order(state, &self.device, system, |address, len| {
+            in_order(pieces, &self.device, system, |address, len| {
                 (*to).dma_address = address;
                 (*to).dma_length = len;
                 to = bindings::sg_next(to);
@@ -466,16 +469,16 @@ impl<'a> Cursor<'a> {
 ///
 /// # Safety
 ///
-/// The tables were mapped from the device and the system pieces of `state` as it is now.
+/// The tables were mapped from the device's and the system's `pieces`.
 unsafe fn in_order(
-    state: &State,
+    pieces: &Pieces,
     device: &[*mut bindings::sg_table],
     system: &[*mut bindings::sg_table],
     mut each: impl FnMut(u64, u32),
 ) -> u32 {
     let (mut device, mut system) = (Cursor::new(device), Cursor::new(system));
     let mut entries = 0;
-    for piece in &state.pieces {
+    for piece in &**pieces {
         let from = if piece.system.is_some() {
             &mut system
         } else {

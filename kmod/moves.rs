@@ -28,10 +28,11 @@ use core::{ops::Range, ptr};
 use kernel::{bindings, ffi::c_void, page::PAGE_SIZE, prelude::*, sync::Arc};
 
 use crate::{
-    buffer::{cut, Buffer, Held, Locked, Piece, State, SystemPart},
+    buffer::{Buffer, Held, Locked, State},
     common, ffi,
+    pieces::{Piece, SystemPart},
     system::{self, Contents, System},
-    watch::Wait,
+    wait::Wait,
 };
 
 /// Where bytes can be taken.
@@ -114,10 +115,10 @@ fn check(state: &Held<'_>, part: &Range<u64>, to: To) -> Result<bool> {
     if state.buffer().revoked() {
         return Err(ENODEV);
     }
-    if to == To::Device && state.within(part).all(|(piece, _)| piece.home.is_none()) {
+    if to == To::Device && state.pieces.within(part).all(|(piece, _)| piece.home.is_none()) {
         return Err(ffi::errno(bindings::EOPNOTSUPP));
     }
-    if !state.within(part).any(|(piece, _)| to.moves(piece)) {
+    if !state.pieces.within(part).any(|(piece, _)| to.moves(piece)) {
         return Ok(false);
     }
     if state.pins != 0
@@ -210,7 +211,7 @@ unsafe fn prepare<'a>(
 /// look like uses of the part.
 fn whole_blocks(buffer: &Held<'_>, part: &Range<u64>) -> Range<u64> {
     let mut whole = part.clone();
-    for (start, piece) in buffer.placed() {
+    for (start, piece) in buffer.pieces.placed() {
         let (from, to) = (part.start.max(start), part.end.min(start + piece.len));
         let pages = piece.system_pages();
         if from >= to || pages.is_empty() {
@@ -236,15 +237,7 @@ fn commit(
     let (object, state) = buffer.parts();
     // All that can fail comes before anything changes. The list of pieces is made anew, so that
     // an error leaves the old one.
-    let mut pieces = KVec::with_capacity(state.pieces.len(), GFP_KERNEL)?;
-    for piece in &state.pieces {
-        let piece = Piece {
-            system: piece.system.clone(),
-            ..*piece
-        };
-        pieces.push(piece, GFP_KERNEL)?;
-    }
-    let mut pieces = cut(pieces, part)?;
+    let mut pieces = state.pieces.cut(part)?;
     let mut copied = 0;
     let mut start = 0;
     for piece in pieces.iter_mut() {
@@ -266,7 +259,7 @@ fn commit(
         }
         copied += piece.len;
     }
-    join(&mut pieces);
+    pieces.join();
     patience.check(object)?;
     state.pieces = pieces;
     state.generation += 1;
@@ -277,22 +270,6 @@ fn commit(
         generation: state.generation,
         copied,
     })
-}
-
-/// Joins neighbours that are one run at home, so that moving parts there and back leaves no trace.
-fn join(pieces: &mut KVec<Piece>) {
-    let mut i = 1;
-    while i < pieces.len() {
-        let (before, after) = (&pieces[i - 1], &pieces[i]);
-        let at_home = before.system.is_none() && after.system.is_none();
-        if at_home && before.home.map(|home| home + before.len) == after.home {
-            let len = after.len;
-            pieces[i - 1].len += len;
-            let _ = pieces.remove(i);
-        } else {
-            i += 1;
-        }
-    }
 }
 
 /// Gives a buffer other pages for those of its system memory that somebody uses: he keeps them, with the

@@ -14,7 +14,7 @@ use kernel::{bindings, prelude::*};
 use crate::{
     buffer::{revoked, Held, Locked, State},
     ffi, moves,
-    watch::Wait,
+    wait::Wait,
 };
 
 /// Who still has access when the time of a revoke is over.

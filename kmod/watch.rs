@@ -1,13 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What can be seen of a buffer from outside: events, counters, and who is attached.
-
-use core::ptr;
+//! What can be seen of a buffer from outside: where it is, counters, and who is attached.
 
 use kernel::{
     bindings,
-    error::from_err_ptr,
-    ffi::*,
     fmt::{self, Write},
     prelude::*,
     seq_file::SeqFile,
@@ -17,171 +13,10 @@ use kernel::{
 use crate::{
     abi,
     buffer::{revoked, Held, State},
+    counters::name,
     devices,
     exporter::Importer,
 };
-
-/// What has happened to a buffer.
-#[derive(Default)]
-pub(crate) struct Counters {
-    pub(crate) moves: u64,
-    pub(crate) invalidations: u64,
-    /// Mappings made for importers.
-    pub(crate) maps: u64,
-    /// Bytes that moves have copied.
-    pub(crate) copied: u64,
-    longest_wait_ns: u64,
-}
-
-impl Counters {
-    /// A move or revoke took `ns`.
-    pub(crate) fn waited(&mut self, ns: u64) {
-        self.longest_wait_ns = self.longest_wait_ns.max(ns);
-    }
-}
-
-/// The importers that were refused.
-#[derive(Default)]
-pub(crate) struct Refusal {
-    count: u64,
-    device: [u8; 32],
-    /// `abi::REFUSED_*`.
-    reason: u32,
-    /// Positive.
-    errno: u32,
-}
-
-impl Refusal {
-    /// `device` was refused for `reason`, an `abi::REFUSED_*`, with `error`.
-    pub(crate) fn note(&mut self, device: &CStr, reason: u32, error: Error) {
-        *self = Self {
-            count: self.count + 1,
-            device: name(device),
-            reason,
-            errno: error.to_errno().unsigned_abs(),
-        };
-    }
-}
-
-/// A device's name, cut short where it has more than 31 bytes.
-fn name(device: &CStr) -> [u8; 32] {
-    let mut name = [0; 32];
-    let bytes = device.to_bytes();
-    let len = bytes.len().min(name.len() - 1);
-    name[..len].copy_from_slice(&bytes[..len]);
-    name
-}
-
-/// A wait with a limit, and how long it took.
-pub(crate) struct Wait {
-    began_ns: u64,
-    limit_ms: u32,
-}
-
-impl Wait {
-    pub(crate) fn begin(limit_ms: u32) -> Self {
-        Self {
-            began_ns: now_ns(),
-            limit_ms,
-        }
-    }
-
-    /// Since it began.
-    pub(crate) fn ns(&self) -> u64 {
-        now_ns().saturating_sub(self.began_ns)
-    }
-
-    /// Until its limit.
-    pub(crate) fn left_ms(&self) -> u32 {
-        let gone = self.ns() / 1_000_000;
-        u64::from(self.limit_ms).saturating_sub(gone) as u32
-    }
-
-    pub(crate) fn left_jiffies(&self) -> usize {
-        Self::jiffies(self.left_ms())
-    }
-
-    /// `ms` for a kernel function that takes jiffies and knows zero as "do not wait".
-    pub(crate) fn jiffies(ms: u32) -> usize {
-        // SAFETY: It only computes.
-        unsafe { bindings::__msecs_to_jiffies(ms) }
-    }
-}
-
-fn now_ns() -> u64 {
-    // SAFETY: It may be called everywhere.
-    unsafe { bindings::ktime_get_mono_fast_ns() }
-}
-
-/// An eventfd that is signalled, and the open file of the node by which it was asked for: it ends
-/// with that.
-struct Watcher {
-    ctx: *mut bindings::eventfd_ctx,
-    owner: *mut bindings::file,
-}
-
-impl Watcher {
-    /// Errors: EBADF, EINVAL where `eventfd` is something else.
-    fn new(eventfd: i32, owner: *mut bindings::file) -> Result<Self> {
-        // SAFETY: It checks what the number stands for.
-        let ctx = from_err_ptr(unsafe { bindings::eventfd_ctx_fdget(eventfd) })?;
-        Ok(Self { ctx, owner })
-    }
-}
-
-impl Drop for Watcher {
-    fn drop(&mut self) {
-        // SAFETY: `new` has taken the reference.
-        unsafe { bindings::eventfd_ctx_put(self.ctx) };
-    }
-}
-
-/// The watchers of a buffer.
-pub(crate) struct Watchers(KVec<Watcher>);
-
-// SAFETY: The pointers are not tied to a thread; `owner` is never followed.
-unsafe impl Send for Watchers {}
-
-impl Watchers {
-    /// So many that nobody honest is refused, and that the kernel's memory is safe.
-    const MOST: usize = 1024;
-
-    pub(crate) const fn new() -> Self {
-        Self(KVec::new())
-    }
-
-    /// Errors: EBADF, EINVAL (no eventfd), ENOSPC (too many), ENOMEM.
-    pub(crate) fn add(&mut self, eventfd: i32, owner: *mut bindings::file) -> Result {
-        let watcher = Watcher::new(eventfd, owner)?;
-        if self.0.len() >= Self::MOST {
-            return Err(ENOSPC);
-        }
-        Ok(self.0.push(watcher, GFP_KERNEL_ACCOUNT)?)
-    }
-
-    /// Errors: EBADF, EINVAL (no eventfd), ENOENT.
-    pub(crate) fn remove(&mut self, eventfd: i32, owner: *mut bindings::file) -> Result {
-        let wanted = Watcher::new(eventfd, owner)?;
-        let same = |has: &Watcher| ptr::eq(has.ctx, wanted.ctx) && ptr::eq(has.owner, wanted.owner);
-        let index = self.0.iter().position(same).ok_or(ENOENT)?;
-        let _ = self.0.remove(index);
-        Ok(())
-    }
-
-    /// Ends all that was asked for by an open file, which is being closed.
-    pub(crate) fn remove_all(&mut self, owner: *mut bindings::file) {
-        self.0.retain(|has| !ptr::eq(has.owner, owner));
-    }
-
-    /// Adds 1 to each eventfd.
-    pub(crate) fn signal(&self) {
-        for watcher in &self.0 {
-            // SAFETY: The watcher has a reference. Nothing here waits on an eventfd, which is
-            // what the mask would be for.
-            unsafe { bindings::eventfd_signal_mask(watcher.ctx, 0) };
-        }
-    }
-}
 
 /// `abi::STATE_*`.
 fn state_of(reasons: u32) -> u32 {
@@ -196,7 +31,7 @@ fn state_of(reasons: u32) -> u32 {
 pub(crate) fn query(locked: &Held<'_>, query: &mut abi::BufferQuery) {
     let (buffer, state): (_, &State) = (locked.buffer(), locked);
     query.state = state_of(locked.buffer().reasons());
-    query.placement = state.placement();
+    query.placement = state.pieces.placement();
     query.bar = buffer.bar as u32;
     query.length = buffer.len;
     query.generation = state.generation;

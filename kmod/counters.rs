@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What a buffer remembers of what has happened to it.
+
+use kernel::prelude::*;
+
+/// What has happened to a buffer.
+#[derive(Default)]
+pub(crate) struct Counters {
+    pub(crate) moves: u64,
+    pub(crate) invalidations: u64,
+    /// Mappings made for importers.
+    pub(crate) maps: u64,
+    /// Bytes that moves have copied.
+    pub(crate) copied: u64,
+    pub(crate) longest_wait_ns: u64,
+}
+
+impl Counters {
+    /// A move or revoke took `ns`.
+    pub(crate) fn waited(&mut self, ns: u64) {
+        self.longest_wait_ns = self.longest_wait_ns.max(ns);
+    }
+}
+
+/// The importers that were refused.
+#[derive(Default)]
+pub(crate) struct Refusal {
+    pub(crate) count: u64,
+    pub(crate) device: [u8; 32],
+    /// `abi::REFUSED_*`.
+    pub(crate) reason: u32,
+    /// Positive.
+    pub(crate) errno: u32,
+}
+
+impl Refusal {
+    /// `device` was refused for `reason`, an `abi::REFUSED_*`, with `error`.
+    pub(crate) fn note(&mut self, device: &CStr, reason: u32, error: Error) {
+        *self = Self {
+            count: self.count + 1,
+            device: name(device),
+            reason,
+            errno: error.to_errno().unsigned_abs(),
+        };
+    }
+}
+
+/// A device's name, cut short where it has more than 31 bytes.
+pub(crate) fn name(device: &CStr) -> [u8; 32] {
+    let mut name = [0; 32];
+    let bytes = device.to_bytes();
+    let len = bytes.len().min(name.len() - 1);
+    name[..len].copy_from_slice(&bytes[..len]);
+    name
+}
