@@ -26,6 +26,7 @@ use kernel::{
 };
 
 use crate::{
+    abi,
     device::{Bar, Device},
     fences::Fences,
     ffi,
@@ -127,6 +128,8 @@ pub(crate) struct Buffer {
     pub(crate) len: u64,
     /// Whether it may move to system memory for importers that need it there.
     pub(crate) may_move: bool,
+    /// Whether devices may only read it.
+    pub(crate) devices_read: bool,
     /// Whether any byte has a place in the BAR.
     pub(crate) has_home: bool,
     /// Done, for an instant, whenever somebody may have stopped waiting: a mapping came back, a move
@@ -149,11 +152,11 @@ unsafe impl Send for Buffer {}
 unsafe impl Sync for Buffer {}
 
 impl Buffer {
-    /// Describes the memory that the caller has taken, in order. ENOMEM.
+    /// Describes the memory that the caller has taken, in order; `flags` are `abi::EXPORT_*`. ENOMEM.
     pub(crate) fn new(
         device: Arc<Device>,
         bar: usize,
-        may_move: bool,
+        flags: u32,
         pieces: Pieces,
         chunks: KVec<Chunk>,
     ) -> Result<Arc<Self>> {
@@ -164,7 +167,8 @@ impl Buffer {
                 device,
                 bar,
                 len,
-                may_move,
+                may_move: flags & abi::EXPORT_MAY_MOVE != 0,
+                devices_read: flags & abi::EXPORT_DEVICES_READ != 0,
                 has_home,
                 changed <- Opaque::ffi_init(|slot: *mut bindings::completion| {
                     // SAFETY: `slot` is valid for writes, and pinned.

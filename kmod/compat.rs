@@ -26,6 +26,16 @@ macro_rules! pci_device_table {
 }
 pub(crate) use pci_device_table;
 
+/// The value of a module's parameter, which 7.2 gives by reference.
+#[cfg(not(since_7_3))]
+pub(crate) fn parameter(value: &u8) -> u8 {
+    *value
+}
+#[cfg(since_7_3)]
+pub(crate) fn parameter(value: u8) -> u8 {
+    value
+}
+
 /// `THIS_MODULE` of C, which 7.3 made part of the module's type.
 #[cfg(not(since_7_3))]
 pub(crate) use crate::THIS_MODULE;

@@ -397,14 +397,14 @@ impl Device {
         Ok(query)
     }
 
-    /// Exports memory as one dma-buf, in the order of `parts`, and puts down where each is.
+    /// Exports memory as one dma-buf, in the order of `parts`, and puts down where each is. `flags` are `abi::EXPORT_*`.
     ///
     /// Errors: those of `abi::ExportRanges`.
     pub(crate) fn export(
         self: ArcBorrow<'_, Self>,
         bar: u32,
         parts: &mut [Part],
-        may_move: bool,
+        flags: u32,
         fd_flags: u32,
     ) -> Result<DmaBuf> {
         let index = bar as usize;
@@ -464,7 +464,7 @@ impl Device {
                 }
                 taken += 1;
             }
-            let buffer = Buffer::new(self.into(), index, may_move, Pieces::new(pieces), chunks)?;
+            let buffer = Buffer::new(self.into(), index, flags, Pieces::new(pieces), chunks)?;
             exporter::export(buffer, fd_flags)
         })();
         match exported {

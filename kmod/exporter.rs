@@ -32,6 +32,17 @@ use crate::{
 };
 
 static OPS: Table<bindings::dma_buf_ops> = Table(bindings::dma_buf_ops {
+    vmap: Some(vmap),
+    vunmap: Some(vunmap),
+    ..WITHOUT_VMAP
+});
+
+/// Those of a buffer that the kernel gets no mapping of: device memory that does not move, and what devices
+/// may only read. The core answers EINVAL then. It says WARN for every error of `vmap`, which a descriptor's
+/// holder could bring about.
+static OPS_WITHOUT_VMAP: Table<bindings::dma_buf_ops> = Table(WITHOUT_VMAP);
+
+const WITHOUT_VMAP: bindings::dma_buf_ops = bindings::dma_buf_ops {
     attach: Some(attach),
     detach: Some(detach),
     pin: Some(pin),
@@ -42,9 +53,9 @@ static OPS: Table<bindings::dma_buf_ops> = Table(bindings::dma_buf_ops {
     begin_cpu_access: Some(begin_cpu_access),
     end_cpu_access: Some(end_cpu_access),
     mmap: Some(mmap),
-    vmap: Some(vmap),
-    vunmap: Some(vunmap),
-});
+    vmap: None,
+    vunmap: None,
+};
 
 static VM_OPS: Table<bindings::vm_operations_struct> = Table(bindings::vm_operations_struct {
     fault: Some(fault),
@@ -54,12 +65,14 @@ static VM_OPS: Table<bindings::vm_operations_struct> = Table(bindings::vm_operat
 
 /// Makes a dma-buf of a buffer, which it owns from then on. On an error the buffer is dropped.
 pub(crate) fn export(buffer: Arc<Buffer>, fd_flags: u32) -> Result<*mut bindings::dma_buf> {
+    let movable = !buffer.has_home || buffer.may_move || device_vmap();
+    let vmaps = movable && !buffer.devices_read;
     let info = bindings::dma_buf_export_info {
         exp_name: c"peerbuf".as_char_ptr(),
         // A dma-buf keeps the module, since its operations are in it. It does not keep the
         // device from being unbound.
         owner: crate::compat::THIS_MODULE.as_ptr(),
-        ops: &OPS.0,
+        ops: if vmaps { &OPS.0 } else { &OPS_WITHOUT_VMAP.0 },
         size: buffer.len as usize,
         flags: fd_flags as c_int,
         resv: ptr::null_mut(),
@@ -83,7 +96,8 @@ pub(crate) fn export(buffer: Arc<Buffer>, fd_flags: u32) -> Result<*mut bindings
 /// `dmabuf` is valid.
 pub(crate) unsafe fn is_ours(dmabuf: *mut bindings::dma_buf) -> bool {
     // SAFETY: By the caller's promise.
-    ptr::eq(unsafe { (*dmabuf).ops }, &OPS.0)
+    let ops = unsafe { (*dmabuf).ops };
+    ptr::eq(ops, &OPS.0) || ptr::eq(ops, &OPS_WITHOUT_VMAP.0)
 }
 
 /// The buffer behind one of our dma-bufs.
@@ -326,6 +340,9 @@ unsafe extern "C" fn map(
         if !importer.does_dma() {
             return Err(ffi::errno(bindings::EOPNOTSUPP));
         }
+        if object.devices_read && dir != DataDirection::ToDevice.into() {
+            return Err(EACCES);
+        }
         // Not reached while `need_system` holds: the buffer went there when the importer came,
         // and does not leave.
         if importer.needs_system() && state.pieces.at_home().next().is_some() {
@@ -438,21 +455,37 @@ unsafe extern "C" fn end_cpu_access(
     0
 }
 
+/// Whether the kernel may map device memory: only where whoever loaded the module wants it.
+fn device_vmap() -> bool {
+    crate::compat::parameter(crate::module_parameters::device_vmap.value()) != 0
+}
+
+/// How long a kernel mapping waits for the buffer to get to system memory.
+const VMAP_LIMIT_MS: u32 = 1_000;
+
 /// `dma_buf_ops.vmap`, with the reservation lock held: a kernel mapping, for importers that copy
 /// with the processor. Its user keeps the lock while he uses it, or has pinned the buffer; a
 /// buffer with a kernel mapping does not move.
 ///
+/// It is a mapping of system memory, to which the buffer is taken first. Nobody tells the user of a kernel
+/// mapping to give it back (`videobuf2` has it from QBUF until its program wants the frame), so device memory
+/// would keep its device from going away, for as long as somebody sleeps.
+///
 /// The core says WARN for whatever error this returns, so an importer should pin first, which
-/// fails without one. Errors: ENODEV once revoked; EOPNOTSUPP for a buffer that is partly in the
-/// BAR and partly not, since one mapping has one memory type; ENOMEM.
+/// fails without one. Errors: ENODEV once revoked; EBUSY where the buffer is pinned in the BAR, or what is
+/// under way there does not end; ENOMEM. With `device_vmap` EOPNOTSUPP for a buffer that is partly in the
+/// BAR and partly not, since one mapping has one memory type.
 unsafe extern "C" fn vmap(dmabuf: *mut bindings::dma_buf, map: *mut bindings::iosys_map) -> c_int {
     // SAFETY: The dma-buf core calls with a valid dma-buf and the lock held.
     let mut locked = unsafe { Held::new(dmabuf) };
-    let (object, state) = locked.parts();
     from_result(|| {
-        if object.revoked() {
+        if locked.buffer().revoked() {
             return Err(ENODEV);
         }
+        if !device_vmap() {
+            moves::to_system(&mut locked, VMAP_LIMIT_MS)?;
+        }
+        let (object, state) = locked.parts();
         let mapping = kernel_mapping(object, state)?;
         // Not `is_iomem`, for a BAR either: videobuf2's vmalloc drivers (a webcam's, among others)
         // drop that flag, use the plain address, and give it back without the flag, at which

@@ -186,4 +186,10 @@ module! {
     description: "Exports regions of PCI BARs as dma-bufs",
     license: "GPL",
     imports_ns: ["DMA_BUF"],
+    params: {
+        device_vmap: u8 {
+            default: 0,
+            description: "1: the kernel may map device memory (vmap), and so keep a device from going away",
+        },
+    },
 }

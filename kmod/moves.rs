@@ -110,6 +110,39 @@ pub(crate) unsafe fn move_part(
     result
 }
 
+/// Moves the whole of a buffer to system memory under the lock that a caller holds, who cannot give it up:
+/// so direct I/O that needs a page fault to end is not waited for.
+///
+/// Errors: as [`move_part`].
+pub(crate) fn to_system(buffer: &mut Held<'_>, limit_ms: u32) -> Result {
+    let wait = Wait::begin(limit_ms);
+    let whole = 0..buffer.buffer().len;
+    if !check(buffer, &whole, To::System)? {
+        return Ok(());
+    }
+    buffer.invalidate();
+    if buffer.wait_fences(wait.left_jiffies())?.is_none() {
+        return Err(EBUSY);
+    }
+    buffer.zap(&whole);
+    let in_bar = |piece: &Piece| To::System.moves(piece);
+    while buffer.buffer().busy_pages(buffer, &whole, in_bar) != 0 {
+        if wait.left_ms() == 0 {
+            return Err(EBUSY);
+        }
+        if ffi::signal_pending() {
+            return Err(EINTR);
+        }
+        // SAFETY: Nothing is held here that forbids sleeping.
+        unsafe { bindings::msleep(1) };
+    }
+    let patience = Patience { end: Some(&wait) };
+    let moved = commit(buffer, &whole, To::System, patience);
+    let waited = wait.ns();
+    buffer.counters.waited(waited);
+    moved.map(drop)
+}
+
 /// Whether there is anything to move. The errors are those that waiting does not help against.
 fn check(state: &Held<'_>, part: &Range<u64>, to: To) -> Result<bool> {
     if state.buffer().revoked() {

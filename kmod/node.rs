@@ -161,14 +161,13 @@ impl Open<'_> {
             len: request.length,
             offset: 0,
         }];
-        let may_move = request.flags & abi::EXPORT_MAY_MOVE != 0;
 
         // The descriptor is published last: until then every step can be undone.
         let fd = Fd::reserve(request.fd_flags)?;
         let bar = request.bar;
         let dmabuf = self
             .device
-            .export(bar, &mut parts, may_move, request.fd_flags)?;
+            .export(bar, &mut parts, request.flags, request.fd_flags)?;
         request.offset = parts[0].offset;
         request.fd = fd.number();
         write_struct(arg, &request)?;
@@ -198,13 +197,12 @@ impl Open<'_> {
             parts.push(part(&range)?, GFP_KERNEL_ACCOUNT)?;
             ranges.push(range, GFP_KERNEL_ACCOUNT)?;
         }
-        let may_move = request.flags & abi::EXPORT_MAY_MOVE != 0;
 
         let fd = Fd::reserve(request.fd_flags)?;
         let bar = request.bar;
         let dmabuf = self
             .device
-            .export(bar, &mut parts, may_move, request.fd_flags)?;
+            .export(bar, &mut parts, request.flags, request.fd_flags)?;
         for (range, part) in ranges.iter_mut().zip(&parts) {
             range.offset = part.offset;
             request.length += range.length;

@@ -64,6 +64,14 @@ impl Peers {
         mut importer: *mut bindings::device,
         provider: &pci::Device,
     ) -> bool {
+        // A device of another bus is asked about as the PCI device above it, and gets no mapping.
+        // SAFETY: By the caller's promise.
+        if !ptr::eq(
+            unsafe { (*importer).bus },
+            &raw const bindings::pci_bus_type,
+        ) {
+            return false;
+        }
         // SAFETY: Both devices are kept. The array has one entry.
         let distance = unsafe {
             bindings::pci_p2pdma_distance_many(common::raw(provider), &mut importer, 1, false)
@@ -71,13 +79,7 @@ impl Peers {
         if distance < 0 {
             return false;
         }
-        // Of devices of another bus, below a PCI device, nobody says when they go.
-        // SAFETY: As above.
-        let is_pci = ptr::eq(
-            unsafe { (*importer).bus },
-            &raw const bindings::pci_bus_type,
-        );
-        if is_pci && !self.know(importer) {
+        if !self.know(importer) {
             let next = self.next.fetch_add(1, Relaxed) as usize % self.known.len();
             self.known[next].store(importer, Relaxed);
         }

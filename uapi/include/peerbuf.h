@@ -35,6 +35,7 @@
 /* struct peerbuf_export, flags */
 #define PEERBUF_EXPORT_ANY_OFFSET (1U << 0) /* the module chooses the offset */
 #define PEERBUF_EXPORT_MAY_MOVE (1U << 1)   /* to system memory, for importers that need it */
+#define PEERBUF_EXPORT_DEVICES_READ (1U << 2) /* and do not write: EACCES for other mappings */
 
 /* struct peerbuf_range, flags */
 #define PEERBUF_RANGE_ANY_OFFSET (1U << 0) /* the module chooses the offset */
@@ -106,7 +107,7 @@ struct peerbuf_range {
 
 struct peerbuf_export_ranges {
 	__u32 size;      /* in: sizeof(struct peerbuf_export_ranges) */
-	__u32 flags;     /* in: PEERBUF_EXPORT_MAY_MOVE or 0 */
+	__u32 flags;     /* in: PEERBUF_EXPORT_MAY_MOVE, PEERBUF_EXPORT_DEVICES_READ */
 	__u32 bar;       /* in: 0 to 5 */
 	__u32 fd_flags;  /* in: as struct peerbuf_export */
 	__u64 ranges;    /* in: address of an array of struct peerbuf_range */

@@ -85,8 +85,13 @@ pub const EXPORT_ANY_OFFSET: u32 = 1 << 0;
 /// them.
 pub const EXPORT_MAY_MOVE: u32 = 1 << 1;
 
+/// No device may write to the buffer: a mapping in a direction in which one could is refused (EACCES), and
+/// so is one in the kernel's address space. RDMA cards and graphics drivers map in both directions whatever
+/// they are going to do, so they cannot use such a buffer.
+pub const EXPORT_DEVICES_READ: u32 = 1 << 2;
+
 /// Every `EXPORT_*` flag that this version knows.
-pub const EXPORT_FLAGS: u32 = EXPORT_ANY_OFFSET | EXPORT_MAY_MOVE;
+pub const EXPORT_FLAGS: u32 = EXPORT_ANY_OFFSET | EXPORT_MAY_MOVE | EXPORT_DEVICES_READ;
 
 /// [`Range`]: the module chooses the offset in the BAR; [`Range::offset`] is zero on entry.
 pub const RANGE_ANY_OFFSET: u32 = 1 << 0;

@@ -255,6 +255,7 @@ fn export(device: &Device, bar: u8, range: RangeRequest) -> Result<Buffer, Expor
         bar,
         ranges: vec![range],
         may_move: true,
+        devices_read: false,
         access: Access::ReadWrite,
     })
 }

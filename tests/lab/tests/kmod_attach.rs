@@ -140,10 +140,8 @@ fn a_pinned_buffer_refuses_who_would_move_it() {
     node.move_to(&fd, PLACEMENT_DEVICE).unwrap();
 }
 
-#[test]
-fn the_pins_of_an_importer_that_forgets_them_end_when_it_detaches() {
-    let node = Node::largest();
-    let (fd, _) = node.export(None, MIB).unwrap();
+/// Whether a module that attaches the buffer, pins it and forgets that could be loaded; it is not any more.
+fn forgetful(fd: &OwnedFd, parameters: &[&str]) -> bool {
     let bdf = nvme_bdf();
     let hex = |digits: &str| u32::from_str_radix(digits, 16).unwrap();
     let (bus, slot, function) = (hex(&bdf[5..7]), hex(&bdf[8..10]), hex(&bdf[11..12]));
@@ -154,12 +152,23 @@ fn the_pins_of_an_importer_that_forgets_them_end_when_it_detaches() {
             format!("devfn={}", slot << 3 | function),
         ])
         // The loader has the buffer as its standard input.
-        .args(["fd=0", "pins=3"])
+        .arg("fd=0")
+        .args(parameters)
         .stdin(fd.try_clone().unwrap())
         .status();
-    assert!(loaded.unwrap().success());
-    let removed = Command::new("rmmod").arg("forgetful").status();
-    assert!(removed.unwrap().success());
+    let loaded = loaded.unwrap().success();
+    if loaded {
+        let removed = Command::new("rmmod").arg("forgetful").status();
+        assert!(removed.unwrap().success());
+    }
+    loaded
+}
+
+#[test]
+fn the_pins_of_an_importer_that_forgets_them_end_when_it_detaches() {
+    let node = Node::largest();
+    let (fd, _) = node.export(None, MIB).unwrap();
+    assert!(forgetful(&fd, &["pins=3"]));
     let query = node.buffer(&fd).unwrap();
     assert_eq!((query.nr_attachments, query.pins), (0, 0));
     // The pins of others are theirs.
@@ -483,34 +492,72 @@ fn revoke_counts_system_memory_too() {
 }
 
 #[test]
-fn kernel_mappings_show_either_place_and_keep_it() {
+fn kernel_mappings_are_of_system_memory_and_keep_the_buffer_there() {
+    let node = Node::largest();
+    // The core warns of every error of an exporter's `vmap`; here is none to fail, and so no warning.
+    let (fixed, _) = node.export(None, MIB).unwrap();
+    let importer = attach(&fixed, DYNAMIC | PEER).unwrap();
+    assert_eq!(errno(importer.step(probe::IOC_VMAP)), libc::EINVAL);
+    assert_eq!(node.buffer(&fixed).unwrap().vmaps, 0);
+
+    let fd = node.export_movable(MIB).unwrap();
+    let map = Map::new(fd.as_fd(), MIB as usize, true).unwrap();
+    map.write(8, 0x5eed);
+    let importer = attach(&fd, DYNAMIC | PEER).unwrap();
+    importer.map().unwrap();
+    assert_eq!(placement(&node, &fd), PLACEMENT_DEVICE);
+    importer.step(probe::IOC_VMAP).unwrap();
+    // The importer was told.
+    assert_eq!(importer.query().state, probe::VMAPPED);
+    let query = node.buffer(&fd).unwrap();
+    assert_eq!((query.placement, query.vmaps), (PLACEMENT_SYSTEM, 1));
+    assert_eq!(map.read(8), 0x5eed);
+    map.write(8, 0xfeed);
+    assert_eq!(errno(node.move_to(&fd, PLACEMENT_DEVICE)), libc::EBUSY);
+    assert_eq!(node.revoke(&fd, 50).unwrap().holders, 1);
+    importer.step(probe::IOC_VUNMAP).unwrap();
+    assert_eq!(node.revoke(&fd, 50).unwrap().holders, 0);
+    node.restore(&fd).unwrap();
+    node.move_to(&fd, PLACEMENT_DEVICE).unwrap();
+    assert_eq!(map.read(8), 0xfeed);
+}
+
+#[test]
+fn devices_only_read_what_was_exported_for_that() {
+    let node = Node::largest();
+    let mut request = Node::request(None, MIB);
+    request.flags |= abi::EXPORT_DEVICES_READ;
+    let bar = node.export_request(request).unwrap().0;
+    let mut ranges = [abi::Range {
+        length: MIB,
+        flags: abi::RANGE_SYSTEM,
+        ..Zeroable::zeroed()
+    }];
+    let system = node.export_ranges(abi::EXPORT_DEVICES_READ, &mut ranges);
+    for fd in [bar, system.unwrap().0] {
+        let importer = attach(&fd, DYNAMIC | PEER).unwrap();
+        for writes in [probe::BIDIRECTIONAL, probe::FROM_DEVICE] {
+            assert_eq!(errno(importer.map_for(writes)), libc::EACCES);
+        }
+        importer.map_for(probe::TO_DEVICE).unwrap();
+        importer.unmap();
+        assert_eq!(errno(importer.step(probe::IOC_VMAP)), libc::EINVAL);
+        // The processor's right is the descriptor's.
+        Map::new(fd.as_fd(), MIB as usize, true)
+            .unwrap()
+            .write(0, 1);
+    }
+}
+
+#[test]
+fn a_device_below_a_pci_one_has_no_route() {
     let node = Node::largest();
     let (fd, _) = node.export(None, MIB).unwrap();
-    let importer = attach(&fd, DYNAMIC | PEER).unwrap();
-    for to in [PLACEMENT_DEVICE, PLACEMENT_SYSTEM] {
-        node.move_to(&fd, to).unwrap();
-        importer.step(probe::IOC_VMAP).unwrap();
-        // Never called iomem: the kernel's video drivers drop the flag and then trip over it.
-        assert_eq!(importer.query().state & probe::VMAP_IOMEM, 0);
-        let other = PLACEMENT_DEVICE + PLACEMENT_SYSTEM - to;
-        assert_eq!(errno(node.move_to(&fd, other)), libc::EBUSY);
-        assert_eq!(node.buffer(&fd).unwrap().vmaps, 1);
-        assert_eq!(node.revoke(&fd, 50).unwrap().holders, 1);
-        importer.step(probe::IOC_VUNMAP).unwrap();
-        assert_eq!(node.revoke(&fd, 50).unwrap().holders, 0);
-        node.restore(&fd).unwrap();
-    }
-    // Ranges apart in the BAR are one mapping all the same.
-    let range = |offset| abi::Range {
-        offset,
-        length: 2 * PAGE,
-        ..Zeroable::zeroed()
-    };
-    let mut ranges = [range(32 * MIB), range(34 * MIB), range(33 * MIB)];
-    let (fd, _) = node.export_ranges(0, &mut ranges).unwrap();
-    let importer = attach(&fd, DYNAMIC | PEER).unwrap();
-    importer.step(probe::IOC_VMAP).unwrap();
-    assert_ne!(importer.query().state & probe::VMAPPED, 0);
+    assert!(!forgetful(&fd, &["below=1"]));
+    let query = node.buffer(&fd).unwrap();
+    assert_eq!(query.refused_reason, abi::REFUSED_NO_ROUTE);
+    assert_eq!(query.refused_errno, libc::EREMOTEIO as u32);
+    assert_eq!(query.nr_attachments, 0);
 }
 
 #[test]

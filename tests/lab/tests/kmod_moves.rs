@@ -1003,6 +1003,7 @@ fn the_crate_says_it_all() {
             },
         ],
         may_move: true,
+        devices_read: false,
         access: Access::ReadWrite,
     };
     let buffer = device.export_ranges(&request).unwrap();

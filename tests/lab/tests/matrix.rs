@@ -25,18 +25,27 @@ const SWITCH: &[Row] = &[
     ("", &["CPU", "file", "DRM vgem", "V4L2 vivid", ASKED]),
     (
         "peerbuf.ko BAR",
-        &[STAGED, P2P, "importer-not-peer", P2P, P2P],
+        &[STAGED, P2P, "importer-not-peer", "attach-refused", P2P],
     ),
-    ("peerbuf.ko BAR, may move", &[STAGED, P2P, SHARED, P2P, P2P]),
+    (
+        "peerbuf.ko BAR, may move",
+        &[STAGED, P2P, SHARED, SHARED, P2P],
+    ),
     (
         "peerbuf.ko BAR without pages",
-        &[STAGED, STAGED, "importer-not-peer", P2P, "kernel-refused"],
+        &[
+            STAGED,
+            STAGED,
+            "importer-not-peer",
+            "attach-refused",
+            "kernel-refused",
+        ],
     ),
     (
         "provider's memory",
-        &[STAGED, P2P, "importer-not-peer", P2P, P2P],
+        &[STAGED, P2P, "importer-not-peer", "attach-refused", P2P],
     ),
-    ("provider's, may move", &[STAGED, P2P, SHARED, P2P, P2P]),
+    ("provider's, may move", &[STAGED, P2P, SHARED, SHARED, P2P]),
     ("udmabuf", &[SHARED; 5]),
     (
         "udmabuf of pieces",
@@ -59,19 +68,33 @@ const IOMMU: &[Row] = &[
     ),
     (
         "peerbuf.ko BAR",
-        &[STAGED, P2P, "importer-not-peer", P2P, "not-pinnable", P2P],
+        &[
+            STAGED,
+            P2P,
+            "importer-not-peer",
+            "attach-refused",
+            "not-pinnable",
+            P2P,
+        ],
     ),
     (
         "peerbuf.ko BAR, may move",
-        &[STAGED, P2P, SHARED, P2P, "not-pinnable", P2P],
+        &[STAGED, P2P, SHARED, SHARED, "not-pinnable", P2P],
     ),
     (
         "provider's memory",
-        &[STAGED, P2P, "importer-not-peer", P2P, "not-pinnable", P2P],
+        &[
+            STAGED,
+            P2P,
+            "importer-not-peer",
+            "attach-refused",
+            "not-pinnable",
+            P2P,
+        ],
     ),
     (
         "provider's, may move",
-        &[STAGED, P2P, SHARED, P2P, "not-pinnable", P2P],
+        &[STAGED, P2P, SHARED, SHARED, "not-pinnable", P2P],
     ),
     (
         "vfio-pci BAR",

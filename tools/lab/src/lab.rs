@@ -118,7 +118,7 @@ fn ground_and_modules(
     project: &Project,
     tree: &Tree,
     args: &GuestArgs,
-) -> Result<(Ground, Source, Option<PathBuf>)> {
+) -> Result<(Ground, Source, Vec<PathBuf>)> {
     let modules_for = |kernel: &Named| -> Result<_> {
         let source = Source::get(cache, tree, kernel)?;
         let modules = project.modules(tree, &source)?;

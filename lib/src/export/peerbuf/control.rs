@@ -247,12 +247,10 @@ impl Device {
         } else {
             OFlags::RDONLY
         };
+        let flag = |wanted, flag| if wanted { flag } else { 0 };
         let mut argument = abi::ExportRanges {
-            flags: if request.may_move {
-                abi::EXPORT_MAY_MOVE
-            } else {
-                0
-            },
+            flags: flag(request.may_move, abi::EXPORT_MAY_MOVE)
+                | flag(request.devices_read, abi::EXPORT_DEVICES_READ),
             bar: request.bar.into(),
             fd_flags: (writes | OFlags::CLOEXEC).bits(),
             ..abi::ExportRanges::zeroed()

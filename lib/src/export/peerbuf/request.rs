@@ -29,6 +29,9 @@ pub struct RangesRequest {
     /// The buffer moves to system memory for importers that cannot use the BAR, instead of
     /// refusing them.
     pub may_move: bool,
+    /// Devices may only read the bytes: a mapping by which one could write is refused (`EACCES`). RDMA cards
+    /// and graphics drivers always map in both directions, so they cannot use such a buffer.
+    pub devices_read: bool,
     /// What the descriptor allows.
     pub access: Access,
 }

@@ -95,6 +95,7 @@ fn bars(size: u64) -> Found {
                     bar,
                     ranges: vec![module::RangeRequest::Bar { offset, length }],
                     may_move,
+                    devices_read: false,
                     access: Access::ReadWrite,
                 })?)
             }));
@@ -118,6 +119,7 @@ fn providers(size: u64) -> Found {
                     bar,
                     ranges: vec![module::RangeRequest::Bar { offset, length }],
                     may_move,
+                    devices_read: false,
                     access: Access::ReadWrite,
                 })?)
             }));
