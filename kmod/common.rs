@@ -61,6 +61,36 @@ impl Drop for Listening {
     }
 }
 
+/// A work queue. Dropping it waits until nothing runs on it, which needs no reference to the module.
+pub(crate) struct OwnQueue(ptr::NonNull<bindings::workqueue_struct>);
+
+// SAFETY: A work queue may be used from any thread.
+unsafe impl Send for OwnQueue {}
+// SAFETY: As for `Send`.
+unsafe impl Sync for OwnQueue {}
+
+impl OwnQueue {
+    pub(crate) fn new(name: &'static CStr) -> Result<Self> {
+        // SAFETY: The name has no conversions.
+        let queue = unsafe {
+            bindings::alloc_workqueue_noprof(name.as_char_ptr(), bindings::wq_flags_WQ_UNBOUND, 0)
+        };
+        ptr::NonNull::new(queue).map(Self).ok_or(ENOMEM)
+    }
+
+    /// Valid as long as this object.
+    pub(crate) fn raw(&self) -> *mut bindings::workqueue_struct {
+        self.0.as_ptr()
+    }
+}
+
+impl Drop for OwnQueue {
+    fn drop(&mut self) {
+        // SAFETY: It is valid, and nobody queues anything any more. Returns when nothing runs.
+        unsafe { bindings::destroy_workqueue(self.raw()) };
+    }
+}
+
 /// A reference to a dma-buf.
 ///
 /// # Invariants

@@ -9,11 +9,12 @@ use kernel::{
     device::Core,
     error::to_result,
     ffi::*,
-    new_mutex,
+    impl_has_work, new_mutex, new_work,
     page::PAGE_SIZE,
     pci,
     prelude::*,
     sync::{aref::ARef, Arc, ArcBorrow, Mutex},
+    workqueue::Work,
 };
 
 use crate::{
@@ -28,6 +29,7 @@ use crate::{
     region::{Place, Regions},
     revoke::{self, Scope},
     system::{Contents, System},
+    wait::Wait,
 };
 
 /// One BAR, as it was found at probe time.
@@ -262,6 +264,13 @@ pub(crate) struct Device {
     is_provider: bool,
     #[pin]
     state: Mutex<State>,
+    /// Of a provider: what is left of its removal.
+    #[pin]
+    rest: Work<Self, 0>,
+}
+
+impl_has_work! {
+    impl HasWork<Self, 0> for Device { self.rest }
 }
 
 // SAFETY: `bars` is not written after probe; the P2PDMA provider and the pages are used only
@@ -342,6 +351,7 @@ impl Device {
                     regions,
                     exports: KVec::new(),
                 }),
+                rest <- new_work!("peerbuf::Device::rest"),
             }),
             GFP_KERNEL,
         )
@@ -531,8 +541,17 @@ impl Device {
     /// gone when this returns; they are for the importers' drivers and for I/O that a disk has
     /// accepted, both of which end by themselves, and what is waited for is logged.
     pub(crate) fn remove(&self) {
+        while !self.remove_within(10_000) {
+            self.name_holders();
+        }
+    }
+
+    /// The same within a time. Whether nobody can reach the BARs any more; if not, it is to be called again.
+    pub(crate) fn remove_within(&self, limit_ms: u32) -> bool {
         self.state.lock().presence = Presence::Gone;
-        self.revoke_all(revoked::GONE);
+        if !self.revoke_all(revoked::GONE, limit_ms) {
+            return false;
+        }
         while let Some(dmabuf) = self.take_export() {
             // SAFETY: `take_export` returned it with a reference to its file, which is dropped
             // below.
@@ -546,6 +565,7 @@ impl Device {
         self.wait_idle();
         // No page becomes busy again: every export is revoked and zapped, or its file is dead and
         // has no mapping. The chunks of pages go back with the devres.
+        true
     }
 
     /// Takes all access away before the device is reset, and waits as [`Device::remove`] does: what
@@ -553,7 +573,9 @@ impl Device {
     /// lock, so the device is not removed meanwhile.
     pub(crate) fn reset_prepare(&self) {
         self.state.lock().presence = Presence::Resetting;
-        self.revoke_all(revoked::BY_RESET);
+        while !self.revoke_all(revoked::BY_RESET, 10_000) {
+            self.name_holders();
+        }
         self.wait_idle();
     }
 
@@ -570,21 +592,32 @@ impl Device {
         }
     }
 
-    /// Revokes every export, and waits, without a limit, until nobody can reach the BARs by DMA. New
+    /// Revokes every export, and waits until nobody can reach the BARs by DMA: whether that is so in time. New
     /// exports are refused already. All are told before any is waited for, so that this takes as long
     /// as the slowest importer, and not as long as all of them, one after the other.
-    fn revoke_all(&self, why: u32) {
+    fn revoke_all(&self, why: u32, limit_ms: u32) -> bool {
         self.each_kept(|dmabuf| {
             // SAFETY: It is one of ours, and kept.
-            revoke::take_away(unsafe { &mut Locked::lock(dmabuf) }, why);
-        });
-        self.each_kept(|dmabuf| {
-            // SAFETY: As above.
-            unsafe {
-                while !revoke::wait_for(dmabuf, why, Scope::Bar, 10_000).nobody() {
-                    revoke::name_holders(dmabuf);
-                }
+            let mut locked = unsafe { Locked::lock(dmabuf) };
+            if locked.buffer().reasons() & why == 0 {
+                revoke::take_away(&mut locked, why);
             }
+        });
+        let wait = Wait::begin(limit_ms);
+        let mut nobody = true;
+        self.each_kept(|dmabuf| {
+            // SAFETY: It is one of ours, and kept.
+            let left = unsafe { revoke::wait_for(dmabuf, why, Scope::Bar, wait.left_ms()) };
+            nobody &= left.nobody();
+        });
+        nobody
+    }
+
+    /// Says in the log who is waited for.
+    fn name_holders(&self) {
+        self.each_kept(|dmabuf| {
+            // SAFETY: It is one of ours, and kept.
+            unsafe { revoke::name_holders(dmabuf) };
         });
     }
 

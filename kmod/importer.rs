@@ -12,7 +12,7 @@
 //! The work that gives the reference back runs on the importer's own queue, and unloading the
 //! module waits for that queue.
 
-use core::ptr::{self, NonNull};
+use core::ptr;
 
 use kernel::{
     bindings,
@@ -30,7 +30,7 @@ use kernel::{
 use crate::{
     abi,
     attachment::{Attachment, Manner},
-    common::{self, DeviceLock, DmaBuf, Listening},
+    common::{self, DeviceLock, DmaBuf, Listening, OwnQueue},
     ffi::{self, Table},
     misc::{begin, deliver, read_struct, write_struct, Fd, Misc},
 };
@@ -90,8 +90,8 @@ impl Registered {
     pub(crate) unsafe fn new() -> Result<Self> {
         // SAFETY: By the caller's promise.
         unsafe { SHARED.init() };
-        let queue = OwnQueue::new()?;
-        SHARED.lock().queue = queue.0.as_ptr();
+        let queue = OwnQueue::new(c"peerbuf-importer")?;
+        SHARED.lock().queue = queue.raw();
         // Before exporters whose memory belongs to the same device: they wait for what is let go here.
         // SAFETY: The function is there while the module is.
         let listening = unsafe { Listening::begin(device_changes, 0) }?;
@@ -105,34 +105,10 @@ impl Registered {
     }
 }
 
-/// The queue for attachments that outlive their file.
-struct OwnQueue(NonNull<bindings::workqueue_struct>);
-
-// SAFETY: A work queue may be used from any thread.
-unsafe impl Send for OwnQueue {}
-// SAFETY: As above.
-unsafe impl Sync for OwnQueue {}
-
-impl OwnQueue {
-    fn new() -> Result<Self> {
-        // SAFETY: The format has no conversions.
-        let queue = unsafe {
-            bindings::alloc_workqueue_noprof(
-                c"peerbuf-importer".as_char_ptr(),
-                bindings::wq_flags_WQ_UNBOUND,
-                0,
-            )
-        };
-        NonNull::new(queue).map(Self).ok_or(ENOMEM)
-    }
-}
-
-impl Drop for OwnQueue {
+impl Drop for Registered {
     fn drop(&mut self) {
         // A static is not dropped, so its memory is given back here.
         SHARED.lock().attachments = KVec::new();
-        // SAFETY: It is valid, and nobody queues anything any more. Returns when nothing runs.
-        unsafe { bindings::destroy_workqueue(self.0.as_ptr()) };
     }
 }
 

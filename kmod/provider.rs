@@ -16,6 +16,8 @@
 //!   From then on the driver core tells of an unbinding before it begins (`BUS_NOTIFY_UNBIND_DRIVER`,
 //!   with the device's lock held), and [`unbinds`] does what removal does for devices of our own:
 //!   nothing new is exported, every buffer is revoked, no importer has a mapping when it returns.
+//!   But for importers that do not let go within two seconds: the rest is done by a work item, and meanwhile
+//!   the owner's removal waits for the chunks that they use (`memunmap_pages`).
 //!   Whatever uses the pool holds the lock of `Device::state`, after a look that the device is
 //!   there; or the reservation lock, after a look that the buffer is not gone.
 //! - Each page of a chunk has a count of its own and a reference to the pool, as those that
@@ -35,13 +37,18 @@ use kernel::{
     page::PAGE_SIZE,
     pci,
     prelude::*,
-    sync::{aref::ARef, Arc},
+    sync::{
+        aref::ARef,
+        atomic::{Atomic, Relaxed},
+        Arc,
+    },
     uaccess::UserPtr,
+    workqueue::{Queue, WorkItem},
 };
 
 use crate::{
     abi,
-    common::{self, DeviceLock, Listening},
+    common::{self, DeviceLock, Listening, OwnQueue},
     device::Device,
     devices,
     ffi::{self, Table},
@@ -64,10 +71,20 @@ static FOPS: Table<bindings::file_operations> = Table(bindings::file_operations 
 pub(crate) struct Providers {
     _node: Misc<()>,
     _listening: Listening,
+    _queue: OwnQueue,
 }
+
+/// For what takes longer than the bus notifier may. Valid while [`Providers`] is.
+static QUEUE: Atomic<*mut bindings::workqueue_struct> = Atomic::new(ptr::null_mut());
+
+/// How long the bus notifier waits for importers: every bind and unbind of the machine waits behind it as
+/// soon as somebody registers another notifier.
+const NOTIFIER_LIMIT_MS: u32 = 2_000;
 
 impl Providers {
     pub(crate) fn register() -> Result<Self> {
+        let queue = OwnQueue::new(c"peerbuf-provider")?;
+        QUEUE.store(queue.raw(), Relaxed);
         // After those importers that hear of a driver's end in the same way: a provider waits for them.
         // SAFETY: The function is there while the module is.
         let listening = unsafe { Listening::begin(device_changes, -1) }?;
@@ -76,6 +93,7 @@ impl Providers {
         Ok(Self {
             _node: node,
             _listening: listening,
+            _queue: queue,
         })
     }
 }
@@ -262,7 +280,9 @@ unsafe extern "C" fn device_changes(
 }
 
 /// The driver of a device is about to be unbound, and the device's lock is held. Returns when nobody
-/// can reach its memory through us, but for direct I/O that the owner waits for.
+/// can reach its memory through us, but for direct I/O that the owner waits for, and for importers that do
+/// not let go in time. Those keep their chunks of the pool, and so its owner waits for them as well
+/// (`memunmap_pages`), outside the notifier.
 ///
 /// # Safety
 ///
@@ -272,8 +292,22 @@ unsafe fn unbinds(dev: *mut bindings::device) {
     let pdev = unsafe { container_of!(dev, bindings::pci_dev, dev) };
     if let Some(device) = devices::find(pdev) {
         if device.is_provider() {
-            device.remove();
+            if !device.remove_within(NOTIFIER_LIMIT_MS) {
+                // SAFETY: A provider is there, so the queue is valid.
+                let queue = unsafe { Queue::from_raw(QUEUE.load(Relaxed)) };
+                // Cannot fail: a device is removed once.
+                let _ = queue.enqueue::<Arc<Device>, 0>(device.clone());
+            }
             devices::remove(&device);
         }
+    }
+}
+
+/// The rest of a removal.
+impl WorkItem<0> for Device {
+    type Pointer = Arc<Self>;
+
+    fn run(this: Arc<Self>) {
+        this.remove();
     }
 }

@@ -5,17 +5,20 @@ use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::process::Command;
-use std::thread::sleep;
+use std::sync::mpsc;
+use std::thread::{self, sleep};
 use std::time::Duration;
 
 use peerbuf_lab_suite::clock::Stopwatch;
 use peerbuf_lab_suite::disk::{SCRATCH, open_direct, read_into, write_from};
-use peerbuf_lab_suite::importer::{DYNAMIC, Importer, PEER};
+use peerbuf_lab_suite::edu::Edu;
+use peerbuf_lab_suite::importer::{self, DYNAMIC, Importer, PEER};
 use peerbuf_lab_suite::modules;
 use peerbuf_lab_suite::node::{
     MIB, Map, Node, PAGE, differs, errno, fill, in_child, nvme_bdf, open_provider,
 };
-use peerbuf_uapi as abi;
+use peerbuf_lab_suite::pci::wait_until;
+use peerbuf_uapi::{self as abi, probe};
 
 const LEN: u64 = 2 * MIB;
 
@@ -285,6 +288,42 @@ fn unbinding_the_owner_revokes_what_it_lends() {
         anew.export(None, PAGE).unwrap();
     }
     assert_available(&bdf, whole);
+}
+
+#[test]
+fn an_importer_that_does_not_let_go_holds_up_the_owner_and_not_the_bus() {
+    let disk = Unmounted::new();
+    let bdf = disk.0.clone();
+    let whole = available(&bdf);
+    let provider = open_provider(&bdf).unwrap();
+    let (fd, _) = provider.export(None, LEN).unwrap();
+    // For another device: the owner's own attachments end with its driver. It holds until it is told.
+    let mut request = importer::request(fd.as_fd(), &Edu::bdf(), DYNAMIC | PEER);
+    request.on_invalidate = probe::ON_INVALIDATE_HOLD;
+    let holder = Importer::attach_as(request).unwrap();
+    holder.map().unwrap();
+    thread::scope(|scope| {
+        // Ends before the scope does, also where the test fails.
+        let holder = holder;
+        let (tell, told) = mpsc::channel();
+        let disk = &disk;
+        scope.spawn(move || {
+            tell.send(fs::read_link("/proc/thread-self").unwrap())
+                .unwrap();
+            disk.unbind();
+        });
+        let stack = Path::new("/proc").join(told.recv().unwrap()).join("stack");
+        // Past the bus notifier: the owner's removal waits for memory that is in use.
+        wait_until("the owner waits by itself", || {
+            fs::read_to_string(&stack)
+                .unwrap()
+                .contains("memunmap_pages")
+        });
+        assert_eq!(provider.buffer(&fd).unwrap().state, abi::STATE_GONE);
+        holder.unmap();
+    });
+    disk.bind();
+    assert_eq!(available(&bdf), whole);
 }
 
 #[test]
