@@ -27,13 +27,14 @@ use kernel::{
 
 use crate::{
     abi,
-    device::{Bar, Device},
+    bar::Bar,
+    device::Device,
     fences::Fences,
     ffi,
     counters::{Counters, Refusal},
     mapping::{Mapping, Mappings},
     pieces::{Piece, Pieces},
-    provider::Chunk,
+    pool::Chunk,
     system::{self, System},
     wait::Wait,
     watchers::Watchers,

@@ -41,4 +41,4 @@ pub(crate) fn parameter(value: u8) -> u8 {
 pub(crate) use crate::THIS_MODULE;
 #[cfg(since_7_3)]
 pub(crate) const THIS_MODULE: kernel::ThisModule =
-    <crate::Loaded as kernel::ModuleMetadata>::THIS_MODULE;
+    <crate::LocalModule as kernel::ModuleMetadata>::THIS_MODULE;

@@ -386,7 +386,16 @@ unsafe extern "C" fn unmap(
 unsafe extern "C" fn release(dmabuf: *mut bindings::dma_buf) {
     // SAFETY: `priv_` is the reference put there by `export`; this is its end.
     let buffer = unsafe { Arc::from_raw((*dmabuf).priv_.cast_const().cast::<Buffer>()) };
-    buffer.device.forget(&buffer, dmabuf);
+    let busy = buffer.may_have_busy_pages();
+    buffer.device.forget(dmabuf, buffer.bar, busy, |give_back| {
+        // SAFETY: The dma-buf is being released: it is valid, and nobody else has it.
+        let locked = unsafe { Locked::lock(dmabuf) };
+        for piece in &*locked.pieces {
+            if let Some(home) = piece.home {
+                give_back(home, piece.len);
+            }
+        }
+    });
 }
 
 /// `dma_buf_ops.begin_cpu_access`. The core waits for fences after it, which is too late for what is

@@ -13,18 +13,28 @@
 //!
 //! # Rooms
 //!
-//! - `device.rs`: a bound device and going away; `devices.rs`: all of them; `reset.rs`: resets;
-//!   `node.rs`: a device's node and ioctls; `misc.rs`: what every node needs;
-//! - `region.rs`: who has which bytes of a BAR; `pages.rs`: a BAR's struct pages; `provider.rs`:
-//!   memory that another driver lends to peers;
-//! - `buffer.rs`: the movable object behind a dma-buf, and its lock; `exporter.rs`: the dma-buf
-//!   operations; `mapping.rs`: the scatter tables that importers get; `system.rs`: memory that is
-//!   not in a BAR;
-//! - `moves.rs` and `revoke.rs`: the two state machines; `fences.rs`: what a revoke waits for; `watch.rs`:
-//!   events and counters;
-//! - `peers.rs`: to which devices there is a route; `common.rs`: what is needed of PCI devices;
-//! - `abi.rs`: the interface to userspace; `ffi.rs`, `helpers.c`: what `bindings` lacks; `compat.rs`,
-//!   `compat.h`: what differs between the kernels that Kbuild names.
+//! Each uses those below it, and none above it:
+//!
+//! ```text
+//! main         the driver and the module
+//! provider     memory that another driver lends to peers
+//! node         a device's node and ioctls
+//! watch, reset                    what can be seen of a buffer; resets
+//! devices      all devices
+//! binding      a device's exports: made, and revoked when the device goes away or is reset
+//! exporter     the dma-buf operations
+//! revoke       access taken away and given again
+//! moves        bytes between BAR and system memory
+//! buffer       the object behind a dma-buf, and its lock
+//! mapping, device                 the scatter tables that importers get; BARs, and who has what of them
+//! bar, pieces  one BAR; where a buffer's bytes are
+//! pages, pool, peers, region      a BAR's struct pages; another driver's pool; routes; who has which bytes
+//! system, fences, counters, watchers, wait
+//! misc, common, abi, ffi, compat  nodes; PCI devices and dma-bufs; the interface; what `bindings` lacks;
+//!                                 what differs between kernels
+//! ```
+//!
+//! To begin reading: `buffer.rs`, then `exporter.rs`, then `moves.rs`.
 //!
 //! # Locks, outermost first
 //!
@@ -40,8 +50,6 @@
 //! A move waits for them with the reservation lock held, as the kernel's own exporters do. None of the first
 //! two is held while somebody else's reservation lock is waited for: one slow buffer stops no other.
 //!
-//! To begin reading: `buffer.rs`, then `exporter.rs`, then `moves.rs`.
-//!
 //! # Lifetimes
 //!
 //! A file descriptor keeps the module and the memory of `Device`, never the binding: what a
@@ -51,6 +59,8 @@
 use kernel::{debugfs, device::Core, new_mutex, pci, prelude::*, sync::Mutex};
 
 mod abi;
+mod bar;
+mod binding;
 mod buffer;
 mod common;
 mod compat;
@@ -67,6 +77,7 @@ mod node;
 mod pages;
 mod peers;
 mod pieces;
+mod pool;
 mod provider;
 mod region;
 mod reset;
@@ -76,7 +87,7 @@ mod wait;
 mod watch;
 mod watchers;
 
-use device::{Binding, Device};
+use binding::Binding;
 use devices::Listed;
 use node::Node;
 use provider::Providers;
@@ -94,7 +105,7 @@ struct Owned {
 impl Owned {
     /// Takes a device that is being probed.
     fn of(pdev: &pci::Device<Core<'_>>) -> Result<Self> {
-        let device = Device::probe(pdev)?;
+        let device = Binding::new(pdev)?;
         let listed = Listed::new(device.device())?;
         reset::hear_of(device.device());
         let node = node::register(device.device())?;

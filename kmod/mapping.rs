@@ -20,7 +20,7 @@ use kernel::{
 
 use crate::{
     abi,
-    device::Bar,
+    bar::Bar,
     ffi,
     pieces::Pieces,
     system::System,

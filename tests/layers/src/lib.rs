@@ -38,6 +38,21 @@ fn no_module_depends_on_one_that_depends_on_it() {
     assert!(circles.is_empty(), "\n{circles}");
 }
 
+/// The same of the two kernel modules, whose roots lie in one folder.
+#[test]
+fn no_room_of_a_kernel_module_depends_on_one_that_depends_on_it() {
+    let mut circles = String::new();
+    for root in ["main.rs", "probe.rs"] {
+        let mut sources = sources_below(&workspace().join("kmod"));
+        let text = sources.remove(Path::new(root)).unwrap();
+        sources.insert("lib.rs".into(), text);
+        for circle in Crate::read(root, sources).circles() {
+            circles += &circle;
+        }
+    }
+    assert!(circles.is_empty(), "\n{circles}");
+}
+
 #[test]
 fn a_crate_depends_only_on_those_below_it() {
     let mut wrong = Vec::new();
