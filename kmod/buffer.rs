@@ -32,7 +32,7 @@ use crate::{
     fences::Fences,
     ffi,
     counters::{Counters, Refusal},
-    mapping::{Mapping, Mappings},
+    mapping::Mapping,
     pieces::{Piece, Pieces},
     pool::Chunk,
     system::{self, System},
@@ -78,7 +78,7 @@ pub(crate) struct State {
     /// What it has of a provider's pool. Emptied when the provider goes.
     pub(crate) chunks: KVec<Chunk>,
     /// The mappings that importers have.
-    pub(crate) mappings: Mappings,
+    pub(crate) mappings: KVec<Mapping>,
     /// Pins of all importers.
     pub(crate) pins: u32,
     /// Attachments that need system memory.
@@ -185,7 +185,7 @@ impl Buffer {
                     awaited: false,
                     pieces,
                     chunks,
-                    mappings: Mappings::new(),
+                    mappings: KVec::new(),
                     pins: 0,
                     need_system: 0,
                     kernel_mapping: None,

@@ -26,7 +26,7 @@ use crate::{
     abi,
     buffer::{Buffer, Held, KernelMapping, Locked, State},
     ffi::{self, Table},
-    mapping::Mapping,
+    mapping::{self, Mapping},
     moves::{self, For, To},
     pieces::Piece,
 };
@@ -349,7 +349,7 @@ unsafe extern "C" fn map(
             return Err(ffi::errno(bindings::EREMOTEIO));
         }
         // Room first, so that nothing can fail once the mapping is made.
-        state.mappings.reserve()?;
+        state.mappings.reserve(1, GFP_KERNEL)?;
         // SAFETY: The lock is held, the buffer is not revoked, and the attachment is one of its.
         let mapping = unsafe { Mapping::map(
                 attachment,
@@ -359,7 +359,7 @@ unsafe extern "C" fn map(
                 dir,
             )? };
         let sgt = mapping.sgt();
-        state.mappings.push(mapping);
+        let _ = state.mappings.push_within_capacity(mapping);
         state.counters.maps += 1;
         Ok(sgt)
     })();
@@ -374,7 +374,7 @@ unsafe extern "C" fn unmap(
 ) {
     // SAFETY: As in `map`, and `sgt` is a table that `map` made for the attachment.
     let mut locked = unsafe { Held::new((*attachment).dmabuf) };
-    if let Some(mapping) = locked.mappings.take(attachment, sgt) {
+    if let Some(mapping) = mapping::take(&mut locked.mappings, attachment, sgt) {
         // SAFETY: The lock is held, and `dir` is what the importer has mapped in.
         unsafe { mapping.unmap(dir) };
     }

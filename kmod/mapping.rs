@@ -496,64 +496,16 @@ unsafe fn in_order(
     entries
 }
 
-/// The mappings that importers have of a buffer. Most have one, which costs no list.
-pub(crate) struct Mappings {
-    first: Option<Mapping>,
-    more: KVec<Mapping>,
-}
-
-impl Mappings {
-    pub(crate) const fn new() -> Self {
-        Self {
-            first: None,
-            more: KVec::new(),
-        }
-    }
-
-    /// Makes room for one more. ENOMEM.
-    pub(crate) fn reserve(&mut self) -> Result {
-        if self.first.is_some() {
-            self.more.reserve(1, GFP_KERNEL)?;
-        }
-        Ok(())
-    }
-
-    /// Adds one, for which there is room.
-    pub(crate) fn push(&mut self, mapping: Mapping) {
-        if self.first.is_none() {
-            self.first = Some(mapping);
-        } else {
-            let _ = self.more.push_within_capacity(mapping);
-        }
-    }
-
-    /// Takes out the mapping whose table an importer gives back.
-    pub(crate) fn take(
-        &mut self,
-        attachment: *mut bindings::dma_buf_attachment,
-        sgt: *mut bindings::sg_table,
-    ) -> Option<Mapping> {
-        let wanted =
-            |mapping: &mut Mapping| ptr::eq(mapping.sgt, sgt) && mapping.attachment == attachment;
-        if let Some(first) = self.first.take_if(wanted) {
-            return Some(first);
-        }
-        // The newest are the likeliest to go. The order is nobody's business.
-        let index = self.more.iter_mut().rposition(wanted)?;
-        let last = self.more.len() - 1;
-        self.more.swap(index, last);
-        self.more.pop()
-    }
-
-    pub(crate) fn iter(&self) -> impl Iterator<Item = &Mapping> {
-        Iterator::chain(self.first.iter(), &*self.more)
-    }
-
-    pub(crate) fn iter_mut(&mut self) -> impl Iterator<Item = &mut Mapping> {
-        Iterator::chain(self.first.iter_mut(), &mut *self.more)
-    }
-
-    pub(crate) fn len(&self) -> usize {
-        usize::from(self.first.is_some()) + self.more.len()
-    }
+/// Takes out the mapping whose table an importer gives back.
+pub(crate) fn take(
+    mappings: &mut KVec<Mapping>,
+    attachment: *mut bindings::dma_buf_attachment,
+    sgt: *mut bindings::sg_table,
+) -> Option<Mapping> {
+    let wanted = |mapping: &Mapping| ptr::eq(mapping.sgt, sgt) && mapping.attachment == attachment;
+    // The newest are the likeliest to go. The order is nobody's business.
+    let index = mappings.iter().rposition(wanted)?;
+    let last = mappings.len() - 1;
+    mappings.swap(index, last);
+    mappings.pop()
 }
