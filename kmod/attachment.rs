@@ -533,11 +533,7 @@ impl Attachment {
         let (answer, ns) = timed(|| unsafe { bindings::dma_buf_vmap(self.dmabuf.raw(), &mut map) });
         to_result(answer)?;
         drop(state);
-        let iomem = if map.is_iomem {
-            abi::VMAP_IOMEM
-        } else {
-            0
-        };
+        let iomem = if map.is_iomem { abi::VMAP_IOMEM } else { 0 };
         control.vmap = Some(map);
         self.note(abi::VMAPPED | iomem, 0);
         Ok(ns)
@@ -722,13 +718,5 @@ impl WorkItem<1> for Attachment {
 
     fn run(this: Arc<Self>) {
         this.catch_up();
-    }
-}
-
-impl WorkItem<2> for Attachment {
-    type Pointer = Arc<Self>;
-
-    fn run(this: Arc<Self>) {
-        crate::importer::detach_late(this);
     }
 }

@@ -28,10 +28,10 @@ use kernel::{
 use crate::{
     abi,
     bar::Bar,
+    counters::{Counters, Refusal},
     device::Device,
     fences::Fences,
     ffi,
-    counters::{Counters, Refusal},
     mapping::Mapping,
     pieces::{Piece, Pieces},
     pool::Chunk,

@@ -351,13 +351,15 @@ unsafe extern "C" fn map(
         // Room first, so that nothing can fail once the mapping is made.
         state.mappings.reserve(1, GFP_KERNEL)?;
         // SAFETY: The lock is held, the buffer is not revoked, and the attachment is one of its.
-        let mapping = unsafe { Mapping::map(
+        let mapping = unsafe {
+            Mapping::map(
                 attachment,
                 object.bar(),
                 &state.pieces,
                 state.generation,
                 dir,
-            )? };
+            )?
+        };
         let sgt = mapping.sgt();
         let _ = state.mappings.push_within_capacity(mapping);
         state.counters.maps += 1;

@@ -24,7 +24,7 @@ use kernel::{
     time::msecs_to_jiffies,
     types::ScopeGuard,
     uaccess::UserPtr,
-    workqueue::Queue,
+    workqueue::{Queue, WorkItem},
 };
 
 use crate::{
@@ -273,7 +273,7 @@ unsafe extern "C" fn release(_inode: *mut bindings::inode, file: *mut bindings::
     }
     let queue = SHARED.lock().queue;
     // SAFETY: The file has a reference to the module until this function has returned. The queue is
-    // valid while there is one, and `detach_late` gives up the one taken here.
+    // valid while there is one, and the work item gives up the one taken here.
     unsafe {
         bindings::__module_get(crate::compat::THIS_MODULE.as_ptr());
         // Cannot fail: it is queued here only, and a file is released once.
@@ -284,10 +284,14 @@ unsafe extern "C" fn release(_inode: *mut bindings::inode, file: *mut bindings::
 }
 
 /// Some time after the release of an attachment that outlives its file.
-pub(crate) fn detach_late(attachment: Arc<Attachment>) {
-    give_up(attachment);
-    // SAFETY: Taken by `release`. Unloading the module waits until the queue that runs this is empty.
-    unsafe { bindings::module_put(crate::compat::THIS_MODULE.as_ptr()) };
+impl WorkItem<2> for Attachment {
+    type Pointer = Arc<Self>;
+
+    fn run(this: Arc<Self>) {
+        give_up(this);
+        // SAFETY: Taken by `release`. Unloading the module waits until the queue that runs this is empty.
+        unsafe { bindings::module_put(crate::compat::THIS_MODULE.as_ptr()) };
+    }
 }
 
 /// `file_operations.unlocked_ioctl` of an attachment.
@@ -316,9 +320,7 @@ unsafe extern "C" fn attachment_ioctl(
 }
 
 fn step(arg: UserPtr, act: impl FnOnce() -> Result<u64>) -> Result {
-    let mut step: abi::Step = begin(arg, |step: &abi::Step| {
-        step.flags == 0 && step.ns == 0
-    })?;
+    let mut step: abi::Step = begin(arg, |step: &abi::Step| step.flags == 0 && step.ns == 0)?;
     step.ns = act()?;
     deliver(arg, &step);
     Ok(())

@@ -18,13 +18,7 @@ use kernel::{
     sync::Arc,
 };
 
-use crate::{
-    abi,
-    bar::Bar,
-    ffi,
-    pieces::Pieces,
-    system::System,
-};
+use crate::{abi, bar::Bar, ffi, pieces::Pieces, system::System};
 
 /// A mapping that an importer has.
 pub(crate) struct Mapping {

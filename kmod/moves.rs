@@ -148,7 +148,12 @@ fn check(state: &Held<'_>, part: &Range<u64>, to: To) -> Result<bool> {
     if state.buffer().revoked() {
         return Err(ENODEV);
     }
-    if to == To::Device && state.pieces.within(part).all(|(piece, _)| piece.home.is_none()) {
+    if to == To::Device
+        && state
+            .pieces
+            .within(part)
+            .all(|(piece, _)| piece.home.is_none())
+    {
         return Err(ffi::errno(bindings::EOPNOTSUPP));
     }
     if !state.pieces.within(part).any(|(piece, _)| to.moves(piece)) {

@@ -8,12 +8,7 @@
 
 use kernel::bindings;
 
-use crate::{
-    common,
-    device::Device,
-    devices,
-    ffi::Table,
-};
+use crate::{common, device::Device, devices, ffi::Table};
 
 static HANDLERS: Table<bindings::pci_error_handlers> = Table(bindings::pci_error_handlers {
     reset_prepare: Some(prepare),
