@@ -504,7 +504,7 @@ impl Attachment {
     /// The core says WARN when an exporter cannot do it, which a caller of this must not be able to
     /// bring about at will. So it is tried only where a mapping for the device shows that the
     /// buffer is to be had, all of it in one place; the lock keeps it so. What is left is an
-    /// exporter that runs out of memory.
+    /// exporter that runs out of memory, or that would have to move what is pinned.
     pub(crate) fn vmap(&self) -> Result<u64> {
         let mut control = self.control.lock();
         if control.vmap.is_some() {

@@ -66,7 +66,7 @@ use libc::{
 
 /// What an exporter may answer to an importer that maps.
 const MAPPING: &[i32] = &[
-    EBUSY, ENOTCONN, EINTR, ETIMEDOUT, ENODEV, EREMOTEIO, EOPNOTSUPP,
+    EACCES, EBUSY, ENOTCONN, EINTR, ETIMEDOUT, ENODEV, EREMOTEIO, EOPNOTSUPP,
 ];
 
 calls! {

@@ -16,6 +16,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::machine::expect;
 use crate::node::{Node, in_child, nvme_bdf};
 use calls::{CALLS, Counts};
 use random::Random;
@@ -113,6 +114,8 @@ pub fn run(plan: &Plan) -> Report {
         killed: 0,
         gone: 0,
     };
+    // The core calls every error of an exporter's `vmap` worth a warning, also where the buffer is pinned.
+    expect("dma_buf_vmap");
     let cards: Vec<String> = Node::all().into_iter().map(|node| node.bdf).collect();
     // One that can, twice; one that is no device; a card, which cannot.
     let devices = vec![

@@ -400,13 +400,18 @@ impl<'a> Worker<'a> {
         (self.random.of(&flags) | libc::O_CLOEXEC) as u32
     }
 
+    fn export_flags(&mut self) -> u32 {
+        let may_move = u32::from(self.random.once_in(2)) * abi::EXPORT_MAY_MOVE;
+        let devices_read = u32::from(self.random.once_in(8)) * abi::EXPORT_DEVICES_READ;
+        may_move | devices_read
+    }
+
     fn export(&mut self) {
         let node = self.shared.nodes.get(&mut self.random);
         let any = self.random.once_in(2);
         let request = abi::Export {
             size: size_of::<abi::Export>() as u32,
-            flags: (u32::from(any) * abi::EXPORT_ANY_OFFSET)
-                | (self.random.below(2) as u32 * abi::EXPORT_MAY_MOVE),
+            flags: (u32::from(any) * abi::EXPORT_ANY_OFFSET) | self.export_flags(),
             bar: self.random.of(&[2, 2, 2, 2, 2, 0, 1]),
             fd_flags: self.fd_flags(),
             offset: if any {
@@ -449,7 +454,7 @@ impl<'a> Worker<'a> {
         }
         let request = abi::ExportRanges {
             size: size_of::<abi::ExportRanges>() as u32,
-            flags: self.random.below(2) as u32 * abi::EXPORT_MAY_MOVE,
+            flags: self.export_flags(),
             bar: self.random.of(&[2, 2, 2, 2, 0]),
             fd_flags: self.fd_flags(),
             ranges: self.array.put(bytemuck::bytes_of(&ranges)) as u64,
