@@ -11,6 +11,7 @@ use crate::access::Access;
 use crate::dmabuf::DmaBuf;
 use crate::error::{BufferError, SystemError};
 use crate::stage::{Shared, Stage};
+use crate::sys::copy::Memory;
 use crate::sys::fork::Process;
 use crate::topology::{PciAddress, Sysfs};
 
@@ -370,6 +371,16 @@ impl Buffer {
     /// True when copies go by a [`Stage`] and not by a mapping.
     pub fn has_stage(&self) -> bool {
         self.stage.is_some()
+    }
+
+    /// What kind of memory its mappings are of. Graphics drivers map what they like.
+    pub(crate) fn memory(&self) -> Memory {
+        match self.provenance().kind {
+            _ if self.host_memory().is_some() => Memory::Cached,
+            Kind::Heap => Memory::Cached,
+            Kind::Drm | Kind::V4l2 | Kind::Other => Memory::Combining,
+            _ => Memory::Device,
+        }
     }
 
     #[doc(hidden)]

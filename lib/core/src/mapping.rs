@@ -186,7 +186,7 @@ impl BufferRange {
         } else {
             Map::shared_from(fd, at, self.offset(), self.len(), access.writes())
         };
-        let mut map = map.map_err(|errno| {
+        let map = map.map_err(|errno| {
             let cause = SystemError::new("mmap", self.buffer().name(), errno);
             // What exporters answer that have no mapping to give; the kernel says EINVAL for those without the
             // operation. A memfd can always be mapped.
@@ -196,6 +196,7 @@ impl BufferRange {
                 false => cause.into(),
             }
         })?;
+        let mut map = map.of(self.buffer().memory());
         if borrower.is_some() {
             map.keep_from_children()
                 .map_err(|errno| SystemError::new("madvise", self.buffer().name(), errno))?;
@@ -316,6 +317,13 @@ impl CpuAccess<'_> {
         Ok(())
     }
 
+    /// Has the end of the access wait for bytes up to here, which were copied in by way of
+    /// [`Mapping::map`].
+    #[doc(hidden)]
+    pub fn copied_in(&mut self, end: u64) {
+        self.last_write = end.checked_sub(1).map(|last| last as usize);
+    }
+
     /// What is accessed. Within the access its bytes may also be given to the kernel, as for file I/O.
     pub fn mapping(&self) -> &Mapping {
         &*self.mapping
@@ -397,7 +405,11 @@ impl CpuAccess<'_> {
             return Err(BufferError::Access { object, wanted });
         }
         self.mapping.check_here()?;
-        self.mapping.range.slice(offset, length as u64)?;
+        let end = offset.checked_add(length as u64);
+        if end.is_none_or(|end| end > self.mapping.len()) {
+            // The error that a part of the range has, which is made only for that.
+            self.mapping.range.slice(offset, length as u64)?;
+        }
         Ok(offset as usize)
     }
 }

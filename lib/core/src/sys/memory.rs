@@ -13,7 +13,10 @@ use std::sync::atomic::{Ordering, fence};
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous};
 
 use crate::errno::Errno;
+use crate::sys::copy::{Side, copy};
 use crate::sys::fork::Process;
+
+pub use crate::sys::copy::Memory;
 
 /// A shared mapping of a descriptor's bytes.
 ///
@@ -28,14 +31,17 @@ pub struct Map {
     start: usize,
     length: usize,
     writable: bool,
+    is_shared: bool,
+    memory: Memory,
     owner: Option<Process>,
 }
 
 // SAFETY: the mapping belongs to the process, not to a thread; nothing in it is tied to the
 // thread that made it.
 unsafe impl Send for Map {}
-// SAFETY: what takes `&self` reads the bytes, or gives their address to the kernel; to write them this process
-// has the value to itself. That devices and other processes write meanwhile is what the volatile copies are for.
+// SAFETY: what takes `&self` reads the bytes, or gives out windows. That others write meanwhile, be they devices,
+// processes, or a thread that copies to a window, is what the copies are made for (`copy`): no reference is made
+// of the bytes, and each is moved once.
 unsafe impl Sync for Map {}
 
 impl Map {
@@ -93,8 +99,34 @@ impl Map {
             start,
             length,
             writable,
+            is_shared: true,
+            memory: Memory::Device,
             owner: None,
         })
+    }
+
+    /// Memory of this process alone, from a page on, for bytes that the kernel brings and takes while others
+    /// are copied: a [`HostMemory`] is for one at a time.
+    pub fn anonymous(length: usize) -> Result<Map, Errno> {
+        let memory = HostMemory::new(length)?;
+        // INVARIANT: just mapped, and nobody else's from here on.
+        let map = Map {
+            base: memory.base,
+            mapped: memory.length,
+            start: 0,
+            length,
+            writable: true,
+            is_shared: false,
+            memory: Memory::Cached,
+            owner: None,
+        };
+        std::mem::forget(memory);
+        Ok(map)
+    }
+
+    /// Its length in bytes.
+    pub fn length(&self) -> usize {
+        self.length
     }
 
     /// Has children that are forked from now on not inherit the mapping (`MADV_DONTFORK`).
@@ -110,6 +142,13 @@ impl Map {
         // INVARIANT: children do not have it.
         self.owner = Some(Process::current());
         Ok(())
+    }
+
+    /// Says what kind of memory it is of; without a word it is a device's.
+    #[must_use]
+    pub fn of(mut self, memory: Memory) -> Map {
+        self.memory = memory;
+        self
     }
 
     /// False in a child that did not inherit the mapping.
@@ -140,72 +179,30 @@ impl Map {
             address,
             length,
             writable: self.writable,
-            is_shared: true,
+            is_shared: self.is_shared,
+            memory: self.memory,
             map: PhantomData,
         }
     }
 
-    /// Copies bytes out, reading each exactly once, in the widest aligned accesses that fit.
+    /// Copies bytes out, reading each exactly once ([`copy`](super::copy)).
     /// Panics when they are not all inside, or the mapping
     /// [is not here](Map::is_here).
     ///
     /// Memory of a device that has gone raises SIGBUS.
     pub fn copy_out(&self, offset: usize, into: &mut [u8]) {
         assert!(self.is_here());
-        let window = self.window(offset, into.len());
-        // Nothing that was read before the caller's begin-access may be used instead.
-        fence(Ordering::SeqCst);
-        let mut rest = into;
-        let mut source = window.address.cast_const();
-        while !rest.is_empty() {
-            let width = width_at(source, rest.len());
-            let words = if width == 8 { rest.len() / 8 } else { 1 };
-            let (now, later) = rest.split_at_mut(words * width);
-            for bytes in now.chunks_exact_mut(width) {
-                // SAFETY: inside the window and aligned; the pointer advances once per byte.
-                unsafe {
-                    match width {
-                        8 => bytes.copy_from_slice(&read::<u64>(source).to_ne_bytes()),
-                        4 => bytes.copy_from_slice(&read::<u32>(source).to_ne_bytes()),
-                        2 => bytes.copy_from_slice(&read::<u16>(source).to_ne_bytes()),
-                        _ => bytes.copy_from_slice(&read::<u8>(source).to_ne_bytes()),
-                    }
-                    source = source.add(width);
-                }
-            }
-            rest = later;
-        }
+        self.window(offset, into.len()).copy_out(into);
     }
 
-    /// Copies bytes in, writing each exactly once, in the widest aligned accesses that fit.
+    /// Copies bytes in, writing each exactly once, likewise.
     /// Panics when they are not all inside, or the mapping is read-only or [is not
     /// here](Map::is_here).
     ///
     /// Memory of a device that has gone raises SIGBUS.
     pub fn copy_in(&mut self, offset: usize, from: &[u8]) {
-        assert!(self.writable && self.is_here());
-        let window = self.window(offset, from.len());
-        let mut rest = from;
-        let mut target = window.address;
-        while !rest.is_empty() {
-            let width = width_at(target, rest.len());
-            let words = if width == 8 { rest.len() / 8 } else { 1 };
-            let (now, later) = rest.split_at(words * width);
-            for bytes in now.chunks_exact(width) {
-                // SAFETY: inside the window, which is writable, and aligned; the pointer
-                // advances once per byte.
-                unsafe {
-                    match width {
-                        8 => write(target, u64::from_ne_bytes(array(bytes))),
-                        4 => write(target, u32::from_ne_bytes(array(bytes))),
-                        2 => write(target, u16::from_ne_bytes(array(bytes))),
-                        _ => write(target, u8::from_ne_bytes(array(bytes))),
-                    }
-                    target = target.add(width);
-                }
-            }
-            rest = later;
-        }
+        assert!(self.is_here());
+        self.window(offset, from.len()).copy_in(from);
     }
 
     /// Drains the CPU's write-combining buffers, in which stores to device memory linger.
@@ -244,34 +241,6 @@ impl Drop for Map {
     }
 }
 
-/// The widest access, in bytes, that `address` is aligned for and that `left` bytes fill.
-fn width_at(address: *const u8, left: usize) -> usize {
-    let aligned = 1 << (address as usize).trailing_zeros().min(3);
-    let fits = 1 << left.ilog2().min(3);
-    aligned.min(fits)
-}
-
-/// # Safety
-/// `source` is valid for reading a `T`, and aligned.
-unsafe fn read<T>(source: *const u8) -> T {
-    // SAFETY: the caller's word.
-    unsafe { source.cast::<T>().read_volatile() }
-}
-
-/// # Safety
-/// `target` is valid for writing a `T`, and aligned.
-unsafe fn write<T>(target: *mut u8, value: T) {
-    // SAFETY: the caller's word.
-    unsafe { target.cast::<T>().write_volatile(value) }
-}
-
-/// The bytes of one access; the caller has cut them to its width.
-fn array<const N: usize>(bytes: &[u8]) -> [u8; N] {
-    let mut array = [0; N];
-    array.copy_from_slice(bytes);
-    array
-}
-
 /// An address range for the kernel to read or write, valid while it exists.
 ///
 /// # Invariants
@@ -284,8 +253,13 @@ pub struct Window<'m> {
     length: usize,
     writable: bool,
     is_shared: bool,
+    memory: Memory,
     map: PhantomData<&'m ()>,
 }
+
+// SAFETY: an address for the kernel, which takes it from any thread. Copies of the same bytes by two threads
+// mix them, as they do for two processes; no reference is made of them (invariant).
+unsafe impl Send for Window<'_> {}
 
 impl Window<'_> {
     /// Where it begins. No Rust reference may be made of it: others change the bytes.
@@ -306,6 +280,64 @@ impl Window<'_> {
     /// Whether it is in a [`Map`]: tests treat that as device memory.
     pub fn is_shared(&self) -> bool {
         self.is_shared
+    }
+
+    fn side(&self) -> Side {
+        Side {
+            address: self.address,
+            memory: self.memory,
+        }
+    }
+
+    /// Copies its first bytes out. Panics where it is shorter, or of a mapping that
+    /// [is not here](Map::is_here).
+    pub fn copy_out(&self, into: &mut [u8]) {
+        assert!(into.len() <= self.length && !self.address.is_null());
+        // Nothing that was read before the caller's begin-access may be used instead.
+        fence(Ordering::SeqCst);
+        let target = Side {
+            address: into.as_mut_ptr(),
+            memory: Memory::Cached,
+        };
+        // SAFETY: inside the window (invariant), and all of a slice that is ours.
+        unsafe { copy(self.side(), target, into.len()) }
+    }
+
+    /// Copies bytes to its beginning. Panics where it is shorter or read-only, or of a mapping that
+    /// [is not here](Map::is_here).
+    pub fn copy_in(&self, from: &[u8]) {
+        assert!(self.writable && from.len() <= self.length && !self.address.is_null());
+        let source = Side {
+            address: from.as_ptr().cast_mut(),
+            memory: Memory::Cached,
+        };
+        // SAFETY: all of a slice, which is only read, and inside the window, which is writable.
+        unsafe { copy(source, self.side(), from.len()) }
+    }
+
+    /// Copies all of it to the beginning of another window, each byte once ([`copy`](super::copy)). Panics where
+    /// that is shorter or read-only, or one of the two is of a mapping that [is not here](Map::is_here).
+    ///
+    /// Memory of a device that has gone raises SIGBUS.
+    pub fn copy_to(&self, to: &Window<'_>) {
+        assert!(to.writable && self.length <= to.length);
+        assert!(!self.address.is_null() && !to.address.is_null());
+        // Nothing that was read before the caller's begin-access may be used instead.
+        fence(Ordering::SeqCst);
+        // SAFETY: both are mapped (invariant), and no reference to their bytes is used (`Map`), or their
+        // owner is borrowed (`HostMemory`).
+        unsafe { copy(self.side(), to.side(), self.length) }
+    }
+
+    /// What comes after its first `length` bytes, or nothing if it has fewer.
+    #[must_use]
+    pub fn after(mut self, length: usize) -> Self {
+        let length = self.length.min(length);
+        // INVARIANT: inside of what it was.
+        // SAFETY: inside the window, or at its end.
+        self.address = unsafe { self.address.add(length) };
+        self.length -= length;
+        self
     }
 
     /// Its first `length` bytes, or all if it has fewer.
@@ -369,6 +401,7 @@ impl HostMemory {
             length,
             writable: true,
             is_shared: false,
+            memory: Memory::Cached,
             map: PhantomData,
         }
     }
@@ -388,17 +421,8 @@ mod tests {
 
     /// A mapping of memory of this process alone, which Miri has too.
     fn anonymous(start: usize, length: usize) -> Map {
-        let memory = HostMemory::new(start + length).unwrap();
-        let map = Map {
-            base: memory.base,
-            mapped: memory.length,
-            start,
-            length,
-            writable: true,
-            owner: None,
-        };
-        // Now the mapping's.
-        std::mem::forget(memory);
+        let mut map = Map::anonymous(start + length).unwrap();
+        (map.start, map.length) = (start, length);
         map
     }
 
@@ -423,19 +447,6 @@ mod tests {
         map.drain_writes();
         map.read_back(63);
         map.read_back(64);
-    }
-
-    #[test]
-    fn accesses_are_as_wide_as_address_and_length_allow() {
-        let map = anonymous(0, 64);
-        let at = |offset| map.window(offset, 0).address.cast_const();
-        for (offset, left, width) in [(0, 64, 8), (0, 7, 4), (4, 64, 4), (6, 64, 2), (2, 1, 1)] {
-            assert_eq!(
-                width_at(at(offset), left),
-                width,
-                "{left} bytes at {offset}"
-            );
-        }
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The only `unsafe` of the crate: one module per kernel interface, each with a safe face.
 #![allow(unsafe_code)]
 
+pub(crate) mod copy;
 pub(crate) mod dmabuf;
 pub mod fork;
 pub mod memory;

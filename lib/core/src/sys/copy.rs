@@ -1,0 +1,429 @@
+//! Copies between memory that others change, or that is no memory at all.
+//!
+//! The problem: neither a slice nor `memcpy` may touch such bytes. The compiler may read through a slice twice
+//! or not at all, and `memcpy` reads some bytes twice and picks widths that device memory does not take. A loop
+//! of volatile accesses is right, and some sixty times slower than `memcpy` in a build without optimisation.
+//! So the loops here are assembly, whose speed no profile changes:
+//!
+//! - each byte is read once and written once;
+//! - up to [`BULK`] bytes, and for [`Memory::Device`] always, by aligned accesses of 8 bytes and, at the
+//!   edges, 4, 2 and 1;
+//! - more than that by the widest registers that the processor has: with [`Memory::Combining`] read by streaming
+//!   loads (`movntdqa`), which fetch a whole line of write-combined memory where others fetch 8 bytes; from
+//!   [`LARGE`] bytes on, stores go around the caches.
+//!
+//! Other processors, and Miri, have the volatile loop.
+
+/// What kind of memory a mapping is of, as far as copies care.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Memory {
+    /// Cached system memory: every access works, the widest is the fastest.
+    Cached,
+    /// Device memory, mapped uncached, maybe emulated by a hypervisor that knows no wide registers.
+    Device,
+    /// Perhaps device memory that is mapped write-combined, as graphics drivers do.
+    Combining,
+}
+
+/// From how many bytes on wide registers are used.
+pub const BULK: usize = 256;
+
+/// One side of a copy.
+#[derive(Clone, Copy)]
+pub(crate) struct Side {
+    pub(crate) address: *mut u8,
+    pub(crate) memory: Memory,
+}
+
+/// Copies `length` bytes.
+///
+/// # Safety
+/// They are mapped on both sides for the time of the call, those of `to` writable, and
+/// no reference to them is used meanwhile that the copy would break.
+pub(crate) unsafe fn copy(from: Side, to: Side, length: usize) {
+    let (mut source, mut target) = (from.address.cast_const(), to.address);
+    let mut left = length;
+    while left > 0 {
+        // Whose accesses have to be aligned: cached memory takes all.
+        let address = match (from.memory, to.memory) {
+            (Memory::Cached, _) => target as usize,
+            (_, Memory::Cached) => source as usize,
+            _ => source as usize | target as usize,
+        };
+        let width = 1 << address.trailing_zeros().min(left.ilog2()).min(3);
+        let count = if width == 8 { left / 8 } else { 1 };
+        // SAFETY: `count * width` is not more than `left`, so the bytes are inside (the caller's word).
+        unsafe {
+            match width {
+                8 => wide(from.memory, to.memory, source, target, count),
+                4 => one::<u32>(source, target),
+                2 => one::<u16>(source, target),
+                _ => one::<u8>(source, target),
+            }
+            source = source.add(count * width);
+            target = target.add(count * width);
+        }
+        left -= count * width;
+    }
+}
+
+/// # Safety
+/// As [`copy`], of one `T`.
+unsafe fn one<T>(source: *const u8, target: *mut u8) {
+    let (source, target) = (source.cast::<T>(), target.cast::<T>());
+    // SAFETY: the caller's word. Volatile accesses have to be aligned, as those of device memory are.
+    unsafe {
+        match (source.is_aligned(), target.is_aligned()) {
+            (true, true) => target.write_volatile(source.read_volatile()),
+            (true, false) => target.write_unaligned(source.read_volatile()),
+            (false, true) => target.write_volatile(source.read_unaligned()),
+            (false, false) => target.write_unaligned(source.read_unaligned()),
+        }
+    }
+}
+
+/// Words of 8 bytes.
+///
+/// # Safety
+/// As [`copy`].
+unsafe fn wide(from: Memory, to: Memory, mut source: *const u8, mut target: *mut u8, words: usize) {
+    let mut words = words;
+    let is_bulk = words * 8 >= BULK && from != Memory::Device && to != Memory::Device;
+    if is_bulk && let Some(wide) = machine::widest() {
+        // To where the accesses that matter are aligned: loads that stream, and else stores.
+        let at = match from {
+            Memory::Combining => source as usize,
+            _ => target as usize,
+        };
+        let lead = match at % 8 {
+            0 => (at.wrapping_neg() % 64) / 8,
+            _ => 0,
+        };
+        let stream = match from {
+            Memory::Combining => Stream::Loads,
+            _ if words * 8 >= LARGE && at % 8 == 0 => Stream::Stores,
+            _ => Stream::Nothing,
+        };
+        // SAFETY: `lead` is less than a block, of which there are some (the caller's word). What streams is
+        // aligned after it.
+        unsafe {
+            machine::words(source, target, lead);
+            (source, target) = (source.add(8 * lead), target.add(8 * lead));
+            let blocks = (words - lead) * 8 / BLOCK;
+            machine::blocks(wide, stream, source, target, blocks);
+            (source, target) = (source.add(BLOCK * blocks), target.add(BLOCK * blocks));
+            words -= lead + BLOCK / 8 * blocks;
+        }
+    }
+    // SAFETY: what is left of what the caller gave its word for.
+    unsafe { machine::words(source, target, words) }
+}
+
+/// What wide registers move at a time.
+const BLOCK: usize = 128;
+
+/// From how many bytes on stores go around the caches, which they would only empty.
+const LARGE: usize = 4 << 20;
+
+/// Which accesses go around the caches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stream {
+    Nothing,
+    Loads,
+    Stores,
+}
+
+#[cfg(all(target_arch = "x86_64", not(miri)))]
+mod machine {
+    use std::arch::{asm, is_x86_feature_detected};
+
+    use super::Stream;
+
+    /// Registers that the processor has.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+    pub(super) enum Wide {
+        /// 16 bytes.
+        Sse41,
+        /// 32 bytes.
+        Avx2,
+    }
+
+    pub(super) fn widest() -> Option<Wide> {
+        if is_x86_feature_detected!("avx2") {
+            Some(Wide::Avx2)
+        } else {
+            is_x86_feature_detected!("sse4.1").then_some(Wide::Sse41)
+        }
+    }
+
+    /// # Safety
+    /// `8 * count` bytes at `source` may be read, and as many at `target` written.
+    pub(super) unsafe fn words(source: *const u8, target: *mut u8, count: usize) {
+        // SAFETY: the caller's word; nothing else is touched.
+        unsafe {
+            asm!(
+                "test {n}, {n}",
+                "jz 3f",
+                "2:",
+                "mov {word}, [{from}]",
+                "mov [{to}], {word}",
+                "add {from}, 8",
+                "add {to}, 8",
+                "dec {n}",
+                "jnz 2b",
+                "3:",
+                n = inout(reg) count => _,
+                from = inout(reg) source => _,
+                to = inout(reg) target => _,
+                word = out(reg) _,
+                options(nostack),
+            );
+        }
+    }
+
+    /// `count` blocks of 128 bytes, by eight loads or four, and as many stores.
+    macro_rules! blocks {
+        ($source:ident, $target:ident, $count:ident, $load:literal, $store:literal, $register:literal, $width:literal,
+         $end:literal) => {
+            asm!(
+                "test {n}, {n}",
+                "jz 3f",
+                "2:",
+                concat!($load, " ", $register, "0, [{from}]"),
+                concat!($load, " ", $register, "1, [{from} + ", $width, "]"),
+                concat!($load, " ", $register, "2, [{from} + 2 * ", $width, "]"),
+                concat!($load, " ", $register, "3, [{from} + 3 * ", $width, "]"),
+                concat!($store, " [{to}], ", $register, "0"),
+                concat!($store, " [{to} + ", $width, "], ", $register, "1"),
+                concat!($store, " [{to} + 2 * ", $width, "], ", $register, "2"),
+                concat!($store, " [{to} + 3 * ", $width, "], ", $register, "3"),
+                concat!("add {from}, 4 * ", $width),
+                concat!("add {to}, 4 * ", $width),
+                "dec {n}",
+                "jnz 2b",
+                $end,
+                "3:",
+                n = inout(reg) $count => _,
+                from = inout(reg) $source => _,
+                to = inout(reg) $target => _,
+                out("xmm0") _, out("xmm1") _, out("xmm2") _, out("xmm3") _,
+                options(nostack),
+            )
+        };
+    }
+
+    /// # Safety
+    /// The processor has `wide`; `128 * count` bytes at `source` may be read, and as many at `target` written.
+    /// What streams is at a multiple of 64.
+    pub(super) unsafe fn blocks(
+        wide: Wide,
+        stream: Stream,
+        source: *const u8,
+        target: *mut u8,
+        count: usize,
+    ) {
+        let halves = 2 * count;
+        // SAFETY: the caller's word; nothing else is touched.
+        unsafe {
+            match (wide, stream) {
+                (Wide::Avx2, Stream::Nothing) => blocks!(
+                    source,
+                    target,
+                    count,
+                    "vmovdqu",
+                    "vmovdqu",
+                    "ymm",
+                    "32",
+                    "vzeroupper"
+                ),
+                (Wide::Avx2, Stream::Loads) => blocks!(
+                    source,
+                    target,
+                    count,
+                    "vmovntdqa",
+                    "vmovdqu",
+                    "ymm",
+                    "32",
+                    "vzeroupper"
+                ),
+                (Wide::Avx2, Stream::Stores) => blocks!(
+                    source,
+                    target,
+                    count,
+                    "vmovdqu",
+                    "vmovntdq",
+                    "ymm",
+                    "32",
+                    "vzeroupper\nsfence"
+                ),
+                (Wide::Sse41, Stream::Nothing) => {
+                    blocks!(source, target, halves, "movdqu", "movdqu", "xmm", "16", "");
+                }
+                (Wide::Sse41, Stream::Loads) => {
+                    blocks!(
+                        source, target, halves, "movntdqa", "movdqu", "xmm", "16", ""
+                    );
+                }
+                (Wide::Sse41, Stream::Stores) => {
+                    blocks!(
+                        source, target, halves, "movdqu", "movntdq", "xmm", "16", "sfence"
+                    );
+                }
+            }
+        }
+    }
+
+    #[cfg(test)]
+    pub(super) fn all() -> Vec<Wide> {
+        let has = [
+            (Wide::Sse41, is_x86_feature_detected!("sse4.1")),
+            (Wide::Avx2, is_x86_feature_detected!("avx2")),
+        ];
+        let has = has.into_iter().filter(|(_, has)| *has);
+        has.map(|(wide, _)| wide).collect()
+    }
+}
+
+#[cfg(not(all(target_arch = "x86_64", not(miri))))]
+mod machine {
+    use super::Stream;
+
+    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+    pub(super) enum Wide {}
+
+    pub(super) fn widest() -> Option<Wide> {
+        None
+    }
+
+    /// # Safety
+    /// `8 * count` bytes at `source` may be read, and as many at `target` written.
+    pub(super) unsafe fn words(source: *const u8, target: *mut u8, count: usize) {
+        for index in 0..count {
+            // SAFETY: the caller's word.
+            unsafe { super::one::<u64>(source.add(8 * index), target.add(8 * index)) }
+        }
+    }
+
+    /// # Safety
+    /// None: there are no such registers.
+    pub(super) unsafe fn blocks(wide: Wide, _: Stream, _: *const u8, _: *mut u8, _: usize) {
+        match wide {}
+    }
+
+    #[cfg(test)]
+    pub(super) fn all() -> Vec<Wide> {
+        Vec::new()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const KINDS: [Memory; 3] = [Memory::Cached, Memory::Device, Memory::Combining];
+
+    /// Bytes of which no two neighbours, and no two lines, are alike.
+    fn pattern(length: usize) -> Vec<u8> {
+        (0..length)
+            .map(|at| (at * 7 + at / 64 * 13 + 1) as u8)
+            .collect()
+    }
+
+    fn check(kinds: (Memory, Memory), from: usize, to: usize, length: usize, bytes: &[u8]) {
+        let mut source = bytes.to_vec();
+        let mut target = vec![0xee; to + length + 64];
+        let side = |address, memory| Side { address, memory };
+        // SAFETY: both are inside, as the slices below show.
+        unsafe {
+            copy(
+                side(source[from..from + length].as_mut_ptr(), kinds.0),
+                side(target[to..to + length].as_mut_ptr(), kinds.1),
+                length,
+            );
+        }
+        let what = format!("{length} bytes from {from} to {to}, {kinds:?}");
+        assert!(
+            target[to..to + length] == bytes[from..from + length],
+            "{what}"
+        );
+        let around = target[..to].iter().chain(&target[to + length..]);
+        assert!(
+            around.into_iter().all(|&byte| byte == 0xee),
+            "{what}: beside"
+        );
+    }
+
+    #[test]
+    fn every_length_and_alignment_up_to_a_page_is_copied_whole_and_nothing_beside_it() {
+        let longest = if cfg!(miri) { 40 } else { 4096 };
+        let bytes = pattern(longest + 64);
+        let mut kinds = KINDS
+            .iter()
+            .flat_map(|from| KINDS.map(|to| (*from, to)))
+            .cycle();
+        for length in 0..=longest {
+            // All alignments within a line come with each length up to some blocks; beyond that one source with
+            // all targets and the reverse.
+            for offset in 0..64 {
+                for (from, to) in [
+                    (offset, 0),
+                    (0, offset),
+                    (offset, offset),
+                    (offset, 63 - offset),
+                ] {
+                    if length > 600 && (length + offset) % 13 != 0 {
+                        continue;
+                    }
+                    if let Some(kinds) = kinds.next() {
+                        check(kinds, from, to, length, &bytes);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn each_register_width_copies_blocks() {
+        let bytes = pattern(64 + 9 * BLOCK);
+        for wide in machine::all() {
+            for stream in [Stream::Nothing, Stream::Loads, Stream::Stores] {
+                for (count, from, to) in [(0, 0, 0), (1, 0, 1), (9, 0, 0), (8, 64, 40)] {
+                    // What streams is at a multiple of 64.
+                    let mut source = vec![0_u8; 64 + bytes.len()];
+                    let shift = source.as_ptr().align_offset(64);
+                    source[shift..shift + bytes.len()].copy_from_slice(&bytes);
+                    let mut target = vec![0xee; 128 + count * BLOCK + 64];
+                    let to = match stream {
+                        Stream::Stores => target.as_ptr().align_offset(64),
+                        _ => to,
+                    };
+                    // SAFETY: the processor has it, and both are inside, as the slices show.
+                    unsafe {
+                        let source = source[shift + from..][..count * BLOCK].as_ptr();
+                        let target = target[to..][..count * BLOCK].as_mut_ptr();
+                        machine::blocks(wide, stream, source, target, count);
+                    }
+                    let moved = &target[to..][..count * BLOCK];
+                    assert!(
+                        *moved == bytes[from..][..count * BLOCK],
+                        "{wide:?} {stream:?} {count}"
+                    );
+                    assert!(
+                        target[to + count * BLOCK..]
+                            .iter()
+                            .all(|&byte| byte == 0xee)
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "takes Miri minutes")]
+    fn copies_that_go_around_the_caches_are_whole() {
+        let bytes = pattern(LARGE + 200);
+        for (from, to, length) in [(0, 0, LARGE), (1, 3, LARGE + 77), (8, 16, LARGE + 100)] {
+            check((Memory::Cached, Memory::Cached), from, to, length, &bytes);
+        }
+    }
+}
