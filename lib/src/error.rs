@@ -405,16 +405,47 @@ pub enum TransferError {
         cause: SystemError,
     },
     /// The file took fewer bytes than it was given, without an error.
-    #[error("{object} took {written} of {wanted} bytes")]
+    #[error("{object} took {written} of {wanted} bytes, and none at {offset}")]
     ShortWrite {
         /// The file.
         object: String,
+        /// Where in the file it took nothing.
+        offset: u64,
         /// Bytes that it took.
         written: u64,
         /// Bytes that it was given.
         wanted: u64,
     },
-    /// The file ended before as many bytes were read as were written to it.
+    /// A request failed on every path that was left. Those that were in flight with it are done.
+    #[error("{cause}, for {length} bytes at {offset}; {arrived} of {wanted} bytes have arrived")]
+    Stopped {
+        /// The call that failed.
+        cause: SystemError,
+        /// Where in the file.
+        offset: u64,
+        /// How many bytes the request had.
+        length: u64,
+        /// Bytes that have arrived, wherever.
+        arrived: u64,
+        /// Bytes that were to arrive.
+        wanted: u64,
+        /// Bytes that have arrived without a gap from the beginning of the transfer: from here on it is taken
+        /// up again.
+        prefix: u64,
+    },
+    /// The transfer was cancelled ([`Watch::cancel`](crate::transfer::Watch::cancel)).
+    #[error("{object}: cancelled, when {arrived} of {wanted} bytes had arrived")]
+    Cancelled {
+        /// The file.
+        object: String,
+        /// Bytes that have arrived, wherever.
+        arrived: u64,
+        /// Bytes that were to arrive.
+        wanted: u64,
+        /// Bytes that have arrived without a gap from the beginning of the transfer.
+        prefix: u64,
+    },
+    /// The file ended before as many bytes were read as were to be: it became shorter meanwhile.
     #[error("{object} gave {read} of {wanted} bytes")]
     ShortRead {
         /// The file.

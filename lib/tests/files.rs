@@ -394,3 +394,44 @@ fn the_size_of_a_file_without_blocks_is_told() {
     let file = FileImporter::from_fd(file.into(), "a file").unwrap();
     assert_eq!(file.size().unwrap(), 5 << 30);
 }
+
+#[test]
+fn a_full_filesystem_is_told_with_what_was_written() {
+    let name = "a_full_filesystem_is_told_with_what_was_written";
+    if !in_a_mount_namespace(name) {
+        return;
+    }
+    let scratch = directory();
+    let at = scratch.path().display().to_string();
+    mount(&["-t", "tmpfs", "-o", "size=600k", "none", &at]).unwrap();
+    let path = file_in(scratch.path(), b"");
+    let bytes = random(1 << 20);
+    let buffer = memory(&bytes);
+    let file = FileImporter::open_for(&path, Access::Write).unwrap();
+    let error = file.attach(&buffer.whole()).unwrap().write(0).unwrap_err();
+    let (arrived, prefix) = match error {
+        TransferError::Stopped {
+            cause,
+            arrived,
+            prefix,
+            wanted,
+            ..
+        } => {
+            assert_eq!((cause.errno.name(), wanted), (Some("ENOSPC"), 1 << 20));
+            (arrived, prefix)
+        }
+        other => panic!("{other}"),
+    };
+    assert!(
+        prefix <= arrived && arrived <= 600 << 10,
+        "{prefix} {arrived}"
+    );
+    // What is said to be there is.
+    let written = std::fs::read(&path).unwrap();
+    assert!(written[..prefix as usize] == bytes[..prefix as usize]);
+    // With room again the rest completes it.
+    mount(&["-o", "remount,size=2m", &at]).unwrap();
+    let rest = buffer.range(prefix, (1 << 20) - prefix).unwrap();
+    file.attach(&rest).unwrap().write(prefix).unwrap();
+    assert!(std::fs::read(&path).unwrap() == bytes);
+}

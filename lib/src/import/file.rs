@@ -10,6 +10,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path as FilePath, PathBuf};
 use std::sync::Arc;
+use std::time::Instant;
 
 use super::{Attached, Importer};
 use crate::buffer::{Access, BufferRange, LazyMapping, Mapping};
@@ -19,9 +20,9 @@ use crate::plan::proof::{self, Question, Scratch as ScratchSpace};
 use crate::plan::{self, Direction, Key, Path, Plan, Reason, ReasonCode, Verdict};
 use crate::sys::direct::{DirectIo, Kernel};
 use crate::topology::PciAddress;
-use crate::transfer::Receipt;
-use crate::transfer::engine;
+use crate::transfer::engine::{self, Lanes, Order};
 use crate::transfer::file::{Direct, Endpoint};
+use crate::transfer::{Merged, Piece, Receipt, Watch};
 
 pub use crate::transfer::file::unnamed_file;
 
@@ -32,6 +33,8 @@ pub struct FileImporter {
     endpoint: Arc<Endpoint>,
     scratch: ScratchSpace,
     policy: ProofPolicy,
+    depth: u32,
+    staging: u64,
     io: Arc<dyn DirectIo>,
 }
 
@@ -84,8 +87,16 @@ impl FileImporter {
             endpoint: Arc::new(endpoint),
             scratch: ScratchSpace::default(),
             policy: ProofPolicy::default(),
-            io: Arc::new(Kernel),
+            depth: engine::DEPTH,
+            staging: engine::STAGING,
+            io: Arc::new(Kernel::default()),
         }
+    }
+
+    #[cfg(test)]
+    pub(crate) fn with_io(mut self, io: impl DirectIo + 'static) -> FileImporter {
+        self.io = Arc::new(io);
+        self
     }
 
     /// Lets proofs make a file without a name in `directory`, which must be on the same
@@ -111,6 +122,23 @@ impl FileImporter {
     #[must_use]
     pub fn with_proofs(mut self, policy: ProofPolicy) -> FileImporter {
         self.policy = policy;
+        self
+    }
+
+    /// Keeps up to so many requests in flight in each transfer, instead of 32.
+    ///
+    /// A request has one piece of a transfer, or as much of it as is worth one: some 100 KiB.
+    #[must_use]
+    pub fn with_depth(mut self, requests: u32) -> FileImporter {
+        self.depth = requests.clamp(1, engine::DEEPEST);
+        self
+    }
+
+    /// Lets each attachment use up to so much memory for staged copies, instead of 32 MiB. There is no request in
+    /// flight without 256 KiB of it.
+    #[must_use]
+    pub fn with_staging_memory(mut self, bytes: u64) -> FileImporter {
+        self.staging = bytes;
         self
     }
 
@@ -164,6 +192,8 @@ impl FileImporter {
             importer: self.clone(),
             buffer: LazyMapping::new(range)?,
             require: Path::StagedCopy,
+            watch: None,
+            lanes: Lanes::default(),
         })
     }
 }
@@ -177,6 +207,8 @@ pub struct Attachment {
     importer: FileImporter,
     buffer: LazyMapping,
     require: Path,
+    watch: Option<Watch>,
+    lanes: Lanes,
 }
 
 impl Attachment {
@@ -184,6 +216,13 @@ impl Attachment {
     #[must_use]
     pub fn require(mut self, path: Path) -> Self {
         self.require = path;
+        self
+    }
+
+    /// Shows how far its transfers are, and lets them be cancelled.
+    #[must_use]
+    pub fn watched_by(mut self, watch: &Watch) -> Self {
+        self.watch = Some(watch.clone());
         self
     }
 
@@ -216,7 +255,8 @@ impl Attachment {
     /// [`TransferError`] for what has nothing to do with the path, such as a file that cannot be
     /// read at all, or a range that may not be written.
     pub fn plan(&mut self, direction: Direction, file_offset: u64) -> Result<Plan, TransferError> {
-        let (plan, _) = self.choose(direction, file_offset, self.buffer.len())?;
+        let piece = self.all(file_offset, self.buffer.len());
+        let (plan, _) = self.choose(direction, &[piece])?;
         if plan.path < self.require {
             return Err(TransferError::PathTooPoor { plan });
         }
@@ -229,19 +269,39 @@ impl Attachment {
     /// # Errors
     /// The call that failed. An unknown part of the range has then been overwritten.
     pub fn read(&mut self, file_offset: u64) -> Result<Receipt, TransferError> {
-        let direction = Direction::DiskToBuffer;
-        self.importer.endpoint.may_read()?;
-        let buffer = self.buffer.range().buffer();
-        if !buffer.is_writable() {
-            let object = buffer.name().to_owned();
-            return Err(BufferError::Access {
-                object,
-                wanted: "write",
-            }
-            .into());
+        let size = self.may_read()?;
+        let left = size.saturating_sub(file_offset);
+        let piece = self.all(file_offset, left.min(self.buffer.len()));
+        self.carry(Direction::DiskToBuffer, &[piece])
+    }
+
+    /// Fills parts of the range with parts of the file, as one transfer: one choice of the path, one proof, one
+    /// queue. The parts of the range must not overlap.
+    ///
+    /// # Errors
+    /// [`BufferError::OutOfRange`], with nothing done; [`TransferError::ShortRead`] where the file became
+    /// shorter meanwhile; otherwise as [`Attachment::read`].
+    pub fn read_many(&mut self, pieces: &[Piece]) -> Result<Receipt, TransferError> {
+        let size = self.may_read()?;
+        self.check(pieces)?;
+        for piece in pieces {
+            inside(
+                &self.importer.endpoint.name,
+                piece.file_offset,
+                piece.length,
+                size,
+            )?;
         }
-        let left = self.importer.size()?.saturating_sub(file_offset);
-        self.carry(direction, file_offset, left.min(self.buffer.len()))
+        let receipt = self.carry(Direction::DiskToBuffer, pieces)?;
+        let wanted = pieces.iter().map(|piece| piece.length).sum();
+        if receipt.bytes < wanted {
+            return Err(TransferError::ShortRead {
+                object: self.importer.endpoint.name.clone(),
+                read: receipt.bytes,
+                wanted,
+            });
+        }
+        Ok(receipt)
     }
 
     /// Writes all of the range to the file, from `file_offset` on. The bytes are durable after
@@ -252,89 +312,123 @@ impl Attachment {
     /// nothing written; [`TransferError::ShortWrite`], or the call that failed: an unknown part of the file's
     /// range has then been overwritten.
     pub fn write(&mut self, file_offset: u64) -> Result<Receipt, TransferError> {
-        let length = self.buffer.len();
-        self.importer.endpoint.may_write(file_offset, length)?;
-        self.carry(Direction::BufferToDisk, file_offset, length)
+        let piece = self.all(file_offset, self.buffer.len());
+        self.write_many(&[piece])
     }
 
-    fn carry(
-        &mut self,
-        direction: Direction,
-        file_offset: u64,
-        length: u64,
-    ) -> Result<Receipt, TransferError> {
-        let (mut plan, key) = self.choose(direction, file_offset, length)?;
+    /// Writes parts of the range to parts of the file, as one transfer. The parts of the file must not overlap.
+    ///
+    /// # Errors
+    /// [`BufferError::OutOfRange`], with nothing done; otherwise as [`Attachment::write`].
+    pub fn write_many(&mut self, pieces: &[Piece]) -> Result<Receipt, TransferError> {
+        self.importer.endpoint.may_write(pieces)?;
+        self.check(pieces)?;
+        self.carry(Direction::BufferToDisk, pieces)
+    }
+
+    fn all(&self, file_offset: u64, length: u64) -> Piece {
+        Piece {
+            file_offset,
+            offset: 0,
+            length,
+        }
+    }
+
+    /// The file's size, if there may be a read.
+    fn may_read(&self) -> Result<u64, TransferError> {
+        self.importer.endpoint.may_read()?;
+        if !self.buffer.range().buffer().is_writable() {
+            let object = self.buffer.range().buffer().name().to_owned();
+            return Err(BufferError::Access {
+                object,
+                wanted: "write",
+            }
+            .into());
+        }
+        self.importer.size()
+    }
+
+    fn check(&self, pieces: &[Piece]) -> Result<(), TransferError> {
+        let mut total = 0_u64;
+        for piece in pieces {
+            let name = self.buffer.range().buffer().name();
+            inside(name, piece.offset, piece.length, self.buffer.len())?;
+            inside(
+                &self.importer.endpoint.name,
+                piece.file_offset,
+                piece.length,
+                i64::MAX as u64,
+            )?;
+            inside("the transfer", total, piece.length, i64::MAX as u64)?;
+            total += piece.length;
+        }
+        Ok(())
+    }
+
+    fn carry(&mut self, direction: Direction, pieces: &[Piece]) -> Result<Receipt, TransferError> {
+        let begun = Instant::now();
+        let (mut plan, key) = self.choose(direction, pieces)?;
         if plan.path < self.require {
             return Err(TransferError::PathTooPoor { plan });
         }
+        let total: u64 = pieces.iter().map(|piece| piece.length).sum();
         let file = &self.importer.endpoint;
-        let io = &*self.importer.io;
-        let (mut bytes, mut host_bytes) = (0, 0);
-        if let (Path::PeerToPeer | Path::SharedHostMemory, Ok(direct)) = (plan.path, file.direct())
-        {
-            let whole = length / u64::from(direct.block) * u64::from(direct.block);
-            // The disk's engine knows nothing of the buffer's fences: whoever else writes it, or reads what
-            // is overwritten, has to be done first, as before a copy by the processor.
-            let access = match direction {
-                Direction::DiskToBuffer => Access::Write,
-                Direction::BufferToDisk => Access::Read,
+        let order = Order {
+            io: &*self.importer.io,
+            file,
+            pieces,
+            direction,
+            direct: match plan.path {
+                Path::StagedCopy => None,
+                Path::PeerToPeer | Path::SharedHostMemory => file.direct().ok(),
+            },
+            may_copy: self.require == Path::StagedCopy,
+            depth: self.importer.depth,
+            staging: self.importer.staging,
+            watch: self.watch.as_ref(),
+        };
+        let (carried, result) = engine::carry(&order, &mut self.lanes, &mut self.buffer)?;
+        let in_host = match plan.path {
+            Path::SharedHostMemory => carried.direct,
+            Path::PeerToPeer | Path::StagedCopy => 0,
+        };
+        if let Some(errno) = carried.broken {
+            // The path worked when it was proved and has stopped working. The rest went the
+            // way that always works; if the disk is what failed, that has said so.
+            if let Some(key) = &key {
+                plan::void(key);
+            }
+            let call = format!(
+                "{direction}, after {} of {total} bytes: {errno} for {} and {}",
+                carried.direct,
+                file.describe_disk(),
+                self.buffer.range().buffer()
+            );
+            let reason = Reason::new(plan.path, ReasonCode::DeviceError, call);
+            plan = Plan {
+                path: Path::StagedCopy,
+                reasons: vec![reason],
             };
-            let bracket = self.buffer.mapping()?.begin_cpu_access(access)?;
-            let mapping = bracket.mapping();
-            let (carried, result) =
-                engine::direct(io, direct, mapping, 0, file_offset, whole, direction);
-            bracket.end()?;
-            bytes = carried.bytes;
-            if plan.path == Path::SharedHostMemory {
-                host_bytes = bytes;
-            }
-            if let Err(errno) = result {
-                // The path worked when it was proved and has stopped working. The rest goes the
-                // way that always works; if the disk is what failed, that will say so.
-                if let Some(key) = &key {
-                    plan::void(key);
-                }
-                let call = format!(
-                    "{direction}, after {bytes} of {length} bytes: {errno} for {} and {}",
-                    file.describe_disk(),
-                    self.buffer.range().buffer()
-                );
-                let reason = Reason::new(plan.path, ReasonCode::DeviceError, call);
-                plan = Plan {
-                    path: Path::StagedCopy,
-                    reasons: vec![reason],
-                };
-                if self.require > Path::StagedCopy {
-                    return Err(TransferError::PathTooPoor { plan });
-                }
-            }
-            if carried.ended {
-                return Ok(Receipt {
-                    plan,
-                    bytes,
-                    host_bytes,
-                });
+            if self.require > Path::StagedCopy {
+                return Err(TransferError::PathTooPoor { plan });
             }
         }
-        if bytes < length {
-            let (at, from) = (bytes, file_offset + bytes);
-            let rest = length - bytes;
-            let carried = engine::staged(io, file, &mut self.buffer, at, from, rest, direction)?;
-            bytes += carried.bytes;
-            host_bytes += carried.bytes;
-        }
+        result?;
         Ok(Receipt {
             plan,
-            bytes,
-            host_bytes,
+            bytes: carried.prefix,
+            host_bytes: (in_host + carried.copied).min(carried.prefix),
+            copied: carried.copied.min(carried.prefix),
+            requests: carried.requests,
+            queue: carried.queue,
+            time: begun.elapsed(),
         })
     }
 
     fn choose(
         &mut self,
         direction: Direction,
-        file_offset: u64,
-        length: u64,
+        pieces: &[Piece],
     ) -> Result<(Plan, Option<Key>), TransferError> {
         let buffer = self.buffer.range().buffer().clone();
         // The best path that the buffer's memory can have, and why not a better one. A memfd has
@@ -351,16 +445,36 @@ impl Attachment {
         let file = Arc::clone(&self.importer.endpoint);
         let key = Key::of(&buffer, &file, direction, best);
         let how = (best, direction);
-        let rejected = match direct_io(&file, &mut self.buffer, how, file_offset, length)? {
+        let fitting = direct_io(&file, &mut self.buffer, how, pieces)?;
+        let rejected = match fitting {
             Err((code, evidence)) => Some((code, evidence)),
-            Ok(_) if pinnable => None,
-            Ok(direct) => {
+            // Those that do not fit are copied, which is for the caller to say.
+            Ok(Fitting {
+                misfit: Some(evidence),
+                ..
+            }) if self.require > Path::StagedCopy => Some((ReasonCode::Misaligned, evidence)),
+            Ok(Fitting { misfit, .. }) if pinnable => {
+                reasons.extend(
+                    misfit.map(|evidence| Reason::new(best, ReasonCode::Misaligned, evidence)),
+                );
+                None
+            }
+            Ok(Fitting {
+                direct,
+                start,
+                length,
+                misfit,
+            }) => {
+                reasons.extend(
+                    misfit.map(|evidence| Reason::new(best, ReasonCode::Misaligned, evidence)),
+                );
                 let question = Question {
                     file: &file,
                     direct,
                     direction,
                     scratch: &self.importer.scratch,
                     policy: self.importer.policy,
+                    start,
                     length,
                 };
                 let io = &*self.importer.io;
@@ -392,7 +506,7 @@ impl Attachment {
             };
             reasons.push(Reason::new(Path::SharedHostMemory, code, evidence));
         }
-        if length > 0 {
+        if pieces.iter().any(|piece| piece.length > 0) {
             // A plan that nothing could carry out is none.
             self.buffer.reach()?;
         }
@@ -485,19 +599,68 @@ impl Attached for Through {
     }
 }
 
-/// Whether direct I/O can carry this transfer, as far as alignment and the file decide, and whether there is a mapping. `Err`
-/// for a buffer whose bytes cannot be reached at all.
+/// Refuses what is not in `size` bytes.
+fn inside(object: &str, offset: u64, length: u64, size: u64) -> Result<(), BufferError> {
+    if offset.checked_add(length).is_some_and(|end| end <= size) {
+        return Ok(());
+    }
+    Err(BufferError::OutOfRange {
+        object: object.to_owned(),
+        offset,
+        length,
+        size,
+    })
+}
+
+/// What direct I/O can carry of a transfer, as far as alignment and the file decide.
+struct Fitting<'f> {
+    direct: &'f Direct,
+    /// The longest part of the mapping that fits.
+    start: u64,
+    length: u64,
+    /// Pieces of a block or more that do not fit, if there are such.
+    misfit: Option<String>,
+}
+
+/// `Err` for a buffer whose bytes cannot be reached at all.
 fn direct_io<'f>(
     file: &'f Endpoint,
     buffer: &mut LazyMapping,
-    how: (Path, Direction),
-    file_offset: u64,
-    length: u64,
-) -> Result<Result<&'f Direct, (ReasonCode, String)>, BufferError> {
-    let direct = match blocks_fit(file, how, file_offset, length) {
+    (path, direction): (Path, Direction),
+    pieces: &[Piece],
+) -> Result<Result<Fitting<'f>, (ReasonCode, String)>, BufferError> {
+    let direct = match file.direct() {
         Ok(direct) => direct,
-        Err(reason) => return Ok(Err(reason)),
+        Err(why) => {
+            let evidence = format!("{}: {why}", file.name);
+            return Ok(Err((ReasonCode::NoDirectIo, evidence)));
+        }
     };
+    let (block, align) = (u64::from(direct.block), direct.memory_align);
+    // Of a piece: where its first whole block is in the range, and how many bytes they have.
+    let blocks = |piece: &Piece| {
+        let lead = (block - piece.file_offset % block) % block;
+        let length = piece.length.saturating_sub(lead) / block * block;
+        (piece.offset + lead, length)
+    };
+    if !Merged(pieces).any(|piece| blocks(&piece).1 > 0) {
+        let what = if path == Path::PeerToPeer {
+            "a disk's DMA"
+        } else {
+            "direct I/O"
+        };
+        let longest = Merged(pieces).map(|piece| piece.length).max().unwrap_or(0);
+        let evidence = format!("{longest} bytes are less than {what} moves, {block}");
+        return Ok(Err((ReasonCode::BelowBlockSize, evidence)));
+    }
+    if let Some(why) = file.through_the_page_cache(direction, pieces) {
+        return Ok(Err((ReasonCode::NoDirectIo, why)));
+    }
+    if path == Path::PeerToPeer
+        && let Some(why) = file.several_disks()
+    {
+        return Ok(Err((ReasonCode::SeveralDisks, why)));
+    }
     let range = buffer.range().clone();
     let mapping = match buffer.mapping() {
         Ok(mapping) => mapping,
@@ -506,53 +669,51 @@ fn direct_io<'f>(
         }
         Err(error) => return Err(error),
     };
-    let align = direct.memory_align;
-    if mapping.map().misalignment(0, align as usize) != 0 {
-        let evidence = format!(
-            "offset {} of {} is not a multiple of {align} bytes",
-            range.offset(),
-            range.buffer()
-        );
-        return Ok(Err((ReasonCode::Misaligned, evidence)));
+    let (mut start, mut length, mut misfits, mut first) = (0, 0, 0_u64, None);
+    for piece in Merged(pieces) {
+        match blocks(&piece) {
+            (_, 0) => {}
+            (at, fits) if mapping.map().misalignment(at as usize, align as usize) == 0 => {
+                if fits > length {
+                    (start, length) = (at, fits);
+                }
+            }
+            _ => {
+                misfits += 1;
+                first.get_or_insert(piece);
+            }
+        }
     }
-    Ok(Ok(direct))
-}
-
-fn blocks_fit(
-    file: &Endpoint,
-    (path, direction): (Path, Direction),
-    file_offset: u64,
-    length: u64,
-) -> Result<&Direct, (ReasonCode, String)> {
-    let direct = file
-        .direct()
-        .map_err(|why| (ReasonCode::NoDirectIo, format!("{}: {why}", file.name)))?;
-    let block = direct.block;
-    if !file_offset.is_multiple_of(u64::from(block)) {
-        let evidence = format!(
-            "offset {file_offset} of {} is not a multiple of {block} bytes",
-            file.name
-        );
-        return Err((ReasonCode::Misaligned, evidence));
-    }
-    if length < u64::from(block) {
-        let what = if path == Path::PeerToPeer {
-            "a disk's DMA"
+    let misfit = first.map(|piece| {
+        let at = range.offset() + piece.offset;
+        let what = if piece.file_offset.is_multiple_of(block) {
+            format!(
+                "offset {at} of {} is not a multiple of {align} bytes",
+                range.buffer()
+            )
         } else {
-            "direct I/O"
+            format!(
+                "offset {} of {} is not a multiple of {block} bytes, nor does the block after it come \
+                 to memory at a multiple of {align} bytes (offset {at} of {})",
+                piece.file_offset,
+                file.name,
+                range.buffer()
+            )
         };
-        let evidence = format!("{length} bytes are less than {what} moves, {block}");
-        return Err((ReasonCode::BelowBlockSize, evidence));
-    }
-    if let Some(why) = file.through_the_page_cache(direction, file_offset, length) {
-        return Err((ReasonCode::NoDirectIo, why));
-    }
-    if path == Path::PeerToPeer
-        && let Some(why) = file.several_disks()
-    {
-        return Err((ReasonCode::SeveralDisks, why));
-    }
-    Ok(direct)
+        match pieces.len() {
+            1 => what,
+            all => format!("{misfits} of {all} pieces, of which the first: {what}"),
+        }
+    });
+    Ok(match (length, misfit) {
+        (0, Some(misfit)) => Err((ReasonCode::Misaligned, misfit)),
+        (length, misfit) => Ok(Fitting {
+            direct,
+            start,
+            length,
+            misfit,
+        }),
+    })
 }
 
 #[cfg(feature = "tokio")]

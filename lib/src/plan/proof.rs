@@ -60,7 +60,9 @@ pub(crate) struct Question<'a> {
     pub(crate) direction: Direction,
     pub(crate) scratch: &'a Scratch,
     pub(crate) policy: ProofPolicy,
-    /// How many bytes the transfer has. A proof touches no others.
+    /// The bytes of the mapping that the transfer carries directly: where they begin, in memory that direct I/O
+    /// takes, and how many there are. A proof touches no others.
+    pub(crate) start: u64,
     pub(crate) length: u64,
 }
 
@@ -106,6 +108,8 @@ fn prove(
         direct,
         direction,
         scratch,
+        start,
+        length,
         ..
     } = *question;
     let trial = Trial {
@@ -118,7 +122,8 @@ fn prove(
         }),
     };
     let unit = u64::from(direct.block.max(direct.memory_align));
-    let windows = windows(question.length.min(buffer.len()), unit);
+    let mut windows = windows(length, unit);
+    windows.iter_mut().for_each(|(at, _)| *at += start);
     match direction {
         Direction::DiskToBuffer => trial.reads(file, direct, buffer, &windows, scratch),
         Direction::BufferToDisk => trial.writes(file, direct, buffer, &windows, scratch),
@@ -630,7 +635,7 @@ mod tests {
             ),
         ] {
             let trial = Trial {
-                io: &Kernel,
+                io: &Kernel::default(),
                 disk: "the disk".into(),
                 pair: "the pair".into(),
                 layer,

@@ -6,15 +6,14 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::buffer::Buffer;
 #[cfg(feature = "module")]
-use crate::buffer::DmaBuf;
-use crate::buffer::{Access, Buffer};
-use crate::error::{ExportError, ShareError};
+use crate::buffer::{Access, DmaBuf};
+use crate::error::{ExportError, ShareError, TransferError};
 #[cfg(feature = "module")]
 use crate::export::peerbuf as module;
 #[cfg(feature = "module")]
 use crate::export::peerbuf::{Device, MoveTo, RangeRequest, RangesRequest};
-use peerbuf_core::in_chunks;
 
 /// Where a buffer's bytes are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -306,15 +305,11 @@ pub fn copy(from: &Buffer, to: &Buffer) -> Result<(), ShareError> {
         );
         return Err(ShareError::Backing { what });
     }
-    let mut source = from.whole().map(Access::Read)?;
-    let mut target = to.whole().map(Access::ReadWrite)?;
-    let reading = source.begin_cpu_access(Access::Read)?;
-    let mut writing = target.begin_cpu_access(Access::Write)?;
-    in_chunks(from.size(), |at, chunk| {
-        reading.read_at(at, chunk)?;
-        writing.write_at(at, chunk)
-    })?;
-    writing.end()?;
-    reading.end()?;
-    Ok(())
+    match crate::transfer::copy(&from.whole(), &to.whole()) {
+        Ok(_) => Ok(()),
+        Err(TransferError::Buffer(error)) => Err(error.into()),
+        Err(other) => Err(ShareError::Backing {
+            what: other.to_string(),
+        }),
+    }
 }

@@ -1,61 +1,310 @@
-//! `pread` and `pwrite` between a file and mapped memory.
+//! I/O between a file and mapped memory, many requests at a time.
 //!
-//! The wrappers in rustix and nix take slices, and mapped memory must never be one, hence the
-//! raw calls. [`DirectIo`] is the one funnel for them, so that tests can put a kernel that
-//! refuses or lies in its place.
+//! The problem: a disk is as fast as it can be only with many requests in flight, and mapped memory must
+//! stay mapped for as long as the kernel has a request for it. So nobody gets a queue to hold: [`DirectIo::run`]
+//! asks a [`Work`] for requests, hands it the answers, and returns when none is in flight. A [`Request`]
+//! borrows its memory and its file for longer than the call, so both outlive it by construction.
+//!
+//! The kernel takes requests by io_uring (`ring.rs`). Where that is missing or forbidden, threads make one
+//! call each at a time. [`DirectIo`] is the one funnel, so that tests can put a kernel that refuses or lies in
+//! its place. The wrappers in rustix and nix take slices, and mapped memory must never be one, hence the raw
+//! calls.
 
+use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
 
 use nix::libc;
 
 use crate::errno::Errno;
+use crate::error::SystemError;
+use crate::path::Direction;
 use crate::sys::memory::Window;
+use crate::transfer::Queue;
+
+/// What one call of the kernel carries at most (`MAX_RW_COUNT` in include/linux/fs.h, for pages of 4 KiB).
+pub(crate) const LARGEST: usize = 0x7fff_f000;
+
+/// One request: bytes between a file and memory.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Request<'w> {
+    /// What the answer is called by. No two requests in flight have the same.
+    pub(crate) token: u32,
+    pub(crate) file: BorrowedFd<'w>,
+    pub(crate) window: Window<'w>,
+    /// Where in the file.
+    pub(crate) offset: u64,
+    pub(crate) direction: Direction,
+}
+
+/// A source of requests, and where their answers go.
+pub(crate) trait Work<'w> {
+    /// The next request; `None` where there is none before another answer has come, or none at all.
+    fn next(&mut self) -> Option<Request<'w>>;
+    /// What a request came to: the bytes moved, 0 at the end of a file that was read.
+    fn done(&mut self, token: u32, result: Result<usize, Errno>);
+}
 
 /// Positioned I/O between a file and a window of mapped memory, as the system calls define it.
 pub(crate) trait DirectIo: Send + Sync {
     /// `pread`. Returns the bytes read, 0 at the end of the file.
     fn read(&self, file: BorrowedFd<'_>, into: Window<'_>, offset: u64) -> Result<usize, Errno>;
+
     /// `pwrite`. Returns the bytes written.
     fn write(&self, file: BorrowedFd<'_>, from: Window<'_>, offset: u64) -> Result<usize, Errno>;
+
+    /// Carries out one request.
+    fn one(&self, request: &Request<'_>) -> Result<usize, Errno> {
+        match request.direction {
+            Direction::DiskToBuffer => self.read(request.file, request.window, request.offset),
+            Direction::BufferToDisk => self.write(request.file, request.window, request.offset),
+        }
+    }
+
+    /// Carries out requests, up to `depth` at a time and in any order, until there are no more. Returns how.
+    fn run<'w>(&self, _depth: u32, work: &mut dyn Work<'w>) -> Queue {
+        while let Some(request) = work.next() {
+            let result = self.one(&request);
+            work.done(request.token, result);
+        }
+        Queue::Calls
+    }
 }
 
+#[cfg(feature = "io-uring")]
+use super::ring::Rings;
+
+/// A build without io_uring.
+#[cfg(not(feature = "io-uring"))]
+#[derive(Debug, Default)]
+struct Rings;
+
 /// The kernel.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Kernel;
+#[derive(Debug, Default)]
+pub(crate) struct Kernel {
+    rings: Rings,
+}
+
+impl Kernel {
+    #[cfg(feature = "io-uring")]
+    fn queue<'w>(&self, depth: u32, work: &mut dyn Work<'w>) -> Queue {
+        match self.rings.take(depth) {
+            Ok(mut ring) => {
+                ring.run(depth, work);
+                self.rings.give_back(ring);
+                Queue::IoUring
+            }
+            Err(why) => threads(depth, work, why),
+        }
+    }
+
+    #[cfg(not(feature = "io-uring"))]
+    fn queue<'w>(&self, depth: u32, work: &mut dyn Work<'w>) -> Queue {
+        let Rings = self.rings;
+        let why = SystemError::new(
+            "io_uring_setup",
+            "a build without io-uring",
+            Errno::OPNOTSUPP,
+        );
+        threads(depth, work, why)
+    }
+}
 
 impl DirectIo for Kernel {
     fn read(&self, file: BorrowedFd<'_>, into: Window<'_>, offset: u64) -> Result<usize, Errno> {
-        if !into.is_writable() {
-            return Err(Errno::FAULT);
-        }
-        let offset = libc::off64_t::try_from(offset).map_err(|_| Errno::INVAL)?;
-        retry(|| {
-            // SAFETY: the window's bytes are mapped, writable and not referenced (invariant).
-            unsafe {
-                libc::pread64(
-                    file.as_raw_fd(),
-                    into.address().cast(),
-                    into.length(),
-                    offset,
-                )
-            }
-        })
+        pread(file, into, offset)
     }
 
     fn write(&self, file: BorrowedFd<'_>, from: Window<'_>, offset: u64) -> Result<usize, Errno> {
-        let offset = libc::off64_t::try_from(offset).map_err(|_| Errno::INVAL)?;
-        retry(|| {
-            // SAFETY: the window's bytes are mapped (invariant), and the kernel only reads them.
-            unsafe {
-                libc::pwrite64(
-                    file.as_raw_fd(),
-                    from.address().cast(),
-                    from.length(),
-                    offset,
-                )
-            }
-        })
+        pwrite(file, from, offset)
     }
+
+    fn run<'w>(&self, depth: u32, work: &mut dyn Work<'w>) -> Queue {
+        while let Some(first) = work.next() {
+            let second = (depth > 1).then(|| work.next()).flatten();
+            let Some(second) = second else {
+                // One alone is a system call: a queue would only cost.
+                work.done(first.token, call(&first));
+                continue;
+            };
+            let mut work = Resumed {
+                taken: [Some(second), Some(first)],
+                work,
+            };
+            return self.queue(depth, &mut work);
+        }
+        Queue::Calls
+    }
+}
+
+/// A work of which two requests were taken already: the later one first.
+struct Resumed<'a, 'w> {
+    taken: [Option<Request<'w>>; 2],
+    work: &'a mut dyn Work<'w>,
+}
+
+impl<'w> Work<'w> for Resumed<'_, 'w> {
+    fn next(&mut self) -> Option<Request<'w>> {
+        let [second, first] = &mut self.taken;
+        first
+            .take()
+            .or_else(|| second.take())
+            .or_else(|| self.work.next())
+    }
+
+    fn done(&mut self, token: u32, result: Result<usize, Errno>) {
+        self.work.done(token, result);
+    }
+}
+
+/// How many threads stand in for io_uring, at most. Each has one request in flight.
+const THREADS: usize = 16;
+
+/// What the threads share with the one that has the work.
+#[derive(Default)]
+struct Board<'w> {
+    state: Mutex<State<'w>>,
+    posted: Condvar,
+    answered: Condvar,
+}
+
+#[derive(Default)]
+struct State<'w> {
+    requests: VecDeque<Request<'w>>,
+    answers: VecDeque<(u32, Result<usize, Errno>)>,
+    closed: bool,
+}
+
+impl<'w> Board<'w> {
+    /// Nobody panics with the lock held.
+    fn lock(&self) -> MutexGuard<'_, State<'w>> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn work(&self) {
+        let mut state = self.lock();
+        loop {
+            if let Some(request) = state.requests.pop_front() {
+                drop(state);
+                let result = call(&request);
+                state = self.lock();
+                state.answers.push_back((request.token, result));
+                self.answered.notify_one();
+            } else if state.closed {
+                return;
+            } else {
+                state = self
+                    .posted
+                    .wait(state)
+                    .unwrap_or_else(PoisonError::into_inner);
+            }
+        }
+    }
+}
+
+/// Has the threads end, also when the work panics: the scope waits for them.
+struct Close<'b, 'w>(&'b Board<'w>);
+
+impl Drop for Close<'_, '_> {
+    fn drop(&mut self) {
+        self.0.lock().closed = true;
+        self.0.posted.notify_all();
+    }
+}
+
+/// The same by threads, which are started as requests come.
+pub(crate) fn threads<'w>(depth: u32, work: &mut dyn Work<'w>, why: SystemError) -> Queue {
+    let most = (depth as usize).min(THREADS);
+    let board = Board::default();
+    {
+        let mut state = board.lock();
+        state.requests.reserve(most);
+        state.answers.reserve(most);
+    }
+    thread::scope(|scope| {
+        let _close = Close(&board);
+        let (mut started, mut in_flight) = (0, 0);
+        loop {
+            while in_flight < most {
+                let Some(request) = work.next() else { break };
+                if started <= in_flight {
+                    let thread = thread::Builder::new()
+                        .name("peerbuf-io".into())
+                        .stack_size(64 << 10);
+                    match thread.spawn_scoped(scope, || board.work()) {
+                        Ok(_) => started += 1,
+                        // None more to be had. Those that run take it, or this one does.
+                        Err(_) if started == 0 => {
+                            work.done(request.token, call(&request));
+                            continue;
+                        }
+                        Err(_) => {}
+                    }
+                }
+                board.lock().requests.push_back(request);
+                board.posted.notify_one();
+                in_flight += 1;
+            }
+            if in_flight == 0 {
+                return;
+            }
+            let mut state = board.lock();
+            let answer = loop {
+                match state.answers.pop_front() {
+                    Some(answer) => break answer,
+                    None => {
+                        let woken = board.answered.wait(state);
+                        state = woken.unwrap_or_else(PoisonError::into_inner);
+                    }
+                }
+            };
+            drop(state);
+            in_flight -= 1;
+            work.done(answer.0, answer.1);
+        }
+    });
+    Queue::Threads { why }
+}
+
+fn call(request: &Request<'_>) -> Result<usize, Errno> {
+    match request.direction {
+        Direction::DiskToBuffer => pread(request.file, request.window, request.offset),
+        Direction::BufferToDisk => pwrite(request.file, request.window, request.offset),
+    }
+}
+
+fn pread(file: BorrowedFd<'_>, into: Window<'_>, offset: u64) -> Result<usize, Errno> {
+    if !into.is_writable() {
+        return Err(Errno::FAULT);
+    }
+    let offset = libc::off64_t::try_from(offset).map_err(|_| Errno::INVAL)?;
+    retry(|| {
+        // SAFETY: the window's bytes are mapped, writable and not referenced (invariant).
+        unsafe {
+            libc::pread64(
+                file.as_raw_fd(),
+                into.address().cast(),
+                into.length(),
+                offset,
+            )
+        }
+    })
+}
+
+fn pwrite(file: BorrowedFd<'_>, from: Window<'_>, offset: u64) -> Result<usize, Errno> {
+    let offset = libc::off64_t::try_from(offset).map_err(|_| Errno::INVAL)?;
+    retry(|| {
+        // SAFETY: the window's bytes are mapped (invariant), and the kernel only reads them.
+        unsafe {
+            libc::pwrite64(
+                file.as_raw_fd(),
+                from.address().cast(),
+                from.length(),
+                offset,
+            )
+        }
+    })
 }
 
 fn retry(mut call: impl FnMut() -> isize) -> Result<usize, Errno> {
@@ -172,16 +421,16 @@ pub(crate) mod fake {
             offset: u64,
         ) -> Result<usize, Errno> {
             if !into.is_shared() {
-                return Kernel.read(file, into, offset);
+                return pread(file, into, offset);
             }
             if self.behaviour.get() == Behaviour::LosesAllButHoles {
                 let mut memory = crate::sys::memory::HostMemory::new(into.length())?;
-                let moved = Kernel.read(file, memory.window(into.length()), offset)?;
+                let moved = pread(file, memory.window(into.length()), offset)?;
                 if memory.bytes().iter().any(|&byte| byte != 0) {
                     return Ok(moved);
                 }
             }
-            let call = |window| Kernel.read(file, window, offset);
+            let call = |window| pread(file, window, offset);
             self.device_call(into, Direction::DiskToBuffer, call)
         }
 
@@ -192,14 +441,14 @@ pub(crate) mod fake {
             offset: u64,
         ) -> Result<usize, Errno> {
             if !from.is_shared() {
-                return Kernel.write(file, from, offset);
+                return pwrite(file, from, offset);
             }
             if let Behaviour::WritesOnly(byte) = self.behaviour.get() {
                 let mut memory = crate::sys::memory::HostMemory::new(from.length())?;
                 memory.bytes_mut().fill(byte);
-                return Kernel.write(file, memory.window(from.length()), offset);
+                return pwrite(file, memory.window(from.length()), offset);
             }
-            let call = |window| Kernel.write(file, window, offset);
+            let call = |window| pwrite(file, window, offset);
             self.device_call(from, Direction::BufferToDisk, call)
         }
     }

@@ -13,6 +13,8 @@ pub(crate) mod iommufd;
 pub(crate) mod peer;
 #[cfg(feature = "module")]
 pub(crate) mod peerbuf;
+#[cfg(feature = "io-uring")]
+pub(crate) mod ring;
 pub(crate) mod udmabuf;
 #[cfg(feature = "v4l2")]
 pub(crate) mod v4l2;

@@ -23,6 +23,8 @@ use crate::sys::{self, extents};
 use crate::topology::{BlockDevice, Sysfs};
 use crate::transfer::place::{self, Place};
 
+use super::{Merged, Piece};
+
 /// What a second descriptor keeps of the first one's flags: a write that was to be durable when it returns
 /// stays so. `O_APPEND` is not among them.
 const KEPT: OFlags = OFlags::RWMODE.union(OFlags::SYNC).union(OFlags::DSYNC);
@@ -143,9 +145,14 @@ impl Endpoint {
         self.staged.as_fd()
     }
 
-    /// Set if that descriptor moves only whole blocks.
-    pub(crate) fn blocks(&self) -> Option<&Blocks> {
-        self.blocks.as_ref()
+    /// Reads around the page cache, and writes, are of whole ones of these, in bytes; 1 where all I/O goes through
+    /// the page cache.
+    pub(crate) fn unit(&self) -> u64 {
+        match (&self.direct, &self.blocks) {
+            (Ok(direct), _) => direct.block.into(),
+            (Err(_), Some(blocks)) => blocks.block,
+            (Err(_), None) => 1,
+        }
     }
 
     /// The way around the page cache, or why there is none.
@@ -155,7 +162,7 @@ impl Endpoint {
 
     /// Refuses writes that the kernel would put elsewhere (`O_APPEND`), or that the descriptor cannot do.
     /// Asked before each transfer: whoever shares the open file description may change the flag.
-    pub(crate) fn may_write(&self, offset: u64, length: u64) -> Result<(), TransferError> {
+    pub(crate) fn may_write(&self, pieces: &[Piece]) -> Result<(), TransferError> {
         let object = || self.name.clone();
         if !self.writable {
             return Err(TransferError::ReadOnly { object: object() });
@@ -168,18 +175,20 @@ impl Endpoint {
                 return Err(TransferError::Appending { object: object() });
             }
         }
-        if let Some(Blocks { block, why }) = &self.blocks
-            && !(offset.is_multiple_of(*block) && length.is_multiple_of(*block))
-        {
-            return Err(TransferError::WholeBlocksOnly {
+        let Some(Blocks { block, why }) = &self.blocks else {
+            return Ok(());
+        };
+        let is_part = |piece: &&Piece| !(piece.file_offset | piece.length).is_multiple_of(*block);
+        match pieces.iter().find(is_part) {
+            None => Ok(()),
+            Some(piece) => Err(TransferError::WholeBlocksOnly {
                 object: object(),
                 block: *block,
-                offset,
-                length,
+                offset: piece.file_offset,
+                length: piece.length,
                 cause: why.clone(),
-            });
+            }),
         }
-        Ok(())
     }
 
     /// Refuses reads that the descriptor was not opened for.
@@ -248,8 +257,7 @@ impl Endpoint {
     pub(crate) fn through_the_page_cache(
         &self,
         direction: Direction,
-        offset: u64,
-        length: u64,
+        pieces: &[Piece],
     ) -> Option<String> {
         let fd = self.direct().ok()?.fd();
         if direction == Direction::DiskToBuffer || self.is_block_device || !place::is_on(fd, EXT) {
@@ -260,9 +268,12 @@ impl Endpoint {
             return None;
         }
         // What comes after the file's end is no hole: such blocks are written directly.
-        let end = offset.saturating_add(length).min(self.size().ok()?);
-        let holes = offset < end && extents::has_hole(fd, offset..end) != Ok(false);
-        holes.then(|| {
+        let size = self.size().ok()?;
+        let has_hole = |piece: Piece| {
+            let end = piece.file_offset.saturating_add(piece.length).min(size);
+            piece.file_offset < end && extents::has_hole(fd, piece.file_offset..end) != Ok(false)
+        };
+        Merged(pieces).any(has_hole).then(|| {
             format!(
                 "{} has holes where it is to be written, which ext2 and ext3 fill through the page cache: \
                  write zeros there first, or use ext4 with extents",

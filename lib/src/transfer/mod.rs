@@ -1,27 +1,143 @@
-//! Moving bytes between a file and a mapped buffer.
+//! Moving bytes between files and mapped buffers, and from one buffer to another ([`copy`]).
 //!
-//! `engine.rs` has the loops, `file.rs` is the file's end of them, and `place.rs` says
-//! which disk that is on.
+//! `engine.rs` cuts a transfer into requests and keeps many of them in flight, `file.rs` is the file's end,
+//! `place.rs` says which disk that is on, `memory.rs` is between buffers.
 
 pub(crate) mod engine;
 pub(crate) mod file;
+mod memory;
 pub(crate) mod place;
+#[cfg(test)]
+mod tests;
 
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use crate::error::SystemError;
 use crate::path::Plan;
+
+pub use memory::{copy, copy_watched};
+
+/// Bytes at one place of a file and one of a buffer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Piece {
+    /// Where they begin in the file.
+    pub file_offset: u64,
+    /// Where they begin in the range that is attached.
+    pub offset: u64,
+    /// How many there are.
+    pub length: u64,
+}
+
+/// Pieces in their order, where those that follow each other in the file and in the buffer are one.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Merged<'p>(pub(crate) &'p [Piece]);
+
+impl Iterator for Merged<'_> {
+    type Item = Piece;
+
+    fn next(&mut self) -> Option<Piece> {
+        let (first, mut rest) = self.0.split_first()?;
+        let mut piece = *first;
+        while let Some((next, after)) = rest.split_first() {
+            // Both are inside of their file and range, so nothing overflows.
+            let follows = next.file_offset == piece.file_offset + piece.length
+                && next.offset == piece.offset + piece.length;
+            if !follows {
+                break;
+            }
+            piece.length += next.length;
+            rest = after;
+        }
+        self.0 = rest;
+        Some(piece)
+    }
+}
 
 /// What a transfer did: an account, not a forecast.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Receipt {
-    /// The path that carried the bytes. A peer-to-peer transfer whose length is not a whole
-    /// number of disk blocks moves the rest, less than a block, by the CPU; `host_bytes` has it.
+    /// The path that carried the bytes. What direct I/O cannot carry goes by the processor on every path: the
+    /// bytes before the first and after the last whole block of the disk, and all of a piece whose place in
+    /// memory and in the file do not fit together. [`Receipt::copied`] counts those.
     pub plan: Plan,
-    /// Bytes moved. Fewer than the range's length only where a file that was read ended.
+    /// Bytes moved. Fewer than were asked for only where a file that was read ended.
     pub bytes: u64,
     /// Of these, the bytes that were in system memory on their way: none of those that went peer
     /// to peer, all of those in a buffer that is itself system memory, and all that the CPU
     /// copied.
     pub host_bytes: u64,
+    /// Of these, the bytes that the processor copied.
+    pub copied: u64,
+    /// How many requests the kernel got, those included that came to nothing.
+    pub requests: u64,
+    /// How the requests got to the kernel.
+    pub queue: Queue,
+    /// How long it took, from the call to its end: with the choice of the path, and with its proof if one was
+    /// made.
+    pub time: Duration,
+}
+
+/// How requests get to the kernel.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum Queue {
+    /// One system call after another: there was nothing to do at the same time.
+    #[default]
+    Calls,
+    /// Many at a time, by io_uring.
+    IoUring,
+    /// Several at a time, by threads that make one system call each.
+    Threads {
+        /// Why not by io_uring.
+        why: SystemError,
+    },
+}
+
+impl fmt::Display for Queue {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Queue::Calls => f.write_str("system calls"),
+            Queue::IoUring => f.write_str("io_uring"),
+            Queue::Threads { why } => write!(f, "threads ({why})"),
+        }
+    }
+}
+
+/// A transfer as others see it: how far it is, and a way to end it early. Clones are the same.
+#[derive(Debug, Clone, Default)]
+pub struct Watch {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    bytes: AtomicU64,
+    cancelled: AtomicBool,
+}
+
+impl Watch {
+    /// Bytes that have arrived, of all transfers that it was given to.
+    pub fn bytes(&self) -> u64 {
+        self.shared.bytes.load(Ordering::Relaxed)
+    }
+
+    /// Ends the transfer after the requests that are in flight: it fails with
+    /// [`TransferError::Cancelled`](crate::error::TransferError::Cancelled). Later ones do, too.
+    pub fn cancel(&self) {
+        self.shared.cancelled.store(true, Ordering::Relaxed);
+    }
+
+    fn is_cancelled(&self) -> bool {
+        self.shared.cancelled.load(Ordering::Relaxed)
+    }
+
+    fn arrived(&self, bytes: u64) {
+        self.shared.bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
 }
 
 #[cfg(feature = "tokio")]
@@ -31,6 +147,13 @@ impl Receipt {
         Receipt {
             bytes: self.bytes + next.bytes,
             host_bytes: self.host_bytes + next.host_bytes,
+            copied: self.copied + next.copied,
+            requests: self.requests + next.requests,
+            queue: match next.queue {
+                Queue::Calls => self.queue,
+                queue => queue,
+            },
+            time: self.time + next.time,
             plan: match next.plan.path < self.plan.path {
                 true => next.plan,
                 false => self.plan,

@@ -99,6 +99,7 @@ fn codes(plan: &Plan) -> Vec<(Path, ReasonCode)> {
         .collect()
 }
 
+/// Around blocks, pages, requests and chunks.
 const SIZES: &[usize] = &[
     0,
     1,
@@ -109,6 +110,7 @@ const SIZES: &[usize] = &[
     4096,
     4097,
     70_001,
+    (256 << 10) + 1,
     (4 << 20) + 4097,
 ];
 
@@ -617,11 +619,13 @@ fn a_path_that_stops_working_is_left_and_the_bytes_arrive_all_the_same() {
         return;
     };
     let buffer = device_memory(9 << 20);
-    // Three calls prove it, one carries 4 MiB, the next one fails.
+    // Three calls prove it, one carries a request's bytes, the next one fails.
     let (importer, _) = importer(&file, Behaviour::FailsAfter(4, Errno::REMOTEIO));
     let receipt = importer.attach(&buffer.whole()).unwrap().read(0).unwrap();
     assert_eq!(receipt.plan.path, Path::StagedCopy);
-    assert_eq!((receipt.bytes, receipt.host_bytes), (9 << 20, 5 << 20));
+    let copied = (9 << 20) - engine::REQUEST;
+    let account = (receipt.bytes, receipt.host_bytes, receipt.copied);
+    assert_eq!(account, (9 << 20, copied, copied));
     assert!(receipt.plan.reasons[0].evidence.contains("EREMOTEIO"));
     assert!(get(&buffer.whole()) == bytes);
 }
