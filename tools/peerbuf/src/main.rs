@@ -1,10 +1,12 @@
 //! The command `peerbuf`: shows, exports and demonstrates shared buffers.
 
 mod bench;
+mod copy;
 mod cycle;
 mod demo;
 mod export;
 mod info;
+mod load;
 mod matrix;
 mod places;
 mod progress;
@@ -43,6 +45,8 @@ most 100 columns. What has no room in them stands below, numbered.";
 enum Command {
     /// Measure what the library costs, beside the floor of each figure
     Bench(bench::Arguments),
+    /// Copy bytes from one place to another, file, device memory or stream, by the best path there is
+    Copy(copy::Arguments),
     /// Move buffers again and again while other processes work on them, and check every byte
     Cycle(cycle::Arguments),
     /// Move a file's bytes disk -> buffer -> disk between two processes, and check each byte
@@ -51,6 +55,8 @@ enum Command {
     Export(export::Arguments),
     /// Show the devices, what can be exported, and what is missing
     Info(info::Arguments),
+    /// Load the tensors of a model file into a buffer, and lend it to other processes
+    Load(load::Arguments),
     /// Let each exporter meet each importer, with checked bytes, and show the paths
     Matrix(matrix::Arguments),
     /// Show a buffer to another machine, or move a file's bytes into or out of one, by RDMA
@@ -66,11 +72,13 @@ enum Command {
 fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::Bench(arguments) => bench::run(&arguments),
+        Command::Copy(arguments) => copy::run(&arguments),
         Command::Cycle(arguments) => cycle::run(&arguments),
         Command::CycleWorker => cycle::worker::run(),
         Command::Demo(arguments) => demo::run(&arguments),
         Command::Export(arguments) => export::run(&arguments),
         Command::Info(arguments) => info::run(&arguments),
+        Command::Load(arguments) => load::run(&arguments),
         Command::Matrix(arguments) => matrix::run(&arguments),
         Command::Rdma(arguments) => rdma::run(&arguments),
         Command::DemoWorker => demo::worker::run(),

@@ -260,3 +260,171 @@ fn a_reader_that_leaves_early_is_no_panic() {
         assert!(!said.lines().any(complains), "{said}");
     }
 }
+
+/// A file of so many bytes of which no two blocks are alike, in the tests' directory.
+fn file_of(name: &str, length: usize) -> (String, Vec<u8>) {
+    let bytes: Vec<u8> = (0..length)
+        .map(|at| (at * 31 + at / 512 * 7) as u8)
+        .collect();
+    let path = format!("{}/{name}", directory());
+    std::fs::write(&path, &bytes).unwrap();
+    (path, bytes)
+}
+
+#[test]
+fn a_copy_has_every_byte_and_a_receipt_whatever_the_size() {
+    for size in [0, 1, 511, 4096, 4097, 1_000_001, 20_000_000] {
+        let (from, bytes) = file_of("copy-from", size);
+        let to = format!("{}/copy-to", directory());
+        // What was there before is longer, and goes.
+        std::fs::write(&to, vec![7; size + 5000]).unwrap();
+        let output = peerbuf(&["copy", &from, &to, "--check", "--json"]);
+        assert!(output.status.success(), "{output:?}");
+        assert!(std::fs::read(&to).unwrap() == bytes, "{size} bytes");
+        let receipt = &json_lines(&output)[0];
+        assert_eq!(receipt["bytes"], size, "{receipt}");
+        assert_eq!(receipt["checked"], true, "{receipt}");
+        for leg in receipt["legs"].as_array().unwrap() {
+            assert_eq!(leg["bytes"], size, "{receipt}");
+            assert!(!leg["queue"].as_str().unwrap().is_empty(), "{receipt}");
+        }
+    }
+}
+
+#[test]
+fn a_copy_into_memory_tells_its_path_and_how_it_got_there() {
+    let (from, _) = file_of("copy-memory", 3_000_000);
+    let output = peerbuf(&["copy", &from, "memfd:", "--check", "--json", "--queue", "7"]);
+    assert!(output.status.success(), "{output:?}");
+    let receipt = &json_lines(&output)[0];
+    let leg = &receipt["legs"][0];
+    assert_eq!(leg["host_bytes"], 3_000_000, "{receipt}");
+    let copied = leg["copied"].as_u64().unwrap();
+    match leg["path"].as_str().unwrap() {
+        "shared-host-memory" => assert!(copied < 4096, "{receipt}"),
+        "staged-copy" => assert_eq!(copied, 3_000_000, "{receipt}"),
+        other => panic!("{other}: {receipt}"),
+    }
+}
+
+#[test]
+fn a_copy_goes_through_pipes() {
+    use std::io::Write;
+    use std::process::Stdio;
+    let (from, bytes) = file_of("copy-pipe", 17_000_003);
+    let output = peerbuf(&["copy", &from, "-"]);
+    assert!(output.status.success() && output.stdout == bytes);
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.contains("17000003 from"), "{said}");
+    let to = format!("{}/copy-pipe-to", directory());
+    let mut child = Command::new(env!("CARGO_BIN_EXE_peerbuf"))
+        .args(["copy", "-", &to, "--check"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(&bytes).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    assert!(std::fs::read(&to).unwrap() == bytes);
+}
+
+#[test]
+fn a_copy_that_does_not_write_every_byte_fails() {
+    let (from, _) = file_of("copy-fails", 100_000);
+    for (arguments, status, said) in [
+        (&["copy", &from, "/dev/full"][..], 1, "No space left"),
+        (
+            &["copy", &from, "memfd:", "--size", "1M"],
+            1,
+            "has 100000 bytes",
+        ),
+        (&["copy", "/nonexistent", "memfd:"], 1, "ENOENT"),
+        (&["copy", "-", "memfd:"], 1, "--size"),
+        (&["copy", &from, "-", "--check"], 1, "cannot be read again"),
+        (&["copy", &from, "bar:nonsense"], 2, "nonsense"),
+        (&["copy", &from, "fd:999"], 1, "descriptor 999"),
+    ] {
+        let output = peerbuf(arguments);
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(status), "{arguments:?}: {error}");
+        assert!(error.contains(said), "{arguments:?}: {error}");
+    }
+}
+
+/// A safetensors file of so many tensors of odd lengths, and the bytes of each by its name.
+fn model(name: &str, tensors: usize) -> (String, Vec<(String, Vec<u8>)>) {
+    let mut header = serde_json::json!({"__metadata__": {"format": "pt"}});
+    let (mut data, mut all) = (Vec::new(), Vec::new());
+    for index in 0..tensors {
+        let length = index * 37 % 5000 * 4;
+        let bytes: Vec<u8> = (0..length).map(|at| (at * 13 + index) as u8).collect();
+        header[format!("layer.{index}")] = serde_json::json!({
+            "dtype": "F32",
+            "shape": [length / 4],
+            "data_offsets": [data.len(), data.len() + length],
+        });
+        data.extend(&bytes);
+        all.push((format!("layer.{index}"), bytes));
+    }
+    let mut header = serde_json::to_vec(&header).unwrap();
+    header.resize(header.len().next_multiple_of(8), b' ');
+    let mut file = (header.len() as u64).to_le_bytes().to_vec();
+    file.extend(&header);
+    file.extend(&data);
+    let path = format!("{}/{name}", directory());
+    std::fs::write(&path, file).unwrap();
+    (path, all)
+}
+
+#[test]
+fn a_model_is_loaded_and_lent_with_each_tensor_in_its_place() {
+    use std::io::{BufRead, BufReader};
+    use std::process::Stdio;
+    let (path, tensors) = model("model.safetensors", 300);
+    let socket = format!("{}/load-{}", directory(), std::process::id());
+    let mut child = Command::new(env!("CARGO_BIN_EXE_peerbuf"))
+        .args([
+            "load", &path, "--to", "memfd:", "--check", "--json", "--share", &socket,
+        ])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    let loaded: Value = serde_json::from_str(&lines.next().unwrap().unwrap()).unwrap();
+    assert_eq!(loaded["checked"], true);
+    assert!(lines.next().unwrap().unwrap().contains("lent at"));
+    let subscriber = peerbuf::share::Subscriber::connect(&socket).unwrap();
+    let lent = subscriber.buffer("model").unwrap();
+    let list = subscriber.buffer("model.json").unwrap();
+    let list: Vec<Value> = serde_json::from_slice(&list.whole().to_vec().unwrap()).unwrap();
+    assert_eq!(list.len(), tensors.len());
+    for (name, bytes) in &tensors {
+        let place = list.iter().find(|tensor| tensor["name"] == **name).unwrap();
+        let number = |field| place[field].as_u64().unwrap();
+        let range = lent.range(number("offset"), number("length")).unwrap();
+        assert!(range.to_vec().unwrap() == *bytes, "{name}");
+    }
+    // One run of bytes in the file is one run in the buffer: no request for each tensor.
+    let requests = loaded["receipt"]["requests"].as_u64().unwrap();
+    assert!(requests < 100, "{requests}");
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+#[test]
+fn a_model_that_breaks_a_rule_is_refused() {
+    let (path, _) = model("cut.safetensors", 20);
+    let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+    let length = file.metadata().unwrap().len();
+    for (length, said) in [(length - 1, "for them"), (100, "header"), (3, "header")] {
+        file.set_len(length).unwrap();
+        let output = peerbuf(&["load", &path, "--to", "memfd:"]);
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{error}");
+        assert!(
+            error.contains(said) && error.contains("cut.safetensors"),
+            "{error}"
+        );
+    }
+}

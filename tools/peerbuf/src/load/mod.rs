@@ -1,0 +1,204 @@
+//! `peerbuf load`: the tensors of a model file into one buffer, and the buffer to whoever may have it.
+
+mod safetensors;
+
+use std::fs::File;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use peerbuf::buffer::Buffer;
+use peerbuf::export::memfd;
+use peerbuf::import::file::FileImporter;
+use peerbuf::share::{Copied, Publisher};
+use peerbuf::transfer::Piece;
+use serde::Serialize;
+
+use self::safetensors::Tensor;
+use crate::copy::place::Place;
+use crate::copy::{Bar, Leg};
+use crate::{Failure, say, size};
+
+/// Arguments of `peerbuf load`.
+#[derive(clap::Args)]
+#[command(after_help = AFTER_HELP)]
+pub struct Arguments {
+    /// The model, a safetensors file
+    model: PathBuf,
+
+    /// The memory that it goes to, a place as `peerbuf copy` has them
+    #[arg(long, value_name = "PLACE", default_value = "udmabuf:")]
+    to: Place,
+
+    /// Lend the buffer to processes that connect to this socket, until Ctrl-C
+    #[arg(long, value_name = "SOCKET")]
+    share: Option<PathBuf>,
+
+    /// How many requests are in flight
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    queue: Option<u32>,
+
+    /// Compare every tensor in the buffer with the file
+    #[arg(long)]
+    check: bool,
+
+    /// Give the tensors' places and the receipt as a JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+const AFTER_HELP: &str = "\
+The buffer has the tensors in the order of the file, each where its place in a page of the file is its place in
+a page of the buffer, so that a disk's own engine can put it there. With --share it is lent as `model`, and a
+buffer of JSON text as `model.json`: for each tensor its name, type, shape, offset and length in the buffer.
+
+  peerbuf load model.safetensors --to bar:0000:03:00.0/2 --share /run/model
+  peerbuf load model.safetensors --to heap:system --check";
+
+/// What was loaded, and where each tensor is.
+#[derive(Serialize)]
+struct Loaded {
+    model: String,
+    buffer: String,
+    seconds: f64,
+    /// Of every tensor, read from the file again; `null` if nobody asked.
+    checked: Option<bool>,
+    receipt: Leg,
+    tensors: Vec<Tensor>,
+}
+
+/// Loads, and lends.
+pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
+    let model = arguments.model.display().to_string();
+    let opened = File::open(&arguments.model).map_err(|error| format!("{model}: {error}"))?;
+    let in_file = safetensors::tensors(&opened).map_err(|why| format!("{model}: {why}"))?;
+    let begin = in_file.first().map_or(0, |tensor| tensor.offset);
+    let length: u64 = in_file.iter().map(|tensor| tensor.length).sum();
+    // Where a page of the file begins, a page of the buffer does.
+    let lead = begin % rustix::param::page_size() as u64;
+    let buffer = arguments.to.memory(Some(lead + length))?;
+    let mut file = FileImporter::from_fd(opened.try_clone()?.into(), model.clone())?;
+    if let Some(depth) = arguments.queue {
+        file = file.with_depth(depth);
+    }
+    let place = |tensor: &Tensor| tensor.offset - begin + lead;
+    let pieces: Vec<Piece> = in_file
+        .iter()
+        .map(|tensor| Piece {
+            file_offset: tensor.offset,
+            offset: place(tensor),
+            length: tensor.length,
+        })
+        .collect();
+    let bar = Bar::start(Some(length));
+    let mut attachment = file.attach(&buffer.whole())?.watched_by(bar.watch());
+    let receipt = attachment.read_many(&pieces)?;
+    drop((bar, attachment));
+    let checked = match arguments.check {
+        true => Some(is_there(&file, &buffer, &pieces)?),
+        false => None,
+    };
+    let tensors = in_file.iter().map(|tensor| Tensor {
+        offset: place(tensor),
+        ..tensor.clone()
+    });
+    let loaded = Loaded {
+        model,
+        buffer: buffer.name().into(),
+        seconds: receipt.time.as_secs_f64(),
+        checked,
+        receipt: Leg::new(
+            &arguments.model.display().to_string(),
+            buffer.name(),
+            &receipt,
+        ),
+        tensors: tensors.collect(),
+    };
+    match arguments.json {
+        true => say::answer(serde_json::to_string(&loaded)?)?,
+        false => say::answer(loaded.text(length))?,
+    }
+    if checked == Some(false) {
+        return Err(format!(
+            "{} does not have the bytes of {}",
+            loaded.buffer, loaded.model
+        )
+        .into());
+    }
+    if let Some(socket) = &arguments.share {
+        lend(socket, buffer, &loaded.tensors, &arguments.to)?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Whether the buffer has the bytes of the file.
+fn is_there(file: &FileImporter, buffer: &Buffer, pieces: &[Piece]) -> Result<bool, Failure> {
+    for piece in pieces {
+        if piece.length == 0 {
+            continue;
+        }
+        let memory = memfd::export("memory", piece.length)?;
+        let again = Piece {
+            offset: 0,
+            ..*piece
+        };
+        file.attach(&memory.whole())?.read_many(&[again])?;
+        let in_buffer = buffer.range(piece.offset, piece.length)?.to_vec()?;
+        if in_buffer != memory.whole().to_vec()? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// Lends the buffer and the list of its tensors until the process is ended.
+fn lend(
+    socket: &PathBuf,
+    buffer: Buffer,
+    tensors: &[Tensor],
+    place: &Place,
+) -> Result<(), Failure> {
+    let index = serde_json::to_vec(tensors)?;
+    let list = memfd::export("model.json", index.len().max(1) as u64)?;
+    list.range(0, index.len() as u64)?.write_bytes(&index)?;
+    let mut publisher = Publisher::bind(socket)?;
+    let again = |first: Buffer, place: Place| {
+        let size = first.size();
+        let mut first = Some(first);
+        // The next generation, if somebody moves it, is of the same kind.
+        move |_: &_| match first.take() {
+            Some(buffer) => Ok(buffer),
+            None => match place.memory(Some(size)) {
+                Ok(buffer) => Ok(buffer),
+                Err(_) => memfd::export("model", size),
+            },
+        }
+    };
+    publisher.publish("model", Copied::new(again(buffer, place.clone()))?)?;
+    publisher.publish("model.json", Copied::new(again(list, Place::Memfd))?)?;
+    say::answer(format_args!("lent at {}, until Ctrl-C", socket.display()))?;
+    loop {
+        publisher.serve_for(Duration::from_secs(3600))?;
+    }
+}
+
+impl Loaded {
+    fn text(&self, length: u64) -> String {
+        let rate = length as f64 / self.seconds.max(1e-9) / 1e6;
+        let mut text = format!(
+            "{} tensors, {} from {} to {} in {:.3} s, {rate:.0} MB/s\n{}",
+            self.tensors.len(),
+            size::show(length),
+            self.model,
+            self.buffer,
+            self.seconds,
+            self.receipt.text(),
+        );
+        match self.checked {
+            Some(true) => text += "\nchecked: every byte is there",
+            Some(false) => text += "\nchecked: the bytes differ",
+            None => {}
+        }
+        text
+    }
+}
