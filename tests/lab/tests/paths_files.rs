@@ -10,17 +10,19 @@ use std::process::Command;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use peerbuf::error::BufferError;
+use peerbuf::error::{BufferError, TransferError};
 use peerbuf::export::peerbuf::{Device, MoveTo, Request};
 use peerbuf::export::udmabuf;
 use peerbuf::import::file::{FileImporter, unnamed_file};
 use peerbuf::plan::{Direction, Path, Plan, ProofPolicy, ReasonCode, forget_proofs};
+use peerbuf::transfer::{Piece, Queue};
 use peerbuf::{Access, Buffer};
 use peerbuf_lab_suite::bytes::{get, put};
 use peerbuf_lab_suite::importer::{DYNAMIC, Importer, PEER};
 use peerbuf_lab_suite::machine;
 use peerbuf_lab_suite::modules::load;
 use peerbuf_lab_suite::node::Node;
+use peerbuf_lab_suite::pci::wait_until;
 use peerbuf_uapi::probe;
 
 const NVME: &str = "/mnt/nvme";
@@ -290,4 +292,135 @@ fn a_hole_that_ext2_fills_through_the_page_cache_is_no_peer_to_peer_write() {
         file.read_exact_at(&mut found, at).unwrap();
         assert!(found == bytes, "at {at}");
     }
+}
+
+/// A disk in memory, of 16 MiB, whose 4 KiB from `bad` on can be neither read nor written.
+struct Faulty(&'static FilePath);
+
+impl Faulty {
+    fn new(bad: u64) -> Faulty {
+        let loaded = Command::new("modprobe")
+            .args(["null_blk", "nr_devices=0"])
+            .status();
+        assert!(loaded.unwrap().success(), "modprobe null_blk");
+        if !FilePath::new("/sys/kernel/config/nullb").exists() {
+            let mounted = Command::new("mount")
+                .args(["-t", "configfs", "none", "/sys/kernel/config"])
+                .status();
+            assert!(mounted.unwrap().success(), "mount configfs");
+        }
+        let disk = FilePath::new("/sys/kernel/config/nullb/nullb7");
+        fs::create_dir(disk).unwrap();
+        let sector = bad / 512;
+        for (name, value) in [
+            ("size", "16"),
+            ("blocksize", "512"),
+            ("memory_backed", "1"),
+            ("badblocks", &format!("+{sector}-{}", sector + 7)),
+            ("power", "1"),
+        ] {
+            fs::write(disk.join(name), value).unwrap_or_else(|error| panic!("{name}: {error}"));
+        }
+        wait_until("the disk is there", || FilePath::new(Faulty::NODE).exists());
+        Faulty(disk)
+    }
+
+    const NODE: &str = "/dev/nullb7";
+}
+
+impl Drop for Faulty {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir(self.0);
+    }
+}
+
+#[test]
+fn a_fault_of_the_disk_is_told_with_its_place_and_what_arrived() {
+    const BAD: u64 = 5 * MIB + 8192;
+    const PIECE: u64 = 64 << 10;
+    let _faulty = Faulty::new(BAD);
+    let disk = FileImporter::open_for(Faulty::NODE, Access::ReadWrite).unwrap();
+    let buffer = udmabuf::export("memory", 8 * MIB).unwrap();
+    let bytes: Vec<u8> = (0..8).flat_map(|_| random()).collect();
+    put(&buffer.whole(), &bytes);
+    let pieces: Vec<Piece> = (0..8 * MIB / PIECE)
+        .map(|index| Piece {
+            file_offset: index * PIECE,
+            // In the buffer the other way round, so that none follows another.
+            offset: 8 * MIB - (index + 1) * PIECE,
+            length: PIECE,
+        })
+        .collect();
+    for direction in [Direction::BufferToDisk, Direction::DiskToBuffer] {
+        if direction == Direction::DiskToBuffer {
+            put(&buffer.whole(), &vec![0; 8 * MIB as usize]);
+        }
+        let mut attachment = disk.attach(&buffer.whole()).unwrap();
+        let error = match direction {
+            Direction::BufferToDisk => attachment.write_many(&pieces),
+            Direction::DiskToBuffer => attachment.read_many(&pieces),
+        };
+        let error = error.unwrap_err();
+        let TransferError::Stopped {
+            cause,
+            offset,
+            length,
+            arrived,
+            wanted,
+            prefix,
+        } = &error
+        else {
+            panic!("{direction}: {error}");
+        };
+        assert_eq!(cause.errno.name(), Some("EIO"), "{error}");
+        assert!((*offset..offset + length).contains(&BAD), "{error}");
+        assert!(
+            *prefix <= BAD / PIECE * PIECE && prefix <= arrived && arrived < wanted,
+            "{error}"
+        );
+        assert_eq!(*wanted, 8 * MIB);
+        // The processor's own reads and the buffer agree on what is said to have arrived.
+        let at = (8 * MIB - prefix) as usize;
+        assert!(get(&buffer.whole())[at..] == bytes[at..], "{direction}");
+        let mut first = vec![0; PIECE as usize];
+        File::open(Faulty::NODE)
+            .unwrap()
+            .read_exact_at(&mut first, 0)
+            .unwrap();
+        assert!(
+            *prefix == 0 || first == bytes[(8 * MIB - PIECE) as usize..],
+            "{direction}"
+        );
+    }
+}
+
+#[test]
+fn where_io_uring_is_forbidden_threads_do_it_and_the_receipt_tells() {
+    const SWITCH: &str = "/proc/sys/kernel/io_uring_disabled";
+    let file = file();
+    let buffer = udmabuf::export("memory", MIB).unwrap();
+    let read = || {
+        // An importer of its own: one that has a ring keeps it.
+        let receipt = importer(&file)
+            .attach(&buffer.whole())
+            .unwrap()
+            .read(0)
+            .unwrap();
+        assert_eq!((receipt.bytes, receipt.copied), (MIB, 0));
+        receipt.queue
+    };
+    assert_eq!(read(), Queue::IoUring);
+    fs::write(SWITCH, "2").unwrap();
+    let queue = read();
+    fs::write(SWITCH, "0").unwrap();
+    let Queue::Threads { why } = queue else {
+        panic!("{queue}");
+    };
+    assert_eq!(
+        (why.call, why.errno.name()),
+        ("io_uring_setup", Some("EPERM"))
+    );
+    let mut expected = vec![0; MIB as usize];
+    file.read_exact_at(&mut expected, 0).unwrap();
+    assert!(get(&buffer.whole()) == expected);
 }
