@@ -1,13 +1,19 @@
-# Lists, in /lab/out/versions, the kernel packages that the suites offer whole (image, headers and
-# source), 'linux-image-' cut off, the newest last. Runs in the distribution tree.
+# Lists, in /lab/out/versions, the kernel packages that the suites offer, 'linux-image-' cut off, the newest last;
+# 'image only' follows where they have no headers and source of the same version. Runs in the distribution tree.
 set -eu
 cd /tmp
 apt-get -q update
-apt-cache search --names-only '^linux-image-[0-9].*-amd64$' | cut -d' ' -f1 | cut -d- -f3- |
-    grep -v -e cloud -e -rt- -e unsigned -e dbg >names
-# Older ones are still named in the lists, with a part or two missing.
+names() { apt-cache search --names-only "^linux-$1-[0-9].*-amd64\$" | cut -d' ' -f1 | cut -d- -f3-; }
+names image | grep -v -e cloud -e -rt- -e unsigned -e dbg >names
+# Since 6.19 the image is a metapackage over these two; of older releases the suites keep the first alone.
+names binary >binaries
+names modules >modules
 apt-cache madison $(sed 's/^/linux-headers-/' names) 2>/dev/null | awk '{ print $1, $3 }' >headers || true
 apt-cache madison $(cut -d. -f1,2 names | sort -u | sed 's/^/linux-source-/') 2>/dev/null | awk '{ print $3 }' >sources || true
-awk 'NR == FNR { source[$1]; next } $2 in source { sub(/^linux-headers-/, "", $1); print $1 }' sources headers |
+awk 'FILENAME == "sources" { source[$1]; next }
+    FILENAME == "headers" { if ($2 in source) { sub(/^linux-headers-/, "", $1); whole[$1] }; next }
+    FILENAME == "modules" { modules[$1]; next }
+    FILENAME == "binaries" { if (!($1 in modules)) part[$1]; next }
+    !($1 in part) { print $1 ($1 in whole ? "" : " image only") }' sources headers modules binaries names |
     sort -Vu >/lab/out/versions
 [ -s /lab/out/versions ]

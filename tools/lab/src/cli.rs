@@ -41,7 +41,7 @@ pub enum Command {
         kernel: KernelArgs,
         /// Runs what asks for this kernel in tests/lab/Cargo.toml, and of the rest only as much as fits
         /// into so many minutes, first what passed longest ago: over several calls, all of it
-        #[arg(long, value_name = "MINUTES", conflicts_with = "filter")]
+        #[arg(long, value_name = "MINUTES")]
         within: Option<u64>,
     },
     /// Runs a program of tests/lab/benches and prints what it prints

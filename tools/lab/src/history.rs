@@ -13,7 +13,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use crate::cache::Cache;
+use crate::{cache::Cache, kernel};
 
 /// What a run is taken to need of which nothing is known.
 const UNKNOWN: u64 = 30;
@@ -33,8 +33,9 @@ struct Past {
 pub struct History {
     file: PathBuf,
     known: Mutex<HashMap<String, Past>>,
-    /// What is known of the other kernel, where this one's is asked for.
+    /// What is known of the stock kernel: where this one's is not, it takes so many times as long.
     stock: HashMap<String, Past>,
+    slower: u64,
 }
 
 fn read(file: &PathBuf) -> HashMap<String, Past> {
@@ -45,18 +46,14 @@ fn read(file: &PathBuf) -> HashMap<String, Past> {
 }
 
 impl History {
-    /// Reads it.
-    pub fn of(cache: &Cache, debug: bool) -> Self {
-        let file = |name| cache.dir().join("locks").join(name);
-        let stock = file("runs-stock.json");
-        let (file, stock) = match debug {
-            true => (file("runs-debug.json"), read(&stock)),
-            false => (stock, HashMap::new()),
-        };
+    /// Reads it; `kernel` is of [`kernel::kind`].
+    pub fn of(cache: &Cache, kernel: &str) -> Self {
+        let file = |kernel| cache.dir().join(format!("locks/runs-{kernel}.json"));
         Self {
-            known: Mutex::new(read(&file)),
-            file,
-            stock,
+            known: Mutex::new(read(&file(kernel))),
+            file: file(kernel),
+            stock: read(&file(kernel::STOCK)),
+            slower: if kernel == kernel::DEBUG { SLOWER } else { 1 },
         }
     }
 
@@ -68,7 +65,7 @@ impl History {
     pub fn expected(&self, run: &str) -> Duration {
         let took = |past: &Past| past.took.max(1);
         let known = self.lock().get(run).map(took);
-        let elsewhere = || self.stock.get(run).map(|past| SLOWER * took(past));
+        let elsewhere = || self.stock.get(run).map(|past| self.slower * took(past));
         Duration::from_secs(known.or_else(elsewhere).unwrap_or(UNKNOWN))
     }
 
@@ -125,16 +122,16 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let cache = Cache::at(directory.path()).unwrap();
         let seconds = Duration::from_secs;
-        let history = History::of(&cache, true);
+        let history = History::of(&cache, kernel::DEBUG);
         history.note("a", seconds(7), true);
         assert!(history.passed("a").is_some());
         history.failed("a");
         history.failed("nobody");
         // As another lab reads it, and with what it adds.
-        let other = History::of(&cache, true);
+        let other = History::of(&cache, kernel::DEBUG);
         other.note("b", seconds(3), true);
         history.note("c", seconds(1), true);
-        let all = History::of(&cache, true);
+        let all = History::of(&cache, kernel::DEBUG);
         assert_eq!((all.passed("a"), all.expected("a")), (None, seconds(7)));
         assert!(all.passed("b").is_some() && all.passed("c").is_some());
         assert_eq!(all.passed("nobody"), None);
@@ -143,13 +140,18 @@ mod tests {
     }
 
     #[test]
-    fn what_is_unknown_on_the_debug_kernel_takes_five_times_as_long_as_on_the_other() {
+    fn what_is_unknown_is_taken_from_the_stock_kernel_and_five_times_as_long_on_the_debug_kernel() {
         let directory = tempfile::tempdir().unwrap();
         let cache = Cache::at(directory.path()).unwrap();
-        History::of(&cache, false).note("a", Duration::from_secs(4), true);
-        let debug = History::of(&cache, true);
+        History::of(&cache, kernel::STOCK).note("a", Duration::from_secs(4), true);
+        let debug = History::of(&cache, kernel::DEBUG);
         assert_eq!(debug.expected("a"), Duration::from_secs(20));
         assert_eq!(debug.expected("b"), Duration::from_secs(UNKNOWN));
         assert_eq!(debug.passed("a"), None, "it did not pass on this kernel");
+        let older = History::of(&cache, "7.2");
+        assert_eq!(older.expected("a"), Duration::from_secs(4));
+        older.note("a", Duration::from_secs(6), true);
+        assert_eq!(older.expected("a"), Duration::from_secs(6));
+        assert_eq!(debug.passed("a"), None, "it passed on another kernel");
     }
 }

@@ -22,6 +22,8 @@ const SOURCE_RECIPE: &str = concat!(
     include_str!("../recipes/kernel-functions.sh"),
     include_str!("../recipes/linux-source.sh")
 );
+/// Which [`SOURCE_RECIPE`] calls.
+const PREPARE_TREE: &str = include_str!("../../../kmod/prepare-tree");
 const DEBUG_RECIPE: &str = concat!(
     include_str!("../recipes/kernel-functions.sh"),
     include_str!("../recipes/debug-kernel.sh")
@@ -70,6 +72,14 @@ pub struct Named {
     debug: bool,
 }
 
+/// A kernel package, as the suites offer it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Offered {
+    release: String,
+    /// With its headers and source, so that modules can be built for it.
+    whole: bool,
+}
+
 impl Named {
     /// The kernel that `wanted` names, by the list in the cache, which may be old.
     ///
@@ -86,7 +96,7 @@ impl Named {
 
 impl Kernel {
     /// The kernel that `wanted` names, made first if the cache does not have it: a release, a series
-    /// (`7.2`, the newest release of it), `stock` (the newest release of the newest of [`SERIES`] that
+    /// (`7.2`, the newest release of it; one that modules can be built for, if there is one), `stock` (the newest release of the newest of [`SERIES`] that
     /// the suites offer), or `debug` (the instrumented one, of the source of `stock`).
     ///
     /// # Errors
@@ -113,7 +123,7 @@ impl Kernel {
                 },
                 None if fresh => bail!(
                     "no kernel package {wanted:?}: the suites offer {}; name one of them, a series (7.2) for its newest, 'stock' for the newest that peerbuf.ko supports ({}) or 'debug' for the instrumented one",
-                    offered.join(", "),
+                    listed(&offered),
                     SERIES.join(", ")
                 ),
                 None => {}
@@ -270,18 +280,20 @@ impl Source {
     pub fn prepared(cache: &Cache, tree: &Tree, release: &str) -> Result<Self> {
         let recipe = Recipe::new(format!("linux-{release}"))
             .with(tree.name())
-            .with(SOURCE_RECIPE);
+            .with(SOURCE_RECIPE)
+            .with(PREPARE_TREE);
         let what =
             format!("preparing the source of {release} for building modules (about two minutes)");
         let entry = cache.entry(recipe, &what, |dir| {
             cache.make_room(2_200_000_000);
+            fs::write(dir.join("prepare-tree"), PREPARE_TREE)?;
             let result = run(tree.recipe(SOURCE_RECIPE, dir).arg(release), "preparing the kernel's source");
             match result {
                 Err(e) if is_status(&e, NO_RUST) => {
                     bail!("kernel {release} was built without Rust, so peerbuf.ko cannot be built for it")
                 }
                 Err(e) if is_status(&e, NOT_OFFERED) => {
-                    bail!("the suites offer no headers and source for {release} any more; try --kernel stock")
+                    bail!("the suites offer no headers and source for {release}, so no module can be built for it; try --kernel stock, or --bare, which needs none")
                 }
                 other => other,
             }
@@ -314,7 +326,7 @@ impl Source {
     }
 }
 
-fn offered(cache: &Cache, tree: &Tree, fresh: bool) -> Result<Vec<String>> {
+fn offered(cache: &Cache, tree: &Tree, fresh: bool) -> Result<Vec<Offered>> {
     let recipe = || Recipe::new("versions").with(tree.name()).with(LIST_RECIPE);
     let what = "looking which kernels there are";
     let list = |dir: &Path| run(tree.recipe(LIST_RECIPE, dir), "listing kernel packages");
@@ -323,7 +335,37 @@ fn offered(cache: &Cache, tree: &Tree, fresh: bool) -> Result<Vec<String>> {
     }
     let entry = cache.entry(recipe(), what, list)?;
     let text = fs::read_to_string(entry.path().join("versions"))?;
-    Ok(text.lines().map(str::to_owned).collect())
+    Ok(text.lines().map(Offered::read).collect())
+}
+
+impl Offered {
+    /// Reads a line of the list.
+    fn read(line: &str) -> Self {
+        let image = line.strip_suffix(" image only");
+        Self {
+            release: image.unwrap_or(line).to_owned(),
+            whole: image.is_none(),
+        }
+    }
+}
+
+/// The kernels, for a person.
+fn listed(offered: &[Offered]) -> String {
+    let of = |whole| {
+        let of = offered.iter().filter(|o| o.whole == whole);
+        of.map(|o| o.release.as_str())
+            .collect::<Vec<_>>()
+            .join(", ")
+    };
+    match of(false) {
+        images if images.is_empty() => of(true),
+        images => format!("{} (and for --bare alone {images})", of(true)),
+    }
+}
+
+/// What is remembered of the suite's runs is remembered for each of these: [`STOCK`], [`DEBUG`] and the series.
+pub fn kind(wanted: &str) -> &str {
+    series(wanted.strip_prefix("linux-image-").unwrap_or(wanted))
 }
 
 /// The first two numbers of a release.
@@ -333,18 +375,25 @@ fn series(release: &str) -> &str {
 }
 
 /// The release among `offered` (the newest last) that `wanted` names.
-fn choose<'a>(offered: &'a [String], wanted: &str) -> Option<&'a str> {
+fn choose<'a>(offered: &'a [Offered], wanted: &str) -> Option<&'a str> {
     let name = wanted.strip_prefix("linux-image-").unwrap_or(wanted);
-    let newest = |wanted: &str| offered.iter().rev().find(|o| series(o) == wanted);
-    let found = if name == STOCK || name == DEBUG {
-        SERIES.iter().rev().find_map(|s| newest(s))
-    } else {
-        offered
+    let newest = |wanted: &str, whole| {
+        let mut of = offered
             .iter()
-            .find(|o| *o == name || o.strip_suffix("-amd64") == Some(name))
-            .or_else(|| newest(name))
+            .rev()
+            .filter(|o| series(&o.release) == wanted);
+        of.find(|o| o.whole == whole)
     };
-    found.map(String::as_str)
+    let found = if name == STOCK || name == DEBUG {
+        SERIES.iter().rev().find_map(|s| newest(s, true))
+    } else {
+        let is = |o: &&Offered| o.release == name || o.release.strip_suffix("-amd64") == Some(name);
+        let named = offered.iter().find(is);
+        named
+            .or_else(|| newest(name, true))
+            .or_else(|| newest(name, false))
+    };
+    found.map(|o| o.release.as_str())
 }
 
 /// A recipe's failure: the exit status, for who knows what it means, and the message.
@@ -393,37 +442,50 @@ fn is_status(error: &anyhow::Error, status: i32) -> bool {
 mod tests {
     use super::*;
 
+    fn offered(list: &str) -> Vec<Offered> {
+        list.lines().map(Offered::read).collect()
+    }
+
     #[test]
     fn a_kernel_is_named_as_people_name_it() {
-        let offered = [
-            "6.12.1+deb13-amd64",
-            "7.2.9+deb13-amd64",
-            "7.2.12+deb13-amd64",
-            "7.3.4+deb13-amd64",
-            "7.20.1+deb13-amd64",
-        ]
-        .map(String::from);
-        assert_eq!(choose(&offered, "6.12.1+deb13"), Some("6.12.1+deb13-amd64"));
+        let offered = offered(
+            "6.12.1+deb13-amd64\n6.18.9+deb13-amd64 image only\n7.2.9+deb13-amd64\n\
+             7.2.12+deb13-amd64\n7.2.13+deb13-amd64 image only\n7.3.4+deb13-amd64\n\
+             7.20.1+deb13-amd64",
+        );
+        let choose = |wanted| choose(&offered, wanted);
+        assert_eq!(choose("6.12.1+deb13"), Some("6.12.1+deb13-amd64"));
         assert_eq!(
-            choose(&offered, "linux-image-7.2.12+deb13-amd64"),
+            choose("linux-image-7.2.12+deb13-amd64"),
             Some("7.2.12+deb13-amd64")
         );
-        assert_eq!(choose(&offered, "7.2"), Some("7.2.12+deb13-amd64"));
-        assert_eq!(choose(&offered, "6.12"), Some("6.12.1+deb13-amd64"));
-        assert_eq!(choose(&offered, "7.1"), None);
-        assert_eq!(choose(&offered, "7"), None);
-        assert_eq!(choose(&offered, ""), None);
+        // One that modules can be built for, if it is not named itself.
+        assert_eq!(choose("7.2"), Some("7.2.12+deb13-amd64"));
+        assert_eq!(choose("7.2.13+deb13"), Some("7.2.13+deb13-amd64"));
+        assert_eq!(choose("6.12"), Some("6.12.1+deb13-amd64"));
+        assert_eq!(choose("6.18"), Some("6.18.9+deb13-amd64"));
+        assert_eq!(choose("7.1"), None);
+        assert_eq!(choose("7"), None);
+        assert_eq!(choose(""), None);
+    }
+
+    #[test]
+    fn kernels_without_headers_are_listed_apart() {
+        let whole = "6.12.1-amd64\n7.3.4-amd64";
+        assert_eq!(listed(&offered(whole)), "6.12.1-amd64, 7.3.4-amd64");
+        let some = "6.12.1-amd64\n6.18.9-amd64 image only\n7.3.4-amd64";
+        assert_eq!(
+            listed(&offered(some)),
+            "6.12.1-amd64, 7.3.4-amd64 (and for --bare alone 6.18.9-amd64)"
+        );
     }
 
     #[test]
     fn stock_and_debug_are_of_the_newest_series_that_the_module_supports() {
-        let offered = [
-            "7.2.9+deb13-amd64",
-            "7.2.12+deb13-amd64",
-            "7.3.4+deb13-amd64",
-            "8.0.1+deb13-amd64",
-        ]
-        .map(String::from);
+        let offered = offered(
+            "7.2.9+deb13-amd64\n7.2.12+deb13-amd64\n7.3.4+deb13-amd64\n\
+             7.3.5+deb13-amd64 image only\n8.0.1+deb13-amd64",
+        );
         for wanted in [STOCK, DEBUG] {
             assert_eq!(choose(&offered, wanted), Some("7.3.4+deb13-amd64"));
             assert_eq!(choose(&offered[..2], wanted), Some("7.2.12+deb13-amd64"));
@@ -476,6 +538,127 @@ mod tests {
         for version in ["7.2.13", "7.3.4", "7.3.0-rc7"] {
             let (text, begun) = make(version);
             assert!(begun && text.is_empty(), "{version}: {text}");
+        }
+    }
+
+    /// What a headers package has of a kernel of gcc's and with Rust.
+    const CONFIG: &str = "CONFIG_CC_VERSION_TEXT=\"x86_64-linux-gnu-gcc (Distribution 14.2.0-19) 14.2.0\"\n\
+                          CONFIG_RUST=y\nCONFIG_DEBUG_INFO_BTF=y\n# CONFIG_VGEM is not set\n";
+
+    /// A source archive's Makefile for 7.3.4, which writes what the kernel's does. `more` are further rules.
+    fn makefile(more: &str) -> String {
+        format!(
+            "kernelversion:\n\t@echo 7.3.4\nolddefconfig::\n\t@echo CONFIG_CC_VERSION_TEXT=here >>.config\n\
+             prepare::\n\t@mkdir -p include/config\n\
+             \t@echo 7.3.4$(LOCALVERSION) >include/config/kernel.release\nmodules_prepare::\n{more}"
+        )
+    }
+
+    /// Exit status and output of kmod/prepare-tree for `release`, with a headers package and a source archive
+    /// such as these, and what it made.
+    fn prepare_tree(
+        release: &str,
+        config: &str,
+        makefile: &str,
+    ) -> (i32, String, tempfile::TempDir) {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |file: &str, text: &str| {
+            let file = dir.path().join(file);
+            fs::create_dir_all(file.parent().unwrap()).unwrap();
+            fs::write(file, text).unwrap();
+        };
+        write("headers/.config", config);
+        write("headers/Module.symvers", "0x0\tdma_buf_export\tvmlinux\n");
+        write("linux-7.3.4/Makefile", makefile);
+        write("linux-7.3.4/scripts/config", "#!/bin/sh\n");
+        for file in "sub/Makefile Kconfig Kbuild arch/x86/a certs/a drivers/android/a.h drivers/base/a.h \
+                     drivers/gpu/a.h include/a init/a kernel/bounds.c kernel/a.h kernel/sched/rq-offsets.c \
+                     kernel/time/timeconst.bc lib/vdso/a rust/a security/selinux/include/a tools/a usr/a lib/not-for-modules.c"
+            .split_whitespace()
+        {
+            write(&format!("linux-7.3.4/{file}"), "");
+        }
+        let scripts = "set -e; cd \"$1\"; chmod 755 linux-7.3.4/scripts/config; \
+                       tar -cf source.tar linux-7.3.4; rm -r linux-7.3.4; \
+                       exec \"$2\" --headers headers --source source.tar tree \"$3\" 2>&1";
+        let output = std::process::Command::new("sh")
+            .args(["-c", scripts, "sh"])
+            .arg(dir.path())
+            .arg(fs::canonicalize(kmod().join("prepare-tree")).unwrap())
+            .arg(release)
+            .env_remove("MAKEFLAGS")
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        (output.status.code().unwrap(), text, dir)
+    }
+
+    #[test]
+    fn prepare_tree_makes_a_tree_of_the_kernels_release_and_says_how_to_build_with_it() {
+        let (status, text, dir) = prepare_tree("7.3.4+deb13-amd64", CONFIG, &makefile(""));
+        assert_eq!(status, 0, "{text}");
+        let tree = dir.path().join("tree");
+        let line = format!("make -C kmod KDIR={} CC=gcc HOSTCC=gcc", tree.display());
+        assert_eq!(text.lines().last(), Some(line.as_str()));
+        let release = fs::read_to_string(tree.join("include/config/kernel.release")).unwrap();
+        assert_eq!(release, "7.3.4+deb13-amd64\n");
+        assert!(tree.join("Module.symvers").is_file());
+        assert!(!tree.join("lib/not-for-modules.c").exists());
+        // A kernel whose preparation reads more gets all of its source.
+        let more = makefile("prepare::\n\t@test -f lib/not-for-modules.c\n");
+        let (status, text, dir) = prepare_tree("7.3.4+deb13-amd64", CONFIG, &more);
+        assert_eq!(status, 0, "{text}");
+        assert!(dir.path().join("tree/lib/not-for-modules.c").is_file());
+    }
+
+    #[test]
+    fn prepare_tree_refuses_what_would_make_no_module_for_the_kernel() {
+        let release = "7.3.4+deb13-amd64";
+        let without_btf = "olddefconfig::\n\t@sed -i /BTF/d .config\n";
+        let cases = [
+            (
+                NO_RUST,
+                release,
+                "CONFIG_VGEM=m\n".to_owned(),
+                "",
+                vec!["CONFIG_RUST"],
+            ),
+            (42, "7.3.40", CONFIG.to_owned(), "", vec!["7.3.4,"]),
+            (
+                42,
+                "7.2.12+deb13-amd64",
+                CONFIG.to_owned(),
+                "",
+                vec!["7.3.4", "7.2.12"],
+            ),
+            (
+                43,
+                release,
+                CONFIG.to_owned(),
+                without_btf,
+                vec!["< CONFIG_DEBUG_INFO_BTF=y"],
+            ),
+            (
+                43,
+                release,
+                CONFIG.replace("gcc", "gcc-0"),
+                "",
+                vec!["gcc-0"],
+            ),
+            (
+                2,
+                release,
+                CONFIG.to_owned(),
+                "prepare::\n\t@exit 7\n",
+                vec!["Error 7"],
+            ),
+        ];
+        for (expected, release, config, more, words) in cases {
+            let (status, text, _dir) = prepare_tree(release, &config, &makefile(more));
+            assert_eq!(status, expected, "{text}");
+            for word in words {
+                assert!(text.contains(word), "{word}: {text}");
+            }
         }
     }
 }

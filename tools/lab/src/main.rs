@@ -241,12 +241,12 @@ fn test(
         job.deadline = deadline.clone();
         run::run(&ground, &job, streams)
     };
-    let debug = kernel.kernel == kernel::DEBUG;
+    let kind = kernel::kind(&kernel.kernel);
     let runner = Runner {
         project: &project,
-        debug,
+        kernel: kind,
         in_turn,
-        history: &History::of(cache, debug),
+        history: &History::of(cache, kind),
         at_once: host::guests_at_once(),
         in_guest: &in_guest,
     };

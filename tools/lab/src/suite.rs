@@ -11,7 +11,8 @@
 //! ```
 //!
 //! With `--within MINUTES` a call runs what is for its kernel or for "each", and of the rest some: those that
-//! passed there longest ago, as many as fit into that time. So all take turns.
+//! passed there longest ago, as many as fit into that time. So all take turns. On an older kernel than the
+//! newest that the module supports, "each" takes turns, too.
 //!
 //! A test program may have several runs. Runs with the same options share a guest, one after the
 //! other (`tests/lab/init/suite` gives each a fresh peerbuf.ko); as many guests as are worth their
@@ -33,6 +34,7 @@ use serde::Deserialize;
 use crate::{
     cli::GuestArgs,
     history::History,
+    kernel,
     progress::note,
     project::{Program, Project},
     run::{Deadline, Ending, Outcome, Streams},
@@ -54,10 +56,10 @@ pub enum Place {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum With {
-    /// With each; on the debug kernel they take turns.
+    /// With each; takes turns.
     #[default]
     Any,
-    /// As `Any`, and does not take turns.
+    /// With each; takes no turns on the newest kernel that the module supports and on the debug kernel.
     Each,
     /// With a distribution's.
     Stock,
@@ -129,9 +131,9 @@ struct Group {
 pub struct Runner<'a> {
     /// The checkout.
     pub project: &'a Project,
-    /// Whether the kernel is the instrumented one.
-    pub debug: bool,
-    /// Where it is not everything: how long that may take which does not ask for this kernel.
+    /// What its kernel is, as [`kernel::kind`] says.
+    pub kernel: &'a str,
+    /// Time budget for runs that take turns; `None` makes every run.
     pub in_turn: Option<Duration>,
     /// What is remembered of this kernel's runs.
     pub history: &'a History,
@@ -173,23 +175,38 @@ impl Runner<'_> {
         Ok(*lock(&total))
     }
 
-    /// About what a guest costs that runs nothing.
-    fn boot(&self) -> Duration {
-        Duration::from_secs(if self.debug { 60 } else { 10 })
+    fn debug(&self) -> bool {
+        self.kernel == kernel::DEBUG
     }
 
-    /// Without those for the other kernel, and where not everything is to run, without those whose turn it
-    /// is not.
-    fn chosen(&self, mut runs: Vec<Run>) -> Vec<Run> {
-        let other = if self.debug { With::Stock } else { With::Debug };
-        runs.retain(|run| run.kernel != other);
+    /// About what a guest costs that runs nothing.
+    fn boot(&self) -> Duration {
+        Duration::from_secs(if self.debug() { 60 } else { 10 })
+    }
+
+    fn takes_turns(&self, run: &Run) -> bool {
+        let often = [kernel::STOCK, kernel::DEBUG].contains(&self.kernel);
+        match run.kernel {
+            With::Any => true,
+            With::Each => !often,
+            With::Stock | With::Debug => false,
+        }
+    }
+
+    /// Without the runs that the time budget leaves to a later call.
+    fn chosen(&self, works: Vec<Work>) -> Vec<Work> {
         let Some(time) = self.in_turn else {
-            return runs;
+            return works;
         };
-        let (others, mut chosen): (Vec<Run>, Vec<Run>) =
-            runs.into_iter().partition(|run| run.kernel == With::Any);
+        let (others, mut chosen): (Vec<Work>, Vec<Work>) = works
+            .into_iter()
+            .partition(|work| self.takes_turns(&work.run));
         let (all, always) = (others.len(), chosen.len());
-        let time = time * u32::try_from(self.at_once).unwrap_or(u32::MAX);
+        let mut time = time * u32::try_from(self.at_once).unwrap_or(u32::MAX);
+        if chosen.is_empty() {
+            // The first in line has its turn even if making the kernel has taken all of the time.
+            time = time.max(Duration::from_secs(1));
+        }
         take_turns(others, &mut chosen, self.history, time, self.boot());
         note(format_args!(
             "{always} runs that are always made with it, and {} of {all} others, which take turns \
@@ -211,8 +228,12 @@ impl Runner<'_> {
                 );
             }
         }
-        let mut groups: Vec<Group> = Vec::new();
-        for run in self.chosen(runs) {
+        let other = match self.debug() {
+            true => With::Stock,
+            false => With::Debug,
+        };
+        let mut works = Vec::new();
+        for run in runs.into_iter().filter(|run| run.kernel != other) {
             let program = programs
                 .iter()
                 .find(|p| p.is_test && p.name == run.test)
@@ -222,17 +243,26 @@ impl Runner<'_> {
                         run.test
                     )
                 })?;
-            let args = guest_args(&run)?;
-            let Some(tests) = select(&run, program, filter)? else {
-                continue;
-            };
-            let same = |g: &Group| g.place == run.place && g.options == run.options;
+            if let Some(tests) = select(&run, program, filter)? {
+                works.push(Work {
+                    expected: self.history.expected(&run.name()),
+                    run,
+                    file: program.file.clone(),
+                    tests,
+                    again: false,
+                });
+            }
+        }
+        let mut groups: Vec<Group> = Vec::new();
+        for work in self.chosen(works) {
+            let args = guest_args(&work.run)?;
+            let same = |g: &Group| g.place == work.run.place && g.options == work.run.options;
             let n = match groups.iter().position(same) {
                 Some(n) => n,
                 None => {
                     groups.push(Group {
-                        place: run.place,
-                        options: run.options.clone(),
+                        place: work.run.place,
+                        options: work.run.options.clone(),
                         args,
                         files: Vec::new(),
                         waiting: Vec::new(),
@@ -242,14 +272,8 @@ impl Runner<'_> {
                 }
             };
             let group = &mut groups[n];
-            group.files.push(program.file.clone());
-            group.waiting.push(Work {
-                expected: self.history.expected(&run.name()),
-                run,
-                file: program.file.clone(),
-                tests,
-                again: false,
-            });
+            group.files.push(work.file.clone());
+            group.waiting.push(work);
         }
         if groups.is_empty() {
             bail!(
@@ -292,7 +316,7 @@ impl Runner<'_> {
             let mut work = Some(first);
             while let Some(w) = work {
                 let began = Instant::now();
-                let verdict = match on_host(&w, self.debug) {
+                let verdict = match on_host(&w, self.debug()) {
                     Ok(output) => judge(&w.run.name(), &output),
                     Err(error) => failure(&w.run.name(), "the run", &format!("{error:#}\n")),
                 };
@@ -380,21 +404,21 @@ impl Runner<'_> {
 /// guests' time; options that none of the chosen has take a guest of their own, and its boot. The first of
 /// them, if it alone needs more than that, has its turn all the same where there is time at all.
 fn take_turns(
-    mut others: Vec<Run>,
-    chosen: &mut Vec<Run>,
+    mut others: Vec<Work>,
+    chosen: &mut Vec<Work>,
     history: &History,
     mut time: Duration,
     boot: Duration,
 ) {
-    others.sort_by_cached_key(|run| (history.passed(&run.name()), run.name()));
-    for (n, run) in others.into_iter().enumerate() {
-        let mut needs = history.expected(&run.name());
-        if !chosen.iter().any(|c| c.options == run.options) {
+    others.sort_by_cached_key(|work| (history.passed(&work.run.name()), work.run.name()));
+    for (n, work) in others.into_iter().enumerate() {
+        let mut needs = work.expected;
+        if !chosen.iter().any(|c| c.run.options == work.run.options) {
             needs += boot;
         }
         if needs <= time || (n == 0 && !time.is_zero()) {
             time = time.saturating_sub(needs);
-            chosen.push(run);
+            chosen.push(work);
         }
     }
 }
@@ -807,9 +831,9 @@ mod tests {
         };
         let runner = Runner {
             project: &Project::find().unwrap(),
-            debug: false,
+            kernel: kernel::STOCK,
             in_turn: None,
-            history: &History::of(&cache, false),
+            history: &History::of(&cache, kernel::STOCK),
             at_once: 1,
             in_guest: &in_guest,
         };
@@ -855,12 +879,11 @@ mod tests {
     fn runs_take_turns_the_one_that_passed_longest_ago_first() {
         let directory = tempfile::tempdir().unwrap();
         let cache = crate::cache::Cache::at(directory.path()).unwrap();
-        let history = History::of(&cache, true);
+        let history = History::of(&cache, kernel::DEBUG);
         let run = |name: &str, memory: &str| Run {
             options: vec!["--memory".into(), memory.into()],
             ..work(name, 1).run
         };
-        let others = || ["a", "b", "c", "d"].map(|name| run(name, "1")).to_vec();
         for (name, took) in [("d", 20), ("b", 30), ("a", 100)] {
             history.note(&run(name, "1").name(), Duration::from_secs(took), false);
         }
@@ -872,12 +895,18 @@ mod tests {
             known[run(name, "1").name()]["passed"] = when.into();
         }
         fs::write(&file, known.to_string()).unwrap();
-        let history = History::of(&cache, true);
+        let history = History::of(&cache, kernel::DEBUG);
+        let waiting = |name: &str, memory: &str| Work {
+            expected: history.expected(&run(name, memory).name()),
+            run: run(name, memory),
+            ..work(name, 1)
+        };
         let turn = |time| {
-            let mut chosen = vec![run("always", "2")];
+            let mut chosen = vec![waiting("always", "2")];
+            let others = ["a", "b", "c", "d"].map(|name| waiting(name, "1")).into();
             let (time, boot) = (Duration::from_secs(time), Duration::from_secs(10));
-            take_turns(others(), &mut chosen, &history, time, boot);
-            let names = chosen[1..].iter().map(|run| run.test.clone());
+            take_turns(others, &mut chosen, &history, time, boot);
+            let names = chosen[1..].iter().map(|work| work.run.test.clone());
             names.collect::<String>()
         };
         assert_eq!(turn(0), "");
@@ -895,6 +924,44 @@ mod tests {
         history.note(&run("b", "1").name(), Duration::from_secs(30), true);
         history.note(&run("d", "1").name(), Duration::from_secs(20), true);
         assert_eq!(turn(50), "a");
+    }
+
+    #[test]
+    fn on_an_older_kernel_what_is_for_each_takes_turns_and_one_run_is_made_whatever_the_time() {
+        let directory = tempfile::tempdir().unwrap();
+        let cache = crate::cache::Cache::at(directory.path()).unwrap();
+        let in_guest = |_: &GuestArgs, _: &[PathBuf], _: Streams, _: &Deadline| bail!("no guest");
+        let chosen = |kernel, minutes: u64| {
+            let runner = Runner {
+                project: &Project::find().unwrap(),
+                kernel,
+                in_turn: Some(Duration::from_secs(60 * minutes)),
+                history: &History::of(&cache, kernel),
+                at_once: 1,
+                in_guest: &in_guest,
+            };
+            let each = |name, kernel| Work {
+                run: Run {
+                    kernel,
+                    ..work(name, 20).run
+                },
+                ..work(name, 20)
+            };
+            let works = vec![
+                each("a", With::Any),
+                each("b", With::Each),
+                each("c", With::Each),
+            ];
+            let chosen = runner.chosen(works);
+            chosen
+                .iter()
+                .map(|work| work.run.test.as_str())
+                .collect::<String>()
+        };
+        assert_eq!(chosen(kernel::STOCK, 0), "bc");
+        assert_eq!(chosen(kernel::DEBUG, 5), "bca");
+        assert_eq!(chosen("7.2", 1), "ab");
+        assert_eq!(chosen("7.2", 0), "a");
     }
 
     #[test]
