@@ -5,9 +5,10 @@
 //! cannot.
 
 use super::plain;
+use crate::Errno;
 use crate::buffer::{Access, Buffer, DmaBuf, Kind, Provenance};
 use crate::device::vfio::{VfioDevice, devices};
-use crate::error::{ExportError, Unavailable};
+use crate::error::{ExportError, SystemError, Unavailable};
 use crate::sys;
 use crate::topology::PciAddress;
 
@@ -39,9 +40,9 @@ pub struct Request {
 /// its memory decoding off, takes the memory away from importers.
 ///
 /// # Errors
-/// The ioctl's error: `EINVAL` for what is off a page or outside the BAR, `ENODEV` for a BAR that
-/// is not there, `ENOTTY` from a kernel without the feature, `EOPNOTSUPP` from a device whose
-/// driver does not offer it.
+/// [`ExportError::Unavailable`] from a kernel without the feature. Otherwise the ioctl's error: `EINVAL`
+/// for what is off a page or outside the BAR, `ENODEV` for a BAR that is not there, `EOPNOTSUPP` from a
+/// device whose driver does not offer it.
 #[doc(alias = "VFIO_DEVICE_FEATURE_DMA_BUF")]
 pub fn export(device: &VfioDevice, request: Request) -> Result<Buffer, ExportError> {
     let writes = if request.access.writes() {
@@ -58,7 +59,7 @@ pub fn export(device: &VfioDevice, request: Request) -> Result<Buffer, ExportErr
     } = request;
     let exported = sys::vfio::export_dma_buf(device.device(), bar.into(), offset, length, flags);
     let failed = device.failed("ioctl(VFIO_DEVICE_FEATURE_DMA_BUF)");
-    let fd = exported.map_err(|errno| plain(failed(errno)))?;
+    let fd = exported.map_err(|errno| refused(failed(errno)))?;
     let region = device.region(bar.into()).map_err(plain)?;
     let provenance = Provenance {
         kind: Kind::Vfio,
@@ -73,4 +74,36 @@ pub fn export(device: &VfioDevice, request: Request) -> Result<Buffer, ExportErr
     let view = device.another_descriptor().map_err(plain)?;
     let at = region.offset + offset;
     Ok(Buffer::from_dmabuf_and_view(dmabuf, view, at, provenance))
+}
+
+/// What a refused export means.
+fn refused(cause: SystemError) -> ExportError {
+    if cause.errno != Errno::NOTTY {
+        return plain(cause);
+    }
+    ExportError::Unavailable(Unavailable {
+        what: "dma-bufs of vfio-pci",
+        cause,
+        remedy: "Linux 6.19 or later with CONFIG_VFIO_PCI_DMABUF".into(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kernel_without_the_feature_lacks_it_and_other_errors_are_failures() {
+        let error = |errno| {
+            let call = "ioctl(VFIO_DEVICE_FEATURE_DMA_BUF)";
+            refused(SystemError::new(call, "0000:00:13.0", errno))
+        };
+        assert!(matches!(error(Errno::NOTTY), ExportError::Unavailable(_)));
+        assert!(
+            error(Errno::NOTTY)
+                .to_string()
+                .contains("CONFIG_VFIO_PCI_DMABUF")
+        );
+        assert!(matches!(error(Errno::INVAL), ExportError::System { .. }));
+    }
 }

@@ -150,13 +150,17 @@ fn vfio_bars(size: u64) -> Found {
         else {
             continue;
         };
+        let request = vfio::Request {
+            bar,
+            offset: 0,
+            length: size,
+            access: Access::ReadWrite,
+        };
+        // A kernel may have vfio-pci and export nothing of it.
+        if let Err(ExportError::Unavailable(error)) = vfio::export(&device, request) {
+            return Err(error);
+        }
         return Ok(vec![Exporter::new("vfio-pci BAR", move || {
-            let request = vfio::Request {
-                bar,
-                offset: 0,
-                length: size,
-                access: Access::ReadWrite,
-            };
             Ok(vfio::export(&device, request)?)
         })]);
     }
