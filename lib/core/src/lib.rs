@@ -45,6 +45,7 @@ pub mod memfd;
 mod stage;
 mod sys;
 pub mod topology;
+mod unpoisoned;
 
 pub use access::Access;
 pub use buffer::{Buffer, BufferRange, Kind, Provenance};
@@ -66,3 +67,5 @@ pub use stage::Stage;
 #[doc(hidden)]
 pub use sys::{fork, memory};
 pub use topology::PciAddress;
+#[doc(hidden)]
+pub use unpoisoned::unpoisoned;

@@ -3,7 +3,7 @@
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -14,6 +14,7 @@ use peerbuf::Deadline;
 use peerbuf::buffer::Access;
 use peerbuf::error::{ShareError, SystemError};
 use peerbuf::share::{Lease, Subscriber};
+use peerbuf_core::unpoisoned;
 
 /// How long its end may go unnoticed by the thread.
 const SLICE: Duration = Duration::from_millis(100);
@@ -149,7 +150,7 @@ impl Follower {
                 return Err(RdmaError::TimedOut { what, limit });
             }
             let waited = self.shared.changed.wait_timeout(now, left);
-            now = waited.unwrap_or_else(PoisonError::into_inner).0;
+            now = unpoisoned(waited).0;
         }
     }
 
@@ -187,8 +188,7 @@ impl Shared {
     }
 
     fn lock(&self) -> MutexGuard<'_, Now> {
-        // A panic while it was locked leaves the state as it was between two changes.
-        self.now.lock().unwrap_or_else(PoisonError::into_inner)
+        unpoisoned(self.now.lock())
     }
 
     fn set(&self, now: Now) {

@@ -70,7 +70,7 @@
 use std::ffi::c_void;
 use std::fmt;
 use std::os::fd::AsFd;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
 use crate::error::RdmaError;
 use crate::ladder::{
@@ -84,6 +84,7 @@ use peerbuf::export::memfd;
 use peerbuf::plan::ReasonCode;
 use peerbuf_core::limits::on_pinning;
 use peerbuf_core::memory::Window;
+use peerbuf_core::unpoisoned;
 
 pub use crate::rung::{Attempt, Layer, Rung};
 pub use crate::sys::libfabric::{Domain, Opened};
@@ -326,7 +327,7 @@ impl Kept {
 
     fn window(&mut self) -> Window<'_> {
         let memory = self.memory.get_mut();
-        match memory.unwrap_or_else(PoisonError::into_inner) {
+        match unpoisoned(memory) {
             Memory::Mapped(mapping) => mapping.map().window(0, mapping.len() as usize),
             Memory::Staged(staging) => staging.window(),
         }
@@ -485,7 +486,7 @@ impl Registration {
     ) -> Result<u64, RdmaError> {
         self.inside(offset, length)?;
         let memory = self.region.kept().memory.lock();
-        match &mut *memory.unwrap_or_else(PoisonError::into_inner) {
+        match &mut *unpoisoned(memory) {
             Memory::Mapped(_) => Ok(0),
             Memory::Staged(staging) => {
                 step(staging, offset, length)?;

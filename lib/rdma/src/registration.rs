@@ -7,7 +7,7 @@ use std::ffi::c_void;
 use std::fmt;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, RwLock, RwLockReadGuard, Weak};
 
 use crate::error::RdmaError;
 use crate::ladder::{Staging, Standing};
@@ -18,6 +18,7 @@ use crate::wire::Remote;
 use peerbuf::buffer::{Access, BufferRange};
 use peerbuf::error::BufferError;
 use peerbuf::plan::Plan;
+use peerbuf_core::unpoisoned;
 
 /// What works on registrations: a connection.
 pub(crate) trait Work: Send + Sync {
@@ -129,11 +130,7 @@ impl Registration {
     /// ([`Connection::shows`](crate::Connection::shows)).
     #[doc(alias = "ibv_dereg_mr")]
     pub fn end(&self) {
-        let mut held = self
-            .inner
-            .held
-            .write()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut held = unpoisoned(self.inner.held.write());
         let Some(held) = held.take() else { return };
         let lines = std::mem::take(&mut *self.lines());
         for line in lines.iter().filter_map(Weak::upgrade) {
@@ -158,10 +155,7 @@ impl Registration {
     }
 
     fn lines(&self) -> MutexGuard<'_, Vec<Weak<dyn Work>>> {
-        self.inner
-            .lines
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        unpoisoned(self.inner.lines.lock())
     }
 
     fn stale(&self, why: &str) -> RdmaError {
@@ -174,7 +168,7 @@ impl Registration {
     /// Keeps it from being ended. Not reentrant: deadlocks if another thread waits in [`Registration::end`].
     pub(crate) fn hold(&self) -> Result<Holding<'_>, RdmaError> {
         let guard = self.inner.held.read();
-        let guard = guard.unwrap_or_else(PoisonError::into_inner);
+        let guard = unpoisoned(guard);
         match &*guard {
             Some(held) => Ok(Holding {
                 held: Arc::clone(held),
@@ -395,7 +389,7 @@ impl Holding<'_> {
         let Some(staging) = &self.held.staging else {
             return Ok(0);
         };
-        let mut staging = staging.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut staging = unpoisoned(staging.lock());
         step(&mut staging, offset, length)?;
         Ok(length)
     }

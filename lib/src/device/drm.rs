@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use drm::Device as _;
 use drm::buffer::Handle;
@@ -13,6 +13,7 @@ use rustix::fs::{Mode, OFlags};
 use crate::errno::Errno;
 use crate::error::{SystemError, Unavailable};
 use crate::topology::{PciAddress, Sysfs};
+use peerbuf_core::unpoisoned;
 
 const NODES: &str = "/dev/dri";
 const WHAT: &str = "DRM";
@@ -154,7 +155,7 @@ impl Card {
 
     fn handles(&self) -> std::sync::MutexGuard<'_, HashMap<Handle, usize>> {
         let handles = &self.inner.handles;
-        handles.lock().unwrap_or_else(PoisonError::into_inner)
+        unpoisoned(handles.lock())
     }
 
     fn hold(&self, handles: &mut HashMap<Handle, usize>, handle: Handle) -> Gem {

@@ -13,7 +13,7 @@
 //! What failed for a want that passes, such as memory (`ENOMEM`), is not kept at all.
 
 use std::collections::HashMap;
-use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
+use std::sync::{LazyLock, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use crate::buffer::{Buffer, Identity, Kind};
@@ -21,6 +21,7 @@ use crate::path::{Direction, Path, ReasonCode};
 use crate::topology::{PciAddress, Stamp, Sysfs};
 use crate::transfer::file::Endpoint;
 use crate::transfer::place::Place;
+use peerbuf_core::unpoisoned;
 
 /// How long a verdict is believed.
 const BELIEVED: Duration = Duration::from_secs(600);
@@ -153,7 +154,7 @@ impl Verdicts {
 static VERDICTS: LazyLock<Mutex<Verdicts>> = LazyLock::new(Mutex::default);
 
 fn verdicts() -> MutexGuard<'static, Verdicts> {
-    VERDICTS.lock().unwrap_or_else(PoisonError::into_inner)
+    unpoisoned(VERDICTS.lock())
 }
 
 /// The verdict that is believed of a key.

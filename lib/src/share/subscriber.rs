@@ -14,7 +14,7 @@ use std::ops::Deref;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -28,6 +28,7 @@ use crate::buffer::{Buffer, LastHandle, LeaseState};
 use crate::error::{ShareError, SystemError};
 use crate::sys::fork::Process;
 use peerbuf_core::Deadline;
+use peerbuf_core::unpoisoned;
 
 /// The most messages that are taken before they are answered.
 const TOGETHER: usize = 64;
@@ -488,8 +489,7 @@ impl Session {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        // A panic while it was locked leaves the state as it was between two changes.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        unpoisoned(self.state.lock())
     }
 
     /// As [`Session::lock`], with all offers unpacked.
@@ -512,13 +512,10 @@ impl Session {
     fn wait<'s>(&self, state: MutexGuard<'s, State>, deadline: Deadline) -> MutexGuard<'s, State> {
         self.waiting.fetch_add(1, Ordering::Relaxed);
         let state = match deadline.instant() {
-            None => self
-                .changed
-                .wait(state)
-                .unwrap_or_else(PoisonError::into_inner),
+            None => unpoisoned(self.changed.wait(state)),
             Some(_) => {
                 let waited = self.changed.wait_timeout(state, deadline.left());
-                waited.unwrap_or_else(PoisonError::into_inner).0
+                unpoisoned(waited).0
             }
         };
         self.waiting.fetch_sub(1, Ordering::Relaxed);
