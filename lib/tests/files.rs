@@ -13,7 +13,9 @@ use std::process::{Command, Stdio};
 
 use peerbuf::error::TransferError;
 use peerbuf::export::memfd;
-use peerbuf::import::file::FileImporter;
+use peerbuf::import::Importer;
+use peerbuf::import::cpu::Processor;
+use peerbuf::import::file::{FileImporter, Scratch};
 use peerbuf::plan::{self, ReasonCode};
 use peerbuf::{Access, Buffer};
 use rustix::fs::OFlags;
@@ -434,4 +436,39 @@ fn a_full_filesystem_is_told_with_what_was_written() {
     let rest = buffer.range(prefix, (1 << 20) - prefix).unwrap();
     file.attach(&rest).unwrap().write(prefix).unwrap();
     assert!(std::fs::read(&path).unwrap() == bytes);
+}
+
+#[test]
+fn importers_of_any_kind_are_used_by_one_trait() {
+    let directory = std::env::current_exe().unwrap();
+    let scratch = Scratch::new(directory.parent().unwrap());
+    let buffer = memfd::export("memory", 3 << 12).unwrap();
+    let range = buffer.range(4096, 5000).unwrap();
+    let importers: [Box<dyn Importer>; 2] = [Box::new(Processor), Box::new(scratch)];
+    for importer in importers {
+        let name = importer.name();
+        let mut attached = importer.attach(&range).unwrap();
+        drop(importer);
+        let bytes: Vec<u8> = (0..4500).map(|at| (at % 251) as u8).collect();
+        let plan = attached.write(&bytes).unwrap().unwrap();
+        assert_eq!(
+            range.slice(0, 4500).unwrap().to_vec().unwrap(),
+            bytes,
+            "{name}"
+        );
+        let mut back = vec![0; 5000];
+        let read = attached.read(&mut back).unwrap().unwrap();
+        assert!(back[..4500] == bytes && back[4500..] == [0; 500], "{name}");
+        assert_eq!(plan.path, read.path, "{name}");
+        assert_eq!(attached.plan().path, read.path, "{name}");
+        // What the range has no room for goes nowhere.
+        let mut long = vec![1; 5001];
+        assert!(attached.write(&long).is_err(), "{name}");
+        assert!(attached.read(&mut long).is_err(), "{name}");
+        assert!(
+            buffer.range(9096, 1).unwrap().to_vec().unwrap() == [0],
+            "{name}"
+        );
+        range.write_bytes(&[0; 5000]).unwrap();
+    }
 }

@@ -524,6 +524,25 @@ mod tests {
 
     #[test]
     #[cfg_attr(miri, ignore = "a system call that Miri does not have")]
+    fn the_pointer_is_where_the_bytes_are() {
+        use std::os::unix::fs::FileExt;
+        let buffer = memfd::buffer("test", 3 << 12).unwrap();
+        let range = buffer.range(5000, 4).unwrap();
+        range.write_bytes(b"here").unwrap();
+        let mapping = range.map(Access::ReadWrite).unwrap();
+        // An engine that is given the address, and reads and writes there.
+        let mut open = std::fs::File::options();
+        let engine = open.read(true).write(true).open("/proc/self/mem").unwrap();
+        let at = mapping.as_ptr() as u64;
+        let mut four = [0; 4];
+        engine.read_exact_at(&mut four, at).unwrap();
+        assert_eq!(&four, b"here");
+        engine.write_all_at(b"came", at).unwrap();
+        assert_eq!(range.to_vec().unwrap(), b"came");
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "a system call that Miri does not have")]
     fn values_cross_at_any_offset() {
         let buffer = memfd::buffer("test", 4096).unwrap();
         let mut mapping = buffer.whole().map(Access::ReadWrite).unwrap();

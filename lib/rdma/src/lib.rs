@@ -3,7 +3,8 @@
 //! The crate gives a card a buffer of `peerbuf`'s in the best way that works. With it come the queue
 //! pairs that it is tried with, and what keeps both right while the buffer moves.
 //!
-//! [`Card::register`] gives the card a buffer in the best way that works, a [`Rung`] of the ladder,
+//! [`Card::register`], and [`Domain::register`] in a protection domain that the program has already, gives the card a
+//! buffer in the best way that works, a [`Rung`] of the ladder,
 //! and the [`Registration`] says which, and what each better one failed with:
 //!
 //! | rung | the card uses | needs |
@@ -72,8 +73,8 @@
 //! [`Connection`] and the registrations know each other (by a trait: the ladder knows no queue pairs),
 //! and [`Follower`] moves bytes over connections while the buffer moves. The command `peerbuf rdma`,
 //! the lab's tests and the fuzz targets use them; in the command alone, the tests could not. It is no
-//! general library of RDMA: reliable connections, over RoCE. A program that has queue pairs of its own
-//! uses the registrations.
+//! general library of RDMA: reliable connections, over RoCE or within an InfiniBand subnet. A program that has
+//! queue pairs of its own brings its protection domain along ([`Domain::from_raw`]) and uses the registrations.
 #![deny(unsafe_code)]
 
 mod card;

@@ -216,3 +216,15 @@ fn a_stranger_reads_a_file_into_a_foreign_buffer_and_sends_it_from_his_own_domai
     let expected = format!("{} bytes, read by staged-copy, sent by {rung}", SIZE - 100);
     assert!(said.contains(&expected), "{said}");
 }
+
+/// The same without sideway, on rdma-mummy-sys: the `ibv_mr` is the library's, and nothing is left in the domain.
+#[test]
+fn a_region_in_a_raw_protection_domain_is_the_librarys_and_goes_with_its_registration() {
+    let output = Command::new("/opt/peerbuf/bin/stranger-raw")
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    let failed = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{failed}");
+    assert!(said.starts_with("rxe0: lkey 0x"), "{said}");
+}

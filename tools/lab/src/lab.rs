@@ -172,8 +172,8 @@ pub fn joined<T>(thread: std::thread::ScopedJoinHandle<'_, Result<T>>) -> Result
 /// When the directory to share is none, or the stranger's program does not compile.
 pub fn job(ground: &Ground, args: &GuestArgs, mut parts: Parts) -> Result<Job> {
     if args.stranger {
-        let program = stranger::build(&Project::find()?, ground)?;
-        parts.programs.push(program);
+        let programs = stranger::build(&Project::find()?, ground)?;
+        parts.programs.extend(programs);
     }
     let share = args.share.as_deref().map(shared).transpose()?;
     let mut machine = Machine {

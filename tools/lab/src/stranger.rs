@@ -22,11 +22,11 @@ use crate::{
 /// The program's directory in the checkout.
 const PACKAGE: &str = "lib/examples/stranger";
 
-/// Builds it, if need be, and returns the program.
+/// Builds it, if need be, and returns its programs.
 ///
 /// # Errors
 /// When its dependencies cannot be had, or something does not compile; holds the compiler's messages.
-pub fn build(project: &Project, ground: &Ground) -> Result<PathBuf> {
+pub fn build(project: &Project, ground: &Ground) -> Result<Vec<PathBuf>> {
     let manifest = project.root().join(PACKAGE).join("Cargo.toml");
     let work = project.work_dir("stranger")?;
     let _lock = project::lock(&work)?;
@@ -64,7 +64,8 @@ pub fn build(project: &Project, ground: &Ground) -> Result<PathBuf> {
         .arg(Path::new("/lab/src").join(PACKAGE).join("Cargo.toml"))
         .run("building the stranger's program")?;
     step.done();
-    Ok(out.join("debug/stranger"))
+    let programs = ["stranger", "stranger-raw"];
+    Ok(programs.map(|name| out.join("debug").join(name)).into())
 }
 
 /// What a command says.

@@ -31,6 +31,11 @@ fn main() -> Result<(), Box<dyn Error>> {
     let all = region.sge(0, read.bytes.try_into()?)?;
     queue.send(all.address, all.length, all.lkey)?;
 
-    println!("{buffer}: {} bytes, read by {}, sent by {}", read.bytes, read.plan.path, region.rung());
+    println!(
+        "{buffer}: {} bytes, read by {}, sent by {}",
+        read.bytes,
+        read.plan.path,
+        region.rung()
+    );
     Ok(())
 }

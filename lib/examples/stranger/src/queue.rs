@@ -67,7 +67,9 @@ pub fn open(
     peer.write_all(&ours)?;
     let mut theirs = [0; 32];
     peer.read_exact(&mut theirs)?;
-    let word = |at: usize| u32::from_be_bytes([theirs[at], theirs[at + 1], theirs[at + 2], theirs[at + 3]]);
+    let word = |at: usize| {
+        u32::from_be_bytes([theirs[at], theirs[at + 1], theirs[at + 2], theirs[at + 3]])
+    };
     let mut gid = Gid::default();
     gid.raw.copy_from_slice(&theirs[..16]);
 
@@ -104,7 +106,9 @@ impl Queue {
     /// Sends memory of a region of the domain, and waits until the other end has it.
     pub fn send(&mut self, address: u64, length: u32, lkey: u32) -> Result<(), Box<dyn Error>> {
         let mut guard = self.pair.start_post_send();
-        let request = guard.construct_wr(1, WorkRequestFlags::Signaled).setup_send();
+        let request = guard
+            .construct_wr(1, WorkRequestFlags::Signaled)
+            .setup_send();
         // SAFETY: the caller's region has these bytes until this returns.
         unsafe { request.setup_sge(lkey, address, length) };
         guard.post()?;
