@@ -432,7 +432,7 @@ impl Attachment {
     }
 }
 
-/// The importer as the driver of one device: an [`Importer`](super::Importer) like others, that moves no bytes.
+/// The importer as the driver of one device: an [`Importer`] like others, that moves no bytes.
 #[derive(Debug)]
 pub struct OnBehalf {
     probe: Probe,
