@@ -36,9 +36,10 @@ pub fn build(project: &Project, ground: &Ground) -> Result<Vec<PathBuf>> {
     for dir in [&out, &merged] {
         fs::create_dir_all(dir)?;
     }
-    // Nothing reaches the network from inside.
+    // Nothing reaches the network from inside. What peerbuf's crates depend on may have changed, and with it the
+    // program's lock file, which is corrected here.
     let mut fetch = Command::new(project::cargo_program());
-    fetch.args(["fetch", "--locked", "--quiet", "--manifest-path"]);
+    fetch.args(["fetch", "--quiet", "--manifest-path"]);
     answer(fetch.arg(&manifest))?;
     let sysroot = answer(Command::new("rustc").args(["--print", "sysroot"]))?;
     let home = std::env::var_os("CARGO_HOME").map(PathBuf::from);
