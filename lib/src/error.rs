@@ -285,6 +285,7 @@ impl ShareError {
     }
 
     /// True when a call on a socket that does not wait would have had to.
+    #[cfg(feature = "share")]
     pub(crate) fn would_wait(&self) -> bool {
         matches!(self, ShareError::System(SystemError { errno, .. }) if *errno == Errno::AGAIN)
     }

@@ -51,6 +51,7 @@ pub mod fuzz;
 pub mod import;
 mod path;
 pub mod plan;
+mod queue;
 #[cfg(feature = "share")]
 pub mod share;
 mod sys;

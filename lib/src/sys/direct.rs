@@ -20,31 +20,10 @@ use nix::libc;
 use crate::errno::Errno;
 use crate::error::SystemError;
 use crate::path::Direction;
+use crate::queue::Queue;
 use crate::sys::memory::Window;
-use crate::transfer::Queue;
 
-/// What one call of the kernel carries at most (`MAX_RW_COUNT` in include/linux/fs.h, for pages of 4 KiB).
-pub(crate) const LARGEST: usize = 0x7fff_f000;
-
-/// One request: bytes between a file and memory.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Request<'w> {
-    /// What the answer is called by. No two requests in flight have the same.
-    pub(crate) token: u32,
-    pub(crate) file: BorrowedFd<'w>,
-    pub(crate) window: Window<'w>,
-    /// Where in the file.
-    pub(crate) offset: u64,
-    pub(crate) direction: Direction,
-}
-
-/// A source of requests, and where their answers go.
-pub(crate) trait Work<'w> {
-    /// The next request; `None` where there is none before another answer has come, or none at all.
-    fn next(&mut self) -> Option<Request<'w>>;
-    /// What a request came to: the bytes moved, 0 at the end of a file that was read.
-    fn done(&mut self, token: u32, result: Result<usize, Errno>);
-}
+pub(crate) use super::request::{Request, Work};
 
 /// Positioned I/O between a file and a window of mapped memory, as the system calls define it.
 pub(crate) trait DirectIo: Send + Sync {

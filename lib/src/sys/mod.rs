@@ -13,6 +13,7 @@ pub(crate) mod iommufd;
 pub(crate) mod peer;
 #[cfg(feature = "module")]
 pub(crate) mod peerbuf;
+pub(crate) mod request;
 #[cfg(feature = "io-uring")]
 pub(crate) mod ring;
 pub(crate) mod udmabuf;
@@ -23,7 +24,9 @@ pub(crate) mod vfio;
 
 use crate::errno::Errno;
 
-pub(crate) use peerbuf_core::{fork, memory};
+#[cfg(any(feature = "io-uring", feature = "share"))]
+pub(crate) use peerbuf_core::fork;
+pub(crate) use peerbuf_core::memory;
 
 /// The number behind an ioctl's error. nix has no name for those that the kernel keeps to
 /// itself, so they are read again from the C library.

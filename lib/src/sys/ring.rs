@@ -10,11 +10,14 @@ use std::sync::{Mutex, PoisonError};
 use io_uring::{IoUring, Probe, opcode, squeue, types};
 use nix::libc;
 
-use super::direct::{LARGEST, Request, Work};
 use super::fork::Process;
+use super::request::{Request, Work};
 use crate::errno::Errno;
 use crate::error::SystemError;
 use crate::path::Direction;
+
+/// What one call of the kernel carries at most (`MAX_RW_COUNT` in include/linux/fs.h, for pages of 4 KiB).
+const LARGEST: usize = 0x7fff_f000;
 
 /// Bytes after which requests go to the kernel at once, and not with the next wait: the thread may copy as
 /// much for the next one, and the disk should not wait for that.

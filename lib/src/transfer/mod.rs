@@ -10,14 +10,13 @@ pub(crate) mod place;
 #[cfg(test)]
 mod tests;
 
-use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use crate::error::SystemError;
 use crate::path::Plan;
 
+pub use crate::queue::Queue;
 pub use memory::{copy, copy_watched};
 
 /// Bytes at one place of a file and one of a buffer.
@@ -79,32 +78,6 @@ pub struct Receipt {
     /// How long it took, from the call to its end: with the choice of the path, and with its proof if one was
     /// made.
     pub time: Duration,
-}
-
-/// How requests get to the kernel.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-#[non_exhaustive]
-pub enum Queue {
-    /// One system call after another: there was nothing to do at the same time.
-    #[default]
-    Calls,
-    /// Many at a time, by io_uring.
-    IoUring,
-    /// Several at a time, by threads that make one system call each.
-    Threads {
-        /// Why not by io_uring.
-        why: SystemError,
-    },
-}
-
-impl fmt::Display for Queue {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Queue::Calls => f.write_str("system calls"),
-            Queue::IoUring => f.write_str("io_uring"),
-            Queue::Threads { why } => write!(f, "threads ({why})"),
-        }
-    }
 }
 
 /// A transfer as others see it: how far it is, and a way to end it early. Clones are the same.

@@ -1,0 +1,31 @@
+//! How the requests of a transfer get to the kernel.
+
+use std::fmt;
+
+use crate::error::SystemError;
+
+/// How requests get to the kernel.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum Queue {
+    /// One system call after another: there was nothing to do at the same time.
+    #[default]
+    Calls,
+    /// Many at a time, by io_uring.
+    IoUring,
+    /// Several at a time, by threads that make one system call each.
+    Threads {
+        /// Why not by io_uring.
+        why: SystemError,
+    },
+}
+
+impl fmt::Display for Queue {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Queue::Calls => f.write_str("system calls"),
+            Queue::IoUring => f.write_str("io_uring"),
+            Queue::Threads { why } => write!(f, "threads ({why})"),
+        }
+    }
+}
