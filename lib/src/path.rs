@@ -167,6 +167,30 @@ pub enum ReasonCode {
 }
 
 impl ReasonCode {
+    /// All of this version.
+    pub const ALL: [ReasonCode; 20] = [
+        ReasonCode::KernelRefused,
+        ReasonCode::ProofFailed,
+        ReasonCode::DeviceError,
+        ReasonCode::ReadUnproved,
+        ReasonCode::WriteUnproved,
+        ReasonCode::NotDeviceMemory,
+        ReasonCode::NotHostMemory,
+        ReasonCode::NoStructPages,
+        ReasonCode::NoDirectIo,
+        ReasonCode::Misaligned,
+        ReasonCode::BelowBlockSize,
+        ReasonCode::NotADevice,
+        ReasonCode::PlacementUnknown,
+        ReasonCode::NoDmaBuf,
+        ReasonCode::NotMappable,
+        ReasonCode::ImporterNotPeer,
+        ReasonCode::AttachRefused,
+        ReasonCode::NotPinnable,
+        ReasonCode::NotWhole,
+        ReasonCode::TooSmall,
+    ];
+
     /// The stable name, in kebab case.
     pub fn as_str(self) -> &'static str {
         match self {

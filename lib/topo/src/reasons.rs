@@ -1,0 +1,771 @@
+//! All that speaks against DMA between two devices, at once, and what would change it.
+
+use std::fmt;
+
+use peerbuf_core::PciAddress;
+
+use crate::machine::{Acs, Driver, Format, Function, Index, Iommu, Kernel, Kind, Machine};
+use crate::rules::{Map, Missing, Route, Rule, Rules, Trust};
+
+/// A reason. The list is closed; `docs/reasons/` has a page for each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Code {
+    /// Both are the same function.
+    SameFunction,
+    /// The one that shall do DMA cannot.
+    NoDmaEngine,
+    /// The one whose memory it is has none to lend.
+    NoMemory,
+    /// The kernel has no such mappings.
+    KernelTooOld,
+    /// The host bridge is not on the kernel's list.
+    HostBridgeNotListed,
+    /// The list allows traffic within each host bridge only.
+    HostBridgesDiffer,
+    /// Nothing on the root bus names the host bridge.
+    HostBridgeUnnamed,
+    /// A bridge sends requests between peers to the host bridge.
+    AcsRedirect,
+    /// The device cannot send so many address bits.
+    DmaMask,
+    /// The kernel bounces all DMA.
+    SwiotlbForced,
+    /// ACS could not be read.
+    AcsUnknown,
+    /// The host bridge could not be told.
+    HostBridgeUnknown,
+    /// The processor could not be told.
+    ProcessorUnknown,
+    /// The kernel's version could not be told, or its rules are not known here.
+    KernelUnknown,
+    /// Bridges are missing from the snapshot.
+    TreeUnknown,
+    /// A virtual machine's IOMMU may drop what its switch should have routed.
+    IommuInGuest,
+    /// A virtual machine's tree is not the hardware's.
+    VirtualMachine,
+    /// Host bridges may pass writes and not reads.
+    HostBridgeUnproved,
+    /// The BAR is smaller than it could be.
+    BarSmall,
+    /// A link is slower or narrower than it could be.
+    LinkDegraded,
+    /// The kernel keeps its answer.
+    VerdictCached,
+    /// A disk is made of others by a layer of the kernel's.
+    BlockLayer,
+    /// It is not a PCI device.
+    NotPci,
+}
+
+impl Code {
+    /// All.
+    pub const ALL: [Code; 23] = [
+        Code::SameFunction,
+        Code::NoDmaEngine,
+        Code::NoMemory,
+        Code::KernelTooOld,
+        Code::HostBridgeNotListed,
+        Code::HostBridgesDiffer,
+        Code::HostBridgeUnnamed,
+        Code::AcsRedirect,
+        Code::DmaMask,
+        Code::SwiotlbForced,
+        Code::AcsUnknown,
+        Code::HostBridgeUnknown,
+        Code::ProcessorUnknown,
+        Code::KernelUnknown,
+        Code::TreeUnknown,
+        Code::IommuInGuest,
+        Code::VirtualMachine,
+        Code::HostBridgeUnproved,
+        Code::BarSmall,
+        Code::LinkDegraded,
+        Code::VerdictCached,
+        Code::BlockLayer,
+        Code::NotPci,
+    ];
+
+    /// The stable name, in kebab case.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Code::SameFunction => "same-function",
+            Code::NoDmaEngine => "no-dma-engine",
+            Code::NoMemory => "no-memory",
+            Code::KernelTooOld => "kernel-too-old",
+            Code::HostBridgeNotListed => "host-bridge-not-listed",
+            Code::HostBridgesDiffer => "host-bridges-differ",
+            Code::HostBridgeUnnamed => "host-bridge-unnamed",
+            Code::AcsRedirect => "acs-redirect",
+            Code::DmaMask => "dma-mask",
+            Code::SwiotlbForced => "swiotlb-forced",
+            Code::AcsUnknown => "acs-unknown",
+            Code::HostBridgeUnknown => "host-bridge-unknown",
+            Code::ProcessorUnknown => "processor-unknown",
+            Code::KernelUnknown => "kernel-unknown",
+            Code::TreeUnknown => "tree-unknown",
+            Code::IommuInGuest => "iommu-in-guest",
+            Code::VirtualMachine => "virtual-machine",
+            Code::HostBridgeUnproved => "host-bridge-unproved",
+            Code::BarSmall => "bar-small",
+            Code::LinkDegraded => "link-degraded",
+            Code::VerdictCached => "verdict-cached",
+            Code::BlockLayer => "block-layer",
+            Code::NotPci => "not-pci",
+        }
+    }
+}
+
+impl fmt::Display for Code {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.as_str())
+    }
+}
+
+/// What a reason does. The gravest sorts first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Effect {
+    /// It cannot work.
+    Blocks,
+    /// A fact is missing that decides whether it works.
+    MayBlock,
+    /// It works by a longer way.
+    Slows,
+    /// Good to know.
+    Warns,
+}
+
+impl Effect {
+    /// Its name, for people.
+    pub fn name(self) -> &'static str {
+        match self {
+            Effect::Blocks => "blocks",
+            Effect::MayBlock => "may block",
+            Effect::Slows => "slows",
+            Effect::Warns => "warns",
+        }
+    }
+}
+
+/// One reason, with what it was seen by.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Reason {
+    /// Which.
+    pub code: Code,
+    /// What it does here.
+    pub effect: Effect,
+    /// The devices, bits and numbers, for people.
+    pub evidence: String,
+}
+
+/// What would change an answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Remedy {
+    /// What it does, and what it costs.
+    pub what: String,
+    /// Commands, for a root shell; none where it takes a screwdriver.
+    pub commands: Vec<String>,
+}
+
+impl Remedy {
+    fn new<const N: usize>(what: impl Into<String>, commands: [String; N]) -> Remedy {
+        Remedy {
+            what: what.into(),
+            commands: commands.into(),
+        }
+    }
+}
+
+/// Whether one device can use another's memory, as predicted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// The kernel will allow it.
+    Yes,
+    /// It cannot work.
+    No,
+    /// A fact is missing.
+    Unknown,
+}
+
+impl Verdict {
+    /// Its name, for people.
+    pub fn name(self) -> &'static str {
+        match self {
+            Verdict::Yes => "yes",
+            Verdict::No => "no",
+            Verdict::Unknown => "unknown",
+        }
+    }
+}
+
+/// The whole argument about one device's use of another's memory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Argument {
+    /// The device that does DMA.
+    pub client: Index,
+    /// The device whose memory it is.
+    pub provider: Index,
+    /// The answer.
+    pub verdict: Verdict,
+    /// What the kernel will say.
+    pub route: Route,
+    /// Everything that speaks against it, the gravest first.
+    pub reasons: Vec<Reason>,
+    /// What would change it.
+    pub remedies: Vec<Remedy>,
+}
+
+/// Whether `client` can do DMA to and from the memory of `provider`.
+pub fn argue(rules: &Rules<'_>, client: Index, provider: Index) -> Argument {
+    let mut case = Case {
+        rules,
+        machine: rules.machine(),
+        route: rules.route(client, provider),
+        client,
+        provider,
+        reasons: Vec::new(),
+        remedies: Vec::new(),
+    };
+    case.devices();
+    case.way();
+    case.addresses();
+    case.cautions();
+    let Case {
+        route,
+        mut reasons,
+        mut remedies,
+        ..
+    } = case;
+    reasons.sort_by_key(|reason| reason.effect);
+    remedies.dedup();
+    let has = |effect| reasons.iter().any(|reason| reason.effect == effect);
+    let verdict = match (has(Effect::Blocks), has(Effect::MayBlock)) {
+        (true, _) => Verdict::No,
+        (false, true) => Verdict::Unknown,
+        (false, false) => Verdict::Yes,
+    };
+    Argument {
+        client,
+        provider,
+        verdict,
+        route,
+        reasons,
+        remedies,
+    }
+}
+
+/// A function's address and what people call it: `0000:03:00.0 (nvme0n1)`.
+pub fn label(function: &Function) -> String {
+    match short_name(function) {
+        Some(name) => format!("{} ({name})", function.address),
+        None => function.address.to_string(),
+    }
+}
+
+/// The name that says most: a disk before its controller, an RDMA device before its network interface.
+pub fn short_name(function: &Function) -> Option<&str> {
+    let rank = |name: &&String| {
+        let name = name.as_str();
+        let is_disk = name.starts_with("nvme") && name[4..].contains('n');
+        let groups = ["renderD", "card", "video", "accel"];
+        let group = groups.iter().position(|begin| name.starts_with(begin));
+        (!is_disk, group, name.starts_with('e'), name.len())
+    };
+    function.names.iter().min_by_key(rank).map(String::as_str)
+}
+
+struct Case<'a, 'm> {
+    rules: &'a Rules<'m>,
+    machine: &'m Machine,
+    route: Route,
+    client: Index,
+    provider: Index,
+    reasons: Vec<Reason>,
+    remedies: Vec<Remedy>,
+}
+
+impl<'m> Case<'_, 'm> {
+    fn say(&mut self, code: Code, effect: Effect, evidence: impl Into<String>) {
+        self.reasons.push(Reason {
+            code,
+            effect,
+            evidence: evidence.into(),
+        });
+    }
+
+    fn remedy(&mut self, remedy: Remedy) {
+        self.remedies.push(remedy);
+    }
+
+    fn client(&self) -> &'m Function {
+        self.machine.function(self.client)
+    }
+
+    fn provider(&self) -> &'m Function {
+        self.machine.function(self.provider)
+    }
+
+    /// What the devices are able to.
+    fn devices(&mut self) {
+        let (client, provider) = (self.client(), self.provider());
+        if self.client == self.provider {
+            let what = format!("both are {}", label(client));
+            self.say(Code::SameFunction, Effect::Warns, what);
+        }
+        let at = client.address;
+        match (&client.driver, client.kind()) {
+            (_, Kind::Bridge) => {
+                let what = format!("{at} is a bridge, which moves others' bytes only");
+                self.say(Code::NoDmaEngine, Effect::Blocks, what);
+            }
+            (Some(Driver::None), _) => {
+                let what = format!("{} has no driver that could make it do DMA", label(client));
+                self.say(Code::NoDmaEngine, Effect::Blocks, what);
+                let command = format!("echo {at} > /sys/bus/pci/drivers_probe");
+                self.remedy(Remedy::new("give it its driver", [command]));
+            }
+            (Some(Driver::Bound(driver)), _) if driver == "peerbuf" => {
+                let what = format!(
+                    "{at} belongs to peerbuf.ko, which lends its memory and keeps its DMA off"
+                );
+                self.say(Code::NoDmaEngine, Effect::Blocks, what);
+            }
+            _ => {}
+        }
+        let lends = provider.lends.is_some();
+        let at = label(provider);
+        match (&provider.bars, provider.kind()) {
+            (Some(bars), _) if bars.is_empty() => {
+                self.say(
+                    Code::NoMemory,
+                    Effect::Blocks,
+                    format!("{at} has no memory BAR"),
+                );
+            }
+            (_, Kind::Bridge) => {
+                let what = format!("{at} is a bridge and has no memory of its own");
+                self.say(Code::NoMemory, Effect::Blocks, what);
+            }
+            (_, Kind::Nvme) if !lends && self.machine.format == Format::Sysfs => {
+                let what =
+                    format!("{at} has registers only, and lends no controller memory buffer (CMB)");
+                self.say(Code::NoMemory, Effect::Blocks, what);
+            }
+            (_, Kind::Nvme | Kind::Disk | Kind::Nic) if !lends => {
+                let what = format!(
+                    "a {} has memory to lend only if its driver says so, which {} does not tell",
+                    provider.kind().name(),
+                    self.machine.format.name()
+                );
+                self.say(Code::NoMemory, Effect::Warns, what);
+            }
+            _ => {}
+        }
+        if let Some(bar) = provider.largest_bar()
+            && let Some(most) = bar.resizable_to.filter(|most| *most > bar.size)
+        {
+            let what = format!(
+                "BAR {} of {at} shows {}, and can show {}",
+                bar.index,
+                size(bar.size),
+                size(most)
+            );
+            self.say(Code::BarSmall, Effect::Warns, what);
+            let bits = most.ilog2() - 20;
+            let command = format!(
+                "echo {bits} > /sys/bus/pci/devices/{}/resource{}_resize",
+                provider.address, bar.index
+            );
+            let what = "enlarge the BAR: Resizable BAR and 'above 4G decoding' in the firmware's setup, or here \
+                        with the driver unbound";
+            self.remedy(Remedy::new(what, [command]));
+        }
+    }
+
+    /// What the kernel says of the way.
+    fn way(&mut self) {
+        let (client, provider) = (self.client(), self.provider());
+        let (Function { host: one, .. }, Function { host: other, .. }) = (client, provider);
+        if self.route.rule == Rule::KernelTooOld {
+            let what = "peer-to-peer DMA came with Linux 4.20";
+            self.say(Code::KernelTooOld, Effect::Blocks, what);
+            self.remedy(Remedy::new("run a newer kernel", []));
+            return;
+        }
+        // Where the shortest way is not taken, or may not be.
+        let redirectors = self.redirectors();
+        if self.route.redirected {
+            let bridges: Vec<String> = redirectors
+                .iter()
+                .map(|(at, control)| acs_text(*at, *control))
+                .collect();
+            let effect = match self.route.possible.allowed() {
+                Some(true) => Effect::Slows,
+                Some(false) => Effect::Blocks,
+                None => Effect::MayBlock,
+            };
+            let what = format!(
+                "requests between them are sent up to the host bridge by {}",
+                bridges.join(", ")
+            );
+            self.say(Code::AcsRedirect, effect, what);
+            self.remedies
+                .extend(acs_remedies(&redirectors, self.rules.kernel()));
+            let what = format!(
+                "the kernel keeps its answer until the driver of {} is bound anew",
+                provider.address
+            );
+            self.say(Code::VerdictCached, Effect::Warns, what);
+        }
+        if self.route.rule == Rule::CommonBridgeAcsUnknown {
+            let (unread, what) = self.unread_acs();
+            let effect = match self.route.possible.allowed() {
+                Some(_) => Effect::Warns,
+                None => Effect::MayBlock,
+            };
+            self.say(Code::AcsUnknown, effect, what);
+            if unread && self.machine.format == Format::Sysfs {
+                let what = "run this as root, who may read all of the configuration space";
+                self.remedy(Remedy::new(what, []));
+            }
+        }
+        if self.route.rule == Rule::TreeUnknown {
+            let what = format!(
+                "{} does not tell which bridges and host bridges {} and {} have in common",
+                self.machine.format.name(),
+                client.address,
+                provider.address
+            );
+            let effect = match self.route.possible.allowed() {
+                Some(_) => Effect::Warns,
+                None => Effect::MayBlock,
+            };
+            self.say(Code::TreeUnknown, effect, what);
+        }
+        if !self.route.possible.has(Map::HostBridge) && !self.route.possible.has(Map::NotSupported)
+        {
+            return;
+        }
+        let blocked = match self.route.possible.allowed() {
+            Some(true) => {
+                if self.route.possible.known() == Some(Map::HostBridge) {
+                    let what = format!(
+                        "bytes cross {}; some pass writes and lose or slow down reads",
+                        self.hosts(*one, *other)
+                    );
+                    self.say(Code::HostBridgeUnproved, Effect::Warns, what);
+                }
+                return;
+            }
+            Some(false) => Effect::Blocks,
+            None => Effect::MayBlock,
+        };
+        self.host_bridges(*one, *other, blocked);
+    }
+
+    /// Why traffic through the host bridge is refused, or may be.
+    fn host_bridges(&mut self, one: u32, other: u32, effect: Effect) {
+        let no_bridge = match self.route.common {
+            None => "they have no bridge in common, and",
+            Some(_) => "requests may be sent up, and",
+        };
+        let under = match self.rules.kernel() {
+            Some(kernel) => format!("Linux {kernel}"),
+            None => format!(
+                "Linux up to {}.{}",
+                crate::rules::LAST.0,
+                crate::rules::LAST.1
+            ),
+        };
+        match self.rules.trust(one, other) {
+            Trust::No(Rule::ListedForItselfOnly) => {
+                let what = format!(
+                    "{no_bridge} {under} allows {} within itself only",
+                    self.hosts(one, other)
+                );
+                self.say(Code::HostBridgesDiffer, effect, what);
+                let what = "move one card to a slot of the other's host bridge";
+                self.remedy(Remedy::new(what, []));
+            }
+            Trust::No(Rule::Unnamed) => {
+                let what = format!(
+                    "{no_bridge} the first function of the root bus is neither 00.0 nor a root port: {}",
+                    self.hosts(one, other)
+                );
+                self.say(Code::HostBridgeUnnamed, effect, what);
+                self.under_a_switch();
+            }
+            Trust::No(_) => {
+                let what = format!(
+                    "{no_bridge} {under} does not trust {} to pass requests on",
+                    self.hosts(one, other)
+                );
+                self.say(Code::HostBridgeNotListed, effect, what);
+                self.under_a_switch();
+            }
+            Trust::Unknown(Missing::HostBridge) => {
+                let what = format!(
+                    "{no_bridge} which host bridge {} is, is not told by {}",
+                    self.hosts(one, other),
+                    self.machine.format.name()
+                );
+                self.say(Code::HostBridgeUnknown, effect, what);
+            }
+            Trust::Unknown(Missing::Processor) => {
+                let what = format!(
+                    "{no_bridge} {} is not on the list of {under}; an AMD processor from family 17h on makes up \
+                     for that, and the processor is not known",
+                    self.hosts(one, other)
+                );
+                self.say(Code::ProcessorUnknown, effect, what);
+            }
+            Trust::Unknown(Missing::Kernel) => {
+                let what = match self.rules.kernel() {
+                    None => "which kernel it is; host bridges came to the list over time".into(),
+                    Some(kernel) => format!(
+                        "whether Linux {kernel} trusts {}: known are the rules of 5.9 to 7.3",
+                        self.hosts(one, other)
+                    ),
+                };
+                self.say(Code::KernelUnknown, effect, what);
+                let what = "name the kernel";
+                self.remedy(Remedy::new(what, ["peerbuf why A B --kernel 7.3".into()]));
+            }
+            Trust::Yes(_) => {}
+        }
+    }
+
+    fn under_a_switch(&mut self) {
+        if self.machine.is_virtual == Some(true) {
+            let what = "put both below one switch in the virtual machine (QEMU), or pass its processor through if \
+                        that is an AMD of family 17h or later (-cpu host)";
+            let switch = "-device x3130-upstream,id=up,bus=ROOT_PORT -device xio3130-downstream,id=d1,bus=up,chassis=1 \
+                          -device xio3130-downstream,id=d2,bus=up,chassis=2";
+            self.remedy(Remedy::new(what, [switch.into()]));
+        } else {
+            let what = "put both cards below one PCIe switch; no option of the kernel adds a host bridge to its list";
+            self.remedy(Remedy::new(what, []));
+        }
+    }
+
+    /// `pci0000:00 (8086:29c0)`
+    fn hosts(&self, one: u32, other: u32) -> String {
+        let describe = |host: u32| {
+            let name = &self.machine.hosts[host as usize].name;
+            let first = self
+                .rules
+                .named_by(host)
+                .map(|first| self.machine.function(first));
+            match first.and_then(|first| first.id) {
+                Some((vendor, device)) => format!("{name} ({vendor:04x}:{device:04x})"),
+                None => name.clone(),
+            }
+        };
+        match one == other {
+            true => describe(one),
+            false => format!("{} and {}", describe(one), describe(other)),
+        }
+    }
+
+    /// Functions on the way whose ACS redirects.
+    fn redirectors(&self) -> Vec<(PciAddress, u16)> {
+        let mut found = Vec::new();
+        self.rules
+            .each_on_the_way(self.client, self.provider, self.route.common, |index| {
+                let function = self.machine.function(index);
+                if let Some(Acs::Control(control)) = function.acs
+                    && control & Acs::REDIRECT != 0
+                {
+                    found.push((function.address, control));
+                }
+            });
+        found.sort();
+        found
+    }
+
+    /// Whether a bridge's ACS could not be read, and a text about it.
+    fn unread_acs(&self) -> (bool, String) {
+        let mut unread = Vec::new();
+        self.rules
+            .each_on_the_way(self.client, self.provider, self.route.common, |index| {
+                let function = self.machine.function(index);
+                if function.acs.is_none() {
+                    unread.push(function.address.to_string());
+                }
+            });
+        let text = match unread.is_empty() {
+            true => format!(
+                "{} lacks bridges, whose ACS may redirect",
+                self.machine.format.name()
+            ),
+            false => format!(
+                "whether ACS sends requests to the host bridge could not be read of {}",
+                unread.join(", ")
+            ),
+        };
+        (!unread.is_empty(), text)
+    }
+
+    /// Whether the client can send the provider's addresses.
+    fn addresses(&mut self) {
+        let (client, provider) = (self.client(), self.provider());
+        let translates = client.iommu.as_ref().and_then(Iommu::translates);
+        let bus = self.route.possible.known() == Some(Map::BusAddress);
+        // Through the host bridge a translating IOMMU gives addresses that the device can send.
+        if translates == Some(true) && !bus {
+            return;
+        }
+        if let (Some(bits), Some(bar)) = (client.dma_bits, provider.largest_bar())
+            && bits < bar.address_bits
+        {
+            let what = format!(
+                "{} sends {bits} address bits, and BAR {} of {} ends above that, at {} bits",
+                label(client),
+                bar.index,
+                provider.address,
+                bar.address_bits
+            );
+            self.say(Code::DmaMask, Effect::Blocks, what);
+            let what = "let an IOMMU translate (through the host bridge), or place BARs below 4 GiB in the firmware's setup \
+                        ('above 4G decoding' off)";
+            self.remedy(Remedy::new(what, []));
+        }
+        let forced = |option: &String| {
+            option.starts_with("swiotlb=")
+                && option.contains("force")
+                && !option.contains("noforce")
+        };
+        if !bus && self.machine.options.iter().flatten().any(forced) {
+            let what =
+                "the kernel bounces all DMA (swiotlb=force), which peers' memory does not allow";
+            self.say(Code::SwiotlbForced, Effect::Blocks, what);
+            self.remedy(Remedy::new(
+                "take swiotlb=force from the kernel's command line",
+                [],
+            ));
+        }
+    }
+
+    fn cautions(&mut self) {
+        let client = self.client();
+        if self.client == self.provider {
+            return;
+        }
+        let translates = client.iommu.as_ref().and_then(Iommu::translates);
+        if self.machine.is_virtual == Some(true) {
+            if translates == Some(true) && self.route.possible.has(Map::BusAddress) {
+                let what = format!(
+                    "a virtual machine's IOMMU translates what {} sends. It may take the bus addresses of a peer for its own, \
+                     and drop the bytes while every call reports success",
+                    client.address
+                );
+                self.say(Code::IommuInGuest, Effect::Warns, what);
+                let what =
+                    "let the IOMMU pass addresses on, on the kernel's command line; then reboot";
+                self.remedy(Remedy::new(what, ["iommu=pt".into()]));
+            } else {
+                let what = "this is a virtual machine, whose tree is not the hardware's: only bytes prove a path";
+                self.say(Code::VirtualMachine, Effect::Warns, what);
+            }
+        }
+        for at in [self.client, self.provider] {
+            let function = self.machine.function(at);
+            if let Some(link) = function.link
+                && let Some((speed, width)) = link.most
+                && (link.speed < speed || link.width < width)
+                && self.machine.is_virtual != Some(true)
+            {
+                let what = format!("the link of {} runs at {link}", label(function));
+                self.say(Code::LinkDegraded, Effect::Warns, what);
+            }
+        }
+    }
+}
+
+/// What a layer below a filesystem does to pages of peer memory. `layer` as
+/// [`BlockDevice::layer`](peerbuf_core::topology::BlockDevice::layer) tells it.
+pub fn of_layer(disk: &str, layer: &str) -> Reason {
+    let (effect, what) = match layer {
+        "device mapper" => (
+            Effect::MayBlock,
+            "passes peers' pages on only in tables that need no processor (linear, striped) and whose disks all take \
+             them; not with encryption, snapshots or thin pools",
+        ),
+        "NVMe over fabrics" => (
+            Effect::MayBlock,
+            "reaches its disk through an RDMA card (Linux 7.2 and later) or a socket",
+        ),
+        "md" => (
+            Effect::Blocks,
+            "is software RAID, which refuses peers' pages",
+        ),
+        "a loop device" => (
+            Effect::Blocks,
+            "is a file, which the processor reads and writes",
+        ),
+        _ => (Effect::Blocks, "is served by the processor"),
+    };
+    Reason {
+        code: Code::BlockLayer,
+        effect,
+        evidence: format!("{disk} is made by {layer}. It {what}"),
+    }
+}
+
+/// Against something that no PCI function carries.
+pub fn not_pci(name: &str) -> Reason {
+    Reason {
+        code: Code::NotPci,
+        effect: Effect::Blocks,
+        evidence: format!("{name} is not on a PCI device, so that there is no peer"),
+    }
+}
+
+/// `0000:01:00.0 (ReqRedir+ CmpltRedir+)`
+fn acs_text(at: PciAddress, control: u16) -> String {
+    let bits = Acs::BITS
+        .iter()
+        .filter(|(bit, _)| control & Acs::REDIRECT & bit != 0);
+    let bits: Vec<String> = bits.map(|(_, name)| format!("{name}+")).collect();
+    format!("{at} ({})", bits.join(" "))
+}
+
+fn acs_remedies(bridges: &[(PciAddress, u16)], kernel: Option<Kernel>) -> Vec<Remedy> {
+    let set = bridges.iter().flat_map(|(at, control)| {
+        // setpci exits with 0 also where it found no device, and a bit may be wired: so it is read back.
+        [
+            format!(
+                "setpci -s {at} ECAP_ACS+6.w=0:2c  # {control:04x} = {:04x}",
+                control & !Acs::REDIRECT
+            ),
+            format!(
+                "setpci -s {at} ECAP_ACS+6.w  # reads {:04x} if it took",
+                control & !Acs::REDIRECT
+            ),
+        ]
+    });
+    let now = Remedy {
+        what: "switch redirection off until the next reboot or reset (current = wanted), and bind the driver of the \
+               memory's device anew. Devices below these bridges are then not isolated from each other"
+            .into(),
+        commands: set.collect(),
+    };
+    let places: Vec<String> = bridges.iter().map(|(at, _)| at.to_string()).collect();
+    let places = places.join(";");
+    let at_boot = match kernel {
+        Some(kernel) if !kernel.at_least(6, 11) => format!("pci=disable_acs_redir={places}"),
+        _ => format!("pci=config_acs=x0x00xx@{places}"),
+    };
+    let boot = Remedy::new(
+        "or for good, on the kernel's command line; then reboot",
+        [at_boot],
+    );
+    vec![now, boot]
+}
+
+/// `256 MiB`
+fn size(bytes: u64) -> String {
+    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let steps = (bytes.max(1).ilog2() / 10).min(4);
+    format!("{} {}", bytes >> (10 * steps), UNITS[steps as usize])
+}

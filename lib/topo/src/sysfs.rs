@@ -1,0 +1,425 @@
+//! Reads sysfs: the running kernel's, or a copy of another machine's.
+//!
+//! A function's bridges are read from where its link leads (`../../../devices/pci0000:00/0000:00:01.0/...`),
+//! so a copy needs no links beyond `bus/pci/devices`; without these, `devices` is searched.
+
+use std::fs;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use peerbuf_core::PciAddress;
+
+use crate::config::Config;
+use crate::error::ReadError;
+use crate::machine::{Bar, Driver, Format, Function, Iommu, Kernel, Link, Machine, Processor};
+
+/// Words of the kernel's command line that decide about DMA between devices. Others are not kept.
+const OPTIONS: [&str; 9] = [
+    "iommu",
+    "iommu.passthrough",
+    "iommu.strict",
+    "intel_iommu",
+    "amd_iommu",
+    "arm-smmu.disable_bypass",
+    "swiotlb",
+    "pci",
+    "pcie_acs_override",
+];
+
+/// The running machine.
+///
+/// # Errors
+/// [`ReadError::NoDevices`] without sysfs or PCI.
+pub fn running() -> Result<Machine, ReadError> {
+    let mut machine = tree(Path::new("/sys"))?;
+    machine.in_container = Some(is_container());
+    Ok(machine)
+}
+
+/// A tree whose `bus/pci/devices` or `devices` is in `root`. Beside it, or in `root` itself, `proc` may have
+/// the kernel's version, command line and processor.
+///
+/// # Errors
+/// [`ReadError::NoDevices`] where no PCI function is in it.
+pub fn tree(root: &Path) -> Result<Machine, ReadError> {
+    let mut machine = Machine::empty(Format::Sysfs);
+    let places = places(root);
+    if places.is_empty() {
+        return Err(ReadError::NoDevices {
+            from: root.to_owned(),
+        });
+    }
+    let mut found = Vec::with_capacity(places.len());
+    for place in &places {
+        let host = machine.host(&place.host, true, true);
+        let mut function = read_function(&place.directory, place.address);
+        function.host = host;
+        found.push(function);
+    }
+    let at = |address: PciAddress| {
+        let known = places.binary_search_by_key(&address, |place| place.address);
+        known.ok()
+    };
+    let parents: Vec<Option<usize>> = places
+        .iter()
+        .map(|place| place.parent.and_then(at))
+        .collect();
+    machine.arrange(found.into_iter().zip(parents).collect());
+
+    let beside = [
+        root.join("proc"),
+        root.parent().unwrap_or(root).join("proc"),
+    ];
+    let proc_file = |name: &str| beside.iter().find_map(|proc| text(&proc.join(name)));
+    machine.kernel = proc_file("sys/kernel/osrelease")
+        .or_else(|| {
+            proc_file("version")?
+                .strip_prefix("Linux version ")
+                .map(str::to_owned)
+        })
+        .and_then(|release| Kernel::parse(&release));
+    let processors = proc_file("cpuinfo");
+    machine.processor = processors.as_deref().and_then(processor);
+    machine.is_virtual = is_virtual(root, processors.as_deref(), &machine);
+    machine.options = proc_file("cmdline").map(|line| options(&line));
+    let nodes = fs::read_dir(root.join("devices/system/node"));
+    let nodes = nodes.into_iter().flatten().flatten().filter(|entry| {
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        name.strip_prefix("node")
+            .is_some_and(|number| number.parse::<u32>().is_ok())
+    });
+    machine.nodes = Some(nodes.count() as u32).filter(|count| *count > 0);
+    Ok(machine)
+}
+
+/// Where a function is in the tree.
+struct Place {
+    address: PciAddress,
+    parent: Option<PciAddress>,
+    /// The name of its host bridge's directory.
+    host: String,
+    directory: PathBuf,
+}
+
+/// In the order of addresses.
+fn places(root: &Path) -> Vec<Place> {
+    let mut places: Vec<Place> = Vec::new();
+    let links = fs::read_dir(root.join("bus/pci/devices"));
+    for entry in links.into_iter().flatten().flatten() {
+        let Ok(target) = fs::read_link(entry.path()) else {
+            continue;
+        };
+        // The part from `devices` on, in the tree itself: a copy's links must not lead out of it.
+        let names: Vec<&str> = target.iter().filter_map(|name| name.to_str()).collect();
+        let start = names.iter().position(|name| *name == "devices");
+        if let Some(start) = start
+            && !names[start..].contains(&"..")
+        {
+            places.extend(place(root, &names[start..]));
+        }
+    }
+    if places.is_empty() {
+        search(root, &mut vec!["devices".to_owned()], &mut places);
+    }
+    places.sort_by_key(|place| place.address);
+    places.dedup_by_key(|place| place.address);
+    places
+}
+
+fn place(root: &Path, names: &[&str]) -> Option<Place> {
+    let address = names.last()?.parse().ok()?;
+    let host = names.iter().rposition(|name| is_host(name))?;
+    let parent = names.len().checked_sub(2).filter(|at| *at > host);
+    Some(Place {
+        address,
+        parent: parent.and_then(|at| names[at].parse().ok()),
+        host: names[host].to_owned(),
+        directory: names.iter().fold(root.to_owned(), |at, name| at.join(name)),
+    })
+}
+
+/// `pci0000:00`
+pub(crate) fn is_host(name: &str) -> bool {
+    let numbers = name
+        .strip_prefix("pci")
+        .and_then(|numbers| numbers.split_once(':'));
+    numbers.is_some_and(|(domain, bus)| {
+        let hex = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_hexdigit());
+        hex(domain) && hex(bus)
+    })
+}
+
+fn search(root: &Path, names: &mut Vec<String>, into: &mut Vec<Place>) {
+    // Bridges nest no deeper than there are buses; a tree of directories from elsewhere may.
+    if names.len() > 64 {
+        return;
+    }
+    let directory = names.iter().fold(root.to_owned(), |at, name| at.join(name));
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+        let Ok(name) = entry.file_name().into_string() else {
+            continue;
+        };
+        // Only directories: a link leads up, or to what is found anyway.
+        if !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            continue;
+        }
+        let is_function = name.parse::<PciAddress>().is_ok();
+        let above = names.len() == 1;
+        if above || is_function || is_host(&name) {
+            names.push(name);
+            if is_function {
+                let names: Vec<&str> = names.iter().map(String::as_str).collect();
+                into.extend(place(root, &names));
+            }
+            search(root, names, into);
+            names.pop();
+        }
+    }
+}
+
+fn read_function(directory: &Path, address: PciAddress) -> Function {
+    let mut function = Function::at(address);
+    // What is there, so that nothing is opened in vain.
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    let names: Vec<String> = entries
+        .filter_map(|entry| entry.file_name().into_string().ok())
+        .collect();
+    let has = |name: &str| names.iter().any(|known| known == name);
+    let line = |name: &str| text(&directory.join(name));
+
+    let mut bytes = [0; 4096];
+    let read = fs::File::open(directory.join("config")).and_then(|mut file| {
+        let whole = file.metadata()?.len() as usize;
+        let mut read = 0;
+        // sysfs gives as much as the caller may see; more calls give nothing more.
+        loop {
+            match file.read(&mut bytes[read..])? {
+                0 => break,
+                count => read += count,
+            }
+        }
+        Ok((read, whole))
+    });
+    let (read, whole) = read.unwrap_or((0, 0));
+    // A copy's file is as long as what was read; only the kernel's says how long it really is.
+    let is_sysfs = directory.starts_with("/sys");
+    let config = Config::new(
+        &bytes[..read],
+        is_sysfs.then_some(whole).or((whole > 256).then_some(whole)),
+    );
+
+    if let Some(event) = line("uevent") {
+        for field in event.lines().filter_map(|line| line.split_once('=')) {
+            match field {
+                ("DRIVER", name) => function.driver = Some(Driver::Bound(name.to_owned())),
+                ("PCI_CLASS", class) => function.class = u32::from_str_radix(class, 16).ok(),
+                ("PCI_ID", id) => {
+                    function.id = id.split_once(':').and_then(|(vendor, device)| {
+                        let hex = |text| u16::from_str_radix(text, 16).ok();
+                        Some((hex(vendor)?, hex(device)?))
+                    });
+                }
+                _ => {}
+            }
+        }
+        function.driver.get_or_insert(Driver::None);
+    }
+    let hex = |name: &str| -> Option<u64> {
+        u64::from_str_radix(line(name)?.strip_prefix("0x")?, 16).ok()
+    };
+    if function.id.is_none() {
+        let numbers = || Some((hex("vendor")? as u16, hex("device")? as u16));
+        function.id = numbers().or_else(|| config.id());
+    }
+    if function.class.is_none() {
+        function.class = hex("class")
+            .map(|class| class as u32)
+            .or_else(|| config.class());
+    }
+    function.port = config.port();
+    function.acs = config.acs();
+    function.link = config.link().or_else(|| link(&line));
+    if function.port.is_none() && function.class.is_some_and(|class| class >> 8 == 0x0604) {
+        // What a user may read of a bridge's place: only PCI Express has links.
+        let on_root_bus = directory
+            .parent()
+            .and_then(Path::file_name)
+            .and_then(|name| name.to_str());
+        let on_root_bus = on_root_bus.is_some_and(is_host);
+        function.port =
+            (on_root_bus && has("max_link_speed")).then_some(crate::machine::Port::RootPort);
+    }
+    function.bars = line("resource").map(|resource| bars(&resource, config.resizable()));
+    function.is_virtual = has("physfn");
+    function.node = line("numa_node").and_then(|node| node.parse().ok());
+    function.dma_bits = line("dma_mask_bits").and_then(|bits| bits.parse().ok());
+    function.lends = has("p2pmem")
+        .then(|| line("p2pmem/size")?.parse().ok())
+        .flatten();
+    function.iommu = match fs::read_link(directory.join("iommu_group")) {
+        Ok(group) => group
+            .file_name()
+            .and_then(|name| name.to_str()?.parse().ok())
+            .map(|number| Iommu::Group {
+                number,
+                domain: line("iommu_group/type"),
+            }),
+        // A copy may have left the link out.
+        Err(_) => is_sysfs.then_some(Iommu::None),
+    };
+    for class in [
+        "nvme",
+        "net",
+        "infiniband",
+        "drm",
+        "block",
+        "video4linux",
+        "accel",
+    ] {
+        if has(class) {
+            class_names(&directory.join(class), class, &mut function.names);
+        }
+    }
+    function.names.sort();
+    function.names.dedup();
+    function
+}
+
+/// Names below a directory such as `nvme`. A name that says who somebody is stays out.
+fn class_names(directory: &Path, class: &str, into: &mut Vec<String>) {
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+        let Ok(name) = entry.file_name().into_string() else {
+            continue;
+        };
+        if class == "nvme" {
+            // The disks of a controller: nvme0n1, and nvme0c0n1 where its paths are several.
+            let disks = fs::read_dir(entry.path()).into_iter().flatten().flatten();
+            let disks = disks.filter_map(|disk| disk.file_name().into_string().ok());
+            let is_disk = |disk: &String| {
+                let rest = disk.strip_prefix(name.as_str());
+                let number = rest.and_then(|rest| rest.strip_prefix('n'));
+                number.is_some_and(|number| number.bytes().all(|b| b.is_ascii_digit()))
+            };
+            into.extend(disks.filter(is_disk));
+        }
+        into.push(name);
+    }
+}
+
+/// Where the configuration space cannot be read: `8.0 GT/s PCIe`, and lanes.
+fn link(line: &dyn Fn(&str) -> Option<String>) -> Option<Link> {
+    let speed = |name| {
+        let text: String = line(name)?;
+        tenths(text.split_whitespace().next()?)
+    };
+    let width = |name| line(name)?.parse().ok();
+    let width_now: u8 = width("current_link_width")?;
+    (width_now != 0).then_some(())?;
+    Some(Link {
+        speed: speed("current_link_speed")?,
+        width: width_now,
+        most: speed("max_link_speed").zip(width("max_link_width")),
+    })
+}
+
+/// `2.5` as 25.
+pub(crate) fn tenths(number: &str) -> Option<u16> {
+    let number: f32 = number.parse().ok()?;
+    (0.0..1000.0)
+        .contains(&number)
+        .then(|| (number * 10.0).round() as u16)
+}
+
+/// `resource`: a line for each, with begin, end and flags (`include/linux/ioport.h`).
+fn bars(resource: &str, resizable: [Option<u64>; 6]) -> Vec<Bar> {
+    const MEMORY: u64 = 0x200;
+    const PREFETCH: u64 = 0x2000;
+    const MEM_64: u64 = 0x0010_0000;
+    let number = |text: &str| u64::from_str_radix(text.strip_prefix("0x")?, 16).ok();
+    let bar = |(index, line): (usize, &str)| {
+        let mut fields = line.split_whitespace();
+        let (begin, end, flags) = (
+            number(fields.next()?)?,
+            number(fields.next()?)?,
+            number(fields.next()?)?,
+        );
+        let size = end.checked_sub(begin)?.checked_add(1)?;
+        (flags & MEMORY != 0 && size > 1).then_some(Bar {
+            index: index as u8,
+            size,
+            address_bits: (u64::BITS - end.leading_zeros()) as u8,
+            is_64bit: flags & MEM_64 != 0,
+            prefetchable: flags & PREFETCH != 0,
+            resizable_to: resizable[index],
+        })
+    };
+    resource
+        .lines()
+        .take(6)
+        .enumerate()
+        .filter_map(bar)
+        .collect()
+}
+
+fn processor(cpuinfo: &str) -> Option<Processor> {
+    let field = |name: &str| {
+        let line = cpuinfo
+            .lines()
+            .find(|line| line.split(':').next().is_some_and(|key| key.trim() == name))?;
+        Some(line.split_once(':')?.1.trim().to_owned())
+    };
+    Some(match (field("vendor_id"), field("cpu family")) {
+        (Some(vendor), Some(family)) => Processor {
+            vendor,
+            family: family.parse().ok()?,
+        },
+        // Another architecture's: its lines have other names.
+        _ if !cpuinfo.trim().is_empty() => Processor {
+            vendor: String::new(),
+            family: 0,
+        },
+        _ => return None,
+    })
+}
+
+fn is_virtual(root: &Path, cpuinfo: Option<&str>, machine: &Machine) -> Option<bool> {
+    // An x86 processor says so; QEMU's own devices are nowhere else.
+    let flags = cpuinfo.and_then(|text| text.lines().find(|line| line.starts_with("flags")));
+    let says = flags.map(|flags| flags.split_whitespace().any(|flag| flag == "hypervisor"));
+    let vendor = text(&root.join("class/dmi/id/sys_vendor"));
+    let known = [
+        "QEMU",
+        "Amazon EC2",
+        "Google",
+        "Microsoft Corporation",
+        "VMware",
+        "Xen",
+    ];
+    // Bare metal is for hire from some of them, too, so that the name alone tells only of QEMU.
+    let is_qemu = vendor.as_deref() == Some(known[0])
+        || machine
+            .functions
+            .iter()
+            .any(|f| f.id.is_some_and(|(vendor, _)| vendor == 0x1b36));
+    says.or(is_qemu.then_some(true))
+}
+
+fn is_container() -> bool {
+    ["/.dockerenv", "/run/.containerenv"]
+        .iter()
+        .any(|path| Path::new(path).exists())
+        || text(Path::new("/run/systemd/container")).is_some()
+}
+
+fn options(line: &str) -> Vec<String> {
+    let words = line.split_whitespace();
+    let kept = words.filter(|word| OPTIONS.contains(&word.split('=').next().unwrap_or(word)));
+    kept.map(str::to_owned).collect()
+}
+
+/// A file's text without blanks around it.
+fn text(path: &Path) -> Option<String> {
+    let text = fs::read_to_string(path).ok()?;
+    Some(text.trim().to_owned()).filter(|text| !text.is_empty())
+}
