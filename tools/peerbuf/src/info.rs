@@ -19,8 +19,9 @@ pub struct Arguments {
     json: bool,
 }
 
+/// What this machine has and lacks; part of what `peerbuf doctor` shows.
 #[derive(Serialize)]
-struct Info {
+pub struct Info {
     kernel: String,
     /// The version of the peerbuf.ko that is loaded.
     module: Option<String>,
@@ -90,12 +91,25 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     if arguments.json {
         say::answer(serde_json::to_string(&info)?)?;
     } else {
-        say::answer(show(&info, table::width()).trim_end())?;
+        let width = table::width();
+        let mut text = show(&info, width);
+        for missing in &info.missing {
+            text += &table::missing(&missing.what, &missing.remedy, width);
+        }
+        say::answer(text.trim_end())?;
     }
     Ok(ExitCode::SUCCESS)
 }
 
-fn collect() -> Info {
+impl Info {
+    /// What is missing, and what helps.
+    pub fn missing(&self) -> impl Iterator<Item = (&str, &str)> {
+        let all = self.missing.iter();
+        all.map(|missing| (missing.what.as_str(), missing.remedy.as_str()))
+    }
+}
+
+pub fn collect() -> Info {
     let mut missing = Vec::new();
     let mut devices = Vec::new();
     let mut addresses = Vec::new();
@@ -244,7 +258,8 @@ fn describe_disks(devices: &[PciAddress]) -> Vec<Disk> {
     disks.iter().map(describe).collect()
 }
 
-fn show(info: &Info, width: usize) -> String {
+/// As tables, without what is missing.
+pub fn show(info: &Info, width: usize) -> String {
     let module = match &info.module {
         Some(version) => format!("peerbuf.ko {version}"),
         None => "peerbuf.ko not loaded".into(),
@@ -318,9 +333,6 @@ fn show(info: &Info, width: usize) -> String {
         text += &format!("\n{}\n", table.show(width));
     }
     text += &format!("\nudmabuf: {}\n", yes_no(info.udmabuf));
-    for missing in &info.missing {
-        text += &table::missing(&missing.what, &missing.remedy, width);
-    }
     text
 }
 

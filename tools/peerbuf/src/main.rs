@@ -1,12 +1,15 @@
 //! The command `peerbuf`: shows, exports and demonstrates shared buffers.
 
+mod ask;
 mod bench;
 mod copy;
 mod cycle;
 mod demo;
+mod doctor;
 mod export;
 mod info;
 mod load;
+mod ls;
 mod matrix;
 mod places;
 mod progress;
@@ -14,6 +17,8 @@ mod rdma;
 mod say;
 mod size;
 mod table;
+mod topo;
+mod why;
 
 use std::process::ExitCode;
 
@@ -21,7 +26,7 @@ use clap::{Parser, Subcommand};
 
 /// Share one buffer between devices through dma-buf, and see how its bytes travel.
 ///
-/// Start with `peerbuf info`, which says what this machine has and what it lacks, and then
+/// Start with `peerbuf doctor`, which says what works on this machine, what does not and why, and then
 /// `peerbuf demo`, which moves a file's bytes through each kind of buffer and checks them.
 #[derive(Parser)]
 #[command(name = "peerbuf", version, after_help = AFTER_HELP)]
@@ -31,7 +36,8 @@ struct Arguments {
 }
 
 const AFTER_HELP: &str = "\
-Exit status: 0 it worked, 1 it failed (the reason is on standard error), 2 wrong usage.
+Exit status: 0 it worked, 1 it failed (the reason is on standard error), 2 wrong usage. Of doctor and why: 0 it
+works as well as it can, 1 something is in the way.
 
 Paths, best first:
   peer-to-peer        the disk reads and writes the device's memory itself
@@ -51,16 +57,24 @@ enum Command {
     Cycle(cycle::Arguments),
     /// Move a file's bytes disk -> buffer -> disk between two processes, and check each byte
     Demo(demo::Arguments),
+    /// Say what works on this machine, what does not, why, and what to do about it
+    Doctor(doctor::Arguments),
     /// Export part of a device's BAR and hand it to a command or to other processes
     Export(export::Arguments),
     /// Show the devices, what can be exported, and what is missing
     Info(info::Arguments),
     /// Load the tensors of a model file into a buffer, and lend it to other processes
     Load(load::Arguments),
+    /// List the dma-bufs of this machine: size, exporter, name, and who holds them
+    Ls(ls::Arguments),
     /// Let each exporter meet each importer, with checked bytes, and show the paths
     Matrix(matrix::Arguments),
     /// Show a buffer to another machine, or move a file's bytes into or out of one, by RDMA
     Rdma(rdma::Arguments),
+    /// Show the tree of devices, and what the kernel will say to each pair of them
+    Topo(topo::Arguments),
+    /// Say why two devices can or cannot use each other's memory, and what would change it
+    Why(why::Arguments),
     /// The second process of the demo, started by the first
     #[command(hide = true)]
     DemoWorker,
@@ -76,11 +90,15 @@ fn main() -> ExitCode {
         Command::Cycle(arguments) => cycle::run(&arguments),
         Command::CycleWorker => cycle::worker::run(),
         Command::Demo(arguments) => demo::run(&arguments),
+        Command::Doctor(arguments) => doctor::run(&arguments),
         Command::Export(arguments) => export::run(&arguments),
         Command::Info(arguments) => info::run(&arguments),
         Command::Load(arguments) => load::run(&arguments),
+        Command::Ls(arguments) => ls::run(&arguments),
         Command::Matrix(arguments) => matrix::run(&arguments),
         Command::Rdma(arguments) => rdma::run(&arguments),
+        Command::Topo(arguments) => topo::run(&arguments),
+        Command::Why(arguments) => why::run(&arguments),
         Command::DemoWorker => demo::worker::run(),
     };
     match result {

@@ -291,6 +291,23 @@ pub fn paragraph(text: &str, width: usize) -> String {
     lines.iter().map(|line| format!("{line}\n")).collect()
 }
 
+/// A text beside its label; lines after the first stand below the text.
+pub fn labelled(label: &str, text: &str, width: usize) -> String {
+    let indent = label.width().min(width / 2);
+    let lines = wrap_hanging(text, width.saturating_sub(indent + 1), 0);
+    let before = |number: usize| {
+        if number == 0 {
+            label.to_owned()
+        } else {
+            " ".repeat(indent)
+        }
+    };
+    let lines = lines.iter().enumerate();
+    lines
+        .map(|(number, line)| format!("{} {line}\n", before(number)))
+        .collect()
+}
+
 /// What the machine lacks, and below it what helps.
 pub fn missing(what: &str, remedy: &str, width: usize) -> String {
     let mut text = paragraph(&format!("missing: {what}"), width);
@@ -306,7 +323,7 @@ fn wrap(text: &str, width: usize) -> Vec<String> {
 }
 
 /// The same, and all lines but the first are indented further.
-fn wrap_hanging(text: &str, width: usize, hang: usize) -> Vec<String> {
+pub fn wrap_hanging(text: &str, width: usize, hang: usize) -> Vec<String> {
     let mut lines = Vec::new();
     for line in text.split('\n') {
         let own = line.len() - line.trim_start_matches(' ').len();

@@ -115,6 +115,9 @@ fn the_table_has_each_transfer_and_the_evidence() {
 fn no_line_on_standard_output_is_wider_than_columns_says_or_than_100() {
     for arguments in [
         &["info"][..],
+        &["doctor"],
+        &["topo", "--all"],
+        &["ls"],
         &["demo", "--size", "1000001", "--dir", directory()],
         &["matrix", "--dir", directory()],
     ] {
@@ -222,8 +225,12 @@ fn help_names_each_command_the_paths_and_the_exit_status() {
     let text = String::from_utf8(peerbuf(&["--help"]).stdout).unwrap();
     for words in [
         "demo",
+        "doctor",
         "export",
         "info",
+        "ls",
+        "topo",
+        "why",
         "matrix",
         "peer-to-peer",
         "Exit status",
@@ -426,5 +433,149 @@ fn a_model_that_breaks_a_rule_is_refused() {
             error.contains(said) && error.contains("cut.safetensors"),
             "{error}"
         );
+    }
+}
+
+/// A disk and a card below ports of their own, on a host bridge that the kernel trusts or does not.
+fn snapshot(name: &str, host: &str) -> String {
+    let file = format!("{}/{name}.lspci", directory());
+    let text = format!(
+        "00:00.0 Host bridge [0600]: Intel Corporation Device [{host}]\n\
+         \tControl: I/O- Mem+\n\tCapabilities: [40] Express (v2) Root Complex Integrated Endpoint, IntMsgNum 0\n\n\
+         00:01.0 PCI bridge [0604]: Port [8086:2030]\n\tControl: I/O- Mem+\n\
+         \tBus: primary=00, secondary=01, subordinate=01, sec-latency=0\n\
+         \tCapabilities: [40] Express (v2) Root Port (Slot+), IntMsgNum 0\n\n\
+         00:02.0 PCI bridge [0604]: Port [8086:2030]\n\tControl: I/O- Mem+\n\
+         \tBus: primary=00, secondary=02, subordinate=02, sec-latency=0\n\
+         \tCapabilities: [40] Express (v2) Root Port (Slot+), IntMsgNum 0\n\n\
+         01:00.0 Non-Volatile memory controller [0108]: Disk [144d:a808]\n\tControl: I/O- Mem+\n\
+         \tRegion 0: Memory at fe000000 (64-bit, non-prefetchable) [size=16K]\n\
+         \tCapabilities: [40] Express (v2) Endpoint, IntMsgNum 0\n\tKernel driver in use: nvme\n\n\
+         02:00.0 3D controller [0302]: Card [10de:20b0]\n\tControl: I/O- Mem+\n\
+         \tRegion 0: Memory at 3800000000 (64-bit, prefetchable) [size=64G]\n\
+         \tCapabilities: [40] Express (v2) Endpoint, IntMsgNum 0\n\tKernel driver in use: nvidia\n"
+    );
+    std::fs::write(&file, text).unwrap();
+    file
+}
+
+#[test]
+fn why_tells_a_pair_of_a_snapshot_in_25_lines_and_by_its_exit_status() {
+    for (name, host, code, word) in [
+        // On the kernel's list; nothing that is known stands against it.
+        ("trusted", "8086:09a2", 0, "host-bridge-unproved"),
+        ("refused", "8086:4660", 1, "processor-unknown"),
+    ] {
+        let file = snapshot(name, host);
+        let arguments = [
+            "why",
+            "01:00.0",
+            "0000:02:00.0",
+            "--from",
+            &file,
+            "--kernel",
+            "7.3",
+        ];
+        let output = peerbuf(&arguments);
+        assert_eq!(output.status.code(), Some(code), "{output:?}");
+        let text = String::from_utf8(output.stdout).unwrap();
+        assert!(text.lines().count() < 25 && text.contains(word), "{text}");
+        let json = peerbuf(&[&arguments[..], &["--json"]].concat());
+        let ways = &json_lines(&json)[0]["ways"];
+        assert_eq!(ways[0]["client"], "0000:01:00.0", "{ways}");
+        let reasons = ways[0]["reasons"].as_array().unwrap();
+        assert!(
+            reasons.iter().any(|reason| reason["code"] == word),
+            "{ways}"
+        );
+        let doctor = peerbuf(&["doctor", "--from", &file, "--kernel", "7.3"]);
+        assert_eq!(doctor.status.code(), Some(code), "{doctor:?}");
+    }
+}
+
+#[test]
+fn what_is_no_device_is_wrong_usage_and_what_is_no_peer_is_in_the_way() {
+    let file = snapshot("names", "8086:4660");
+    for usage in [
+        &["why", "09:00.0", "0000:02:00.0", "--from", &file][..],
+        &["why", "nonsense", "0000:02:00.0", "--from", &file],
+        &["why", "/", "0000:02:00.0", "--from", &file],
+        &[
+            "why", "01:00.0", "02:00.0", "--from", &file, "--kernel", "new",
+        ],
+        &["why", "01:00.0"],
+    ] {
+        assert_eq!(peerbuf(usage).status.code(), Some(2), "{usage:?}");
+    }
+    let output = peerbuf(&["topo", "--from", "/nonexistent"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(
+        String::from_utf8(output.stderr)
+            .unwrap()
+            .contains("/nonexistent: ")
+    );
+}
+
+#[test]
+fn topo_draws_saves_and_reads_what_it_saved() {
+    let file = snapshot("drawn", "8086:09a2");
+    let (saved, svg) = (
+        format!("{}/saved.json", directory()),
+        format!("{}/drawn.svg", directory()),
+    );
+    let output = peerbuf(&["topo", "--from", &file, "--save", &saved, "--svg", &svg]);
+    assert!(output.status.success(), "{output:?}");
+    let text = |from: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_peerbuf"));
+        let output = command
+            .args(["topo", "--from", from])
+            .env("COLUMNS", "80")
+            .output()
+            .unwrap();
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let drawn = text(&file);
+    assert_eq!(text(&saved), drawn);
+    for words in [
+        "pci0000:00 (8086:09a2)",
+        "[NVMe0] 0000:01:00.0",
+        "[GPU0] 0000:02:00.0",
+        "PHB",
+    ] {
+        assert!(drawn.contains(words), "no {words:?} in\n{drawn}");
+    }
+    assert!(
+        drawn.lines().all(|line| line.chars().count() <= 80),
+        "{drawn}"
+    );
+    let picture = std::fs::read_to_string(&svg).unwrap();
+    assert!(picture.starts_with("<svg ") && picture.ends_with("</svg>\n"));
+    assert!(
+        picture.contains("NVMe0  0000:01:00.0") && picture.contains(">PHB<"),
+        "{picture}"
+    );
+    let json = peerbuf(&["topo", "--from", &file, "--json"]);
+    let pairs = &json_lines(&json)[0]["pairs"];
+    assert_eq!(
+        (&pairs[0]["kernel"], &pairs[0]["near"]),
+        (&"?".into(), &"PHB".into()),
+        "{pairs}"
+    );
+}
+
+#[test]
+fn doctor_and_ls_work_on_any_machine() {
+    for command in ["doctor", "ls"] {
+        let output = peerbuf(&[command]);
+        // This machine may have something in the way.
+        assert!(matches!(output.status.code(), Some(0 | 1)), "{output:?}");
+        assert!(!output.stdout.is_empty());
+        let json = json_lines(&peerbuf(&[command, "--json"]));
+        let list = if command == "doctor" {
+            "findings"
+        } else {
+            "buffers"
+        };
+        assert!(json[0][list].is_array(), "{json:?}");
     }
 }

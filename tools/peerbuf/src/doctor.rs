@@ -1,0 +1,314 @@
+//! `peerbuf doctor`: what works on this machine, what does not, why, and what to do about it.
+
+use std::process::ExitCode;
+
+use peerbuf::import::file::{FileImporter, unnamed_file};
+use peerbuf_topo::machine::{Function, Index, Kind};
+use peerbuf_topo::reasons::{Effect, Verdict, label};
+use peerbuf_topo::{Code, Rules};
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use crate::table::{self, Table};
+use crate::topo::{self, Source};
+use crate::why::Way;
+use crate::{Failure, info, places, say};
+
+/// Arguments of `peerbuf doctor`.
+#[derive(clap::Args)]
+pub struct Arguments {
+    #[command(flatten)]
+    source: Source,
+    /// One JSON object instead of tables
+    #[arg(long)]
+    json: bool,
+}
+
+/// Rows of the table of pairs; JSON has them all.
+const MOST: usize = 24;
+/// Pairs of more devices are for `why`: to list them all helps nobody.
+const MOST_DEVICES: usize = 64;
+
+#[derive(Serialize)]
+struct Mount {
+    at: String,
+    filesystem: String,
+    disk: String,
+    /// What a transfer between a file there and a peer's memory meets.
+    verdict: String,
+    good: bool,
+}
+
+/// Something in the way, and what helps.
+#[derive(Serialize)]
+struct Finding {
+    what: String,
+    remedies: Vec<String>,
+}
+
+pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
+    let live = arguments.source.is_live();
+    // A container without /sys still has what needs no device.
+    let machine = match arguments.source.read() {
+        Ok(machine) => machine,
+        Err(error) if live => {
+            say::remark(format_args!("peerbuf: {error}"));
+            peerbuf_topo::Machine::empty(peerbuf_topo::machine::Format::Sysfs)
+        }
+        Err(error) => return Err(error),
+    };
+    let rules = Rules::new(&machine, arguments.source.kernel);
+    let ways = ways(&rules, live && arguments.source.kernel.is_none());
+    let mounts = if live { mounts() } else { Vec::new() };
+    let info = live.then(info::collect);
+    let findings = findings(&rules, &ways, &mounts, info.as_ref());
+    let code = match findings.is_empty() {
+        true => ExitCode::SUCCESS,
+        false => ExitCode::FAILURE,
+    };
+    if arguments.json {
+        let pairs: Vec<Value> = ways.iter().map(|way| pair(&rules, way)).collect();
+        say::answer(json!({
+            "read_from": machine.format,
+            "kernel": rules.kernel().map(|kernel| kernel.to_string()),
+            "virtual": machine.is_virtual,
+            "findings": findings,
+            "mounts": mounts,
+            "pairs": pairs,
+            "info": info,
+        }))?;
+        return Ok(code);
+    }
+    let width = table::width();
+    let mut text = match (findings.is_empty(), ways.is_empty()) {
+        (true, true) => "nothing is in the way".to_owned(),
+        (true, false) => {
+            "nothing is in the way: each pair of devices works by the best way that there is"
+                .to_owned()
+        }
+        (false, _) => "in the way, most useful first".to_owned(),
+    } + "\n";
+    for (number, finding) in findings.iter().enumerate() {
+        text += &table::labelled(&format!("{:>3}.", number + 1), &finding.what, width);
+        for remedy in &finding.remedies {
+            text += &table::labelled("     -", remedy, width);
+        }
+    }
+    if !ways.is_empty() {
+        text += &format!("\n{}\n", pairs_table(&rules, &ways).show(width));
+        if ways.len() > MOST {
+            text += &format!("and {} more: --json\n", ways.len() - MOST);
+        }
+        text += "`peerbuf why A B` has the whole argument of each\n";
+        let all = machine.devices_that_matter().len();
+        if all > MOST_DEVICES {
+            text += &format!("only the first {MOST_DEVICES} of {all} devices were looked at\n");
+        }
+    }
+    if !mounts.is_empty() {
+        let mut table = Table::new(["mounted at", "filesystem", "on", "files and peers' memory"]);
+        for mount in &mounts {
+            table.row(
+                [&mount.at, &mount.filesystem, &mount.disk, &mount.verdict].map(String::as_str),
+            );
+        }
+        text += &format!("\n{}\n", table.show(width));
+    }
+    text += &format!("\n{}", table::paragraph(&topo::about(&rules), width));
+    if let Some(info) = &info {
+        text += &format!("\n{}", info::show(info, width));
+    }
+    say::answer(text.trim_end())?;
+    Ok(code)
+}
+
+/// Each device that could do DMA with each that could lend memory.
+fn ways(rules: &Rules<'_>, ask: bool) -> Vec<Way> {
+    let machine = rules.machine();
+    let mut devices = machine.devices_that_matter();
+    devices.truncate(MOST_DEVICES);
+    let lends = |index: &&Index| {
+        let function = machine.function(**index);
+        let by_driver = function.lends.is_some();
+        by_driver || !matches!(function.kind(), Kind::Nvme | Kind::Nic | Kind::Disk)
+    };
+    let mut ways = Vec::new();
+    for provider in devices.iter().filter(lends) {
+        for client in devices.iter().filter(|client| *client != provider) {
+            let way = Way::of(rules, *client, *provider, ask);
+            if !way.is_unable() {
+                ways.push(way);
+            }
+        }
+    }
+    // What is in the way first, and of that the disks.
+    ways.sort_by_key(|way| {
+        let verdict = match way.verdict() {
+            Verdict::No => 0,
+            Verdict::Unknown => 1,
+            Verdict::Yes => 2,
+        };
+        (
+            verdict,
+            machine.function(way.argument.client).kind() != Kind::Nvme,
+        )
+    });
+    ways
+}
+
+fn both<'m>(rules: &Rules<'m>, way: &Way) -> (&'m Function, &'m Function) {
+    let machine = rules.machine();
+    (
+        machine.function(way.argument.client),
+        machine.function(way.argument.provider),
+    )
+}
+
+fn codes(way: &Way) -> Vec<&'static str> {
+    let matters = way
+        .argument
+        .reasons
+        .iter()
+        .filter(|reason| reason.effect < Effect::Warns || reason.code == Code::IommuInGuest);
+    matters.map(|reason| reason.code.as_str()).collect()
+}
+
+fn pair(rules: &Rules<'_>, way: &Way) -> Value {
+    let (client, provider) = both(rules, way);
+    json!({
+        "client": client.address.to_string(),
+        "provider": provider.address.to_string(),
+        "verdict": way.verdict().name(),
+        "predicted": way.argument.verdict.name(),
+        "kernel": way.answer_text(),
+        "near": way.argument.route.near.map(|near| near.word()),
+        "codes": codes(way),
+    })
+}
+
+fn pairs_table(rules: &Rules<'_>, ways: &[Way]) -> Table {
+    let mut table = Table::new(["device", "uses memory of", "", "predicted", "kernel", "why"]);
+    for way in ways.iter().take(MOST) {
+        let (client, provider) = both(rules, way);
+        let near = way.argument.route.near.map_or("?", |near| near.word());
+        table.row([
+            label(client),
+            label(provider),
+            near.to_owned(),
+            way.argument.verdict.name().to_owned(),
+            way.answer_word().to_owned(),
+            codes(way).join("\n"),
+        ]);
+    }
+    table
+}
+
+/// Filesystems on disks, each disk once, and whether their files can be read around the page cache.
+fn mounts() -> Vec<Mount> {
+    let mut seen = Vec::new();
+    let mut mounts = Vec::new();
+    for mount in places::mounts() {
+        let Some(disk) = mount.disk else {
+            continue;
+        };
+        if seen.contains(&disk.name) {
+            continue;
+        }
+        seen.push(disk.name.clone());
+        let direct = unnamed_file(&mount.at)
+            .ok()
+            .and_then(|file| FileImporter::from_fd(file.into(), "").ok())
+            .map(|file| file.alignment().is_some());
+        let (verdict, good) = match (&disk.layer, disk.functions.is_empty(), direct) {
+            (Some(layer), ..) => (
+                peerbuf_topo::reasons::of_layer(&disk.name, layer).evidence,
+                false,
+            ),
+            (None, true, _) => ("on no PCI device: staged copies".to_owned(), false),
+            (None, false, Some(false)) => ("no O_DIRECT: staged copies".to_owned(), false),
+            (None, false, _) if !disk.name.starts_with("nvme") => (
+                "only NVMe disks take peers' memory: staged copies".to_owned(),
+                false,
+            ),
+            (None, false, None) => (
+                "as the disk's pairs above; not writable here, so O_DIRECT is untried".to_owned(),
+                true,
+            ),
+            (None, false, Some(true)) => ("O_DIRECT; as the disk's pairs above".to_owned(), true),
+        };
+        let functions: Vec<String> = disk.functions.iter().map(ToString::to_string).collect();
+        mounts.push(Mount {
+            at: mount.at.display().to_string(),
+            filesystem: mount.kind,
+            disk: [disk.name]
+                .into_iter()
+                .chain(functions)
+                .collect::<Vec<_>>()
+                .join("\n"),
+            verdict,
+            good,
+        });
+    }
+    mounts
+}
+
+fn findings(
+    rules: &Rules<'_>,
+    ways: &[Way],
+    mounts: &[Mount],
+    info: Option<&info::Info>,
+) -> Vec<Finding> {
+    let mut findings: Vec<Finding> = Vec::new();
+    // One for each kind of reason, with the pairs that it stops.
+    for code in Code::ALL {
+        let stops = |way: &&Way| codes(way).contains(&code.as_str());
+        let stopped: Vec<&Way> = ways.iter().filter(stops).collect();
+        let Some(first) = stopped.first() else {
+            continue;
+        };
+        let evidence = first
+            .argument
+            .reasons
+            .iter()
+            .find(|reason| reason.code == code);
+        let (client, provider) = both(rules, first);
+        let others = match stopped.len() - 1 {
+            0 => String::new(),
+            others => format!(" (and {others} more)"),
+        };
+        let mut remedies = Vec::new();
+        for remedy in &first.argument.remedies {
+            remedies.push(remedy.what.clone());
+            remedies.extend(remedy.commands.iter().cloned());
+        }
+        findings.push(Finding {
+            what: format!(
+                "{} with memory of {}{others}: {code}: {}",
+                label(client),
+                label(provider),
+                evidence.map_or("", |reason| &reason.evidence)
+            ),
+            remedies,
+        });
+    }
+    let lying = |finding: &Finding| finding.what.contains(Code::IommuInGuest.as_str());
+    // What loses bytes comes before what is refused.
+    findings.sort_by_key(|finding| !lying(finding));
+    for missing in info.into_iter().flat_map(info::Info::missing) {
+        findings.push(Finding {
+            what: missing.0.to_owned(),
+            remedies: Some(missing.1.to_owned())
+                .filter(|remedy| !remedy.is_empty())
+                .into_iter()
+                .collect(),
+        });
+    }
+    if !mounts.is_empty() && mounts.iter().all(|mount| !mount.good) {
+        findings.push(Finding {
+            what: "no mounted filesystem can be read into peers' memory; see the table of mounts"
+                .into(),
+            remedies: vec!["keep the files on ext4 or XFS directly on an NVMe disk".into()],
+        });
+    }
+    findings
+}
