@@ -357,7 +357,7 @@ impl<'m> Case<'_, 'm> {
                     provider.kind().name(),
                     self.machine.format.name()
                 );
-                self.say(Code::NoMemory, Effect::Warns, what);
+                self.say(Code::NoMemory, Effect::MayBlock, what);
             }
             _ => {}
         }
@@ -450,7 +450,7 @@ impl<'m> Case<'_, 'm> {
             Some(true) => {
                 if self.route.possible.known() == Some(Map::HostBridge) {
                     let what = format!(
-                        "bytes cross {}; some pass writes and lose or slow down reads",
+                        "bytes cross {}; some host bridges pass writes, and slow down or lose reads",
                         self.hosts(*one, *other)
                     );
                     self.say(Code::HostBridgeUnproved, Effect::Warns, what);
@@ -563,7 +563,12 @@ impl<'m> Case<'_, 'm> {
         };
         match one == other {
             true => describe(one),
-            false => format!("{} and {}", describe(one), describe(other)),
+            // In the same order both ways, so that it reads the same.
+            false => format!(
+                "{} and {}",
+                describe(one.min(other)),
+                describe(one.max(other))
+            ),
         }
     }
 

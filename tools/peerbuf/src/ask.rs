@@ -1,4 +1,4 @@
-//! Asks the kernel about a pair of devices: exports some memory of the one and attaches it on behalf of the
+//! Asks the kernel (peerbuf_probe.ko) about two devices: exports some memory of the one and attaches it on behalf of the
 //! other, as its driver would. No DMA is started.
 
 use peerbuf::Access;
