@@ -19,7 +19,7 @@ use peerbuf_lab_suite::importer::{self, DYNAMIC, Importer, Mapping, PEER};
 use peerbuf_lab_suite::node::{Map, Node, errno, nvme_bdf};
 use peerbuf_lab_suite::pci::{spare_device, wait_until};
 use peerbuf_topo::reasons::Reason;
-use peerbuf_topo::rules::Map;
+use peerbuf_topo::rules;
 use peerbuf_topo::{Code, Rules, argue};
 use peerbuf_uapi::{self as abi, probe};
 
@@ -106,14 +106,14 @@ fn what_is_predicted_is_what_the_kernel_answers_for_every_pair() {
             let pair = format!("{} with memory of {}", function.address, info.address);
             let answer = match attached.and_then(|held| held.map(Direction::Bidirectional)) {
                 Ok(mapping) => match mapping.route() {
-                    Route::BusAddress => Map::BusAddress,
-                    Route::HostBridge => Map::HostBridge,
+                    Route::BusAddress => rules::Map::BusAddress,
+                    Route::HostBridge => rules::Map::HostBridge,
                     other => panic!("{pair}: {other:?}"),
                 },
                 Err(ProbeError::System { cause, .. }) => match cause.errno {
                     // No driver, or one that does no DMA.
                     Errno::UNATCH => continue,
-                    Errno::REMOTEIO => Map::NotSupported,
+                    Errno::REMOTEIO => rules::Map::NotSupported,
                     _ => panic!("{pair}: {cause}"),
                 },
                 Err(error) => panic!("{pair}: {error}"),
@@ -127,9 +127,9 @@ fn what_is_predicted_is_what_the_kernel_answers_for_every_pair() {
     assert!(compared.len() >= 8, "{compared:?}");
     let answers = |map| compared.iter().filter(|(_, answer)| *answer == map).count();
     let disk = match topology().as_str() {
-        "host-bridge" => Map::HostBridge,
-        "refused" => Map::NotSupported,
-        _ => Map::BusAddress,
+        "host-bridge" => rules::Map::HostBridge,
+        "refused" => rules::Map::NotSupported,
+        _ => rules::Map::BusAddress,
     };
     assert!(answers(disk) >= 2, "{compared:?}");
 }

@@ -46,9 +46,8 @@ pub fn kernel(client: PciAddress, provider: PciAddress) -> Answer {
             Route::BusAddress => Answer::Yes("bus address"),
             Route::HostBridge => Answer::Yes("through host bridge"),
             Route::System => Answer::No("it moved the bytes to system memory".into()),
-            Route::Mixed | Route::Unknown => {
-                Answer::No("it gave addresses that lead nowhere known".into())
-            }
+            // Some of this and some of that, or addresses that lead nowhere known.
+            other => Answer::No(format!("it gave addresses of another kind: {other:?}")),
         },
         Err(ProbeError::System { cause, .. }) if cause.errno == peerbuf::Errno::UNATCH => {
             Answer::NotAsked(format!("{client} has no driver that does DMA"))
