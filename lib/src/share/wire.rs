@@ -622,21 +622,33 @@ pub(crate) fn samples() -> Vec<(&'static str, Vec<u8>)> {
         reserved: 0,
         description,
     };
-    let note = [Note::new(1, 7, 0), Note::new(2, 7, 1)];
+    // A buffer is lent as a whole.
+    let whole = |of: Description| Description {
+        offset: 0,
+        length: of.size,
+        ..of
+    };
+    let (bar_whole, memory_whole) = (whole(bar), whole(memory));
+    let wanted = [Note::new(1, 7, 1500), Note::new(2, 7, 1500)];
+    let released = [Note::new(1, 7, 0), Note::new(2, 7, 1)];
+    let cut_off = Note::new(0, 0, Farewell::Late as u32);
     vec![
         ("hand-over", encode(Message::HandOver, &[bar])),
         ("hand-over-memory", encode(Message::HandOver, &[memory])),
         ("hello", encode::<Note>(Message::Hello, &[])),
         (
             "offer",
-            encode(Message::Offer, &[entry(1, bar), entry(2, memory)]),
+            encode(
+                Message::Offer,
+                &[entry(1, bar_whole), entry(2, memory_whole)],
+            ),
         ),
-        ("invalidate", encode(Message::Invalidate, &note)),
-        ("withdraw", encode(Message::Withdraw, &note)),
-        ("farewell", encode(Message::Farewell, &note[..1])),
+        ("invalidate", encode(Message::Invalidate, &wanted)),
+        ("withdraw", encode(Message::Withdraw, &wanted[..1])),
+        ("farewell", encode(Message::Farewell, &[cut_off])),
         ("last-offer", encode::<Entry>(Message::LastOffer, &[])),
-        ("accepted", encode(Message::Accepted, &note[..1])),
-        ("released", encode(Message::Released, &note)),
+        ("accepted", encode(Message::Accepted, &[Note::new(1, 0, 0)])),
+        ("released", encode(Message::Released, &released)),
     ]
 }
 
