@@ -115,6 +115,19 @@ impl Mapping {
     #[doc(alias = "DMA_BUF_IOCTL_SYNC")]
     #[doc(alias = "DMA_BUF_SYNC_START")]
     pub fn begin_cpu_access(&mut self, access: Access) -> Result<CpuAccess<'_>, BufferError> {
+        self.begin_unguarded(access)?;
+        Ok(CpuAccess {
+            mapping: self,
+            access,
+            last_write: None,
+            open: true,
+        })
+    }
+
+    #[doc(hidden)]
+    /// As [`Mapping::begin_cpu_access`], for other languages, in which no guard can borrow: the caller
+    /// ends what it began, and begins nothing twice.
+    pub fn begin_unguarded(&self, access: Access) -> Result<(), BufferError> {
         if access.writes() && !self.access.writes() {
             let object = self.range.buffer().name().to_owned();
             return Err(BufferError::Access {
@@ -123,19 +136,34 @@ impl Mapping {
             });
         }
         self.check_here()?;
-        let guard = CpuAccess {
-            mapping: self,
-            access,
-            last_write: None,
-            open: true,
-        };
-        if let Err(error) = guard.sync(0) {
-            // There is nothing to end: the access has not begun.
-            let mut guard = guard;
-            guard.open = false;
-            return Err(error);
+        self.sync(flags_of(access))
+    }
+
+    #[doc(hidden)]
+    /// Ends what [`Mapping::begin_unguarded`] began. `last_write` is the place of a byte that was written after
+    /// all others; nothing where none was.
+    pub fn end_unguarded(
+        &self,
+        access: Access,
+        last_write: Option<usize>,
+    ) -> Result<(), BufferError> {
+        if let Some(offset) = last_write {
+            self.map.drain_writes();
+            if self.range.buffer().is_read_back() {
+                self.map.read_back(offset);
+            }
         }
-        Ok(guard)
+        self.sync(SYNC_END | flags_of(access))
+    }
+
+    fn sync(&self, flags: u64) -> Result<(), BufferError> {
+        let buffer = self.range.buffer();
+        let Some(dmabuf) = buffer.dmabuf() else {
+            return Ok(());
+        };
+        sync(dmabuf.as_fd(), flags).map_err(|errno| {
+            SystemError::new("ioctl(DMA_BUF_IOCTL_SYNC)", buffer.name(), errno).into()
+        })
     }
 
     /// Copies bytes to its beginning, within one CPU access.
@@ -375,22 +403,7 @@ impl CpuAccess<'_> {
 
     fn finish(&mut self) -> Result<(), BufferError> {
         self.open = false;
-        if let Some(offset) = self.last_write {
-            self.mapping.map.drain_writes();
-            if self.mapping.range.buffer().is_read_back() {
-                self.mapping.map.read_back(offset);
-            }
-        }
-        self.sync(SYNC_END)
-    }
-
-    fn sync(&self, when: u64) -> Result<(), BufferError> {
-        let Some(dmabuf) = self.mapping.range.buffer().dmabuf() else {
-            return Ok(());
-        };
-        let buffer = self.mapping.range.buffer().name();
-        sync(dmabuf.as_fd(), when | flags_of(self.access))
-            .map_err(|errno| SystemError::new("ioctl(DMA_BUF_IOCTL_SYNC)", buffer, errno).into())
+        self.mapping.end_unguarded(self.access, self.last_write)
     }
 
     fn check(

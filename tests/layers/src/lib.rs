@@ -25,6 +25,7 @@ const LAYERS: [(&str, &str); 5] = [
     ("peerbuf-topo", "lib/topo"),
     ("peerbuf", "lib"),
     ("peerbuf-rdma", "lib/rdma"),
+    ("peerbuf-c", "lib/c"),
 ];
 
 #[test]

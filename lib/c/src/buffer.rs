@@ -1,0 +1,370 @@
+//! Buffers: where they come from, and the processor's access to them.
+
+use std::ffi::{c_char, c_int, c_void};
+use std::fs::File;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, IntoRawFd, OwnedFd};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use peerbuf::Access;
+use peerbuf::buffer::{BufferRange, Kind, Provenance};
+use peerbuf::error::BufferError;
+use peerbuf::export::peerbuf::{Device, Request};
+use peerbuf::export::{heap, memfd, udmabuf};
+use peerbuf::plan::topology::PciAddress;
+use peerbuf::share::Lease;
+
+use crate::failure::{Code, Failure};
+use crate::foreign::{argument, descriptor, make, place, run, text};
+use crate::handle::{free, get};
+
+/// For reading: an access.
+pub const PEERBUF_READ: u32 = 1;
+/// For writing: an access.
+pub const PEERBUF_WRITE: u32 = 2;
+/// For both.
+pub const PEERBUF_READ_WRITE: u32 = 3;
+/// As an offset in a BAR: anywhere. As a length: all that follows.
+pub const PEERBUF_ANY: u64 = u64::MAX;
+/// The dma-buf of a buffer.
+pub const PEERBUF_DMABUF: u32 = 1;
+/// The memfd that holds the bytes of a buffer.
+pub const PEERBUF_MEMFD: u32 = 2;
+
+/// The filesystems that memfds are on: tmpfs, and that of huge pages (linux/magic.h).
+const MEMFDS: [u64; 2] = [0x0102_1994, 0x9584_58f6];
+
+/// Memory that devices, files and processes can use.
+pub struct Buffer(pub(crate) Held);
+
+/// Whose memory it is.
+pub(crate) enum Held {
+    Own(peerbuf::Buffer),
+    Lent(Lease),
+}
+
+impl Buffer {
+    pub(crate) fn own(buffer: peerbuf::Buffer) -> Buffer {
+        Buffer(Held::Own(buffer))
+    }
+
+    pub(crate) fn get(&self) -> &peerbuf::Buffer {
+        match &self.0 {
+            Held::Own(buffer) => buffer,
+            Held::Lent(lease) => lease,
+        }
+    }
+
+    /// `length` bytes, or all that follow.
+    pub(crate) fn range(&self, offset: u64, length: u64) -> Result<BufferRange, Failure> {
+        let buffer = self.get();
+        let length = match length {
+            PEERBUF_ANY => buffer.size().saturating_sub(offset),
+            length => length,
+        };
+        Ok(buffer.range(offset, length)?)
+    }
+}
+
+/// What is known of a buffer.
+#[repr(C)]
+pub struct BufferInfo {
+    /// In bytes.
+    pub size: u64,
+    /// The number of a lent buffer's generation; 0 for others.
+    pub generation: u64,
+    /// The kind of exporter, by its number in docs/wire.md.
+    pub kind: u32,
+    /// Whether it may be written.
+    pub writable: bool,
+    /// Whether it has a dma-buf.
+    pub has_dmabuf: bool,
+    /// Whether it has a memfd.
+    pub has_memfd: bool,
+}
+
+/// Makes a buffer of `length` zero bytes of memory, without a dma-buf: for files and processes, on any
+/// machine. `name` is for people, here and below.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn peerbuf_export_memfd(
+    name: *const c_char,
+    length: u64,
+    buffer: Option<&mut MaybeUninit<*mut Buffer>>,
+) -> Code {
+    make(buffer, || {
+        // SAFETY: as the crate's documentation asks.
+        let name = unsafe { text("the name", name) }?;
+        Ok(Buffer::own(memfd::export(name, length)?))
+    })
+}
+
+/// Makes a dma-buf of `length` zero bytes of memory (/dev/udmabuf), a multiple of the page size.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn peerbuf_export_udmabuf(
+    name: *const c_char,
+    length: u64,
+    buffer: Option<&mut MaybeUninit<*mut Buffer>>,
+) -> Code {
+    make(buffer, || {
+        // SAFETY: as the crate's documentation asks.
+        let name = unsafe { text("the name", name) }?;
+        Ok(Buffer::own(udmabuf::export(name, length)?))
+    })
+}
+
+/// Makes a dma-buf of `length` zero bytes of the dma-heap `heap`, such as `system`; a multiple of the page size.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn peerbuf_export_heap(
+    heap: *const c_char,
+    name: *const c_char,
+    length: u64,
+    buffer: Option<&mut MaybeUninit<*mut Buffer>>,
+) -> Code {
+    make(buffer, || {
+        // SAFETY: as the crate's documentation asks.
+        let (heap, name) = unsafe { (text("the heap", heap)?, text("the name", name)?) };
+        Ok(Buffer::own(heap::Heap::open(heap)?.export(name, length)?))
+    })
+}
+
+/// Exports part of a device's BAR by peerbuf.ko. `device` is a PCI address, such as `0000:01:00.0`, or the path of
+/// the device's node. `offset` may be PEERBUF_ANY. `access` is what the descriptor allows.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn peerbuf_export_bar(
+    device: *const c_char,
+    bar: u32,
+    offset: u64,
+    length: u64,
+    access: u32,
+    buffer: Option<&mut MaybeUninit<*mut Buffer>>,
+) -> Code {
+    make(buffer, || {
+        // SAFETY: as the crate's documentation asks.
+        let device = unsafe { text("the device", device) }?;
+        let request = Request {
+            bar: u8::try_from(bar).map_err(|_| argument(format!("there is no BAR {bar}")))?,
+            offset: (offset != PEERBUF_ANY).then_some(offset),
+            length,
+            access: crate::foreign::access(access)?,
+        };
+        let device = if device.starts_with('/') {
+            Device::open_node(device)?
+        } else {
+            let address = device.parse::<PciAddress>();
+            Device::open(address.map_err(|error| argument(error.to_string()))?)?
+        };
+        Ok(Buffer::own(device.export(request)?))
+    })
+}
+
+/// Takes a dma-buf, or a memfd with F_SEAL_SHRINK, that another library or program made. What the kernel does not tell of
+/// it stays unknown. The descriptor stays the caller's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn peerbuf_import(
+    fd: c_int,
+    buffer: Option<&mut MaybeUninit<*mut Buffer>>,
+) -> Code {
+    make(buffer, || {
+        // SAFETY: as the crate's documentation asks.
+        let (own, again) = unsafe { (descriptor(fd)?, descriptor(fd)?) };
+        let buffer = match peerbuf::Buffer::import(own) {
+            Err(BufferError::NotADmaBuf { found, .. }) if is_memory(found, &again) => {
+                let name = name_of(&again);
+                let provenance = Provenance {
+                    kind: Kind::Memfd,
+                    device: None,
+                    bar: None,
+                    name,
+                };
+                peerbuf::Buffer::from_host_memory(again, None, provenance)?
+            }
+            taken => taken?,
+        };
+        Ok(Buffer::own(buffer))
+    })
+}
+
+/// A memfd, or a file that could be one.
+fn is_memory(filesystem: u64, fd: &OwnedFd) -> bool {
+    let stat = fd.try_clone().and_then(|fd| File::from(fd).metadata());
+    MEMFDS.contains(&filesystem) && stat.is_ok_and(|stat| stat.is_file())
+}
+
+/// What its maker has called a memfd.
+fn name_of(memfd: &OwnedFd) -> String {
+    let link = std::fs::read_link(format!("/proc/self/fd/{}", memfd.as_raw_fd()));
+    let link = link.unwrap_or_default().display().to_string();
+    let name = link.trim_start_matches("/memfd:");
+    name.trim_end_matches(" (deleted)").to_owned()
+}
+
+/// Tells what is known of a buffer.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn peerbuf_buffer_get(
+    buffer: *const Buffer,
+    info: Option<&mut MaybeUninit<BufferInfo>>,
+) -> Code {
+    run(|| {
+        let held = get(buffer)?;
+        let buffer = held.get();
+        let (generation, writable) = match &held.0 {
+            Held::Own(buffer) => (0, buffer.is_writable()),
+            Held::Lent(lease) => (lease.generation(), lease.is_writable()),
+        };
+        place("what is known", info)?.write(BufferInfo {
+            size: buffer.size(),
+            generation,
+            kind: buffer.provenance().kind.number(),
+            writable,
+            has_dmabuf: buffer.dmabuf().is_some(),
+            has_memfd: buffer.host_memory().is_some(),
+        });
+        Ok(())
+    })
+}
+
+/// Gives a descriptor of a buffer, for another library: PEERBUF_DMABUF or PEERBUF_MEMFD. The caller closes it. -1 after
+/// a failure.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn peerbuf_buffer_descriptor(
+    buffer: *const Buffer,
+    which: u32,
+    fd: Option<&mut MaybeUninit<c_int>>,
+) -> Code {
+    run(|| {
+        let fd = place("the descriptor", fd)?;
+        fd.write(-1);
+        let held = get(buffer)?;
+        let buffer = held.get();
+        let found = match which {
+            PEERBUF_DMABUF => buffer.dmabuf().map(AsFd::as_fd),
+            PEERBUF_MEMFD => buffer.host_memory(),
+            other => return Err(argument(format!("{other} is no descriptor of a buffer"))),
+        };
+        let found = found.ok_or_else(|| {
+            Failure::new(
+                Code::Unavailable,
+                format!("{buffer} has no such descriptor"),
+            )
+        })?;
+        let again: OwnedFd = found
+            .try_clone_to_owned()
+            .map_err(|error| Failure::new(Code::System, format!("{buffer}: {error}")))?;
+        fd.write(again.into_raw_fd());
+        Ok(())
+    })
+}
+
+/// Ends a buffer. A lent one goes back to its publisher when its mappings have been freed, too. Null does nothing.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn peerbuf_buffer_free(buffer: *mut Buffer) -> Code {
+    run(|| free(buffer))
+}
+
+/// Bytes of a buffer in this process.
+pub struct Mapping(Mutex<Mapped>);
+
+struct Mapped {
+    mapping: peerbuf::buffer::Mapping,
+    begun: Option<Access>,
+    /// Keeps a lent buffer.
+    _buffer: std::sync::Arc<Buffer>,
+}
+
+impl Mapped {
+    fn end(&mut self) -> Result<(), Failure> {
+        let Some(access) = self.begun.take() else {
+            let message = "no access to the mapping has begun";
+            return Err(Failure::new(Code::Order, message));
+        };
+        // Which bytes were written nobody told. The last one will do: all are on one bus.
+        let last = self.mapping.len().checked_sub(1);
+        let last = last.filter(|_| access.writes()).map(|last| last as usize);
+        Ok(self.mapping.end_unguarded(access, last)?)
+    }
+}
+
+impl Drop for Mapped {
+    fn drop(&mut self) {
+        // Nobody to tell, and often nothing to end.
+        let _ = self.end();
+    }
+}
+
+impl Mapping {
+    fn lock(&self) -> MutexGuard<'_, Mapped> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Maps `length` bytes of a buffer from `offset` on, or all that follow (PEERBUF_ANY). It keeps the buffer.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn peerbuf_map(
+    buffer: *const Buffer,
+    offset: u64,
+    length: u64,
+    access: u32,
+    mapping: Option<&mut MaybeUninit<*mut Mapping>>,
+) -> Code {
+    make(mapping, || {
+        let buffer = get(buffer)?;
+        let mapping = buffer
+            .range(offset, length)?
+            .map(crate::foreign::access(access)?)?;
+        Ok(Mapping(Mutex::new(Mapped {
+            mapping,
+            begun: None,
+            _buffer: buffer,
+        })))
+    })
+}
+
+/// Tells where the bytes are, and how many. They are good until the mapping is freed. Others may change them at any
+/// time, and memory of a device that goes away raises SIGBUS.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn peerbuf_mapping_get(
+    mapping: *const Mapping,
+    data: Option<&mut MaybeUninit<*mut c_void>>,
+    length: Option<&mut MaybeUninit<u64>>,
+) -> Code {
+    run(|| {
+        let mapping = get(mapping)?;
+        let mapped = mapping.lock();
+        let bytes = mapped.mapping.len();
+        place("the address", data)?.write(mapped.mapping.as_ptr().cast());
+        if let Some(length) = length {
+            length.write(bytes);
+        }
+        Ok(())
+    })
+}
+
+/// Begins a time in which the processor may use the bytes (DMA_BUF_IOCTL_SYNC): waits for devices, and makes caches
+/// agree. One at a time for each mapping.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn peerbuf_begin_access(mapping: *const Mapping, access: u32) -> Code {
+    run(|| {
+        let access = crate::foreign::access(access)?;
+        let mapping = get(mapping)?;
+        let mut mapped = mapping.lock();
+        if mapped.begun.is_some() {
+            let message = "an access to the mapping has begun already";
+            return Err(Failure::new(Code::Order, message));
+        }
+        mapped.mapping.begin_unguarded(access)?;
+        mapped.begun = Some(access);
+        Ok(())
+    })
+}
+
+/// Ends that time: what was written is where devices see it.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn peerbuf_end_access(mapping: *const Mapping) -> Code {
+    run(|| get(mapping)?.lock().end())
+}
+
+/// Ends a mapping, and an access to it. Null does nothing.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn peerbuf_mapping_free(mapping: *mut Mapping) -> Code {
+    run(|| free(mapping))
+}
