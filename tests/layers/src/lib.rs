@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 use proc_macro2::{Delimiter, Ident, TokenStream, TokenTree};
 
 /// The crates that others build on, the lowest first: each may depend on those before it only.
-const LAYERS: [(&str, &str); 5] = [
+const LAYERS: [(&str, &str); 6] = [
     ("peerbuf-uapi", "uapi"),
     ("peerbuf-core", "lib/core"),
     ("peerbuf-topo", "lib/topo"),
