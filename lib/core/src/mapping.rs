@@ -209,10 +209,12 @@ impl BufferRange {
                 self.buffer().provenance().kind,
                 Kind::Bar | Kind::Vfio | Kind::Provider | Kind::Heap
             );
+        // A page is mapped for a range without bytes, too. At the end of a dma-buf there is none.
+        let offset = if self.is_empty() { 0 } else { self.offset() };
         let map = if honours_offset {
-            Map::shared(fd, at + self.offset(), self.len(), access.writes())
+            Map::shared(fd, at + offset, self.len(), access.writes())
         } else {
-            Map::shared_from(fd, at, self.offset(), self.len(), access.writes())
+            Map::shared_from(fd, at, offset, self.len(), access.writes())
         };
         let map = map.map_err(|errno| {
             let cause = SystemError::new("mmap", self.buffer().name(), errno);

@@ -40,6 +40,18 @@ fn a_name_is_seen_in_every_descriptor_and_a_long_one_is_refused() {
 }
 
 #[test]
+fn a_range_without_bytes_is_like_others_wherever_it_begins() {
+    for buffer in [bar(8192), udmabuf::export("memory", 8192).unwrap()] {
+        for at in [0, 5, 4096, 8192] {
+            let empty = buffer.range(at, 0).unwrap();
+            empty.write_bytes(&[]).unwrap();
+            assert!(empty.to_vec().unwrap().is_empty());
+            assert!(empty.write_bytes(&[1]).is_err(), "{at}");
+        }
+    }
+}
+
+#[test]
 fn holders_are_counted() {
     let buffer = udmabuf::export("memory", 4096).unwrap();
     let dmabuf = buffer.dmabuf().unwrap();
