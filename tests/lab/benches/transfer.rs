@@ -1,5 +1,5 @@
 //! Pieces of a slow disk into a buffer, by the crate, by fio's io_uring engine at the same depth, and by one
-//! `pread` after another. `cargo lab bench transfer`; the table is in docs/performance.md.
+//! `pread` after another. `cargo lab bench transfer`.
 //!
 //! The disk takes 2 ms for each request, as many at a time as its queue has room for, so that a program is as
 //! fast as its queue is deep. The guest's clock counts instructions: what the program does between the requests
