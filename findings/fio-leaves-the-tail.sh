@@ -12,12 +12,12 @@ set -euo pipefail
 dir=$(mktemp -d); trap 'rm -rf "$dir"' EXIT
 (cd "$dir" && apt-get download -q fio=3.33-3 $(apt-get -s install --no-install-recommends fio=3.33-3 |
     sed -n 's/^Inst \([^ ]*\) .*(\([^ ]*\).*/\1=\2/p' | grep -v '^fio=') >/dev/null 2>apt.log || { cat apt.log; exit 1; }
- for package in ./*.deb; do dpkg -x "$package" root; done)
-export LD_LIBRARY_PATH="$dir/root/usr/lib/x86_64-linux-gnu:$dir/root/lib/x86_64-linux-gnu:$dir/root/usr/lib/x86_64-linux-gnu/ceph"
+ for package in ./*.deb; do dpkg -x "$package" tree; done)
+export LD_LIBRARY_PATH="$dir/tree/usr/lib/x86_64-linux-gnu:$dir/tree/lib/x86_64-linux-gnu:$dir/tree/usr/lib/x86_64-linux-gnu/ceph"
 head -c 100000 /dev/urandom >"$dir/file"
 for block in 64k 4k 128k; do
     status=0
-    (cd "$dir" && root/usr/bin/fio --name=all --filename=file --rw=read --bs=$block --ioengine=psync \
+    (cd "$dir" && tree/usr/bin/fio --name=all --filename=file --rw=read --bs=$block --ioengine=psync \
         --output-format=json --output=result) >"$dir/log" 2>&1 || status=$?
     if [ $status = 0 ]; then
         python3 - "$block" "$dir/result" <<'PY'

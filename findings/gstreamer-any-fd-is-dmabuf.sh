@@ -14,8 +14,8 @@ dir=$(mktemp -d); trap 'rm -rf "$dir"' EXIT
 (cd "$dir" && apt-get download -q libgstreamer1.0-0=1.22.0-2+deb12u1 libgstreamer-plugins-base1.0-0=1.22.0-3+deb12u6 \
     $(apt-get -s install --no-install-recommends libgstreamer1.0-0 | sed -n 's/^Inst \(lib[^ ]*\) (\([^ ]*\).*/\1=\2/p' |
       grep -v '^libgst') >/dev/null 2>apt.log || { cat apt.log; exit 1; }
- for package in ./*.deb; do dpkg -x "$package" root; done)
-export LD_LIBRARY_PATH="$dir/root/usr/lib/x86_64-linux-gnu:$dir/root/lib/x86_64-linux-gnu" GST_DEBUG=0
+ for package in ./*.deb; do dpkg -x "$package" tree; done)
+export LD_LIBRARY_PATH="$dir/tree/usr/lib/x86_64-linux-gnu:$dir/tree/lib/x86_64-linux-gnu" GST_DEBUG=0
 export GST_REGISTRY_UPDATE=no GST_REGISTRY="$dir/registry" GST_PLUGIN_SYSTEM_PATH="$dir/none"
 cat >"$dir/try.py" <<'PY'
 import ctypes as c, os, sys

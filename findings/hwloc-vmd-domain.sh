@@ -13,8 +13,8 @@
 set -euo pipefail
 dir=$(mktemp -d); trap 'rm -rf "$dir"' EXIT
 (cd "$dir" && apt-get download -q hwloc-nox=2.9.0-1 libhwloc15=2.9.0-1 >/dev/null 2>apt.log || { cat apt.log; exit 1; }
- for package in ./*.deb; do dpkg -x "$package" root; done)
-export LD_LIBRARY_PATH="$dir/root/usr/lib/x86_64-linux-gnu"
+ for package in ./*.deb; do dpkg -x "$package" tree; done)
+export LD_LIBRARY_PATH="$dir/tree/usr/lib/x86_64-linux-gnu"
 cat >"$dir/machine.xml" <<'XML'
 <?xml version="1.0" encoding="UTF-8"?>
 <!DOCTYPE topology SYSTEM "hwloc2.dtd">
@@ -38,7 +38,7 @@ cat >"$dir/machine.xml" <<'XML'
 </topology>
 XML
 status=0
-"$dir/root/usr/bin/lstopo-no-graphics" -i "$dir/machine.xml" --whole-io --of xml >"$dir/out.xml" 2>"$dir/log" || status=$?
+"$dir/tree/usr/bin/lstopo-no-graphics" -i "$dir/machine.xml" --whole-io --of xml >"$dir/out.xml" 2>"$dir/log" || status=$?
 warning=$(grep -o 'Ignoring PCI device.*' "$dir/log" || true)
 python3 - "$dir" >"$dir/seen" <<'PY'
 import sys, xml.etree.ElementTree as tree

@@ -16,7 +16,7 @@ python3 -m venv "$dir/venv"
     -d "$dir" pyhwloc==3.0.1
 python3 -m zipfile -e "$dir"/pyhwloc-*.whl "$dir/wheel"
 (cd "$dir" && apt-get download -q hwloc-nox=2.9.0-1 libhwloc15=2.9.0-1 >/dev/null 2>apt.log || { cat apt.log; exit 1; }
- for package in ./*.deb; do dpkg -x "$package" root; done)
+ for package in ./*.deb; do dpkg -x "$package" tree; done)
 cat >"$dir/2.xml" <<'XML'
 <?xml version="1.0" encoding="UTF-8"?>
 <!DOCTYPE topology SYSTEM "hwloc2.dtd">
@@ -52,7 +52,7 @@ for version in (2, 3):
     print(f"version {version}: {', '.join(kinds)}, pci_type", next(n.get("pci_type") for n in nodes if n.get("pci_type")))
 PY
 python3 "$dir/try.py" "$dir" >"$dir/seen" 2>"$dir/log" || { cat "$dir/log"; exit 1; }
-echo "hwloc 2.9.0: $(LD_LIBRARY_PATH="$dir/root/usr/lib/x86_64-linux-gnu" "$dir/root/usr/bin/lstopo-no-graphics" \
+echo "hwloc 2.9.0: $(LD_LIBRARY_PATH="$dir/tree/usr/lib/x86_64-linux-gnu" "$dir/tree/usr/bin/lstopo-no-graphics" \
     -i "$dir/3.xml" 2>&1 | grep -o 'cannot import XML.*')" >>"$dir/seen"
 diff -u <(sed -n '/^# Seen:/,/^# Needs/{s/^#   //p}' "$0") "$dir/seen"
 echo "still so: a disk is a GPU by the old rule"

@@ -15,7 +15,7 @@ dir=$(mktemp -d); trap 'rm -rf "$dir"' EXIT
 python3 -m venv "$dir/venv"
 "$dir/venv/bin/pip" install -q --disable-pip-version-check --no-deps mpich==5.0.2
 (cd "$dir" && apt-get download -q libfabric-dev=1.17.0-3 >/dev/null 2>apt.log || { cat apt.log; exit 1; }
- dpkg -x libfabric-dev*.deb root)
+ dpkg -x libfabric-dev*.deb tree)
 cat >"$dir/try.c" <<'C'
 #include <stdio.h>
 #include <string.h>
@@ -71,7 +71,7 @@ int main(void)
 }
 C
 library=$(find "$dir/venv" -name libfabric.so.1 -printf '%h\n' -quit)
-cc -o "$dir/try" "$dir/try.c" -I"$dir/root/usr/include" -L"$library" -l:libfabric.so.1 -Wl,--allow-shlib-undefined
+cc -o "$dir/try" "$dir/try.c" -I"$dir/tree/usr/include" -L"$library" -l:libfabric.so.1 -Wl,--allow-shlib-undefined
 LD_LIBRARY_PATH="$library" "$dir/try" >"$dir/seen" 2>"$dir/log" || { cat "$dir/log"; exit 1; }
 diff -u <(sed -n '/^# Seen:/,/^# Needs/{s/^#   //p}' "$0") "$dir/seen"
 echo "still so: any number is a dma-buf"

@@ -13,8 +13,8 @@
 set -euo pipefail
 dir=$(mktemp -d); trap 'rm -rf "$dir"' EXIT
 (cd "$dir" && apt-get download -q pciutils=1:3.9.0-4 libpci3=1:3.9.0-4 >/dev/null 2>apt.log || { cat apt.log; exit 1; }
- for package in ./*.deb; do dpkg -x "$package" root; done)
-export LD_LIBRARY_PATH="$dir/root/usr/lib/x86_64-linux-gnu:$dir/root/lib/x86_64-linux-gnu"
+ for package in ./*.deb; do dpkg -x "$package" tree; done)
+export LD_LIBRARY_PATH="$dir/tree/usr/lib/x86_64-linux-gnu:$dir/tree/lib/x86_64-linux-gnu"
 cat >"$dir/dump" <<'DUMP'
 00:01.0 PCI bridge: root port
 00: 86 80 30 20 07 04 10 00 04 00 04 06 10 00 01 00
@@ -24,7 +24,7 @@ cat >"$dir/dump" <<'DUMP'
 DUMP
 try() {
     local status=0 text
-    text=$("$dir/root/usr/bin/setpci" -A dump -O "dump.name=$dir/dump" -s "$2" "$3" 2>&1) || status=$?
+    text=$("$dir/tree/usr/bin/setpci" -A dump -O "dump.name=$dir/dump" -s "$2" "$3" 2>&1) || status=$?
     echo "$1 $2 $3: status $status, '$text'"
 }
 { try read 00:01.0 COMMAND; try read 00:1f.0 COMMAND; try write 00:1f.0 COMMAND=0
