@@ -93,7 +93,7 @@ impl Ring {
         let mut builder = IoUring::builder();
         builder.dontfork().setup_clamp().setup_coop_taskrun();
         let made = builder.build(depth);
-        let ring = match made {
+        let mut ring = match made {
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
                 IoUring::builder().dontfork().setup_clamp().build(depth)
             }
@@ -111,8 +111,21 @@ impl Ring {
                 Errno::OPNOTSUPP,
             ));
         }
+        // A sandbox may allow the set-up and forbid the use. A request that is never taken would be waited for
+        // without end, so one that does nothing goes first.
+        // SAFETY: it has no memory and no file.
+        let pushed = unsafe { ring.submission().push(&opcode::Nop::new().build()) };
+        pushed.map_err(|_| SystemError::new("io_uring_enter", "io_uring", Errno::BUSY))?;
+        while let Err(error) = ring.submit_and_wait(1) {
+            if error.raw_os_error() != Some(libc::EINTR) {
+                return Err(failed("io_uring_enter")(error));
+            }
+        }
+        if ring.completion().next().is_none() {
+            return Err(SystemError::new("io_uring_enter", "io_uring", Errno::IO));
+        }
         let depth = ring.params().sq_entries();
-        // INVARIANT: nothing was pushed.
+        // INVARIANT: nothing is in flight.
         Ok(Ring {
             ring,
             depth,
