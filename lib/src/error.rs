@@ -221,6 +221,14 @@ pub enum ShareError {
         /// The rule that it breaks.
         why: &'static str,
     },
+    /// The buffer is lent to this process, so it is not this process' to hand over.
+    #[error(
+        "{name} is lent to this process and cannot be handed over: its publisher could not take it back. Let the other process subscribe, too, or copy the bytes"
+    )]
+    Lent {
+        /// The buffer.
+        name: String,
+    },
     /// The publisher itself still uses the generation that is to be given up.
     #[error("{name} cannot move: this process still holds clones or mappings of it")]
     StillInUse {

@@ -569,6 +569,22 @@ fn a_buffer_is_given_back_with_its_last_mapping_and_not_before() {
 }
 
 #[test]
+fn a_lent_buffer_is_not_the_borrowers_to_hand_over() {
+    let (mut publisher, subscriber) = pair();
+    let id = publisher.publish("b", watched().0).unwrap();
+    let lent = lease(&mut publisher, &subscriber, "b");
+    let (ours, theirs) = Channel::pair().unwrap();
+    for range in [lent.whole(), lent.range(8, 8).unwrap()] {
+        let refused = ours.send_buffer(&range).unwrap_err();
+        assert!(matches!(refused, ShareError::Lent { .. }), "{refused}");
+    }
+    // The owner may, and nothing of the refused ones has arrived.
+    let owned = publisher.buffer(id).unwrap().range(16, 8).unwrap();
+    ours.send_buffer(&owned).unwrap();
+    assert_eq!(theirs.receive_buffer_within(LONG).unwrap().offset(), 16);
+}
+
+#[test]
 fn a_publisher_that_uses_a_generation_itself_cannot_move_it() {
     let mut publisher = Publisher::new().unwrap();
     let id = publisher.publish("b", watched().0).unwrap();

@@ -200,6 +200,7 @@ impl From<ShareError> for Failure {
             ShareError::Inherited { .. } => Code::Inherited,
             ShareError::CutOff { .. } => Code::CutOff,
             ShareError::TimedOut { .. } => Code::TimedOut,
+            ShareError::Lent { .. } => Code::Argument,
             _ => Code::Other,
         };
         Failure::new(code, error.to_string())

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use crate::buffer::{Buffer, Held};
 use crate::failure::{Code, Failure};
-use crate::foreign::{argument, bytes, descriptor, limit, make, place, run, text};
+use crate::foreign::{bytes, descriptor, limit, make, place, run, text};
 use crate::handle::{self, free, get};
 
 /// One end of a connection that buffers travel over.
@@ -115,10 +115,6 @@ pub unsafe extern "C" fn peerbuf_send(
 ) -> Code {
     run(|| {
         let (channel, buffer) = (get(channel)?, get(buffer)?);
-        if matches!(buffer.0, Held::Lent(_)) {
-            let message = format!("{} is lent, and cannot be handed over", buffer.get());
-            return Err(argument(message));
-        }
         Ok(channel.0.send_buffer(&buffer.range(offset, length)?)?)
     })
 }

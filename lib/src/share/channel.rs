@@ -148,8 +148,12 @@ impl Channel {
     /// A [`Publisher`](super::Publisher) keeps a hold on what it hands over.
     ///
     /// # Errors
-    /// As [`Channel::send_message`].
+    /// As [`Channel::send_message`]; [`ShareError::Lent`] for a buffer that a publisher lent to this process.
     pub fn send_buffer(&self, range: &BufferRange) -> Result<(), ShareError> {
+        if range.buffer().lease().is_some() {
+            let name = range.buffer().to_string();
+            return Err(ShareError::Lent { name });
+        }
         let description = wire::describe(range, super::Placement::Unknown);
         let descriptors = descriptors(range.buffer()).into_iter().flatten();
         let descriptors: Vec<BorrowedFd<'_>> = descriptors.collect();
