@@ -14,6 +14,7 @@ use peerbuf::plan::{Path, ReasonCode};
 use peerbuf::share::{Channel, Copied, Grant, Peer, Publisher, Subscriber};
 use peerbuf::{Access, Buffer, DmaBuf};
 use peerbuf_lab_suite::bytes::{get, put};
+use peerbuf_lab_suite::clock::Stopwatch;
 use peerbuf_lab_suite::modules;
 use peerbuf_lab_suite::node::ioctl;
 
@@ -253,7 +254,7 @@ fn waiting_for_a_device_ends_when_it_is_done_or_at_the_limit() {
 
 /// Serves until `done`.
 fn serve(publisher: &mut Publisher, mut done: impl FnMut(&Publisher) -> bool) {
-    let begun = Instant::now();
+    let begun = Stopwatch::start();
     while !done(publisher) {
         assert!(begun.elapsed() < 20 * SECOND, "it never happened");
         publisher.serve_for(Duration::from_millis(1)).unwrap();

@@ -5,8 +5,10 @@ use std::{
     io::{Read, Write},
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
-    time::{Duration, Instant},
+    time::Duration,
 };
+
+use peerbuf_lab_suite::clock::Stopwatch;
 
 fn lab(args: &[&str]) -> Command {
     let program = std::env::var_os("PEERBUF_LAB").expect("run this through `cargo lab test`");
@@ -226,7 +228,7 @@ fn ending_the_lab_ends_the_guest() {
         let guest = guests_of(id, 1)[0];
         kill(signal, id);
         child.wait().unwrap();
-        let began = Instant::now();
+        let began = Stopwatch::start();
         while command_of(guest).contains("qemu") {
             assert!(
                 began.elapsed() < Duration::from_secs(5),
@@ -285,7 +287,7 @@ fn a_pair_ends_when_one_of_its_guests_does() {
     ]);
     await_lines(&mut child, 2);
     kill("-ABRT", guests_of(child.id(), 2)[0]);
-    let began = Instant::now();
+    let began = Stopwatch::start();
     let output = child.wait_with_output().unwrap();
     let error = text(&output.stderr);
     assert!(began.elapsed() < Duration::from_secs(30), "{error}");
@@ -325,7 +327,7 @@ fn a_layer_whose_making_was_killed_is_made_again_and_its_package_is_in_the_guest
         .stderr(Stdio::null())
         .spawn()
         .unwrap();
-    let began = Instant::now();
+    let began = Stopwatch::start();
     let making = || layer(&cache.join("tmp"));
     while making().is_none_or(|tmp| !tmp.join("upper/var").exists()) {
         assert!(
@@ -545,7 +547,7 @@ fn await_lines(child: &mut Child, count: usize) {
 
 /// The lab's guests, as soon as it has so many.
 fn guests_of(lab: u32, count: usize) -> Vec<u32> {
-    let began = Instant::now();
+    let began = Stopwatch::start();
     loop {
         let mut guests = children_of(lab);
         guests.retain(|pid| command_of(*pid).contains("qemu"));

@@ -208,14 +208,15 @@ fn assert_unanswered(errors: &[WorkError]) {
 }
 
 /// Kills the other process when it, or this one, has done `after` of its requests. Returns how many
-/// are known to have been done in the end.
+/// are known to have been done in the end, or `None` if the kill came too late: a busy machine may
+/// finish all of them before this process runs again.
 fn killed_in_mid_transfer(
     mut other: Other,
     card: &Card,
     registration: &Registration,
     role: Role,
     after: usize,
-) -> usize {
+) -> Option<usize> {
     let (mut here, remote) = other.connect(card, registration, role);
     let noticed = |here: &mut Connection, left: usize, killed: Stopwatch| {
         let mut done = 0;
@@ -227,9 +228,10 @@ fn killed_in_mid_transfer(
             }
             assert!(killed.elapsed() < noticed_within(), "{role:?}: {errors:?}");
         }
-        assert!(!errors.is_empty(), "{role:?}: killed when all was done");
-        assert_unanswered(&errors);
-        eprintln!("{role:?}: noticed after {:?}", killed.elapsed());
+        if !errors.is_empty() {
+            assert_unanswered(&errors);
+            eprintln!("{role:?}: noticed after {:?}", killed.elapsed());
+        }
         done
     };
     let done = match role {
@@ -245,13 +247,18 @@ fn killed_in_mid_transfer(
             let killed = other.kill();
             let done = after + noticed(&mut here, CHUNKS - after, killed);
             assert_eq!(other.rest(), 0);
+            if done == CHUNKS {
+                return None;
+            }
             done
         }
         Role::IsWritten | Role::IsRead => {
             other.done(after);
             other.kill();
             let done = after + other.rest();
-            assert!(done < CHUNKS, "{role:?}: killed when all was done");
+            if done == CHUNKS {
+                return None;
+            }
             if role == Role::IsWritten {
                 // To a staged one's buffer, before a request copies from there.
                 registration.deliver(0, LENGTH).unwrap();
@@ -264,7 +271,7 @@ fn killed_in_mid_transfer(
         }
     };
     assert_eq!(here.in_flight(), 0);
-    done
+    Some(done)
 }
 
 /// What a transfer that broke off may leave in the survivor's buffer, and nothing else.
@@ -285,6 +292,9 @@ fn check(buffer: &Buffer, role: Role, done: usize) {
     assert!(now[known..end] != new[known..end], "{role:?}: all arrived");
     assert!(now[end..] == old[end..], "{role:?}: behind it");
 }
+
+/// How often a kill that came too late is tried again.
+const TRIES: usize = 10;
 
 /// A new connection of the same registration, there and back.
 fn works_again(mut other: Other, card: &Card, buffer: &Buffer, registration: &Registration) {
@@ -317,19 +327,28 @@ fn a_process_killed_in_mid_transfer_costs_the_other_an_error_and_nothing_else() 
             (Role::IsWritten, 3),
             (Role::IsRead, 1),
         ] {
-            let [first, second] = [Other::start(kind), Other::start(kind)];
-            let card = card();
-            let buffer = buffer(kind);
-            let registration = registered(&card, &buffer, OURS);
-            let done = killed_in_mid_transfer(first, &card, &registration, role, after);
-            check(&buffer, role, done);
-            registration.check().unwrap();
-            works_again(second, &card, &buffer, &registration);
-            drop((registration, buffer, card));
-            wait_until("the killed process' resources", || resources() == nothing.1);
-            assert_all_free(&Node::largest());
-            wait_until("the module's users", || module_users() == nothing.2);
-            assert_eq!(descriptors(), nothing.0, "{kind}: {role:?}");
+            let in_time = (0..TRIES).any(|_| {
+                let [first, second] = [Other::start(kind), Other::start(kind)];
+                let card = card();
+                let buffer = buffer(kind);
+                let registration = registered(&card, &buffer, OURS);
+                let done = killed_in_mid_transfer(first, &card, &registration, role, after);
+                if let Some(done) = done {
+                    check(&buffer, role, done);
+                }
+                registration.check().unwrap();
+                works_again(second, &card, &buffer, &registration);
+                drop((registration, buffer, card));
+                wait_until("the killed process' resources", || resources() == nothing.1);
+                assert_all_free(&Node::largest());
+                wait_until("the module's users", || module_users() == nothing.2);
+                assert_eq!(descriptors(), nothing.0, "{kind}: {role:?}");
+                done.is_some()
+            });
+            assert!(
+                in_time,
+                "{kind}: {role:?}: killed when all was done, {TRIES} times"
+            );
         }
     }
     assert_eq!(nothing.2, "0");
@@ -419,16 +438,22 @@ fn without_a_cable_one_card_still_reaches_itself_and_others_are_refused() {
 fn an_interface_that_is_switched_off_ends_connections_at_once() {
     let name = interface();
     let card = card();
-    let (done, errors, took) = cut_in_mid_transfer(&card, || ip(&["link", "set", &name, "down"]));
-    assert!(done < CHUNKS, "all was done");
-    // Soft-RoCE gives up its own error with the rest.
-    for error in errors {
-        assert_eq!((error.status, error.cut_off), (Status::FLUSHED, false));
-        assert!(error.to_string().contains("network"), "{error}");
+    for _ in 0..TRIES {
+        let down = || ip(&["link", "set", &name, "down"]);
+        let (done, errors, took) = cut_in_mid_transfer(&card, down);
+        // Soft-RoCE gives up its own error with the rest.
+        for error in errors {
+            assert_eq!((error.status, error.cut_off), (Status::FLUSHED, false));
+            assert!(error.to_string().contains("network"), "{error}");
+        }
+        assert_no_connection(&card);
+        ip(&["link", "set", &name, "up"]);
+        ip(&["route", "add", "default", "via", "10.0.2.2"]);
+        assert_it_works_again(&card);
+        if done < CHUNKS {
+            assert!(took < seconds(5), "{took:?}");
+            return;
+        }
     }
-    assert_no_connection(&card);
-    ip(&["link", "set", &name, "up"]);
-    ip(&["route", "add", "default", "via", "10.0.2.2"]);
-    assert_it_works_again(&card);
-    assert!(took < seconds(5), "{took:?}");
+    panic!("switched off when all was done, {TRIES} times");
 }
