@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The interface to userspace: the same text that the crate `peerbuf-uapi` compiles.
+//! ioctl numbers and structs: the same text as in the crate `peerbuf-uapi`.
 
-// `abi.rs` serves userspace too, where the crate has a feature; here it has none, and not every
-// constant has a user.
+// `uapi/src/abi.rs` also compiles in userspace, with a Cargo feature that does not exist here, and the module
+// does not use every constant.
 #![allow(dead_code, unexpected_cfgs, unreachable_pub)]
 
 use crate::misc::plain;

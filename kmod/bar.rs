@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! One BAR: where it is, of which kind, and what the kernel has made of it for peers.
+//! One BAR: its address, its kind, its struct pages and its P2PDMA provider.
 
 use core::ptr;
 
@@ -8,21 +8,21 @@ use kernel::{bindings, device::Core, ffi::*, page::PAGE_SIZE, pci, prelude::*};
 
 use crate::{abi, common::raw, ffi, pages::Pages, pool::Chunk, region::Regions};
 
-/// One BAR, as it was found at probe time.
+/// One BAR, as found in probe.
 #[derive(Clone, Copy)]
 pub(crate) struct Bar {
-    /// Physical address as the processor sees it.
+    /// Physical address, as the CPU sees it.
     pub(crate) start: u64,
-    /// Bytes; zero where there is no such BAR.
+    /// Bytes; zero if the device has no such BAR.
     pub(crate) size: u64,
     /// `abi::BAR_*`.
     pub(crate) flags: u32,
-    /// Null where the BAR cannot be exported. Valid while the device is bound.
+    /// Null if the BAR cannot be exported. Valid while the device is bound.
     pub(crate) provider: *mut bindings::p2pdma_provider,
-    /// Present where CPU mappings have struct pages.
+    /// Present if CPU mappings have struct pages.
     pub(crate) pages: Option<Pages>,
-    /// The kernel's uncached mapping of the whole BAR, for copies. Null where the BAR cannot be
-    /// exported. Valid while the device is bound.
+    /// The kernel's uncached mapping of the whole BAR, for copies. Null if the BAR cannot be exported. Valid
+    /// while the device is bound.
     kernel: *mut c_void,
 }
 
@@ -36,13 +36,13 @@ impl Bar {
         kernel: ptr::null_mut(),
     };
 
-    /// Reads where BAR `bar` is, and of which kind.
+    /// Reads the address and the kind of BAR `bar`.
     ///
     /// # Safety
     ///
     /// `pdev` is valid, and `bar` is below `NUM_BARS`.
     pub(crate) unsafe fn describe(pdev: *mut bindings::pci_dev, bar: c_int) -> Self {
-        // SAFETY: By the caller's promise.
+        // SAFETY: `pdev` is valid and `bar` is an index of a BAR, by the caller's promise.
         let (resource, start, size) = unsafe {
             (
                 ffi::peerbuf_pci_resource_flags(pdev, bar) as u32,
@@ -71,12 +71,11 @@ impl Bar {
         this
     }
 
-    /// Adds what a provider's BAR needs to be exported. Its pool is somewhere in it, and `chunk` is
-    /// part of that.
+    /// Makes a provider's BAR exportable. `chunk` is a chunk of the provider's pool.
     ///
     /// # Safety
     ///
-    /// `pdev` is the provider, whose driver is bound, and the chunk lies in its BAR `bar`, this one.
+    /// `pdev` is the provider, its driver is bound, and the chunk lies in its BAR `bar`, which is this one.
     pub(crate) unsafe fn of_provider(
         mut self,
         pdev: *mut bindings::pci_dev,
@@ -84,22 +83,23 @@ impl Bar {
         chunk: &Chunk,
     ) -> Self {
         let (paddr, kaddr) = chunk.place();
-        // The kernel has the pages in its linear mapping, so one distance is right for all.
+        // The kernel has the pages in its linear mapping, so the virtual address has one offset for the whole
+        // BAR.
         self.kernel = kaddr.wrapping_byte_sub((paddr - self.start) as usize);
         self.pages = Some(Pages::of_provider(self.kernel, self.start, self.size));
-        // SAFETY: By the caller's promise. A device with a pool has one for each memory BAR.
+        // SAFETY: The driver is bound, by the caller's promise. A device with a pool has a provider per
+        // memory BAR.
         self.provider = unsafe { bindings::pcim_p2pdma_provider(pdev, bar) };
         self.flags |= abi::BAR_EXPORT | abi::BAR_PAGES;
         self
     }
 
-    /// Reads what BAR `index` is, and makes struct pages for it where the kernel can.
+    /// Reads BAR `index`, and makes struct pages for it if the kernel can.
     ///
     /// # Safety
     ///
-    /// Called from the probe of `dev`, after `pcim_p2pdma_init`, once for each index below
-    /// `NUM_BARS`. `Device::remove` runs before the devres of `dev` is released, unless nothing
-    /// was exported.
+    /// Called from the probe of `dev`, after `pcim_p2pdma_init`, once for each index below `NUM_BARS`.
+    /// `Device::remove` runs before the devres of `dev` is released, unless nothing was exported.
     pub(crate) unsafe fn probe(dev: &pci::Device<Core<'_>>, index: u32) -> Self {
         let pdev = raw(dev);
         let bar = index as c_int;
@@ -110,14 +110,15 @@ impl Bar {
         if this.flags & abi::BAR_MEMORY == 0 || start % page != 0 || size % page != 0 {
             return this;
         }
-        // SAFETY: As above, and `pcim_p2pdma_init` was called.
+        // SAFETY: `pdev` is valid, and `pcim_p2pdma_init` was called.
         this.provider = unsafe { bindings::pcim_p2pdma_provider(pdev, bar) };
         if this.provider.is_null() {
             return this;
         }
         this.flags |= abi::BAR_EXPORT;
         if Pages::possible(start, size) {
-            // SAFETY: By the caller's promise and the check above.
+            // SAFETY: `dev` is being probed, by the caller's promise, and `Pages::possible` was checked
+            // above.
             match unsafe { Pages::publish(dev, index, start, size) } {
                 Ok(Some(pages)) => {
                     this.kernel = pages.kernel_address();
@@ -149,7 +150,7 @@ impl Bar {
         this
     }
 
-    /// Where the kernel sees `offset` of the BAR. EINVAL outside it.
+    /// The kernel virtual address of `offset` in the BAR. EINVAL outside the BAR.
     pub(crate) fn kernel_address(&self, offset: u64) -> Result<*mut c_void> {
         if self.kernel.is_null() || offset >= self.size {
             return Err(EINVAL);
@@ -157,10 +158,9 @@ impl Bar {
         Ok(self.kernel.wrapping_byte_add(offset as usize))
     }
 
-    /// Waits until every write to the BAR that the processor has posted has arrived, by draining
-    /// write-combining buffers and reading back from `offset`: a PCIe read pushes posted writes on
-    /// its path ahead of itself. Only where a read has no side effects, which a BAR says by being
-    /// prefetchable. The device is bound.
+    /// Waits until every posted write of the CPU to the BAR has arrived: drains write-combining buffers, then
+    /// reads at `offset`, because a PCIe read pushes the posted writes on its path ahead of it. Does nothing
+    /// for a BAR that is not prefetchable, since a read could have side effects there. The device is bound.
     pub(crate) fn flush(&self, offset: u64) {
         if self.flags & abi::BAR_PREFETCHABLE == 0 {
             return;
@@ -174,7 +174,7 @@ impl Bar {
         }
     }
 
-    /// Frees the ranges that only waited for direct I/O which has ended by now.
+    /// Frees the draining ranges whose direct I/O has ended.
     pub(crate) fn reap(&self, regions: &mut Regions) {
         regions.reap(|start, len| {
             self.pages

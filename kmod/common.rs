@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What peerbuf.ko and peerbuf_probe.ko need of PCI devices and of dma-bufs. Each has a copy of its own,
-//! and neither needs the other to be loaded.
+//! PCI and dma-buf helpers for peerbuf.ko and peerbuf_probe.ko. Each module compiles its own copy, so neither
+//! needs the other to be loaded.
 
 use core::ptr;
 
@@ -18,21 +18,21 @@ use kernel::{
 
 use crate::ffi;
 
-/// While it lives the driver core says what happens to PCI devices, with the lock of the device that it
-/// concerns held.
+/// A registered notifier of the PCI bus. The driver core calls the notifier with the device lock held.
 pub(crate) struct Listening(Pin<KBox<Opaque<bindings::notifier_block>>>);
 
-// SAFETY: Nothing is done with it but to end it, which any thread may.
+// SAFETY: The only operation is unregistering in `drop`, which any thread may do.
 unsafe impl Send for Listening {}
-// SAFETY: As for `Send`.
+// SAFETY: A shared reference allows no operation.
 unsafe impl Sync for Listening {}
 
 impl Listening {
-    /// Calls `call`, a `notifier_fn_t` of the PCI bus, before those of a lower priority. ENOMEM.
+    /// Registers `call`, a `notifier_fn_t`, on the PCI bus; it runs before notifiers of a lower priority.
+    /// ENOMEM.
     ///
     /// # Safety
     ///
-    /// `call` may be called from now on until the result is dropped, with the device it is given kept.
+    /// `call` is sound to call until the result is dropped. Its device argument is valid during the call.
     pub(crate) unsafe fn begin(
         call: unsafe extern "C" fn(*mut bindings::notifier_block, c_ulong, *mut c_void) -> c_int,
         priority: c_int,
@@ -43,7 +43,7 @@ impl Listening {
             priority,
         });
         let this = Self(KBox::pin(block, GFP_KERNEL)?);
-        // SAFETY: The block stays where it is until `this` is dropped, which takes it out of the list first.
+        // SAFETY: The block is pinned until `this` is dropped, and `drop` unregisters it first.
         to_result(unsafe {
             bindings::bus_register_notifier(&raw const bindings::pci_bus_type, this.0.get())
         })?;
@@ -53,32 +53,32 @@ impl Listening {
 
 impl Drop for Listening {
     fn drop(&mut self) {
-        // SAFETY: The block is valid. Where it was not registered nothing happens (ENOENT); else this returns
-        // when it is not being called.
+        // SAFETY: The block is valid. Unregistering a block that is not registered does nothing (ENOENT);
+        // otherwise the call returns when no notifier call is running.
         unsafe {
             bindings::bus_unregister_notifier(&raw const bindings::pci_bus_type, self.0.get())
         };
     }
 }
 
-/// A work queue. Dropping it waits until nothing runs on it, which needs no reference to the module.
+/// A workqueue. Dropping it waits for all its work, so work items need no reference to the module.
 pub(crate) struct OwnQueue(ptr::NonNull<bindings::workqueue_struct>);
 
-// SAFETY: A work queue may be used from any thread.
+// SAFETY: A workqueue may be used from any thread.
 unsafe impl Send for OwnQueue {}
-// SAFETY: As for `Send`.
+// SAFETY: `queue_work` and `destroy_workqueue` do their own locking.
 unsafe impl Sync for OwnQueue {}
 
 impl OwnQueue {
     pub(crate) fn new(name: &'static CStr) -> Result<Self> {
-        // SAFETY: The name has no conversions.
+        // SAFETY: The name has no format specifiers.
         let queue = unsafe {
             bindings::alloc_workqueue_noprof(name.as_char_ptr(), bindings::wq_flags_WQ_UNBOUND, 0)
         };
         ptr::NonNull::new(queue).map(Self).ok_or(ENOMEM)
     }
 
-    /// Valid as long as this object.
+    /// The C workqueue, valid as long as `self`.
     pub(crate) fn raw(&self) -> *mut bindings::workqueue_struct {
         self.0.as_ptr()
     }
@@ -86,7 +86,8 @@ impl OwnQueue {
 
 impl Drop for OwnQueue {
     fn drop(&mut self) {
-        // SAFETY: It is valid, and nobody queues anything any more. Returns when nothing runs.
+        // SAFETY: The workqueue is valid, and nothing queues work on it any more. The call returns when no
+        // work runs.
         unsafe { bindings::destroy_workqueue(self.raw()) };
     }
 }
@@ -95,27 +96,27 @@ impl Drop for OwnQueue {
 ///
 /// # Invariants
 ///
-/// It is valid.
+/// The pointer is valid, and this object owns one reference to it.
 pub(crate) struct DmaBuf(*mut bindings::dma_buf);
 
 impl DmaBuf {
-    /// That of a descriptor of the calling task. EBADF, or EINVAL for another kind of file.
+    /// The dma-buf behind a file descriptor of the current task. EBADF; EINVAL for another kind of file.
     pub(crate) fn get(fd: i32) -> Result<Self> {
-        // SAFETY: Called by a task on its own behalf.
+        // SAFETY: The call looks `fd` up in the current task's table and accepts any number.
         let dmabuf = from_err_ptr(unsafe { bindings::dma_buf_get(fd) })?;
-        // INVARIANT: The call took a reference.
+        // INVARIANT: `dma_buf_get` took a reference.
         Ok(Self(dmabuf))
     }
 
-    /// Takes a reference over.
+    /// Takes over a reference.
     ///
     /// # Safety
     ///
-    /// It is the caller's.
-    // The importer has none.
+    /// The caller owns a reference to `dmabuf`, and gives it up.
+    // peerbuf_probe.ko does not call it.
     #[allow(dead_code)]
     pub(crate) unsafe fn from_raw(dmabuf: *mut bindings::dma_buf) -> Self {
-        // INVARIANT: By the caller's promise.
+        // INVARIANT: The caller passes its reference on.
         Self(dmabuf)
     }
 
@@ -137,18 +138,18 @@ pub(crate) fn raw<Ctx: DeviceContext>(pdev: &pci::Device<Ctx>) -> *mut bindings:
     ptr::from_ref(pdev).cast_mut().cast()
 }
 
-/// A device's lock, held.
+/// A guard of a device lock.
 pub(crate) struct DeviceLock(*mut bindings::device);
 
 impl DeviceLock {
-    /// Who holds it may be the device's removal, and that may wait for an attachment of this very
-    /// process, which only the process's end gives up: so a signal ends the wait (EINTR).
+    /// Takes the device lock. A signal ends the wait (EINTR). The wait must be interruptible: the holder may
+    /// be the device's removal, waiting for an attachment that only the exit of this very process releases.
     ///
     /// # Safety
     ///
-    /// The caller keeps the device as long as the result lives.
+    /// The caller keeps a reference to the device as long as the result lives.
     pub(crate) unsafe fn new(dev: *mut bindings::device) -> Result<Self> {
-        // SAFETY: By the caller's promise.
+        // SAFETY: The caller keeps the device.
         match unsafe { ffi::peerbuf_device_lock(dev) } {
             0 => Ok(Self(dev)),
             _ => Err(EINTR),
@@ -158,14 +159,14 @@ impl DeviceLock {
 
 impl Drop for DeviceLock {
     fn drop(&mut self) {
-        // SAFETY: Locked by `new`, to which the caller has promised to keep it.
+        // SAFETY: `new` took the lock, and its caller keeps the device.
         unsafe { ffi::peerbuf_device_unlock(self.0) };
     }
 }
 
-/// The PCI device at an address, `DDDD:BB:DD.F`, with as many digits of the domain as it has.
+/// The PCI device at the address `bdf`, `DDDD:BB:DD.F`; the domain may have more than four digits.
 ///
-/// Errors: EINVAL (that is no address), ENXIO (no such device).
+/// Errors: EINVAL (not an address), ENXIO (no such device).
 pub(crate) fn find(bdf: &[u8; 16]) -> Result<ARef<pci::Device>> {
     let end = bdf.iter().position(|&byte| byte == 0).ok_or(EINVAL)?;
     let (text, padding) = bdf.split_at(end);
@@ -185,16 +186,16 @@ pub(crate) fn find(bdf: &[u8; 16]) -> Result<ARef<pci::Device>> {
         return Err(EINVAL);
     }
     let domain = c_int::try_from(domain).map_err(|_| EINVAL)?;
-    // SAFETY: Looks it up; takes any numbers.
+    // SAFETY: A lookup that accepts any numbers.
     let pdev =
         unsafe { bindings::pci_get_domain_bus_and_slot(domain, bus, (slot << 3) | function) };
     let pdev = ptr::NonNull::new(pdev.cast::<pci::Device>()).ok_or(ENXIO)?;
-    // SAFETY: `pci::Device` is a transparent wrapper of `struct pci_dev`, and the lookup took the
-    // reference that is handed over.
+    // SAFETY: `pci::Device` is a transparent wrapper of `struct pci_dev`, and the lookup took the reference
+    // that `ARef` takes over.
     Ok(unsafe { ARef::from_raw(pdev) })
 }
 
-/// Digits of a hexadecimal number of at most 32 bits, in either case, without a sign.
+/// Parses a hexadecimal number of at most 32 bits, in either case, without a sign.
 fn hex(digits: &[u8]) -> Result<u32> {
     if digits.len() > 8 {
         return Err(EINVAL);

@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What differs between the kernels that the modules are written for, in Rust. Kbuild has the list of
-//! kernels, and says `since_7_3` for those from 7.3 on; for C see `compat.h`.
+//! Differences between the supported kernel versions, on the Rust side; `compat.h` has the C side. Kbuild
+//! lists the versions and sets `since_7_3` from 7.3 on.
 
-/// What `pci::Driver::probe` is told of the id that matched: since 7.3 nothing where the device was
-/// taken by `driver_override`.
+/// The type of `pci::Driver::probe`'s id argument. Since 7.3 it is `None` for a device bound by
+/// `driver_override`.
 #[cfg(not(since_7_3))]
 pub(crate) type IdInfo<'bound, T> = &'bound T;
-/// As above.
+/// Type of the id argument since 7.3.
 #[cfg(since_7_3)]
 pub(crate) type IdInfo<'bound, T> = Option<&'bound T>;
 
-/// `kernel::pci_device_table!`, which up to 7.2 had a name for the module's table, too.
+/// `kernel::pci_device_table!`, which takes an additional name for the module's table up to 7.2.
 #[cfg(not(since_7_3))]
 macro_rules! pci_device_table {
     ($table:ident, $($rest:tt)*) => {
@@ -26,7 +26,7 @@ macro_rules! pci_device_table {
 }
 pub(crate) use pci_device_table;
 
-/// The value of a module's parameter, which 7.2 gives by reference.
+/// The value of a module parameter, which 7.2 passes by reference.
 #[cfg(not(since_7_3))]
 pub(crate) fn parameter(value: &u8) -> u8 {
     *value
@@ -36,7 +36,7 @@ pub(crate) fn parameter(value: u8) -> u8 {
     value
 }
 
-/// `THIS_MODULE` of C, which 7.3 made part of the module's type.
+/// `THIS_MODULE` in C; since 7.3 it is part of the module's type.
 #[cfg(not(since_7_3))]
 pub(crate) use crate::THIS_MODULE;
 #[cfg(since_7_3)]

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What a buffer remembers of what has happened to it.
+//! Statistics of a buffer.
 
 use kernel::prelude::*;
 
-/// What has happened to a buffer.
+/// Event counts of a buffer.
 #[derive(Default)]
 pub(crate) struct Counters {
     pub(crate) moves: u64,
@@ -17,25 +17,25 @@ pub(crate) struct Counters {
 }
 
 impl Counters {
-    /// A move or revoke took `ns`.
+    /// Records that a move or revoke waited `ns` nanoseconds.
     pub(crate) fn waited(&mut self, ns: u64) {
         self.longest_wait_ns = self.longest_wait_ns.max(ns);
     }
 }
 
-/// The importers that were refused.
+/// The refused attachments: how many, and the last one.
 #[derive(Default)]
 pub(crate) struct Refusal {
     pub(crate) count: u64,
     pub(crate) device: [u8; 32],
     /// `abi::REFUSED_*`.
     pub(crate) reason: u32,
-    /// Positive.
+    /// A positive number.
     pub(crate) errno: u32,
 }
 
 impl Refusal {
-    /// `device` was refused for `reason`, an `abi::REFUSED_*`, with `error`.
+    /// Records that `device` was refused with `error`; `reason` is an `abi::REFUSED_*`.
     pub(crate) fn note(&mut self, device: &CStr, reason: u32, error: Error) {
         *self = Self {
             count: self.count + 1,
@@ -46,7 +46,7 @@ impl Refusal {
     }
 }
 
-/// A device's name, cut short where it has more than 31 bytes.
+/// A device's name, truncated to 31 bytes.
 pub(crate) fn name(device: &CStr) -> [u8; 32] {
     let mut name = [0; 32];
     let bytes = device.to_bytes();

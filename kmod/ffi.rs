@@ -1,47 +1,46 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Declarations that `kernel::bindings` lacks: functions that the kernel exports without their
-//! header being in the bindings, and the wrappers in `helpers.c` and `helpers_probe.c`. Nothing but
-//! declarations.
+//! Declarations that `kernel::bindings` lacks: exported kernel functions whose headers the bindings do not
+//! include, and the wrappers in `helpers.c` and `helpers_probe.c`.
 
-// Each of the two modules uses some of it.
+// Each of the two modules uses only some of the declarations.
 #![allow(dead_code)]
 
 use kernel::{bindings, ffi::*};
 
-/// `VM_FAULT_NOPAGE`: the handler has put the page table entry in by itself.
+/// `VM_FAULT_NOPAGE`: the fault handler has installed the page table entry.
 pub(crate) const VM_FAULT_NOPAGE: bindings::vm_fault_t = 0x100;
 
-/// `VM_MAYSHARE`, which every shared mapping has. (`kernel::mm::virt::flags::MAYSHARE` of the first
-/// Linux 7.2 holds the value of `VM_MAYEXEC`.)
+/// `VM_MAYSHARE`, set in every shared mapping. (In Linux 7.2 `kernel::mm::virt::flags::MAYSHARE` has the
+/// value of `VM_MAYEXEC`.)
 pub(crate) const VM_MAYSHARE: bindings::vm_flags_t = 0x80;
 
-/// An errno for which the kernel's Rust code has no constant, such as `bindings::EOPNOTSUPP`.
+/// The error of an errno for which the kernel's Rust code has no constant, such as `bindings::EOPNOTSUPP`.
 pub(crate) fn errno(number: u32) -> kernel::error::Error {
     kernel::error::Error::from_errno(-(number as c_int))
 }
 
-/// Whether the task has a signal to handle.
+/// Whether the current task has a pending signal.
 pub(crate) fn signal_pending() -> bool {
     kernel::current!().signal_pending()
 }
 
-/// Whether the task is being killed.
+/// Whether the current task is being killed.
 pub(crate) fn fatal_signal_pending() -> bool {
-    // SAFETY: It looks at the current task.
+    // SAFETY: Reads the current task, which exists.
     unsafe { peerbuf_fatal_signal_pending() }
 }
 
 /// A table of function pointers that the kernel only reads.
 pub(crate) struct Table<T>(pub(crate) T);
 
-// SAFETY: Nobody writes to it.
+// SAFETY: The table is never written.
 unsafe impl<T> Sync for Table<T> {}
 
-// The types are those of `bindings`, which holds some of them as structs without fields.
+// `bindings` declares some of these types as structs without fields.
 #[allow(improper_ctypes)]
 extern "C" {
-    /// `linux/dma-buf-mapping.h`, namespace `DMA_BUF`. The reservation lock is held.
+    /// `linux/dma-buf-mapping.h`, namespace `DMA_BUF`. The caller holds the reservation lock.
     pub(crate) fn dma_buf_phys_vec_to_sgt(
         attach: *mut bindings::dma_buf_attachment,
         provider: *mut bindings::p2pdma_provider,
@@ -51,17 +50,18 @@ extern "C" {
         dir: bindings::dma_data_direction,
     ) -> *mut bindings::sg_table;
 
-    /// `dma_buf_free_sgt` as it should be, see `compat.h`. The reservation lock is held.
+    /// `dma_buf_free_sgt` with the fix described in `compat.h`. The caller holds the reservation lock.
     pub(crate) fn peerbuf_dma_buf_free_sgt(
         attach: *mut bindings::dma_buf_attachment,
         sgt: *mut bindings::sg_table,
         dir: bindings::dma_data_direction,
     );
 
-    /// How many ranges `dma_buf_phys_vec_to_sgt` can map at once behind an IOMMU, see `compat.h`.
+    /// The number of ranges that one call of `dma_buf_phys_vec_to_sgt` can map behind an IOMMU; see
+    /// `compat.h`.
     pub(crate) fn peerbuf_translated_ranges() -> c_uint;
 
-    /// `linux/memremap.h`: the alignment that memory with struct pages needs, in bytes.
+    /// `linux/memremap.h`: the alignment in bytes that device memory needs to get struct pages.
     pub(crate) fn memremap_compat_align() -> c_ulong;
 
     pub(crate) fn peerbuf_pfn_to_page(pfn: c_ulong) -> *mut bindings::page;
@@ -71,7 +71,7 @@ extern "C" {
     pub(crate) fn peerbuf_set_page_count(page: *mut bindings::page, count: c_int);
     pub(crate) fn peerbuf_pci_resource_flags(pdev: *mut bindings::pci_dev, bar: c_int) -> c_ulong;
 
-    /// `linux/anon_inodes.h`: a file that is in no directory.
+    /// `linux/anon_inodes.h`: a file without a directory entry.
     pub(crate) fn anon_inode_getfile(
         name: *const c_char,
         fops: *const bindings::file_operations,

@@ -1,60 +1,72 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! peerbuf.ko: exports regions of PCI BARs as dma-bufs. (The importer to probe with is another module, see
-//! `probe.rs`.)
+//! peerbuf.ko: a dma-buf exporter for PCI BARs.
 //!
-//! The driver has no ids of its own and takes a device the way `vfio-pci` does, when an
-//! administrator says so:
+//! A peer device can do DMA to a BAR only through a driver that exports the BAR as a dma-buf
+//! (<https://docs.kernel.org/driver-api/dma-buf.html>), and few drivers do. This driver exports regions of
+//! the BARs of any PCI device, and memory of a P2PDMA provider that another driver owns
+//! (<https://docs.kernel.org/driver-api/pci/p2pdma.html>). The test importer is a separate module,
+//! `probe.rs`.
+//!
+//! The driver has an empty id table. An administrator binds a device to it as to `vfio-pci`:
 //!
 //! ```sh
 //! echo peerbuf > /sys/bus/pci/devices/$BDF/driver_override
 //! echo $BDF > /sys/bus/pci/drivers_probe
 //! ```
 //!
-//! # Rooms
+//! # Modules
 //!
-//! Each uses those below it, and none above it:
+//! A module uses only modules on the lines below its own:
 //!
 //! ```text
-//! main         the driver and the module
-//! provider     memory that another driver lends to peers
-//! node         a device's node and ioctls
-//! watch, reset                    what can be seen of a buffer; resets
-//! devices      all devices
-//! binding      a device's exports: made, and revoked when the device goes away or is reset
-//! exporter     the dma-buf operations
-//! revoke       access taken away and given again
-//! moves        bytes between BAR and system memory
-//! buffer       the object behind a dma-buf, and its lock
-//! mapping, device                 the scatter tables that importers get; BARs, and who has what of them
-//! bar, pieces  one BAR; where a buffer's bytes are
-//! pages, pool, peers, region      a BAR's struct pages; another driver's pool; routes; who has which bytes
-//! system, fences, counters, watchers, wait
-//! misc, common, abi, ffi, compat  nodes; PCI devices and dma-bufs; the interface; what `bindings` lacks;
-//!                                 what differs between kernels
+//! main       PCI driver, module init
+//! provider   exports P2PDMA memory of other drivers
+//! node       the device's misc device and its ioctls
+//! watch      eventfds, queries, debugfs
+//! reset      revokes before a PCI reset, restores after it
+//! devices    list of all devices
+//! binding    all exports of a device: export, revoke, removal
+//! exporter   the dma-buf operations (`struct dma_buf_ops`), page faults
+//! revoke     revoke and restore of one buffer
+//! moves      copies a buffer's bytes between its BAR and system memory
+//! buffer     the object behind a dma-buf; its state, under the reservation lock
+//! mapping    scatter tables for importers (`struct sg_table`)
+//! device     a PCI device's BARs and the list of its exports
+//! bar        one BAR                          pieces    placement of a buffer's bytes
+//! pages      struct pages of a BAR            pool      chunks of a provider's pool
+//! peers      cache of peer-to-peer routes     region    allocator of one BAR
+//! system     system pages                     fences    snapshot of a reservation object
+//! counters   statistics                       watchers  eventfds of one buffer
+//! wait       time limits                      abi       ioctl numbers and structs
+//! common     PCI lookup, dma-buf references   misc      misc devices, ioctl arguments
+//! ffi        what `kernel::bindings` lacks    compat    differences between kernel versions
 //! ```
 //!
-//! To begin reading: `buffer.rs`, then `exporter.rs`, then `moves.rs`.
+//! Read `buffer.rs` first, then `exporter.rs` and `moves.rs`.
 //!
-//! # Locks, outermost first
+//! # Lock order
 //!
-//! The driver core holds the PCI device's lock around probe and removal. All of the below come after it.
+//! Outermost first. The driver core holds the device lock (`device_lock`) around probe and unbind, outside
+//! all of these:
 //!
-//! 1. `misc_mtx` of the misc core: opening a node, and unregistering it; the list of `devices.rs`;
-//! 2. `Device::state`: the BARs' regions, the list of exports, whether the device is live;
+//! 1. `misc_mtx` of the misc core, held while a node is opened or deregistered; the list in `devices.rs`;
+//! 2. `Device::state`: the BARs' regions, the list of exports, the device's presence;
 //! 3. `mmap_lock` of a process;
-//! 4. the reservation lock of a dma-buf: all of `buffer::State`;
-//! 5. the importers' own locks, taken in their callbacks; `i_mmap_rwsem`, when zapping.
+//! 4. the reservation lock of a dma-buf (`dma_resv`): guards all of `buffer::State`;
+//! 5. the importers' own locks, taken in their callbacks; `i_mmap_rwsem`, taken to zap CPU mappings.
 //!
-//! None of these is held while unmapping or direct I/O is waited for, nor while a revoke waits for fences.
-//! A move waits for them with the reservation lock held, as the kernel's own exporters do. None of the first
-//! two is held while somebody else's reservation lock is waited for: one slow buffer stops no other.
+//! - The module holds none of these locks while it waits for importers to unmap or for direct I/O to end, nor
+//!   while a revoke waits for fences.
+//! - A move waits for fences with the reservation lock held, as the kernel's own exporters do.
+//! - The module holds neither of the first two locks while it waits for a reservation lock that another task
+//!   holds: a slow buffer delays no other buffer.
 //!
 //! # Lifetimes
 //!
-//! A file descriptor keeps the module and the memory of `Device`, never the binding: what a
-//! dma-buf refers to in the device is used only under its reservation lock while it is not
-//! revoked, and removal revokes all before it returns.
+//! An open file keeps the module loaded and the memory of `Device` allocated, but not the device bound. A
+//! dma-buf uses its device's resources only with the reservation lock held and while it is not revoked.
+//! Removal revokes every dma-buf of the device before it returns.
 
 use kernel::{debugfs, device::Core, new_mutex, pci, prelude::*, sync::Mutex};
 
@@ -92,18 +104,18 @@ use devices::Listed;
 use node::Node;
 use provider::Providers;
 
-/// What a bound device owns, dropped in this order.
+/// Resources of a bound device, dropped in this order.
 struct Owned {
-    /// First: nobody new comes in by the node.
+    /// First: no one can open the node any more.
     _node: Node,
-    /// Nor by a reset, which cannot happen meanwhile anyway.
+    /// Second: resets no longer find the device. (None can run here: the driver core holds the device lock.)
     _listed: Listed,
-    /// Then the device takes away what was given out, and waits until it is.
+    /// Last: revokes all exports and waits for importers and direct I/O.
     _device: Binding,
 }
 
 impl Owned {
-    /// Takes a device that is being probed.
+    /// Binds a device in its probe.
     fn of(pdev: &pci::Device<Core<'_>>) -> Result<Self> {
         let device = Binding::new(pdev)?;
         let listed = Listed::new(device.device())?;
@@ -118,12 +130,11 @@ impl Owned {
     }
 }
 
-/// The driver's data of a bound device.
+/// Driver data of a bound device.
 ///
-/// What it owns goes in `unbind`, when the device still has its driver, its power and its place in an
-/// IOMMU group: peers are waited for there. The driver core drops these data later, when `remove` has
-/// returned and `struct pci_dev` says that the device has no driver. They still own something then only
-/// where the probe has failed after they were made.
+/// `unbind` drops `Owned`, because it waits for importers, and they need the device to have its driver, its
+/// power and its IOMMU group. The driver core drops `Bound` only after `remove`, when `struct pci_dev` has no
+/// driver any more. By then `owned` is `None`, unless the probe failed after it made `Owned`.
 #[pin_data]
 struct Bound {
     #[pin]
@@ -135,9 +146,8 @@ struct Driver;
 compat::pci_device_table!(
     ID_TABLE,
     <Driver as pci::Driver>::IdInfo,
-    // A device taken by `driver_override` reaches the PCI adapter of Linux 7.2 with index 0 into this
-    // table, so the table needs one entry. This one matches nothing: a class has 24 bits, and the
-    // entry asks for a 25th.
+    // The PCI adapter of Linux 7.2 indexes this table with 0 for a device bound by `driver_override`, so the
+    // table needs an entry. This entry matches no device: a class has 24 bits, and the entry tests bit 24.
     [(pci::DeviceId::from_class(1 << 24, 1 << 24), ())]
 );
 
@@ -158,13 +168,13 @@ impl pci::Driver for Driver {
     }
 
     fn unbind<'bound>(_pdev: &'bound pci::Device<Core<'_>>, this: Pin<&Self::Data<'bound>>) {
-        // The lock is let go before what it guards is dropped.
+        // Drops the guard before `owned`: removal must not run under this lock.
         let owned = this.owned.lock().take();
         drop(owned);
     }
 }
 
-/// The module: its fields are dropped in this order when it is unloaded.
+/// The module. Unloading drops its fields in this order.
 #[pin_data]
 struct Loaded {
     #[pin]
@@ -176,7 +186,7 @@ struct Loaded {
 
 impl kernel::InPlaceModule for Loaded {
     fn init(module: &'static ThisModule) -> impl PinInit<Self, Error> {
-        // SAFETY: A module is initialised once, and all else of it is registered below.
+        // SAFETY: `init` runs once, and everything that uses the list is registered below.
         unsafe { devices::init() };
         let debug = debugfs::Dir::new(c"peerbuf");
         try_pin_init!(Self {

@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Mappings: the scatter tables by which an importer's device sees a buffer.
+//! Mappings: the scatter tables through which an importer's device accesses a buffer.
 //!
-//! A table per mapping, never shared or cached, and each keeps the system pages that it shows. Device
-//! memory is shown by the kernel's own helper for exporters, which knows the routes; system pages
-//! by the ordinary DMA API; where one call of those does not do, by several, whose tables are joined in
-//! the buffer's order.
+//! Each mapping has a table of its own, and keeps a reference to the system pages in it. The exporters'
+//! helper `dma_buf_phys_vec_to_sgt` maps device memory, since it knows the routes; the DMA API maps system
+//! pages. A buffer that needs several such tables gets a joined table, in the buffer's order.
 
 use core::{ptr, slice};
 
@@ -20,18 +19,18 @@ use kernel::{
 
 use crate::{abi, bar::Bar, ffi, pieces::Pieces, system::System};
 
-/// A mapping that an importer has.
+/// A mapping held by an importer.
 pub(crate) struct Mapping {
-    /// Whose it is.
+    /// The importer's attachment.
     pub(crate) attachment: *mut bindings::dma_buf_attachment,
-    /// The buffer's generation when it was made.
+    /// The buffer's generation when the mapping was made.
     pub(crate) generation: u64,
-    /// What the importer holds, and gives back.
+    /// The table that the importer holds and passes to unmap.
     sgt: *mut bindings::sg_table,
     backing: Backing,
 }
 
-/// What a table was made of, which says how it is freed.
+/// The origin of a table, which determines how to free it.
 enum Backing {
     Device,
     System(KBox<SystemTable>),
@@ -41,30 +40,29 @@ enum Backing {
 struct SystemTable {
     sgt: bindings::sg_table,
     dir: bindings::dma_data_direction,
-    /// The pages shown; not used, but kept.
+    /// Keeps the mapped pages allocated; never read.
     _pages: KVec<Arc<System>>,
 }
 
 struct JoinedTable {
-    /// The others' entries, in the buffer's order.
+    /// The entries of the other tables, in the buffer's order.
     sgt: bindings::sg_table,
     device: DeviceTables,
     system: Option<KBox<SystemTable>>,
 }
 
-/// By `dma_buf_phys_vec_to_sgt`, in the buffer's order.
+/// Tables made by `dma_buf_phys_vec_to_sgt`, in the buffer's order.
 type DeviceTables = KVec<*mut bindings::sg_table>;
 
 impl Mapping {
-    /// Shows the buffer as it is now to an importer's device.
+    /// Maps the buffer, as it is placed now, for an importer's device.
     ///
-    /// Errors: EINVAL where the kernel sees no route to the BAR, ENOMEM, EIO and others of the DMA
-    /// API.
+    /// Errors: EINVAL if the kernel knows no route to the BAR, ENOMEM, EIO and others of the DMA API.
     ///
     /// # Safety
     ///
-    /// The reservation lock is held, the buffer, which consists of `pieces` in `bar`, is not revoked, and
-    /// `attachment` is one of its.
+    /// The caller holds the reservation lock. The buffer consists of `pieces` in `bar`, is not revoked, and
+    /// `attachment` is an attachment of it.
     pub(crate) unsafe fn map(
         attachment: *mut bindings::dma_buf_attachment,
         bar: &Bar,
@@ -72,10 +70,10 @@ impl Mapping {
         generation: u64,
         dir: bindings::dma_data_direction,
     ) -> Result<Self> {
-        // SAFETY: By the caller's promise, in each case.
+        // SAFETY: By the caller's promise, in each arm: the lock is held and the buffer is not revoked.
         let (sgt, backing) = unsafe {
             match pieces.one_run() {
-                // Most buffers: no list is needed.
+                // The common case: one range, no list.
                 Some(home) => {
                     let mut range = bindings::phys_vec {
                         paddr: bar.start + home,
@@ -111,23 +109,24 @@ impl Mapping {
         })
     }
 
-    /// What the importer is given.
+    /// The importer's scatter table.
     pub(crate) fn sgt(&self) -> *mut bindings::sg_table {
         self.sgt
     }
 
-    /// Whether the importer can reach device memory by it.
+    /// Whether the importer can access device memory through the mapping.
     pub(crate) fn shows_device(&self) -> bool {
         !matches!(self.backing, Backing::System(_))
     }
 
-    /// Frees the table, which the importer has given back.
+    /// Frees the table, which the importer has passed to unmap.
     ///
     /// # Safety
     ///
-    /// The reservation lock is held, and `dir` is the direction it was mapped in.
+    /// The caller holds the reservation lock, and `dir` is the direction given to [`Mapping::map`].
     pub(crate) unsafe fn unmap(self, dir: bindings::dma_data_direction) {
-        // SAFETY: By the caller's promise; each kind goes the way it came.
+        // SAFETY: The lock is held, by the caller's promise; each table is freed by the counterpart of its
+        // constructor.
         unsafe {
             match self.backing {
                 Backing::Device => unmap_device(self.attachment, self.sgt, dir),
@@ -137,12 +136,11 @@ impl Mapping {
         }
     }
 
-    /// Makes what the device wrote visible to the processor, or the reverse. Device memory needs
-    /// nothing of the kind.
+    /// Synchronises system memory for the CPU or for the device. Device memory needs no synchronisation.
     ///
     /// # Safety
     ///
-    /// The reservation lock is held.
+    /// The caller holds the reservation lock.
     pub(crate) unsafe fn sync(&mut self, for_cpu: bool) {
         let table = match &mut self.backing {
             Backing::Device => return,
@@ -153,7 +151,7 @@ impl Mapping {
             },
         };
         let (sgl, entries) = (table.sgt.sgl, table.sgt.orig_nents as c_int);
-        // SAFETY: The table is mapped for the device, which its attachment keeps.
+        // SAFETY: The table is mapped for the device, which the attachment keeps.
         unsafe {
             let dev = (*self.attachment).dev;
             if for_cpu {
@@ -165,7 +163,7 @@ impl Mapping {
     }
 }
 
-/// The parts that are in the BAR: in one table, or with a table for each run of neighbours.
+/// Maps the parts in the BAR: one table, or several if one call cannot map all ranges.
 ///
 /// # Safety
 ///
@@ -181,14 +179,14 @@ unsafe fn map_device(
     for (offset, len) in pieces.at_home() {
         let (paddr, len) = (start + offset, len as usize);
         match ranges.last_mut() {
-            // Neighbours are joined.
+            // Merges contiguous ranges.
             Some(last) if last.paddr + last.len as u64 == paddr => last.len += len,
             _ => ranges.push(bindings::phys_vec { paddr, len }, GFP_KERNEL)?,
         }
     }
-    // SAFETY: An attachment keeps its device, and that its domain while it has a driver.
+    // SAFETY: An attachment keeps its device, and the device keeps its IOMMU domain while it has a driver.
     let translated = unsafe { !bindings::iommu_get_domain_for_dev((*attachment).dev).is_null() };
-    // SAFETY: It only returns a number.
+    // SAFETY: The call only returns a number.
     let translated_at_once = unsafe { ffi::peerbuf_translated_ranges() };
     let at_once = match translated {
         true => translated_at_once as usize,
@@ -196,13 +194,13 @@ unsafe fn map_device(
     };
     let mut tables = KVec::with_capacity(ranges.len().div_ceil(at_once), GFP_KERNEL)?;
     for ranges in ranges.chunks_mut(at_once) {
-        // SAFETY: By the caller's promise.
+        // SAFETY: The lock is held and the buffer is not revoked, by the caller's promise.
         match unsafe { map_ranges(attachment, bar, ranges, dir) } {
             Ok(table) => {
                 let _ = tables.push_within_capacity(table);
             }
             Err(e) => {
-                // SAFETY: As above, and they were just made.
+                // SAFETY: The lock is held, and the tables were made by `map_ranges` in this loop.
                 unsafe { unmap_tables(attachment, &tables, dir) };
                 return Err(e);
             }
@@ -213,7 +211,7 @@ unsafe fn map_device(
 
 /// # Safety
 ///
-/// As for [`Mapping::map`]; the ranges are the buffer's own.
+/// As for [`Mapping::map`]; `ranges` are ranges of the buffer.
 unsafe fn map_ranges(
     attachment: *mut bindings::dma_buf_attachment,
     bar: &Bar,
@@ -221,8 +219,8 @@ unsafe fn map_ranges(
     dir: bindings::dma_data_direction,
 ) -> Result<*mut bindings::sg_table> {
     let len = ranges.iter().map(|range| range.len).sum();
-    // SAFETY: Not revoked, under the lock, means that the device is bound, so the provider is
-    // valid, until every scatter table came back.
+    // SAFETY: The lock is held and the buffer is not revoked. So the device is bound, and the provider stays
+    // valid until every scatter table has been unmapped.
     from_err_ptr(unsafe {
         ffi::dma_buf_phys_vec_to_sgt(
             attachment,
@@ -237,13 +235,13 @@ unsafe fn map_ranges(
 
 /// # Safety
 ///
-/// The reservation lock is held and `sgt` came from [`map_ranges`] for this attachment.
+/// The caller holds the reservation lock, and `sgt` came from [`map_ranges`] for this attachment.
 unsafe fn unmap_device(
     attachment: *mut bindings::dma_buf_attachment,
     sgt: *mut bindings::sg_table,
     dir: bindings::dma_data_direction,
 ) {
-    // SAFETY: By the caller's promise.
+    // SAFETY: By the caller's promise: the lock is held, and `sgt` is a table of this attachment.
     unsafe {
         ffi::peerbuf_dma_buf_free_sgt(attachment, sgt, dir);
     }
@@ -251,14 +249,14 @@ unsafe fn unmap_device(
 
 /// # Safety
 ///
-/// As for [`unmap_device`], for each.
+/// As for [`unmap_device`], for each of `tables`.
 unsafe fn unmap_tables(
     attachment: *mut bindings::dma_buf_attachment,
     tables: &[*mut bindings::sg_table],
     dir: bindings::dma_data_direction,
 ) {
     for &sgt in tables {
-        // SAFETY: By the caller's promise.
+        // SAFETY: By the caller's promise: the lock is held, and `sgt` is a table of this attachment.
         unsafe { unmap_device(attachment, sgt, dir) };
     }
 }
@@ -266,7 +264,7 @@ unsafe fn unmap_tables(
 impl SystemTable {
     /// # Safety
     ///
-    /// The reservation lock is held, and `dev` can do DMA (it has a DMA mask).
+    /// The caller holds the reservation lock, and `dev` can do DMA (it has a DMA mask).
     unsafe fn map(
         dev: *mut bindings::device,
         pieces: &Pieces,
@@ -291,7 +289,7 @@ impl SystemTable {
         let count = c_uint::try_from(all.len()).map_err(|_| EINVAL)?;
         // SAFETY: `dev` is valid.
         let segment = unsafe { ffi::peerbuf_dma_max_segment(dev) };
-        // SAFETY: The list has `count` pages, and the table is ours.
+        // SAFETY: The list has `count` pages, and no one else uses the table.
         to_result(unsafe {
             bindings::sg_alloc_table_from_pages_segment(
                 &mut this.sgt,
@@ -306,7 +304,7 @@ impl SystemTable {
         // SAFETY: The table was filled above, and `dev` can do DMA.
         let mapped = to_result(unsafe { bindings::dma_map_sgtable(dev, &mut this.sgt, dir, 0) });
         if let Err(e) = mapped {
-            // SAFETY: Filled above and not mapped.
+            // SAFETY: The table was filled above and is not mapped.
             unsafe { bindings::sg_free_table(&mut this.sgt) };
             return Err(e);
         }
@@ -315,9 +313,9 @@ impl SystemTable {
 
     /// # Safety
     ///
-    /// It is mapped for `dev`, and never used again.
+    /// The table is mapped for `dev` and is not used afterwards.
     unsafe fn unmap(&mut self, dev: *mut bindings::device) {
-        // SAFETY: By the caller's promise.
+        // SAFETY: By the caller's promise: the table is mapped for `dev`.
         unsafe {
             let entries = self.sgt.orig_nents as c_int;
             bindings::dma_unmap_sg_attrs(dev, self.sgt.sgl, entries, self.dir, 0);
@@ -327,11 +325,12 @@ impl SystemTable {
 }
 
 impl JoinedTable {
-    /// Maps the system pages, if there are any, and joins both. What was mapped is unmapped on an error.
+    /// Maps the system pages, if any, and joins all tables. On an error it unmaps everything, `device` too.
     ///
     /// # Safety
     ///
-    /// As for [`Mapping::map`]; `device` was mapped for the attachment from `pieces`.
+    /// As for [`Mapping::map`]; `device` holds the tables that `map_device` made from `pieces` for this
+    /// attachment.
     unsafe fn join(
         attachment: *mut bindings::dma_buf_attachment,
         pieces: &Pieces,
@@ -343,13 +342,14 @@ impl JoinedTable {
             device,
             system: None,
         };
-        // SAFETY: By the caller's promise.
+        // SAFETY: By the caller's promise, which is the same as that of `fill`.
         let made = unsafe { this.fill((*attachment).dev, pieces, dir) }
             .and_then(|()| Ok(KBox::<Self>::new_uninit(GFP_KERNEL)?));
         match made {
             Ok(place) => Ok(place.write(this)),
             Err(e) => {
-                // SAFETY: As above. A table that was never filled is freed like one that was.
+                // SAFETY: The lock is held, and everything in `this` was mapped for the attachment.
+                // `sg_free_table` accepts a table that was never filled.
                 unsafe { this.unmap(attachment, dir) };
                 Err(e)
             }
@@ -368,21 +368,21 @@ impl JoinedTable {
         let pages;
         let mut system: &[*mut bindings::sg_table] = &[];
         if pieces.placement() != abi::PLACEMENT_DEVICE {
-            // SAFETY: By the caller's promise.
+            // SAFETY: The lock is held and the device can do DMA, by the caller's promise.
             let table = self
                 .system
                 .insert(unsafe { SystemTable::map(dev, pieces, dir) }?);
             pages = [&raw mut table.sgt];
             system = &pages;
         }
-        // SAFETY: By the caller's promise, for both.
+        // SAFETY: `device` was mapped from `pieces`, by the caller's promise, and `system` was mapped above.
         let entries = unsafe { in_order(pieces, &self.device, system, |_, _| {}) };
-        // SAFETY: The table is ours, and empty.
+        // SAFETY: The table is ours and empty.
         to_result(unsafe {
             bindings::sg_alloc_table(&mut self.sgt, entries, bindings::GFP_KERNEL)
         })?;
         let mut to = self.sgt.sgl;
-        // SAFETY: As above; it has as many entries as were counted.
+        // SAFETY: The tables are mapped, and `self.sgt` has as many entries as were counted.
         unsafe {
             in_order(pieces, &self.device, system, |address, len| {
                 (*to).dma_address = address;
@@ -390,20 +390,22 @@ impl JoinedTable {
                 to = bindings::sg_next(to);
             });
         }
-        // There is no list for the processor, as `dma_buf_phys_vec_to_sgt` says it, too.
+        // There is no list for the CPU; `dma_buf_phys_vec_to_sgt` says so in the same way.
         self.sgt.orig_nents = 0;
         Ok(())
     }
 
     /// # Safety
     ///
-    /// The reservation lock is held, it was mapped for `attachment`, and is never used again.
+    /// The caller holds the reservation lock, the table was mapped for `attachment`, and it is not used
+    /// afterwards.
     unsafe fn unmap(
         &mut self,
         attachment: *mut bindings::dma_buf_attachment,
         dir: bindings::dma_data_direction,
     ) {
-        // SAFETY: By the caller's promise.
+        // SAFETY: By the caller's promise: the lock is held, and every table here was mapped for
+        // `attachment`.
         unsafe {
             self.sgt.orig_nents = self.sgt.nents;
             bindings::sg_free_table(&mut self.sgt);
@@ -415,7 +417,7 @@ impl JoinedTable {
     }
 }
 
-/// Where in mapped tables, one after the other, a walk has come to.
+/// A position in a sequence of mapped tables.
 struct Cursor<'a> {
     sg: *mut bindings::scatterlist,
     offset: u32,
@@ -431,13 +433,13 @@ impl<'a> Cursor<'a> {
         }
     }
 
-    /// The next bytes, at most `most`: their DMA address and how many.
+    /// Takes the next bytes, at most `most`; returns their DMA address and their number.
     ///
     /// # Safety
     ///
-    /// The tables are mapped, and have not been walked to the end of the last.
+    /// The tables are mapped, and the cursor is not past the end of the last one.
     unsafe fn take(&mut self, most: u64) -> (u64, u32) {
-        // SAFETY: By the caller's promise.
+        // SAFETY: By the caller's promise the current entry is valid.
         unsafe {
             if self.sg.is_null() {
                 if let Some(&table) = self.more.next() {
@@ -458,12 +460,13 @@ impl<'a> Cursor<'a> {
     }
 }
 
-/// Goes through a buffer in order, and says for each entry of the joined list its DMA address and
-/// length. Returns how many there are.
+/// Walks a buffer in order and passes the DMA address and the length of each entry of the joined table to
+/// `each`. Returns the number of entries.
 ///
 /// # Safety
 ///
-/// The tables were mapped from the device's and the system's `pieces`.
+/// The tables were mapped from `pieces`: `device` from those in the BAR, `system` from those in system
+/// memory.
 unsafe fn in_order(
     pieces: &Pieces,
     device: &[*mut bindings::sg_table],
@@ -480,7 +483,7 @@ unsafe fn in_order(
         };
         let mut left = piece.len;
         while left != 0 {
-            // SAFETY: Both have as many bytes as their pieces together.
+            // SAFETY: The tables cover as many bytes as the pieces of their kind.
             let (address, len) = unsafe { from.take(left) };
             each(address, len);
             left -= u64::from(len);
@@ -490,14 +493,14 @@ unsafe fn in_order(
     entries
 }
 
-/// Takes out the mapping whose table an importer gives back.
+/// Removes the mapping of the table `sgt` from the list, because its importer unmaps it.
 pub(crate) fn take(
     mappings: &mut KVec<Mapping>,
     attachment: *mut bindings::dma_buf_attachment,
     sgt: *mut bindings::sg_table,
 ) -> Option<Mapping> {
     let wanted = |mapping: &Mapping| ptr::eq(mapping.sgt, sgt) && mapping.attachment == attachment;
-    // The newest are the likeliest to go. The order is nobody's business.
+    // The newest mapping is the likeliest to go. The list has no order.
     let index = mappings.iter().rposition(wanted)?;
     let last = mappings.len() - 1;
     mappings.swap(index, last);

@@ -1,14 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The struct pages of a BAR, which make direct I/O on its CPU mappings peer-to-peer DMA.
+//! The struct pages of a BAR. With them, direct I/O on a CPU mapping of the BAR is peer-to-peer DMA.
 //!
-//! The P2PDMA core makes the pages (`pci_p2pdma_add_resource`) and puts them in a pool of its
-//! own, where a page whose count falls to zero returns by itself, one by one. Exports need exact
-//! offsets instead, so [`Pages`] takes the whole pool once, gives each page a *base count* of one
-//! and leaves sub-allocation to [`crate::region`]. A count above the base means that a page table
-//! entry or an I/O request uses the page; that is how draining is known. Before the device goes
-//! away the counts go back to zero and the chunk to the pool, as it was taken: without that,
-//! `devm_memunmap_pages` would wait for ever.
+//! The P2PDMA core makes the pages (`pci_p2pdma_add_resource`) and puts them into a pool. A page returns to
+//! the pool when its reference count reaches zero, one page at a time; but exports need exact offsets. So
+//! [`Pages`] allocates the whole pool once and gives each page a *base count* of one; [`crate::region`]
+//! allocates ranges of it. A count above the base means that a page table entry or an I/O request uses the
+//! page, which is how a waiter knows that the pages are idle. Before the device goes away, `WholePool` sets
+//! the counts to zero and frees the pool in one piece: otherwise `devm_memunmap_pages` would wait forever.
 
 use kernel::{
     bindings, device::Core, devres, error::to_result, ffi::*, page::PAGE_SIZE, pci, prelude::*,
@@ -20,10 +19,9 @@ use crate::{common, ffi};
 ///
 /// # Invariants
 ///
-/// From [`Pages::publish`] until the devres of the device is released, the frames
-/// `first..first + count` have struct pages, each with a count of one or more, and are mapped
-/// uncached in the kernel at `kaddr`. Of a BAR of which this module has only chunks, that is so for
-/// the chunks, as long as there is one (`provider.rs`).
+/// From [`Pages::publish`] until the devres of the device is released, the frames `first..first + count` have
+/// struct pages, each with a count of one or more, and are mapped uncached in the kernel at `kaddr`. For a
+/// provider's BAR (`provider.rs`) the same holds only for this module's chunks, each as long as it exists.
 #[derive(Clone, Copy)]
 pub(crate) struct Pages {
     kaddr: *mut c_void,
@@ -32,25 +30,25 @@ pub(crate) struct Pages {
 }
 
 impl Pages {
-    /// Whether a BAR at physical address `start` of `len` bytes can have struct pages: the kernel
-    /// makes them for aligned sections only, and warns when asked for less.
+    /// Whether a BAR of `len` bytes at physical address `start` can have struct pages. The kernel makes them
+    /// only for aligned sections, and warns about anything smaller.
     pub(crate) fn possible(start: u64, len: u64) -> bool {
-        // SAFETY: It only returns a number.
+        // SAFETY: The call only returns a number.
         let align = unsafe { ffi::memremap_compat_align() } as u64;
         len != 0 && start % align == 0 && len % align == 0
     }
 
-    /// Makes struct pages for the whole of `bar`, `len` bytes at `start`.
+    /// Makes struct pages for all of `bar`, `len` bytes at `start`.
     ///
-    /// Nothing where the kernel has made them and put them into its pool, and they could not be taken from
-    /// there: others may take them, so the BAR is not ours to export.
+    /// Returns `None` if the kernel put the pages into its pool and this function could not allocate them
+    /// from there. Other drivers may then allocate them, so the BAR must not be exported.
     ///
-    /// Errors: what `pci_p2pdma_add_resource` gives (ENOMEM, EINVAL, EOPNOTSUPP).
+    /// Errors: those of `pci_p2pdma_add_resource` (ENOMEM, EINVAL, EOPNOTSUPP).
     ///
     /// # Safety
     ///
-    /// `pdev` is being probed, [`Pages::possible`] holds for its memory BAR `bar`, and it is done
-    /// once for a BAR. No page is used any more when the devres of `pdev` is released.
+    /// `pdev` is being probed, [`Pages::possible`] holds for its memory BAR `bar`, and the function is called
+    /// once per BAR. No page is in use any more when the devres of `pdev` is released.
     pub(crate) unsafe fn publish(
         pdev: &pci::Device<Core<'_>>,
         bar: u32,
@@ -58,25 +56,25 @@ impl Pages {
         len: u64,
     ) -> Result<Option<Self>> {
         let raw = common::raw(pdev);
-        // SAFETY: `pdev` is being probed, by the caller's promise; size 0 is the whole BAR.
+        // SAFETY: `pdev` is being probed, by the caller's promise; size 0 means the whole BAR.
         to_result(unsafe { bindings::pci_p2pdma_add_resource(raw, bar as c_int, 0, 0) })?;
-        // The pool has one chunk per BAR and each is taken as soon as it is added, so a request
-        // of this size can only come from this chunk.
-        // SAFETY: As above; the pool exists since the call before.
+        // The pool has one chunk per BAR, and each is allocated as soon as it is added. So a request of this
+        // size can only be met from this BAR's chunk.
+        // SAFETY: `pdev` is being probed, and the call above made the pool.
         let kaddr = unsafe { bindings::pci_alloc_p2pmem(raw, len as usize) };
         if kaddr.is_null() {
             return Ok(None);
         }
-        // INVARIANT: The pool gave the whole chunk, so nobody else has any of its pages; the
-        // chunk gives each its base count, and takes it back when devres is released.
+        // INVARIANT: The pool gave the whole chunk, so no one else has any of its pages. `set_counts` gives
+        // each page its base count; `WholePool` resets the counts when devres is released.
         let this = Self {
             kaddr,
             first: start as usize / PAGE_SIZE,
             count: len as usize / PAGE_SIZE,
         };
         this.set_counts(1);
-        // On an error the chunk is dropped, and so goes back, at once. Devres is released last
-        // in, first out: the chunk goes back before the P2PDMA core unmaps the pages.
+        // On an error `devres::register` drops the chunk, which returns it to the pool at once. Devres is
+        // released last in, first out: the chunk returns before the P2PDMA core unmaps the pages.
         let chunk = WholePool {
             pdev: raw,
             pages: this,
@@ -85,9 +83,9 @@ impl Pages {
         Ok(registered.is_ok().then_some(this))
     }
 
-    /// Those of a BAR, or of part of it, that another driver has made and published.
+    /// The pages of a BAR, or of part of it, that another driver has made and published.
     pub(crate) fn of_provider(kaddr: *mut c_void, start: u64, len: u64) -> Self {
-        // INVARIANT: Nobody asks for a page that is not in a chunk of the provider's pool.
+        // INVARIANT: Callers ask only for pages in their chunks of the provider's pool.
         Self {
             kaddr,
             first: start as usize / PAGE_SIZE,
@@ -104,32 +102,32 @@ impl Pages {
         Ok(unsafe { ffi::peerbuf_pfn_to_page((self.first + index) as c_ulong) })
     }
 
-    /// Where the kernel sees the BAR.
+    /// The kernel virtual address of the BAR.
     pub(crate) fn kernel_address(&self) -> *mut c_void {
         self.kaddr
     }
 
-    /// How many pages of the range have a count above the base, which means that a page table
-    /// entry or an I/O request uses them.
+    /// The number of pages in the range with a count above the base: those that a page table entry or an I/O
+    /// request uses.
     pub(crate) fn busy(&self, offset: u64, len: u64) -> usize {
         let first = offset as usize / PAGE_SIZE;
         (first..first + len as usize / PAGE_SIZE)
             .filter_map(|i| self.page(i).ok())
-            // SAFETY: By the type invariant it is a valid struct page.
+            // SAFETY: By the type invariant the struct page is valid.
             .filter(|&page| unsafe { ffi::peerbuf_page_count(page) } > 1)
             .count()
     }
 
     fn set_counts(&self, count: c_int) {
         for page in (0..self.count).filter_map(|i| self.page(i).ok()) {
-            // SAFETY: Nobody else has a reference to the page: the callers are `publish`, before
-            // anybody can, and the chunk's end, after the last.
+            // SAFETY: No one else has a reference to the page: the callers are `publish`, before the first
+            // reference, and `WholePool::drop`, after the last.
             unsafe { ffi::peerbuf_set_page_count(page, count) };
         }
     }
 }
 
-/// The chunk that the pool gave; dropping it gives it back.
+/// The chunk allocated from the pool. Dropping it returns the chunk.
 struct WholePool {
     pdev: *mut bindings::pci_dev,
     pages: Pages,
@@ -142,8 +140,8 @@ impl Drop for WholePool {
     fn drop(&mut self) {
         self.pages.set_counts(0);
         let len = self.pages.count * PAGE_SIZE;
-        // SAFETY: The chunk goes back as it was taken. The device is still bound: the chunk
-        // belongs to its devres.
+        // SAFETY: The chunk is returned as it was allocated. The device is still bound: devres owns the
+        // chunk.
         unsafe { bindings::pci_free_p2pmem(self.pdev, self.pages.kaddr, len) };
     }
 }

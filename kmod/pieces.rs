@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Where a buffer's bytes are: in its BAR, or in system memory, page by page.
+//! Placement of a buffer's bytes: in its BAR or in system memory, with page granularity.
 
 use core::ops::{Deref, DerefMut, Range};
 
@@ -8,19 +8,19 @@ use kernel::{bindings, page::PAGE_SIZE, prelude::*, sync::Arc};
 
 use crate::{abi, system::System};
 
-/// A page-aligned run of a buffer's bytes, in one place.
+/// A page-aligned run of a buffer's bytes with one placement.
 #[derive(Clone)]
 pub(crate) struct Piece {
     /// Its length in bytes.
     pub(crate) len: u64,
-    /// Its place in the BAR, in bytes, its own as long as the buffer lives. `None` for memory
-    /// that is always system memory.
+    /// Offset in the BAR, in bytes; the range is reserved as long as the buffer lives. `None` for bytes that
+    /// are always in system memory.
     pub(crate) home: Option<u64>,
-    /// Where the bytes are now, if not at home. Never `None` where `home` is.
+    /// The system pages that hold the bytes; `None` while they are in the BAR. Never `None` if `home` is.
     pub(crate) system: Option<SystemPart>,
 }
 
-/// Part of some system memory.
+/// A range of pages of a [`System`].
 #[derive(Clone)]
 pub(crate) struct SystemPart {
     pub(crate) pages: Arc<System>,
@@ -29,7 +29,7 @@ pub(crate) struct SystemPart {
 }
 
 impl Piece {
-    /// The pages, where the bytes are in system memory; otherwise none.
+    /// The system pages that hold the bytes; empty if the bytes are in the BAR.
     pub(crate) fn system_pages(&self) -> &[*mut bindings::page] {
         match &self.system {
             Some(part) => &part.pages.pages()[part.first..][..self.len as usize / PAGE_SIZE],
@@ -37,7 +37,7 @@ impl Piece {
         }
     }
 
-    /// The `PLACEMENT_*` of the interface.
+    /// The placement, an `abi::PLACEMENT_*`.
     pub(crate) fn placement(&self) -> u32 {
         match self.system {
             Some(_) => abi::PLACEMENT_SYSTEM,
@@ -45,7 +45,7 @@ impl Piece {
         }
     }
 
-    /// Two pieces that meet at `len` bytes, a multiple of the page size below this one's length.
+    /// Splits the piece at `len` bytes, a multiple of the page size below its length.
     fn split(self, len: u64) -> (Self, Self) {
         let after = Self {
             len: self.len - len,
@@ -59,7 +59,7 @@ impl Piece {
     }
 }
 
-/// The whole of a buffer, in order.
+/// All pieces of a buffer, in order.
 pub(crate) struct Pieces(KVec<Piece>);
 
 impl Pieces {
@@ -72,7 +72,7 @@ impl Pieces {
         self.0.iter().map(|piece| piece.len).sum()
     }
 
-    /// The places in the BAR of the pieces that are there, in order: offset and length.
+    /// The ranges of the BAR that hold bytes now, in order: offset and length.
     pub(crate) fn at_home(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
         let at_home = |piece: &Piece| match &piece.system {
             None => piece.home.map(|home| (home, piece.len)),
@@ -81,7 +81,7 @@ impl Pieces {
         self.0.iter().filter_map(at_home)
     }
 
-    /// Where the buffer begins in the BAR, if it is there in one run.
+    /// The offset in the BAR, if all bytes are there in one contiguous range.
     pub(crate) fn one_run(&self) -> Option<u64> {
         let (mut first, mut next) = (None, None);
         for piece in &self.0 {
@@ -96,7 +96,7 @@ impl Pieces {
         first
     }
 
-    /// The `PLACEMENT_*` of the whole.
+    /// The placement of the whole buffer, an `abi::PLACEMENT_*`.
     pub(crate) fn placement(&self) -> u32 {
         let mut placements = self.0.iter().map(Piece::placement);
         let first = placements.next().unwrap_or(abi::PLACEMENT_SYSTEM);
@@ -106,7 +106,7 @@ impl Pieces {
         }
     }
 
-    /// The pieces with where each begins in the buffer.
+    /// The pieces, each with its offset in the buffer.
     pub(crate) fn placed(&self) -> impl Iterator<Item = (u64, &Piece)> {
         self.0.iter().scan(0, |offset, piece| {
             let start = *offset;
@@ -115,8 +115,7 @@ impl Pieces {
         })
     }
 
-    /// The pieces that `part` of the buffer touches, each with the common range, from the piece's
-    /// beginning.
+    /// The pieces that overlap `part` of the buffer, each with the overlap, relative to the piece's start.
     pub(crate) fn within(
         &self,
         part: &Range<u64>,
@@ -129,8 +128,7 @@ impl Pieces {
         })
     }
 
-    /// The same, but that `part` of the buffer is cut out of its neighbours: none lies across its bounds.
-    /// ENOMEM.
+    /// A copy of the list in which no piece crosses a boundary of `part`. ENOMEM.
     pub(crate) fn cut(&self, part: &Range<u64>) -> Result<Self> {
         let mut cut = KVec::with_capacity(self.0.len() + 2, GFP_KERNEL)?;
         for (mut start, piece) in self.placed() {
@@ -148,7 +146,8 @@ impl Pieces {
         Ok(Self(cut))
     }
 
-    /// Joins neighbours that are one run at home, so that moving parts there and back leaves no trace.
+    /// Merges adjacent pieces that are contiguous in the BAR, so that a partial move and back restores the
+    /// list.
     pub(crate) fn join(&mut self) {
         let pieces = &mut self.0;
         let mut i = 1;

@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Chunks of a pool of memory that another driver has published for peers.
+//! Chunks of a P2PDMA pool that another driver has published.
 
 use kernel::{bindings, ffi::*, page::PAGE_SIZE, prelude::*};
 
 use crate::ffi;
 
-/// Pages taken from a provider's pool, in one run. Dropping it gives them back.
+/// A contiguous run of pages allocated from a provider's pool. Dropping it frees the pages.
 ///
 /// # Invariants
 ///
-/// From `first` on there are `count` pages of the pool, not zero, each with a count that is ours and
-/// with a reference to the pool's memory (`pgmap->ref`).
+/// From `first` on there are `count` pages of the pool, not zero. This object owns one count of each page,
+/// and for each page a reference to the pool's memory (`pgmap->ref`).
 pub(crate) struct Chunk {
     first: *mut bindings::page,
     count: usize,
@@ -21,26 +21,27 @@ pub(crate) struct Chunk {
 // SAFETY: Pages are not tied to a thread.
 unsafe impl Send for Chunk {}
 
-/// The most bytes that are cleared without letting others run.
+/// Bytes cleared between two calls of `cond_resched`.
 const STEP: usize = 1 << 20;
 
 impl Chunk {
-    /// Takes `len` bytes, whole pages and not zero, and clears them: who had them before may be
-    /// anybody in the kernel. ENOSPC.
+    /// Allocates and clears `len` bytes, a multiple of the page size and not zero. They may hold another
+    /// driver's data. ENOSPC.
     ///
     /// # Safety
     ///
-    /// The driver of `pdev` is bound, and stays so until this returns; it has a pool.
+    /// The driver of `pdev` has a pool, is bound, and stays bound until this function returns.
     pub(crate) unsafe fn take(pdev: *mut bindings::pci_dev, len: u64) -> Result<Self> {
         let len = usize::try_from(len).map_err(|_| ENOSPC)?;
-        // SAFETY: By the caller's promise.
+        // SAFETY: The driver is bound and has a pool, by the caller's promise.
         let kaddr = unsafe { bindings::pci_alloc_p2pmem(pdev, len) };
         if kaddr.is_null() {
             return Err(ENOSPC);
         }
         let count = len / PAGE_SIZE;
-        // INVARIANT: The pool gave the pages, uncounted and with one reference for all of them.
-        // SAFETY: They are ours.
+        // INVARIANT: The pool gave the pages with a count of zero and one `pgmap` reference for all of them.
+        // The loop and `get_pgmap` add the rest.
+        // SAFETY: The pages were just allocated, so no one else uses them.
         let first = unsafe {
             let first = ffi::peerbuf_virt_to_page(kaddr);
             ffi::peerbuf_get_pgmap(first, count - 1);
@@ -55,7 +56,7 @@ impl Chunk {
             kaddr,
         };
         for at in (0..len).step_by(STEP) {
-            // SAFETY: The kernel sees the pages at that address.
+            // SAFETY: The kernel has the pages mapped at `kaddr`.
             unsafe {
                 bindings::memset_io(kaddr.wrapping_byte_add(at), 0, STEP.min(len - at));
                 ffi::peerbuf_cond_resched();
@@ -64,9 +65,9 @@ impl Chunk {
         Ok(this)
     }
 
-    /// Where it begins, as the processor sees it: physically, and in the kernel's mapping.
+    /// The chunk's physical address and its kernel virtual address.
     pub(crate) fn place(&self) -> (u64, *mut c_void) {
-        // SAFETY: By the type invariant.
+        // SAFETY: By the type invariant `first` is a valid page.
         let pfn = unsafe { ffi::peerbuf_page_to_pfn(self.first) };
         (pfn as u64 * PAGE_SIZE as u64, self.kaddr)
     }
@@ -75,8 +76,8 @@ impl Chunk {
 impl Drop for Chunk {
     fn drop(&mut self) {
         for at in 0..self.count {
-            // SAFETY: By the type invariant the count is ours. With the last one the page goes back
-            // to the pool, which the page's reference has kept.
+            // SAFETY: By the type invariant this object owns the count. The last count returns the page to
+            // the pool, which the page's `pgmap` reference keeps alive.
             unsafe { ffi::peerbuf_put_page(self.first.wrapping_add(at)) };
         }
     }

@@ -1,26 +1,26 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! peerbuf_probe.ko: attaches any dma-buf on behalf of a PCI device, so that a plan can ask the kernel
-//! what it would give a driver, and tests can play a driver, a bad one too.
+//! peerbuf_probe.ko: a dma-buf importer for plans and tests.
 //!
-//! It is a module apart from peerbuf.ko, and neither needs the other: what they have to do with each
-//! other goes through the kernel's dma-buf interface. Who may use its node can hold fences and mappings
-//! on other drivers' devices for as long as a bad driver could, so a machine that only exports leaves it
-//! unloaded.
+//! Only the kernel knows which mapping an importer would get. This module attaches any dma-buf on behalf of a
+//! PCI device, so that a plan can ask, and so that tests can act as a driver, a faulty one included.
 //!
-//! - `importer.rs`: the node, and whose device goes;
-//! - `attachment.rs`: what it attaches;
-//! - `route.rs`: where the addresses lead that an attachment was given;
-//! - as in peerbuf.ko: `common.rs`, `misc.rs`, `ffi.rs`, `compat.rs`; and `helpers_probe.c` for
-//!   `helpers.c`.
+//! The module is separate from peerbuf.ko and needs none of it: the two meet only at the kernel's dma-buf
+//! interface (<https://docs.kernel.org/driver-api/dma-buf.html>). A user of its node can hold fences and
+//! mappings on other drivers' devices as long as a faulty driver could, so a machine in production does not
+//! load it.
 //!
-//! Locks: see `attachment.rs`.
+//! - `importer.rs`: the node, and which device a caller may act for;
+//! - `attachment.rs`: attachments and their callbacks; its head gives the lock order;
+//! - `route.rs`: classifies the DMA addresses of a mapping;
+//! - shared with peerbuf.ko: `common.rs`, `misc.rs`, `ffi.rs`, `compat.rs`. `helpers_probe.c` corresponds to
+//!   its   `helpers.c`.
 
 use kernel::prelude::*;
 
 mod attachment;
 mod common;
-// Not everything that differs concerns this module.
+// This module needs only some of the differences.
 #[allow(unused)]
 mod compat;
 mod ffi;
@@ -28,7 +28,7 @@ mod importer;
 mod misc;
 mod route;
 
-/// The interface to userspace: the same text that the crate `peerbuf-uapi` compiles.
+/// ioctl numbers and structs: the same text as in the crate `peerbuf-uapi`.
 #[allow(dead_code, unexpected_cfgs, unreachable_pub)]
 #[path = "../uapi/src/probe.rs"]
 mod abi;
@@ -42,7 +42,7 @@ struct Loaded {
 
 impl kernel::Module for Loaded {
     fn init(_module: &'static ThisModule) -> Result<Self> {
-        // SAFETY: A module is initialised once, and this is the only importer.
+        // SAFETY: `init` runs once, and no other importer is registered.
         let importer = unsafe { importer::Registered::new() }?;
         Ok(Self {
             _importer: importer,

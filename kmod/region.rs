@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Who has which bytes of a BAR.
+//! The allocator of one BAR.
 //!
-//! [`Regions`] keeps the taken ranges of one BAR and hands out ranges that no other has. It knows
-//! nothing of devices or locks: the owner serialises access.
+//! [`Regions`] keeps the allocated ranges and allocates ranges that do not overlap. It knows neither devices
+//! nor locks: the owner serialises access.
 
 use kernel::prelude::*;
 
-/// Why a range was given back and cannot be handed out yet.
+/// The user of a range.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Holder {
     /// An export.
     Export,
-    /// An export that is gone, but direct I/O started on its CPU mapping still uses the pages.
+    /// A released export whose pages are still in use by direct I/O that began on its CPU mapping.
     Draining,
 }
 
@@ -23,21 +23,20 @@ struct Region {
     holder: Holder,
 }
 
-/// Where an export shall begin.
+/// The offset at which an export shall begin.
 #[derive(Clone, Copy)]
 pub(crate) enum Place {
-    /// The lowest offset where it fits.
+    /// The lowest offset with enough room.
     Any,
     /// This offset, in bytes.
     At(u64),
 }
 
-/// The taken ranges of a BAR.
+/// The allocated ranges of a BAR.
 ///
 /// # Invariants
 ///
-/// `taken` is sorted by `start`; its ranges are not empty, do not overlap, and end at or below
-/// `size`.
+/// `taken` is sorted by `start`. Its ranges are not empty, do not overlap, and end at or below `size`.
 pub(crate) struct Regions {
     size: u64,
     taken: KVec<Region>,
@@ -46,15 +45,15 @@ pub(crate) struct Regions {
 impl Regions {
     /// A BAR of `size` bytes, all free.
     pub(crate) const fn new(size: u64) -> Self {
-        // INVARIANT: There are no ranges.
+        // INVARIANT: `taken` is empty.
         Self {
             size,
             taken: KVec::new(),
         }
     }
 
-    /// The gaps between taken ranges, in order: index where a region would be inserted, first
-    /// byte, length.
+    /// The gaps between the ranges in `taken`, in order: the index at which to insert a region, the first
+    /// byte, the length.
     fn gaps(&self) -> impl Iterator<Item = (usize, u64, u64)> + '_ {
         (0..=self.taken.len()).map(|i| {
             let start = match i.checked_sub(1).and_then(|i| self.taken.get(i)) {
@@ -66,11 +65,10 @@ impl Regions {
         })
     }
 
-    /// Takes `len` bytes, not zero, and returns where they begin.
+    /// Allocates `len` bytes, not zero, and returns their offset.
     ///
-    /// Errors: EINVAL where the range does not lie in the BAR, EOVERFLOW where its end is no
-    /// 64-bit number, EBUSY where part of it is taken, ENOSPC where nothing is long enough,
-    /// ENOMEM. On an error nothing has changed.
+    /// Errors: EINVAL if the range is not in the BAR, EOVERFLOW if its end exceeds 64 bits, EBUSY if part of
+    /// it is taken, ENOSPC if no gap is long enough, ENOMEM. On an error nothing has changed.
     pub(crate) fn take(&mut self, place: Place, len: u64) -> Result<u64> {
         let (index, start) = match place {
             Place::Any => {
@@ -97,7 +95,7 @@ impl Regions {
             len,
             holder: Holder::Export,
         };
-        // INVARIANT: The region lies in the gap before `index`, so order and disjointness hold.
+        // INVARIANT: The region lies in the gap before `index`, which keeps the order and the disjointness.
         self.taken.reserve(1, GFP_KERNEL)?;
         self.taken
             .insert_within_capacity(index, region)
@@ -105,8 +103,8 @@ impl Regions {
         Ok(start)
     }
 
-    /// Gives back the exports' ranges that begin in the `len` bytes from `start`; those for which
-    /// `in_use(start, len)` says yes stay taken, as draining.
+    /// Frees the ranges that begin in the `len` bytes from `start`. A range for which `in_use(start, len)`
+    /// returns true stays taken, as draining.
     pub(crate) fn give_back(&mut self, start: u64, len: u64, in_use: impl Fn(u64, u64) -> bool) {
         self.taken.retain(|r| {
             if !(start..start + len).contains(&r.start) {
@@ -117,7 +115,7 @@ impl Regions {
         });
     }
 
-    /// Frees the draining ranges for which `in_use(start, len)` says no.
+    /// Frees the draining ranges for which `in_use(start, len)` returns false.
     pub(crate) fn reap(&mut self, in_use: impl Fn(u64, u64) -> bool) {
         self.taken
             .retain(|r| r.holder == Holder::Export || in_use(r.start, r.len));
@@ -128,12 +126,12 @@ impl Regions {
         self.taken.len() as u32
     }
 
-    /// Bytes in no range.
+    /// The number of free bytes.
     pub(crate) fn free(&self) -> u64 {
         self.gaps().map(|(_, _, len)| len).sum()
     }
 
-    /// The longest run of bytes in no range.
+    /// The length of the longest gap.
     pub(crate) fn largest_free(&self) -> u64 {
         self.gaps().map(|(_, _, len)| len).max().unwrap_or(0)
     }

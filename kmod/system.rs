@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! System memory for buffers that are not, or not wholly, in a BAR.
+//! System pages, for buffers that are at least partly in system memory.
 
 use core::ptr;
 
@@ -12,66 +12,68 @@ const fn bit(number: u32) -> bindings::gfp_t {
     1 << number
 }
 
-/// On the account of whoever asks. A request that cannot be met fails (ENOMEM): it calls no OOM
-/// killer, and says nothing in the log.
+/// Charged to the calling task's memory cgroup. A request that cannot be met fails with ENOMEM: it invokes no
+/// OOM killer and logs nothing.
 const SINGLE: bindings::gfp_t =
     bindings::GFP_KERNEL_ACCOUNT | bindings::__GFP_NOWARN | bit(bindings::___GFP_RETRY_MAYFAIL_BIT);
 
-/// As [`SINGLE`], but only if it is to be had at once, and as one block (a folio).
+/// Flags for a block of pages (a folio): as [`SINGLE`], but without retries.
 const LARGE: bindings::gfp_t = (SINGLE & !bit(bindings::___GFP_RETRY_MAYFAIL_BIT))
     | bit(bindings::___GFP_NORETRY_BIT)
     | bit(bindings::___GFP_COMP_BIT);
 
-/// What the pages hold at first.
+/// Initial contents of the pages.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Contents {
     Zeroes,
-    /// What they held before, so every byte is to be written before anybody else sees them.
+    /// The pages' old contents. The caller overwrites every byte before anyone else can read it.
     Old,
 }
 
-/// The orders that are tried, so that scatter lists are short where memory is not fragmented, and
-/// taking and freeing is quick.
+/// The orders tried, largest first. Large blocks keep scatter lists short, and are quick to allocate and
+/// free.
 const ORDERS: [u32; 3] = [9, 4, 0];
 
 /// Pages of system memory.
 ///
 /// # Invariants
 ///
-/// The entries are the pages, in order, of blocks of one of the [`ORDERS`], not in high memory. This
-/// object has one reference to each block. A count above one means that a page table entry or an I/O
-/// request uses a page of the block: the kernel counts a block's references as one.
+/// The entries are pages, in order, in blocks of one of the [`ORDERS`], not in high memory. This object owns
+/// one reference to each block. A reference count above one means that a page table entry or an I/O request
+/// uses a page of the block: the kernel counts references per block.
 pub(crate) struct System {
     pages: KVVec<*mut bindings::page>,
 }
 
 // SAFETY: Pages are not tied to a thread.
 unsafe impl Send for System {}
-// SAFETY: The list does not change once it is made.
+// SAFETY: The list does not change after construction.
 unsafe impl Sync for System {}
 
 impl System {
-    /// Takes `len` bytes, a multiple of the page size. It may take long and lets others run.
+    /// Allocates `len` bytes, a multiple of the page size. A large allocation takes long; the loop
+    /// reschedules.
     ///
-    /// Errors: ENOMEM; EINTR where the task is being killed, which nobody sees but the task's end.
+    /// Errors: ENOMEM; EINTR if the task is being killed (userspace never sees it).
     pub(crate) fn alloc(len: u64, contents: Contents) -> Result<Arc<Self>> {
         let zero = match contents {
             Contents::Zeroes => bindings::__GFP_ZERO,
             Contents::Old => 0,
         };
         let count = usize::try_from(len).map_err(|_| ENOMEM)? / PAGE_SIZE;
-        // What cannot be had is refused before the list of it, which alone might take all there is.
-        // SAFETY: It only returns a number.
+        // More than all memory is refused before the list of pages is allocated: that list alone could use up
+        // memory.
+        // SAFETY: The call only reads a number.
         if count > unsafe { ffi::peerbuf_totalram_pages() } {
             return Err(ENOMEM);
         }
-        // Dropped on an error, with what it has by then.
+        // Dropped on an error, with the pages allocated so far.
         let mut this = Self {
             pages: KVVec::with_capacity(count, GFP_KERNEL_ACCOUNT | __GFP_NOWARN)?,
         };
         let mut orders = ORDERS.as_slice();
         while this.pages.len() < count {
-            // SAFETY: The callers may sleep: the allocations do.
+            // SAFETY: Allocating sleeps, so every caller may sleep.
             unsafe { ffi::peerbuf_cond_resched() };
             if ffi::fatal_signal_pending() {
                 return Err(EINTR);
@@ -83,15 +85,15 @@ impl System {
                 continue;
             }
             let gfp = if order == 0 { SINGLE } else { LARGE };
-            // SAFETY: A plain allocation by a task that may sleep.
+            // SAFETY: The calling task may sleep, and the flags are valid.
             let first = unsafe { ffi::peerbuf_alloc_pages(gfp | zero, order) };
             if first.is_null() {
                 orders = smaller;
                 continue;
             }
-            // INVARIANT: The block has a count of one, which is ours.
+            // INVARIANT: The new block has a reference count of one, which this object owns.
             for i in 0..1 << order {
-                // Cannot fail: there is room for `count`.
+                // Cannot fail: the list has capacity for `count` pages.
                 let _ = this.pages.push_within_capacity(first.wrapping_add(i));
             }
         }
@@ -108,8 +110,8 @@ impl Drop for System {
     fn drop(&mut self) {
         let mut at = 0;
         while let Some(&first) = self.pages.get(at) {
-            // SAFETY: By the type invariant a block begins here, and the reference is ours. Direct
-            // I/O that outlives the buffer has its own, and frees the block when it is done.
+            // SAFETY: By the type invariant a block begins here and this object owns a reference to it.
+            // Direct I/O that outlives the buffer has its own reference, and frees the block when it ends.
             unsafe {
                 let order = ffi::peerbuf_page_order(first);
                 bindings::__free_pages(first, order);
@@ -119,15 +121,15 @@ impl Drop for System {
     }
 }
 
-/// Where the kernel sees a page of [`System`] memory.
+/// The kernel virtual address of a page of [`System`] memory.
 pub(crate) fn address(page: *mut bindings::page) -> *mut c_void {
     // SAFETY: The page is valid and not in high memory.
     unsafe { ffi::peerbuf_page_address(page) }
 }
 
-/// The bytes of a page's block before the page and after it.
+/// The number of bytes in a page's block before and after the page.
 pub(crate) fn beside(page: *mut bindings::page) -> (u64, u64) {
-    // SAFETY: The callers' pages are valid, and ours, so their blocks stay.
+    // SAFETY: The callers' pages are valid and referenced, so their blocks stay allocated.
     let (first, order) = unsafe {
         let first = ffi::peerbuf_page_head(page);
         (first, ffi::peerbuf_page_order(first))
@@ -137,7 +139,7 @@ pub(crate) fn beside(page: *mut bindings::page) -> (u64, u64) {
     ((before * PAGE_SIZE) as u64, (after * PAGE_SIZE) as u64)
 }
 
-/// How many of `pages` a page table entry or I/O may use: those of blocks that are in use.
+/// The number of `pages` that a page table entry or an I/O request may use: all pages of the blocks in use.
 pub(crate) fn busy(pages: &[*mut bindings::page]) -> usize {
     let used = |page: &&*mut bindings::page| {
         // SAFETY: The callers' pages are valid.
@@ -146,8 +148,8 @@ pub(crate) fn busy(pages: &[*mut bindings::page]) -> usize {
     pages.iter().filter(used).count()
 }
 
-/// Whether a device may be at work on one of `pages`: direct I/O, a registration of io_uring or of an RDMA
-/// card pin them (`FOLL_PIN`). Others have a reference at most, such as a pipe.
+/// Whether a device may be accessing one of `pages`. Direct I/O, io_uring buffers and RDMA registrations pin
+/// their pages (`FOLL_PIN`); a user such as a pipe only takes a reference.
 pub(crate) fn any_pinned(pages: &[*mut bindings::page]) -> bool {
     // SAFETY: The callers' pages are valid.
     let pinned = |&page: &*mut bindings::page| unsafe { ffi::peerbuf_page_maybe_dma_pinned(page) };
