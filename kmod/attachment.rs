@@ -1,32 +1,33 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! One attachment of the importer: a dma-buf, attached on behalf of a PCI device.
+//! One attachment of the test importer: a dma-buf attached on behalf of a PCI device.
 //!
-//! It plays the part of a driver that imports: it maps, is told that the mapping is stale, unmaps,
-//! pins, leaves fences, maps into the kernel's address space. It does what the kernel's own
-//! importers do (`drivers/infiniband/core/umem_dmabuf.c` above all), except where it was asked to
-//! misbehave, and then in the ways that a driver may: too late, but not never. No DMA is ever
-//! started, and no byte looked at.
+//! An attachment acts as an importing driver: it maps, unmaps, pins, adds fences, maps into the kernel's
+//! address space (vmap), and handles invalidations. It behaves as the kernel's own importers do
+//! (`drivers/infiniband/core/umem_dmabuf.c` above all), except where its creator asked for misbehaviour; then
+//! it misbehaves as a driver may, too late but not never. It neither starts DMA nor reads a byte.
 //!
 //! # The device
 //!
-//! The device belongs to another driver. A DMA mapping of it may exist only while that driver is
-//! bound: with the driver, the IOMMU domain and the device's place in its group may go, and
-//! unmapping needs both. So an attachment is made under the device's lock, after a look that it has a
-//! driver; and before that driver's removal begins, also under the device's lock, the driver core
-//! tells the importer (`BUS_NOTIFY_UNBIND_DRIVER`), which then lets go of the device's attachments
-//! ([`Attachment::let_go`]). A device that is unplugged loses its driver first, so that this covers it
-//! too. The reference to the device is for its address alone, until the file is closed.
+//! The device belongs to another driver. A DMA mapping for it may exist only while that driver is bound:
+//! unmapping needs the IOMMU domain and the device's IOMMU group, and both may go with the driver. So an
+//! attachment is made with the device lock held, after a check that the device has a driver. Before the
+//! driver's removal begins, also with the device lock held, the driver core calls the importer's notifier
+//! (`BUS_NOTIFY_UNBIND_DRIVER`), which detaches the device's attachments ([`Attachment::let_go`]). This
+//! covers hot-unplug, too, where the device loses its driver first. After that, the reference to the device
+//! serves only to keep its address unique, until the file is closed.
 //!
-//! # Locks, outermost first
+//! # Lock order
 //!
-//! 1. the device's lock, where the driver core or the attaching holds it;
-//! 2. [`Attachment::control`]: one call at a time, except for the query and the signalling;
-//! 3. the reservation lock of the dma-buf: [`State`];
-//! 4. [`Attachment::seen`], for as long as it takes to read or write it.
+//! Outermost first:
 //!
-//! An invalidation comes in with the third held. The fence is a pointer that is taken in one step,
-//! so that it can be signalled while somebody waits for it with any of these locks held.
+//! 1. the device lock, held by the driver core, or while attaching;
+//! 2. [`Attachment::control`]: serialises all ioctls except the query and the signal;
+//! 3. the reservation lock of the dma-buf: guards [`State`];
+//! 4. [`Attachment::seen`], held only to read or write it.
+//!
+//! An invalidation arrives with the third lock held. The fence is an atomic pointer that is taken in one
+//! step, so it can be signalled while other tasks hold any of these locks and wait for it.
 
 use core::{cell::Cell, ptr, ptr::NonNull};
 
@@ -54,30 +55,30 @@ use crate::{
     route::Report,
 };
 
-/// Takes peer memory, and can be told that it went away.
+/// Accepts peer memory, and can be invalidated.
 static PEER: Table<bindings::dma_buf_attach_ops> = Table(bindings::dma_buf_attach_ops {
     allow_peer2peer: true,
     invalidate_mappings: Some(invalidate),
 });
 
-/// Can be told, but cannot use peer memory.
+/// Can be invalidated, but does not accept peer memory.
 static SYSTEM: Table<bindings::dma_buf_attach_ops> = Table(bindings::dma_buf_attach_ops {
     allow_peer2peer: false,
     invalidate_mappings: Some(invalidate),
 });
 
-/// Takes peer memory and cannot be told, so it has to pin.
+/// Accepts peer memory and cannot be invalidated, so it must pin.
 static DEAF: Table<bindings::dma_buf_attach_ops> = Table(bindings::dma_buf_attach_ops {
     allow_peer2peer: true,
     invalidate_mappings: None,
 });
 
-/// No operation is needed beyond the two that every fence must have. The kernel forgets the table
-/// when the fence signals, and each has signalled before its attachment lets the module go.
+/// A fence needs no operations beyond the two mandatory ones. The kernel stops using the table when the fence
+/// signals, and each fence signals before its attachment drops its module reference.
 static FENCE_OPS: Table<bindings::dma_fence_ops> = Table(bindings::dma_fence_ops {
     get_driver_name: Some(fence_name),
     get_timeline_name: Some(fence_name),
-    // SAFETY: Null function pointers are operations that the fence does not have.
+    // SAFETY: A null function pointer means that the fence lacks the operation.
     ..unsafe { core::mem::zeroed() }
 });
 
@@ -85,20 +86,20 @@ unsafe extern "C" fn fence_name(_fence: *mut bindings::dma_fence) -> *const c_ch
     c"peerbuf-importer".as_char_ptr()
 }
 
-/// How an attachment behaves; checked by the importer.
+/// An attachment's behaviour; `importer.rs` has validated it.
 pub(crate) struct Manner {
     /// `abi::DYNAMIC`, `abi::PEER`.
     pub(crate) flags: u32,
     /// `abi::ON_INVALIDATE_*`.
     pub(crate) on_invalidate: u32,
-    /// Zero: until told.
+    /// Delay of the unmap after an invalidation; zero means until an explicit unmap.
     pub(crate) hold_ms: u32,
-    /// How long it outlives its file.
+    /// Delay of the detach after the file's release.
     pub(crate) detach_ms: u32,
 }
 
 impl Manner {
-    /// Null for a static attachment.
+    /// The importer operations; null for a static attachment.
     fn ops(&self) -> *const bindings::dma_buf_attach_ops {
         match self.flags {
             0 => ptr::null(),
@@ -112,21 +113,21 @@ impl Manner {
         self.flags == 0
     }
 
-    /// Has operations, but none to be told by.
+    /// Whether it has operations, but none for invalidation.
     fn is_deaf(&self) -> bool {
         self.flags == abi::PEER
     }
 }
 
-/// What the reservation lock guards. Cells, because an exporter may move the buffer, and so call
-/// [`invalidate`], while it is asked to pin or to map it with the lock held.
+/// The state that the reservation lock guards. The fields are cells because an exporter may move the buffer,
+/// and so call [`invalidate`], inside pin or map, with the lock held.
 struct State {
-    /// Taken out when the attachment lets go.
+    /// `None` before attach and after detach.
     attach: Cell<Option<NonNull<bindings::dma_buf_attachment>>>,
-    /// The mapping, or null.
+    /// The mapping's table, or null.
     sgt: Cell<*mut bindings::sg_table>,
     direction: Cell<bindings::dma_data_direction>,
-    /// A mapping was asked for and not given up since, so it may be made again.
+    /// The user has mapped and not unmapped since, so a mapping may be remade after an invalidation.
     wanted: Cell<bool>,
     pinned: Cell<bool>,
 }
@@ -137,15 +138,15 @@ impl State {
     }
 }
 
-/// What [`Attachment::control`] guards.
+/// The state that [`Attachment::control`] guards.
 struct Control {
     /// The mapping in the kernel's address space.
     vmap: Option<bindings::iosys_map>,
-    /// The last fence's number.
+    /// The sequence number of the last fence.
     seqno: u64,
 }
 
-/// An attachment; see the top of this file.
+/// An attachment; see the head of this file.
 #[pin_data]
 pub(crate) struct Attachment {
     pdev: ARef<pci::Device>,
@@ -155,21 +156,21 @@ pub(crate) struct Attachment {
     control: Mutex<Control>,
     /// Guarded by the dma-buf's reservation lock.
     state: State,
-    /// What the query answers, kept up to date by whoever changes something.
+    /// The query's answer; every change updates it.
     #[pin]
     seen: Mutex<abi::Query>,
-    /// The fence that has not signalled, with a reference; or null. Whoever takes it signals it.
+    /// The unsignalled fence, with a reference; or null. The taker of the pointer signals the fence.
     fence: Atomic<*mut bindings::dma_fence>,
     fence_context: u64,
-    /// Not zero once it has let go.
+    /// Nonzero once the attachment is detached.
     has_let_go: Atomic<i32>,
-    /// Signals the fence when its time is over.
+    /// Signals the fence after its timeout.
     #[pin]
     fence_timer: Opaque<bindings::timer_list>,
-    /// Unmaps what was held, or maps again.
+    /// Unmaps a mapping held after an invalidation, or maps again.
     #[pin]
     later: DelayedWork<Self, 1>,
-    /// Lets go of an attachment whose file is closed.
+    /// Detaches an attachment whose file is closed.
     #[pin]
     late_detach: DelayedWork<Self, 2>,
 }
@@ -179,10 +180,10 @@ impl_has_delayed_work! {
     impl HasDelayedWork<Self, 2> for Attachment { self.late_detach }
 }
 
-// SAFETY: The pointers are to objects that are kept until the attachment is dropped or lets go, and
-// that any thread may use, like the cells, under the locks named with the fields.
+// SAFETY: The pointers refer to objects that live until the attachment is dropped or detached and that any
+// thread may use. The cells are used only with the lock named at their field held.
 unsafe impl Send for Attachment {}
-// SAFETY: As for `Send`.
+// SAFETY: Shared state is atomic or guarded by the lock named at its field.
 unsafe impl Sync for Attachment {}
 
 /// ENOTCONN, for which the kernel's Rust code has no constant.
@@ -190,7 +191,7 @@ fn not_connected() -> Error {
     ffi::errno(bindings::ENOTCONN)
 }
 
-/// Nanoseconds that a call took, and its result.
+/// Runs `call`; returns its result and the nanoseconds it took.
 fn timed<T>(call: impl FnOnce() -> T) -> (T, u64) {
     let start = Instant::<Monotonic>::now();
     let result = call();
@@ -198,7 +199,7 @@ fn timed<T>(call: impl FnOnce() -> T) -> (T, u64) {
 }
 
 impl Attachment {
-    /// Describes an attachment that is not made yet; see [`Attachment::attach`].
+    /// A new object, not yet attached; see [`Attachment::attach`].
     pub(crate) fn new(
         pdev: ARef<pci::Device>,
         dmabuf: DmaBuf,
@@ -222,7 +223,7 @@ impl Attachment {
                     ..Default::default()
                 }),
                 fence: Atomic::new(ptr::null_mut()),
-                // SAFETY: It only counts.
+                // SAFETY: Increments a counter.
                 fence_context: unsafe { bindings::dma_fence_context_alloc(1) },
                 has_let_go: Atomic::new(0),
                 fence_timer <- Opaque::ffi_init(|slot: *mut bindings::timer_list| {
@@ -244,18 +245,17 @@ impl Attachment {
         )
     }
 
-    /// Attaches, and says how long the dma-buf core and the exporter took. Called once.
+    /// Attaches; returns how many nanoseconds the dma-buf core and the exporter took. Called once.
     ///
     /// # Safety
     ///
-    /// The caller holds the lock of the device, which has a driver, and has seen to it that
-    /// [`Attachment::let_go`] is called before that driver is removed. It is called in any case
-    /// before `self` is dropped.
+    /// The caller holds the lock of the device, which has a driver, and ensures that [`Attachment::let_go`]
+    /// is called before that driver is removed, and in any case before `self` is dropped.
     pub(crate) unsafe fn attach(self: ArcBorrow<'_, Self>) -> Result<u64> {
         let priv_: *const Self = &*self;
         let dev = self.dev();
-        // SAFETY: Both are valid, and the operations are static. `priv_` is valid until the
-        // attachment is detached, since `let_go` is called before `self` is dropped.
+        // SAFETY: The dma-buf and the device are valid, and the operations are static. `priv_` is valid until
+        // the detach, since `let_go` is called before `self` is dropped.
         let (attach, ns) = timed(|| unsafe {
             bindings::dma_buf_dynamic_attach(
                 self.dmabuf.raw(),
@@ -269,14 +269,14 @@ impl Attachment {
         Ok(ns)
     }
 
-    /// The device on whose behalf it is attached.
+    /// The device for which the buffer is attached.
     pub(crate) fn dev(&self) -> *mut bindings::device {
-        // SAFETY: It is the address of a field of a valid `struct pci_dev`.
+        // SAFETY: The address of a field of a valid `struct pci_dev`.
         unsafe { &raw mut (*self.pdev()).dev }
     }
 
     fn resv(&self) -> *mut bindings::dma_resv {
-        // SAFETY: The reference keeps it.
+        // SAFETY: The reference keeps the dma-buf.
         unsafe { (*self.dmabuf.raw()).resv }
     }
 
@@ -288,12 +288,12 @@ impl Attachment {
         self.manner.detach_ms
     }
 
-    /// Whether it has let go, or is about to.
+    /// Whether a detach has begun or is over.
     pub(crate) fn is_gone(&self) -> bool {
         self.seen.lock().state & abi::DETACHED != 0
     }
 
-    /// Answers `abi::IOC_QUERY`.
+    /// The answer to `abi::IOC_QUERY`.
     pub(crate) fn query(&self) -> abi::Query {
         let mut answer = *self.seen.lock();
         if !self.fence.load(Relaxed).is_null() {
@@ -308,13 +308,13 @@ impl Attachment {
     }
 
     fn lock(&self) -> LockedState<'_> {
-        // SAFETY: The dma-buf is valid, and its lock is not held. Without an acquire context this
-        // cannot fail.
+        // SAFETY: The dma-buf is valid, and this task does not hold its lock. Without an acquire context the
+        // call cannot fail.
         unsafe { bindings::dma_resv_lock(self.resv(), ptr::null_mut()) };
         LockedState(self)
     }
 
-    /// Maps. Errors: those of `abi::Map`.
+    /// Maps the buffer. Errors: those of `abi::Map`.
     pub(crate) fn map(&self, direction: bindings::dma_data_direction) -> Result<u64> {
         let _control = self.control.lock();
         let state = self.lock();
@@ -332,16 +332,17 @@ impl Attachment {
         Ok(ns)
     }
 
-    /// Makes a mapping where there is none.
+    /// Makes a mapping; there is none.
     fn map_locked(&self, state: &State, direction: bindings::dma_data_direction) -> Result<u64> {
         let attach = state.attach().ok_or_else(not_connected)?;
-        // SAFETY: The attachment is valid until it is taken out of the state, and the caller holds
-        // the reservation lock. The same for what follows.
+        // SAFETY: The attachment is valid until it is taken out of the state, and the caller holds the
+        // reservation lock.
         let (sgt, ns) = timed(|| unsafe { bindings::dma_buf_map_attachment(attach, direction) });
         let sgt = from_err_ptr(sgt)?;
-        // The addresses are there, the bytes maybe not yet. The core waits for static importers.
+        // The addresses are valid, but a move may still be copying the bytes. For static importers the core
+        // waits.
         if !self.manner.is_static() {
-            // SAFETY: As above.
+            // SAFETY: The reservation object is valid, and the caller holds its lock.
             let left = unsafe {
                 bindings::dma_resv_wait_timeout(
                     self.resv(),
@@ -351,7 +352,7 @@ impl Attachment {
                 )
             };
             if left <= 0 {
-                // SAFETY: As above.
+                // SAFETY: The table was mapped above, and the caller holds the reservation lock.
                 unsafe { bindings::dma_buf_unmap_attachment(attach, sgt, direction) };
                 return Err(match left {
                     0 => ETIMEDOUT,
@@ -361,8 +362,8 @@ impl Attachment {
         }
         state.sgt.set(sgt);
         state.direction.set(direction);
-        // SAFETY: The mapping was just made. The device has its driver: `let_go`, which comes before
-        // that driver's removal, takes the attachment out under this lock.
+        // SAFETY: The mapping was made above. The device still has its driver: `let_go`, which comes before
+        // the driver's removal, takes the attachment out of the state with this lock held.
         let report = unsafe { Report::of(self.pdev(), sgt) };
         let mut seen = self.seen.lock();
         seen.state = seen.state & !abi::STALE | abi::MAPPED;
@@ -378,11 +379,11 @@ impl Attachment {
         Ok(ns)
     }
 
-    /// Unmaps what the user had mapped. ENOENT where there is nothing.
+    /// Unmaps the user's mapping. ENOENT if there is none.
     pub(crate) fn unmap(&self) -> Result<u64> {
         let _control = self.control.lock();
         let state = self.lock();
-        // Even if it is gone at the moment: it is not to come back.
+        // Cleared even if an invalidation has unmapped it: it must not be mapped again.
         state.wanted.set(false);
         self.unmap_locked(&state).ok_or(ENOENT)
     }
@@ -392,8 +393,8 @@ impl Attachment {
             return None;
         }
         let attach = state.attach()?;
-        // SAFETY: The table came from mapping this attachment, both are valid, and the caller holds
-        // the reservation lock.
+        // SAFETY: The table was mapped for this attachment, both are valid, and the caller holds the
+        // reservation lock.
         let ((), ns) = timed(|| unsafe {
             bindings::dma_buf_unmap_attachment(attach, state.sgt.get(), state.direction.get())
         });
@@ -402,7 +403,7 @@ impl Attachment {
         Some(ns)
     }
 
-    /// Called by the exporter, with the reservation lock held.
+    /// Handles an invalidation. The exporter holds the reservation lock.
     fn invalidated(self: ArcBorrow<'_, Self>) {
         let state = &self.state;
         self.seen.lock().invalidations += 1;
@@ -417,7 +418,7 @@ impl Attachment {
                     ms => msecs_to_jiffies(ms),
                 }
             }
-            // As InfiniBand's importer does it: the unmapping is part of the call.
+            // Like InfiniBand's importer, it unmaps within the callback.
             abi::ON_INVALIDATE_REMAP => {
                 self.unmap_locked(state);
                 0
@@ -427,17 +428,17 @@ impl Attachment {
                 return;
             }
         };
-        // A new mapping is not made in the call, during which the exporter is between two states:
-        // amdgpu and mlx5 map again when their device next needs the buffer.
-        // If it is queued already, it will see the state as it is then.
+        // It does not map again within the callback, while the exporter is between two placements: amdgpu and
+        // mlx5 map again when their device next needs the buffer. If the work is already queued, it will see
+        // the state as it is when it runs.
         let _ = workqueue::system_unbound().enqueue_delayed::<Arc<Self>, 1>(self.into(), delay);
     }
 
-    /// Some time after an invalidation.
+    /// The delayed part of an invalidation.
     fn catch_up(&self) {
         let state = self.lock();
         if self.manner.on_invalidate == abi::ON_INVALIDATE_HOLD {
-            // It may have been unmapped and mapped again by the user meanwhile.
+            // The user may have unmapped and mapped again meanwhile.
             if self.seen.lock().state & abi::STALE != 0 {
                 self.unmap_locked(&state);
             }
@@ -455,7 +456,7 @@ impl Attachment {
         }
     }
 
-    /// Errors: those of `abi::IOC_PIN`.
+    /// Pins the buffer. Errors: those of `abi::IOC_PIN`.
     pub(crate) fn pin(&self) -> Result<u64> {
         let _control = self.control.lock();
         let state = self.lock();
@@ -474,7 +475,7 @@ impl Attachment {
         Ok(ns)
     }
 
-    /// Errors: those of `abi::IOC_UNPIN`.
+    /// Unpins the buffer. Errors: those of `abi::IOC_UNPIN`.
     pub(crate) fn unpin(&self) -> Result<u64> {
         let _control = self.control.lock();
         let state = self.lock();
@@ -499,12 +500,12 @@ impl Attachment {
         Some(ns)
     }
 
-    /// Errors: those of `abi::IOC_VMAP`.
+    /// Maps the buffer into the kernel's address space. Errors: those of `abi::IOC_VMAP`.
     ///
-    /// The core says WARN when an exporter cannot do it, which a caller of this must not be able to
-    /// bring about at will. So it is tried only where a mapping for the device shows that the
-    /// buffer is to be had, all of it in one place; the lock keeps it so. What is left is an
-    /// exporter that runs out of memory, or that would have to move what is pinned.
+    /// The core WARNs if an exporter's vmap fails, and a caller must not be able to cause that at will. So
+    /// the function first maps the buffer for the device, which shows that the buffer is accessible and
+    /// entirely in one place; the lock keeps it so. The remaining failures are an exporter out of memory, or
+    /// one that would have to move a pinned buffer.
     pub(crate) fn vmap(&self) -> Result<u64> {
         let mut control = self.control.lock();
         if control.vmap.is_some() {
@@ -517,8 +518,8 @@ impl Attachment {
             return Err(EINVAL);
         }
         let direction = DataDirection::Bidirectional.into();
-        // SAFETY: The attachment is valid and the reservation lock held; the device has its driver,
-        // as in `map_locked`.
+        // SAFETY: The attachment is valid and the reservation lock held; so the device has its driver, since
+        // `let_go` takes the attachment out of the state, with this lock held, before the driver's removal.
         let report = unsafe {
             let sgt = from_err_ptr(bindings::dma_buf_map_attachment(attach, direction))?;
             let report = Report::of(self.pdev(), sgt);
@@ -539,22 +540,22 @@ impl Attachment {
         Ok(ns)
     }
 
-    /// Errors: those of `abi::IOC_VUNMAP`.
+    /// Undoes [`Attachment::vmap`]. Errors: those of `abi::IOC_VUNMAP`.
     pub(crate) fn vunmap(&self) -> Result<u64> {
         self.vunmap_locked(&mut self.control.lock()).ok_or(ENOENT)
     }
 
     fn vunmap_locked(&self, control: &mut Control) -> Option<u64> {
         let mut map = control.vmap.take()?;
-        // SAFETY: The mapping came from the dma-buf, which is valid and whose reservation lock is
-        // not held.
+        // SAFETY: The mapping came from the dma-buf, which is valid, and this task does not hold its
+        // reservation lock.
         let ((), ns) =
             timed(|| unsafe { bindings::dma_buf_vunmap_unlocked(self.dmabuf.raw(), &mut map) });
         self.note(0, abi::VMAPPED | abi::VMAP_IOMEM);
         Some(ns)
     }
 
-    /// Leaves a fence. Errors: those of `abi::Fence`.
+    /// Adds an unsignalled fence to the dma-buf. Errors: those of `abi::Fence`.
     pub(crate) fn leave_fence(&self, usage: u32, timeout_ms: u32) -> Result {
         let mut control = self.control.lock();
         if self.is_gone() {
@@ -569,8 +570,8 @@ impl Attachment {
         )?);
         let fence: *mut bindings::dma_fence = fence.cast();
         control.seqno += 1;
-        // SAFETY: There is room for a fence. Without a lock of ours it uses its own. It is freed by
-        // the kernel, by `kfree`, with its last reference.
+        // SAFETY: The memory has room for a fence. With a null lock the fence uses its own. The kernel frees
+        // the fence with `kfree` after its last reference.
         unsafe {
             bindings::dma_fence_init(
                 fence,
@@ -580,8 +581,8 @@ impl Attachment {
                 control.seqno,
             )
         };
-        // The time of an earlier fence must not end this one.
-        // SAFETY: Initialised with `self`; its function takes no lock.
+        // An earlier fence's timer must not signal this fence.
+        // SAFETY: The timer was initialised with `self`; its function takes no lock.
         unsafe { bindings::timer_delete_sync(self.fence_timer.get()) };
         {
             let _state = self.lock();
@@ -592,7 +593,7 @@ impl Attachment {
                     .map(|()| bindings::dma_resv_add_fence(resv, fence, usage))
             };
             if let Err(e) = added {
-                // SAFETY: Nobody else knows the fence, and this is its only reference.
+                // SAFETY: No one else knows the fence, and this is its only reference.
                 unsafe {
                     bindings::dma_fence_signal(fence);
                     ffi::peerbuf_dma_fence_put(fence);
@@ -600,9 +601,9 @@ impl Attachment {
                 return Err(e);
             }
         }
-        // The only reference that `dma_fence_init` gave goes into the field.
+        // The reference from `dma_fence_init` moves into the field.
         self.fence.store(fence, kernel::sync::atomic::Release);
-        // SAFETY: The timer is initialised, and `let_go` ends it before `self` is dropped.
+        // SAFETY: The timer is initialised, and `let_go` deletes it before `self` is dropped.
         unsafe {
             let now = (&raw const bindings::jiffies).read_volatile();
             bindings::mod_timer(
@@ -613,35 +614,35 @@ impl Attachment {
         Ok(())
     }
 
-    /// Signals the fence. ENOENT where there is none. Takes no lock.
+    /// Signals the fence. ENOENT if there is none. Takes no lock.
     pub(crate) fn signal(&self) -> Result<u64> {
         let fence = self.fence.xchg(ptr::null_mut(), Full);
         if fence.is_null() {
             return Err(ENOENT);
         }
-        // SAFETY: The field's reference is ours now.
+        // SAFETY: The exchange moved the field's reference to this function.
         let ((), ns) = timed(|| unsafe { bindings::dma_fence_signal(fence) });
-        // SAFETY: As above.
+        // SAFETY: The reference is this function's, and is not used afterwards.
         unsafe { ffi::peerbuf_dma_fence_put(fence) };
         Ok(ns)
     }
 
-    /// Whether it has let go, and is not just about to.
+    /// Whether the detach is over.
     pub(crate) fn has_let_go(&self) -> bool {
         self.has_let_go.load(Relaxed) != 0
     }
 
-    /// Lets go of the buffer and of the device, whatever it was told to hold. Nothing happens if it
-    /// has done so before; returns how long the detaching took.
+    /// Unmaps, unpins and detaches, whatever the attachment was told to hold. Returns the nanoseconds of the
+    /// detach. A second call does nothing (ENOTCONN).
     ///
-    /// `why` is zero or `abi::DEVICE_GONE`. May sleep, for as long as others hold the
-    /// reservation lock.
+    /// `why` is zero or `abi::DEVICE_GONE`. Sleeps as long as other tasks hold the reservation lock.
     pub(crate) fn let_go(&self, why: u32) -> Result<u64> {
-        // Others may be waiting for the fence with locks held that are needed below.
+        // Signals first: other tasks may wait for the fence with locks held that are needed below.
         self.note(abi::DETACHED | why, 0);
         let _ = self.signal();
         let mut control = self.control.lock();
-        // Once more: this lock was given up by whoever left a fence meanwhile, and none comes after.
+        // Signals again: a task may have added a fence before this lock was free. No fence is added after
+        // this.
         let _ = self.signal();
         let attach = {
             let state = self.lock();
@@ -652,23 +653,23 @@ impl Attachment {
         };
         self.vunmap_locked(&mut control);
         let Some(attach) = attach else {
-            // Before, or it was never made.
+            // Already detached, or never attached.
             self.has_let_go.store(1, Relaxed);
             return Err(not_connected());
         };
-        // SAFETY: It is an attachment of this dma-buf, nobody else detaches it, and the reservation
-        // lock is not held.
+        // SAFETY: The attachment belongs to this dma-buf, no one else detaches it, and this task does not
+        // hold the reservation lock.
         let ((), ns) =
             timed(|| unsafe { bindings::dma_buf_detach(self.dmabuf.raw(), attach.as_ptr()) });
-        // From here on nobody invalidates, so nothing is queued any more.
-        // SAFETY: Both are initialised. What they run takes neither of the locks held here: the
-        // work takes the reservation lock, the timer none.
+        // After the detach nothing invalidates, so nothing is queued any more.
+        // SAFETY: Both are initialised. Neither needs a lock held here: the work takes the reservation lock,
+        // the timer function none.
         unsafe {
             let this: *const Self = self;
             let work = Work::raw_get(<Self as HasWork<Self, 1>>::raw_get_work(this.cast_mut()));
             if bindings::cancel_delayed_work_sync(container_of!(work, bindings::delayed_work, work))
             {
-                // It was queued and will not run, so the reference that it had is ours.
+                // The work was queued and will not run, so its reference is ours.
                 drop(Arc::from_raw(this));
             }
             bindings::timer_delete_sync(self.fence_timer.get());
@@ -691,24 +692,24 @@ impl core::ops::Deref for LockedState<'_> {
 
 impl Drop for LockedState<'_> {
     fn drop(&mut self) {
-        // SAFETY: `Attachment::lock` has taken it.
+        // SAFETY: `Attachment::lock` took the lock.
         unsafe { bindings::dma_resv_unlock(self.0.resv()) };
     }
 }
 
-/// `dma_buf_attach_ops.invalidate_mappings`. The reservation lock is held by the caller.
+/// `dma_buf_attach_ops.invalidate_mappings`. The exporter holds the reservation lock.
 unsafe extern "C" fn invalidate(attach: *mut bindings::dma_buf_attachment) {
-    // SAFETY: `importer_priv` was put there by `attach`: a pointer into an `Arc` that is kept until
-    // the attachment is detached.
+    // SAFETY: `attach` set `importer_priv` to a pointer into an `Arc`, which is kept until the detach.
     let this =
         unsafe { ArcBorrow::<Attachment>::from_raw((*attach).importer_priv.cast_const().cast()) };
     this.invalidated();
 }
 
-/// The fence's time is over. In the timer interrupt.
+/// The function of the fence's timer; runs in softirq context.
 unsafe extern "C" fn fence_is_late(timer: *mut bindings::timer_list) {
     let field = Opaque::<bindings::timer_list>::cast_from(timer);
-    // SAFETY: The timer is part of an attachment, which `let_go` keeps until the timer has ended.
+    // SAFETY: The timer is part of an attachment, and `let_go` deletes the timer before the attachment is
+    // freed.
     let this = unsafe { &*container_of!(field, Attachment, fence_timer) };
     let _ = this.signal();
 }

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What happens to a device's exports as a whole: they are made, and when the device goes away or is
-//! reset, access to all of them is taken away.
+//! Operations on all exports of a device: export, and the revokes at removal and reset.
 
 use core::mem;
 
@@ -28,8 +27,8 @@ use crate::{
 };
 
 impl Device {
-    /// Exports memory as one dma-buf, in the order of `parts`, and puts down where each is. `flags`
-    /// are `abi::EXPORT_*`.
+    /// Exports `parts`, in order, as one dma-buf, and sets the offset of each part. `flags` are
+    /// `abi::EXPORT_*`.
     ///
     /// Errors: those of `abi::ExportRanges`.
     pub(crate) fn export(
@@ -56,11 +55,11 @@ impl Device {
             }
             total = total.checked_add(part.len).ok_or(EOVERFLOW)?;
         }
-        // The DMA API keeps the highest bit of a length for itself.
+        // The DMA API reserves the highest bit of a length.
         if total == 0 || total > i64::MAX as u64 {
             return Err(EINVAL);
         }
-        // Before the lock: it takes a while.
+        // Allocates before the lock is taken, because it takes long.
         let mut pieces = KVec::with_capacity(parts.len(), GFP_KERNEL)?;
         for part in parts.iter() {
             let system = match part.place {
@@ -85,48 +84,47 @@ impl Device {
             let buffer = Buffer::new(self.into(), index, flags, Pieces::new(pieces), chunks)?;
             exporter::export(buffer, fd_flags)
         })?;
-        // SAFETY: It is new, and so is its one reference.
+        // SAFETY: The dma-buf is new, and its only reference is ours.
         Ok(unsafe { DmaBuf::from_raw(dmabuf) })
     }
 
-    /// Takes all access away and returns when nobody can reach the BARs any more.
+    /// Revokes everything and returns when no importer can access the BARs any more.
     ///
-    /// The order is that of the kernel's own exporters: no new exports; each export revoked, its
-    /// importers told, CPU mappings zapped, fences and the importers' unmapping waited for; and
-    /// then direct I/O on pages of those mappings. The waits have no limit, since the memory is
-    /// gone when this returns; they are for the importers' drivers and for I/O that a disk has
-    /// accepted, both of which end by themselves, and what is waited for is logged.
+    /// The order is that of the kernel's own exporters: refuse new exports; revoke each export, invalidate
+    /// its mappings and zap its CPU mappings; wait for fences and for the importers to unmap; then wait for
+    /// direct I/O on the pages of those mappings. The waits have no limit, because the memory is gone on
+    /// return. They wait for importers' drivers and for I/O that a disk has accepted, which both end by
+    /// themselves; the log names what is awaited.
     pub(crate) fn remove(&self) {
         while !self.remove_within(10_000) {
             self.name_holders();
         }
     }
 
-    /// The same within a time. Whether nobody can reach the BARs any more; if not, it is to be called again.
+    /// As [`Device::remove`], with a time limit. Returns whether it is done; if not, call it again.
     pub(crate) fn remove_within(&self, limit_ms: u32) -> bool {
         self.close(Presence::Gone);
         if !self.revoke_all(revoked::GONE, limit_ms) {
             return false;
         }
         while let Some(dmabuf) = self.take_export() {
-            // SAFETY: `take_export` returned it with a reference to its file, which is dropped
-            // below.
+            // SAFETY: `take_export` returned the dma-buf with a reference to its file, dropped below.
             unsafe {
-                // From here on nobody looks at the places of the buffer any more.
+                // From here on nothing reads the buffer's places any more.
                 let chunks = mem::take(&mut Locked::lock(dmabuf).chunks);
                 drop(chunks);
                 bindings::fput((*dmabuf).file);
             }
         }
         self.wait_idle();
-        // No page becomes busy again: every export is revoked and zapped, or its file is dead and
-        // has no mapping. The chunks of pages go back with the devres.
+        // No page becomes busy again: every export is revoked and zapped, or its file is dead and has no
+        // mapping. Devres frees the chunks of pages.
         true
     }
 
-    /// Takes all access away before the device is reset, and waits as [`Device::remove`] does: what
-    /// a reset does to accesses under way is anybody's guess. The driver core holds the device's
-    /// lock, so the device is not removed meanwhile.
+    /// Revokes everything before the device is reset and waits as [`Device::remove`] does: the effect of a
+    /// reset on accesses in flight is undefined. The driver core holds the device lock, which keeps the
+    /// device bound.
     pub(crate) fn reset_prepare(&self) {
         self.close(Presence::Resetting);
         while !self.revoke_all(revoked::BY_RESET, 10_000) {
@@ -135,22 +133,22 @@ impl Device {
         self.wait_idle();
     }
 
-    /// Gives access again after a reset, with a new generation: what the memory holds now is the
-    /// device's business. Buffers that their owner has revoked stay so.
+    /// Restores access after a reset, with a new generation: the memory's contents are undefined. A buffer
+    /// that its owner has revoked stays revoked.
     pub(crate) fn reset_done(&self) {
         self.each_export(|buffer| {
-            // The only error is that the reset did not revoke it.
+            // The only error is that the reset did not revoke this buffer.
             let _ = revoke::restore(buffer, revoked::BY_RESET);
         });
         self.open_again();
     }
 
-    /// Revokes every export, and waits until nobody can reach the BARs by DMA: whether that is so in time. New
-    /// exports are refused already. All are told before any is waited for, so that this takes as long
-    /// as the slowest importer, and not as long as all of them, one after the other.
+    /// Revokes every export and waits until no importer can access the BARs by DMA; returns whether that
+    /// succeeded in time. New exports are already refused. All exports are revoked before any wait, so the
+    /// time is that of the slowest importer, not the sum of all.
     fn revoke_all(&self, why: u32, limit_ms: u32) -> bool {
         self.each_kept(|dmabuf| {
-            // SAFETY: It is one of ours, and kept.
+            // SAFETY: The dma-buf is in the device's list, and `each_kept` holds a reference to its file.
             let mut locked = unsafe { Locked::lock(dmabuf) };
             if locked.buffer().reasons() & why == 0 {
                 revoke::take_away(&mut locked, why);
@@ -159,32 +157,32 @@ impl Device {
         let wait = Wait::begin(limit_ms);
         let mut nobody = true;
         self.each_kept(|dmabuf| {
-            // SAFETY: It is one of ours, and kept.
+            // SAFETY: The dma-buf is in the device's list, and `each_kept` holds a reference to its file.
             let left = unsafe { revoke::wait_for(dmabuf, why, Scope::Bar, wait.left_ms()) };
             nobody &= left.nobody();
         });
         nobody
     }
 
-    /// Says in the log who is waited for.
+    /// Logs the importers that removal waits for.
     fn name_holders(&self) {
         self.each_kept(|dmabuf| {
-            // SAFETY: It is one of ours, and kept.
+            // SAFETY: The dma-buf is in the device's list, and `each_kept` holds a reference to its file.
             unsafe { revoke::name_holders(dmabuf) };
         });
     }
 
-    /// Calls `each` for every export whose file is alive, with its reservation lock held and no other.
+    /// Calls `each` for every export whose file is alive, with its reservation lock held and no other lock.
     pub(crate) fn each_export(&self, mut each: impl FnMut(&mut Held<'_>)) {
         self.each_kept(|dmabuf| {
-            // SAFETY: It is one of ours, and kept.
+            // SAFETY: The dma-buf is in the device's list, and `each_kept` holds a reference to its file.
             each(unsafe { &mut Locked::lock(dmabuf) });
         });
     }
 }
 
-/// A device that is bound. Dropping it is the device's removal, see [`Device::remove`], which must
-/// happen before the driver core takes anything of the device apart: in the driver's `unbind`.
+/// A bound device. Dropping it removes the device (see [`Device::remove`]). That must happen in the driver's
+/// `unbind`, before the driver core takes the device apart.
 pub(crate) struct Binding(Arc<Device>);
 
 impl Binding {
@@ -194,7 +192,7 @@ impl Binding {
         Ok(Self(unsafe { Device::probe(pdev) }?))
     }
 
-    /// The device, which others may keep beyond the binding.
+    /// The device, which outlives the binding while others refer to it.
     pub(crate) fn device(&self) -> &Arc<Device> {
         &self.0
     }
@@ -203,8 +201,8 @@ impl Binding {
 impl Drop for Binding {
     fn drop(&mut self) {
         self.0.remove();
-        // Whatever was written to its registers meanwhile.
-        // SAFETY: The device is valid, and this module's until this returns.
+        // A process may have enabled bus mastering through an export meanwhile.
+        // SAFETY: The device is valid, and bound to this driver until this returns.
         unsafe { bindings::pci_clear_master(raw(self.0.pci())) };
     }
 }

@@ -2,10 +2,10 @@
 
 //! The movable object behind an exported dma-buf.
 //!
-//! A [`Buffer`] is owned by its dma-buf (`dma_buf.priv` is a reference, dropped by the release
-//! operation) and keeps its [`Device`] structure, though not the device, alive. All that changes
-//! is its [`State`], guarded by the dma-buf's reservation lock, as importers expect; [`Held`] is
-//! the way to it.
+//! The dma-buf owns its [`Buffer`]: `dma_buf.priv` is a reference, dropped by the release operation. A buffer
+//! keeps the memory of its [`Device`] allocated, but not the device bound. Everything mutable is in its
+//! [`State`], which the dma-buf's reservation lock guards, as importers expect. [`Held`] gives access to the
+//! state.
 
 use core::{
     cell::UnsafeCell,
@@ -40,50 +40,50 @@ use crate::{
     watchers::Watchers,
 };
 
-/// Reasons for which access is taken away; more than one may hold.
+/// Reasons for a revoke; several may hold at once.
 pub(crate) mod revoked {
-    /// The owner asked for it.
+    /// The owner revoked the buffer.
     pub(crate) const BY_OWNER: u32 = 1 << 0;
     /// The device is being reset.
     pub(crate) const BY_RESET: u32 = 1 << 1;
-    /// The device is gone, for good.
+    /// The device is gone, permanently.
     pub(crate) const GONE: u32 = 1 << 2;
 }
 
 /// A kernel mapping of the buffer.
 pub(crate) struct KernelMapping {
     pub(crate) address: *mut c_void,
-    /// Made by `vmap`, so undone by `vunmap`.
+    /// Made by `vmap`; `vunmap` must undo it.
     pub(crate) vmapped: bool,
-    /// Shows device memory.
+    /// Maps device memory.
     pub(crate) device: bool,
-    /// The system pages that it shows.
+    /// Keeps the mapped system pages allocated.
     pub(crate) _pages: KVec<Arc<System>>,
 }
 
-/// What changes in a buffer. See [`Held`].
+/// The mutable state of a buffer. See [`Held`].
 pub(crate) struct State {
-    /// A move is under way, and waits for direct I/O with the lock given up.
+    /// A move is in progress and has released the lock to wait for direct I/O.
     pub(crate) moving: bool,
-    /// While access is taken away: the fences that there were then. `None` for all that there are, where
-    /// there was no memory for a list.
+    /// While revoked: the fences present at the revoke. `None` means all fences, if the list could not be
+    /// allocated.
     pub(crate) marked: Option<Arc<Fences>>,
-    /// When access was taken away; see [`Wait`].
+    /// The time of the revoke; see [`Wait`].
     pub(crate) revoked: Option<Wait>,
-    /// Raised by each move, revoke and restore, from 1.
+    /// Starts at 1; each move, revoke and restore increments it.
     pub(crate) generation: u64,
-    /// Somebody waits for a change, or is about to.
+    /// A task waits for a change, or is about to.
     awaited: bool,
     pub(crate) pieces: Pieces,
-    /// What it has of a provider's pool. Emptied when the provider goes.
+    /// The buffer's chunks of a provider's pool. Emptied when the provider goes away.
     pub(crate) chunks: KVec<Chunk>,
-    /// The mappings that importers have.
+    /// The importers' mappings.
     pub(crate) mappings: KVec<Mapping>,
-    /// Pins of all importers.
+    /// The pins of all importers together.
     pub(crate) pins: u32,
-    /// Attachments that need system memory.
+    /// The number of attachments that need system memory.
     pub(crate) need_system: u32,
-    /// The kernel mapping that the dma-buf core shares among importers.
+    /// The kernel mapping (`vmap`), which the dma-buf core shares among importers.
     pub(crate) kernel_mapping: Option<KernelMapping>,
     pub(crate) counters: Counters,
     pub(crate) refusal: Refusal,
@@ -91,15 +91,14 @@ pub(crate) struct State {
 }
 
 impl State {
-    /// Whether an importer still has a mapping of device memory from before the last move or
-    /// revoke.
+    /// Whether an importer still holds a mapping of device memory from before the last move or revoke.
     pub(crate) fn has_stale_device_mapping(&self) -> bool {
         let stale =
             |mapping: &Mapping| mapping.generation < self.generation && mapping.shows_device();
         self.mappings.iter().any(stale)
     }
 
-    /// How many mappings of device memory importers have, counting the kernel's as one.
+    /// The number of mappings of device memory, the kernel mapping included.
     pub(crate) fn device_holders(&self) -> usize {
         let importers = self
             .mappings
@@ -109,14 +108,14 @@ impl State {
         importers.count() + usize::from(kernel.is_some_and(|mapping| mapping.device))
     }
 
-    /// How many mappings of whatever memory importers have, counting the kernel's as one.
+    /// The number of mappings, the kernel mapping included.
     pub(crate) fn holders(&self) -> usize {
         self.mappings.len() + usize::from(self.kernel_mapping.is_some())
     }
 }
 
-/// How long a move or a revoke waits for pages of system memory on which a device may be at work. Longer
-/// than what a disk takes for what it has accepted.
+/// How long a move or a revoke waits for pinned system pages: longer than a disk takes to complete the
+/// requests it has accepted.
 const PATIENCE_NS: u64 = 10_000_000_000;
 
 /// An export.
@@ -127,33 +126,34 @@ pub(crate) struct Buffer {
     pub(crate) bar: usize,
     /// The buffer's length in bytes.
     pub(crate) len: u64,
-    /// Whether it may move to system memory for importers that need it there.
+    /// Whether the buffer may move to system memory for importers that need it there.
     pub(crate) may_move: bool,
-    /// Whether devices may only read it.
+    /// Whether devices may only read the buffer.
     pub(crate) devices_read: bool,
     /// Whether any byte has a place in the BAR.
     pub(crate) has_home: bool,
-    /// Done, for an instant, whenever somebody may have stopped waiting: a mapping came back, a move
-    /// has ended. Waiters look again. (`kernel::sync::Completion` cannot be waited for with a
-    /// limit.)
+    /// Completed at each event that a waiter may wait for (an unmap, the end of a move);
+    /// [`Held::expect_change`] reinitialises it. Waiters check their condition again.
+    /// (`kernel::sync::Completion` has no wait with a timeout.)
     #[pin]
     changed: Opaque<bindings::completion>,
-    /// `revoked::*` bits; zero while there is access. Written with the reservation lock held;
-    /// whoever decides by it holds that lock until what was decided is done. Reads without the
-    /// lock are advisory.
+    /// `revoked::*` bits; zero while there is access. Written with the reservation lock held. A task that
+    /// decides by the value holds the lock until it has acted on the decision. Without the lock the value is
+    /// only a hint.
     revoked: Atomic<i32>,
-    /// A CPU mapping was made at some time, so pages may be in use.
+    /// A CPU mapping existed at some time, so pages may be in use.
     cpu_mapped: Atomic<i32>,
     state: UnsafeCell<State>,
 }
 
-// SAFETY: Nothing is tied to a thread; the pointers are used as their fields say.
+// SAFETY: No field is tied to a thread; the fields' comments say how the pointers are used.
 unsafe impl Send for Buffer {}
-// SAFETY: `state` is reached by `Held` only; the rest does not change, or is a completion.
+// SAFETY: `state` is reached only through `Held`; the other fields are constant, atomic or a completion.
 unsafe impl Sync for Buffer {}
 
 impl Buffer {
-    /// Describes the memory that the caller has taken, in order; `flags` are `abi::EXPORT_*`. ENOMEM.
+    /// A buffer of the memory in `pieces` and `chunks`, which the caller has allocated; `flags` are
+    /// `abi::EXPORT_*`. ENOMEM.
     pub(crate) fn new(
         device: Arc<Device>,
         bar: usize,
@@ -198,44 +198,44 @@ impl Buffer {
         )
     }
 
-    /// Whether access was taken away. Binding only while the reservation lock is held.
+    /// Whether the buffer is revoked. Reliable only while the reservation lock is held.
     pub(crate) fn revoked(&self) -> bool {
         self.revoked.load(Relaxed) != 0
     }
 
-    /// Why access is taken away: `revoked::*` bits. Binding as [`Buffer::revoked`] is.
+    /// The reasons of the revoke: `revoked::*` bits. Reliable only while the reservation lock is held.
     pub(crate) fn reasons(&self) -> u32 {
         self.revoked.load(Relaxed) as u32
     }
 
-    /// Whether access was taken away for good. Binding as [`Buffer::revoked`] is.
+    /// Whether the device is gone. Reliable only while the reservation lock is held.
     pub(crate) fn gone(&self) -> bool {
         self.reasons() & revoked::GONE != 0
     }
 
-    /// Notes that a process has mapped the buffer.
+    /// Records that a process has mapped the buffer.
     pub(crate) fn set_cpu_mapped(&self) {
         self.cpu_mapped.store(1, Relaxed);
     }
 
-    /// Whether pages can be in use: only once a process has mapped the buffer.
+    /// Whether pages can be in use: true once a process has mapped the buffer.
     pub(crate) fn may_have_busy_pages(&self) -> bool {
         self.cpu_mapped.load(Relaxed) != 0
     }
 
-    /// Whether CPU mappings have struct pages wherever the bytes are.
+    /// Whether CPU mappings have struct pages in every placement.
     pub(crate) fn has_pages(&self) -> bool {
         !self.has_home || self.bar().pages.is_some()
     }
 
-    /// The BAR that the buffer has its places in.
+    /// The BAR in which the buffer has its places.
     pub(crate) fn bar(&self) -> &Bar {
         &self.device.bars[self.bar]
     }
 
-    /// Waits until something changes, or for `ms`. The reservation lock is not held, so what was
-    /// waited for may be undone again: look. A wake-up may get lost if two wait at once, so the
-    /// limit is to be short.
+    /// Waits until the next change, at most `ms`. The caller does not hold the reservation lock, so the
+    /// awaited condition may no longer hold afterwards: check it again. If two tasks wait, one may miss a
+    /// wake-up, so `ms` must be short.
     pub(crate) fn wait_changed(&self, ms: u32) {
         // SAFETY: Initialised with the buffer; the caller may sleep.
         unsafe {
@@ -244,9 +244,9 @@ impl Buffer {
         }
     }
 
-    /// Pages of a part of the buffer that a page table or an I/O request uses, where `which` says
-    /// yes to the piece: of the BAR, as long as the device is there, and of system memory. The
-    /// reservation lock is held.
+    /// The number of pages in `part` that a page table entry or an I/O request uses, in the pieces for which
+    /// `which` returns true: pages of the BAR while the device is there, and system pages. The caller holds
+    /// the reservation lock.
     pub(crate) fn busy_pages(
         &self,
         state: &State,
@@ -264,10 +264,12 @@ impl Buffer {
             .sum()
     }
 
-    /// Whether the pages of a part that are in use may be left to their users, with the bytes that they
-    /// have: they are system memory, and nobody's device is at work on them, or has been for as long as
-    /// `waited` says at least. Whoever pins pages can keep them for ever: a pipe, a registration that
-    /// somebody has forgotten; that is not to keep the buffer from moving. The reservation lock is held.
+    /// Whether a move may leave the pages in use in `part` to their users, who then keep the old bytes.
+    ///
+    /// A user can keep pages forever (a pipe, a forgotten registration), and that must not keep the buffer
+    /// from moving. So the answer is yes if all pages in use are system pages, and either none of them is
+    /// pinned, so no device accesses them, or `waited` exceeds the limit. The caller holds the reservation
+    /// lock.
     pub(crate) fn may_leave_pages(&self, state: &State, part: &Range<u64>, waited: &Wait) -> bool {
         if self.busy_pages(state, part, |piece| piece.system.is_none()) != 0 {
             return false;
@@ -280,15 +282,15 @@ impl Buffer {
         waited.ns() >= PATIENCE_NS || !state.pieces.within(part).any(pinned)
     }
 
-    /// As [`Buffer::busy_pages`], for a range of a piece, from its beginning.
+    /// As [`Buffer::busy_pages`], for a range relative to the start of one piece.
     fn busy(&self, piece: &Piece, range: Range<u64>) -> usize {
         match (piece.home, &piece.system, &self.bar().pages) {
             (_, Some(_), _) => {
                 let page = |at: u64| at as usize / PAGE_SIZE;
                 system::busy(&piece.system_pages()[page(range.start)..page(range.end)])
             }
-            // Once the device is gone there are no struct pages to look at. Not gone, under the
-            // lock, means that they stay: removal marks before they go.
+            // A device that is gone has no struct pages any more. While it is not gone and the lock is held,
+            // the pages stay: removal revokes the buffer before they go.
             (Some(home), None, Some(pages)) if !self.gone() => {
                 pages.busy(home + range.start, range.end - range.start)
             }
@@ -297,11 +299,11 @@ impl Buffer {
     }
 }
 
-/// A buffer whose reservation lock is held, by whoever called in or by a [`Locked`].
+/// A buffer whose reservation lock is held, by the caller of a dma-buf operation or by a [`Locked`].
 ///
 /// # Invariants
 ///
-/// `dmabuf` is one of ours, and this task holds its reservation lock as long as this object lives.
+/// `dmabuf` was made by this module, and this task holds its reservation lock as long as this object lives.
 pub(crate) struct Held<'a> {
     dmabuf: *mut bindings::dma_buf,
     buffer: &'a Buffer,
@@ -310,14 +312,15 @@ pub(crate) struct Held<'a> {
 impl<'a> Held<'a> {
     /// # Safety
     ///
-    /// `dmabuf` is one of ours and stays for `'a`, and so does this task's hold on its reservation lock.
+    /// `dmabuf` was made by this module and stays valid for `'a`. This task holds its reservation lock for
+    /// `'a`.
     pub(crate) unsafe fn new(dmabuf: *mut bindings::dma_buf) -> Self {
-        // SAFETY: By the caller's promise.
+        // SAFETY: The dma-buf is valid, by the caller's promise.
         unsafe { ffi::peerbuf_dma_resv_assert_held((*dmabuf).resv) };
-        // INVARIANT: By the caller's promise.
+        // INVARIANT: The caller holds the lock for `'a`.
         Self {
             dmabuf,
-            // SAFETY: `priv_` is the reference put there when it was exported.
+            // SAFETY: `priv_` is the reference that the export put there.
             buffer: unsafe { &*(*dmabuf).priv_.cast::<Buffer>() },
         }
     }
@@ -330,17 +333,17 @@ impl<'a> Held<'a> {
         self.dmabuf
     }
 
-    /// Says for which reasons access is taken away.
+    /// Sets the reasons of the revoke.
     pub(crate) fn set_reasons(&mut self, reasons: u32) {
         self.buffer.revoked.store(reasons as i32, Relaxed);
     }
 
-    /// The state and the buffer that it belongs to.
+    /// The buffer and its state.
     pub(crate) fn parts(&mut self) -> (&'a Buffer, &mut State) {
         (self.buffer, &mut *self)
     }
 
-    /// Something may have come true that others wait for with [`Buffer::wait_changed`].
+    /// Wakes the tasks in [`Buffer::wait_changed`]: a condition may have become true.
     pub(crate) fn notify(&mut self) {
         if core::mem::take(&mut self.awaited) {
             // SAFETY: Initialised with the buffer.
@@ -352,9 +355,9 @@ impl<'a> Held<'a> {
     pub(crate) fn attachments(
         &self,
     ) -> impl Iterator<Item = *mut bindings::dma_buf_attachment> + '_ {
-        // SAFETY: By the type invariant.
+        // SAFETY: By the type invariant the dma-buf is valid.
         let head = unsafe { &raw mut (*self.dmabuf).attachments };
-        // SAFETY: The lock keeps the list as it is.
+        // SAFETY: The lock guards the list.
         let mut node = unsafe { (*head).next };
         core::iter::from_fn(move || {
             if node == head {
@@ -362,32 +365,31 @@ impl<'a> Held<'a> {
             }
             // SAFETY: Each entry but the head is part of an attachment.
             let attachment = unsafe { container_of!(node, bindings::dma_buf_attachment, node) };
-            // SAFETY: As above.
+            // SAFETY: The entry is part of an attachment, and the lock guards the list.
             node = unsafe { (*node).next };
             Some(attachment)
         })
     }
 
-    /// What comes next is what [`Buffer::wait_changed`] waits for.
+    /// Prepares for [`Buffer::wait_changed`]: it waits for the first event after this call.
     pub(crate) fn expect_change(&mut self) {
         self.awaited = true;
-        // SAFETY: Initialised with the buffer. Waiters that are woken already stay so.
+        // SAFETY: The completion was initialised with the buffer. Waiters that are already woken stay woken.
         unsafe { ffi::peerbuf_reinit_completion(self.buffer.changed.get()) };
     }
 
-    /// Tells every importer that its mappings are stale. Importers may unmap from within, so no
-    /// reference to the state may be held across: the borrow of `self` sees to it.
+    /// Invalidates every importer's mappings. An importer may unmap inside its callback, which borrows the
+    /// state, so no reference to the state may be live: the exclusive borrow of `self` ensures that.
     pub(crate) fn invalidate(&mut self) {
         self.counters.invalidations += 1;
-        // SAFETY: By the type invariant.
+        // SAFETY: By the type invariant the lock is held, which the call demands.
         unsafe { bindings::dma_buf_invalidate_mappings(self.dmabuf) };
     }
 
-    /// Waits for every fence that there is, at most `jiffies`. `None` if they are not signalled by
-    /// then; EINTR on a signal.
+    /// Waits for all fences, at most `jiffies`. `None` on a timeout; EINTR on a signal.
     pub(crate) fn wait_fences(&self, jiffies: usize) -> Result<Option<()>> {
-        // BOOKKEEP is the usage that includes all others.
-        // SAFETY: By the type invariant.
+        // The usage BOOKKEEP includes all others.
+        // SAFETY: By the type invariant the dma-buf is valid.
         let left = unsafe {
             bindings::dma_resv_wait_timeout(
                 (*self.dmabuf).resv,
@@ -403,26 +405,26 @@ impl<'a> Held<'a> {
         }
     }
 
-    /// Notes the fences that there are, for [`Held::fences_pending`].
+    /// Records the present fences for [`Held::fences_pending`].
     pub(crate) fn mark_fences(&mut self) {
-        // SAFETY: By the type invariant.
+        // SAFETY: By the type invariant the lock is held.
         self.marked = unsafe { Fences::of((*self.dmabuf).resv) }.ok();
     }
 
-    /// Whether a fence of those that counted when access was taken away is not signalled.
+    /// Whether a fence recorded at the revoke is still unsignalled.
     pub(crate) fn fences_pending(&self) -> bool {
         if let Some(marked) = &self.marked {
             return marked.pending();
         }
         let usage = bindings::dma_resv_usage_DMA_RESV_USAGE_BOOKKEEP;
-        // SAFETY: By the type invariant.
+        // SAFETY: By the type invariant the dma-buf is valid.
         !unsafe { bindings::dma_resv_test_signaled((*self.dmabuf).resv, usage) }
     }
 
-    /// Takes the pages of a part out of every process's mapping. They fault again.
+    /// Removes the pages of `part` from all CPU mappings. Later accesses fault.
     pub(crate) fn zap(&self, part: &Range<u64>) {
-        // SAFETY: The file is valid, and its mapping with it. The order of locks is as main.rs
-        // says: `i_mmap_rwsem` comes below the reservation lock.
+        // SAFETY: The dma-buf's file and its mapping are valid. `i_mmap_rwsem` nests inside the reservation
+        // lock; see the lock order in main.rs.
         unsafe {
             bindings::unmap_mapping_range(
                 (*(*self.dmabuf).file).f_mapping,
@@ -438,19 +440,20 @@ impl Deref for Held<'_> {
     type Target = State;
 
     fn deref(&self) -> &State {
-        // SAFETY: By the type invariant this task holds the lock that guards it.
+        // SAFETY: By the type invariant this task holds the lock that guards the state.
         unsafe { &*self.buffer.state.get() }
     }
 }
 
 impl DerefMut for Held<'_> {
     fn deref_mut(&mut self) -> &mut State {
-        // SAFETY: By the type invariant; the borrow of `self` makes it the only one in this call.
+        // SAFETY: By the type invariant this task holds the lock; the exclusive borrow of `self` makes the
+        // reference unique.
         unsafe { &mut *self.buffer.state.get() }
     }
 }
 
-/// A buffer whose reservation lock this object lets go when it is dropped.
+/// A buffer whose reservation lock this object holds and releases on drop.
 pub(crate) struct Locked<'a>(Held<'a>);
 
 impl<'a> Locked<'a> {
@@ -458,22 +461,24 @@ impl<'a> Locked<'a> {
     ///
     /// # Safety
     ///
-    /// `dmabuf` is one of ours and stays for `'a`; the task does not hold its reservation lock.
+    /// `dmabuf` was made by this module and stays valid for `'a`. The task does not hold its reservation
+    /// lock.
     pub(crate) unsafe fn lock(dmabuf: *mut bindings::dma_buf) -> Self {
-        // Without an acquire context this cannot fail: it only waits.
-        // SAFETY: By the caller's promise.
+        // Cannot fail: without an acquire context the call only waits.
+        // SAFETY: The dma-buf is valid and this task does not hold its lock, by the caller's promise.
         unsafe { bindings::dma_resv_lock((*dmabuf).resv, ptr::null_mut()) };
-        // SAFETY: By the caller's promise, and the lock was taken.
+        // SAFETY: The dma-buf stays valid, by the caller's promise, and the lock was taken above.
         unsafe { Self::taken(dmabuf) }
     }
 
-    /// As [`Locked::lock`], of a lock that this task has taken already, and hands over.
+    /// Takes over a reservation lock that this task already holds.
     ///
     /// # Safety
     ///
-    /// `dmabuf` is one of ours and stays for `'a`; the task holds its reservation lock.
+    /// `dmabuf` was made by this module and stays valid for `'a`. The task holds its reservation lock, and
+    /// this object releases it.
     pub(crate) unsafe fn taken(dmabuf: *mut bindings::dma_buf) -> Self {
-        // SAFETY: By the caller's promise; the lock is held until this is dropped.
+        // SAFETY: By the caller's promise; the lock is held until this object is dropped.
         Self(unsafe { Held::new(dmabuf) })
     }
 }
@@ -494,7 +499,7 @@ impl<'a> DerefMut for Locked<'a> {
 
 impl Drop for Locked<'_> {
     fn drop(&mut self) {
-        // SAFETY: The lock is held, and was this object's to let go.
+        // SAFETY: This object holds the lock.
         unsafe { bindings::dma_resv_unlock((*self.0.dmabuf).resv) };
     }
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A PCI device whose memory is exported: its BARs, and who has what of them. It knows exports as addresses
-//! alone; what they are, and what becomes of them when the device goes, is in `binding.rs`.
+//! A PCI device whose memory is exported: its BARs and the list of its exports. This module knows exports
+//! only as addresses; `binding.rs` makes and revokes them.
 
 use kernel::{
     bindings,
@@ -25,23 +25,22 @@ use crate::{
     region::{Place, Regions},
 };
 
-/// Whether the device can be used.
+/// The state of a device's presence.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Presence {
     Live,
-    /// It is being reset: nothing new is exported until that is over.
+    /// The device is being reset; exports fail until the reset is over.
     Resetting,
-    /// It is going away, or is gone: nothing new is exported.
+    /// The device is going away, or is gone; exports fail.
     Gone,
 }
 
-/// What changes while the device is bound.
+/// The mutable state of a bound device.
 struct State {
     presence: Presence,
     regions: [Regions; abi::NUM_BARS],
-    /// The exports that removal must revoke. An entry is taken out by the release of its dma-buf
-    /// or by removal, whichever comes first, under the lock; so while an entry is here its
-    /// dma-buf's memory is, too.
+    /// The exports that removal must revoke. The release of a dma-buf or the removal, whichever comes first,
+    /// deletes the entry with this lock held. So the dma-buf's memory is valid while its entry exists.
     exports: KVec<*mut bindings::dma_buf>,
 }
 
@@ -56,41 +55,41 @@ impl State {
     }
 }
 
-/// Takes a reference to the file of a dma-buf, unless the file is dying already.
+/// Takes a reference to the file of a dma-buf; false if the file's last reference is gone.
 ///
 /// # Safety
 ///
-/// `dmabuf` is, or was until now, in the list of exports, and the lock of the list is held: so its
-/// memory is valid.
+/// The lock of the list of exports is held, and `dmabuf` is in the list, or was removed with the lock held:
+/// so its memory is valid.
 unsafe fn alive(dmabuf: *mut bindings::dma_buf) -> bool {
-    // SAFETY: By the caller's promise.
+    // SAFETY: The dma-buf's memory is valid, by the caller's promise.
     !unsafe { bindings::get_file_active(&raw mut (*dmabuf).file) }.is_null()
 }
 
-/// Part of an export: where it shall be, and where it is.
+/// One part of an export.
 pub(crate) struct Part {
-    /// In the BAR; `None` for system memory.
+    /// The requested place in the BAR; `None` for system memory.
     pub(crate) place: Option<Place>,
-    /// Bytes.
+    /// Length in bytes.
     pub(crate) len: u64,
-    /// Out: where in the BAR it begins.
+    /// Output: the offset in the BAR.
     pub(crate) offset: u64,
 }
 
-// SAFETY: The pointers are used under the lock, as the field says, from whatever thread.
+// SAFETY: The pointers are used only with the lock held, as the field says, which any thread can do.
 unsafe impl Send for State {}
 
-/// A bound PCI device. It lives on, gone, while descriptors refer to it.
+/// A bound PCI device. After its removal the structure lives on, marked gone, while open files refer to it.
 #[pin_data]
 pub(crate) struct Device {
     pdev: ARef<pci::Device>,
     pub(crate) bars: [Bar; abi::NUM_BARS],
     pub(crate) peers: Peers,
-    /// Another driver's, which lends its memory from a pool; no range of it is ours.
+    /// Another driver owns the device and publishes its memory in a P2PDMA pool; `State::regions` is unused.
     is_provider: bool,
     #[pin]
     state: Mutex<State>,
-    /// Of a provider: what is left of its removal.
+    /// For a provider: work that completes the removal.
     #[pin]
     rest: Work<Self, 0>,
 }
@@ -99,38 +98,36 @@ impl_has_work! {
     impl HasWork<Self, 0> for Device { self.rest }
 }
 
-// SAFETY: `bars` is not written after probe; the P2PDMA provider and the pages are used only
-// while the device is bound, which `State::presence` and `Buffer::revoked` tell.
+// SAFETY: `bars` is not written after probe. The P2PDMA provider and the pages are used only while the device
+// is bound, as `State::presence` and `Buffer::revoked` say.
 unsafe impl Send for Device {}
-// SAFETY: As for `Send`.
+// SAFETY: `bars` is constant, and all other shared state has its own lock.
 unsafe impl Sync for Device {}
 
 impl Device {
-    /// Enables the device's memory and takes its BARs.
+    /// Enables the device's memory and claims its BARs.
     ///
-    /// Bus mastering is off from here on, whoever had switched it on before: whatever somebody does to
-    /// the device's registers through an export, it cannot send DMA or an interrupt message on its own.
-    /// (A device that shows its configuration space in a BAR can be told to do so by whoever has that
-    /// BAR.)
+    /// Disables bus mastering, even if another driver had enabled it: whatever a process writes to the
+    /// device's registers through an export, the device sends neither DMA nor interrupt messages on its own.
+    /// (If a BAR contains the device's configuration space, a holder of that BAR can enable it again.)
     ///
     /// # Safety
     ///
-    /// The caller sees to it that `Device::remove` is called before the device's driver is gone.
+    /// The caller calls `Device::remove` before the device's driver is gone.
     pub(crate) unsafe fn probe(pdev: &pci::Device<Core<'_>>) -> Result<Arc<Self>> {
         let raw = raw(pdev);
-        // SAFETY: `pdev` is being probed, so managed resources may be added. The same for the
-        // calls that follow.
+        // SAFETY: `pdev` is being probed, so managed resources may be added.
         to_result(unsafe { bindings::pcim_enable_device(raw) })?;
         // SAFETY: `pdev` is valid.
         unsafe { bindings::pci_clear_master(raw) };
-        // SAFETY: As above; the name is static.
+        // SAFETY: `pdev` is being probed; the name is static.
         to_result(unsafe { bindings::pcim_request_all_regions(raw, c"peerbuf".as_char_ptr()) })?;
-        // SAFETY: As above.
+        // SAFETY: `pdev` is being probed.
         to_result(unsafe { bindings::pcim_p2pdma_init(raw) })?;
 
         let mut bars = [Bar::ABSENT; abi::NUM_BARS];
         for (index, bar) in (0..).zip(bars.iter_mut()) {
-            // SAFETY: `pdev` is being probed and `pcim_p2pdma_init` was called. Exporting takes a
+            // SAFETY: `pdev` is being probed and `pcim_p2pdma_init` was called. Every export needs a
             // `Device`, and the caller has promised to call `remove`.
             *bar = unsafe { Bar::probe(pdev, index) };
         }
@@ -138,26 +135,26 @@ impl Device {
         Self::new(pdev.into(), bars, regions, false)
     }
 
-    /// A device whose driver has published memory for peers.
+    /// A device whose own driver has published memory in a P2PDMA pool.
     ///
-    /// Errors: ENOSPC where all of it is taken, ENOMEM.
+    /// Errors: ENOSPC if the pool is used up, ENOMEM.
     ///
     /// # Safety
     ///
-    /// Its driver has a pool, and is bound. The caller sees to it that `Device::remove` is called
-    /// before it is unbound.
+    /// The device's driver has a pool and is bound. The caller calls `Device::remove` before that driver is
+    /// unbound.
     pub(crate) unsafe fn provider(pdev: ARef<pci::Device>) -> Result<Arc<Self>> {
         let raw = raw(&*pdev);
-        // Only what the pool gives shows where it is.
-        // SAFETY: By the caller's promise, here and below.
+        // Only an allocation from the pool reveals the pool's address.
+        // SAFETY: The driver is bound and has a pool, by the caller's promise.
         let chunk = unsafe { Chunk::take(raw, PAGE_SIZE as u64)? };
         let (paddr, _) = chunk.place();
         let mut bars = [Bar::ABSENT; abi::NUM_BARS];
         for (index, bar) in (0..).zip(bars.iter_mut()) {
-            // SAFETY: As above.
+            // SAFETY: The device is valid, and `index` is below `NUM_BARS`.
             *bar = unsafe { Bar::describe(raw, index) };
             if paddr.wrapping_sub(bar.start) < bar.size {
-                // SAFETY: As above.
+                // SAFETY: The driver is bound, and the chunk lies in this BAR.
                 *bar = unsafe { bar.of_provider(raw, index, &chunk) };
             }
         }
@@ -191,7 +188,7 @@ impl Device {
         self.is_provider
     }
 
-    /// The PCI address, as `DDDD:BB:DD.F`.
+    /// The PCI address, `DDDD:BB:DD.F`.
     pub(crate) fn name(&self) -> &CStr {
         let dev: &kernel::device::Device = (*self.pdev).as_ref();
         dev.name()
@@ -211,7 +208,7 @@ impl Device {
             device: self.pdev.device_id(),
             ..Default::default()
         };
-        // The last byte stays NUL; no PCI address is that long.
+        // The last byte stays NUL: no PCI address fills the array.
         let name = self.name().to_bytes();
         let len = name.len().min(query.bdf.len() - 1);
         query.bdf[..len].copy_from_slice(&name[..len]);
@@ -237,10 +234,10 @@ impl Device {
         Ok(query)
     }
 
-    /// Takes places in BAR `index`, which can be exported, for those `parts` that want one, puts down where
-    /// each is, and notes the dma-buf that `make` makes of them.
+    /// Allocates a range in BAR `index`, which is exportable, for each part with a place, sets the part's
+    /// offset, and adds the dma-buf that `make` makes to the list.
     ///
-    /// Errors: ENODEV, EAGAIN, those of [`Regions::take`] and of `make`; then nothing is taken.
+    /// Errors: ENODEV, EAGAIN, those of [`Regions::take`] and of `make`. On an error nothing stays allocated.
     pub(crate) fn take(
         &self,
         index: usize,
@@ -250,7 +247,7 @@ impl Device {
         let bar = &self.bars[index];
         let mut state = self.state.lock();
         state.present()?;
-        // Room in the list first, so that nothing can fail once the dma-buf exists.
+        // Reserves the list entry first: nothing may fail once the dma-buf exists.
         state.exports.reserve(1, GFP_KERNEL)?;
         bar.reap(&mut state.regions[index]);
         let mut taken = 0;
@@ -268,7 +265,7 @@ impl Device {
             make(parts, chunks)
         })();
         match made {
-            // Cannot fail: the room was reserved above, under the same lock.
+            // Cannot fail: the room was reserved above, with the same lock held.
             Ok(dmabuf) => drop(state.exports.push_within_capacity(dmabuf)),
             Err(_) => {
                 for part in parts[..taken].iter().filter(|part| part.place.is_some()) {
@@ -279,15 +276,15 @@ impl Device {
         made
     }
 
-    /// Takes `len` bytes from the pool that is in `bar`, and returns where in the BAR they are. The
-    /// state is locked, and the device present: so its driver is bound.
+    /// Allocates `len` bytes from the pool in `bar` and returns their offset in the BAR. The caller holds the
+    /// state's lock and has checked that the device is live, so the provider's driver is bound.
     ///
-    /// Errors: EINVAL for a place of one's own choice, ENOSPC, ENOMEM.
+    /// Errors: EINVAL for [`Place::At`], ENOSPC, ENOMEM.
     fn borrow(&self, bar: &Bar, place: Place, len: u64, chunks: &mut KVec<Chunk>) -> Result<u64> {
         let Place::Any = place else {
             return Err(EINVAL);
         };
-        // SAFETY: The driver is bound, as said, and has a pool.
+        // SAFETY: The driver is bound, by the caller's check, and has a pool.
         let chunk = unsafe { Chunk::take(raw(&*self.pdev), len)? };
         let offset = chunk.place().0.wrapping_sub(bar.start);
         // A pool may have memory of several BARs.
@@ -298,9 +295,9 @@ impl Device {
         Ok(offset)
     }
 
-    /// Forgets an export whose dma-buf is being released, and gives the ranges back that `each` names: in BAR
-    /// `index`, and maybe still in use by direct I/O, which may outlive both the mapping it was started on and
-    /// the descriptor.
+    /// Removes an export whose dma-buf is being released, and frees the ranges of BAR `index` that `each`
+    /// names. Direct I/O can outlive both its mapping and the file, so with `may_be_busy` a range in use
+    /// stays taken until it is idle.
     pub(crate) fn forget(
         &self,
         dmabuf: *mut bindings::dma_buf,
@@ -319,12 +316,12 @@ impl Device {
         }
     }
 
-    /// From now on nothing new is exported.
+    /// Refuses new exports from now on.
     pub(crate) fn close(&self, presence: Presence) {
         self.state.lock().presence = presence;
     }
 
-    /// Ends what [`Device::close`] began for a reset.
+    /// Ends the refusal that [`Device::close`] began for a reset.
     pub(crate) fn open_again(&self) {
         let mut state = self.state.lock();
         if state.presence == Presence::Resetting {
@@ -332,27 +329,27 @@ impl Device {
         }
     }
 
-    /// Calls `each` for every export that there is already and whose file is alive, with a reference to
-    /// the file and no lock held: whoever has a buffer's lock may have it for long.
+    /// Calls `each` for every export whose file is alive, with a reference to the file. Holds no lock during
+    /// the call: another task may hold a buffer's lock for a long time.
     pub(crate) fn each_kept(&self, mut each: impl FnMut(*mut bindings::dma_buf)) {
         let mut next = self.state.lock().exports.len();
-        // Downwards: when entries go meanwhile, some are met twice, and none is left out.
+        // Downwards: if entries go meanwhile, the loop sees some exports twice but misses none.
         while next > 0 {
             next -= 1;
             let state = self.state.lock();
-            // SAFETY: It is in the list, and the lock is held.
+            // SAFETY: The entry is in the list, and the lock is held.
             let kept = state.exports.get(next).filter(|&&it| unsafe { alive(it) });
             let kept = kept.copied();
             drop(state);
             if let Some(dmabuf) = kept {
                 each(dmabuf);
-                // SAFETY: The reference that `alive` took.
+                // SAFETY: Drops the reference that `alive` took.
                 unsafe { bindings::fput((*dmabuf).file) };
             }
         }
     }
 
-    /// Waits, without a limit, until no direct I/O uses a page of the BARs.
+    /// Waits without a limit until no direct I/O uses a page of the BARs.
     pub(crate) fn wait_idle(&self) {
         let mut waited_ms = 0;
         while let busy @ 1.. = self.busy_pages() {
@@ -369,12 +366,12 @@ impl Device {
         }
     }
 
-    /// Takes an export out of the list whose file is alive, with a reference to the file.
+    /// Removes one export whose file is alive from the list, with a reference to the file.
     pub(crate) fn take_export(&self) -> Option<*mut bindings::dma_buf> {
         let mut state = self.state.lock();
         while let Some(dmabuf) = state.exports.pop() {
-            // A dying file has neither attachments nor mappings; its release finds no entry.
-            // SAFETY: It was in the list until now, and the lock is held.
+            // A dying file has neither attachments nor mappings, and its release finds no entry.
+            // SAFETY: The entry was removed with the lock held, and the lock still is.
             if unsafe { alive(dmabuf) } {
                 return Some(dmabuf);
             }
@@ -382,7 +379,7 @@ impl Device {
         None
     }
 
-    /// Pages in use of the BARs that are ours.
+    /// The number of pages in use in the device's BARs; zero for a provider.
     fn busy_pages(&self) -> usize {
         if self.is_provider {
             return 0;

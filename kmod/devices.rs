@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The devices that there are: those bound to this module, and the providers whose memory it lends.
+//! The list of all devices: those bound to this module, and the providers whose memory it exports.
 //!
-//! For events that come with nothing but a `struct pci_dev`, or concern all of them. The list's lock
-//! comes before those of the devices.
+//! Events that concern all devices, or carry nothing but a `struct pci_dev`, need this list. Its lock comes
+//! before the devices' locks.
 
 use kernel::{bindings, prelude::*, sync::Arc};
 
 use crate::{common, device::Device};
 
 kernel::sync::global_lock! {
-    // SAFETY: Initialised by the module before anything else of it is.
+    // SAFETY: The module calls `init` before it uses the list.
     unsafe(uninit) static ALL: Mutex<KVec<Arc<Device>>> = KVec::new();
 }
 
@@ -18,17 +18,17 @@ kernel::sync::global_lock! {
 ///
 /// # Safety
 ///
-/// Called once, before anything of this module can be called.
+/// Called once, before any other function of this module can run.
 pub(crate) unsafe fn init() {
-    // SAFETY: By the caller's promise.
+    // SAFETY: By the caller's promise this is the first and only call.
     unsafe { ALL.init() };
 }
 
-/// A device is in the list until this is dropped.
+/// A device's membership of the list, which dropping it ends.
 pub(crate) struct Listed(Arc<Device>);
 
 impl Listed {
-    /// ENOMEM.
+    /// Adds the device. ENOMEM.
     pub(crate) fn new(device: &Arc<Device>) -> Result<Self> {
         add(device)?;
         Ok(Self(device.clone()))
@@ -41,7 +41,7 @@ impl Drop for Listed {
     }
 }
 
-/// ENOMEM.
+/// Adds a device to the list. ENOMEM.
 pub(crate) fn add(device: &Arc<Device>) -> Result {
     Ok(ALL.lock().push(device.clone(), GFP_KERNEL)?)
 }
@@ -50,30 +50,30 @@ pub(crate) fn remove(gone: &Arc<Device>) {
     let mut all = ALL.lock();
     all.retain(|device| !Arc::ptr_eq(device, gone));
     if all.is_empty() {
-        // Nobody drops a static: its memory goes before the module does.
+        // A static is never dropped, so the last removal frees the list's memory.
         *all = KVec::new();
     }
 }
 
-/// That of a PCI device.
+/// The device of a `struct pci_dev`.
 pub(crate) fn find(pdev: *mut bindings::pci_dev) -> Option<Arc<Device>> {
     let all = ALL.lock();
     let is_it = |device: &&Arc<Device>| common::raw(device.pci()) == pdev;
     all.iter().find(is_it).cloned()
 }
 
-/// Any of the providers.
+/// Any one provider.
 pub(crate) fn find_provider() -> Option<Arc<Device>> {
     let all = ALL.lock();
     all.iter().find(|device| device.is_provider()).cloned()
 }
 
-/// The `index`th, in whatever order.
+/// The device at position `index`; the order is undefined.
 pub(crate) fn nth(index: usize) -> Option<Arc<Device>> {
     ALL.lock().get(index).cloned()
 }
 
-/// Calls `act` for each, with the list locked: for what waits for nobody.
+/// Calls `act` for each device with the list locked; `act` must not wait.
 pub(crate) fn each(act: impl FnMut(&Arc<Device>)) {
     ALL.lock().iter().for_each(act);
 }

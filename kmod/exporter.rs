@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The dma-buf operations of an exported [`Buffer`]; nothing else calls in from C here.
+//! The dma-buf operations of a [`Buffer`]: the only functions of an export that C code calls.
 //!
-//! A dynamic exporter: buffers move, and access can be taken away. An importer that cannot use
-//! the BAR, because it did not ask for peer memory, cannot be told of a move, or has no route,
-//! keeps the buffer in system memory as long as it is attached, if the export allows it.
+//! This is a dynamic exporter: it moves and revokes buffers. Some importers cannot use the BAR: they do not
+//! accept peer memory, cannot be invalidated, or have no route. Such an importer keeps the buffer in system
+//! memory while it is attached, if the export allows moving; otherwise attaching fails.
 //!
-//! Lock order: `mmap_lock`, then the reservation lock (a page fault takes it), then the file's
-//! `i_mmap_rwsem` (zapping). `dma_resv_lockdep()` in the kernel teaches lockdep the same.
+//! Lock order: `mmap_lock`, then the reservation lock (page faults take it), then the file's `i_mmap_rwsem`
+//! (zapping takes it). `dma_resv_lockdep()` in the kernel teaches lockdep the same order.
 
 use core::ptr;
 
@@ -37,9 +37,9 @@ static OPS: Table<bindings::dma_buf_ops> = Table(bindings::dma_buf_ops {
     ..WITHOUT_VMAP
 });
 
-/// Those of a buffer that the kernel gets no mapping of: device memory that does not move, and what devices
-/// may only read. The core answers EINVAL then. It says WARN for every error of `vmap`, which a descriptor's
-/// holder could bring about.
+/// Operations of a buffer that has no kernel mapping: device memory that does not move, or a buffer that
+/// devices may only read. Without `vmap` the core answers EINVAL. It WARNs on every error of `vmap` itself,
+/// which anyone with the descriptor could provoke.
 static OPS_WITHOUT_VMAP: Table<bindings::dma_buf_ops> = Table(WITHOUT_VMAP);
 
 const WITHOUT_VMAP: bindings::dma_buf_ops = bindings::dma_buf_ops {
@@ -59,18 +59,18 @@ const WITHOUT_VMAP: bindings::dma_buf_ops = bindings::dma_buf_ops {
 
 static VM_OPS: Table<bindings::vm_operations_struct> = Table(bindings::vm_operations_struct {
     fault: Some(fault),
-    // SAFETY: Null function pointers are operations that the exporter does not have.
+    // SAFETY: A null function pointer means that the exporter lacks the operation.
     ..unsafe { core::mem::zeroed() }
 });
 
-/// Makes a dma-buf of a buffer, which it owns from then on. On an error the buffer is dropped.
+/// Makes a dma-buf that owns `buffer`. On an error the buffer is dropped.
 pub(crate) fn export(buffer: Arc<Buffer>, fd_flags: u32) -> Result<*mut bindings::dma_buf> {
     let movable = !buffer.has_home || buffer.may_move || device_vmap();
     let vmaps = movable && !buffer.devices_read;
     let info = bindings::dma_buf_export_info {
         exp_name: c"peerbuf".as_char_ptr(),
-        // A dma-buf keeps the module, since its operations are in it. It does not keep the
-        // device from being unbound.
+        // A dma-buf keeps the module loaded, which contains its operations. It does not keep the device
+        // bound.
         owner: crate::compat::THIS_MODULE.as_ptr(),
         ops: if vmaps { &OPS.0 } else { &OPS_WITHOUT_VMAP.0 },
         size: buffer.len as usize,
@@ -78,24 +78,22 @@ pub(crate) fn export(buffer: Arc<Buffer>, fd_flags: u32) -> Result<*mut bindings
         resv: ptr::null_mut(),
         priv_: Arc::into_raw(buffer).cast_mut().cast(),
     };
-    // SAFETY: `info` is filled in, and `priv_` is a reference to a `Buffer` as the operations
-    // expect.
+    // SAFETY: `info` is complete, and `priv_` is a reference to a `Buffer`, as the operations expect.
     let dmabuf = from_err_ptr(unsafe { bindings::dma_buf_export(&info) });
     if dmabuf.is_err() {
-        // SAFETY: The release operation is not called when the export fails, so the reference is
-        // still ours.
+        // SAFETY: A failed export does not call the release operation, so the reference is still ours.
         drop(unsafe { Arc::from_raw(info.priv_.cast_const().cast::<Buffer>()) });
     }
     dmabuf
 }
 
-/// Whether a dma-buf is one of ours.
+/// Whether this module made the dma-buf.
 ///
 /// # Safety
 ///
 /// `dmabuf` is valid.
 pub(crate) unsafe fn is_ours(dmabuf: *mut bindings::dma_buf) -> bool {
-    // SAFETY: By the caller's promise.
+    // SAFETY: The dma-buf is valid, by the caller's promise.
     let ops = unsafe { (*dmabuf).ops };
     ptr::eq(ops, &OPS.0) || ptr::eq(ops, &OPS_WITHOUT_VMAP.0)
 }
@@ -106,14 +104,13 @@ pub(crate) unsafe fn is_ours(dmabuf: *mut bindings::dma_buf) -> bool {
 ///
 /// `dmabuf` was made by [`export`] and is not released while the result is in use.
 pub(crate) unsafe fn buffer<'a>(dmabuf: *mut bindings::dma_buf) -> &'a Buffer {
-    // SAFETY: `priv_` is the reference put there by `export`.
+    // SAFETY: `priv_` is the reference that `export` put there.
     unsafe { &*(*dmabuf).priv_.cast::<Buffer>() }
 }
 
-/// What is known of an importer: the attachment, and what this module notes in its `priv`: whether
-/// it needs system memory in the lowest bit, above it how often it has pinned the buffer. The note
-/// is written by attach, before anybody else sees the attachment, and then under the reservation
-/// lock.
+/// An importer: its attachment, and a note in the attachment's `priv`. The lowest bit of the note says
+/// whether the importer needs system memory; the bits above count its pins. Attach writes the note before
+/// anyone else can see the attachment; later writers hold the reservation lock.
 pub(crate) struct Importer(*mut bindings::dma_buf_attachment);
 
 impl Importer {
@@ -122,18 +119,18 @@ impl Importer {
 
     /// # Safety
     ///
-    /// `attachment` is one of ours, and stays as long as the result.
+    /// `attachment` belongs to a dma-buf of this module and stays valid as long as the result.
     pub(crate) unsafe fn of(attachment: *mut bindings::dma_buf_attachment) -> Self {
         Self(attachment)
     }
 
     fn note(&self) -> usize {
-        // SAFETY: By the promise to `of`. The pointer is a number, never followed.
+        // SAFETY: The attachment is valid, by the promise to `of`. The pointer is only a number.
         unsafe { (*self.0).priv_ }.addr()
     }
 
     fn set_note(&self, note: usize) {
-        // SAFETY: As above.
+        // SAFETY: The attachment is valid, by the promise to `of`.
         unsafe { (*self.0).priv_ = ptr::without_provenance_mut(note) };
     }
 
@@ -145,26 +142,28 @@ impl Importer {
         (self.note() / Self::ONE_PIN) as u32
     }
 
-    /// Its device.
+    /// The importer's device.
     fn device(&self) -> &kernel::device::Device {
-        // SAFETY: By the promise to `of`; an importer keeps its device while it is attached.
+        // SAFETY: The attachment is valid, by the promise to `of`; an importer keeps its device while it is
+        // attached.
         unsafe { kernel::device::Device::from_raw((*self.0).dev) }
     }
 
-    /// A device without a DMA mask does no DMA: its driver uses the processor.
+    /// Whether the importer's device does DMA. Without a DMA mask the driver copies with the CPU.
     fn does_dma(&self) -> bool {
-        // SAFETY: As above.
+        // SAFETY: The attachment is valid, by the promise to `of`; an importer keeps its device while it is
+        // attached.
         !unsafe { (*(*self.0).dev).dma_mask }.is_null()
     }
 
     fn revocable(&self) -> bool {
-        // SAFETY: By the promise to `of`.
+        // SAFETY: The attachment is valid, by the promise to `of`.
         unsafe { bindings::dma_buf_attach_revocable(self.0) }
     }
 
-    /// `abi::ATTACHMENT_*`, without STALE.
+    /// The importer's `abi::ATTACHMENT_*` flags, without STALE.
     pub(crate) fn flags(&self) -> u32 {
-        // SAFETY: By the promise to `of`.
+        // SAFETY: The attachment is valid, by the promise to `of`.
         let (dynamic, peer) = unsafe { (!(*self.0).importer_ops.is_null(), (*self.0).peer2peer) };
         let flag = |has: bool, flag: u32| if has { flag } else { 0 };
         flag(dynamic, abi::ATTACHMENT_DYNAMIC)
@@ -173,22 +172,23 @@ impl Importer {
             | flag(self.needs_system(), abi::ATTACHMENT_NEEDS_SYSTEM)
     }
 
-    /// Whether the importer can use the BAR of `buffer`, by a route that was asked for before.
+    /// Whether the importer can use the BAR of `buffer`, through a route in the cache.
     fn is_known_peer(&self, buffer: &Buffer) -> bool {
-        // SAFETY: By the promise to `of`.
+        // SAFETY: The attachment is valid, by the promise to `of`; an importer keeps its device while it
+        // attaches.
         unsafe {
             (*self.0).peer2peer && self.revocable() && buffer.device.peers.know((*self.0).dev)
         }
     }
 
-    /// Why the importer cannot use the BAR of `buffer`: an `abi::REFUSED_*` and the errno for it.
+    /// The reason why the importer cannot use the BAR of `buffer`: an `abi::REFUSED_*` and its errno.
     fn obstacle(&self, buffer: &Buffer) -> Option<(u32, Error)> {
-        // Bytes that are never in the BAR, and a driver that copies with the processor, are
-        // nobody's peer.
+        // Neither bytes that are never in the BAR nor a driver that copies with the CPU need peer-to-peer
+        // DMA.
         if !buffer.has_home || !self.does_dma() {
             return None;
         }
-        // SAFETY: By the promise to `of`.
+        // SAFETY: The attachment is valid, by the promise to `of`.
         if !unsafe { (*self.0).peer2peer } {
             return Some((abi::REFUSED_NOT_PEER, ffi::errno(bindings::EOPNOTSUPP)));
         }
@@ -196,7 +196,8 @@ impl Importer {
             return Some((abi::REFUSED_NOT_REVOCABLE, ffi::errno(bindings::EOPNOTSUPP)));
         }
         let (peers, provider) = (&buffer.device.peers, buffer.device.pci());
-        // SAFETY: By the promise to `of`; an importer keeps its device while it attaches.
+        // SAFETY: The attachment is valid, by the promise to `of`; an importer keeps its device while it
+        // attaches.
         if !unsafe { peers.reach((*self.0).dev, provider) } {
             return Some((abi::REFUSED_NO_ROUTE, ffi::errno(bindings::EREMOTEIO)));
         }
@@ -204,11 +205,11 @@ impl Importer {
     }
 }
 
-/// How long an importer that needs system memory waits, in attach, for the buffer to get there.
+/// Time limit in attach for the move to system memory, for an importer that needs the buffer there.
 const ATTACH_LIMIT_MS: u32 = 5_000;
 
-/// `dma_buf_ops.attach`. Without the reservation lock. Whether the buffer is revoked is advisory
-/// here; map decides.
+/// `dma_buf_ops.attach`. The core does not hold the reservation lock, so the check for a revoke is only a
+/// hint; map decides.
 unsafe extern "C" fn attach(
     dmabuf: *mut bindings::dma_buf,
     attachment: *mut bindings::dma_buf_attachment,
@@ -219,20 +220,19 @@ unsafe extern "C" fn attach(
     if importer.is_known_peer(object) && !object.revoked() {
         return 0;
     }
-    // SAFETY: As above.
+    // SAFETY: The core keeps the dma-buf and the attachment during the call.
     unsafe { attach_new(dmabuf, object, importer) }
 }
 
-/// [`attach`] where more is to be asked or done.
+/// The slow path of [`attach`]: asks for a route, or moves the buffer.
 ///
 /// # Safety
 ///
-/// `object` is the buffer of `dmabuf`, which the caller keeps, and the importer's attachment is being
-/// made.
+/// `object` is the buffer of `dmabuf`, which the caller keeps, and `importer` is being attached to it.
 #[cold]
 unsafe fn attach_new(dmabuf: *mut bindings::dma_buf, object: &Buffer, importer: Importer) -> c_int {
     let obstacle = importer.obstacle(object);
-    // SAFETY: By the caller's promise; the core does not hold the lock here.
+    // SAFETY: The caller keeps the dma-buf, and the core does not hold the lock here.
     let mut locked = unsafe { Locked::lock(dmabuf) };
     if locked.buffer().revoked() {
         return ENODEV.to_errno();
@@ -244,10 +244,11 @@ unsafe fn attach_new(dmabuf: *mut bindings::dma_buf, object: &Buffer, importer: 
         locked.refusal.note(importer.device().name(), reason, error);
         return error.to_errno();
     }
-    // Counted before the move, so that nobody takes the buffer back in between.
+    // Counted before the move, so that no other task moves the buffer back in between.
     locked.need_system += 1;
     drop(locked);
-    // SAFETY: As above. The whole of the buffer is page-aligned and not empty.
+    // SAFETY: The caller keeps the dma-buf, and the lock is released. The whole buffer is page-aligned and
+    // not empty.
     let moved = unsafe {
         moves::move_part(
             dmabuf,
@@ -263,7 +264,7 @@ unsafe fn attach_new(dmabuf: *mut bindings::dma_buf, object: &Buffer, importer: 
             0
         }
         Err(e) => {
-            // SAFETY: As above.
+            // SAFETY: The caller keeps the dma-buf, and this task does not hold the lock.
             let mut locked = unsafe { Locked::lock(dmabuf) };
             locked.need_system -= 1;
             locked
@@ -274,7 +275,8 @@ unsafe fn attach_new(dmabuf: *mut bindings::dma_buf, object: &Buffer, importer: 
     }
 }
 
-/// `dma_buf_ops.detach`. Without the reservation lock; the attachment is in no list any more.
+/// `dma_buf_ops.detach`. The core does not hold the reservation lock, and the attachment is in no list any
+/// more.
 unsafe extern "C" fn detach(
     dmabuf: *mut bindings::dma_buf,
     attachment: *mut bindings::dma_buf_attachment,
@@ -284,20 +286,19 @@ unsafe extern "C" fn detach(
     if importer.note() == 0 {
         return;
     }
-    // SAFETY: As above; the core does not hold the lock here.
+    // SAFETY: The core keeps the dma-buf and does not hold the lock here.
     let mut locked = unsafe { Locked::lock(dmabuf) };
     if importer.needs_system() {
         locked.need_system -= 1;
     }
-    // An importer that goes without unpinning has a bug, which is not to keep the buffer in its
-    // place for ever.
+    // An importer that detaches without unpinning is buggy, but must not pin the buffer forever.
     locked.pins -= importer.pins();
     locked.notify();
 }
 
-/// `dma_buf_ops.pin`, with the reservation lock held. A pinned buffer does not move; it can be
-/// revoked all the same, when its device goes away. A static importer is pinned by the core while
-/// it has a mapping; it has brought the buffer to system memory when it attached.
+/// `dma_buf_ops.pin`, with the reservation lock held. A pinned buffer does not move, but its device's removal
+/// still revokes it. The core pins for a static importer while that has a mapping; attach has already moved
+/// the buffer to system memory if the importer needs it there.
 unsafe extern "C" fn pin(attachment: *mut bindings::dma_buf_attachment) -> c_int {
     // SAFETY: The dma-buf core calls with a valid attachment and the lock held.
     let (mut locked, importer) =
@@ -312,10 +313,10 @@ unsafe extern "C" fn pin(attachment: *mut bindings::dma_buf_attachment) -> c_int
 
 /// `dma_buf_ops.unpin`, with the reservation lock held.
 unsafe extern "C" fn unpin(attachment: *mut bindings::dma_buf_attachment) {
-    // SAFETY: As in `pin`.
+    // SAFETY: The dma-buf core calls with a valid attachment and the lock held.
     let (mut locked, importer) =
         unsafe { (Held::new((*attachment).dmabuf), Importer::of(attachment)) };
-    // An importer that unpins more often than it pinned has a bug, which is not to become ours.
+    // An importer that unpins more often than it pinned is buggy, but must not corrupt the count.
     if importer.pins() > 0 {
         importer.set_note(importer.note() - Importer::ONE_PIN);
         locked.pins -= 1;
@@ -323,7 +324,7 @@ unsafe extern "C" fn unpin(attachment: *mut bindings::dma_buf_attachment) {
     }
 }
 
-/// `dma_buf_ops.map_dma_buf`. The reservation lock is held by the caller.
+/// `dma_buf_ops.map_dma_buf`, with the reservation lock held.
 unsafe extern "C" fn map(
     attachment: *mut bindings::dma_buf_attachment,
     dir: bindings::dma_data_direction,
@@ -343,14 +344,14 @@ unsafe extern "C" fn map(
         if object.devices_read && dir != DataDirection::ToDevice.into() {
             return Err(EACCES);
         }
-        // Not reached while `need_system` holds: the buffer went there when the importer came,
-        // and does not leave.
+        // Not reached while `need_system` is raised: attach moved the buffer to system memory, where it
+        // stays.
         if importer.needs_system() && state.pieces.at_home().next().is_some() {
             return Err(ffi::errno(bindings::EREMOTEIO));
         }
-        // Room first, so that nothing can fail once the mapping is made.
+        // Reserves the list entry first: nothing may fail once the mapping exists.
         state.mappings.reserve(1, GFP_KERNEL)?;
-        // SAFETY: The lock is held, the buffer is not revoked, and the attachment is one of its.
+        // SAFETY: The lock is held, the buffer is not revoked, and the attachment belongs to it.
         let mapping = unsafe {
             Mapping::map(
                 attachment,
@@ -368,29 +369,29 @@ unsafe extern "C" fn map(
     mapped.unwrap_or_else(|e| e.to_ptr())
 }
 
-/// `dma_buf_ops.unmap_dma_buf`. The reservation lock is held by the caller.
+/// `dma_buf_ops.unmap_dma_buf`, with the reservation lock held.
 unsafe extern "C" fn unmap(
     attachment: *mut bindings::dma_buf_attachment,
     sgt: *mut bindings::sg_table,
     dir: bindings::dma_data_direction,
 ) {
-    // SAFETY: As in `map`, and `sgt` is a table that `map` made for the attachment.
+    // SAFETY: The core calls with a valid attachment and the lock held; `map` made `sgt` for the attachment.
     let mut locked = unsafe { Held::new((*attachment).dmabuf) };
     if let Some(mapping) = mapping::take(&mut locked.mappings, attachment, sgt) {
-        // SAFETY: The lock is held, and `dir` is what the importer has mapped in.
+        // SAFETY: The lock is held, and `dir` is the direction that the importer mapped in.
         unsafe { mapping.unmap(dir) };
     }
-    // Whoever waits counts the list under the lock, so after the table is gone.
+    // Waiters count the list with the lock held, so the table is freed first.
     locked.notify();
 }
 
-/// `dma_buf_ops.release`: no descriptor, attachment or mapping is left.
+/// `dma_buf_ops.release`: no file, attachment or mapping is left.
 unsafe extern "C" fn release(dmabuf: *mut bindings::dma_buf) {
-    // SAFETY: `priv_` is the reference put there by `export`; this is its end.
+    // SAFETY: `priv_` is the reference that `export` put there, and release consumes it.
     let buffer = unsafe { Arc::from_raw((*dmabuf).priv_.cast_const().cast::<Buffer>()) };
     let busy = buffer.may_have_busy_pages();
     buffer.device.forget(dmabuf, buffer.bar, busy, |give_back| {
-        // SAFETY: The dma-buf is being released: it is valid, and nobody else has it.
+        // SAFETY: The dma-buf is being released: it is valid, and no one else uses it.
         let locked = unsafe { Locked::lock(dmabuf) };
         for piece in &*locked.pieces {
             if let Some(home) = piece.home {
@@ -400,8 +401,9 @@ unsafe extern "C" fn release(dmabuf: *mut bindings::dma_buf) {
     });
 }
 
-/// `dma_buf_ops.begin_cpu_access`. The core waits for fences after it, which is too late for what is
-/// synchronised here: bounce buffers are copied, and a device may still write to them.
+/// `dma_buf_ops.begin_cpu_access`. The core waits for fences after this call. That is too late for the
+/// synchronisation here, which copies bounce buffers: a device may still write to them. So this function
+/// waits itself.
 unsafe extern "C" fn begin_cpu_access(
     dmabuf: *mut bindings::dma_buf,
     dir: bindings::dma_data_direction,
@@ -410,7 +412,7 @@ unsafe extern "C" fn begin_cpu_access(
     if unsafe { buffer(dmabuf) }.revoked() {
         return ENODEV.to_errno();
     }
-    // Who reads waits for writers, and who writes for readers, too; as the core does it.
+    // A reader waits for writers; a writer waits for readers, too. The core does the same.
     let usage = match dir == DataDirection::FromDevice.into() {
         true => bindings::dma_resv_usage_DMA_RESV_USAGE_WRITE,
         false => bindings::dma_resv_usage_DMA_RESV_USAGE_READ,
@@ -423,13 +425,13 @@ unsafe extern "C" fn begin_cpu_access(
     if waited < 0 {
         return waited as c_int;
     }
-    // SAFETY: As above.
+    // SAFETY: The core keeps the dma-buf, and this task does not hold the lock.
     let mut locked = unsafe { Locked::lock(dmabuf) };
     if locked.buffer().revoked() {
         return ENODEV.to_errno();
     }
-    // The processor's mapping of a BAR is uncached, so there is nothing to invalidate; what a
-    // device wrote to system memory may have to be made visible.
+    // The CPU mapping of a BAR is uncached and needs no invalidation. Writes of a device to system memory may
+    // need synchronisation.
     if dir != DataDirection::ToDevice.into() {
         for mapping in locked.mappings.iter_mut() {
             // SAFETY: The lock is held.
@@ -444,7 +446,7 @@ unsafe extern "C" fn end_cpu_access(
     dmabuf: *mut bindings::dma_buf,
     dir: bindings::dma_data_direction,
 ) -> c_int {
-    // The lock keeps the device bound while it is read from.
+    // The lock keeps the device bound during the read in `flush`.
     // SAFETY: The dma-buf core calls with a valid dma-buf, a reference held and the lock not.
     let mut locked = unsafe { Locked::lock(dmabuf) };
     if locked.buffer().revoked() {
@@ -453,9 +455,9 @@ unsafe extern "C" fn end_cpu_access(
     if dir == DataDirection::FromDevice.into() {
         return 0;
     }
-    // A peer may reach the memory by a path that the processor's posted writes do not take.
+    // A peer may reach the memory on a path on which the CPU's posted writes are not ordered before it.
     let (object, state) = locked.parts();
-    // One read pushes the writes to the whole of the BAR.
+    // One read pushes the posted writes to the whole BAR.
     if let Some((offset, _)) = state.pieces.at_home().next() {
         object.bar().flush(offset);
     }
@@ -466,26 +468,27 @@ unsafe extern "C" fn end_cpu_access(
     0
 }
 
-/// Whether the kernel may map device memory: only where whoever loaded the module wants it.
+/// Whether the kernel may map device memory (`vmap`): a module parameter, off by default.
 fn device_vmap() -> bool {
     crate::compat::parameter(crate::module_parameters::device_vmap.value()) != 0
 }
 
-/// How long a kernel mapping waits for the buffer to get to system memory.
+/// Time limit for the move to system memory before a kernel mapping.
 const VMAP_LIMIT_MS: u32 = 1_000;
 
-/// `dma_buf_ops.vmap`, with the reservation lock held: a kernel mapping, for importers that copy
-/// with the processor. Its user keeps the lock while he uses it, or has pinned the buffer; a
-/// buffer with a kernel mapping does not move.
+/// `dma_buf_ops.vmap`, with the reservation lock held: a kernel mapping for importers that copy with the CPU.
+/// The importer holds the lock while it uses the mapping, or has pinned the buffer. A buffer with a kernel
+/// mapping does not move.
 ///
-/// It is a mapping of system memory, to which the buffer is taken first. Nobody tells the user of a kernel
-/// mapping to give it back (`videobuf2` has it from QBUF until its program wants the frame), so device memory
-/// would keep its device from going away, for as long as somebody sleeps.
+/// The buffer is moved to system memory first. A kernel mapping cannot be invalidated (`videobuf2` holds it
+/// from QBUF until its program dequeues the frame), so a mapping of device memory would block the device's
+/// removal as long as that program sleeps.
 ///
-/// The core says WARN for whatever error this returns, so an importer should pin first, which
-/// fails without one. Errors: ENODEV once revoked; EBUSY where the buffer is pinned in the BAR, or what is
-/// under way there does not end; ENOMEM. With `device_vmap` EOPNOTSUPP for a buffer that is partly in the
-/// BAR and partly not, since one mapping has one memory type.
+/// The core WARNs on every error of this function, so an importer should pin first, which fails without a
+/// WARN.
+/// Errors: ENODEV once revoked; EBUSY if the buffer is pinned in the BAR, or accesses to the BAR do not end
+/// in time; ENOMEM. With `device_vmap`, EOPNOTSUPP for a buffer that is only partly in the BAR: a mapping has
+/// one memory type.
 unsafe extern "C" fn vmap(dmabuf: *mut bindings::dma_buf, map: *mut bindings::iosys_map) -> c_int {
     // SAFETY: The dma-buf core calls with a valid dma-buf and the lock held.
     let mut locked = unsafe { Held::new(dmabuf) };
@@ -498,10 +501,10 @@ unsafe extern "C" fn vmap(dmabuf: *mut bindings::dma_buf, map: *mut bindings::io
         }
         let (object, state) = locked.parts();
         let mapping = kernel_mapping(object, state)?;
-        // Not `is_iomem`, for a BAR either: videobuf2's vmalloc drivers (a webcam's, among others)
-        // drop that flag, use the plain address, and give it back without the flag, at which
-        // `dma_buf_vunmap` BUGs. Whoever may open /dev/video0 could so end the kernel. Ordinary
-        // loads and stores reach a BAR on every architecture that this module has been tried on.
+        // `is_iomem` stays false for a BAR, too. Videobuf2's vmalloc drivers (webcams, among others) ignore
+        // the flag, use the plain address, and pass a map without the flag to `dma_buf_vunmap`, which BUGs:
+        // anyone who may open /dev/video0 could crash the kernel. Plain loads and stores reach a BAR on every
+        // architecture on which this module was tested.
         // SAFETY: `map` is valid for writes.
         unsafe {
             (*map).is_iomem = false;
@@ -519,7 +522,7 @@ fn kernel_mapping(object: &Buffer, state: &State) -> Result<KernelMapping> {
         _ => return Err(ffi::errno(bindings::EOPNOTSUPP)),
     };
     if let Some(home) = state.pieces.one_run() {
-        // The kernel has the BAR mapped already.
+        // The kernel has already mapped the BAR.
         return Ok(KernelMapping {
             address: object.bar().kernel_address(home)?,
             vmapped: false,
@@ -546,7 +549,7 @@ fn kernel_mapping(object: &Buffer, state: &State) -> Result<KernelMapping> {
         }
     }
     let count = c_uint::try_from(pages.len()).map_err(|_| EINVAL)?;
-    // SAFETY: All are valid pages, of one kind of memory.
+    // SAFETY: All pages are valid, and of one kind of memory.
     let address = unsafe { ffi::peerbuf_vmap(pages.as_mut_ptr(), count, device) };
     if address.is_null() {
         return Err(ENOMEM);
@@ -565,7 +568,7 @@ unsafe extern "C" fn vunmap(dmabuf: *mut bindings::dma_buf, _map: *mut bindings:
     let mut locked = unsafe { Held::new(dmabuf) };
     if let Some(mapping) = locked.kernel_mapping.take() {
         if mapping.vmapped {
-            // SAFETY: `vmap` has made it.
+            // SAFETY: `vmap` made this mapping with `peerbuf_vmap`.
             unsafe { ffi::vunmap(mapping.address) };
         }
     }
@@ -580,7 +583,7 @@ unsafe extern "C" fn mmap(
     // SAFETY: The dma-buf core calls with a valid dma-buf and a VMA that is being set up.
     let (object, new) = unsafe { (buffer(dmabuf), VmaNew::from_raw(vma)) };
     from_result(|| {
-        // Advisory; a fault decides.
+        // Only a hint; the page fault decides.
         if object.revoked() {
             return Err(ENODEV);
         }
@@ -591,16 +594,16 @@ unsafe extern "C" fn mmap(
         new.set_dontexpand();
         new.set_dontdump();
         if object.has_pages() {
-            // Not VM_IO or VM_PFNMAP, which direct I/O refuses.
+            // Not VM_IO or VM_PFNMAP: direct I/O refuses both.
             new.set_mixedmap();
         } else {
-            // No struct pages: plain frames, with which direct I/O fails with EFAULT.
+            // Without struct pages the mapping inserts plain frames, and direct I/O fails with EFAULT.
             // `VmaNew` has no setter for PFNMAP alone.
             new.set_io();
             // SAFETY: The VMA is being set up.
             unsafe { ffi::peerbuf_vma_set_pfnmap(vma) };
         }
-        // SAFETY: The VMA is being set up. The buffer outlives it: a VMA keeps its file.
+        // SAFETY: The VMA is being set up. A VMA keeps its file, so the buffer outlives it.
         unsafe {
             (*vma).vm_private_data = dmabuf.cast();
             (*vma).vm_ops = &VM_OPS.0;
@@ -610,80 +613,83 @@ unsafe extern "C" fn mmap(
     })
 }
 
-/// The pages that one fault puts in, as an aligned window of bytes in the buffer, so that a large
-/// transfer does not fault on every page.
+/// The aligned window of the buffer, in bytes, that one fault maps, so that a large transfer does not fault
+/// on every page.
 const FAULT_WINDOW: usize = 16 * PAGE_SIZE;
 
-/// How long a fault waits for a move that is under way. Not for the end: the fault may be part of
-/// direct I/O that holds other pages of the buffer, for which the move waits. Long against the
-/// time of an I/O request: a move needs a moment in which nobody has one in flight, and requests
-/// begin with a fault as long as it lasts.
+/// How long a fault waits for a move in progress.
+///
+/// Not until the move ends: the fault may be part of direct I/O that holds other pages of the buffer, and the
+/// move waits for those pages. Yet longer than an I/O request takes: a move needs a moment without requests
+/// in flight, and during a move every new request starts with a fault.
 const FAULT_DELAY_MS: u32 = 40;
 
-/// As [`FAULT_WINDOW`], during a move: so much that a request which holds pages does not meet the
-/// delay again before it has all of them.
+/// [`FAULT_WINDOW`] during a move: large enough that a request which already holds pages gets all its pages
+/// with one delay.
 const MOVE_WINDOW: usize = 512 * PAGE_SIZE;
 
-/// Takes the reservation lock for a fault; or says what the fault answers.
+/// Takes the reservation lock for a fault, or returns the fault's result.
 ///
-/// The `mmap_lock` is held, and a buffer's lock may be held for long, by anybody: so that one does not hold
-/// up whoever wants to map something in this process, the `mmap_lock` is let go for the wait and the fault
-/// begins anew, as TTM does it (`ttm_bo_vm_reserve`). A signal ends the wait.
+/// Another task may hold the reservation lock for long, and the caller holds the `mmap_lock`, which would
+/// block every mmap of this process. So, like TTM (`ttm_bo_vm_reserve`), this function releases the
+/// `mmap_lock` for the wait and has the fault retried. A signal ends the wait.
 ///
 /// # Safety
 ///
-/// `vmf` is a fault on a VMA that [`mmap`] has set up for `dmabuf`, being handled with the `mmap_lock` held
-/// for reading.
+/// `vmf` is a fault on a VMA that [`mmap`] has set up for `dmabuf`, handled with the `mmap_lock` held for
+/// reading.
 unsafe fn lock_for_fault<'a>(
     vmf: *mut bindings::vm_fault,
     dmabuf: *mut bindings::dma_buf,
 ) -> Result<Locked<'a>, bindings::vm_fault_t> {
-    // SAFETY: By the caller's promise the VMA keeps the dma-buf, here and below.
+    // SAFETY: The VMA keeps the dma-buf, by the caller's promise.
     let resv = unsafe { (*dmabuf).resv };
-    // SAFETY: As above.
+    // SAFETY: The VMA keeps the dma-buf, and so its reservation object.
     if unsafe { ffi::peerbuf_dma_resv_trylock(resv) } {
-        // SAFETY: As above, and the lock was taken.
+        // SAFETY: The VMA keeps the dma-buf, and the lock was taken above.
         return Ok(unsafe { Locked::taken(dmabuf) });
     }
     let wait = || {
-        // SAFETY: As above; the caller's reference keeps the dma-buf while there is no `mmap_lock`.
+        // SAFETY: `retry_after` holds a reference to the file, which keeps the dma-buf without the
+        // `mmap_lock`.
         unsafe {
             if ffi::peerbuf_dma_resv_lock_interruptible(resv) == 0 {
                 bindings::dma_resv_unlock(resv);
             }
         }
     };
-    // SAFETY: By the caller's promise.
+    // SAFETY: By the caller's promise; nothing uses the fault after `Err`.
     if let Some(retry) = unsafe { retry_after(vmf, wait) } {
         return Err(retry);
     }
-    // SAFETY: As above.
+    // SAFETY: The VMA keeps the dma-buf: the `mmap_lock` is still held.
     match unsafe { ffi::peerbuf_dma_resv_lock_interruptible(resv) } {
-        // SAFETY: As above, and the lock was taken.
+        // SAFETY: The VMA keeps the dma-buf, and the lock was taken above.
         0 => Ok(unsafe { Locked::taken(dmabuf) }),
-        // The signal is handled, and then the fault comes again.
+        // The task handles the signal and then faults again.
         _ => Err(ffi::VM_FAULT_NOPAGE),
     }
 }
 
-/// Lets the `mmap_lock` go, calls `wait`, and has the fault begin anew: what it answers is returned. `None`
-/// where it may not, or did so before.
+/// Releases the `mmap_lock`, calls `wait`, and returns the result that has the fault retried. Returns `None`
+/// if the fault may not be retried, or was retried before.
 ///
 /// # Safety
 ///
-/// `vmf` is a fault that is being handled with the `mmap_lock` held for reading. Nothing of it is used if this
-/// returns an answer.
+/// `vmf` is a fault that is being handled with the `mmap_lock` held for reading. After `Some` the caller uses
+/// nothing of the fault any more.
 unsafe fn retry_after(
     vmf: *mut bindings::vm_fault,
     wait: impl FnOnce(),
 ) -> Option<bindings::vm_fault_t> {
-    // SAFETY: By the caller's promise, here and below.
+    // SAFETY: The fault is being handled, by the caller's promise.
     if !unsafe { ffi::peerbuf_fault_may_retry(vmf) } {
         return None;
     }
-    // SAFETY: As above.
+    // SAFETY: The fault is being handled, by the caller's promise.
     if unsafe { ffi::peerbuf_fault_may_wait(vmf) } {
-        // SAFETY: As above. The reference keeps the file, and so the dma-buf, when the VMA may go.
+        // SAFETY: The VMA is valid until the `mmap_lock` is released; the reference keeps the file and its
+        // dma-buf after that.
         let file = unsafe {
             let vma = (*vmf).__bindgen_anon_1.vma;
             let file = ffi::peerbuf_get_file((*vma).vm_file);
@@ -697,8 +703,8 @@ unsafe fn retry_after(
     Some(bindings::vm_fault_reason_VM_FAULT_RETRY)
 }
 
-/// `vm_operations_struct.fault`, with the `mmap_lock` held for reading: the memory manager calls it with the
-/// VMA's own lock alone only where there is `map_pages`.
+/// `vm_operations_struct.fault`, with the `mmap_lock` held for reading. (The memory manager calls it with
+/// only the per-VMA lock if there is `map_pages`, which these operations lack.)
 unsafe extern "C" fn fault(vmf: *mut bindings::vm_fault) -> bindings::vm_fault_t {
     // SAFETY: The memory manager calls with a valid fault on a VMA that `mmap` set up, and the
     // VMA keeps its file, whose dma-buf this is.
@@ -711,15 +717,14 @@ unsafe extern "C" fn fault(vmf: *mut bindings::vm_fault) -> bindings::vm_fault_t
             at.pgoff as usize * PAGE_SIZE,
         )
     };
-    // SAFETY: As above.
+    // SAFETY: The VMA is valid, and the lock held for the fault keeps its bounds.
     let (vma_start, vma_end) = unsafe {
         let bounds = &(*vma).__bindgen_anon_1.__bindgen_anon_1;
         (bounds.vm_start as usize, bounds.vm_end as usize)
     };
-    // Held until the pages are in: a revoke or move marks under this lock and zaps after, so a
-    // page put in before the mark is zapped, and after a revoke's none is put in.
-    // SAFETY: The dma-buf is kept by the VMA; a fault happens with no reservation lock held, as
-    // the lock order says.
+    // Held until the pages are mapped. A revoke or a move sets its mark with this lock held and zaps later:
+    // so a page mapped before the mark is zapped, and no page is mapped after a revoke's mark.
+    // SAFETY: The VMA keeps the dma-buf. A page fault holds no reservation lock, by the lock order.
     let mut locked = match unsafe { lock_for_fault(vmf, dmabuf) } {
         Ok(locked) => locked,
         Err(answer) => return answer,
@@ -730,12 +735,13 @@ unsafe extern "C" fn fault(vmf: *mut bindings::vm_fault) -> bindings::vm_fault_t
         let object = locked.buffer();
         locked.expect_change();
         drop(locked);
-        // SAFETY: As above.
+        // SAFETY: The fault is being handled with the `mmap_lock` held, and after `Some` this function
+        // returns.
         if let Some(retry) = unsafe { retry_after(vmf, || object.wait_changed(FAULT_DELAY_MS)) } {
             return retry;
         }
         object.wait_changed(FAULT_DELAY_MS);
-        // SAFETY: As above.
+        // SAFETY: The VMA keeps the dma-buf, and the reservation lock was dropped above.
         locked = match unsafe { lock_for_fault(vmf, dmabuf) } {
             Ok(locked) => locked,
             Err(answer) => return answer,
@@ -745,14 +751,14 @@ unsafe extern "C" fn fault(vmf: *mut bindings::vm_fault) -> bindings::vm_fault_t
     if object.revoked() || offset >= object.len as usize {
         return bindings::vm_fault_reason_VM_FAULT_SIGBUS;
     }
-    // The window, clipped to the mapping and to the buffer.
+    // Clips the window to the VMA and to the buffer.
     let before = (offset % window).min(address - vma_start);
     let first = offset - before;
     let len = (window - first % window)
         .min(vma_end - (address - before))
         .min(object.len as usize - first);
     for at in (0..len).step_by(PAGE_SIZE) {
-        // SAFETY: The VMA is as `mmap` set it up, the address lies in it, and the lock is held.
+        // SAFETY: `mmap` set up the VMA, the address lies in it, and the lock is held.
         let inserted = unsafe {
             insert(
                 vma,
@@ -763,10 +769,10 @@ unsafe extern "C" fn fault(vmf: *mut bindings::vm_fault) -> bindings::vm_fault_t
             )
         };
         match inserted {
-            // Another thread's fault on the window may have been first.
+            // Another thread's fault on the window may have mapped the page first.
             Ok(()) => {}
             Err(e) if e == EBUSY => {}
-            // What was asked for is in; the neighbours will be asked for if they are needed.
+            // The faulting page is mapped; the rest of the window can fault later.
             Err(_) if at > before => break,
             Err(e) if e == ENOMEM => return bindings::vm_fault_reason_VM_FAULT_OOM,
             Err(_) => return bindings::vm_fault_reason_VM_FAULT_SIGBUS,
@@ -775,7 +781,7 @@ unsafe extern "C" fn fault(vmf: *mut bindings::vm_fault) -> bindings::vm_fault_t
     ffi::VM_FAULT_NOPAGE
 }
 
-/// Puts the page at `offset` of the buffer in at `address`.
+/// Maps the page at `offset` of the buffer at `address`.
 ///
 /// # Safety
 ///
@@ -794,10 +800,10 @@ unsafe fn insert(
         .find(|(start, piece): &(u64, &Piece)| offset < start + piece.len)
         .ok_or(EFAULT)?;
     let within = offset - start;
-    // Device memory is uncached, as the kernel's own mapping of it; system memory is not. The
-    // field is only used by the insertion below: all faults of this VMA hold the reservation
-    // lock, and who holds the `mmap_lock` for writing keeps faults out.
-    // SAFETY: By the caller's promise.
+    // Device memory is uncached, as in the kernel's own mapping of it; system memory is cached. Only the
+    // insertion below uses the VMA's page protection: all faults of this VMA hold the reservation lock, and a
+    // holder of the `mmap_lock` for writing excludes faults.
+    // SAFETY: `vma` was set up by `mmap` and a fault on it is being handled, by the caller's promise.
     unsafe { ffi::peerbuf_vma_set_device(vma, piece.system.is_none()) };
     let page = match (piece.home, &object.bar().pages) {
         _ if piece.system.is_some() => {
@@ -822,8 +828,8 @@ unsafe fn insert(
                     (object.bar().start + home + within) as usize / PAGE_SIZE
                 }
             };
-            // SAFETY: The VMA is VM_PFNMAP, and what it shows is the buffer's own: it is zapped
-            // before the memory goes to somebody else.
+            // SAFETY: The VMA is VM_PFNMAP, and the frame belongs to the buffer, which zaps it before the
+            // memory is reused.
             match unsafe { bindings::vmf_insert_pfn(vma, address, pfn as c_ulong) } {
                 ffi::VM_FAULT_NOPAGE => Ok(()),
                 bindings::vm_fault_reason_VM_FAULT_OOM => Err(ENOMEM),

@@ -2,10 +2,10 @@
 
 //! The fences that a revoke waits for.
 //!
-//! Whoever holds a descriptor of a dma-buf can import a fence into it at any time, also after access
-//! was taken away (`DMA_BUF_IOCTL_IMPORT_SYNC_FILE`). If those counted, he could hold up the owner for ever
-//! with a new one every few seconds. Fences say when accesses end that began before; nobody gets access
-//! after the mark, so later fences mean nothing: the list is made at the mark.
+//! A holder of a dma-buf's descriptor can import a fence at any time, also after a revoke
+//! (`DMA_BUF_IOCTL_IMPORT_SYNC_FILE`). If a revoke waited for those, a new fence every few seconds could
+//! delay the owner forever. A fence says when accesses end that began before it; no access begins after the
+//! revoke's mark, so later fences guard nothing. The revoke therefore waits for a snapshot taken at the mark.
 
 use core::{ptr, slice};
 
@@ -13,12 +13,12 @@ use kernel::{bindings, error::to_result, prelude::*, sync::Arc};
 
 use crate::ffi;
 
-/// Fences of a reservation object at some time.
+/// A snapshot of the fences of a reservation object.
 ///
 /// # Invariants
 ///
-/// `first` points to `count` fences, each with a reference that is this object's, in memory that is its
-/// own; or `count` is 0.
+/// Either `count` is 0, or `first` points to an array of `count` fences. This object owns the array and one
+/// reference to each fence.
 pub(crate) struct Fences {
     first: *mut *mut bindings::dma_fence,
     count: usize,
@@ -26,19 +26,19 @@ pub(crate) struct Fences {
 
 // SAFETY: Fences may be used from any thread.
 unsafe impl Send for Fences {}
-// SAFETY: The list does not change, and each fence has a lock of its own.
+// SAFETY: The list does not change, and each fence does its own locking.
 unsafe impl Sync for Fences {}
 
 impl Fences {
-    /// Those that are not signalled yet, of every usage. ENOMEM.
+    /// The unsignalled fences of every usage. ENOMEM.
     ///
     /// # Safety
     ///
     /// `resv` is valid, and its lock is held.
     pub(crate) unsafe fn of(resv: *mut bindings::dma_resv) -> Result<Arc<Self>> {
         let (mut first, mut count) = (ptr::null_mut(), 0);
-        // BOOKKEEP is the usage that includes all others.
-        // SAFETY: By the caller's promise; both places are valid for writes.
+        // The usage BOOKKEEP includes all others.
+        // SAFETY: `resv` is valid and locked, by the caller's promise; both outputs are valid for writes.
         to_result(unsafe {
             bindings::dma_resv_get_fences(
                 resv,
@@ -47,7 +47,8 @@ impl Fences {
                 &mut first,
             )
         })?;
-        // INVARIANT: The call made the list, and took the references. On an error here it is dropped.
+        // INVARIANT: The call allocated the array and took the references. If `Arc::new` fails it drops
+        // `this`.
         let this = Self {
             first,
             count: count as usize,
@@ -58,28 +59,28 @@ impl Fences {
     fn list(&self) -> &[*mut bindings::dma_fence] {
         match self.count {
             0 => &[],
-            // SAFETY: By the type invariant.
+            // SAFETY: By the type invariant there are `count` fences at `first`.
             count => unsafe { slice::from_raw_parts(self.first, count) },
         }
     }
 
-    /// Whether one is not signalled.
+    /// Whether a fence is unsignalled.
     pub(crate) fn pending(&self) -> bool {
         let signalled = |&fence: &*mut bindings::dma_fence| {
-            // SAFETY: By the type invariant there is a reference.
+            // SAFETY: By the type invariant this object has a reference to the fence.
             unsafe { ffi::peerbuf_dma_fence_is_signaled(fence) }
         };
         !self.list().iter().all(signalled)
     }
 
-    /// Waits for the first that is not signalled, at most `jiffies`. No lock is held.
+    /// Waits for the first unsignalled fence, at most `jiffies`. The caller holds no lock.
     pub(crate) fn wait_for_one(&self, jiffies: usize) {
         let pending = |&&fence: &&*mut bindings::dma_fence| {
-            // SAFETY: By the type invariant there is a reference.
+            // SAFETY: By the type invariant this object has a reference to the fence.
             !unsafe { ffi::peerbuf_dma_fence_is_signaled(fence) }
         };
         if let Some(&fence) = self.list().iter().find(pending) {
-            // SAFETY: As above; the caller may sleep.
+            // SAFETY: By the type invariant this object has a reference to the fence; the caller may sleep.
             unsafe { bindings::dma_fence_wait_timeout(fence, false, jiffies as isize) };
         }
     }
@@ -88,10 +89,10 @@ impl Fences {
 impl Drop for Fences {
     fn drop(&mut self) {
         for &fence in self.list() {
-            // SAFETY: The reference is this object's.
+            // SAFETY: This object owns the reference.
             unsafe { ffi::peerbuf_dma_fence_put(fence) };
         }
-        // SAFETY: The memory came from `dma_resv_get_fences`, or is none.
+        // SAFETY: The memory came from `dma_resv_get_fences`, or the pointer is null.
         unsafe { bindings::kfree(self.first.cast()) };
     }
 }

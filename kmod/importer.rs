@@ -1,16 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! `/dev/peerbuf/importer`: attaches any dma-buf on behalf of a PCI device, so that a plan can ask
-//! the kernel what it would give a driver, and tests can play a driver, a bad one too.
+//! `/dev/peerbuf/importer`: the node of the test importer, and the ioctls of its attachments.
 //!
-//! The node is there while the module is loaded. An attachment is a file of its own: whoever has it
-//! may use that attachment and no more, and its closing, by whatever way, lets everything go. What
-//! an attachment does is in `attachment.rs`; here are the ioctls, and the list of attachments for
-//! when a device's driver lets go of the device.
+//! The node exists while the module is loaded. Each attachment is a file of its own: its holder can use that
+//! attachment and nothing else, and closing the file releases everything. `attachment.rs` implements an
+//! attachment; this file has the ioctls and the list of attachments, which the importer needs when a device's
+//! driver is unbound.
 //!
-//! An attachment that outlives its file (`detach_ms`) keeps the module by a reference of its own.
-//! The work that gives the reference back runs on the importer's own queue, and unloading the
-//! module waits for that queue.
+//! An attachment that outlives its file (`detach_ms`) holds a module reference. The work item that drops the
+//! reference runs on the importer's own workqueue, and unloading the module waits for that queue.
 
 use core::ptr;
 
@@ -38,10 +36,10 @@ use crate::{
 static NODE_FOPS: Table<bindings::file_operations> = Table(bindings::file_operations {
     owner: crate::compat::THIS_MODULE.as_ptr(),
     unlocked_ioctl: Some(node_ioctl),
-    // The structs are the same for 32-bit callers.
+    // The structs have the same layout for 32-bit callers.
     compat_ioctl: bindings::compat_ptr_ioctl,
     llseek: Some(bindings::noop_llseek),
-    // SAFETY: Null function pointers are operations that the file does not have.
+    // SAFETY: A null function pointer means that the file lacks the operation.
     ..unsafe { core::mem::zeroed() }
 });
 
@@ -51,32 +49,31 @@ static ATTACHMENT_FOPS: Table<bindings::file_operations> = Table(bindings::file_
     unlocked_ioctl: Some(attachment_ioctl),
     compat_ioctl: bindings::compat_ptr_ioctl,
     llseek: Some(bindings::noop_llseek),
-    // SAFETY: As above.
+    // SAFETY: A null function pointer means that the file lacks the operation.
     ..unsafe { core::mem::zeroed() }
 });
 
 kernel::sync::global_lock! {
-    // SAFETY: Initialised by `Registered::new`, before anybody can attach.
+    // SAFETY: `Registered::new` initialises it before anyone can attach.
     unsafe(uninit) static SHARED: Mutex<Shared> = Shared {
         attachments: KVec::new(),
         queue: ptr::null_mut(),
     };
 }
 
-/// What all attachments share.
+/// Data shared by all attachments.
 struct Shared {
-    /// Those that have not been given up yet. Nothing but looking is done under the lock.
+    /// The attachments that exist. The lock is held only to read or change the list.
     attachments: KVec<Arc<Attachment>>,
-    /// For attachments that outlive their file. Valid while the node is registered, and after that
-    /// until nothing is on it.
+    /// Runs the late detaches. Valid while the node is registered, and after that until the queue is empty.
     queue: *mut bindings::workqueue_struct,
 }
 
-// SAFETY: A work queue may be used from any thread.
+// SAFETY: A workqueue may be used from any thread.
 unsafe impl Send for Shared {}
 
-/// The registered importer. Dropped when the module is unloaded: then no file of it is open, and no
-/// attachment is left, but the work that gave up the last one may still be about to return.
+/// The registered importer. Dropped at module unload, when no file and no attachment is left. The work item
+/// that dropped the last attachment may not have returned yet.
 pub(crate) struct Registered {
     _node: Misc<()>,
     _listening: Listening,
@@ -88,12 +85,13 @@ impl Registered {
     ///
     /// Called once.
     pub(crate) unsafe fn new() -> Result<Self> {
-        // SAFETY: By the caller's promise.
+        // SAFETY: By the caller's promise this is the first and only call.
         unsafe { SHARED.init() };
         let queue = OwnQueue::new(c"peerbuf-importer")?;
         SHARED.lock().queue = queue.raw();
-        // Before exporters whose memory belongs to the same device: they wait for what is let go here.
-        // SAFETY: The function is there while the module is.
+        // Priority 0 runs before exporters whose memory belongs to the same device: those wait for the unmaps
+        // done here.
+        // SAFETY: The function exists as long as the module.
         let listening = unsafe { Listening::begin(device_changes, 0) }?;
         // SAFETY: The node has no parent.
         let node = unsafe { Misc::register(c"importer", ptr::null_mut(), &NODE_FOPS, ()) }?;
@@ -107,22 +105,22 @@ impl Registered {
 
 impl Drop for Registered {
     fn drop(&mut self) {
-        // A static is not dropped, so its memory is given back here.
+        // A static is never dropped, so this frees the list's memory.
         SHARED.lock().attachments = KVec::new();
     }
 }
 
-/// A `notifier_fn_t`: the driver core says that something happens to a device, whose lock it holds.
+/// A `notifier_fn_t` of the PCI bus. The driver core holds the lock of the device that changes.
 unsafe extern "C" fn device_changes(
     _notifier: *mut bindings::notifier_block,
     action: c_ulong,
     dev: *mut c_void,
 ) -> c_int {
     const UNBINDS: c_ulong = bindings::bus_notifier_event_BUS_NOTIFY_UNBIND_DRIVER as c_ulong;
-    // Before the driver's removal begins: everything of the device is in place.
+    // This event comes before the driver's removal begins, when the device is still intact.
     if action == UNBINDS {
-        // None is added meanwhile, since that takes the device's lock. One that is letting go by itself is
-        // waited for: it unmaps for the device.
+        // No attachment is added meanwhile: that takes the device lock. An attachment that is already
+        // detaching is awaited, too, because it unmaps for the device.
         let next = || {
             let shared = SHARED.lock();
             let mut all = shared.attachments.iter();
@@ -178,11 +176,11 @@ fn attach(arg: UserPtr) -> Result {
     };
     let (attachment, ns) = attached(Attachment::new(pdev, dmabuf, manner)?)?;
 
-    // The descriptor is published last: until then every step can be undone.
+    // The descriptor is installed last: every step before that can be undone.
     let fd = Fd::reserve(request.fd_flags)?;
     request.ns = ns;
     request.fd = fd.number();
-    // SAFETY: The operations are static, and expect what is given as private data.
+    // SAFETY: The operations are static, and expect this private data.
     let file = from_err_ptr(unsafe {
         ffi::anon_inode_getfile(
             c"[peerbuf-attachment]".as_char_ptr(),
@@ -191,7 +189,7 @@ fn attach(arg: UserPtr) -> Result {
             bindings::O_RDWR as c_int,
         )
     })?;
-    // The file has taken the attachment over, and its release gives it up.
+    // The file owns the attachment now; its release detaches it.
     let _ = Arc::into_raw(attachment.dismiss());
     if let Err(e) = write_struct(arg, &request) {
         // SAFETY: This is the file's only reference.
@@ -203,10 +201,10 @@ fn attach(arg: UserPtr) -> Result {
     Ok(())
 }
 
-/// Gives an attachment that has no file yet up when it is dropped.
+/// Detaches an attachment that has no file yet, when dropped.
 type Guard = ScopeGuard<Arc<Attachment>, fn(Arc<Attachment>)>;
 
-/// Attaches, if the device has a driver in the kernel that does DMA, and says how long it took.
+/// Attaches, if the device's driver does DMA through the kernel; returns how many nanoseconds that took.
 fn attached(attachment: Arc<Attachment>) -> Result<(Guard, u64)> {
     // SAFETY: The attachment keeps the device.
     let _lock = unsafe { DeviceLock::new(attachment.dev()) }?;
@@ -214,28 +212,28 @@ fn attached(attachment: Arc<Attachment>) -> Result<(Guard, u64)> {
     if !unsafe { can_import(attachment.dev()) } {
         return Err(ffi::errno(bindings::EUNATCH));
     }
-    // In the list first, so that nothing can fail once it is attached.
+    // Added to the list first: nothing may fail once it is attached.
     SHARED
         .lock()
         .attachments
         .push(attachment.clone(), GFP_KERNEL)?;
     let guard: Guard = ScopeGuard::new_with_data(attachment, give_up);
-    // SAFETY: The lock is held. It is in the list, where the end of the driver finds it, and given up by the
-    // guard, or by the file that takes it over.
+    // SAFETY: The device lock is held. The attachment is in the list, where the notifier finds it, and the
+    // guard, or the file that takes over from it, detaches it.
     let ns = unsafe { guard.as_arc_borrow().attach() }?;
     Ok((guard, ns))
 }
 
-/// Whether a device may be an importer: its driver does DMA, and by way of the kernel. Drivers that
-/// manage DMA themselves (`vfio-pci`) change the device's IOMMU domain while they are bound, and a
-/// device that does not master the bus cannot do any DMA.
+/// Whether a device may be an importer: its driver is bound and does DMA through the kernel's DMA API. A
+/// driver that manages DMA itself (`vfio-pci`) changes the device's IOMMU domain while it is bound, and a
+/// device without bus mastering cannot do DMA.
 ///
 /// # Safety
 ///
 /// `dev` is a PCI device whose lock is held.
 unsafe fn can_import(dev: *mut bindings::device) -> bool {
-    // SAFETY: By the caller's promise. `driver` of the device is set before that of the PCI device's
-    // probe ends, and both are there until the removal is over.
+    // SAFETY: `dev` is part of a `struct pci_dev`, by the caller's promise. The driver core sets `dev.driver`
+    // before the PCI probe ends; with the device lock held, both drivers stay until the removal is over.
     unsafe {
         let pdev = kernel::container_of!(dev, bindings::pci_dev, dev);
         let driver = (*pdev).driver;
@@ -246,7 +244,7 @@ unsafe fn can_import(dev: *mut bindings::device) -> bool {
     }
 }
 
-/// Detaches, and takes the attachment out of the list.
+/// Detaches, and removes the attachment from the list.
 fn give_up(attachment: Arc<Attachment>) {
     let _ = attachment.let_go(0);
     let mut shared = SHARED.lock();
@@ -263,7 +261,7 @@ fn give_up(attachment: Arc<Attachment>) {
 
 /// `file_operations.release` of an attachment.
 unsafe extern "C" fn release(_inode: *mut bindings::inode, file: *mut bindings::file) -> c_int {
-    // SAFETY: `attach` has put the reference there; this is its end.
+    // SAFETY: `attach` put the reference there, and release consumes it.
     let attachment: Arc<Attachment> =
         unsafe { Arc::from_raw((*file).private_data.cast_const().cast()) };
     let delay = attachment.detach_ms();
@@ -272,24 +270,25 @@ unsafe extern "C" fn release(_inode: *mut bindings::inode, file: *mut bindings::
         return 0;
     }
     let queue = SHARED.lock().queue;
-    // SAFETY: The file has a reference to the module until this function has returned. The queue is
-    // valid while there is one, and the work item gives up the one taken here.
+    // SAFETY: The file holds a module reference until this function has returned. The queue is valid while
+    // the module has a reference, and the work item drops the reference taken here.
     unsafe {
         bindings::__module_get(crate::compat::THIS_MODULE.as_ptr());
-        // Cannot fail: it is queued here only, and a file is released once.
+        // Cannot fail: only release queues the work, and a file is released once.
         let _ = Queue::from_raw(queue)
             .enqueue_delayed::<Arc<Attachment>, 2>(attachment, msecs_to_jiffies(delay));
     }
     0
 }
 
-/// Some time after the release of an attachment that outlives its file.
+/// The late detach of an attachment that outlives its file.
 impl WorkItem<2> for Attachment {
     type Pointer = Arc<Self>;
 
     fn run(this: Arc<Self>) {
         give_up(this);
-        // SAFETY: Taken by `release`. Unloading the module waits until the queue that runs this is empty.
+        // SAFETY: `release` took the reference. Module unload waits until the queue that runs this work is
+        // empty.
         unsafe { bindings::module_put(crate::compat::THIS_MODULE.as_ptr()) };
     }
 }
@@ -300,7 +299,7 @@ unsafe extern "C" fn attachment_ioctl(
     cmd: c_uint,
     arg: c_ulong,
 ) -> c_long {
-    // SAFETY: `attach` has put a reference there, which lives as long as the file.
+    // SAFETY: `attach` put a reference there, which lives as long as the file.
     let this =
         unsafe { ArcBorrow::<Attachment>::from_raw((*file).private_data.cast_const().cast()) };
     let arg = UserPtr::from_addr(arg as usize);
@@ -361,7 +360,7 @@ fn query(this: &Attachment, arg: UserPtr) -> Result {
         return Err(EINVAL);
     }
     let mut answer = this.query();
-    // The caller's idea of the size, so that it finds its own field as it was.
+    // The caller's own size, so that its field keeps its value.
     answer.size = asked.size;
     write_struct(arg, &answer)
 }

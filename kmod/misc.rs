@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What every node under `/dev/peerbuf` needs: its registration, the structs that its ioctls read
-//! and write, and new descriptor numbers. Part of both modules, as `common.rs`.
+//! Common parts of the nodes under `/dev/peerbuf`: registration, ioctl structs, new file descriptors. Both
+//! modules compile it, as `common.rs`.
 //!
-//! Rust's `MiscDeviceRegistration` wants a `'static` name, so the registration is made here. Who
-//! may use a node is a matter of its permissions: 0600, root, until an administrator says
-//! otherwise.
+//! Rust's `MiscDeviceRegistration` needs a `'static` name, so this module registers its nodes itself. A
+//! node's permissions say who may use it: 0600 and root, until an administrator changes them.
 
 use core::ptr::NonNull;
 
@@ -21,17 +20,16 @@ use kernel::{
 
 use crate::ffi::Table;
 
-/// What a node needs at an address that stays.
+/// The data of a node that must not change its address.
 struct Registration<T> {
     misc: bindings::miscdevice,
     data: T,
-    /// `misc` points to these two.
+    /// `misc` points to both strings.
     _name: CString,
     _path: CString,
 }
 
-/// A registered node, `/dev/peerbuf/NAME`. Dropping it takes the node away; files that were opened
-/// stay.
+/// A registered node, `/dev/peerbuf/NAME`. Dropping it removes the node; open files stay open.
 ///
 /// # Invariants
 ///
@@ -40,11 +38,11 @@ pub(crate) struct Misc<T>(NonNull<Registration<T>>);
 
 // SAFETY: A registration is not tied to a thread.
 unsafe impl<T: Send> Send for Misc<T> {}
-// SAFETY: There is nothing to be done with a shared one.
+// SAFETY: A shared reference allows no operation.
 unsafe impl<T: Sync> Sync for Misc<T> {}
 
 impl<T> Misc<T> {
-    /// Registers the node with its operations, whose `open` finds the data by [`Misc::data`].
+    /// Registers a node. The `open` in `fops` gets the data with [`Misc::data`].
     ///
     /// # Safety
     ///
@@ -75,29 +73,29 @@ impl<T> Misc<T> {
             GFP_KERNEL,
         )?;
         let raw = KBox::into_raw(registration);
-        // SAFETY: The registration stays where it is until it is unregistered, and so do the
-        // strings and the operations that it points to.
+        // SAFETY: The registration, its strings and the operations keep their addresses until they are
+        // unregistered.
         let registered = to_result(unsafe { bindings::misc_register(&raw mut (*raw).misc) });
         if let Err(e) = registered {
-            // SAFETY: It came from `into_raw`, and nobody else has it.
+            // SAFETY: The pointer came from `into_raw`, and no one else uses it.
             drop(unsafe { KBox::from_raw(raw) });
             return Err(e);
         }
-        // INVARIANT: Registered above.
+        // INVARIANT: `misc` was registered above.
         // SAFETY: A box is not null.
         Ok(Self(unsafe { NonNull::new_unchecked(raw) }))
     }
 
-    /// The data of the node that is being opened. (That of the importer has none.)
+    /// The data of the node that is being opened. (peerbuf_probe.ko does not call it.)
     ///
     /// # Safety
     ///
-    /// Called from the `open` of a node that was registered with this `T`, before it writes
-    /// `private_data`. The result is not used when `open` has returned: until then `misc_mtx` is
-    /// held, so that the node is registered.
+    /// Called from the `open` of a node that was registered with this `T`, before `open` writes
+    /// `private_data`. The result is not used after `open` returns: `misc_mtx`, held until then, keeps the
+    /// node registered.
     #[allow(dead_code)]
     pub(crate) unsafe fn data<'a>(file: *mut bindings::file) -> &'a T {
-        // SAFETY: `misc_open` has put the `miscdevice` there, which is part of a `Registration`.
+        // SAFETY: `misc_open` put the `miscdevice` there, which is part of a `Registration<T>`.
         unsafe {
             let misc = (*file).private_data.cast::<bindings::miscdevice>();
             let registration: *mut Registration<T> = container_of!(misc, Registration<T>, misc);
@@ -109,8 +107,8 @@ impl<T> Misc<T> {
 impl<T> Drop for Misc<T> {
     fn drop(&mut self) {
         let raw = self.0.as_ptr();
-        // SAFETY: By the type invariant. When the first call returns, no open is under way and
-        // none can begin, so nobody else uses the registration.
+        // SAFETY: By the type invariant `misc` is registered. When `misc_deregister` returns, no open is in
+        // progress and none can begin, so no one else uses the registration.
         unsafe {
             bindings::misc_deregister(&raw mut (*raw).misc);
             drop(KBox::from_raw(raw));
@@ -118,31 +116,32 @@ impl<T> Drop for Misc<T> {
     }
 }
 
-/// A reserved descriptor number, given back when dropped.
+/// A reserved file descriptor number. Dropping it frees the number.
 pub(crate) struct Fd(u32);
 
 impl Fd {
-    /// Reserves one; of the flags only `O_CLOEXEC` matters.
+    /// Reserves a number. Of the flags only `O_CLOEXEC` counts.
     pub(crate) fn reserve(flags: u32) -> Result<Self> {
-        // SAFETY: Called by a task on its own behalf.
+        // SAFETY: Changes only the current task's descriptor table.
         let fd = unsafe { bindings::get_unused_fd_flags(flags & bindings::O_CLOEXEC) };
         u32::try_from(fd)
             .map(Self)
             .map_err(|_| Error::from_errno(fd))
     }
 
-    /// The number, as it is written to the user before the file is there.
+    /// The number, for the ioctl's answer, which is written before the file is installed.
     pub(crate) fn number(&self) -> i32 {
         self.0 as i32
     }
 
-    /// Publishes a file under the number.
+    /// Installs a file under the number.
     ///
     /// # Safety
     ///
-    /// The file is valid, and takes a reference of the caller's along.
+    /// The file is valid, and the caller gives up one reference to it.
     pub(crate) unsafe fn install(self, file: *mut bindings::file) {
-        // SAFETY: By the caller's promise; the number was reserved, and is not given back any more.
+        // SAFETY: The file is valid, by the caller's promise. The number is reserved, and `forget` keeps it
+        // so.
         unsafe { bindings::fd_install(self.0, file) };
         core::mem::forget(self);
     }
@@ -150,15 +149,15 @@ impl Fd {
 
 impl Drop for Fd {
     fn drop(&mut self) {
-        // SAFETY: Reserved by `reserve` and not installed.
+        // SAFETY: `reserve` reserved the number, and no file was installed.
         unsafe { bindings::put_unused_fd(self.0) };
     }
 }
 
-/// Reads a struct of the interface, whose first field is its size as the caller knows it.
+/// Reads an ioctl struct, whose first field is its size as the caller knows it.
 ///
-/// Errors: EFAULT; EINVAL for a size below the struct's, which so far has only had one; E2BIG for
-/// one above it with bytes that are not zero, or above a page.
+/// Errors: EFAULT; EINVAL if the size is smaller than the struct; E2BIG if it is larger and the additional
+/// bytes are not all zero, or larger than a page.
 pub(crate) fn read_struct<T: FromBytes>(arg: UserPtr) -> Result<T> {
     let size = UserSlice::new(arg, size_of::<u32>())
         .reader()
@@ -179,8 +178,8 @@ pub(crate) fn read_struct<T: FromBytes>(arg: UserPtr) -> Result<T> {
     Ok(value)
 }
 
-/// Reads a struct that will be written back, after `valid` has looked at it. Writing it back as it
-/// was shows that the answer can be delivered, before anything is done that cannot be undone.
+/// Reads a struct that will be written back, checks it with `valid`, and writes it back unchanged. The write
+/// shows that the answer can be delivered, before anything irreversible happens.
 pub(crate) fn begin<T: FromBytes + AsBytes>(
     arg: UserPtr,
     valid: impl FnOnce(&T) -> bool,
@@ -193,23 +192,24 @@ pub(crate) fn begin<T: FromBytes + AsBytes>(
     Ok(request)
 }
 
-/// The answer to what [`begin`] has begun and what is done by now. If the memory went away since, the
-/// answer is missed by nobody but who took it away.
+/// Writes the answer to a request from [`begin`], which has taken effect. An error is ignored: only the
+/// caller itself can have unmapped the memory since.
 pub(crate) fn deliver<T: AsBytes>(arg: UserPtr, answer: &T) {
     let _ = write_struct(arg, answer);
 }
 
-/// Writes a struct of the interface back to where it was read.
+/// Writes an ioctl struct back to the address it was read from.
 pub(crate) fn write_struct<T: AsBytes>(arg: UserPtr, value: &T) -> Result {
     UserSlice::new(arg, size_of::<T>()).writer().write(value)
 }
 
-/// Says of structs of the interface that they are plain bytes.
+/// Marks ioctl structs as plain bytes.
 macro_rules! plain {
     ($($name:ty)*) => {$(
-        // SAFETY: Only integers and arrays of integers, for which every bit pattern is valid.
+        // SAFETY: The struct has only integers and arrays of integers, for which every bit pattern is valid.
         unsafe impl kernel::transmute::FromBytes for $name {}
-        // SAFETY: No padding and no pointers: the crate `peerbuf-uapi` derives `bytemuck::Pod`.
+        // SAFETY: The struct has neither padding nor pointers: the crate `peerbuf-uapi` derives
+        // `bytemuck::Pod`.
         unsafe impl kernel::transmute::AsBytes for $name {}
     )*};
 }

@@ -1,27 +1,28 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Moving a buffer's bytes between its BAR and system memory.
+//! Moves a buffer's bytes between its BAR and system memory.
 //!
-//! The order, all of it under the reservation lock:
+//! Steps of a move, with the reservation lock held:
 //!
-//! 1. whoever must not be moved under is looked for: pins, kernel mappings, importers that need
-//!    system memory;
-//! 2. importers are told (`invalidate_mappings`) and every fence is waited for, so nobody uses his
-//!    mapping any more, though he may keep it: the old backing stays until he gives it back;
-//! 3. processes lose their page table entries; they fault again;
-//! 4. direct I/O that holds pages is waited for. It may need page faults to come so far that it
-//!    can end, and faults need the lock, so it is given up meanwhile, and 2 to 4 done again;
-//! 5. the bytes are copied, the new places take effect, the generation rises.
+//! 1. Check for users under which the buffer cannot move: pins, kernel mappings, importers that need system
+//!    memory.
+//! 2. Invalidate the importers' mappings (`invalidate_mappings`) and wait for every fence. No importer uses
+//!    its old mapping after that; it may keep the mapping, which keeps the old backing allocated until the
+//!    unmap.
+//! 3. Zap the CPU mappings. Later accesses fault.
+//! 4. Wait for direct I/O that holds pages. Such I/O may need page faults to make progress, and faults need
+//!    the lock, so the move releases the lock for the wait, and then repeats steps 2 to 4.
+//! 5. Copy the bytes, switch to the new places, increment the generation.
 //!
-//! While 4 waits the bytes are where they were: whoever maps or faults gets the old place. Faults
-//! are slowed down then, see `exporter.rs`, so that a stream of direct I/O comes to an end. A move
-//! in progress needs no fence: until the lock is given up for good, nobody sees half of it.
+//! During the wait in step 4 the bytes are in the old place, and so are new mappings and faults. Faults are
+//! slowed down then (see `exporter.rs`), so that a stream of direct I/O comes to an end. A move needs no
+//! fence of its own: while it copies it holds the lock, so no one sees half of it.
 //!
-//! Pages of system memory that somebody keeps longer than the move may take are left to him, with the bytes
-//! that they have; see [`Buffer::may_leave_pages`]. He sees none of what comes after.
+//! A user may keep system pages for longer than the move's time limit. The move then leaves those pages, with
+//! the old bytes, to their user, who does not see later changes; see [`Buffer::may_leave_pages`].
 //!
-//! A move to the BAR waits also for mappings of the BAR from before an earlier move: the same
-//! bytes of the BAR would be written under them.
+//! A move to the BAR also waits for mappings of the BAR from before an earlier move, because it would
+//! overwrite the bytes under them.
 
 use core::{ops::Range, ptr};
 
@@ -35,7 +36,7 @@ use crate::{
     wait::Wait,
 };
 
-/// Where bytes can be taken.
+/// The destination of a move.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum To {
     Device,
@@ -43,7 +44,7 @@ pub(crate) enum To {
 }
 
 impl To {
-    /// Whether a piece is elsewhere.
+    /// Whether a move would change the placement of `piece`.
     fn moves(self, piece: &Piece) -> bool {
         match self {
             Self::Device => piece.system.is_some() && piece.home.is_some(),
@@ -52,29 +53,30 @@ impl To {
     }
 }
 
-/// On whose behalf a move is made.
+/// The party for which the buffer moves.
 #[derive(Clone, Copy)]
 pub(crate) enum For {
-    /// The limit is for what the move waits for. How long it copies is his business.
+    /// The buffer's owner. The time limit covers the waits; the copy may take longer.
     Owner,
-    /// Of an importer that attaches: the limit is for all of it.
+    /// An importer that attaches. The time limit covers the copy, too.
     Importer,
 }
 
-/// What a move has done.
+/// The result of a move.
 pub(crate) struct Moved {
     pub(crate) generation: u64,
     /// Bytes.
     pub(crate) copied: u64,
 }
 
-/// Moves a page-aligned `part` of a buffer, not empty and inside it.
+/// Moves `part` of a buffer: page-aligned, not empty, inside the buffer.
 ///
 /// Errors: those of `abi::Move`. On an error nothing has moved.
 ///
 /// # Safety
 ///
-/// `dmabuf` is one of ours and the caller keeps it. May sleep; the reservation lock is not held.
+/// `dmabuf` was made by this module and the caller keeps it. May sleep; the caller does not hold the
+/// reservation lock.
 pub(crate) unsafe fn move_part(
     dmabuf: *mut bindings::dma_buf,
     part: Range<u64>,
@@ -83,11 +85,11 @@ pub(crate) unsafe fn move_part(
     for_whom: For,
 ) -> Result<Moved> {
     let wait = Wait::begin(limit_ms);
-    // SAFETY: By the caller's promise.
+    // SAFETY: The caller keeps the dma-buf and does not hold its lock.
     let mut buffer = unsafe { Locked::lock(dmabuf) };
-    // One move at a time: another one's gap, see 4 above.
+    // One move at a time: another move may be in its step 4, without the lock.
     while buffer.moving {
-        // SAFETY: As above.
+        // SAFETY: `buffer` is locked for `dmabuf`, which the caller keeps.
         buffer = unsafe { relock(buffer, dmabuf, &wait)? };
     }
     if !check(&buffer, &part, to)? {
@@ -97,7 +99,7 @@ pub(crate) unsafe fn move_part(
         });
     }
     buffer.moving = true;
-    // SAFETY: As above.
+    // SAFETY: `buffer` is locked for `dmabuf`, which the caller keeps.
     let (mut buffer, result) = unsafe { prepare(buffer, dmabuf, &part, to, &wait) };
     let patience = Patience {
         end: matches!(for_whom, For::Importer).then_some(&wait),
@@ -110,8 +112,8 @@ pub(crate) unsafe fn move_part(
     result
 }
 
-/// Moves the whole of a buffer to system memory under the lock that a caller holds, who cannot give it up:
-/// so direct I/O that needs a page fault to end is not waited for.
+/// Moves the whole buffer to system memory with the caller's lock held throughout. So direct I/O that needs a
+/// page fault to end fails the move (EBUSY).
 ///
 /// Errors: as [`move_part`].
 pub(crate) fn to_system(buffer: &mut Held<'_>, limit_ms: u32) -> Result {
@@ -133,7 +135,7 @@ pub(crate) fn to_system(buffer: &mut Held<'_>, limit_ms: u32) -> Result {
         if ffi::signal_pending() {
             return Err(EINTR);
         }
-        // SAFETY: Nothing is held here that forbids sleeping.
+        // SAFETY: The callers hold only locks that allow sleeping.
         unsafe { bindings::msleep(1) };
     }
     let patience = Patience { end: Some(&wait) };
@@ -143,7 +145,7 @@ pub(crate) fn to_system(buffer: &mut Held<'_>, limit_ms: u32) -> Result {
     moved.map(drop)
 }
 
-/// Whether there is anything to move. The errors are those that waiting does not help against.
+/// Whether there is anything to move. Its errors are those that no wait removes.
 fn check(state: &Held<'_>, part: &Range<u64>, to: To) -> Result<bool> {
     if state.buffer().revoked() {
         return Err(ENODEV);
@@ -168,9 +170,9 @@ fn check(state: &Held<'_>, part: &Range<u64>, to: To) -> Result<bool> {
     Ok(true)
 }
 
-/// Gives the lock up until something has changed, for a moment at most, and takes it again.
+/// Releases the lock until the next change, for a moment at most, and takes it again.
 ///
-/// Errors: EBUSY when the time is over, EINTR on a signal.
+/// Errors: EBUSY after the time limit, EINTR on a signal.
 ///
 /// # Safety
 ///
@@ -189,14 +191,14 @@ unsafe fn relock<'a>(
     if ffi::signal_pending() {
         return Err(EINTR);
     }
-    // Direct I/O ends without telling anybody here, so a short time.
+    // The end of direct I/O causes no wake-up, so wait only 1 ms.
     object.wait_changed(1);
-    // SAFETY: By the caller's promise; the lock was given up above.
+    // SAFETY: The caller keeps the dma-buf, and the lock was released above.
     Ok(unsafe { Locked::lock(dmabuf) })
 }
 
-/// Steps 2 to 4 of the module's comment: after it nobody uses the part. The lock is held before
-/// and after, whatever the result, but not all the time.
+/// Steps 2 to 4 of the module's comment. On success no one uses the part. The lock is held on entry and on
+/// return, also on an error, but not throughout.
 ///
 /// # Safety
 ///
@@ -210,7 +212,7 @@ unsafe fn prepare<'a>(
 ) -> (Locked<'a>, Result) {
     let mut told_at = None;
     loop {
-        // Those who mapped since the last time have not been told.
+        // Mappings made since the last invalidation have not been invalidated.
         if told_at != Some(buffer.counters.maps) {
             told_at = Some(buffer.counters.maps);
             buffer.invalidate();
@@ -230,23 +232,23 @@ unsafe fn prepare<'a>(
         if !stale && wait.left_ms() == 0 && object.may_leave_pages(&buffer, part, wait) {
             return (buffer, Ok(()));
         }
-        // SAFETY: By the caller's promise.
+        // SAFETY: `buffer` is locked for `dmabuf`, which the caller keeps.
         buffer = match unsafe { relock(buffer, dmabuf, wait) } {
             Ok(buffer) => buffer,
-            // SAFETY: As above; `relock` has given the lock up.
+            // SAFETY: The caller keeps the dma-buf; `relock` has released the lock.
             Err(e) => return (unsafe { Locked::lock(dmabuf) }, Err(e)),
         };
         match check(&buffer, part, to) {
             Ok(true) => {}
-            // Only this move could have changed the places.
+            // Cannot happen: no other move changes the placement meanwhile.
             Ok(false) => return (buffer, Ok(())),
             Err(e) => return (buffer, Err(e)),
         }
     }
 }
 
-/// `part`, and what is in one block of system memory with it: page table entries of the rest would
-/// look like uses of the part.
+/// `part`, extended to whole blocks of system memory: a page table entry elsewhere in a block would count as
+/// a use of the part.
 fn whole_blocks(buffer: &Held<'_>, part: &Range<u64>) -> Range<u64> {
     let mut whole = part.clone();
     for (start, piece) in buffer.pieces.placed() {
@@ -265,7 +267,7 @@ fn whole_blocks(buffer: &Held<'_>, part: &Range<u64>) -> Range<u64> {
     whole
 }
 
-/// Step 5: nobody uses the part, and the lock is held throughout.
+/// Step 5. No one uses the part, and the lock is held throughout.
 fn commit(
     buffer: &mut Held<'_>,
     part: &Range<u64>,
@@ -273,8 +275,8 @@ fn commit(
     patience: Patience<'_>,
 ) -> Result<Moved> {
     let (object, state) = buffer.parts();
-    // All that can fail comes before anything changes. The list of pieces is made anew, so that
-    // an error leaves the old one.
+    // Everything that can fail comes before the first change. The move builds a new list of pieces, so an
+    // error leaves the old one in place.
     let mut pieces = state.pieces.cut(part)?;
     let mut copied = 0;
     let mut start = 0;
@@ -310,9 +312,8 @@ fn commit(
     })
 }
 
-/// Gives a buffer other pages for those of its system memory that somebody uses: he keeps them, with the
-/// bytes that they have. Nobody has access by the buffer, and the lock is held. Errors: ENOMEM, EINTR where
-/// the task is being killed.
+/// Replaces the system pages that are in use by copies. Their users keep the old pages, with the old bytes.
+/// The buffer is revoked, and the lock is held. Errors: ENOMEM; EINTR if the task is being killed.
 pub(crate) fn leave_pages(buffer: &mut Held<'_>) -> Result {
     for i in 0..buffer.pieces.len() {
         let state: &mut State = buffer;
@@ -322,7 +323,7 @@ pub(crate) fn leave_pages(buffer: &mut Held<'_>) -> Result {
         }
         let pages = System::alloc(piece.len, Contents::Old)?;
         for (&from, &to) in piece.system_pages().iter().zip(pages.pages()) {
-            // SAFETY: Both are pages, mapped in the kernel, and different.
+            // SAFETY: Both are pages in the kernel's linear mapping, and they differ.
             unsafe {
                 let (from, to) = (system::address(from), system::address(to));
                 ptr::copy_nonoverlapping(from.cast::<u8>(), to.cast::<u8>(), PAGE_SIZE);
@@ -334,20 +335,20 @@ pub(crate) fn leave_pages(buffer: &mut Held<'_>) -> Result {
     Ok(())
 }
 
-/// The most bytes that are copied without letting others run.
+/// Bytes copied between two calls of `cond_resched`.
 const STEP: usize = 1 << 20;
 
-/// What may end copying before its end. The lock is held for all of it.
+/// Conditions that abort a copy. The lock is held during the whole copy.
 #[derive(Clone, Copy)]
 struct Patience<'a> {
-    /// When it is to end by itself, if ever: a process that only attaches must not keep the others from the
-    /// buffer for as long as it likes.
+    /// The time limit, if there is one. A process that only attaches must not block the buffer's other users
+    /// for an arbitrary time.
     end: Option<&'a Wait>,
 }
 
 impl Patience<'_> {
-    /// EINTR where the task is being killed, ENODEV where the device was pulled out, EBUSY when the time is
-    /// over.
+    /// Errors: EINTR if the task is being killed, ENODEV if the device was pulled out, EBUSY after the time
+    /// limit.
     fn check(self, object: &Buffer) -> Result {
         if ffi::fatal_signal_pending() {
             return Err(EINTR);
@@ -356,7 +357,7 @@ impl Patience<'_> {
             return Err(EBUSY);
         }
         // A device that was pulled out answers reads with ones and drops writes, without an error.
-        // SAFETY: The device structure is kept by ours.
+        // SAFETY: Our `Device` keeps the PCI device.
         if !unsafe { bindings::pci_device_is_present(common::raw(object.device.pci())) } {
             return Err(ENODEV);
         }
@@ -364,8 +365,8 @@ impl Patience<'_> {
     }
 }
 
-/// Calls `copy(address in the BAR's kernel mapping, address in system memory, bytes)` for the
-/// whole of a piece whose place is `home`.
+/// Calls `copy(address in the BAR's kernel mapping, address in system memory, bytes)` for each contiguous run
+/// of a piece whose offset in the BAR is `home`.
 fn each_run(
     object: &Buffer,
     home: u64,
@@ -378,8 +379,8 @@ fn each_run(
     while at < pages.len() {
         patience.check(object)?;
         let address = system::address(pages[at]);
-        // As many pages as follow each other. The structures of neighbours are neighbours, too,
-        // on every kernel with P2PDMA (SPARSEMEM_VMEMMAP).
+        // Counts consecutive pages. Consecutive pages have consecutive page structures on every kernel with
+        // P2PDMA (SPARSEMEM_VMEMMAP).
         let follows =
             |(i, &page): &(usize, &*mut bindings::page)| page == pages[at].wrapping_add(*i);
         let run = pages[at..]
@@ -391,7 +392,7 @@ fn each_run(
         let io = bar.kernel_address(home + (at * PAGE_SIZE) as u64)?;
         copy(io, address, run * PAGE_SIZE);
         at += run;
-        // SAFETY: Nothing is held here that forbids sleeping.
+        // SAFETY: The callers hold only locks that allow sleeping.
         unsafe { ffi::peerbuf_cond_resched() };
     }
     Ok(())
@@ -400,8 +401,8 @@ fn each_run(
 fn copy_out(object: &Buffer, piece: &Piece, to: &Arc<System>, patience: Patience<'_>) -> Result {
     let home = piece.home.ok_or(EINVAL)?;
     each_run(object, home, to.pages(), patience, |io, memory, len| {
-        // SAFETY: Both are `len` bytes long, the lock is held and the buffer not revoked, so the
-        // device is bound and the mapping of its BAR valid.
+        // SAFETY: Both ranges are `len` bytes long. The lock is held and the buffer is not revoked, so the
+        // device is bound and the mapping of its BAR is valid.
         unsafe { bindings::memcpy_fromio(memory, io, len) };
     })
 }
@@ -414,11 +415,12 @@ fn copy_in(object: &Buffer, piece: &Piece, patience: Patience<'_>) -> Result {
         piece.system_pages(),
         patience,
         |io, memory, len| {
-            // SAFETY: As in `copy_out`.
+            // SAFETY: Both ranges are `len` bytes long. The lock is held and the buffer is not revoked, so
+            // the device is bound and the mapping of its BAR is valid.
             unsafe { bindings::memcpy_toio(io, memory, len) };
         },
     )?;
-    // The writes are posted: a peer may come by another way.
+    // The writes are posted, and a peer's reads may take another path.
     object.bar().flush(home);
     Ok(())
 }

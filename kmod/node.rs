@@ -2,9 +2,9 @@
 
 //! `/dev/peerbuf/<BDF>`: the node of one device, and its ioctls.
 //!
-//! A descriptor that was opened read-only asks, watches, and exports read-only dma-bufs; to write
-//! to the memory or to move, revoke and restore buffers takes one opened for writing. Who has a
-//! buffer's descriptor but no node can use the buffer, and nothing else.
+//! A node opened read-only allows queries, watches and exports of read-only dma-bufs. Exports of writable
+//! dma-bufs, move, revoke and restore need a node opened for writing. A holder of only a buffer's file
+//! descriptor can use the buffer, but none of these ioctls.
 
 use kernel::{
     bindings,
@@ -36,11 +36,11 @@ static FOPS: Table<bindings::file_operations> = Table(bindings::file_operations 
     open: Some(open),
     release: Some(release),
     unlocked_ioctl: Some(ioctl),
-    // The structs are the same for 32-bit callers.
+    // The structs have the same layout for 32-bit callers.
     compat_ioctl: bindings::compat_ptr_ioctl,
     llseek: Some(bindings::noop_llseek),
     show_fdinfo: Some(show_fdinfo),
-    // SAFETY: Null function pointers are operations that the node does not have.
+    // SAFETY: A null function pointer means that the node lacks the operation.
     ..unsafe { core::mem::zeroed() }
 });
 
@@ -49,8 +49,8 @@ pub(crate) type Node = Misc<Arc<Device>>;
 
 /// Registers the node of `device`.
 pub(crate) fn register(device: &Arc<Device>) -> Result<Node> {
-    // SAFETY: It is the address of a field of a valid `struct pci_dev`, and the node goes when the
-    // device is unbound.
+    // SAFETY: `parent` is the address of a field of a valid `struct pci_dev`, and the node is dropped when
+    // the device is unbound.
     unsafe {
         let parent = &raw mut (*common::raw(device.pci())).dev;
         Misc::register(device.name(), parent, &FOPS, device.clone())
@@ -69,7 +69,7 @@ unsafe extern "C" fn open(_inode: *mut bindings::inode, file: *mut bindings::fil
 
 /// `file_operations.release`.
 unsafe extern "C" fn release(_inode: *mut bindings::inode, file: *mut bindings::file) -> c_int {
-    // SAFETY: `open` has put the reference there; this is its end.
+    // SAFETY: `open` put the reference there, and release consumes it.
     let device = unsafe { Arc::from_raw((*file).private_data.cast_const().cast::<Device>()) };
     device.each_export(|buffer| buffer.watchers.remove_all(file));
     0
@@ -77,21 +77,22 @@ unsafe extern "C" fn release(_inode: *mut bindings::inode, file: *mut bindings::
 
 /// `file_operations.show_fdinfo`: the exports of the device, as text.
 unsafe extern "C" fn show_fdinfo(to: *mut bindings::seq_file, file: *mut bindings::file) {
-    // SAFETY: As in `ioctl`; `to` is valid and this task's own.
+    // SAFETY: `open` put a reference there, which lives as long as the file; `to` is valid and used by this
+    // task only.
     let (device, to) = unsafe {
         let device = (*file).private_data.cast_const().cast::<Device>();
         (ArcBorrow::from_raw(device), SeqFile::from_raw(to))
     };
     device.each_export(|buffer| {
-        // The file takes whatever is written.
+        // Cannot fail: a seq_file handles overflow by itself.
         let _ = watch::print(buffer, &mut watch::Text(to));
     });
 }
 
-/// A file for a device that has no node: a provider. ENOMEM, ENFILE.
+/// A file for a provider, which has no node. ENOMEM, ENFILE.
 pub(crate) fn open_unnamed(device: Arc<Device>, flags: u32) -> Result<*mut bindings::file> {
     let device = Arc::into_raw(device);
-    // SAFETY: The operations are static, and expect what is given as private data.
+    // SAFETY: The operations are static, and expect this private data.
     let file = from_err_ptr(unsafe {
         ffi::anon_inode_getfile(
             c"[peerbuf-provider]".as_char_ptr(),
@@ -101,13 +102,13 @@ pub(crate) fn open_unnamed(device: Arc<Device>, flags: u32) -> Result<*mut bindi
         )
     });
     if file.is_err() {
-        // SAFETY: No file has taken the reference over.
+        // SAFETY: The failed call did not take the reference over.
         drop(unsafe { Arc::from_raw(device) });
     }
     file
 }
 
-/// An open node, as its ioctls see it.
+/// An open node, during an ioctl.
 struct Open<'a> {
     file: *mut bindings::file,
     device: ArcBorrow<'a, Device>,
@@ -115,7 +116,7 @@ struct Open<'a> {
 
 /// `file_operations.unlocked_ioctl`.
 unsafe extern "C" fn ioctl(file: *mut bindings::file, cmd: c_uint, arg: c_ulong) -> c_long {
-    // SAFETY: `open` has put a reference there, which lives as long as the file.
+    // SAFETY: `open` put a reference there, which lives as long as the file.
     let device = unsafe { ArcBorrow::from_raw((*file).private_data.cast_const().cast::<Device>()) };
     let node = Open { file, device };
     let arg = UserPtr::from_addr(arg as usize);
@@ -144,7 +145,7 @@ impl Open<'_> {
             return Err(EINVAL);
         }
         let mut answer = self.device.query()?;
-        // The caller's idea of the size, so that it finds its own field as it was.
+        // The caller's own size, so that its field keeps its value.
         answer.size = asked.size;
         write_struct(arg, &answer)
     }
@@ -162,7 +163,7 @@ impl Open<'_> {
             offset: 0,
         }];
 
-        // The descriptor is published last: until then every step can be undone.
+        // The descriptor is installed last: every step before that can be undone.
         let fd = Fd::reserve(request.fd_flags)?;
         let bar = request.bar;
         let dmabuf = self
@@ -238,7 +239,8 @@ impl Open<'_> {
             return Err(EINVAL);
         }
         let part = request.offset..end;
-        // SAFETY: The dma-buf is one of ours and kept, and the part is as it should be.
+        // SAFETY: The dma-buf was exported by this module and is kept; the part is page-aligned, not empty
+        // and inside it.
         let moved =
             unsafe { moves::move_part(dmabuf.raw(), part, to, request.timeout_ms, For::Owner)? };
         request.generation = moved.generation;
@@ -258,7 +260,7 @@ impl Open<'_> {
         self.check_writable()?;
         let dmabuf = self.get(request.fd)?;
         let limit = request.timeout_ms;
-        // SAFETY: The dma-buf is one of ours and kept.
+        // SAFETY: The dma-buf was exported by this module and is kept.
         let left = unsafe { revoke::revoke(dmabuf.raw(), revoked::BY_OWNER, Scope::Buffer, limit) };
         request.generation = left.generation;
         request.holders = left.holders as u32;
@@ -290,7 +292,8 @@ impl Open<'_> {
             return locked.watchers.remove(request.eventfd, self.file);
         }
         if locked.buffer().gone() {
-            // Nothing happens to it any more, and the node's end would not find it.
+            // A buffer that is gone has no more events, and is in no list, so closing the node would not find
+            // the watcher.
             return Err(ENODEV);
         }
         locked.watchers.add(request.eventfd, self.file)
@@ -321,20 +324,19 @@ impl Open<'_> {
     }
 
     fn check_writable(&self) -> Result {
-        // SAFETY: The file is the one that the ioctl came by.
+        // SAFETY: The ioctl holds the file open.
         unsafe { check_writable(self.file) }
     }
 
     fn check_fd_flags(&self, flags: u32) -> Result {
-        // SAFETY: As above.
+        // SAFETY: The ioctl holds the file open.
         unsafe { check_fd_flags(self.file, flags) }
     }
 
-    /// The dma-buf behind a descriptor. EBADF; EINVAL where it is no dma-buf, or none that this
-    /// device has exported.
+    /// The dma-buf behind a descriptor. EBADF; EINVAL if the descriptor is not a dma-buf of this device.
     fn get(&self, fd: i32) -> Result<Got> {
         let got = DmaBuf::get(fd)?;
-        // SAFETY: The reference keeps it. The buffer is looked at only if it is one of ours.
+        // SAFETY: The reference keeps the dma-buf. Its buffer is read only if this module made it.
         let ours = unsafe {
             exporter::is_ours(got.raw())
                 && core::ptr::eq(&*exporter::buffer(got.raw()).device, &*self.device)
@@ -350,27 +352,28 @@ impl Open<'_> {
 ///
 /// # Safety
 ///
-/// It is an open file.
+/// `file` is an open file.
 unsafe fn check_writable(file: *mut bindings::file) -> Result {
-    // SAFETY: By the caller's promise.
+    // SAFETY: The file is open, by the caller's promise.
     match unsafe { (*file).f_mode } & FMODE_WRITE {
         0 => Err(EACCES),
         _ => Ok(()),
     }
 }
 
-/// How a new descriptor is opened: EINVAL, or EACCES for writing where `file` was opened read-only.
+/// Checks the flags for a new descriptor: EINVAL if unknown, EACCES for O_RDWR if `file` was opened
+/// read-only.
 ///
 /// # Safety
 ///
-/// It is an open file.
+/// `file` is an open file.
 pub(crate) unsafe fn check_fd_flags(file: *mut bindings::file, flags: u32) -> Result {
     if flags & !(bindings::O_ACCMODE | bindings::O_CLOEXEC) != 0 {
         return Err(EINVAL);
     }
     match flags & bindings::O_ACCMODE {
         bindings::O_RDONLY => Ok(()),
-        // SAFETY: By the caller's promise.
+        // SAFETY: The file is open, by the caller's promise.
         bindings::O_RDWR => unsafe { check_writable(file) },
         _ => Err(EINVAL),
     }
@@ -388,19 +391,20 @@ impl Got {
     }
 
     fn len(&self) -> u64 {
-        // SAFETY: The reference keeps it.
+        // SAFETY: The reference keeps the dma-buf.
         unsafe { (*self.raw()).size as u64 }
     }
 
     fn lock(&self) -> Locked<'_> {
-        // SAFETY: The reference keeps it, and an ioctl begins with no lock held.
+        // SAFETY: The reference keeps the dma-buf, and an ioctl starts with no lock held.
         unsafe { Locked::lock(self.raw()) }
     }
 }
 
-/// Makes a new dma-buf a descriptor.
+/// Installs a new dma-buf's file under a descriptor.
 fn publish(dmabuf: DmaBuf, fd: Fd) {
-    // SAFETY: The file takes the reference over, which is all that a dma-buf consists of.
+    // SAFETY: The dma-buf is valid. `fd_install` takes over its one reference, the file's, which `forget`
+    // leaves alone.
     unsafe { fd.install((*dmabuf.raw()).file) };
     core::mem::forget(dmabuf);
 }
@@ -430,7 +434,7 @@ fn part(range: &abi::Range) -> Result<Part> {
     })
 }
 
-/// Writes an array of the interface.
+/// Writes an array to userspace.
 fn write_list<T: AsBytes>(to: UserPtr, list: &[T]) -> Result {
     let mut writer = UserSlice::new(to, core::mem::size_of_val(list)).writer();
     for entry in list {

@@ -1,20 +1,19 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! To which devices the kernel has found a route from a provider.
+//! A cache of the devices that have a peer-to-peer route to a provider.
 //!
-//! The question (`pci_p2pdma_distance_many`) walks the bridges and reads their configuration: four
-//! times what the rest of an attach costs. So where the answer was yes, the device is remembered, by
-//! its address. What could make that wrong:
+//! The query (`pci_p2pdma_distance_many`) walks the bridges and reads their configuration space, which takes
+//! four times as long as the rest of an attach. So a device with a route is cached, by its address. Three
+//! events could make an entry wrong:
 //!
-//! - the address gets another device: then the old one was removed first, which the driver core
-//!   says, and all is forgotten. Who attaches keeps his device until after that, so none that is
-//!   gone is ever remembered anew;
-//! - a bridge on the way is replaced: everything below it is removed first;
-//! - somebody changes the bridges' redirection (ACS) with `setpci`. The kernel keeps its own verdict
-//!   as well, by which it maps (`p2pdma->map_types`), and it would not notice either. Binding the
-//!   importer's driver anew makes both ask again.
+//! - Another device gets the same address. The old device was removed before that; the driver core announces
+//!   the removal, which clears the cache. An importer keeps its device until after that, so no removed device
+//!   enters the cache again.
+//! - A bridge on the route is replaced. Everything below the bridge is removed before that.
+//! - A process changes the bridges' redirection (ACS) with `setpci`. The kernel would not notice either: it
+//!   maps by a cache of its own (`p2pdma->map_types`). Rebinding the importer's driver makes both ask again.
 //!
-//! A no is not remembered: nobody waits for refusals.
+//! The absence of a route is not cached: refusals need not be fast.
 
 use core::ptr;
 
@@ -25,9 +24,9 @@ use kernel::{
 
 use crate::common;
 
-/// The devices that one provider reaches.
+/// The importer devices that one provider is known to reach.
 pub(crate) struct Peers {
-    /// Where the next one goes.
+    /// The index for the next entry.
     next: Atomic<i32>,
     known: [Atomic<*mut bindings::device>; 8],
 }
@@ -40,32 +39,33 @@ impl Peers {
         }
     }
 
-    /// Forgets them all: some PCI device has lost its driver, or was removed.
+    /// Clears the cache: a PCI device has lost its driver, or was removed.
     pub(crate) fn forget(&self) {
         for known in &self.known {
             known.store(ptr::null_mut(), Relaxed);
         }
     }
 
-    /// Whether `importer` is remembered.
+    /// Whether `importer` is in the cache.
     pub(crate) fn know(&self, importer: *mut bindings::device) -> bool {
         self.known
             .iter()
             .any(|known| known.load(Relaxed) == importer)
     }
 
-    /// Whether the kernel sees a route for DMA of `importer` to `provider`, whose peers these are.
+    /// Asks the kernel whether DMA of `importer` has a route to `provider`, the owner of this cache.
     ///
     /// # Safety
     ///
-    /// The caller keeps `importer`, until after its driver is gone.
+    /// The caller keeps `importer` until after its driver is unbound.
     pub(crate) unsafe fn reach(
         &self,
         mut importer: *mut bindings::device,
         provider: &pci::Device,
     ) -> bool {
-        // A device of another bus is asked about as the PCI device above it, and gets no mapping.
-        // SAFETY: By the caller's promise.
+        // The query replaces a device of another bus by the PCI device above it, but such a device gets no
+        // mapping.
+        // SAFETY: The caller keeps the importer's device.
         if !ptr::eq(
             unsafe { (*importer).bus },
             &raw const bindings::pci_bus_type,

@@ -1,33 +1,32 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! `/dev/peerbuf/provider`: memory that another driver lends to peers, such as the controller memory
+//! `/dev/peerbuf/provider`: exports P2PDMA memory that another driver owns, such as the controller memory
 //! buffer of an NVMe disk.
 //!
-//! The owner has put it in the P2PDMA core's pool and published that (`pci_p2pmem_publish`); anybody
-//! in the kernel may take from it. Opening the node takes a right, by its permissions; its one ioctl
-//! opens a provider, and what it gives is a descriptor like those of the nodes of bound devices, for
-//! that one provider. The exports are the same buffers, too: only their places come from the pool
-//! (`pool.rs`) instead of a BAR's regions.
+//! The owner has added the memory to a pool of the P2PDMA core and published it (`pci_p2pmem_publish`), so
+//! any kernel code may allocate from it. The node's permissions say who may. Its one ioctl opens a provider
+//! and returns a descriptor with the ioctls of a bound device's node. The exports are the same buffers,
+//! except that their places come from the pool (`pool.rs`) instead of a BAR's regions.
 //!
 //! # Lifetimes
 //!
-//! - The pool, its pages and the `p2pdma_provider` are there while the owner's driver is bound.
-//!   [`open_device`] looks whether it is under the device's lock, so no unbinding is under way.
-//!   From then on the driver core tells of an unbinding before it begins (`BUS_NOTIFY_UNBIND_DRIVER`,
-//!   with the device's lock held), and [`unbinds`] does what removal does for devices of our own:
-//!   nothing new is exported, every buffer is revoked, no importer has a mapping when it returns.
-//!   But for importers that do not let go within two seconds: the rest is done by a work item, and meanwhile
-//!   the owner's removal waits for the chunks that they use (`memunmap_pages`).
-//!   Whatever uses the pool holds the lock of `Device::state`, after a look that the device is
-//!   there; or the reservation lock, after a look that the buffer is not gone.
-//! - Each page of a chunk has a count of its own and a reference to the pool, as those that
-//!   `p2pmem_alloc_mmap` gives to processes: it goes back by itself when the last user lets go.
-//!   Direct I/O may keep some when the chunk is given up. The owner's removal waits for them
-//!   (`memunmap_pages`), after the owner's driver has ended the I/O of its own disk.
-//! - A dying descriptor's buffer gives its chunk up in its release, which nothing here holds up, and
-//!   the owner's removal waits for that in the same way.
+//! - The pool, its pages and the `p2pdma_provider` exist while the owner's driver is bound. [`open_device`]
+//!   checks that with the device lock held, so no unbind is in progress. Every later unbind is announced by
+//!   the driver core before it begins (`BUS_NOTIFY_UNBIND_DRIVER`, with the device lock held). [`unbinds`]
+//!   then does what removal does for a bound device: it refuses new exports, revokes every buffer and waits
+//!   for the importers to unmap. The notifier waits two seconds at most; after that a work item goes on, and
+//!   the owner's removal waits for the importers' chunks (`memunmap_pages`).
+//! - Code that uses the pool either holds the lock of `Device::state` and has checked that the device is
+//!   live, or holds the reservation lock and has checked that the buffer is not gone.
+//! - Each page of a chunk has a reference count of its own and a reference to the pool, like the pages that
+//!   `p2pmem_alloc_mmap` maps into processes: it returns to the pool when its last user is done. Direct I/O
+//!   may keep pages after the chunk was dropped. The owner's removal waits for them (`memunmap_pages`), after
+//!   the owner's driver has ended the I/O of its own disk.
+//! - A buffer whose file is dying drops its chunk in its release, which waits for nothing here. The owner's
+//!   removal waits for that chunk in the same way.
 //!
-//! Nobody tells the pool's users of a reset of the owner's device; that is between it and its memory.
+//! The kernel does not tell a pool's users of a reset of the owner's device; the effect on the memory is the
+//! owner's affair.
 
 use core::ptr;
 
@@ -58,34 +57,35 @@ use crate::{
 static FOPS: Table<bindings::file_operations> = Table(bindings::file_operations {
     owner: crate::compat::THIS_MODULE.as_ptr(),
     unlocked_ioctl: Some(ioctl),
-    // The structs are the same for 32-bit callers.
+    // The structs have the same layout for 32-bit callers.
     compat_ioctl: bindings::compat_ptr_ioctl,
     llseek: Some(bindings::noop_llseek),
-    // SAFETY: Null function pointers are operations that the node does not have.
+    // SAFETY: A null function pointer means that the node lacks the operation.
     ..unsafe { core::mem::zeroed() }
 });
 
-/// The registered node, and what is heard of PCI devices. Dropped when the module is unloaded: no
-/// descriptor of a provider is left then, and no buffer.
+/// The registered node, the bus notifier and the workqueue. Dropped at module unload, when no file of a
+/// provider and no buffer is left.
 pub(crate) struct Providers {
     _node: Misc<()>,
     _listening: Listening,
     _queue: OwnQueue,
 }
 
-/// For what takes longer than the bus notifier may. Valid while [`Providers`] is.
+/// Runs work that takes longer than the bus notifier may. Valid while [`Providers`] exists.
 static QUEUE: Atomic<*mut bindings::workqueue_struct> = Atomic::new(ptr::null_mut());
 
-/// How long the bus notifier waits for importers: every bind and unbind of the machine waits behind it as
-/// soon as somebody registers another notifier.
+/// How long the bus notifier waits for importers. Notifiers hold the notifier chain's lock for reading, so as
+/// soon as another task registers a notifier, every bind and unbind of the machine waits.
 const NOTIFIER_LIMIT_MS: u32 = 2_000;
 
 impl Providers {
     pub(crate) fn register() -> Result<Self> {
         let queue = OwnQueue::new(c"peerbuf-provider")?;
         QUEUE.store(queue.raw(), Relaxed);
-        // After those importers that hear of a driver's end in the same way: a provider waits for them.
-        // SAFETY: The function is there while the module is.
+        // Low priority: importers that hear of an unbind by a notifier unmap first, and a provider waits for
+        // them.
+        // SAFETY: The function exists as long as the module.
         let listening = unsafe { Listening::begin(device_changes, -1) }?;
         // SAFETY: The node has no parent.
         let node = unsafe { Misc::register(c"provider", ptr::null_mut(), &FOPS, ()) }?;
@@ -99,7 +99,7 @@ impl Providers {
 
 impl Drop for Providers {
     fn drop(&mut self) {
-        // Those whose driver was never unbound.
+        // Removes the providers whose driver was never unbound.
         while let Some(provider) = devices::find_provider() {
             devices::remove(&provider);
         }
@@ -110,7 +110,7 @@ impl Drop for Providers {
 unsafe extern "C" fn ioctl(file: *mut bindings::file, cmd: c_uint, arg: c_ulong) -> c_long {
     let arg = UserPtr::from_addr(arg as usize);
     let answer = match cmd {
-        // SAFETY: The file is the one that the ioctl came by.
+        // SAFETY: The ioctl holds the file open.
         abi::IOC_PROVIDER_OPEN => unsafe { open_provider(file, arg) },
         _ => Err(ENOTTY),
     };
@@ -128,11 +128,11 @@ unsafe fn open_provider(file: *mut bindings::file, arg: UserPtr) -> Result {
     if request.flags != 0 || request.fd != 0 {
         return Err(EINVAL);
     }
-    // SAFETY: By the caller's promise.
+    // SAFETY: The file is open, by the caller's promise.
     unsafe { node::check_fd_flags(file, request.fd_flags)? };
     let device = open_device(common::find(&request.bdf)?)?;
 
-    // The descriptor is published last: until then every step can be undone.
+    // The descriptor is installed last: every step before that can be undone.
     let fd = Fd::reserve(request.fd_flags)?;
     request.fd = fd.number();
     let file = node::open_unnamed(device, request.fd_flags)?;
@@ -146,30 +146,31 @@ unsafe fn open_provider(file: *mut bindings::file, arg: UserPtr) -> Result {
     Ok(())
 }
 
-/// The provider that a PCI device is.
+/// The provider for a PCI device.
 ///
-/// Errors: ENODEV (it has no driver), EOPNOTSUPP (that has published no memory), ENOSPC (all of it is
-/// taken, so it is not to be seen where it is), EINTR, ENOMEM.
+/// Errors: ENODEV (the device has no driver), EOPNOTSUPP (its driver has published no memory), ENOSPC (the
+/// pool is used up, so its address cannot be found), EINTR, ENOMEM.
 fn open_device(pdev: ARef<pci::Device>) -> Result<Arc<Device>> {
     let raw = common::raw(&*pdev);
-    // SAFETY: It is kept.
+    // SAFETY: The reference keeps the device.
     let dev = unsafe { &raw mut (*raw).dev };
-    // SAFETY: As above. No lock is held.
+    // SAFETY: The reference keeps the device. No lock is held.
     let _lock = unsafe { DeviceLock::new(dev) }?;
-    // SAFETY: As above; the lock keeps the driver as it is.
+    // SAFETY: The reference keeps the device, and the lock its driver.
     if unsafe { (*dev).driver.is_null() } {
         return Err(ENODEV);
     }
     if let Some(known) = devices::find(raw) {
         return match known.is_provider() {
             true => Ok(known),
-            // One of our own, which has a node.
+            // A device bound to this driver has a node of its own.
             false => Err(ffi::errno(bindings::EOPNOTSUPP)),
         };
     }
-    // The one way to ask: among all that have published memory, the device's own is the closest to it.
+    // The P2PDMA core has no direct query. But of all devices with published memory, a device is closest to
+    // itself.
     let mut client = dev;
-    // SAFETY: The array has one entry. The answer comes with a reference, or is null.
+    // SAFETY: The array has one entry. The result is null or a reference, which is put.
     let closest = unsafe {
         let closest = bindings::pci_p2pmem_find_many(&mut client, 1);
         bindings::pci_dev_put(closest);
@@ -178,13 +179,13 @@ fn open_device(pdev: ARef<pci::Device>) -> Result<Arc<Device>> {
     if !ptr::eq(closest, raw) {
         return Err(ffi::errno(bindings::EOPNOTSUPP));
     }
-    // SAFETY: The lock keeps the driver, and it has published its pool, until this returns.
+    // SAFETY: The lock keeps the driver bound until this returns, and the driver has published its pool.
     let provider = unsafe { Device::provider(pdev)? };
     devices::add(&provider)?;
     Ok(provider)
 }
 
-/// A `notifier_fn_t`: the driver core says that something happens to a device, whose lock it holds.
+/// A `notifier_fn_t` of the PCI bus. The driver core holds the lock of the device that changes.
 unsafe extern "C" fn device_changes(
     _notifier: *mut bindings::notifier_block,
     action: c_ulong,
@@ -195,30 +196,31 @@ unsafe extern "C" fn device_changes(
     const REMOVED: c_ulong = bindings::bus_notifier_event_BUS_NOTIFY_REMOVED_DEVICE as c_ulong;
     match action {
         UNBOUND | REMOVED => devices::each(|device| device.peers.forget()),
-        // SAFETY: The notifier is that of the PCI bus.
+        // SAFETY: The notifier is registered on the PCI bus, so `dev` is a PCI device's.
         UNBINDS => unsafe { unbinds(dev.cast()) },
         _ => {}
     }
     0 // NOTIFY_DONE
 }
 
-/// The driver of a device is about to be unbound, and the device's lock is held. Returns when nobody
-/// can reach its memory through us, but for direct I/O that the owner waits for, and for importers that do
-/// not let go in time. Those keep their chunks of the pool, and so its owner waits for them as well
-/// (`memunmap_pages`), outside the notifier.
+/// Handles the imminent unbind of a device's driver; the caller holds the device lock.
+///
+/// On return no importer can access a provider's memory through this module, with two exceptions: direct I/O,
+/// for which the owner waits, and importers that do not unmap in time. The latter keep their chunks of the
+/// pool, so its owner waits for them, too (`memunmap_pages`), outside the notifier.
 ///
 /// # Safety
 ///
-/// `dev` is that of a PCI device.
+/// `dev` is the `struct device` of a PCI device.
 unsafe fn unbinds(dev: *mut bindings::device) {
-    // SAFETY: By the caller's promise.
+    // SAFETY: `dev` is part of a `struct pci_dev`, by the caller's promise.
     let pdev = unsafe { container_of!(dev, bindings::pci_dev, dev) };
     if let Some(device) = devices::find(pdev) {
         if device.is_provider() {
             if !device.remove_within(NOTIFIER_LIMIT_MS) {
-                // SAFETY: A provider is there, so the queue is valid.
+                // SAFETY: A provider exists, so the queue is valid.
                 let queue = unsafe { Queue::from_raw(QUEUE.load(Relaxed)) };
-                // Cannot fail: a device is removed once.
+                // Cannot fail: a device is removed once, so the work is queued once.
                 let _ = queue.enqueue::<Arc<Device>, 0>(device.clone());
             }
             devices::remove(&device);
@@ -226,7 +228,7 @@ unsafe fn unbinds(dev: *mut bindings::device) {
     }
 }
 
-/// The rest of a removal.
+/// Completes a removal that took longer than the notifier may wait.
 impl WorkItem<0> for Device {
     type Pointer = Arc<Self>;
 

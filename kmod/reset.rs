@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Resets of a device that is bound: what the PCI core tells its driver before and after.
+//! Resets of a bound device: the PCI core calls the driver before and after each.
 //!
-//! Rust's PCI drivers have no error handlers in Linux 7.3, so they are put into the C driver when
-//! it probes its first device. The PCI core calls them with the device's lock held, under which
-//! devices are bound and unbound, too.
+//! Rust's PCI drivers have no error handlers in Linux 7.3, so the first probe sets them in the C driver. The
+//! PCI core calls them with the device lock held, which also serialises bind and unbind.
 
 use kernel::bindings;
 
@@ -13,16 +12,16 @@ use crate::{common, device::Device, devices, ffi::Table};
 static HANDLERS: Table<bindings::pci_error_handlers> = Table(bindings::pci_error_handlers {
     reset_prepare: Some(prepare),
     reset_done: Some(done),
-    // SAFETY: Null function pointers are events that the driver does not care about.
+    // SAFETY: A null function pointer means that the driver ignores the event.
     ..unsafe { core::mem::zeroed() }
 });
 
-/// Sees to it that resets of a device are told to this module.
+/// Installs the error handlers in the device's driver.
 pub(crate) fn hear_of(device: &Device) {
     let raw = common::raw(device.pci());
-    // SAFETY: The device is being probed, so it has a driver, and that is this module's. Other probes
-    // may write the same at the same time; who reads it holds the lock of a device that is bound, so
-    // it was written before.
+    // SAFETY: The device is being probed, so it has a driver, which is this module's. Other probes may write
+    // the same value at the same time. A reader holds the lock of a bound device, so its probe wrote the
+    // value before.
     unsafe { (*(*raw).driver).err_handler = &HANDLERS.0 };
 }
 

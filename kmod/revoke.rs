@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Taking access to a buffer away, and giving it again.
+//! Revoke and restore: takes access to a buffer away and gives it back.
 //!
-//! A revoke marks the buffer under the reservation lock, and from then on nobody gets new access:
-//! map, pin and vmap answer ENODEV, page faults SIGBUS. It tells the importers, ends the
-//! processor's access, and waits, as long as its caller says, until fences, mappings and direct
-//! I/O are gone. Fences end what importers do with full access; unmapping ends speculative reads:
-//! both are needed. The fences are those of the mark (`fences.rs`). Nothing is waited for with the
-//! reservation lock held, since importers need it to unmap.
+//! A revoke marks the buffer with the reservation lock held. From then on map, pin and vmap return ENODEV,
+//! and page faults raise SIGBUS. Then it invalidates the importers' mappings, zaps CPU mappings, and waits,
+//! within the caller's limit, for fences, unmaps and direct I/O. It waits for fences, because they end an
+//! importer's deliberate accesses, and for unmaps, because those end speculative reads. Only fences present
+//! at the mark count (`fences.rs`). The waits run without the reservation lock, because importers need it to
+//! unmap.
 
 use kernel::{bindings, prelude::*};
 
@@ -17,16 +17,16 @@ use crate::{
     wait::Wait,
 };
 
-/// Who still has access when the time of a revoke is over.
+/// The accesses that remain when a revoke's time is over.
 #[derive(Default)]
 pub(crate) struct Left {
-    /// Mappings that importers have.
+    /// The number of importers' mappings.
     pub(crate) holders: usize,
-    /// Whether a fence is not signalled.
+    /// Whether a fence is unsignalled.
     pub(crate) fences: bool,
-    /// Pages that direct I/O uses.
+    /// The number of pages in use by direct I/O.
     pub(crate) pages: usize,
-    /// The generation that the buffer has now.
+    /// The buffer's generation at that time.
     pub(crate) generation: u64,
 }
 
@@ -36,26 +36,26 @@ impl Left {
     }
 }
 
-/// What a revoke waits for.
+/// The accesses that a revoke waits for.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Scope {
-    /// Everybody who can reach the buffer's bytes.
+    /// All accesses to the buffer's bytes.
     Buffer,
-    /// Those who can reach the BAR: the device goes away. Whoever has system pages may keep them;
-    /// direct I/O on pages of the BAR is waited for by the device, for all of its buffers.
+    /// Accesses to the BAR, because its device goes away. Users of system pages may keep them. The device
+    /// waits for direct I/O on pages of the BAR itself, for all of its buffers at once.
     Bar,
 }
 
-/// The longest that is waited at a time, before a look at what is left.
+/// The longest single wait before the next check.
 const SLICE_MS: u32 = 20;
 
-/// Takes access away for the reason `why`, a `revoked::*` bit, and waits at most `limit_ms`. A process
-/// that is killed stops waiting for what it has revoked; a device that goes away does not.
+/// Revokes access for the reason `why`, a `revoked::*` bit, and waits at most `limit_ms`. A fatal signal ends
+/// the wait of an owner's revoke, but not that of a device's removal.
 ///
 /// # Safety
 ///
-/// `dmabuf` is one of ours and the caller keeps it. May sleep; neither the reservation lock nor
-/// anything below it in the lock order is held.
+/// `dmabuf` was made by this module and the caller keeps it. May sleep; the caller holds neither the
+/// reservation lock nor any lock after it in the lock order.
 pub(crate) unsafe fn revoke(
     dmabuf: *mut bindings::dma_buf,
     why: u32,
@@ -63,14 +63,14 @@ pub(crate) unsafe fn revoke(
     limit_ms: u32,
 ) -> Left {
     let wait = Wait::begin(limit_ms);
-    // SAFETY: By the caller's promise.
+    // SAFETY: The caller keeps the dma-buf and does not hold its lock.
     let mut buffer = unsafe { Locked::lock(dmabuf) };
     take_away(&mut buffer, why);
-    // SAFETY: As above.
+    // SAFETY: `buffer` is `dmabuf` locked, and the caller keeps it.
     unsafe { wait_locked(buffer, dmabuf, why, scope, wait) }
 }
 
-/// As [`revoke`], of what [`take_away`] has revoked: importers are not told again.
+/// Waits as [`revoke`] does, after a [`take_away`], without a second invalidation.
 ///
 /// # Safety
 ///
@@ -82,36 +82,36 @@ pub(crate) unsafe fn wait_for(
     limit_ms: u32,
 ) -> Left {
     let wait = Wait::begin(limit_ms);
-    // SAFETY: By the caller's promise.
+    // SAFETY: The caller keeps the dma-buf and does not hold its lock.
     unsafe { wait_locked(Locked::lock(dmabuf), dmabuf, why, scope, wait) }
 }
 
-/// Takes access away for the reason `why`, and tells who has it still; waits for nobody.
+/// Revokes access for the reason `why` and invalidates all mappings, without waiting.
 pub(crate) fn take_away(buffer: &mut Held<'_>, why: u32) {
     let reasons = buffer.buffer().reasons();
     if reasons == 0 {
         buffer.generation += 1;
         buffer.watchers.signal();
     }
-    // A move that waits for direct I/O sees the mark when it has the lock again, and gives up.
+    // A move in its step 4 sees the mark when it has the lock again, and gives up.
     buffer.set_reasons(reasons | why);
     buffer.invalidate();
     let whole = 0..buffer.buffer().len;
-    // After the mark no fault puts in another page, so what is zapped here stays so.
+    // After the mark no fault maps another page, so this zap is final.
     buffer.zap(&whole);
-    // After the importers were told, who may leave a fence for what they still have to end. With another
-    // reason, none of what came since means anything.
+    // Recorded after the invalidation, in which an importer may add a fence for accesses still in flight. A
+    // revoke for a second reason keeps the first list: no fence added after the first mark guards an access.
     if reasons == 0 {
         buffer.revoked = Some(Wait::begin(0));
         buffer.mark_fences();
     }
 }
 
-/// Waits until nobody has access any more, or the time is over.
+/// Waits until no access remains, or the time is over.
 ///
 /// # Safety
 ///
-/// As for [`revoke`], but that `buffer` is `dmabuf` locked.
+/// As for [`revoke`], except that `buffer` is `dmabuf` locked.
 unsafe fn wait_locked(
     mut buffer: Locked<'_>,
     dmabuf: *mut bindings::dma_buf,
@@ -134,7 +134,7 @@ unsafe fn wait_locked(
             Some(marked) if left.fences => marked.wait_for_one(Wait::jiffies(slice)),
             _ => object.wait_changed(if left.holders == 0 { 1 } else { slice }),
         }
-        // SAFETY: By the caller's promise; the lock was given up above.
+        // SAFETY: The caller keeps the dma-buf, and the lock was released above.
         buffer = unsafe { Locked::lock(dmabuf) };
     };
     let waited = wait.ns();
@@ -160,12 +160,11 @@ fn count(buffer: &Held<'_>, scope: Scope) -> Left {
     }
 }
 
-/// Takes a reason for revoking away; without any left there is access again, with a new
-/// generation, which is returned.
+/// Removes the reason `why` of a revoke. Access is restored when no reason is left, with a new generation.
+/// Returns the generation.
 ///
-/// Errors: EALREADY where the reason does not hold, ENODEV where the device is gone, EBUSY where
-/// somebody still has access from before; ENOMEM, EINTR where pages that somebody keeps were to be
-/// replaced.
+/// Errors: EALREADY if the reason does not hold, ENODEV if the device is gone, EBUSY if accesses from before
+/// the revoke remain; ENOMEM or EINTR from replacing pages that a user keeps.
 pub(crate) fn restore(buffer: &mut Held<'_>, why: u32) -> Result<u64> {
     let reasons = buffer.buffer().reasons();
     if buffer.buffer().gone() {
@@ -176,7 +175,7 @@ pub(crate) fn restore(buffer: &mut Held<'_>, why: u32) -> Result<u64> {
     }
     let mut left = count(buffer, Scope::Buffer);
     if why == revoked::BY_OWNER && left.pages != 0 && left.holders == 0 && !left.fences {
-        // Pages that somebody just keeps do not keep the owner from giving access again.
+        // A user who merely keeps pages must not keep the owner from restoring access.
         let (object, state) = buffer.parts();
         let since = state.revoked.as_ref();
         if since.is_some_and(|since| object.may_leave_pages(state, &(0..object.len), since)) {
@@ -184,8 +183,8 @@ pub(crate) fn restore(buffer: &mut Held<'_>, why: u32) -> Result<u64> {
             left.pages = 0;
         }
     }
-    // Who kept his mapping through a reset had the BAR taken from under him and must not have it
-    // back unawares; that is for the one who resets to wait for.
+    // An importer that kept its mapping through a reset must not regain the BAR unawares. After a reset,
+    // `reset_prepare` has waited for the importers; here the owner has to wait.
     if why == revoked::BY_OWNER && !left.nobody() {
         return Err(EBUSY);
     }
@@ -200,13 +199,13 @@ pub(crate) fn restore(buffer: &mut Held<'_>, why: u32) -> Result<u64> {
     Ok(buffer.generation)
 }
 
-/// Says in the log who has what a revoke of the BAR waits for.
+/// Logs each importer that a revoke of the BAR waits for.
 ///
 /// # Safety
 ///
 /// As for [`revoke`].
 pub(crate) unsafe fn name_holders(dmabuf: *mut bindings::dma_buf) {
-    // SAFETY: By the caller's promise.
+    // SAFETY: The caller keeps the dma-buf and does not hold its lock.
     let buffer = unsafe { Locked::lock(dmabuf) };
     let exporter = buffer.buffer().device.name();
     for mapping in buffer
@@ -214,7 +213,7 @@ pub(crate) unsafe fn name_holders(dmabuf: *mut bindings::dma_buf) {
         .iter()
         .filter(|mapping| mapping.shows_device())
     {
-        // SAFETY: Who has a mapping is attached, which keeps its device; the lock keeps the mapping.
+        // SAFETY: The lock keeps the mapping, a mapping its attachment, and an attachment its device.
         let importer: &kernel::device::Device =
             unsafe { kernel::device::Device::from_raw((*mapping.attachment).dev) };
         pr_warn!(

@@ -1,20 +1,17 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Where the DMA addresses that an importer was given lead, and by which route.
+//! Classifies the DMA addresses of a mapping: system memory, or peer memory by one of two routes.
 //!
-//! The kernel tells an importer addresses and nothing else: whether one is peer memory, and whether
-//! it is a bus address, is known to the function that mapped it (`pci_p2pdma_map_type`, which is not
-//! exported). Only mappings of struct pages are marked (`sg_dma_is_bus_address`). So the addresses
-//! are followed:
+//! The kernel gives an importer only addresses. Whether an address is peer memory, and whether it is a bus
+//! address, is known only to the function that mapped it (`pci_p2pdma_map_type`, which is not exported); only
+//! mappings of struct pages carry a mark (`sg_dma_is_bus_address`). So this module follows the addresses:
 //!
-//! - behind a translating IOMMU, to what the device's domain has at that address. Where it has
-//!   something, that is a mapping through the host bridge. Where it has nothing, it is a bus address,
-//!   which a switch routes before any IOMMU sees it (the IOVA allocator keeps clear of the host
-//!   bridge's windows, so that no address is both);
-//! - otherwise DMA addresses are physical ones, and a BAR's bus address and its physical address
-//!   are the same on most machines. Then the kernel's rule is applied once more: a bus address if
-//!   the two devices have a bridge in common and no bridge on the way redirects requests to the
-//!   host bridge (ACS).
+//! - Behind a translating IOMMU it looks the address up in the device's domain. If the domain maps it, the
+//!   route is through the host bridge. If not, it is a bus address, which a switch routes before an IOMMU
+//!   sees it. (No address is both: the IOVA allocator avoids the host bridge's windows.)
+//! - Otherwise DMA addresses are physical addresses, and a BAR's bus address equals its physical address on
+//!   most machines. So this module applies the kernel's rule: it is a bus address if the two devices have a
+//!   bridge in common and no bridge on the way redirects requests to the host bridge (ACS).
 
 use core::ptr;
 
@@ -22,7 +19,7 @@ use kernel::{bindings, ffi::*, page::PAGE_SIZE};
 
 use crate::ffi;
 
-/// The bytes of a mapping, by route.
+/// The bytes of a mapping by route.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Report {
     pub(crate) segments: u32,
@@ -35,22 +32,22 @@ pub(crate) struct Report {
 }
 
 impl Report {
-    /// Looks at what `pdev` was given.
+    /// Classifies a mapping of `pdev`.
     ///
     /// # Safety
     ///
-    /// `pdev` is valid and bound to a driver that does DMA through the kernel, so that its IOMMU
-    /// domain stays; `sgt` is a mapping of it that stays.
+    /// `pdev` is valid and bound to a driver that does DMA through the kernel, so its IOMMU domain stays.
+    /// `sgt` is a mapping for `pdev`, and stays.
     pub(crate) unsafe fn of(pdev: *mut bindings::pci_dev, sgt: *const bindings::sg_table) -> Self {
         let mut report = Self::default();
         let mut known = Known::default();
-        // SAFETY: By the caller's promise. The same for what follows.
+        // SAFETY: The mapping is valid, by the caller's promise.
         let (mut sg, count) = unsafe { ((*sgt).sgl, (*sgt).nents) };
         for _ in 0..count {
             if sg.is_null() {
                 break;
             }
-            // SAFETY: As above.
+            // SAFETY: `sg` is an entry of the mapping.
             let (address, len, marked) = unsafe {
                 (
                     bindings::sg_dma_address(sg),
@@ -58,7 +55,7 @@ impl Report {
                     is_marked(sg),
                 )
             };
-            // SAFETY: As above.
+            // SAFETY: By the caller's promise, which is the same.
             let route = unsafe { known.route(pdev, address, marked) };
             report.segments += 1;
             match route {
@@ -67,26 +64,26 @@ impl Report {
                 Route::Bus => report.bus += len,
                 Route::Bridge => report.bridge += len,
             }
-            // SAFETY: As above.
+            // SAFETY: `sg` is an entry of the mapping.
             sg = unsafe { bindings::sg_next(sg) };
         }
         report.provider = known.first;
         report
     }
 
-    /// All bytes.
+    /// The number of bytes in all.
     pub(crate) fn bytes(&self) -> u64 {
         self.system + self.bus + self.bridge + self.other
     }
 }
 
-/// `sg_dma_is_bus_address`: set only where the exporter maps struct pages.
+/// `sg_dma_is_bus_address`; set only for mappings of struct pages.
 ///
 /// # Safety
 ///
 /// `sg` is valid.
 unsafe fn is_marked(sg: *const bindings::scatterlist) -> bool {
-    // SAFETY: By the caller's promise.
+    // SAFETY: `sg` is valid, by the caller's promise.
     unsafe { (*sg).dma_flags & bindings::SG_DMA_BUS_ADDRESS != 0 }
 }
 
@@ -103,12 +100,13 @@ enum Route {
 struct Window {
     start: u64,
     len: u64,
-    /// The addresses are those of the bus, not the processor's.
+    /// The addresses are bus addresses, not physical addresses.
     on_bus: bool,
     below_bridge: bool,
 }
 
-/// What was found so far: neighbouring segments mostly lie in the same BAR.
+/// A cache of the last BAR (consecutive segments mostly lie in the same BAR) and the name of the first
+/// provider.
 #[derive(Default)]
 struct Known {
     last: Window,
@@ -125,30 +123,30 @@ impl Known {
         address: bindings::dma_addr_t,
         marked: bool,
     ) -> Route {
-        // SAFETY: By the caller's promise: `pdev` has a driver, and so a domain that stays.
+        // SAFETY: By the caller's promise `pdev` has a driver, and so a domain that stays.
         let (physical, translated) = unsafe {
             let dev = &raw mut (*pdev).dev;
             let domain = bindings::iommu_get_domain_for_dev(dev);
             if domain.is_null() {
                 (ffi::peerbuf_dma_to_phys(dev, address), false)
             } else {
-                // An identity domain answers with the address itself.
+                // An identity domain returns the address itself.
                 let physical = bindings::iommu_iova_to_phys(domain, address);
                 (physical, physical != 0 && physical != address)
             }
         };
         if physical == 0 || marked {
-            // SAFETY: As above.
+            // SAFETY: `pdev` is valid, by the caller's promise.
             return match unsafe { self.window(pdev, address, true) } {
                 Some(_) => Route::Bus,
                 None => Route::Other,
             };
         }
-        // SAFETY: It only looks the frame up.
+        // SAFETY: A lookup that accepts any frame number.
         if unsafe { bindings::page_is_ram((physical / PAGE_SIZE as u64) as c_ulong) } != 0 {
             return Route::System;
         }
-        // SAFETY: As above.
+        // SAFETY: `pdev` is valid, by the caller's promise.
         match unsafe { self.window(pdev, physical, false) } {
             Some(window) if !translated && window.below_bridge => Route::Bus,
             Some(_) => Route::Bridge,
@@ -156,7 +154,7 @@ impl Known {
         }
     }
 
-    /// The BAR that an address lies in.
+    /// The BAR that contains an address.
     ///
     /// # Safety
     ///
@@ -172,14 +170,14 @@ impl Known {
         }
         let mut provider = ptr::null_mut();
         loop {
-            // SAFETY: Walks the list of PCI devices; takes a reference to each and gives back that
-            // to the one before.
+            // SAFETY: Walks the list of PCI devices. The call takes a reference to the next device and drops
+            // that to the previous one.
             provider = unsafe { bindings::pci_get_device(c_uint::MAX, c_uint::MAX, provider) };
             if provider.is_null() {
                 return None;
             }
             for bar in 0..bindings::PCI_STD_NUM_BARS as c_int {
-                // SAFETY: The device is valid and this is the index of a standard BAR.
+                // SAFETY: The device is valid, and `bar` is the index of a standard BAR.
                 let (start, len) = unsafe {
                     let start = if on_bus {
                         ffi::peerbuf_pci_bus_address(provider, bar)
@@ -195,7 +193,7 @@ impl Known {
                     start,
                     len,
                     on_bus,
-                    // SAFETY: Both are valid.
+                    // SAFETY: Both devices are valid.
                     below_bridge: unsafe { below_bridge(provider, client) },
                 };
                 if self.first[0] == 0 {
@@ -203,7 +201,7 @@ impl Known {
                     self.first =
                         name(unsafe { kernel::device::Device::from_raw(&raw mut (*provider).dev) });
                 }
-                // SAFETY: The walk ends here, so its reference is given back.
+                // SAFETY: The walk ends here, so this drops its reference.
                 unsafe { bindings::pci_dev_put(provider) };
                 return Some(self.last);
             }
@@ -211,7 +209,7 @@ impl Known {
     }
 }
 
-/// A device's address, NUL-padded; the last byte stays NUL, and no PCI address is that long.
+/// A device's PCI address, NUL-padded. The last byte stays NUL: no PCI address fills the array.
 fn name(dev: &kernel::device::Device) -> [u8; 16] {
     let mut text = [0; 16];
     for (to, &from) in text[..15].iter_mut().zip(dev.name().to_bytes()) {
@@ -220,18 +218,18 @@ fn name(dev: &kernel::device::Device) -> [u8; 16] {
     text
 }
 
-/// Whether a switch routes requests of `client` to `provider`: they have a bridge in common, or are
-/// one device, and none on the way redirects requests upstream. The kernel's rule, with the bridge
-/// in common counted among those on the provider's side.
+/// Whether a switch routes requests of `client` to `provider`: they have a bridge in common, or are one
+/// device, and no bridge on the way redirects requests upstream. This is the kernel's rule; it counts the
+/// common bridge on the provider's side.
 ///
 /// # Safety
 ///
-/// Both are valid. A device keeps the bridges above it.
+/// Both devices are valid. A device keeps the bridges above it.
 unsafe fn below_bridge(provider: *mut bindings::pci_dev, client: *mut bindings::pci_dev) -> bool {
     let mut redirected = false;
     let mut common = provider;
     while !common.is_null() {
-        // SAFETY: By the caller's promise. The same for what follows.
+        // SAFETY: `common` is `provider` or a bridge above it.
         redirected |= unsafe { redirects(common) };
         let mut below = false;
         let mut other = client;
@@ -239,19 +237,19 @@ unsafe fn below_bridge(provider: *mut bindings::pci_dev, client: *mut bindings::
             if other == common {
                 return !redirected && !below;
             }
-            // SAFETY: As above.
+            // SAFETY: `other` is `client` or a bridge above it.
             unsafe {
                 below |= redirects(other);
                 other = ffi::peerbuf_pci_upstream_bridge(other);
             }
         }
-        // SAFETY: As above.
+        // SAFETY: `common` is `provider` or a bridge above it.
         common = unsafe { ffi::peerbuf_pci_upstream_bridge(common) };
     }
     false
 }
 
-/// Whether a bridge redirects its devices' requests to each other upstream (ACS).
+/// Whether a bridge redirects peer-to-peer requests upstream (ACS).
 ///
 /// # Safety
 ///
@@ -259,7 +257,7 @@ unsafe fn below_bridge(provider: *mut bindings::pci_dev, client: *mut bindings::
 unsafe fn redirects(dev: *mut bindings::pci_dev) -> bool {
     const REDIRECT: u32 = bindings::PCI_ACS_RR | bindings::PCI_ACS_CR | bindings::PCI_ACS_EC;
     let mut control = 0;
-    // SAFETY: By the caller's promise.
+    // SAFETY: The device is valid, by the caller's promise.
     unsafe {
         let acs = c_int::from((*dev).acs_cap);
         acs != 0

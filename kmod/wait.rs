@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Waiting with a limit.
+//! A time limit for waits.
 
 use kernel::bindings;
 
-/// A wait with a limit, and how long it took.
+/// The start and the limit of a wait.
 pub(crate) struct Wait {
     began_ns: u64,
     limit_ms: u32,
@@ -18,12 +18,12 @@ impl Wait {
         }
     }
 
-    /// Since it began.
+    /// Nanoseconds since the start.
     pub(crate) fn ns(&self) -> u64 {
         now_ns().saturating_sub(self.began_ns)
     }
 
-    /// Until its limit.
+    /// Milliseconds until the limit.
     pub(crate) fn left_ms(&self) -> u32 {
         let gone = self.ns() / 1_000_000;
         u64::from(self.limit_ms).saturating_sub(gone) as u32
@@ -33,14 +33,14 @@ impl Wait {
         Self::jiffies(self.left_ms())
     }
 
-    /// `ms` for a kernel function that takes jiffies and knows zero as "do not wait".
+    /// `ms` in jiffies, for kernel functions that take jiffies and do not wait if given zero.
     pub(crate) fn jiffies(ms: u32) -> usize {
-        // SAFETY: It only computes.
+        // SAFETY: A pure computation.
         unsafe { bindings::__msecs_to_jiffies(ms) }
     }
 }
 
 fn now_ns() -> u64 {
-    // SAFETY: It may be called everywhere.
+    // SAFETY: May be called in any context.
     unsafe { bindings::ktime_get_mono_fast_ns() }
 }

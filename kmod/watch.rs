@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What can be seen of a buffer from outside: where it is, counters, and who is attached.
+//! The state of a buffer as userspace sees it: queries, fdinfo and debugfs.
 
 use kernel::{
     bindings,
@@ -18,7 +18,7 @@ use crate::{
     exporter::Importer,
 };
 
-/// `abi::STATE_*`.
+/// The `abi::STATE_*` for `revoked::*` bits.
 fn state_of(reasons: u32) -> u32 {
     match reasons {
         0 => abi::STATE_LIVE,
@@ -27,7 +27,7 @@ fn state_of(reasons: u32) -> u32 {
     }
 }
 
-/// Fills in what `abi::BufferQuery` answers, but for the lists.
+/// Fills in a `abi::BufferQuery`, except for the lists.
 pub(crate) fn query(locked: &Held<'_>, query: &mut abi::BufferQuery) {
     let (buffer, state): (_, &State) = (locked.buffer(), locked);
     query.state = state_of(locked.buffer().reasons());
@@ -51,9 +51,9 @@ pub(crate) fn query(locked: &Held<'_>, query: &mut abi::BufferQuery) {
     query.refused_errno = state.refusal.errno;
 }
 
-/// One attachment of a buffer whose lock is held.
+/// Describes one attachment of a buffer whose lock is held.
 fn attachment(state: &State, raw: *mut bindings::dma_buf_attachment) -> abi::Attachment {
-    // SAFETY: The lock keeps the attachment, and that its device.
+    // SAFETY: The lock keeps the attachment, and the attachment its device.
     let (importer, device) = unsafe {
         let device: &kernel::device::Device = kernel::device::Device::from_raw((*raw).dev);
         (Importer::of(raw), device)
@@ -104,7 +104,7 @@ pub(crate) fn pieces(state: &State, most: usize) -> Result<KVec<abi::Piece>> {
     Ok(list)
 }
 
-/// Writes a buffer as text, as `fdinfo` of a node and debugfs show it.
+/// Writes a buffer as text, for the node's `fdinfo` and debugfs.
 pub(crate) fn print(locked: &Held<'_>, to: &mut impl Write) -> fmt::Result {
     let mut query = abi::BufferQuery::default();
     self::query(locked, &mut query);
@@ -118,7 +118,7 @@ pub(crate) fn print(locked: &Held<'_>, to: &mut impl Write) -> fmt::Result {
         abi::STATE_REVOKED => "revoked",
         _ => "gone",
     };
-    // SAFETY: The dma-buf is valid, and so is its file's inode.
+    // SAFETY: The dma-buf, its file and the file's inode are valid.
     let inode = unsafe { (*(*(*locked.dmabuf()).file).f_inode).i_ino };
     to.write_fmt(fmt!(
         "buffer:\t{} bar {} length {} placement {} state {} generation {}\n",
@@ -144,7 +144,7 @@ pub(crate) fn print(locked: &Held<'_>, to: &mut impl Write) -> fmt::Result {
     for raw in locked.attachments() {
         let shown = attachment(locked, raw);
         let has = |flag| u32::from(shown.flags & flag != 0);
-        // SAFETY: As in `attachment`.
+        // SAFETY: The lock keeps the attachment, and the attachment its device.
         let device: &kernel::device::Device =
             unsafe { kernel::device::Device::from_raw((*raw).dev) };
         to.write_fmt(fmt!(
@@ -163,7 +163,7 @@ pub(crate) fn print(locked: &Held<'_>, to: &mut impl Write) -> fmt::Result {
     Ok(())
 }
 
-/// A file of procfs as a sink for text.
+/// A seq_file as a `fmt::Write`.
 pub(crate) struct Text<'a>(pub(crate) &'a SeqFile);
 
 impl Write for Text<'_> {
@@ -173,10 +173,10 @@ impl Write for Text<'_> {
     }
 }
 
-/// What `peerbuf/buffers` in debugfs shows: every device, and its buffers as [`print`] has them.
+/// Prints the contents of `peerbuf/buffers` in debugfs: every device and its buffers.
 pub(crate) fn print_all(_: &(), to: &mut fmt::Formatter<'_>) -> fmt::Result {
     let mut result = Ok(());
-    // Without the lock of the list, for which every unbinding waits: a buffer's may be held for long.
+    // Does not hold the list's lock, for which every unbind waits: a buffer's lock may be held for long.
     for device in (0..).map_while(devices::nth) {
         let name = device.name();
         result = result.and_then(|()| to.write_fmt(fmt!("device:\t{}\n", name)));
