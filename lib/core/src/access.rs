@@ -1,6 +1,6 @@
-//! [`Access`]: what is done with bytes.
+//! [`Access`]: reading, writing or both.
 
-/// What the CPU, or whoever holds the buffer, may do with its bytes.
+/// The kind of access to a buffer's bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Access {
     /// Read them.

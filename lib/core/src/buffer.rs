@@ -1,5 +1,4 @@
-//! [`Buffer`] and [`BufferRange`]: a dma-buf, the memory of the host behind it if there is some, and
-//! where it comes from.
+//! [`Buffer`] and [`BufferRange`]: a dma-buf, the host memory behind it, if any, and its provenance.
 
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -15,21 +14,21 @@ use crate::sys::copy::Memory;
 use crate::sys::fork::Process;
 use crate::topology::{PciAddress, Sysfs};
 
-/// What kind of exporter made a buffer.
+/// The kind of exporter that made a buffer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Kind {
     /// Part of a device's BAR, exported by peerbuf.ko.
     Bar,
-    /// A memfd with a dma-buf over it.
+    /// A memfd with a udmabuf over it.
     Udmabuf,
-    /// A memfd alone, where there is no dma-buf exporter: usable by files and by the CPU.
+    /// A memfd without a dma-buf, usable by files and the CPU.
     Memfd,
-    /// A dma-buf of an exporter that peerbuf knows nothing about.
+    /// A dma-buf of an unknown exporter.
     Other,
-    /// System memory of a dma-heap.
+    /// System memory from a dma-heap.
     Heap,
-    /// A buffer of a graphics driver, in its device's memory or in the system's.
+    /// A buffer of a graphics driver, in device or system memory.
     Drm,
     /// Part of a device's BAR, exported by vfio-pci.
     Vfio,
@@ -39,7 +38,7 @@ pub enum Kind {
     Provider,
 }
 
-/// Each kind and its number in messages, which never changes.
+/// The number of each kind in messages. The numbers never change.
 const KINDS: [(u32, Kind); 9] = [
     (1, Kind::Bar),
     (2, Kind::Udmabuf),
@@ -53,17 +52,17 @@ const KINDS: [(u32, Kind); 9] = [
 ];
 
 impl Kind {
-    /// True when the bytes are known to be in system memory.
+    /// True if the bytes are always in system memory.
     pub fn is_host_memory(self) -> bool {
         matches!(self, Kind::Udmabuf | Kind::Memfd | Kind::Heap | Kind::V4l2)
     }
 
-    /// True when the bytes are known to be in a device's memory, at least when the buffer is made.
+    /// True if the bytes are in device memory, at least at first.
     pub fn is_device_memory(self) -> bool {
         matches!(self, Kind::Bar | Kind::Vfio | Kind::Provider)
     }
 
-    /// Its number in messages, which never changes.
+    /// The kind's number in messages, which never changes.
     pub fn number(self) -> u32 {
         let entry = KINDS.iter().find(|(_, kind)| *kind == self);
         entry.map_or(0, |(number, _)| *number)
@@ -75,18 +74,17 @@ impl Kind {
         entry.map(|(_, kind)| *kind)
     }
 
-    /// Whether a buffer of this kind can come with these: a dma-buf, and the memfd behind it.
+    /// Whether a buffer of this kind can have this combination of a dma-buf and the memfd behind it.
     pub fn allows_descriptors(self, dmabuf: bool, memfd: bool) -> bool {
         match self {
-            // One that is made of several pieces has no single memfd, and who may only read gets
-            // the memfd alone.
+            // A udmabuf of several pieces has no single memfd, and a read-only receiver gets the memfd alone.
             Kind::Udmabuf => dmabuf || memfd,
             Kind::Memfd => memfd && !dmabuf,
             _ => dmabuf && !memfd,
         }
     }
 
-    /// Whether a buffer of this kind can, and must, name the device that has its memory.
+    /// Whether a buffer of this kind may (`named`) or may not name the device that owns its memory.
     pub fn allows_device(self, named: bool) -> bool {
         match self {
             Kind::Bar | Kind::Vfio | Kind::Provider => named,
@@ -96,20 +94,20 @@ impl Kind {
     }
 }
 
-/// Where a buffer comes from.
+/// The origin of a buffer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Provenance {
     /// The kind of exporter.
     pub kind: Kind,
-    /// The device that owns the memory; `None` for system memory, or where it is not known.
+    /// The device that owns the memory; `None` for system memory, or if unknown.
     pub device: Option<PciAddress>,
-    /// The BAR's index, for memory in a BAR.
+    /// The index of the BAR, for memory in a BAR.
     pub bar: Option<u8>,
-    /// A name for people.
+    /// A name for diagnostics.
     pub name: String,
 }
 
-/// A buffer that can be handed to devices and processes. Clones are the same buffer.
+/// A buffer that devices and processes can share. Clones refer to the same buffer.
 #[derive(Debug, Clone)]
 pub struct Buffer {
     inner: Arc<Inner>,
@@ -119,49 +117,48 @@ pub struct Buffer {
 #[derive(Debug)]
 struct Inner {
     dmabuf: Option<DmaBuf>,
-    /// The memfd that holds the bytes, for a buffer in system memory.
+    /// The memfd with the bytes, for a buffer in system memory.
     host: Option<OwnedFd>,
-    /// Where the exporter itself maps the bytes, for a dma-buf that cannot be mapped: a
-    /// descriptor, and where in it they begin. Never handed to another process, since it may give
-    /// more than the buffer.
+    /// For a dma-buf without `mmap`: the exporter's own descriptor for mapping, and the offset of the bytes
+    /// in it. Never passed to another process, since it may give access to more than the buffer.
     view: Option<(OwnedFd, u64)>,
     size: u64,
     writable: bool,
     provenance: Provenance,
-    /// False when another process told us the provenance, so that what is known about the
-    /// device it names must not be believed of this buffer.
+    /// False if another process reported the provenance: facts about the named device must not be applied to
+    /// this buffer.
     vouched: bool,
-    /// Whether the BAR that it is in is, once somebody asked.
+    /// Whether the buffer's BAR is prefetchable; read from sysfs at first use.
     prefetchable: OnceLock<bool>,
-    /// Dropped after the descriptors were closed; every mapping is gone by then. Last for that
-    /// reason.
+    /// Dropped last, after the descriptors are closed and every mapping is gone. So it must stay the last
+    /// field.
     last: Option<Box<dyn LastHandle>>,
 }
 
 #[doc(hidden)]
-/// Something that is to be dropped when a buffer's last handle in this process is gone.
+/// A hook that is dropped with a buffer's last handle in this process.
 pub trait LastHandle: fmt::Debug + Send + Sync {
-    /// For a buffer that is lent to this process.
+    /// The state of the lease, for a buffer that is lent to this process.
     fn lease(&self) -> Option<LeaseState> {
         None
     }
 
-    /// The process that it is lent to, for a buffer that is lent.
+    /// The process that the buffer is lent to; `None` if it is not lent.
     fn borrower(&self) -> Option<Process> {
         None
     }
 }
 
 #[doc(hidden)]
-/// A lent buffer.
+/// The state of a lease.
 pub struct LeaseState {
-    /// The number of the generation.
+    /// The generation's number.
     pub generation: u64,
-    /// Whether it is still lent: the publisher waits for it before there is another generation.
+    /// Whether the lease still holds: the publisher waits for its end before it starts another generation.
     pub current: bool,
 }
 
-/// A buffer that is another's bytes keeps that one in use.
+/// A buffer over the bytes of another buffer keeps that buffer in use.
 impl LastHandle for BufferRange {
     fn lease(&self) -> Option<LeaseState> {
         self.buffer.lease()
@@ -173,7 +170,7 @@ impl LastHandle for BufferRange {
 }
 
 impl Buffer {
-    /// A buffer that is a dma-buf and nothing else.
+    /// A buffer of a dma-buf alone.
     pub fn from_dmabuf(dmabuf: DmaBuf, provenance: Provenance) -> Buffer {
         Buffer::new(Inner {
             size: dmabuf.size(),
@@ -196,7 +193,7 @@ impl Buffer {
     }
 
     #[doc(hidden)]
-    /// A dma-buf that the kernel gives no mapping, with the exporter's own.
+    /// A buffer of a dma-buf that has no `mmap`, with the exporter's own descriptor for mapping.
     pub fn from_dmabuf_and_view(
         dmabuf: DmaBuf,
         view: OwnedFd,
@@ -210,14 +207,12 @@ impl Buffer {
         buffer
     }
 
-    /// A buffer in system memory: the memfd with the bytes, and the dma-buf over the same bytes
-    /// if there is one.
+    /// A buffer in system memory: the memfd with the bytes, and the dma-buf over the same bytes, if any.
     ///
-    /// That the two are the same bytes is the caller's word; the kernel has no way to ask.
+    /// The caller asserts that both have the same bytes; the kernel has no query for that.
     ///
-    /// # Errors
-    /// [`BufferError::NotSealed`] for a memfd that somebody could shrink, and
-    /// [`BufferError::OutOfRange`] for one that is smaller than the dma-buf.
+    /// # Errors [`BufferError::NotSealed`] for a memfd that a holder could shrink, and
+    /// [`BufferError::OutOfRange`] for a memfd that is smaller than the dma-buf.
     pub fn from_host_memory(
         memfd: OwnedFd,
         dmabuf: Option<DmaBuf>,
@@ -227,7 +222,7 @@ impl Buffer {
             let object = provenance.name.clone();
             move |errno| SystemError::new(call, object, errno)
         };
-        // A file that is not a memfd cannot be sealed, and answers EINVAL.
+        // `fcntl` returns EINVAL for a file that cannot be sealed.
         let seals = match rustix::fs::fcntl_get_seals(&memfd) {
             Ok(seals) => seals,
             Err(rustix::io::Errno::INVAL) => SealFlags::empty(),
@@ -267,7 +262,7 @@ impl Buffer {
     }
 
     #[doc(hidden)]
-    /// Marks the provenance as hearsay. For a buffer that nobody shares yet.
+    /// Marks the provenance as unverified. For a buffer without other handles.
     pub fn without_voucher(mut self) -> Buffer {
         if let Some(inner) = Arc::get_mut(&mut self.inner) {
             inner.vouched = false;
@@ -276,8 +271,8 @@ impl Buffer {
     }
 
     #[doc(hidden)]
-    /// Has `last` dropped when the last clone, range, mapping and attachment of this buffer in
-    /// this process is gone and its descriptors are closed. For a buffer that nobody shares yet.
+    /// Drops `last` after the last clone, range, mapping and attachment of this buffer in this process is
+    /// gone and its descriptors are closed. For a buffer without other handles.
     pub fn with_last_handle(mut self, last: Box<dyn LastHandle>) -> Buffer {
         if let Some(inner) = Arc::get_mut(&mut self.inner) {
             inner.last = Some(last);
@@ -286,28 +281,28 @@ impl Buffer {
     }
 
     #[doc(hidden)]
-    /// What is known of its loan; `None` for a buffer that is not lent.
+    /// The state of the lease; `None` for a buffer that is not lent.
     pub fn lease(&self) -> Option<LeaseState> {
         self.inner.last.as_ref()?.lease()
     }
 
-    /// The process that it is lent to; `None` for a buffer that is not lent.
+    /// The process that the buffer is lent to; `None` if it is not lent.
     pub(crate) fn borrower(&self) -> Option<Process> {
         self.inner.last.as_ref()?.borrower()
     }
 
     #[doc(hidden)]
-    /// How many handles there are in this process: clones, ranges, mappings, attachments.
+    /// The number of handles in this process: clones, ranges, mappings, attachments.
     pub fn handles(&self) -> usize {
         Arc::strong_count(&self.inner)
     }
 
-    /// The dma-buf; `None` for the memfd stand-in.
+    /// The dma-buf; `None` for [`Kind::Memfd`] and the like.
     pub fn dmabuf(&self) -> Option<&DmaBuf> {
         self.inner.dmabuf.as_ref()
     }
 
-    /// The memfd that holds the bytes; `None` for device memory.
+    /// The memfd with the bytes; `None` for device memory.
     pub fn host_memory(&self) -> Option<BorrowedFd<'_>> {
         self.inner.host.as_ref().map(AsFd::as_fd)
     }
@@ -317,12 +312,12 @@ impl Buffer {
         self.inner.size
     }
 
-    /// True when the bytes may be written through this handle.
+    /// True if this handle allows writing.
     pub fn is_writable(&self) -> bool {
         self.inner.writable
     }
 
-    /// The most that its bytes may be used for.
+    /// The access that this handle allows.
     pub fn allowed(&self) -> Access {
         if self.is_writable() {
             Access::ReadWrite
@@ -331,20 +326,20 @@ impl Buffer {
         }
     }
 
-    /// Where it comes from. Of a buffer that was received, this is what the sender said.
+    /// The origin of the buffer; for a received buffer, as the sender reported it.
     pub fn provenance(&self) -> &Provenance {
         &self.inner.provenance
     }
 
-    /// A name for people.
+    /// A name for diagnostics.
     pub fn name(&self) -> &str {
         &self.inner.provenance.name
     }
 
-    /// By which descriptor its bytes are mapped, and where in that they begin.
+    /// The descriptor to map the bytes with, and their offset in it.
     pub(crate) fn mappable(&self) -> (BorrowedFd<'_>, u64) {
-        // The memfd comes first: the kernel can pin its pages for I/O, while those of a
-        // udmabuf's own mapping have no struct pages and every O_DIRECT call gets EFAULT.
+        // The memfd comes first: the kernel can pin its pages for I/O. A udmabuf's own mapping has no struct
+        // pages, so O_DIRECT fails with EFAULT.
         let inner = &self.inner;
         match (&inner.host, &inner.view, &inner.dmabuf) {
             (Some(memfd), _, _) => (memfd.as_fd(), 0),
@@ -354,26 +349,26 @@ impl Buffer {
         }
     }
 
-    /// How the processor copies its bytes without a mapping.
+    /// The stage for the CPU's copies, if any.
     pub(crate) fn stage(&self) -> Option<&Shared> {
         self.stage.as_ref()
     }
 
-    /// The same buffer, whose bytes the processor copies by this stage and not by a mapping.
+    /// The same buffer; the CPU's copies go through this stage instead of a mapping.
     ///
-    /// The stage belongs to this handle, and to the clones and ranges that are made of it.
+    /// The stage belongs to this handle, and to clones and ranges made from it.
     #[must_use]
     pub fn with_stage(mut self, stage: impl Stage + 'static) -> Buffer {
         self.stage = Some(Shared(Arc::new(stage)));
         self
     }
 
-    /// True when copies go by a [`Stage`] and not by a mapping.
+    /// True if copies go through a [`Stage`] instead of a mapping.
     pub fn has_stage(&self) -> bool {
         self.stage.is_some()
     }
 
-    /// What kind of memory its mappings are of. Graphics drivers map what they like.
+    /// The memory type of the buffer's mappings. For graphics drivers it is unknown.
     pub(crate) fn memory(&self) -> Memory {
         match self.provenance().kind {
             _ if self.host_memory().is_some() => Memory::Cached,
@@ -388,9 +383,10 @@ impl Buffer {
         self.inner.vouched
     }
 
-    /// Whether a byte is to be read after the processor wrote, so that the writes have arrived. peerbuf.ko does so
-    /// itself, other exporters do what their memory needs, and system memory needs nothing: left are vfio-pci's,
-    /// which does not. A BAR that is not prefetchable is never read: reading a register may change it.
+    /// Whether to read a byte back after the CPU's writes, which ensures that posted writes have arrived.
+    ///
+    /// System memory does not need it, and exporters do what their memory needs, peerbuf.ko included, except
+    /// vfio-pci. A BAR that is not prefetchable is never read: reading a register may have side effects.
     pub(crate) fn is_read_back(&self) -> bool {
         let Provenance {
             kind, device, bar, ..
@@ -404,7 +400,7 @@ impl Buffer {
         }
     }
 
-    /// All of it.
+    /// The whole buffer.
     pub fn whole(&self) -> BufferRange {
         BufferRange {
             buffer: self.clone(),
@@ -413,10 +409,9 @@ impl Buffer {
         }
     }
 
-    /// `length` bytes from `offset` on.
+    /// `length` bytes from `offset`.
     ///
-    /// # Errors
-    /// [`BufferError::OutOfRange`] when they are not all inside.
+    /// # Errors [`BufferError::OutOfRange`] if they are not all inside the buffer.
     pub fn range(&self, offset: u64, length: u64) -> Result<BufferRange, BufferError> {
         self.whole().slice(offset, length)
     }
@@ -428,8 +423,8 @@ impl fmt::Display for Buffer {
     }
 }
 
-/// Part of a buffer. The buffer, the offset and the length are one value, so that a
-/// sub-allocation cannot be used at the wrong offset.
+/// Part of a buffer: the buffer, the offset and the length in one value, so that a sub-allocation cannot be
+/// used at the wrong offset.
 #[derive(Debug, Clone)]
 pub struct BufferRange {
     buffer: Buffer,
@@ -438,30 +433,29 @@ pub struct BufferRange {
 }
 
 impl BufferRange {
-    /// The buffer that it is part of.
+    /// The buffer.
     pub fn buffer(&self) -> &Buffer {
         &self.buffer
     }
 
-    /// Where it begins in the buffer, in bytes.
+    /// The offset in the buffer, in bytes.
     pub fn offset(&self) -> u64 {
         self.offset
     }
 
-    /// Its length in bytes.
+    /// The length in bytes.
     pub fn len(&self) -> u64 {
         self.length
     }
 
-    /// True when it has no bytes.
+    /// True if the range is empty.
     pub fn is_empty(&self) -> bool {
         self.length == 0
     }
 
-    /// A part of this part; `offset` counts from its beginning.
+    /// Part of this range; `offset` is relative to the range.
     ///
-    /// # Errors
-    /// [`BufferError::OutOfRange`] when the bytes are not all inside.
+    /// # Errors [`BufferError::OutOfRange`] if the bytes are not all inside the range.
     pub fn slice(&self, offset: u64, length: u64) -> Result<BufferRange, BufferError> {
         match offset.checked_add(length) {
             Some(end) if end <= self.length => Ok(BufferRange {
@@ -530,7 +524,7 @@ mod tests {
         let range = buffer.range(5000, 4).unwrap();
         range.write_bytes(b"here").unwrap();
         let mapping = range.map(Access::ReadWrite).unwrap();
-        // An engine that is given the address, and reads and writes there.
+        // Stands in for an engine that gets the address, and reads and writes there.
         let mut open = std::fs::File::options();
         let engine = open.read(true).write(true).open("/proc/self/mem").unwrap();
         let at = mapping.as_ptr() as u64;
@@ -618,7 +612,7 @@ mod tests {
             (Kind::Provider, gone, None),
             (Kind::Udmabuf, None, None),
             (Kind::Other, None, None),
-            // Not known to be prefetchable.
+            // The device does not exist, so its BAR is not known to be prefetchable.
             (Kind::Vfio, gone, Some(0)),
             (Kind::Vfio, None, None),
         ] {
@@ -627,7 +621,7 @@ mod tests {
             let mut mapping = buffer.whole().map(Access::ReadWrite).unwrap();
             let mut cpu = mapping.begin_cpu_access(Access::Write).unwrap();
             cpu.write_at(0, &[1]).unwrap();
-            // A read of a page that has been taken away brings it back.
+            // A read would allocate the punched page again.
             let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
             fallocate(memory, punch, 0, 4096).unwrap();
             cpu.end().unwrap();

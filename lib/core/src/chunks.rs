@@ -1,11 +1,11 @@
-//! One loop for copies that go through memory of the processor's.
+//! The loop of copies through a temporary buffer.
 
 use crate::error::BufferError;
 
-/// Calls `step` for one part of `length` bytes after the other: with where it begins, and memory as long as it.
+/// Splits `length` bytes into chunks and calls `step` for each, with the chunk's offset and a temporary
+/// buffer of its length.
 ///
-/// # Errors
-/// The first one of `step`.
+/// # Errors The first error of `step`.
 #[doc(hidden)]
 pub fn in_chunks(
     length: u64,

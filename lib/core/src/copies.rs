@@ -1,4 +1,4 @@
-//! Copies by a buffer's stage, with the checks that a mapping would make.
+//! Copies through a buffer's [`Stage`](crate::Stage), with the checks that a mapping would make.
 
 use std::error::Error;
 use std::time::Duration;
@@ -10,7 +10,8 @@ use crate::stage::Shared;
 use crate::sys::fork::Process;
 
 impl BufferRange {
-    /// Refuses access that the buffer does not allow, or not to this process. Returns whom it is lent to.
+    /// Checks that the buffer allows `access`, in this process. Returns the process that the buffer is lent
+    /// to.
     pub(crate) fn usable(&self, access: Access) -> Result<Option<Process>, BufferError> {
         let object = || self.buffer().name().to_owned();
         if access.writes() && !self.buffer().is_writable() {
@@ -26,7 +27,7 @@ impl BufferRange {
         Ok(borrower)
     }
 
-    /// Copies its first bytes out by the stage; `None` without one.
+    /// Copies the range's first bytes out through the stage; `None` without a stage.
     pub(crate) fn download(&self, into: &mut [u8]) -> Option<Result<(), BufferError>> {
         let Shared(stage) = self.buffer().stage()?;
         let copied = self.ready(Access::Read, into.len()).and_then(|()| {
@@ -36,7 +37,7 @@ impl BufferRange {
         Some(copied)
     }
 
-    /// Copies bytes to its beginning by the stage; `None` without one.
+    /// Copies bytes to the range's start through the stage; `None` without a stage.
     pub(crate) fn upload(&self, from: &[u8]) -> Option<Result<(), BufferError>> {
         let Shared(stage) = self.buffer().stage()?;
         let copied = self.ready(Access::Write, from.len()).and_then(|()| {
@@ -46,7 +47,7 @@ impl BufferRange {
         Some(copied)
     }
 
-    /// Checks what a mapping would, and waits for the fences.
+    /// Makes the checks of a mapping, and waits for the fences.
     fn ready(&self, access: Access, length: usize) -> Result<(), BufferError> {
         let buffer = self.buffer();
         self.slice(0, length as u64)?;

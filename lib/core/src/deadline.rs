@@ -1,13 +1,13 @@
-//! [`Deadline`]: the moment at which a wait ends.
+//! [`Deadline`]: the end of a wait.
 
 use std::time::{Duration, Instant};
 
 use rustix::event::Timespec;
 
-/// The moment at which a wait ends, or never.
+/// The end of a wait; possibly never.
 ///
-/// `Instant + Duration` panics for a limit that the clock cannot reach, such as
-/// [`Duration::MAX`]. A deadline takes every limit: one that the clock cannot reach never ends.
+/// `Instant + Duration` panics for a limit that the clock cannot represent, such as [`Duration::MAX`]. A
+/// deadline accepts every limit: one that the clock cannot represent is [`Deadline::NEVER`].
 ///
 /// ```
 /// use std::time::Duration;
@@ -25,34 +25,34 @@ impl Deadline {
     /// A wait without an end.
     pub const NEVER: Deadline = Deadline(None);
 
-    /// Ends after `limit`, counted from now.
+    /// A deadline `limit` from now.
     pub fn after(limit: Duration) -> Deadline {
         Deadline::since(Instant::now(), limit)
     }
 
-    /// Ends after `limit`, counted from `begun`.
+    /// A deadline `limit` after `begun`.
     pub fn since(begun: Instant, limit: Duration) -> Deadline {
         Deadline(begun.checked_add(limit))
     }
 
-    /// Ends after `limit` if there is one.
+    /// A deadline `limit` from now; [`Deadline::NEVER`] for `None`.
     pub fn after_some(limit: Option<Duration>) -> Deadline {
         limit.map_or(Deadline::NEVER, Deadline::after)
     }
 
-    /// The time that is left: zero when it is over, [`Duration::MAX`] when it never will be.
+    /// The time left: zero once it is over, [`Duration::MAX`] if it never ends.
     pub fn left(self) -> Duration {
         self.0.map_or(Duration::MAX, |at| {
             at.saturating_duration_since(Instant::now())
         })
     }
 
-    /// True when no time is left.
+    /// True once no time is left.
     pub fn is_over(self) -> bool {
         self.left().is_zero()
     }
 
-    /// The moment; `None` when there is none.
+    /// The moment; `None` if it never ends.
     pub fn instant(self) -> Option<Instant> {
         self.0
     }
@@ -66,7 +66,7 @@ impl Deadline {
         }
     }
 
-    /// The time that is left, for `poll` and `epoll_wait`; `None` waits without an end.
+    /// The time left, for `poll` and `epoll_wait`; `None` means no timeout.
     #[doc(hidden)]
     pub fn timespec(self) -> Option<Timespec> {
         self.0?;

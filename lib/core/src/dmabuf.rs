@@ -1,4 +1,4 @@
-//! [`DmaBuf`]: a descriptor of a dma-buf, and what the kernel says about it.
+//! [`DmaBuf`]: the file descriptor of a dma-buf, and what the kernel reports about it.
 
 use std::ffi::CString;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -9,11 +9,11 @@ use crate::errno::Errno;
 use crate::error::{BufferError, SystemError};
 use crate::sys;
 
-/// The type number of the filesystem that dma-bufs live on (`DMA_BUF_MAGIC`, linux/magic.h).
+/// The magic number of the dma-buf filesystem (`DMA_BUF_MAGIC`, linux/magic.h).
 const DMA_BUF_MAGIC: u64 = 0x444d_4142;
 
-/// Tells one dma-buf from another: two descriptors of one buffer have the same identity, in
-/// whichever process they are. It is not given to another buffer until the machine restarts.
+/// The identity of a dma-buf: equal for all descriptors of one buffer, in any process. Unique until the
+/// machine restarts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Identity {
     device: u64,
@@ -21,29 +21,28 @@ pub struct Identity {
 }
 
 impl Identity {
-    /// The buffer's inode number, as in `/proc/<pid>/fdinfo` and the kernel's own listings.
+    /// The buffer's inode number, as in `/proc/<pid>/fdinfo` and debugfs.
     pub fn inode(self) -> u64 {
         self.inode
     }
 }
 
-/// What the kernel says about a dma-buf (`/proc/self/fdinfo`).
+/// The kernel's report on a dma-buf (`/proc/self/fdinfo`).
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub struct Info {
     /// The exporter's name, such as `udmabuf`.
     pub exporter: String,
-    /// The name that somebody gave it ([`DmaBuf::set_name`]); empty without one.
+    /// The name set with [`DmaBuf::set_name`]; empty without one.
     pub name: String,
-    /// How many hold the buffer at this moment: descriptors, mappings and importers, of all
-    /// processes, counted together.
+    /// The number of references at this moment: file descriptors, mappings and importers in all processes
+    /// together.
     pub references: u64,
 }
 
-/// A descriptor that is known to be a dma-buf.
+/// A file descriptor that is known to be a dma-buf.
 ///
-/// It is made from any [`OwnedFd`] and can become one again; [`DmaBuf::try_clone`] gives another
-/// descriptor of the same buffer.
+/// It converts from and to [`OwnedFd`]. [`DmaBuf::try_clone`] makes another descriptor of the same buffer.
 ///
 /// ```
 /// use std::os::fd::OwnedFd;
@@ -67,10 +66,9 @@ pub struct DmaBuf {
 }
 
 impl DmaBuf {
-    /// Takes a descriptor, after a look at what it is.
+    /// Takes a file descriptor, after a check that it is a dma-buf.
     ///
-    /// # Errors
-    /// [`BufferError::NotADmaBuf`], or the call that failed. The descriptor is closed then.
+    /// # Errors [`BufferError::NotADmaBuf`], or the failed call. The descriptor is then closed.
     pub fn from_fd(fd: OwnedFd) -> Result<DmaBuf, BufferError> {
         let failed = |call| move |errno| SystemError::new(call, "a descriptor", errno);
         let filesystem = rustix::fs::fstatfs(&fd).map_err(failed("fstatfs"))?.f_type as u64;
@@ -82,7 +80,7 @@ impl DmaBuf {
             });
         }
         let stat = rustix::fs::fstat(&fd).map_err(failed("fstat"))?;
-        // dma-bufs answer lseek with their size, and it is the only way to learn it.
+        // lseek is the only call that returns a dma-buf's size.
         let size = rustix::fs::seek(&fd, SeekFrom::End(0)).map_err(failed("lseek"))?;
         let flags = rustix::fs::fcntl_getfl(&fd).map_err(failed("fcntl(F_GETFL)"))?;
         Ok(DmaBuf {
@@ -101,20 +99,19 @@ impl DmaBuf {
         self.size
     }
 
-    /// Which dma-buf this is.
+    /// The identity of the dma-buf.
     pub fn identity(&self) -> Identity {
         self.identity
     }
 
-    /// True when the descriptor was opened for writing, so that mappings may be written.
+    /// True if the descriptor was opened for writing, which a writable mapping needs.
     pub fn is_writable(&self) -> bool {
         self.writable
     }
 
-    /// What the kernel says about it at this moment.
+    /// The kernel's report on the dma-buf at this moment.
     ///
-    /// # Errors
-    /// Reading `/proc/self/fdinfo` failed, as it does where procfs is not mounted.
+    /// # Errors Reading `/proc/self/fdinfo` failed: procfs may not be mounted.
     pub fn info(&self) -> Result<Info, BufferError> {
         let path = format!("/proc/self/fdinfo/{}", self.fd.as_raw_fd());
         let text = std::fs::read_to_string(&path)
@@ -122,17 +119,15 @@ impl DmaBuf {
         Ok(parse_info(&text))
     }
 
-    /// The exporter's name as the kernel has it, such as `udmabuf`; empty where procfs does not
-    /// show it.
+    /// The exporter's name in the kernel, such as `udmabuf`; empty if procfs is not mounted.
     pub fn exporter(&self) -> String {
         self.info().unwrap_or_default().exporter
     }
 
-    /// Names the buffer in the kernel's listings, for people who look for who uses memory
-    /// (`DMA_BUF_SET_NAME`). A later name replaces it.
+    /// Sets the name in the kernel's listings, which helps to find the users of memory (`DMA_BUF_SET_NAME`).
+    /// A later name replaces it.
     ///
-    /// # Errors
-    /// [`BufferError::Name`] for a name that the kernel would not take: it takes up to 31 bytes
+    /// # Errors [`BufferError::Name`] for a name that the kernel does not accept: it accepts up to 31 bytes
     /// without NUL. Otherwise the ioctl's error.
     #[doc(alias = "DMA_BUF_SET_NAME")]
     pub fn set_name(&self, name: &str) -> Result<(), BufferError> {
@@ -148,10 +143,9 @@ impl DmaBuf {
         Ok(sys::dmabuf::set_name(self.fd.as_fd(), &text).map_err(failed)?)
     }
 
-    /// Another descriptor of the same buffer.
+    /// Another file descriptor of the same buffer.
     ///
-    /// # Errors
-    /// The call that failed, with `EMFILE` where the process has too many descriptors.
+    /// # Errors The failed call; `EMFILE` if the process has too many open descriptors.
     pub fn try_clone(&self) -> Result<DmaBuf, BufferError> {
         let fd = self.fd.try_clone().map_err(|error| {
             SystemError::new("fcntl(F_DUPFD_CLOEXEC)", "a dma-buf", Errno::from(&error))
@@ -160,9 +154,9 @@ impl DmaBuf {
     }
 }
 
-/// `pos`, `flags`, ... of any file, then dma-buf's own `size`, `count`, `exp_name` and, if there
-/// is one, `name`. Names may hold anything, so each is the rest of its line, and of two lines
-/// with one key the first counts: the name comes last.
+/// Parses the `fdinfo` of a dma-buf: `pos`, `flags`, ... as for any file, then `size`, `count`, `exp_name`
+/// and, if set, `name`. A name may contain anything, so a value extends to the end of its line, and the first
+/// line with a key counts: `name` comes last.
 #[doc(hidden)]
 pub fn parse_info(text: &str) -> Info {
     let field = |key: &str| {

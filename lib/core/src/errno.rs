@@ -1,12 +1,12 @@
-//! Error numbers, with the names that people search for.
+//! Error numbers with their symbolic names.
 //!
-//! The kernel's own numbers from 512 on are not meant for userspace and no C library knows them,
-//! but drivers leak them (524 is seen most), so they have names here too. libfabric has numbers of
-//! its own from 256 on, where the kernel has none.
+//! The kernel's internal numbers, from 512 on, are not meant for userspace, and no C library names them. But
+//! drivers leak them (most often 524), so they are named here. libfabric has its own numbers from 256 on,
+//! which the kernel does not use.
 
 use std::fmt;
 
-/// An error number as a system call returned it, positive.
+/// An error number of a system call, positive.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Errno(pub i32);
 
@@ -17,15 +17,15 @@ impl Errno {
     pub const NOENT: Errno = Errno(libc::ENOENT);
     /// `EINTR`: a signal came first.
     pub const INTR: Errno = Errno(libc::EINTR);
-    /// `EIO`: the device failed.
+    /// `EIO`: I/O error.
     pub const IO: Errno = Errno(libc::EIO);
     /// `ENXIO`: no such device or address.
     pub const NXIO: Errno = Errno(libc::ENXIO);
-    /// `EBADF`: not an open descriptor, or not for this.
+    /// `EBADF`: not an open descriptor, or opened for other access.
     pub const BADF: Errno = Errno(libc::EBADF);
-    /// `EAGAIN`: not now.
+    /// `EAGAIN`: try again later.
     pub const AGAIN: Errno = Errno(libc::EAGAIN);
-    /// `ENOMEM`: no memory, or more than a limit allows.
+    /// `ENOMEM`: out of memory, or over a limit.
     pub const NOMEM: Errno = Errno(libc::ENOMEM);
     /// `EACCES`: no permission.
     pub const ACCES: Errno = Errno(libc::EACCES);
@@ -33,33 +33,33 @@ impl Errno {
     pub const FAULT: Errno = Errno(libc::EFAULT);
     /// `EBUSY`: somebody uses it, so it cannot be done now.
     pub const BUSY: Errno = Errno(libc::EBUSY);
-    /// `ENODEV`: there is no such device, or it is gone.
+    /// `ENODEV`: no such device, or the device is gone.
     pub const NODEV: Errno = Errno(libc::ENODEV);
-    /// `EINVAL`: a request that makes no sense, or a path that the kernel refuses.
+    /// `EINVAL`: invalid argument, or a route that the kernel refuses.
     pub const INVAL: Errno = Errno(libc::EINVAL);
-    /// `ENOTTY`: an ioctl that this descriptor does not have.
+    /// `ENOTTY`: the descriptor does not have this ioctl.
     pub const NOTTY: Errno = Errno(libc::ENOTTY);
-    /// `ENOSPC`: no room.
+    /// `ENOSPC`: no space left.
     pub const NOSPC: Errno = Errno(libc::ENOSPC);
-    /// `ETIME`: it took too long.
+    /// `ETIME`: timed out.
     pub const TIME: Errno = Errno(libc::ETIME);
     /// `ELIBACC`: a shared library cannot be opened.
     pub const LIBACC: Errno = Errno(libc::ELIBACC);
     /// `EUNATCH`: the driver is not attached.
     pub const UNATCH: Errno = Errno(libc::EUNATCH);
-    /// `EPROTONOSUPPORT`: an interface that the kernel or the driver lacks.
+    /// `EPROTONOSUPPORT`: the kernel or the driver lacks the interface.
     pub const PROTONOSUPPORT: Errno = Errno(libc::EPROTONOSUPPORT);
     /// `EOPNOTSUPP`: the operation is not supported.
     pub const OPNOTSUPP: Errno = Errno(libc::EOPNOTSUPP);
-    /// `EADDRNOTAVAIL`: there is no such address.
+    /// `EADDRNOTAVAIL`: no such address.
     pub const ADDRNOTAVAIL: Errno = Errno(libc::EADDRNOTAVAIL);
     /// `ENETDOWN`: the network is down.
     pub const NETDOWN: Errno = Errno(libc::ENETDOWN);
     /// `ENOTCONN`: not connected.
     pub const NOTCONN: Errno = Errno(libc::ENOTCONN);
-    /// `EREMOTEIO`: how newer block layers refuse peer-to-peer memory.
+    /// `EREMOTEIO`: newer block layers refuse peer-to-peer memory with it.
     pub const REMOTEIO: Errno = Errno(libc::EREMOTEIO);
-    /// `ENOTSUPP`, internal to the kernel: not supported.
+    /// `ENOTSUPP`, kernel-internal: not supported.
     pub const NOTSUPP: Errno = Errno(524);
 
     /// The symbolic name, such as `EINVAL`; `None` for a number without one.
@@ -69,12 +69,12 @@ impl Errno {
             .map(|(_, name)| *name)
     }
 
-    /// The kind of [`std::io::Error`] that it makes.
+    /// The corresponding kind of [`std::io::Error`].
     pub fn kind(self) -> std::io::ErrorKind {
         std::io::Error::from_raw_os_error(self.0).kind()
     }
 
-    /// True for the numbers that the kernel keeps to itself and that have leaked.
+    /// True for the kernel-internal numbers.
     pub fn is_kernel_internal(self) -> bool {
         (512..=530).contains(&self.0)
     }
@@ -114,7 +114,7 @@ impl From<rustix::io::Errno> for Errno {
 }
 
 impl From<&std::io::Error> for Errno {
-    /// An error that has no number of the system's becomes [`Errno::IO`].
+    /// An error without an OS error number becomes [`Errno::IO`].
     fn from(error: &std::io::Error) -> Self {
         error.raw_os_error().map_or(Errno::IO, Errno)
     }
@@ -124,7 +124,7 @@ macro_rules! names {
     ($($name:ident)*) => { &[$((libc::$name, stringify!($name))),*] };
 }
 
-/// The system's.
+/// The C library's numbers.
 const NAMES: &[(i32, &str)] = names! {
     EPERM ENOENT ESRCH EINTR EIO ENXIO E2BIG ENOEXEC EBADF ECHILD EAGAIN ENOMEM EACCES
     EFAULT ENOTBLK EBUSY EEXIST EXDEV ENODEV ENOTDIR EISDIR EINVAL ENFILE EMFILE ENOTTY
@@ -141,7 +141,7 @@ const NAMES: &[(i32, &str)] = names! {
     ECANCELED ENOKEY EKEYEXPIRED EKEYREVOKED EKEYREJECTED EOWNERDEAD ENOTRECOVERABLE ERFKILL
 };
 
-/// Those that the C library does not know.
+/// Numbers that the C library does not know.
 const OTHERS: &[(i32, &str)] = &[
     // rdma/fi_errno.h of libfabric 2.1
     (256, "FI_EOTHER"),

@@ -1,16 +1,16 @@
-//! What can go wrong with a buffer and a mapping.
+//! Errors of buffers and mappings.
 //!
-//! Each error names the call that failed and the object it failed on, and keeps the error number, which
-//! `errno()` gives. Each becomes a [`std::io::Error`] with `?`: of the kind that the error number has, with the
-//! error itself inside ([`std::io::Error::get_ref`]), so that its text stays.
+//! Each error names the failed call and the object it failed on, and keeps the error number (`errno()`). `?`
+//! converts it into a [`std::io::Error`] of the error number's kind, with the error itself inside
+//! ([`std::io::Error::get_ref`]), so the text is kept.
 
 use std::io::ErrorKind;
 use std::time::Duration;
 
 use crate::errno::Errno;
 
-/// Lets an error with a method `errno` become a [`std::io::Error`]. Without an error number `$kind` says which
-/// kind it is.
+/// Implements the conversion into [`std::io::Error`] for an error type with a method `errno`. `$kind` gives
+/// the kind of an error without a number.
 #[doc(hidden)]
 #[macro_export]
 macro_rules! into_io_error {
@@ -28,21 +28,21 @@ macro_rules! into_io_error {
     };
 }
 
-/// A system call that failed: which one, on what, and how.
+/// A failed system call: the call, its object, and the error number.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{call} on {object}: {errno}")]
 #[non_exhaustive]
 pub struct SystemError {
     /// The call, such as `mmap` or `ioctl(PEERBUF_IOC_EXPORT)`.
     pub call: &'static str,
-    /// What it was called on: a path, a device's address, a buffer's name.
+    /// The object of the call: a path, a device's address, a buffer's name.
     pub object: String,
-    /// What the kernel answered.
+    /// The error number.
     pub errno: Errno,
 }
 
 impl SystemError {
-    /// `call` failed on `object` with this number.
+    /// The failure of `call` on `object` with this error number.
     pub fn new(call: &'static str, object: impl Into<String>, errno: impl Into<Errno>) -> Self {
         SystemError {
             call,
@@ -51,7 +51,7 @@ impl SystemError {
         }
     }
 
-    /// What the kernel answered.
+    /// The error number.
     pub fn errno(&self) -> Option<Errno> {
         Some(self.errno)
     }
@@ -59,77 +59,76 @@ impl SystemError {
 
 into_io_error!(SystemError, |_| ErrorKind::Other);
 
-/// Why a buffer could not be taken, mapped or accessed.
+/// An error of taking, mapping or accessing a buffer.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum BufferError {
     /// A system call failed.
     #[error(transparent)]
     System(#[from] SystemError),
-    /// The exporter gives the processor no mapping of the dma-buf.
+    /// The exporter allows no CPU mapping of the dma-buf.
     #[error(
         "{cause}: the exporter gives the processor no mapping of it; copy its bytes by the owner's own way \
          (Buffer::with_stage)"
     )]
     NotMappable {
-        /// What `mmap` answered.
+        /// The error of `mmap`.
         cause: SystemError,
     },
-    /// The owner's own copy of the bytes failed (`Stage`).
+    /// The copy of a buffer's [`Stage`](crate::Stage) failed.
     #[error("{call} of {object}: {cause}")]
     Stage {
         /// Which copy: `upload` or `download`.
         call: &'static str,
         /// The buffer's name.
         object: String,
-        /// What it said.
+        /// The stage's error.
         cause: String,
     },
-    /// The descriptor is something else.
+    /// The descriptor is not a dma-buf.
     #[error("{object} is not a dma-buf (its filesystem's type is {found:#x})")]
     NotADmaBuf {
-        /// What was given.
+        /// The descriptor's name.
         object: String,
-        /// What `fstatfs` said instead of the dma-buf filesystem's number.
+        /// The filesystem type from `fstatfs`.
         found: u64,
     },
-    /// Memory that could be shrunk by whoever else holds it: touching it could then kill this
-    /// process.
+    /// Another holder could shrink the memory; an access could then kill this process (`SIGBUS`).
     #[error("{object} is not sealed against shrinking (F_SEAL_SHRINK)")]
     NotSealed {
         /// The memfd's name.
         object: String,
     },
-    /// The bytes asked for are not all inside.
+    /// The requested bytes are not all inside the buffer or range.
     #[error("{length} bytes at offset {offset} are not within {object}, which has {size} bytes")]
     OutOfRange {
         /// The buffer's or range's name.
         object: String,
-        /// Where the bytes were to begin.
+        /// The requested offset.
         offset: u64,
-        /// How many they were.
+        /// The requested length.
         length: u64,
-        /// How many there are.
+        /// The size of the buffer or range.
         size: u64,
     },
-    /// A write through something that was opened or mapped for reading, or the reverse.
+    /// A write to something opened or mapped read-only, or a read of something begun for writing only.
     #[error("{object} does not allow {wanted} access")]
     Access {
         /// The buffer's name.
         object: String,
-        /// What was asked for: `read` or `write`.
+        /// The requested access: `read` or `write`.
         wanted: &'static str,
     },
-    /// What was waited for did not come in time.
+    /// A wait timed out.
     #[error("{object}: nothing happened within {limit:?}")]
     TimedOut {
-        /// What was waited for.
+        /// The awaited event.
         object: String,
-        /// How long.
+        /// The time limit.
         limit: Duration,
     },
-    /// Memory that was lent to another process. This one inherited the handle through `fork`, and
-    /// with it neither the loan nor the mappings.
+    /// The memory was lent to another process. This process inherited the handle through `fork`, but neither
+    /// the lease nor the mappings.
     #[error(
         "{object} was lent to the process that this one was forked from: make a subscriber of this \
          process's own"
@@ -138,12 +137,12 @@ pub enum BufferError {
         /// The buffer's name.
         object: String,
     },
-    /// A name that the kernel does not take.
+    /// The kernel does not accept the name.
     #[error("{name:?} cannot be a buffer's name: at most {limit} bytes, none of them NUL")]
     Name {
-        /// The name.
+        /// The rejected name.
         name: String,
-        /// The most bytes that it may have.
+        /// The maximum length in bytes.
         limit: usize,
     },
 }

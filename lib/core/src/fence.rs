@@ -1,8 +1,9 @@
-//! Fences: how a device says that it is not done with a buffer yet.
+//! Fences: signalled when a device has done the work queued on a buffer.
 //!
-//! A dma-buf carries the fences of work that was queued on it. [`DmaBuf::wait`] waits for them,
-//! [`DmaBuf::export_sync_file`] takes them out as a descriptor of their own, which may go to
-//! another process or driver, and [`DmaBuf::import_sync_file`] puts such a descriptor's fences in.
+//! A dma-buf carries the fences of the work queued on it. [`DmaBuf::wait`] waits for them.
+//! [`DmaBuf::export_sync_file`] exports them as a file descriptor, which may be passed to another process or
+//! driver, and [`DmaBuf::import_sync_file`] adds such a descriptor's fences to a dma-buf. See
+//! <https://docs.kernel.org/driver-api/sync_file.html>.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -16,7 +17,7 @@ use crate::error::{BufferError, SystemError};
 use crate::sys;
 use crate::sys::dmabuf::{SYNC_READ, SYNC_WRITE};
 
-/// Fences as a descriptor: what was queued at one moment, whatever is queued later.
+/// A sync file: a snapshot of fences, as a file descriptor. Work queued later does not count.
 #[derive(Debug)]
 #[doc(alias = "sync_file")]
 #[doc(alias = "dma_fence")]
@@ -24,30 +25,29 @@ pub struct SyncFile {
     fd: OwnedFd,
 }
 
-/// How far the work behind a [`SyncFile`] is.
+/// The state of the work behind a [`SyncFile`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FenceState {
-    /// Some of it is not done.
+    /// Some work is not done.
     Pending,
-    /// All of it is done.
+    /// All work is done.
     Done,
-    /// It ended, and at least one part failed.
+    /// All work has ended, and some has failed.
     Failed(Errno),
 }
 
 impl SyncFile {
-    /// Takes a descriptor, after a look at what it is (`SYNC_IOC_FILE_INFO`).
+    /// Takes a file descriptor, after a check that it is a sync file (`SYNC_IOC_FILE_INFO`).
     ///
-    /// # Errors
-    /// [`BufferError::System`], with `ENOTTY` or `EINVAL` for what is no sync file. The
-    /// descriptor is closed then.
+    /// # Errors [`BufferError::System`] with `ENOTTY` or `EINVAL` if it is not a sync file. The descriptor is
+    /// then closed.
     pub fn from_fd(fd: OwnedFd) -> Result<SyncFile, BufferError> {
         let file = SyncFile { fd };
         file.state()?;
         Ok(file)
     }
 
-    /// How far the work is.
+    /// The state of the work.
     ///
     /// # Errors
     /// The ioctl's error.
@@ -59,8 +59,8 @@ impl SyncFile {
         })
     }
 
-    /// How many fences it holds that were not done when it was made. Of a buffer that nobody
-    /// works on this is 1 all the same: the kernel then makes a fence that is done.
+    /// The number of fences that were pending when the sync file was made. For an idle buffer it is 1,
+    /// because the kernel then makes a signalled fence.
     ///
     /// # Errors
     /// The ioctl's error.
@@ -73,8 +73,7 @@ impl SyncFile {
         Ok(sys::sync_file::info(self.fd.as_fd()).map_err(failed)?)
     }
 
-    /// Waits until the work has ended, but no longer than `limit`. It may have ended badly:
-    /// [`SyncFile::state`] says.
+    /// Waits until the work has ended, at most `limit`. The work may have failed; [`SyncFile::state`] tells.
     ///
     /// # Errors
     /// [`BufferError::TimedOut`], or the call that failed.
@@ -109,9 +108,9 @@ impl TryFrom<OwnedFd> for SyncFile {
 }
 
 impl DmaBuf {
-    /// Waits until devices have done what was queued on the buffer, but no longer than `limit`:
-    /// for [`Access::Read`] those that write it, otherwise all. Beginning CPU access waits for
-    /// the same without a limit.
+    /// Waits for the work queued on the buffer, at most `limit`: with [`Access::Read`] for writers, otherwise
+    /// for all. [`Mapping::begin_cpu_access`](crate::Mapping::begin_cpu_access) waits for the same work
+    /// without a limit.
     ///
     /// ```no_run
     /// # use std::time::Duration;
@@ -137,9 +136,8 @@ impl DmaBuf {
         wait(self.as_fd(), events, limit, "the fences of a dma-buf")
     }
 
-    /// Takes out the fences that work with `access` has to wait for
-    /// (`DMA_BUF_IOCTL_EXPORT_SYNC_FILE`, since Linux 6.0): for [`Access::Read`] those of
-    /// writers, otherwise all.
+    /// Exports the fences that work with `access` must wait for (`DMA_BUF_IOCTL_EXPORT_SYNC_FILE`, since
+    /// Linux 6.0): for [`Access::Read`] those of writers, otherwise all.
     ///
     /// # Errors
     /// The ioctl's error: `ENOTTY` on an older kernel, `EMFILE`.
@@ -151,9 +149,9 @@ impl DmaBuf {
         Ok(SyncFile { fd })
     }
 
-    /// Puts in the fences of work that uses the buffer with `access`
-    /// (`DMA_BUF_IOCTL_IMPORT_SYNC_FILE`, since Linux 6.0). For [`Access::Read`] later writers
-    /// wait for them, otherwise all.
+    /// Adds the fences of work that uses the buffer with `access` (`DMA_BUF_IOCTL_IMPORT_SYNC_FILE`, since
+    /// Linux 6.0). Later writers wait for fences added with [`Access::Read`]; all later users wait for
+    /// others.
     ///
     /// # Errors
     /// The ioctl's error.
@@ -184,7 +182,7 @@ fn wait(
     let begun = Instant::now();
     loop {
         let left = limit.saturating_sub(begun.elapsed());
-        // A limit beyond what the kernel can count is none.
+        // A limit that `Timespec` cannot hold means no timeout.
         let timeout = Timespec::try_from(left).ok();
         let mut waiting = [PollFd::from_borrowed_fd(fd, events)];
         match rustix::event::poll(&mut waiting, timeout.as_ref()) {

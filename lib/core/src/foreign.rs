@@ -1,8 +1,8 @@
-//! A dma-buf that another library made: what the kernel tells of it, and nothing that it does not.
+//! dma-bufs made by another library: what the kernel tells about them.
 //!
-//! The kernel names the exporter (`fdinfo`), and neither the device nor where the bytes are. An exporter's name
-//! is that of its module, and sysfs lists which devices the drivers of a module have. A module that has one
-//! device leaves no choice; with several, the device stays unknown.
+//! The kernel names the exporter (`fdinfo`), but neither the device nor the placement. The exporter's name is
+//! usually that of its module, and sysfs lists the devices that a module's drivers are bound to. If there is
+//! exactly one such device, the buffer is its; otherwise the device stays unknown.
 
 use std::os::fd::OwnedFd;
 
@@ -13,7 +13,7 @@ use crate::dmabuf::{DmaBuf, Info};
 use crate::error::{BufferError, SystemError};
 use crate::topology::Sysfs;
 
-/// Exporters whose buffers are in system memory, all of them, and the kind they are.
+/// Exporters whose buffers are always in system memory, and their kinds.
 const IN_SYSTEM_MEMORY: [(&str, Kind); 4] = [
     ("udmabuf", Kind::Udmabuf),
     ("system", Kind::Heap),
@@ -21,22 +21,22 @@ const IN_SYSTEM_MEMORY: [(&str, Kind); 4] = [
     ("videobuf2_vmalloc", Kind::V4l2),
 ];
 
-/// The exporter in vfio-pci, which is a library of several drivers.
+/// The exporter of vfio-pci, a library module that several drivers use.
 const VFIO: &str = "vfio_pci_core";
 
-/// Exporters that give out memory of devices which their own drivers do not have: graphics drivers name the
-/// module they share, and peerbuf.ko lends what other drivers provide.
+/// Exporters whose memory belongs to devices of other drivers: graphics drivers use the name of the module
+/// they share, and peerbuf.ko exports memory of other drivers' providers.
 const NOT_THE_DRIVER: [&str; 2] = ["drm", "peerbuf"];
 
 impl Buffer {
-    /// Takes a dma-buf that another library made, such as CUDA's, ROCm's or Vulkan's, or another program.
+    /// Takes a dma-buf that another library or program made, such as CUDA, ROCm or Vulkan.
     ///
-    /// Size, exporter, kind and device are what the kernel says ([`DmaBuf::info`], sysfs). What it does not say
-    /// stays unknown: the kind is then [`Kind::Other`], the device `None`, and paths are proved for this buffer
-    /// alone. A caller that knows more uses [`Buffer::from_dmabuf`].
+    /// Size, exporter, kind and device are those that the kernel reports ([`DmaBuf::info`], sysfs). Anything
+    /// else stays unknown: the kind is then [`Kind::Other`], the device `None`, and paths are proved for this
+    /// buffer alone. A caller who knows more uses [`Buffer::from_dmabuf`].
     ///
-    /// Some libraries give the descriptor of a whole allocation, and an offset in it beside: that offset goes to
-    /// [`Buffer::range`]. The descriptor is set to close when another program is executed.
+    /// Some libraries return the descriptor of a whole allocation and an offset in it: pass that offset to
+    /// [`Buffer::range`]. This function sets the descriptor's close-on-exec flag.
     ///
     /// ```no_run
     /// use std::os::fd::OwnedFd;
@@ -50,7 +50,7 @@ impl Buffer {
     /// ```
     ///
     /// # Errors
-    /// [`BufferError::NotADmaBuf`], or the call that failed. The descriptor is closed then.
+    /// [`BufferError::NotADmaBuf`], or the failed call. The descriptor is then closed.
     pub fn import(fd: OwnedFd) -> Result<Buffer, BufferError> {
         let dmabuf = DmaBuf::from_fd(fd)?;
         let flags = fcntl_getfd(&dmabuf).and_then(|flags| {
@@ -61,11 +61,12 @@ impl Buffer {
             }
         });
         flags.map_err(|errno| SystemError::new("fcntl(F_SETFD)", "a dma-buf", errno))?;
-        // Without procfs nothing is known of the exporter.
+        // Without procfs the exporter is unknown.
         let info = dmabuf.info().unwrap_or_default();
         let inode = dmabuf.identity().inode();
         let provenance = provenance(&info, inode, &Sysfs::default());
-        // One device's memory need not be alike: nothing that was proved of other buffers is believed of this one.
+        // A device's buffers need not all have the same memory, so a proof for another buffer says nothing
+        // about this one.
         Ok(Buffer::from_dmabuf(dmabuf, provenance).without_voucher())
     }
 }
@@ -138,7 +139,7 @@ mod tests {
         bind("nvidia", "nvidia", "0000:42:00.0");
         assert_eq!(of("nvidia", &sysfs), (Kind::Other, None), "which of two?");
 
-        // The exporter is in the library; the driver that uses it has the device.
+        // The exporter is in the library module; a driver that uses it is bound to the device.
         bind("vfio_pci", "vfio-pci", "0000:05:00.0");
         let users = tree.0.join("module/vfio_pci");
         tree.link("module/vfio_pci_core/holders/vfio_pci", &users);

@@ -1,14 +1,14 @@
-//! [`LazyMapping`]: a range that is mapped when something first needs its addresses.
+//! [`LazyMapping`]: a range that is mapped at the first use of its addresses.
 
 use crate::access::Access;
 use crate::buffer::BufferRange;
 use crate::error::BufferError;
 use crate::mapping::Mapping;
 
-/// A range whose bytes are copied in and out, and which is mapped only when something needs its addresses.
+/// A range for copies that is mapped only when something needs its addresses.
 ///
-/// Copies go through the buffer's [`Stage`](crate::Stage) if it has one, and through the mapping otherwise. Each waits for the
-/// fences of the buffer first, as the processor's access to a mapping does.
+/// Copies go through the buffer's [`Stage`](crate::Stage) if it has one, otherwise through the mapping. Each
+/// copy first waits for the buffer's fences, like a CPU access to a mapping.
 #[derive(Debug)]
 pub struct LazyMapping {
     range: BufferRange,
@@ -16,10 +16,10 @@ pub struct LazyMapping {
 }
 
 impl LazyMapping {
-    /// For a range. Nothing is mapped yet.
+    /// Wraps a range, without mapping it.
     ///
-    /// # Errors
-    /// [`BufferError::Inherited`] for a buffer that was lent to a process from which this one was forked.
+    /// # Errors [`BufferError::Inherited`] for a buffer that was lent to a process from which this one was
+    /// forked.
     pub fn new(range: &BufferRange) -> Result<LazyMapping, BufferError> {
         range.usable(Access::Read)?;
         Ok(LazyMapping {
@@ -28,22 +28,22 @@ impl LazyMapping {
         })
     }
 
-    /// What is copied.
+    /// The range.
     pub fn range(&self) -> &BufferRange {
         &self.range
     }
 
-    /// Its length in bytes.
+    /// The length in bytes.
     pub fn len(&self) -> u64 {
         self.range.len()
     }
 
-    /// True when it has no bytes.
+    /// True if the range is empty.
     pub fn is_empty(&self) -> bool {
         self.range.is_empty()
     }
 
-    /// The mapping, made now if there is none yet, for all that the buffer allows.
+    /// The mapping, with all access that the buffer allows; made at the first call.
     ///
     /// # Errors
     /// As [`BufferRange::map`].
@@ -55,7 +55,8 @@ impl LazyMapping {
         Ok(self.mapping.insert(mapping))
     }
 
-    /// Whether the bytes can be copied at all: there is a stage, or the range can be mapped, which is done now.
+    /// Checks that the bytes can be copied: that there is a stage, or that the range can be mapped, which it
+    /// then is.
     ///
     /// # Errors
     /// As [`BufferRange::map`].
@@ -66,7 +67,7 @@ impl LazyMapping {
         }
     }
 
-    /// Copies bytes out of the range, from `offset` on.
+    /// Copies bytes from `offset` out of the range.
     ///
     /// # Errors
     /// [`BufferError::OutOfRange`]; [`BufferError::Stage`], or as [`BufferRange::map`] and
@@ -81,7 +82,7 @@ impl LazyMapping {
         cpu.end()
     }
 
-    /// Copies bytes into the range, from `offset` on. When it returns a device sees them.
+    /// Copies bytes to `offset` in the range. On return devices see them.
     ///
     /// # Errors
     /// As [`LazyMapping::read_at`], and [`BufferError::Access`].
@@ -105,7 +106,7 @@ mod tests {
     use super::*;
     use crate::{Stage, memfd};
 
-    /// Memory beside the buffer, so that bytes tell which way they went.
+    /// Memory apart from the buffer, so that a test can tell which of the two was copied.
     struct Beside(Mutex<Vec<u8>>);
 
     impl Stage for Beside {
@@ -149,7 +150,7 @@ mod tests {
                 .iter()
                 .all(|&byte| byte == 0)
         );
-        // What is not inside reaches no stage, and an error of the stage's names the buffer.
+        // Bytes outside the range never reach the stage, and an error of the stage names the buffer.
         assert!(matches!(
             lazy.write_at(46, &[2; 5]),
             Err(BufferError::OutOfRange { .. })
@@ -164,7 +165,7 @@ mod tests {
             failed.contains("test") && failed.contains("error 700"),
             "{failed}"
         );
-        // The mapping is still there for whoever needs addresses.
+        // The mapping is still available for users of addresses.
         assert_eq!(lazy.mapping().unwrap().len(), 50);
     }
 

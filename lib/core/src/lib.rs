@@ -1,14 +1,16 @@
-//! The core of peerbuf: a dma-buf as a value, and the CPU's access to its bytes.
+//! dma-bufs as values, and the CPU's access to their bytes.
 //!
-//! A [`DmaBuf`] is a descriptor that is known to be a dma-buf, whoever made it. A [`Buffer`] is one
-//! with what is known of it: who made it, on which device, and the memory of the host behind it, if
-//! there is some. A [`BufferRange`] is part of a buffer. Its bytes may be device memory, and a device
-//! or another process may change them at any time, so they are never a `&[u8]`: a [`Mapping`] gives
-//! them to importers, and [`Mapping::begin_cpu_access`] lets the CPU copy them. Work that a device has
-//! queued on a buffer is waited for by its fences ([`DmaBuf::wait`], [`SyncFile`]).
+//! - A [`DmaBuf`] is a file descriptor that is known to be a dma-buf, from any exporter.
+//! - A [`Buffer`] adds what is known about it: the exporter, the device, and the host memory behind it, if
+//!   any.
+//! - A [`BufferRange`] is part of a buffer.
+//! - A [`Mapping`] makes the bytes available to importers. The bytes may be device memory, and a device or
+//!   another process may change them at any time, so they are never a `&[u8]`: the CPU copies them within
+//!   [`Mapping::begin_cpu_access`].
+//! - Fences ([`DmaBuf::wait`], [`SyncFile`]) tell when the work that devices have queued on a buffer is done.
 //!
-//! The crate `peerbuf` makes buffers and brings devices to them; it has all of this under
-//! `peerbuf::buffer`.
+//! The crate `peerbuf` makes buffers and imports them to devices; it re-exports this crate as
+//! `peerbuf::buffer`. Kernel documentation: <https://docs.kernel.org/driver-api/dma-buf.html>.
 //!
 //! ```
 //! use peerbuf_core::{Access, memfd};
@@ -23,8 +25,7 @@
 //! # }
 //! ```
 //!
-//! What is hidden from this documentation is for peerbuf's own crates, and may change with each
-//! version.
+//! Items hidden from this documentation serve peerbuf's own crates, and may change in any version.
 #![deny(unsafe_code)]
 
 mod access;

@@ -1,10 +1,11 @@
-//! Limits of a process that an error number does not name.
+//! Process limits behind an error number.
 
 use crate::errno::Errno;
 use rustix::process::{Resource, getrlimit};
 
-/// For a call that locks or pins memory: names the limit that `ENOMEM` stands for, what this process uses of it
-/// and how to raise it. Begins with a colon. Empty for other numbers, and without a limit.
+/// For a failed call that locks or pins memory: a suffix for the error message that names the limit behind
+/// `ENOMEM`, its current use, and how to raise it. It begins with a colon. Empty for other error numbers and
+/// without a limit.
 #[doc(hidden)]
 pub fn on_pinning(errno: Errno) -> String {
     if errno != Errno::NOMEM {
@@ -15,8 +16,8 @@ pub fn on_pinning(errno: Errno) -> String {
     limit.map_or_else(String::new, |limit| locked(limit, &status))
 }
 
-/// The kernel counts what drivers pin (`VmPin`, RDMA) and what is locked (`VmLck`, mlock and VFIO) apart, and
-/// compares each with the one limit.
+/// The kernel counts pinned memory (`VmPin`: drivers, RDMA) and locked memory (`VmLck`: mlock, VFIO)
+/// separately, and compares each count with the same limit.
 fn locked(limit: u64, status: &str) -> String {
     let of = |field: &str| {
         let line = status.lines().find_map(|line| line.strip_prefix(field));

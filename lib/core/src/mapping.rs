@@ -1,4 +1,4 @@
-//! [`Mapping`]: the bytes of a buffer in this process, and the times in which the CPU touches them.
+//! [`Mapping`]: a buffer's bytes in this process, and the CPU's access to them.
 
 use std::os::fd::AsFd;
 
@@ -14,12 +14,10 @@ use crate::sys::memory::Map;
 
 /// A mapped part of a buffer.
 ///
-/// Importers give its addresses to the kernel. The CPU copies bytes within
-/// [`Mapping::begin_cpu_access`].
+/// Importers pass its addresses to the kernel. The CPU copies bytes within [`Mapping::begin_cpu_access`].
 ///
-/// Device memory can go away: after its device was unbound or unplugged, a copy raises `SIGBUS`,
-/// as it does for a file that was cut off under a mapping. System calls on the mapping then fail
-/// with `EFAULT` instead.
+/// Device memory can go away: after its device was unbound or unplugged, a copy raises `SIGBUS`, as for a
+/// truncated file. System calls on the mapping then fail with `EFAULT`.
 #[derive(Debug)]
 pub struct Mapping {
     map: Map,
@@ -28,24 +26,24 @@ pub struct Mapping {
 }
 
 impl Mapping {
-    /// What is mapped.
+    /// The mapped range.
     pub fn range(&self) -> &BufferRange {
         &self.range
     }
 
-    /// Its length in bytes.
+    /// The length in bytes.
     pub fn len(&self) -> u64 {
         self.range.len()
     }
 
-    /// True when it has no bytes.
+    /// True if the range has no bytes.
     pub fn is_empty(&self) -> bool {
         self.range.is_empty()
     }
 
-    /// The address of its first byte, for engines that take a pointer: buffers registered with io_uring,
-    /// `cuMemHostRegister`, `ucp_mem_map`. The bytes that follow it are [`Mapping::len`]. It is null in a child
-    /// of the process that a lent buffer was mapped in.
+    /// The address of the first byte, for engines that take a pointer: buffers registered with io_uring,
+    /// `cuMemHostRegister`, `ucp_mem_map`. The mapping has [`Mapping::len`] bytes. The pointer is null in a
+    /// forked child if the buffer is lent.
     ///
     /// ```
     /// # fn register_with_an_engine(_: *mut u8, _: usize) {}
@@ -60,20 +58,20 @@ impl Mapping {
     /// ```
     ///
     /// # Safety
-    /// Getting the pointer is safe. Who uses it sees to this:
+    /// Getting the pointer is safe. A user of the pointer ensures:
     ///
-    /// - It is used while the mapping exists, and for no byte beyond its length. An engine that keeps it has to
-    ///   forget it (deregistration, completion of all work) before the mapping is dropped.
-    /// - Bytes are written only if the mapping was made for writing; otherwise the processor gets `SIGSEGV`, and
-    ///   a system call `EFAULT`.
-    /// - No reference (`&[u8]`, `&mut [u8]`) is made of it, not even for a moment: devices and other processes
-    ///   change the bytes. Give it to the kernel or to a library, or copy with `read_volatile` and
-    ///   `write_volatile`.
-    /// - The processor touches the bytes only between [`Mapping::begin_cpu_access`] and its end. Whoever lets a
-    ///   device or the kernel use them waits for the buffer's fences first
-    ///   ([`DmaBuf::wait`](crate::DmaBuf::wait)).
-    /// - Copies by the processor may raise `SIGBUS` when the buffer's device goes away, and memory that has no
-    ///   struct pages cannot be pinned: `EFAULT` from direct I/O and registrations.
+    /// - The pointer is used only while the mapping exists, and only within its length. An engine that keeps
+    ///   the pointer must have dropped it (deregistration, completion of all work) before the mapping is
+    ///   dropped.
+    /// - Bytes are written only if the mapping was made for writing; otherwise the CPU gets `SIGSEGV`, and a
+    ///   system call `EFAULT`.
+    /// - No reference (`&[u8]`, `&mut [u8]`) to the bytes exists at any time, because devices and other
+    ///   processes change them. Pass the pointer to the kernel or to a library, or copy with `read_volatile`
+    ///   and `write_volatile`.
+    /// - The CPU accesses the bytes only between [`Mapping::begin_cpu_access`] and its end. Before a device
+    ///   or the kernel accesses them, wait for the buffer's fences ([`DmaBuf::wait`](crate::DmaBuf::wait)).
+    /// - A copy by the CPU may raise `SIGBUS` when the buffer's device goes away. Memory without struct pages
+    ///   cannot be pinned: direct I/O and registrations fail with `EFAULT`.
     pub fn as_ptr(&self) -> *mut u8 {
         self.map.window(0, 0).address()
     }
@@ -91,11 +89,10 @@ impl Mapping {
         Err(BufferError::Inherited { object })
     }
 
-    /// Begins a time in which the CPU may copy bytes in or out (`DMA_BUF_IOCTL_SYNC`, which
-    /// makes caches agree where they do not by themselves, and waits for devices' fences).
+    /// Begins a CPU access, in which bytes may be copied in or out. `DMA_BUF_IOCTL_SYNC` waits for the
+    /// devices' fences, and synchronises caches that are not coherent.
     ///
-    /// One at a time: the mapping is borrowed mutably until the guard is gone, so nesting does
-    /// not compile.
+    /// Accesses do not nest: the guard borrows the mapping mutably, so a second access does not compile.
     ///
     /// ```compile_fail
     /// # use peerbuf_core::{Access, memfd};
@@ -106,12 +103,10 @@ impl Mapping {
     /// outer.end().unwrap();
     /// ```
     ///
-    /// The wait has no limit of its own: [`DmaBuf::wait`](crate::DmaBuf::wait) before it has one.
+    /// The wait has no time limit. For a limit, call [`DmaBuf::wait`](crate::DmaBuf::wait) first.
     ///
-    /// # Errors
-    /// [`BufferError::Access`] for access that the mapping was not made for;
-    /// [`BufferError::Inherited`] for lent memory in a child of the process that mapped it; or the
-    /// ioctl's error.
+    /// # Errors [`BufferError::Access`] if the mapping does not allow this access; [`BufferError::Inherited`]
+    /// for lent memory in a child of the process that mapped it; or the ioctl's error.
     #[doc(alias = "DMA_BUF_IOCTL_SYNC")]
     #[doc(alias = "DMA_BUF_SYNC_START")]
     pub fn begin_cpu_access(&mut self, access: Access) -> Result<CpuAccess<'_>, BufferError> {
@@ -125,8 +120,8 @@ impl Mapping {
     }
 
     #[doc(hidden)]
-    /// As [`Mapping::begin_cpu_access`], for other languages, in which no guard can borrow: the caller
-    /// ends what it began, and begins nothing twice.
+    /// As [`Mapping::begin_cpu_access`] but without a guard, for other languages. The caller ends each access
+    /// and does not nest accesses.
     pub fn begin_unguarded(&self, access: Access) -> Result<(), BufferError> {
         if access.writes() && !self.access.writes() {
             let object = self.range.buffer().name().to_owned();
@@ -140,8 +135,8 @@ impl Mapping {
     }
 
     #[doc(hidden)]
-    /// Ends what [`Mapping::begin_unguarded`] began. `last_write` is the place of a byte that was written after
-    /// all others; nothing where none was.
+    /// Ends an access from [`Mapping::begin_unguarded`]. `last_write` is the offset of the byte written last;
+    /// `None` if none was written.
     pub fn end_unguarded(
         &self,
         access: Access,
@@ -166,17 +161,17 @@ impl Mapping {
         })
     }
 
-    /// Copies bytes to its beginning, within one CPU access.
+    /// Copies bytes to the mapping's start, in one CPU access.
     ///
-    /// # Errors
-    /// As [`Mapping::begin_cpu_access`]; [`BufferError::OutOfRange`] for more bytes than it has.
+    /// # Errors As [`Mapping::begin_cpu_access`]; [`BufferError::OutOfRange`] if the mapping is shorter than
+    /// `bytes`.
     pub fn write_bytes(&mut self, bytes: &[u8]) -> Result<(), BufferError> {
         let mut cpu = self.begin_cpu_access(Access::Write)?;
         cpu.write_at(0, bytes)?;
         cpu.end()
     }
 
-    /// Copies bytes from its beginning, as many as `into` has room for, within one CPU access.
+    /// Fills `into` from the mapping's start, in one CPU access.
     ///
     /// # Errors
     /// As [`Mapping::write_bytes`].
@@ -188,28 +183,27 @@ impl Mapping {
 }
 
 impl BufferRange {
-    /// Maps it. `access` is what the mapping will be used for, by the CPU or by an importer;
-    /// writing a mapping needs a writable buffer.
+    /// Maps the range. `access` is what the mapping will be used for, by the CPU or an importer; writing
+    /// needs a writable buffer.
     ///
-    /// A child that is forked later inherits the mapping, unless the buffer is lent: its publisher
-    /// would not know of the child.
+    /// A child forked later inherits the mapping, unless the buffer is lent: its publisher does not know the
+    /// child.
     ///
-    /// # Errors
-    /// [`BufferError::Access`]; [`BufferError::Inherited`] for a buffer that was lent to a process
-    /// from which this one was forked; or the call that failed.
+    /// # Errors [`BufferError::Access`]; [`BufferError::Inherited`] for a buffer that was lent to a process
+    /// from which this one was forked; or the failed call.
     pub fn map(&self, access: Access) -> Result<Mapping, BufferError> {
         let borrower = self.usable(access)?;
         let (fd, at) = self.buffer().mappable();
-        // Graphics drivers' fault handlers count from the mapping's beginning and not from the
-        // buffer's (drm_gem_shmem_fault in drivers/gpu/drm/drm_gem_shmem_helper.c): with an offset,
-        // other bytes than those asked for are mapped, without an error. Of exporters that are not
-        // known to do it right the mapping begins where the buffer does.
+        // Fault handlers of graphics drivers count pages from the mapping's start instead of the buffer's
+        // (drm_gem_shmem_fault in drivers/gpu/drm/drm_gem_shmem_helper.c). So a mapping with an offset shows
+        // the wrong bytes, without an error. Unless the exporter is known to honour offsets, map from the
+        // buffer's start.
         let honours_offset = self.buffer().host_memory().is_some()
             || matches!(
                 self.buffer().provenance().kind,
                 Kind::Bar | Kind::Vfio | Kind::Provider | Kind::Heap
             );
-        // A page is mapped for a range without bytes, too. At the end of a dma-buf there is none.
+        // An empty range maps one page, too, but at the end of a dma-buf there is none to map.
         let offset = if self.is_empty() { 0 } else { self.offset() };
         let map = if honours_offset {
             Map::shared(fd, at + offset, self.len(), access.writes())
@@ -218,7 +212,7 @@ impl BufferRange {
         };
         let map = map.map_err(|errno| {
             let cause = SystemError::new("mmap", self.buffer().name(), errno);
-            // What exporters answer that have no mapping to give; the kernel says EINVAL for those without the
+            // Errors of exporters without CPU mappings; the kernel returns EINVAL if the exporter lacks the
             // operation. A memfd can always be mapped.
             let refused = matches!(errno, Errno::INVAL | Errno::NOTSUPP | Errno::OPNOTSUPP);
             match refused && self.buffer().host_memory().is_none() {
@@ -238,12 +232,12 @@ impl BufferRange {
         })
     }
 
-    /// Copies bytes to its beginning: by the buffer's [`Stage`](crate::Stage) if it has one, otherwise with one
-    /// mapping and one CPU access. To do it often, keep a [`Mapping`] or a [`LazyMapping`](crate::LazyMapping).
+    /// Copies bytes to the range's start: through the buffer's [`Stage`](crate::Stage) if it has one,
+    /// otherwise with a mapping and a CPU access of its own. For many copies, keep a [`Mapping`] or a
+    /// [`LazyMapping`](crate::LazyMapping).
     ///
-    /// # Errors
-    /// As [`BufferRange::map`] and [`Mapping::begin_cpu_access`]; [`BufferError::OutOfRange`] for more
-    /// bytes than it has.
+    /// # Errors As [`BufferRange::map`] and [`Mapping::begin_cpu_access`]; [`BufferError::OutOfRange`] if the
+    /// range is shorter than `bytes`.
     pub fn write_bytes(&self, bytes: &[u8]) -> Result<(), BufferError> {
         match self.upload(bytes) {
             Some(copied) => copied,
@@ -251,7 +245,7 @@ impl BufferRange {
         }
     }
 
-    /// Copies bytes from its beginning, as many as `into` has room for, likewise.
+    /// Fills `into` from the range's start, in the same way as [`BufferRange::write_bytes`].
     ///
     /// # Errors
     /// As [`BufferRange::write_bytes`].
@@ -262,13 +256,11 @@ impl BufferRange {
         }
     }
 
-    /// A copy of its bytes, likewise.
+    /// A copy of the range's bytes, in the same way as [`BufferRange::read_bytes`].
     ///
-    /// # Errors
-    /// As [`BufferRange::write_bytes`].
+    /// # Errors As [`BufferRange::write_bytes`].
     ///
-    /// # Panics
-    /// When there is not as much memory.
+    /// # Panics If the allocation fails.
     pub fn to_vec(&self) -> Result<Vec<u8>, BufferError> {
         let mut bytes = vec![0; self.len() as usize];
         self.read_bytes(&mut bytes)?;
@@ -276,13 +268,12 @@ impl BufferRange {
     }
 }
 
-/// The CPU's access to a mapping, from [`Mapping::begin_cpu_access`] until it is dropped or
-/// ended. What was written is where a device or another process sees it once that has happened.
+/// The CPU's access to a mapping, from [`Mapping::begin_cpu_access`] until it is ended or dropped. After
+/// that, devices and other processes see the written bytes.
 ///
-/// Bytes go in and out as copies, or as values of types that are plain bytes ([`Pod`]), each byte
-/// moved exactly once. A value of 1, 2, 4 or 8 bytes whose address is a multiple of its size goes
-/// in one access, as a device's registers need it; addresses begin at a page for a range that
-/// does.
+/// Bytes are copied, or read and written as values of plain types ([`Pod`]); each byte is accessed exactly
+/// once. A value of 1, 2, 4 or 8 bytes at an address that is a multiple of its size is one access, as device
+/// registers need it. The address of a range with a page-aligned offset is page-aligned.
 ///
 /// ```
 /// use bytemuck::{Pod, Zeroable};
@@ -316,16 +307,16 @@ impl BufferRange {
 pub struct CpuAccess<'m> {
     mapping: &'m mut Mapping,
     access: Access,
-    /// Where the last bytes were written, if any were.
+    /// The offset of the byte written last, if any.
     last_write: Option<usize>,
     open: bool,
 }
 
 impl CpuAccess<'_> {
-    /// Copies bytes out of the mapping, from `offset` on. Each byte is read once.
+    /// Copies bytes from `offset` out of the mapping. Each byte is read once.
     ///
-    /// # Errors
-    /// [`BufferError::Access`] for access that began for writing only, and
+    /// # Errors [`BufferError::Access`] if the access was begun for writing only, and
+    /// [`BufferError::OutOfRange`].
     /// [`BufferError::OutOfRange`].
     pub fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<(), BufferError> {
         let offset = self.check(offset, into.len(), "read", self.access.reads())?;
@@ -333,10 +324,9 @@ impl CpuAccess<'_> {
         Ok(())
     }
 
-    /// Copies bytes into the mapping, from `offset` on. Each byte is written once.
+    /// Copies bytes to `offset` in the mapping. Each byte is written once.
     ///
-    /// # Errors
-    /// [`BufferError::Access`] for access that began for reading only, and
+    /// # Errors [`BufferError::Access`] if the access was begun for reading only, and
     /// [`BufferError::OutOfRange`].
     pub fn write_at(&mut self, offset: u64, from: &[u8]) -> Result<(), BufferError> {
         let offset = self.check(offset, from.len(), "write", self.access.writes())?;
@@ -347,19 +337,19 @@ impl CpuAccess<'_> {
         Ok(())
     }
 
-    /// Has the end of the access wait for bytes up to here, which were copied in by way of
-    /// [`Mapping::map`].
+    /// Notes that bytes up to `end` were written through [`Mapping::map`], so that the end of the access
+    /// waits for them.
     #[doc(hidden)]
     pub fn copied_in(&mut self, end: u64) {
         self.last_write = end.checked_sub(1).map(|last| last as usize);
     }
 
-    /// What is accessed. Within the access its bytes may also be given to the kernel, as for file I/O.
+    /// The mapping. During the access, system calls such as file I/O may use its bytes, too.
     pub fn mapping(&self) -> &Mapping {
         &*self.mapping
     }
 
-    /// Reads a value at `offset`, in bytes, which need not be a multiple of anything.
+    /// Reads a value at `offset`, in bytes; any alignment.
     ///
     /// # Errors
     /// As [`CpuAccess::read_at`].
@@ -377,7 +367,7 @@ impl CpuAccess<'_> {
         self.write_at(offset, bytemuck::bytes_of(value))
     }
 
-    /// Reads values that follow each other from `offset` on, in bytes.
+    /// Reads consecutive values from `offset`, in bytes.
     ///
     /// # Errors
     /// As [`CpuAccess::read_at`].
@@ -385,7 +375,7 @@ impl CpuAccess<'_> {
         self.read_at(offset, bytemuck::cast_slice_mut(into))
     }
 
-    /// Writes values one after the other from `offset` on, in bytes.
+    /// Writes consecutive values from `offset`, in bytes.
     ///
     /// # Errors
     /// As [`CpuAccess::write_at`].
@@ -393,8 +383,8 @@ impl CpuAccess<'_> {
         self.write_at(offset, bytemuck::cast_slice(from))
     }
 
-    /// Ends the access. What was written is then where a device sees it. Dropping the guard
-    /// does the same, but has nobody to tell about an error.
+    /// Ends the access; devices then see the written bytes. Dropping the guard does the same but discards an
+    /// error.
     ///
     /// # Errors
     /// The ioctl's error.
@@ -422,7 +412,7 @@ impl CpuAccess<'_> {
         self.mapping.check_here()?;
         let end = offset.checked_add(length as u64);
         if end.is_none_or(|end| end > self.mapping.len()) {
-            // The error that a part of the range has, which is made only for that.
+            // `slice` makes the error.
             self.mapping.range.slice(offset, length as u64)?;
         }
         Ok(offset as usize)
@@ -432,7 +422,7 @@ impl CpuAccess<'_> {
 impl Drop for CpuAccess<'_> {
     fn drop(&mut self) {
         if self.open {
-            // Nobody to tell; the kernel fails this only for a buffer that is gone.
+            // Discards an error: the kernel returns one only if the buffer is gone.
             let _ = self.finish();
         }
     }

@@ -1,4 +1,4 @@
-//! Memory of the host that is shared: memfds which keep their size.
+//! Shared host memory: memfds of a fixed size.
 
 use std::os::fd::OwnedFd;
 
@@ -34,11 +34,10 @@ impl HugePages {
     }
 }
 
-/// A memfd of `length` zero bytes that keeps that size for ever, so that no holder of it can make
-/// the others' mappings fault. With `None` it is made of ordinary pages. `name` is for people.
+/// A memfd of `length` zero bytes, sealed to this size so that no holder can make another's mapping fault.
+/// With `None` it uses pages of the normal size. `name` is for diagnostics.
 ///
-/// # Errors
-/// The call that failed: `ENOMEM` or `EFBIG` for a length that the machine cannot hold, `EMFILE`.
+/// # Errors The failed call: `ENOMEM` or `EFBIG` for a length that the machine cannot hold, `EMFILE`.
 pub fn sealed(name: &str, length: u64, pages: Option<HugePages>) -> Result<OwnedFd, SystemError> {
     let failed = |call| move |errno| SystemError::new(call, name, errno);
     let huge = pages.map_or(MemfdFlags::empty(), HugePages::flags);
@@ -50,7 +49,7 @@ pub fn sealed(name: &str, length: u64, pages: Option<HugePages>) -> Result<Owned
     Ok(memfd)
 }
 
-/// A buffer of `length` zero bytes of such memory, without a dma-buf.
+/// A buffer of `length` zero bytes in a sealed memfd, without a dma-buf.
 ///
 /// # Errors
 /// As [`sealed`].

@@ -1,18 +1,18 @@
-//! [`Stage`]: the bytes of a buffer by its owner's own copies.
+//! [`Stage`]: copies to and from a buffer without a mapping.
 //!
-//! Memory of a GPU often has no mapping for the processor (NVIDIA's driver before 13.3 refuses `mmap` of its
-//! dma-bufs), or only a slow one. Its owner has another way to its bytes, such as `cuMemcpyHtoD` and
-//! `cuMemcpyDtoH`. A [`Stage`] is that way. Copies by the processor go through a buffer's stage if it has one,
-//! and otherwise through a mapping, which is made when it is first needed.
+//! GPU memory often has no CPU mapping (NVIDIA's driver before 13.3 refuses `mmap` of its dma-bufs), or only
+//! a slow one. Its owner copies the bytes with other calls, such as `cuMemcpyHtoD` and `cuMemcpyDtoH`. A
+//! [`Stage`] wraps these calls. If a buffer has a stage, the CPU's copies go through it; otherwise through a
+//! mapping, which is made at the first copy.
 
 use std::error::Error;
 use std::fmt;
 use std::sync::Arc;
 
-/// Copies bytes into a buffer and out of it without mapping it: the way of the memory's owner.
+/// Copies bytes into and out of a buffer without mapping it.
 ///
-/// Offsets are in bytes and count from the buffer's beginning; they and the lengths are inside the buffer. Calls
-/// may come from any thread, and from several at once.
+/// Offsets are in bytes from the buffer's start. The caller keeps offset and length inside the buffer. Calls
+/// may come from any thread, and concurrently.
 ///
 /// ```
 /// use std::error::Error;
@@ -46,20 +46,18 @@ use std::sync::Arc;
 /// # }
 /// ```
 pub trait Stage: Send + Sync {
-    /// Copies bytes into the buffer. When it returns, devices see them.
+    /// Copies bytes into the buffer. On return they are visible to devices.
     ///
-    /// # Errors
-    /// Whatever the copy failed with.
+    /// # Errors Any error of the copy.
     fn upload(&self, offset: u64, from: &[u8]) -> Result<(), Box<dyn Error + Send + Sync>>;
 
-    /// Copies bytes out of the buffer. It returns when all are there.
+    /// Copies bytes out of the buffer. On return all of them are in `into`.
     ///
-    /// # Errors
-    /// Whatever the copy failed with.
+    /// # Errors Any error of the copy.
     fn download(&self, offset: u64, into: &mut [u8]) -> Result<(), Box<dyn Error + Send + Sync>>;
 }
 
-/// A stage that a buffer's handles share.
+/// A stage, shared by a buffer's handles.
 #[derive(Clone)]
 pub(crate) struct Shared(pub(crate) Arc<dyn Stage>);
 

@@ -1,4 +1,4 @@
-//! Where devices are: PCI addresses, the bridges above them, the device behind a file.
+//! The PCI topology: addresses, bridges, and the device behind a file, from sysfs.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -14,9 +14,9 @@ pub struct PciAddress {
     pub domain: u32,
     /// The bus.
     pub bus: u8,
-    /// The device, 0 to 31.
+    /// The device number, 0 to 31.
     pub device: u8,
-    /// The function, 0 to 7.
+    /// The function number, 0 to 7.
     pub function: u8,
 }
 
@@ -32,7 +32,7 @@ impl fmt::Display for PciAddress {
     }
 }
 
-/// A text that is not a PCI address.
+/// The error for a text that is not a PCI address.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("`{0}` is not a PCI address such as 0000:01:00.0")]
 pub struct NotAPciAddress(String);
@@ -56,7 +56,7 @@ fn parse(text: &str) -> Option<PciAddress> {
     let (domain, rest) = text.split_once(':')?;
     let (bus, rest) = rest.split_once(':')?;
     let (device, function) = rest.split_once('.')?;
-    // Domains above ffff exist: Intel's VMD makes them.
+    // Domains above ffff exist: Intel's VMD has them.
     let domain = hex(domain, 4, 8)?;
     let (bus, device, function) = (hex(bus, 2, 2)?, hex(device, 2, 2)?, hex(function, 1, 1)?);
     (device < 32 && function < 8).then_some(PciAddress {
@@ -79,26 +79,26 @@ impl Default for Sysfs {
     }
 }
 
-/// A block device as sysfs knows it.
+/// A block device in sysfs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct BlockDevice {
-    /// Its name, such as `nvme0n1p1`.
+    /// The name, such as `nvme0n1p1`.
     pub name: String,
-    /// The PCI functions that carry its I/O; several behind a striped or multi-path device, none
-    /// for a device without hardware of its own, such as a RAM disk.
+    /// The PCI functions that carry its I/O: several for a striped or multi-path device, none for a device
+    /// without hardware, such as a RAM disk.
     pub functions: Vec<PciAddress>,
-    /// How many disks, or ways to one, its blocks are spread over or may take: more than one for a striped,
-    /// mirrored or multi-path device, and then nobody tells which of them a transfer reaches.
+    /// The number of disks, or of paths to one disk, that may carry its I/O. More than one for a striped,
+    /// mirrored or multi-path device; then no interface tells which one a transfer uses.
     pub disks: usize,
     /// The smallest unit of I/O in bytes.
     pub logical_block: u32,
-    /// For a device that the kernel makes, over others or in memory: what makes it, such as `device mapper`.
+    /// The kernel layer that makes the device, over other devices or in memory, such as `device mapper`.
     /// `None` for a disk.
     pub layer: Option<&'static str>,
 }
 
-/// What makes block devices that are no disks, by the beginning of their names.
+/// The layers whose block devices are not disks, by prefix of the device's name.
 const LAYERS: [(&str, &str); 11] = [
     ("dm-", "device mapper"),
     ("md", "md"),
@@ -113,29 +113,29 @@ const LAYERS: [(&str, &str); 11] = [
     ("nvme", "NVMe over fabrics"),
 ];
 
-/// Memory that a device's driver has put into the kernel's pool for peers. Sizes are in bytes.
+/// A P2PDMA pool: memory that a device's driver has registered for peers. Sizes are in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Pool {
-    /// All of it.
+    /// The total size.
     pub size: u64,
-    /// What nobody has taken.
+    /// The unallocated size.
     pub available: u64,
-    /// Whether the driver lets others take from it.
+    /// Whether other drivers may allocate from it.
     pub published: bool,
 }
 
-/// Tells a device from one that came to its place later, and a driver's hold on it from a later one, of the same
-/// driver, too. Without sysfs all are alike.
+/// Identifies a device and one binding of its driver: a device hot-plugged at the same address and a rebind
+/// of the same driver both give another stamp. Without sysfs all stamps are equal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Stamp {
-    /// sysfs gives no number twice.
+    /// The inode number in sysfs, which never reuses numbers.
     device: Option<u64>,
     driver: Option<u64>,
 }
 
 impl Stamp {
-    /// A stamp that is made up, for tests.
+    /// An arbitrary stamp, for tests.
     #[doc(hidden)]
     pub fn of_inodes(device: Option<u64>, driver: Option<u64>) -> Stamp {
         Stamp { device, driver }
@@ -143,20 +143,20 @@ impl Stamp {
 }
 
 impl Sysfs {
-    /// The tree whose `class`, `dev` and `devices` are in `root`.
+    /// A sysfs tree at `root`, which contains `class`, `dev` and `devices`.
     pub fn at(root: impl Into<PathBuf>) -> Sysfs {
         Sysfs { root: root.into() }
     }
 
-    /// The functions from the host bridge down to `address`, the bridges above it first and it
-    /// itself last. Empty when there is no such function.
+    /// The functions on the path from the host bridge down to `address`: the bridges first, `address` last.
+    /// Empty if the function does not exist.
     pub fn pci_path(&self, address: PciAddress) -> Vec<PciAddress> {
         let link = self.root.join("bus/pci/devices").join(address.to_string());
         functions_in(&link.canonicalize().unwrap_or_default())
     }
 
-    /// The bridge closest to both functions; `None` when only a host bridge joins them, or one
-    /// of them is unknown.
+    /// The closest common bridge of both functions; `None` if only a host bridge joins them, or one does not
+    /// exist.
     pub fn common_bridge(&self, one: PciAddress, other: PciAddress) -> Option<PciAddress> {
         let (one, other) = (self.pci_path(one), self.pci_path(other));
         one.iter()
@@ -166,8 +166,8 @@ impl Sysfs {
             .map(|(bridge, _)| *bridge)
     }
 
-    /// Which device is at this address now, and since when its driver has it: the link to the driver is made
-    /// anew each time.
+    /// Identifies the device at this address and its driver's binding: sysfs makes the link to the driver
+    /// anew at each bind.
     pub fn stamp(&self, address: PciAddress) -> Stamp {
         let directory = self.root.join("bus/pci/devices").join(address.to_string());
         let driver = std::fs::symlink_metadata(directory.join("driver"));
@@ -177,7 +177,7 @@ impl Sysfs {
         }
     }
 
-    /// Which block device has this number now.
+    /// Identifies the block device with this number.
     pub fn block_stamp(&self, major: u32, minor: u32) -> Stamp {
         let directory = self.root.join(format!("dev/block/{major}:{minor}"));
         Stamp {
@@ -192,7 +192,7 @@ impl Sysfs {
         self.block_device_at(&link.canonicalize().ok()?)
     }
 
-    /// Every whole disk that has hardware of its own.
+    /// All whole disks that have hardware.
     pub fn block_devices(&self) -> Vec<BlockDevice> {
         let entries = std::fs::read_dir(self.root.join("block"));
         let mut disks: Vec<BlockDevice> = entries
@@ -206,7 +206,7 @@ impl Sysfs {
         disks
     }
 
-    /// The vendor and device id of a function.
+    /// The vendor ID and device ID of a function.
     pub fn pci_id(&self, address: PciAddress) -> Option<(u16, u16)> {
         let directory = self.root.join("bus/pci/devices").join(address.to_string());
         let id = |file| {
@@ -216,7 +216,7 @@ impl Sysfs {
         Some((id("vendor")?, id("device")?))
     }
 
-    /// Every PCI function.
+    /// All PCI functions.
     pub fn pci_devices(&self) -> Vec<PciAddress> {
         let entries = std::fs::read_dir(self.root.join("bus/pci/devices"));
         let addresses = entries.into_iter().flatten().flatten();
@@ -225,7 +225,7 @@ impl Sysfs {
             .collect()
     }
 
-    /// The pool of a function, where its driver has made one.
+    /// The function's P2PDMA pool, if its driver has made one.
     pub fn pool(&self, address: PciAddress) -> Option<Pool> {
         let directory = self.root.join("bus/pci/devices").join(address.to_string());
         let number = |file| -> Option<u64> {
@@ -239,12 +239,11 @@ impl Sysfs {
         })
     }
 
-    /// Whether a BAR is memory that may be read and written like memory. False for registers, and
-    /// where it is not known.
+    /// Whether a BAR is prefetchable, so that reads have no side effects. False if unknown.
     pub fn is_prefetchable(&self, address: PciAddress, bar: u8) -> bool {
         let directory = self.root.join("bus/pci/devices").join(address.to_string());
         let text = std::fs::read_to_string(directory.join("resource")).unwrap_or_default();
-        // A line for each: begin, end and flags (IORESOURCE_PREFETCH, linux/ioport.h).
+        // One line per BAR: start, end and flags (IORESOURCE_PREFETCH, linux/ioport.h).
         let flags = text.lines().nth(bar.into()).and_then(|line| {
             let flags = line.split_whitespace().nth(2)?.strip_prefix("0x")?;
             u64::from_str_radix(flags, 16).ok()
@@ -252,7 +251,7 @@ impl Sysfs {
         bar < 6 && flags.is_some_and(|flags| flags & 0x2000 != 0)
     }
 
-    /// The PCI functions that a driver has.
+    /// The PCI functions bound to a driver.
     pub fn bound_to(&self, driver: &str) -> Vec<PciAddress> {
         let entries = std::fs::read_dir(self.root.join("bus/pci/drivers").join(driver));
         let names = entries.into_iter().flatten().flatten();
@@ -263,9 +262,9 @@ impl Sysfs {
         bound
     }
 
-    /// The PCI functions that the drivers of a module have.
+    /// The PCI functions bound to a module's drivers.
     pub fn functions_of_module(&self, module: &str) -> Vec<PciAddress> {
-        // The name may come from anywhere, and becomes part of a path.
+        // The name may come from any source, and becomes part of a path.
         let is_name = |name: &str| {
             let known = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_' || byte == b'-';
             !name.is_empty() && name.bytes().all(known)
@@ -280,7 +279,7 @@ impl Sysfs {
         drivers.flat_map(|driver| self.bound_to(driver)).collect()
     }
 
-    /// The PCI functions that the drivers of the modules have which use this module.
+    /// The PCI functions bound to the drivers of all modules that use this module.
     pub fn functions_of_users(&self, module: &str) -> Vec<PciAddress> {
         let users = self.names_in(&format!("module/{module}/holders"));
         let functions = users.iter().flat_map(|user| self.functions_of_module(user));
@@ -295,7 +294,7 @@ impl Sysfs {
             .collect()
     }
 
-    /// The PCI function that the character device with this number belongs to.
+    /// The PCI function of the character device with this number.
     pub fn character_device(&self, major: u32, minor: u32) -> Option<PciAddress> {
         let link = self.root.join(format!("dev/char/{major}:{minor}"));
         functions_in(&link.canonicalize().ok()?).last().copied()
@@ -307,7 +306,7 @@ impl Sysfs {
         self.collect_disks(directory, 0, &mut below);
         let disks = below.len();
         let functions = below.into_iter().filter_map(|disk| disk.ok());
-        // A partition has no queue of its own; its disk is the directory above.
+        // A partition has no queue of its own; the directory above is its disk's.
         let queue = [directory.join("queue"), directory.join("../queue")];
         let block = queue.iter().find_map(|queue| {
             std::fs::read_to_string(queue.join("logical_block_size"))
@@ -325,14 +324,15 @@ impl Sysfs {
         })
     }
 
-    /// Collects the functions that carry a device's I/O, and the directories of disks below it without one.
+    /// Collects the functions that carry a device's I/O, and the directories of its disks that have no
+    /// function.
     fn collect_disks(
         &self,
         directory: &Path,
         depth: u32,
         into: &mut BTreeSet<Result<PciAddress, PathBuf>>,
     ) {
-        // Device-mapper tables stack, but not this high; a loop in a copied tree must end.
+        // Device-mapper tables stack, but not this deep. The limit ends a loop in a copied tree.
         if depth > 8 {
             return;
         }
@@ -341,9 +341,8 @@ impl Sysfs {
             return;
         }
         let mut found = false;
-        // md and device-mapper name what they are made of. The head of an NVMe multi-path disk
-        // lives under its subsystem, beside links to the controllers. A partition of either is
-        // one directory further down.
+        // md and device-mapper list their components. The head of an NVMe multi-path disk is under its
+        // subsystem, next to links to the controllers. A partition of either is one directory further down.
         for place in [directory, directory.parent().unwrap_or(directory)] {
             let slaves = std::fs::read_dir(place.join("slaves"));
             for entry in slaves.into_iter().flatten().flatten() {
@@ -379,7 +378,7 @@ impl Sysfs {
 
 fn layer_of(directory: &Path) -> Option<&'static str> {
     let names: Vec<&str> = directory.iter().filter_map(|name| name.to_str()).collect();
-    // The head of an NVMe multi-path disk is below its subsystem, and passes on what it is given.
+    // The head of an NVMe multi-path disk is under its subsystem, and forwards its I/O.
     let is_disks =
         |name: &&str| name.starts_with("nvme-subsys") || name.parse::<PciAddress>().is_ok();
     if names.iter().any(is_disks) {
@@ -394,7 +393,7 @@ fn layer_of(directory: &Path) -> Option<&'static str> {
     within.then(|| layer.map_or("a virtual block device", |(_, layer)| *layer))
 }
 
-/// The PCI functions named along a path in `devices/`, in order.
+/// The PCI functions in a path in `devices/`, in order.
 fn functions_in(path: &Path) -> Vec<PciAddress> {
     path.iter()
         .filter_map(|part| part.to_str()?.parse().ok())
@@ -427,7 +426,7 @@ pub(crate) mod tests {
         }
     }
 
-    /// A sysfs tree that is made up.
+    /// An artificial sysfs tree.
     pub(crate) struct Tree(pub(crate) PathBuf);
 
     impl Tree {
@@ -501,7 +500,7 @@ pub(crate) mod tests {
         tree.link("devices/pci0000:00/0000:01:00.0/driver", Path::new("one"));
         let bound = stamp();
         assert_ne!(bound, bare);
-        // The old one keeps its number until the new one has another, as in sysfs.
+        // Keeps the old entry until the new one exists, so that the numbers differ, as in sysfs.
         let kept = tree.0.join("kept");
         std::fs::rename(device.join("driver"), kept).unwrap();
         tree.link("devices/pci0000:00/0000:01:00.0/driver", Path::new("one"));

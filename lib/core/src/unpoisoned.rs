@@ -1,9 +1,9 @@
-//! Locks that somebody panicked with.
+//! Lock guards after a panic.
 
 use std::sync::{LockResult, PoisonError};
 
-/// The guard, whoever panicked with it before. Only for locks whose holders leave what is locked as it was between two
-/// changes wherever they may panic.
+/// The guard of a lock, also if a holder has panicked. Only for locks whose holders leave the data consistent
+/// wherever they may panic.
 #[doc(hidden)]
 pub fn unpoisoned<G>(locked: LockResult<G>) -> G {
     locked.unwrap_or_else(PoisonError::into_inner)

@@ -1,31 +1,32 @@
-//! Copies between memory that others change, or that is no memory at all.
+//! Copies to and from shared memory and device memory.
 //!
-//! The problem: neither a slice nor `memcpy` may touch such bytes. The compiler may read through a slice twice
-//! or not at all, and `memcpy` reads some bytes twice and picks widths that device memory does not take. A loop
-//! of volatile accesses is right, and some sixty times slower than `memcpy` in a build without optimisation.
-//! So the loops here are assembly, whose speed no profile changes:
+//! Neither a slice nor `memcpy` may access such bytes. The compiler may read through a slice twice or not at
+//! all, and `memcpy` reads some bytes twice and uses access widths that device memory may not support. A loop
+//! of volatile accesses is correct, but about sixty times slower than `memcpy` in a build without
+//! optimisation. So the loops here are assembly, equally fast in every build profile:
 //!
-//! - each byte is read once and written once;
-//! - up to [`BULK`] bytes, and for [`Memory::Device`] always, by aligned accesses of 8 bytes and, at the
-//!   edges, 4, 2 and 1;
-//! - more than that by the widest registers that the processor has: with [`Memory::Combining`] read by streaming
-//!   loads (`movntdqa`), which fetch a whole line of write-combined memory where others fetch 8 bytes; from
-//!   [`LARGE`] bytes on, stores go around the caches.
+//! - Each byte is read once and written once.
+//! - Copies up to [`BULK`] bytes, and all copies with [`Memory::Device`], use aligned accesses of 8 bytes
+//!   and, at the edges, 4, 2 and 1.
+//! - Larger copies use the widest registers of the CPU. With [`Memory::Combining`] they read by streaming
+//!   loads (`movntdqa`), which fetch a whole line of write-combined memory where ordinary loads fetch 8
+//!   bytes. From [`LARGE`] bytes on, stores bypass the caches.
 //!
-//! Other processors, and Miri, have the volatile loop.
+//! On other architectures, and under Miri, the volatile loop is used.
 
-/// What kind of memory a mapping is of, as far as copies care.
+/// The memory type of a mapping, as far as copies depend on it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Memory {
-    /// Cached system memory: every access works, the widest is the fastest.
+    /// Cached system memory: supports every access; the widest is the fastest.
     Cached,
-    /// Device memory, mapped uncached, maybe emulated by a hypervisor that knows no wide registers.
+    /// Device memory, mapped uncached, possibly emulated by a hypervisor that does not support wide
+    /// registers.
     Device,
-    /// Perhaps device memory that is mapped write-combined, as graphics drivers do.
+    /// Possibly device memory mapped write-combined, as graphics drivers do.
     Combining,
 }
 
-/// From how many bytes on wide registers are used.
+/// Copies longer than this many bytes use wide registers.
 pub const BULK: usize = 256;
 
 /// One side of a copy.
@@ -37,14 +38,13 @@ pub(crate) struct Side {
 
 /// Copies `length` bytes.
 ///
-/// # Safety
-/// They are mapped on both sides for the time of the call, those of `to` writable, and
-/// no reference to them is used meanwhile that the copy would break.
+/// # Safety Both ranges are mapped during the call, the one at `to` is writable, and the copy invalidates no
+/// reference to them that is used meanwhile.
 pub(crate) unsafe fn copy(from: Side, to: Side, length: usize) {
     let (mut source, mut target) = (from.address.cast_const(), to.address);
     let mut left = length;
     while left > 0 {
-        // Whose accesses have to be aligned: cached memory takes all.
+        // The side whose accesses must be aligned: cached memory accepts any.
         let address = match (from.memory, to.memory) {
             (Memory::Cached, _) => target as usize,
             (_, Memory::Cached) => source as usize,
@@ -52,7 +52,7 @@ pub(crate) unsafe fn copy(from: Side, to: Side, length: usize) {
         };
         let width = 1 << address.trailing_zeros().min(left.ilog2()).min(3);
         let count = if width == 8 { left / 8 } else { 1 };
-        // SAFETY: `count * width` is not more than `left`, so the bytes are inside (the caller's word).
+        // SAFETY: `count * width` is at most `left`, so the bytes are inside, by the caller's promise.
         unsafe {
             match width {
                 8 => wide(from.memory, to.memory, source, target, count),
@@ -67,11 +67,11 @@ pub(crate) unsafe fn copy(from: Side, to: Side, length: usize) {
     }
 }
 
-/// # Safety
-/// As [`copy`], of one `T`.
+/// # Safety As [`copy`], for one `T`.
 unsafe fn one<T>(source: *const u8, target: *mut u8) {
     let (source, target) = (source.cast::<T>(), target.cast::<T>());
-    // SAFETY: the caller's word. Volatile accesses have to be aligned, as those of device memory are.
+    // SAFETY: both addresses are mapped, by the caller's promise. Volatile accesses must be aligned, and
+    // device memory's are.
     unsafe {
         match (source.is_aligned(), target.is_aligned()) {
             (true, true) => target.write_volatile(source.read_volatile()),
@@ -82,7 +82,7 @@ unsafe fn one<T>(source: *const u8, target: *mut u8) {
     }
 }
 
-/// Words of 8 bytes.
+/// Copies words of 8 bytes.
 ///
 /// # Safety
 /// As [`copy`].
@@ -90,7 +90,7 @@ unsafe fn wide(from: Memory, to: Memory, mut source: *const u8, mut target: *mut
     let mut words = words;
     let is_bulk = words * 8 >= BULK && from != Memory::Device && to != Memory::Device;
     if is_bulk && let Some(wide) = machine::widest() {
-        // To where the accesses that matter are aligned: loads that stream, and else stores.
+        // Advances to where the accesses that matter are aligned: streaming loads, otherwise stores.
         let at = match from {
             Memory::Combining => source as usize,
             _ => target as usize,
@@ -104,8 +104,8 @@ unsafe fn wide(from: Memory, to: Memory, mut source: *const u8, mut target: *mut
             _ if words * 8 >= LARGE && at % 8 == 0 => Stream::Stores,
             _ => Stream::Nothing,
         };
-        // SAFETY: `lead` is less than a block, of which there are some (the caller's word). What streams is
-        // aligned after it.
+        // SAFETY: `lead` is less than a block, and there is at least one block, by the caller's promise.
+        // After it, streaming accesses are aligned.
         unsafe {
             machine::words(source, target, lead);
             (source, target) = (source.add(8 * lead), target.add(8 * lead));
@@ -115,17 +115,17 @@ unsafe fn wide(from: Memory, to: Memory, mut source: *const u8, mut target: *mut
             words -= lead + BLOCK / 8 * blocks;
         }
     }
-    // SAFETY: what is left of what the caller gave its word for.
+    // SAFETY: the rest of the range of the caller's promise.
     unsafe { machine::words(source, target, words) }
 }
 
-/// What wide registers move at a time.
+/// Bytes per step of the wide loops.
 const BLOCK: usize = 128;
 
-/// From how many bytes on stores go around the caches, which they would only empty.
+/// From this many bytes on, stores bypass the caches, which they would only evict.
 const LARGE: usize = 4 << 20;
 
-/// Which accesses go around the caches.
+/// The accesses that bypass the caches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stream {
     Nothing,
@@ -139,7 +139,7 @@ mod machine {
 
     use super::Stream;
 
-    /// Registers that the processor has.
+    /// Registers of the CPU.
     #[derive(Debug, Clone, Copy, PartialEq, Eq)]
     pub(super) enum Wide {
         /// 16 bytes.
@@ -159,7 +159,7 @@ mod machine {
     /// # Safety
     /// `8 * count` bytes at `source` may be read, and as many at `target` written.
     pub(super) unsafe fn words(source: *const u8, target: *mut u8, count: usize) {
-        // SAFETY: the caller's word; nothing else is touched.
+        // SAFETY: both ranges are accessible, by the caller's promise; the assembly accesses nothing else.
         unsafe {
             asm!(
                 "test {n}, {n}",
@@ -181,7 +181,7 @@ mod machine {
         }
     }
 
-    /// `count` blocks of 128 bytes, by eight loads or four, and as many stores.
+    /// `count` blocks of 128 bytes, by four or eight loads and as many stores.
     macro_rules! blocks {
         ($source:ident, $target:ident, $count:ident, $load:literal, $store:literal, $register:literal, $width:literal,
          $end:literal) => {
@@ -212,9 +212,8 @@ mod machine {
         };
     }
 
-    /// # Safety
-    /// The processor has `wide`; `128 * count` bytes at `source` may be read, and as many at `target` written.
-    /// What streams is at a multiple of 64.
+    /// # Safety The CPU has `wide` registers. `128 * count` bytes at `source` are readable and as many at
+    /// `target` writable. The address of a streaming access is a multiple of 64.
     pub(super) unsafe fn blocks(
         wide: Wide,
         stream: Stream,
@@ -223,7 +222,7 @@ mod machine {
         count: usize,
     ) {
         let halves = 2 * count;
-        // SAFETY: the caller's word; nothing else is touched.
+        // SAFETY: both ranges are accessible, by the caller's promise; the assembly accesses nothing else.
         unsafe {
             match (wide, stream) {
                 (Wide::Avx2, Stream::Nothing) => blocks!(
@@ -299,7 +298,7 @@ mod machine {
     /// `8 * count` bytes at `source` may be read, and as many at `target` written.
     pub(super) unsafe fn words(source: *const u8, target: *mut u8, count: usize) {
         for index in 0..count {
-            // SAFETY: the caller's word.
+            // SAFETY: both ranges are accessible, by the caller's promise.
             unsafe { super::one::<u64>(source.add(8 * index), target.add(8 * index)) }
         }
     }
@@ -322,7 +321,7 @@ mod tests {
 
     const KINDS: [Memory; 3] = [Memory::Cached, Memory::Device, Memory::Combining];
 
-    /// Bytes of which no two neighbours, and no two lines, are alike.
+    /// Bytes in which neighbouring bytes differ, and neighbouring lines.
     fn pattern(length: usize) -> Vec<u8> {
         (0..length)
             .map(|at| (at * 7 + at / 64 * 13 + 1) as u8)
@@ -333,7 +332,7 @@ mod tests {
         let mut source = bytes.to_vec();
         let mut target = vec![0xee; to + length + 64];
         let side = |address, memory| Side { address, memory };
-        // SAFETY: both are inside, as the slices below show.
+        // SAFETY: both ranges are inside, as the slices below show.
         unsafe {
             copy(
                 side(source[from..from + length].as_mut_ptr(), kinds.0),
@@ -362,8 +361,8 @@ mod tests {
             .flat_map(|from| KINDS.map(|to| (*from, to)))
             .cycle();
         for length in 0..=longest {
-            // All alignments within a line come with each length up to some blocks; beyond that one source with
-            // all targets and the reverse.
+            // Short lengths are tested with all alignments within a line; longer ones with one source and all
+            // targets, and the reverse.
             for offset in 0..64 {
                 for (from, to) in [
                     (offset, 0),
@@ -388,7 +387,7 @@ mod tests {
         for wide in machine::all() {
             for stream in [Stream::Nothing, Stream::Loads, Stream::Stores] {
                 for (count, from, to) in [(0, 0, 0), (1, 0, 1), (9, 0, 0), (8, 64, 40)] {
-                    // What streams is at a multiple of 64.
+                    // The streaming side is at a multiple of 64.
                     let mut source = vec![0_u8; 64 + bytes.len()];
                     let shift = source.as_ptr().align_offset(64);
                     source[shift..shift + bytes.len()].copy_from_slice(&bytes);
@@ -397,7 +396,7 @@ mod tests {
                         Stream::Stores => target.as_ptr().align_offset(64),
                         _ => to,
                     };
-                    // SAFETY: the processor has it, and both are inside, as the slices show.
+                    // SAFETY: the CPU has the registers, and both ranges are inside, as the slices show.
                     unsafe {
                         let source = source[shift + from..][..count * BLOCK].as_ptr();
                         let target = target[to..][..count * BLOCK].as_mut_ptr();

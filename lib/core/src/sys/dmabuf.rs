@@ -11,10 +11,10 @@ use crate::errno::Errno;
 pub(crate) const SYNC_READ: u64 = 1 << 0;
 /// `DMA_BUF_SYNC_WRITE`
 pub(crate) const SYNC_WRITE: u64 = 1 << 1;
-/// `DMA_BUF_SYNC_END`; without it the access begins.
+/// `DMA_BUF_SYNC_END`; without this flag the access begins.
 pub(crate) const SYNC_END: u64 = 1 << 2;
 
-/// `DMA_BUF_NAME_LEN`, with the NUL.
+/// `DMA_BUF_NAME_LEN`, including the NUL.
 pub(crate) const NAME_LENGTH: usize = 32;
 
 /// `struct dma_buf_sync`
@@ -40,26 +40,26 @@ pub(crate) fn sync(fd: BorrowedFd<'_>, flags: u64) -> Result<(), Errno> {
     loop {
         // SAFETY: the ioctl reads this struct.
         let call = unsafe { Setter::<SYNC, _>::new(DmaBufSync { flags }) };
-        // SAFETY: as above; it changes no memory of this process.
+        // SAFETY: the struct outlives the call; the ioctl changes no memory of this process.
         match unsafe { ioctl(fd, call) } {
-            // The header asks callers to try again on these two.
+            // The header tells callers to retry on these two.
             Err(rustix::io::Errno::INTR | rustix::io::Errno::AGAIN) => {}
             result => return Ok(result?),
         }
     }
 }
 
-/// `DMA_BUF_SET_NAME`. The kernel refuses more than [`NAME_LENGTH`] bytes with the NUL.
+/// `DMA_BUF_SET_NAME`. The kernel refuses more than [`NAME_LENGTH`] bytes including the NUL.
 pub(crate) fn set_name(fd: BorrowedFd<'_>, name: &CStr) -> Result<(), Errno> {
-    // SAFETY: the argument is the text itself, which lives through the call. (Its type in the
-    // header is a number only for the opcode.)
+    // SAFETY: the argument is the text itself, which lives through the call. (The header declares a number,
+    // which only serves to compute the opcode.)
     let call = unsafe { IntegerSetter::<SET_NAME>::new_pointer(name.as_ptr().cast_mut().cast()) };
     // SAFETY: the kernel reads up to the NUL.
     Ok(unsafe { ioctl(fd, call) }?)
 }
 
-/// `DMA_BUF_IOCTL_EXPORT_SYNC_FILE`, with [`SYNC_READ`] for the writers' fences or
-/// [`SYNC_WRITE`] for everybody's.
+/// `DMA_BUF_IOCTL_EXPORT_SYNC_FILE`, with [`SYNC_READ`] for the writers' fences or [`SYNC_WRITE`] for all
+/// fences.
 pub(crate) fn export_sync_file(fd: BorrowedFd<'_>, flags: u64) -> Result<OwnedFd, Errno> {
     let mut argument = DmaBufSyncFile {
         flags: flags as u32,
@@ -67,14 +67,13 @@ pub(crate) fn export_sync_file(fd: BorrowedFd<'_>, flags: u64) -> Result<OwnedFd
     };
     // SAFETY: the ioctl reads and writes this struct.
     let call = unsafe { Updater::<EXPORT_SYNC_FILE, _>::new(&mut argument) };
-    // SAFETY: as above.
+    // SAFETY: the struct outlives the call.
     unsafe { ioctl(fd, call) }?;
-    // SAFETY: on success the ioctl has opened this descriptor for us, and nobody else owns it.
+    // SAFETY: on success the ioctl has opened this descriptor for this process, and no one else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(argument.fd) })
 }
 
-/// `DMA_BUF_IOCTL_IMPORT_SYNC_FILE`, with [`SYNC_READ`] or [`SYNC_WRITE`] for what the fence's
-/// work does with the buffer.
+/// `DMA_BUF_IOCTL_IMPORT_SYNC_FILE`, with [`SYNC_READ`] or [`SYNC_WRITE`] for the access of the fence's work.
 pub(crate) fn import_sync_file(
     fd: BorrowedFd<'_>,
     sync_file: BorrowedFd<'_>,
@@ -86,7 +85,7 @@ pub(crate) fn import_sync_file(
     };
     // SAFETY: the ioctl reads this struct.
     let call = unsafe { Setter::<IMPORT_SYNC_FILE, _>::new(argument) };
-    // SAFETY: as above; it changes no memory of this process.
+    // SAFETY: the struct outlives the call; the ioctl changes no memory of this process.
     Ok(unsafe { ioctl(fd, call) }?)
 }
 

@@ -1,8 +1,8 @@
-//! Whether this is still the process that made something.
+//! Detects that this process is a forked child of the one that made an object.
 //!
-//! `fork` copies memory and no threads. A page that the kernel empties in the child
-//! (`MADV_WIPEONFORK`, since Linux 4.14) tells the two apart with one load, whoever called
-//! `fork` and by which way. Where the kernel has no such pages the process's number does.
+//! `fork` copies memory but no threads, and code may call it in ways that no handler sees. A page that the
+//! kernel clears in the child (`MADV_WIPEONFORK`, since Linux 4.14) distinguishes the two with one load.
+//! Without such pages this module compares process IDs.
 
 use std::mem::size_of;
 use std::ptr::{self, NonNull};
@@ -10,12 +10,12 @@ use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
 
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 
-/// One process. A child that was forked from it is another, whatever its number.
+/// Identifies a process. A forked child is another process, even if it has the same process ID.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Process(u64);
 
 impl Process {
-    /// This one.
+    /// The current process.
     pub fn current() -> Process {
         let Some(mark) = mark() else {
             return Process(u64::from(std::process::id()));
@@ -24,13 +24,13 @@ impl Process {
         if number != 0 {
             return Process(number);
         }
-        // The first call in this process. The count was inherited, so no ancestor has the number.
+        // The first call in this process. The child inherits the count, so no ancestor has the new number.
         let number = COUNT.fetch_add(1, Ordering::Relaxed) + 1;
         let set = mark.compare_exchange(0, number, Ordering::Relaxed, Ordering::Relaxed);
         Process(set.map_or_else(|other_thread| other_thread, |_| number))
     }
 
-    /// False in a child that was forked from it.
+    /// False in a forked child.
     pub fn is_current(self) -> bool {
         self == Process::current()
     }
@@ -38,9 +38,9 @@ impl Process {
 
 static COUNT: AtomicU64 = AtomicU64::new(0);
 
-/// The page: null before the first call, dangling where the kernel has no such pages.
+/// The page: null before the first call, dangling if the kernel has no such pages.
 ///
-/// Not a lock: a child whose parent held it at the fork would wait for ever.
+/// Not a lock: if another thread of the parent held it during the fork, the child would wait forever.
 static PAGE: AtomicPtr<AtomicU64> = AtomicPtr::new(ptr::null_mut());
 
 fn mark() -> Option<&'static AtomicU64> {
@@ -51,15 +51,15 @@ fn mark() -> Option<&'static AtomicU64> {
         let set = PAGE.compare_exchange(page, made, Ordering::AcqRel, Ordering::Acquire);
         page = set.map_or_else(|other_thread| other_thread, |_| made);
         if page != made && made != none {
-            // SAFETY: just mapped, with this length, and nobody else has seen it.
+            // SAFETY: just mapped, with this length, and no one else has seen it.
             let _ = unsafe { munmap(made.cast(), size_of::<AtomicU64>()) };
         }
     }
     if page == none {
         return None;
     }
-    // SAFETY: not null and not dangling, so it is a page from `make`: zeroed or written as this type,
-    // aligned, and never unmapped once it is in `PAGE`.
+    // SAFETY: not null and not dangling, so the page is from `make`: zeroed or written as this type, aligned,
+    // and never unmapped once it is in `PAGE`.
     Some(unsafe { &*page })
 }
 
@@ -78,7 +78,7 @@ fn make() -> Option<NonNull<AtomicU64>> {
     // SAFETY: just mapped, whole pages of it.
     let advised = unsafe { madvise(page.as_ptr(), length, Advice::LinuxWipeOnFork) };
     if advised.is_err() {
-        // SAFETY: just mapped, and nobody else has seen it.
+        // SAFETY: just mapped, and no one else has seen it.
         let _ = unsafe { munmap(page.as_ptr(), length) };
         return None;
     }

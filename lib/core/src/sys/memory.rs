@@ -1,8 +1,8 @@
-//! Mapped memory: `mmap`, and copies to and from memory that others change.
+//! Mapped memory: `mmap`, and copies to and from shared memory.
 //!
-//! A [`Map`] may be device memory, or system memory that another process or a device writes at
-//! any time. Rust references to such memory would be undefined behaviour, so none is ever made:
-//! bytes cross by volatile copies, or the kernel is given the address ([`Window`]).
+//! A [`Map`] may be device memory, or system memory that a device or another process writes at any time. Rust
+//! references to such memory would be undefined behaviour, so none is ever made: the CPU uses volatile
+//! copies, and the kernel gets the address ([`Window`]).
 
 use std::ffi::c_void;
 use std::marker::PhantomData;
@@ -20,10 +20,9 @@ pub use crate::sys::copy::Memory;
 
 /// A shared mapping of a descriptor's bytes.
 ///
-/// # Invariants
-/// `base` is the start of a live mapping of `mapped` bytes that this value owns, and
-/// `start + length <= mapped`. No Rust reference to those bytes exists. With an `owner` the
-/// mapping is live in that process alone.
+/// # Invariants `base` is the start of a live mapping of `mapped` bytes that this value owns, and `start +
+/// length <= mapped`. No Rust reference to those bytes exists. If there is an `owner`, the mapping is live in
+/// that process alone.
 #[derive(Debug)]
 pub struct Map {
     base: NonNull<u8>,
@@ -36,18 +35,17 @@ pub struct Map {
     owner: Option<Process>,
 }
 
-// SAFETY: the mapping belongs to the process, not to a thread; nothing in it is tied to the
-// thread that made it.
+// SAFETY: the mapping belongs to the process; nothing in this value is tied to a thread.
 unsafe impl Send for Map {}
-// SAFETY: what takes `&self` reads the bytes, or gives out windows. That others write meanwhile, be they devices,
-// processes, or a thread that copies to a window, is what the copies are made for (`copy`): no reference is made
-// of the bytes, and each is moved once.
+// SAFETY: methods with `&self` read the bytes or return windows. Concurrent writes (by devices, processes, or
+// a thread that copies to a window) are allowed: the copies (`copy`) make no reference to the bytes and
+// access each byte once.
 unsafe impl Sync for Map {}
 
 impl Map {
-    /// Maps `length` bytes of `fd` from `offset` on, which need not be page-aligned.
+    /// Maps `length` bytes of `fd` from `offset`, which need not be page-aligned.
     ///
-    /// A descriptor's pages may be huge, and its mappings are then in whole ones.
+    /// A descriptor's pages may be huge; its mappings then consist of whole huge pages.
     pub fn shared(
         fd: BorrowedFd<'_>,
         offset: u64,
@@ -58,8 +56,8 @@ impl Map {
         Map::shared_from(fd, offset - offset % page, offset % page, length, writable)
     }
 
-    /// Maps `length` bytes of `fd`, which begin `start` bytes after `from`, a whole number of pages,
-    /// and everything between. For descriptors that can be mapped only from there.
+    /// Maps `length` bytes of `fd` that begin `start` bytes after `from`, a multiple of the page size,
+    /// together with everything between. For descriptors that must be mapped from `from`.
     pub fn shared_from(
         fd: BorrowedFd<'_>,
         from: u64,
@@ -70,7 +68,7 @@ impl Map {
         let page = page_size(fd)? as usize;
         let start = usize::try_from(start).map_err(|_| Errno::NOMEM)?;
         let length = usize::try_from(length).map_err(|_| Errno::NOMEM)?;
-        // An empty mapping cannot be made; one page keeps empty ranges ordinary.
+        // mmap refuses an empty mapping, so an empty range gets one page.
         let mapped = start
             .checked_add(length.max(1))
             .and_then(|length| length.checked_next_multiple_of(page))
@@ -92,7 +90,7 @@ impl Map {
             )
         }?;
         let base = NonNull::new(base.cast()).ok_or(Errno::FAULT)?;
-        // INVARIANT: just mapped, and `mapped` is `start + length` or more.
+        // INVARIANT: just mapped, and `mapped` is at least `start + length`.
         Ok(Map {
             base,
             mapped,
@@ -105,11 +103,11 @@ impl Map {
         })
     }
 
-    /// Memory of this process alone, from a page on, for bytes that the kernel brings and takes while others
-    /// are copied: a [`HostMemory`] is for one at a time.
+    /// Private memory, page-aligned, to which the kernel may write some bytes while the CPU copies others. (A
+    /// [`HostMemory`] allows only one of them at a time.)
     pub fn anonymous(length: usize) -> Result<Map, Errno> {
         let memory = HostMemory::new(length)?;
-        // INVARIANT: just mapped, and nobody else's from here on.
+        // INVARIANT: just mapped, and owned by this value.
         let map = Map {
             base: memory.base,
             mapped: memory.length,
@@ -124,14 +122,14 @@ impl Map {
         Ok(map)
     }
 
-    /// Its length in bytes.
+    /// The length in bytes.
     pub fn length(&self) -> usize {
         self.length
     }
 
-    /// Has children that are forked from now on not inherit the mapping (`MADV_DONTFORK`).
+    /// Excludes the mapping from children forked from now on (`MADV_DONTFORK`).
     pub(crate) fn keep_from_children(&mut self) -> Result<(), Errno> {
-        // SAFETY: the mapping is ours and live (invariant), and stays as it is in this process.
+        // SAFETY: this value owns the mapping, which is live (invariant) and does not change in this process.
         unsafe {
             madvise(
                 self.base.as_ptr().cast(),
@@ -139,12 +137,12 @@ impl Map {
                 Advice::LinuxDontFork,
             )
         }?;
-        // INVARIANT: children do not have it.
+        // INVARIANT: from now on no child has the mapping.
         self.owner = Some(Process::current());
         Ok(())
     }
 
-    /// Says what kind of memory it is of; without a word it is a device's.
+    /// Sets the memory type; the default is device memory.
     #[must_use]
     pub fn of(mut self, memory: Memory) -> Map {
         self.memory = memory;
@@ -161,8 +159,8 @@ impl Map {
         (self.base.as_ptr() as usize + self.start + offset) % align
     }
 
-    /// The part that the kernel is to read or write. Panics when it is not inside. In a child that
-    /// did not inherit the mapping the kernel answers `EFAULT`.
+    /// The part for the kernel to read or write. Panics if it is not inside. In a child that did not inherit
+    /// the mapping the kernel returns `EFAULT`.
     pub fn window(&self, offset: usize, length: usize) -> Window<'_> {
         assert!(
             offset
@@ -172,7 +170,7 @@ impl Map {
         let address = match self.is_here() {
             // SAFETY: inside the mapping, by the check and the invariant.
             true => unsafe { self.base.as_ptr().add(self.start + offset) },
-            // Something else may be at the address by now. The kernel answers EFAULT for this one.
+            // Something else may be at the address by now. For null the kernel returns EFAULT.
             false => ptr::null_mut(),
         };
         Window {
@@ -185,32 +183,31 @@ impl Map {
         }
     }
 
-    /// Copies bytes out, reading each exactly once ([`copy`](super::copy)).
-    /// Panics when they are not all inside, or the mapping
-    /// [is not here](Map::is_here).
+    /// Copies bytes out, reading each exactly once ([`copy`](super::copy)). Panics if they are not all
+    /// inside, or the mapping [is not here](Map::is_here).
     ///
-    /// Memory of a device that has gone raises SIGBUS.
+    /// Raises SIGBUS if the memory's device has gone.
     pub fn copy_out(&self, offset: usize, into: &mut [u8]) {
         assert!(self.is_here());
         self.window(offset, into.len()).copy_out(into);
     }
 
-    /// Copies bytes in, writing each exactly once, likewise.
-    /// Panics when they are not all inside, or the mapping is read-only or [is not
-    /// here](Map::is_here).
+    /// Copies bytes in, writing each exactly once. Panics if they are not all inside, or the mapping is
+    /// read-only or [is not here](Map::is_here).
     ///
-    /// Memory of a device that has gone raises SIGBUS.
+    /// Raises SIGBUS if the memory's device has gone.
     pub fn copy_in(&mut self, offset: usize, from: &[u8]) {
         assert!(self.is_here());
         self.window(offset, from.len()).copy_in(from);
     }
 
-    /// Drains the CPU's write-combining buffers, in which stores to device memory linger.
+    /// Drains the CPU's write-combining buffers, which hold recent stores to device memory.
     pub fn drain_writes(&self) {
         fence(Ordering::SeqCst);
     }
 
-    /// Reads a byte, for which the bus delivers what was posted before. Only where a read has no side effects.
+    /// Reads a byte, which makes the bus deliver earlier posted writes. Only for memory whose reads have no
+    /// side effects.
     pub fn read_back(&self, offset: usize) {
         if offset < self.length && self.is_here() {
             let window = self.window(offset, 1);
@@ -221,7 +218,7 @@ impl Map {
     }
 }
 
-/// What mappings of a descriptor are in whole ones of.
+/// The page size of a descriptor's mappings.
 fn page_size(fd: BorrowedFd<'_>) -> Result<u64, Errno> {
     let unit = u64::try_from(rustix::fs::fstat(fd)?.st_blksize).unwrap_or(0);
     Ok(unit.max(rustix::param::page_size() as u64))
@@ -232,21 +229,20 @@ impl Drop for Map {
         if !self.is_here() {
             return;
         }
-        // By the C library's function, and not by rustix's own system call: libraries that cache
-        // registrations of memory (libfabric's, UCX) watch that one, and take what is next mapped at
-        // the address for what was there before if they miss it.
-        // SAFETY: the mapping is ours (invariant) and windows into it cannot outlive it.
+        // Calls libc's `munmap` instead of rustix's own system call: caches of memory registrations
+        // (libfabric, UCX) intercept libc's function. Without the call they would take the next mapping at
+        // this address for this one.
+        // SAFETY: this value owns the mapping (invariant), and windows into it cannot outlive it.
         let result = unsafe { libc::munmap(self.base.as_ptr().cast::<c_void>(), self.mapped) };
         debug_assert!(result == 0, "munmap: {}", std::io::Error::last_os_error());
     }
 }
 
-/// An address range for the kernel to read or write, valid while it exists.
+/// An address range for the kernel to read or write, valid during its lifetime.
 ///
-/// # Invariants
-/// `length` bytes at `address` are inside a live mapping (writable if `writable`) that `'m`
-/// outlives, and no Rust reference to them is used while the kernel has them. Or `address` is null,
-/// which the kernel refuses: in a child that did not inherit the mapping.
+/// # Invariants `length` bytes at `address` are inside a live mapping (writable if `writable`) that outlives
+/// `'m`, and no Rust reference to them is used while the kernel has them. Or `address` is null, which the
+/// kernel refuses: in a child that did not inherit the mapping.
 #[derive(Debug, Clone, Copy)]
 pub struct Window<'m> {
     address: *mut u8,
@@ -257,27 +253,27 @@ pub struct Window<'m> {
     map: PhantomData<&'m ()>,
 }
 
-// SAFETY: an address for the kernel, which takes it from any thread. Copies of the same bytes by two threads
-// mix them, as they do for two processes; no reference is made of them (invariant).
+// SAFETY: an address for the kernel, which accepts it from any thread. Two threads that copy to the same
+// bytes mix them, as two processes do; no reference to the bytes is made (invariant).
 unsafe impl Send for Window<'_> {}
 
 impl Window<'_> {
-    /// Where it begins. No Rust reference may be made of it: others change the bytes.
+    /// The start address. Make no Rust reference from it: the bytes are shared.
     pub fn address(&self) -> *mut u8 {
         self.address
     }
 
-    /// Its length in bytes.
+    /// The length in bytes.
     pub fn length(&self) -> usize {
         self.length
     }
 
-    /// Whether the kernel may write it.
+    /// Whether the kernel may write to it.
     pub fn is_writable(&self) -> bool {
         self.writable
     }
 
-    /// Whether it is in a [`Map`]: tests treat that as device memory.
+    /// Whether it is part of a [`Map`]; tests treat that as device memory.
     pub fn is_shared(&self) -> bool {
         self.is_shared
     }
@@ -289,11 +285,11 @@ impl Window<'_> {
         }
     }
 
-    /// Copies its first bytes out. Panics where it is shorter, or of a mapping that
-    /// [is not here](Map::is_here).
+    /// Copies the first bytes out. Panics if the window is shorter, or its mapping [is not
+    /// here](Map::is_here).
     pub fn copy_out(&self, into: &mut [u8]) {
         assert!(into.len() <= self.length && !self.address.is_null());
-        // Nothing that was read before the caller's begin-access may be used instead.
+        // Orders the reads after the caller's begin-access.
         fence(Ordering::SeqCst);
         let target = Side {
             address: into.as_mut_ptr(),
@@ -303,8 +299,8 @@ impl Window<'_> {
         unsafe { copy(self.side(), target, into.len()) }
     }
 
-    /// Copies bytes to its beginning. Panics where it is shorter or read-only, or of a mapping that
-    /// [is not here](Map::is_here).
+    /// Copies bytes to the window's start. Panics if the window is shorter or read-only, or its mapping [is
+    /// not here](Map::is_here).
     pub fn copy_in(&self, from: &[u8]) {
         assert!(self.writable && from.len() <= self.length && !self.address.is_null());
         let source = Side {
@@ -315,44 +311,43 @@ impl Window<'_> {
         unsafe { copy(source, self.side(), from.len()) }
     }
 
-    /// Copies all of it to the beginning of another window, each byte once ([`copy`](super::copy)). Panics where
-    /// that is shorter or read-only, or one of the two is of a mapping that [is not here](Map::is_here).
+    /// Copies the whole window to the start of another, each byte once ([`copy`](super::copy)). Panics if the
+    /// other is shorter or read-only, or a mapping [is not here](Map::is_here).
     ///
-    /// Memory of a device that has gone raises SIGBUS.
+    /// Raises SIGBUS if the memory's device has gone.
     pub fn copy_to(&self, to: &Window<'_>) {
         assert!(to.writable && self.length <= to.length);
         assert!(!self.address.is_null() && !to.address.is_null());
-        // Nothing that was read before the caller's begin-access may be used instead.
+        // Orders the reads after the caller's begin-access.
         fence(Ordering::SeqCst);
         // SAFETY: both are mapped (invariant), and no reference to their bytes is used (`Map`), or their
         // owner is borrowed (`HostMemory`).
         unsafe { copy(self.side(), to.side(), self.length) }
     }
 
-    /// What comes after its first `length` bytes, or nothing if it has fewer.
+    /// The rest after the first `length` bytes; empty if there are fewer.
     #[must_use]
     pub fn after(mut self, length: usize) -> Self {
         let length = self.length.min(length);
-        // INVARIANT: inside of what it was.
-        // SAFETY: inside the window, or at its end.
+        // INVARIANT: the new range is inside the old one.
+        // SAFETY: the address is inside the window, or at its end.
         self.address = unsafe { self.address.add(length) };
         self.length -= length;
         self
     }
 
-    /// Its first `length` bytes, or all if it has fewer.
+    /// The first `length` bytes, or all if there are fewer.
     #[must_use]
     pub fn first(mut self, length: usize) -> Self {
-        // INVARIANT: no longer than it was.
+        // INVARIANT: the new range is inside the old one.
         self.length = self.length.min(length);
         self
     }
 }
 
-/// Page-aligned system memory of this process alone, so ordinary slices of it are sound.
+/// Page-aligned private system memory. No one else writes it, so ordinary slices of it are sound.
 ///
-/// # Invariants
-/// `base` is the start of a live, private, readable and writable mapping of `length` bytes that
+/// # Invariants `base` is the start of a live, private, readable and writable mapping of `length` bytes that
 /// this value owns.
 #[derive(Debug)]
 pub struct HostMemory {
@@ -381,19 +376,19 @@ impl HostMemory {
         Ok(HostMemory { base, length })
     }
 
-    /// All of it.
+    /// All bytes.
     pub fn bytes(&self) -> &[u8] {
-        // SAFETY: initialised (zeroed by the kernel), ours, and borrowed with `self`.
+        // SAFETY: initialised (zeroed by the kernel), owned by this value, and borrowed with `self`.
         unsafe { std::slice::from_raw_parts(self.base.as_ptr(), self.length) }
     }
 
-    /// All of it, to be written.
+    /// All bytes, mutably.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
-        // SAFETY: as in `bytes`, and `self` is borrowed mutably.
+        // SAFETY: initialised, owned by this value, and borrowed mutably with `self`.
         unsafe { std::slice::from_raw_parts_mut(self.base.as_ptr(), self.length) }
     }
 
-    /// The first `length` bytes, for the kernel; no slice can be held meanwhile.
+    /// The first `length` bytes, for the kernel. The borrow excludes slices meanwhile.
     pub fn window(&mut self, length: usize) -> Window<'_> {
         assert!(length <= self.length);
         Window {
@@ -409,7 +404,7 @@ impl HostMemory {
 
 impl Drop for HostMemory {
     fn drop(&mut self) {
-        // SAFETY: the mapping is ours (invariant) and no borrow of it is left.
+        // SAFETY: this value owns the mapping (invariant), and no borrow of it is left.
         let result = unsafe { libc::munmap(self.base.as_ptr().cast::<c_void>(), self.length) };
         debug_assert!(result == 0, "munmap: {}", std::io::Error::last_os_error());
     }
@@ -419,7 +414,7 @@ impl Drop for HostMemory {
 mod tests {
     use super::*;
 
-    /// A mapping of memory of this process alone, which Miri has too.
+    /// Private anonymous memory, which also works under Miri.
     fn anonymous(start: usize, length: usize) -> Map {
         let mut map = Map::anonymous(start + length).unwrap();
         (map.start, map.length) = (start, length);

@@ -1,4 +1,4 @@
-//! The only `unsafe` of the crate: one module per kernel interface, each with a safe face.
+//! All `unsafe` code of the crate: one module per kernel interface, each with a safe API.
 #![allow(unsafe_code)]
 
 pub(crate) mod copy;

@@ -6,12 +6,12 @@ use rustix::ioctl::{Opcode, Updater, ioctl, opcode};
 
 use crate::errno::Errno;
 
-/// `struct sync_file_info`. With no room for the fences themselves the kernel gives their number.
+/// `struct sync_file_info`. Without an array for the fences the kernel returns only their number.
 #[repr(C)]
 #[derive(Default)]
 pub struct SyncFileInfo {
     name: [u8; 32],
-    /// 0 pending, 1 signalled, negative: the errno of the fence that failed.
+    /// Pending if 0, signalled if 1; a negative value is the errno of a failed fence.
     pub(crate) status: i32,
     flags: u32,
     pub(crate) num_fences: u32,
@@ -24,9 +24,9 @@ const FILE_INFO: Opcode = opcode::read_write::<SyncFileInfo>(b'>', 4);
 /// `SYNC_IOC_FILE_INFO`
 pub(crate) fn info(fd: BorrowedFd<'_>) -> Result<SyncFileInfo, Errno> {
     let mut argument = SyncFileInfo::default();
-    // SAFETY: the ioctl reads and writes this struct, which says that no array follows.
+    // SAFETY: the ioctl reads and writes this struct, which announces no array.
     let call = unsafe { Updater::<FILE_INFO, _>::new(&mut argument) };
-    // SAFETY: as above.
+    // SAFETY: the struct outlives the call.
     unsafe { ioctl(fd, call) }?;
     Ok(argument)
 }
