@@ -1,15 +1,15 @@
-//! What a function's configuration space says, read as far as it was given.
+//! Parses a function's configuration space, as far as it could be read.
 //!
-//! Without root, sysfs gives the first 64 bytes only; what lies beyond is then unknown. Offsets are those of
-//! the PCI Express specification, as `include/uapi/linux/pci_regs.h` names them.
+//! Without root, sysfs gives only the first 64 bytes; the rest is then unknown. Offsets are those of the PCI
+//! Express specification, with the names of `include/uapi/linux/pci_regs.h`.
 
 use crate::machine::{Acs, Link, Port};
 
-/// A configuration space, or its beginning.
+/// A configuration space, or its first bytes.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Config<'a> {
     bytes: &'a [u8],
-    /// How long it really is, where that is known.
+    /// Its full length, if known.
     whole: Option<usize>,
 }
 
@@ -32,7 +32,7 @@ impl<'a> Config<'a> {
         Some(u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]))
     }
 
-    /// Vendor and device id. A virtual function has none of its own here.
+    /// Vendor ID and device ID. A virtual function has none here.
     pub(crate) fn id(&self) -> Option<(u16, u16)> {
         let id = (self.word(0)?, self.word(2)?);
         (id.0 != 0xffff).then_some(id)
@@ -43,14 +43,14 @@ impl<'a> Config<'a> {
         Some(self.long(8)? >> 8)
     }
 
-    /// Where a capability of the first 256 bytes is: `None` where that cannot be read.
+    /// The offset of a capability in the first 256 bytes: `None` if unreadable, `Some(None)` if absent.
     fn capability(&self, wanted: u8) -> Option<Option<usize>> {
         // PCI_STATUS_CAP_LIST
         if self.word(0x06)? & 0x10 == 0 {
             return Some(None);
         }
         let mut at = usize::from(self.byte(0x34)? & 0xfc);
-        // As many as have room: a list that leads back to itself ends.
+        // At most as many as fit, so that a cyclic list ends.
         for _ in 0..48 {
             if at < 0x40 {
                 return Some(None);
@@ -63,7 +63,7 @@ impl<'a> Config<'a> {
         Some(None)
     }
 
-    /// What it is on PCI Express.
+    /// The PCI Express device or port type.
     pub(crate) fn port(&self) -> Option<Port> {
         let Some(express) = self.capability(0x10)? else {
             return Some(Port::Conventional);
@@ -78,7 +78,7 @@ impl<'a> Config<'a> {
         })
     }
 
-    /// Its link, if it has one.
+    /// The link, if it has one.
     pub(crate) fn link(&self) -> Option<Link> {
         let express = self.capability(0x10)??;
         let (most, now) = (self.long(express + 0x0c)?, self.word(express + 0x12)?);
@@ -91,9 +91,9 @@ impl<'a> Config<'a> {
         })
     }
 
-    /// Where an extended capability is: `None` where that cannot be read.
+    /// The offset of an extended capability: `None` if unreadable, `Some(None)` if absent.
     fn extended(&self, wanted: u16) -> Option<Option<usize>> {
-        // Conventional PCI has no more than this, nor has a machine that cannot reach the rest.
+        // Conventional PCI has only 256 bytes, and so has a machine that cannot access the rest.
         if self.whole == Some(256) && self.bytes.len() == 256 {
             return Some(None);
         }
@@ -114,7 +114,7 @@ impl<'a> Config<'a> {
         Some(None)
     }
 
-    /// Its access control services.
+    /// The access control services.
     pub(crate) fn acs(&self) -> Option<Acs> {
         match self.extended(0x0d)? {
             None => Some(Acs::Absent),
@@ -122,7 +122,7 @@ impl<'a> Config<'a> {
         }
     }
 
-    /// The largest size of each BAR that can be resized.
+    /// The largest size of each resizable BAR.
     pub(crate) fn resizable(&self) -> [Option<u64>; 6] {
         let mut most = [None; 6];
         if let Some(Some(at)) = self.extended(0x15) {
@@ -142,7 +142,7 @@ impl<'a> Config<'a> {
     }
 }
 
-/// Tenths of GT/s.
+/// The speed in tenths of GT/s.
 fn speed(code: u32) -> Option<u16> {
     [25, 50, 80, 160, 320, 640]
         .get(code.checked_sub(1)? as usize)
@@ -153,7 +153,7 @@ fn speed(code: u32) -> Option<u16> {
 pub(crate) mod tests {
     use super::*;
 
-    /// A PCI Express function with ACS control bits, of 4096 bytes.
+    /// A PCI Express function's configuration space of 4096 bytes, with ACS control bits.
     pub(crate) fn express(kind: u16, acs: Option<u16>) -> Vec<u8> {
         let mut bytes = vec![0; 4096];
         bytes[0..4].copy_from_slice(&[0x86, 0x80, 0x30, 0x20]);
@@ -218,7 +218,7 @@ pub(crate) mod tests {
     fn a_resizable_bar_tells_its_largest_size() {
         let mut bytes = express(0, None);
         bytes[0x100..0x104].copy_from_slice(&0x0001_0015_u32.to_le_bytes());
-        // 256 MiB to 16 GiB, of BAR 2, one register.
+        // BAR 2 with 256 MiB to 16 GiB, one register.
         bytes[0x104..0x108].copy_from_slice(&(0x7f00_u32 << 4).to_le_bytes());
         bytes[0x108..0x10c].copy_from_slice(&0x22_u32.to_le_bytes());
         let most = Config::new(&bytes, Some(4096)).resizable();

@@ -1,20 +1,20 @@
-//! Why a machine could not be read.
+//! Errors of reading a machine.
 
 use std::path::PathBuf;
 
-/// A snapshot, or this machine, that could not be read.
+/// The error of reading a snapshot or this machine.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ReadError {
-    /// A file that could not be opened or read.
+    /// A file could not be opened or read.
     #[error("{}: {source}", .path.display())]
     File {
         /// The file.
         path: PathBuf,
-        /// The system's error.
+        /// The OS error.
         source: std::io::Error,
     },
-    /// A file in none of the formats.
+    /// The file has no known format.
     #[error(
         "{}: not a snapshot: neither peerbuf's (`peerbuf topo --save`), nor a folder with sysfs, nor the output of \
          `lspci -vvv` or `rdma_topo dump`, nor XML of hwloc or NCCL",
@@ -24,27 +24,27 @@ pub enum ReadError {
         /// The file.
         path: PathBuf,
     },
-    /// A file of a known format that does not keep to it.
+    /// The file violates its format.
     #[error("{}: read as {format}: {problem}", .path.display())]
     Malformed {
         /// The file.
         path: PathBuf,
-        /// What it was taken for.
+        /// The assumed format.
         format: &'static str,
-        /// What is wrong.
+        /// The violation.
         problem: String,
     },
-    /// A file of a version that this program does not know.
+    /// The snapshot has a version that this program does not know.
     #[error("{}: a snapshot of version {found}; this program reads version {known}", .path.display())]
     Version {
         /// The file.
         path: PathBuf,
-        /// What it says.
+        /// The file's version.
         found: u64,
-        /// What this program reads.
+        /// The known version.
         known: u64,
     },
-    /// Nothing of PCI there.
+    /// The folder contains no PCI function.
     #[error("{}: no PCI function is in it (bus/pci/devices, or devices/pci*)", .from.display())]
     NoDevices {
         /// The folder.

@@ -1,13 +1,14 @@
-//! The PCI tree of a machine, and what the kernel will say to DMA between two of its devices.
+//! The PCI topology of a machine, and a prediction of the kernel's answer to DMA between two of its devices
+//! (<https://docs.kernel.org/driver-api/pci/p2pdma.html>).
 //!
-//! A [`Machine`] is read from this machine ([`running`]), or from a snapshot ([`open`]): one that [`save`]
-//! wrote, a copy of sysfs, or the output of `lspci -vvv`, `rdma_topo dump`, hwloc or NCCL. [`Rules`] are the
-//! kernel's for that machine. [`Rules::route`] answers for two devices without an allocation;
+//! A [`Machine`] is read from this machine ([`running`]) or from a snapshot ([`open`]): one written by
+//! [`save`], a copy of sysfs, or the output of `lspci -vvv`, `rdma_topo dump`, hwloc or NCCL. [`Rules`] are
+//! the kernel's rules for that machine. [`Rules::route`] answers for two devices, without allocating;
 //! [`argue`] gives all reasons, with evidence and remedies. A fact that could not be read is unknown, and
 //! leaves several answers possible.
 //!
-//! What is said here is a prediction. The kernel's answer comes from asking it (`import::probe` of the crate
-//! `peerbuf`), and whether bytes arrive, from moving some.
+//! All answers are predictions. `import::probe` of the crate `peerbuf` asks the kernel itself; whether bytes
+//! arrive shows only a transfer.
 //!
 //! ```no_run
 //! use peerbuf_topo::{Rules, argue};

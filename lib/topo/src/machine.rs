@@ -1,56 +1,55 @@
-//! A machine's PCI functions as facts. A fact that could not be read is `None`, which is not the same
-//! as a fact that is known to be absent.
+//! The facts about a machine's PCI functions. `None` means unknown, which differs from known to be absent.
 
 use std::collections::HashMap;
 
 use peerbuf_core::PciAddress;
 use serde::{Deserialize, Serialize};
 
-/// The place of a function in [`Machine::functions`].
+/// The index of a function in [`Machine::functions`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Index(pub u32);
 
-/// A machine: its host bridges, the functions below them, and what decides about traffic between these.
+/// A machine: its host bridges, their functions, and the facts that determine peer-to-peer DMA.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Machine {
-    /// What this was read from.
+    /// The source of the facts.
     pub format: Format,
-    /// The version of the kernel.
+    /// The kernel's version.
     pub kernel: Option<Kernel>,
     /// The processor.
     pub processor: Option<Processor>,
-    /// Whether the machine is a virtual one.
+    /// Whether it is a virtual machine.
     pub is_virtual: Option<bool>,
-    /// Whether this was read in a container, which hides devices.
+    /// Whether it was read in a container, which hides devices.
     pub in_container: Option<bool>,
-    /// The kernel's command line, of which only what matters for DMA between devices is kept.
+    /// The options on the kernel's command line that affect peer-to-peer DMA; others are not kept.
     pub options: Option<Vec<String>>,
-    /// How many NUMA nodes there are.
+    /// The number of NUMA nodes.
     pub nodes: Option<u32>,
     /// The host bridges.
     pub hosts: Vec<Host>,
-    /// The functions. A bridge comes before what is below it.
+    /// The functions. A bridge comes before the functions below it.
     pub functions: Vec<Function>,
 }
 
-/// What a machine was read from. Each lacks something.
+/// The source of a machine's facts. All but sysfs lack some.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Format {
-    /// sysfs: everything, but ACS for root only.
+    /// sysfs: everything; ACS only as root.
     Sysfs,
-    /// `lspci -vvv`: no IOMMU groups, no DMA masks, no kernel.
+    /// `lspci -vvv`: no IOMMU groups, no DMA masks, no kernel version.
     Lspci,
-    /// `rdma_topo dump`: no kernel, no processor, and only some devices.
+    /// `rdma_topo dump`: no kernel version, no processor, and only some devices.
     RdmaTopo,
-    /// hwloc's XML: no ACS, no BARs, no IOMMU groups, and often no host bridges' own functions.
+    /// hwloc's XML: no ACS, no BARs, no IOMMU groups, and usually no functions of the host bridges.
     Hwloc,
     /// NCCL's XML: no root complex, and not all bridges.
     Nccl,
 }
 
 impl Format {
-    /// Its name, for people.
+    /// The human-readable name.
     pub fn name(self) -> &'static str {
         match self {
             Format::Sysfs => "sysfs",
@@ -61,7 +60,7 @@ impl Format {
         }
     }
 
-    /// What it never tells; empty for sysfs.
+    /// The facts that it lacks; empty for sysfs.
     pub fn lacks(self) -> &'static str {
         match self {
             Format::Sysfs => "",
@@ -73,7 +72,7 @@ impl Format {
     }
 }
 
-/// A kernel's version.
+/// A kernel version.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Kernel {
     /// 7 of 7.3.4.
@@ -85,7 +84,7 @@ pub struct Kernel {
 }
 
 impl Kernel {
-    /// The numbers at the beginning of a release (`uname -r`).
+    /// Parses the numbers at the start of a release (`uname -r`).
     pub fn parse(release: &str) -> Option<Kernel> {
         let digits = release
             .trim()
@@ -99,7 +98,7 @@ impl Kernel {
         })
     }
 
-    /// Whether it is of this series or a later one.
+    /// Whether the version is in this series or a later one.
     pub fn at_least(self, major: u16, minor: u16) -> bool {
         (self.major, self.minor) >= (major, minor)
     }
@@ -111,68 +110,68 @@ impl std::fmt::Display for Kernel {
     }
 }
 
-/// A processor, as far as the kernel's rules look at it.
+/// A processor, as far as the kernel's rules distinguish it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Processor {
-    /// Such as `AuthenticAMD`; empty for one that is not x86.
+    /// The vendor, such as `AuthenticAMD`; empty for a processor that is not x86.
     pub vendor: String,
-    /// The family, with its extension added.
+    /// The family, extended family included.
     pub family: u16,
 }
 
 /// A host bridge.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Host {
-    /// Such as `pci0000:00`.
+    /// The name, such as `pci0000:00`.
     pub name: String,
-    /// The format tells every function of the root bus, so that the first one is known.
+    /// The format lists every function of the root bus, so the first one is known.
     pub complete: bool,
-    /// The format tells that this is one host bridge. Otherwise devices were only seen near to each other.
+    /// The format identifies the host bridge. Otherwise it only groups devices by proximity.
     pub certain: bool,
 }
 
 /// A PCI function.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Function {
-    /// Where it is.
+    /// The PCI address.
     #[serde(with = "address")]
     pub address: PciAddress,
     /// The bridge above it; `None` on a root bus.
     pub parent: Option<Index>,
-    /// The place of its host bridge in [`Machine::hosts`].
+    /// The index of its host bridge in [`Machine::hosts`].
     pub host: u32,
-    /// How many bridges are above it.
+    /// The number of bridges above it.
     pub depth: u16,
-    /// Vendor and device id.
+    /// Vendor ID and device ID.
     pub id: Option<(u16, u16)>,
-    /// The class code, of 24 bits.
+    /// The 24-bit class code.
     pub class: Option<u32>,
-    /// What it is on PCI Express.
+    /// The PCI Express device or port type.
     pub port: Option<Port>,
-    /// Its access control services.
+    /// The access control services (ACS).
     pub acs: Option<Acs>,
-    /// Its memory BARs.
+    /// The memory BARs.
     pub bars: Option<Vec<Bar>>,
-    /// Its link to the bridge above it.
+    /// The link to the bridge above it.
     pub link: Option<Link>,
-    /// How the IOMMU sees it.
+    /// Its relation to the IOMMU.
     pub iommu: Option<Iommu>,
-    /// Its NUMA node.
+    /// The NUMA node.
     pub node: Option<u32>,
-    /// How many address bits its driver says that it can use.
+    /// The width of the DMA mask in bits.
     pub dma_bits: Option<u8>,
-    /// Its driver.
+    /// The driver.
     pub driver: Option<Driver>,
-    /// It is a virtual function.
+    /// True for a virtual function (SR-IOV).
     pub is_virtual: bool,
-    /// Memory that its driver lends to peers, in bytes (`p2pmem`).
+    /// The size in bytes of the P2PDMA memory that its driver publishes (`p2pmem`).
     pub lends: Option<u64>,
-    /// Names of what its drivers made of it, such as `nvme0n1`, `mlx5_0`, `renderD128`.
+    /// Names that its drivers gave it, such as `nvme0n1`, `mlx5_0`, `renderD128`.
     pub names: Vec<String>,
 }
 
 impl Function {
-    /// A function of which only the place is known.
+    /// A function with nothing known but its address.
     pub fn at(address: PciAddress) -> Function {
         Function {
             address,
@@ -195,7 +194,7 @@ impl Function {
         }
     }
 
-    /// What it is for us.
+    /// The kind of device.
     pub fn kind(&self) -> Kind {
         let Some(class) = self.class else {
             return Kind::Other;
@@ -209,23 +208,23 @@ impl Function {
             (0x05, _) => Kind::Memory,
             (0x06, _) => Kind::Bridge,
             (0x12, _) => Kind::Accelerator,
-            // InfiniBand controllers of old.
+            // Old InfiniBand controllers.
             (0x0c, 0x06) => Kind::Nic,
             _ => Kind::Other,
         }
     }
 
-    /// Its largest memory BAR.
+    /// The largest memory BAR.
     pub fn largest_bar(&self) -> Option<&Bar> {
         self.bars.iter().flatten().max_by_key(|bar| bar.size)
     }
 }
 
-/// What a device is for us.
+/// A kind of device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Kind {
-    /// A graphics card, or what looks like one.
+    /// A GPU or other display controller.
     Gpu,
     /// An accelerator.
     Accelerator,
@@ -233,11 +232,11 @@ pub enum Kind {
     Nvme,
     /// Another storage controller.
     Disk,
-    /// A network or RDMA card.
+    /// A network or RDMA adapter.
     Nic,
-    /// A card that takes pictures.
+    /// A capture card.
     Capture,
-    /// A card of memory, such as an FPGA shows.
+    /// A memory controller, such as an FPGA's.
     Memory,
     /// A bridge.
     Bridge,
@@ -246,7 +245,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// Its name, for people.
+    /// The human-readable name.
     pub fn name(self) -> &'static str {
         match self {
             Kind::Gpu => "GPU",
@@ -261,46 +260,46 @@ impl Kind {
         }
     }
 
-    /// Whether buffers are commonly shared with such a device.
+    /// Whether buffers are commonly shared with devices of this kind.
     pub fn matters(self) -> bool {
         !matches!(self, Kind::Bridge | Kind::Other | Kind::Disk)
     }
 }
 
-/// What a function is on PCI Express.
+/// A PCI Express device or port type.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Port {
-    /// A device.
+    /// An endpoint.
     Endpoint,
     /// A root port.
     RootPort,
-    /// A switch's port towards the root.
+    /// A switch's upstream port.
     Upstream,
-    /// A switch's port towards a device.
+    /// A switch's downstream port.
     Downstream,
     /// A bridge to or from conventional PCI.
     Bridge,
-    /// Part of the root complex.
+    /// A part of the root complex.
     RootComplex,
     /// Not PCI Express.
     Conventional,
 }
 
-/// Access control services (PCIe 7.7.8).
+/// Access control services (PCIe specification, 7.7.8).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Acs {
-    /// The function has none.
+    /// The function has no ACS capability.
     Absent,
-    /// It has, and the control register says this.
+    /// The value of the ACS control register.
     Control(u16),
 }
 
 impl Acs {
-    /// P2P Request Redirect, P2P Completion Redirect, P2P Egress Control: what the kernel looks at.
+    /// P2P Request Redirect, P2P Completion Redirect and P2P Egress Control: the bits that the kernel tests.
     pub const REDIRECT: u16 = 0x04 | 0x08 | 0x20;
-    /// The bits and their names, as lspci writes them.
+    /// The bits with their names in lspci.
     pub const BITS: [(u16, &str); 7] = [
         (0x01, "SrcValid"),
         (0x02, "TransBlk"),
@@ -311,7 +310,7 @@ impl Acs {
         (0x40, "DirectTrans"),
     ];
 
-    /// Whether it sends requests between peers to the host bridge.
+    /// Whether it redirects peer-to-peer requests to the host bridge.
     pub fn redirects(self) -> bool {
         matches!(self, Acs::Control(control) if control & Acs::REDIRECT != 0)
     }
@@ -320,28 +319,28 @@ impl Acs {
 /// A memory BAR.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Bar {
-    /// 0 to 5.
+    /// The index, 0 to 5.
     pub index: u8,
-    /// In bytes.
+    /// The size in bytes.
     pub size: u64,
-    /// How many bits its last address has. The address itself is not kept.
+    /// The number of bits of its last address. The address itself is not kept.
     pub address_bits: u8,
-    /// Its type has 64 bits.
+    /// It is a 64-bit BAR.
     pub is_64bit: bool,
-    /// It may be read and written like memory.
+    /// It is prefetchable.
     pub prefetchable: bool,
-    /// The largest size it can be given, in bytes, where it can be resized.
+    /// The largest size in bytes, if the BAR is resizable.
     pub resizable_to: Option<u64>,
 }
 
-/// A link: what it runs at, and what it could.
+/// A link: its current speed and width, and the maximum.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Link {
     /// In tenths of GT/s.
     pub speed: u16,
-    /// Lanes.
+    /// The number of lanes.
     pub width: u8,
-    /// The same of the most that this end can do.
+    /// The maximum speed and width of this end.
     pub most: Option<(u16, u8)>,
 }
 
@@ -361,13 +360,13 @@ impl std::fmt::Display for Link {
     }
 }
 
-/// How the IOMMU sees a device.
+/// A device's relation to the IOMMU.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Iommu {
-    /// None does.
+    /// No IOMMU handles the device.
     None,
-    /// It is in a group.
+    /// The device is in an IOMMU group.
     Group {
         /// The group's number.
         number: u32,
@@ -377,7 +376,7 @@ pub enum Iommu {
 }
 
 impl Iommu {
-    /// Whether the device's addresses are translated.
+    /// Whether the IOMMU translates the device's addresses.
     pub fn translates(&self) -> Option<bool> {
         match self {
             Iommu::None => Some(false),
@@ -390,14 +389,14 @@ impl Iommu {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Driver {
-    /// None has it.
+    /// No driver is bound.
     None,
-    /// This one has.
+    /// The name of the bound driver.
     Bound(String),
 }
 
 impl Machine {
-    /// One without devices.
+    /// A machine without devices.
     pub fn empty(format: Format) -> Machine {
         Machine {
             format,
@@ -412,17 +411,17 @@ impl Machine {
         }
     }
 
-    /// The function at this place, which this machine has given out.
+    /// The function at an index from this machine.
     pub fn function(&self, index: Index) -> &Function {
         &self.functions[index.0 as usize]
     }
 
-    /// Each function with its place.
+    /// All functions with their indices.
     pub fn each(&self) -> impl Iterator<Item = (Index, &Function)> {
         (0..).map(Index).zip(&self.functions)
     }
 
-    /// The place of the function at this address.
+    /// The index of the function with this address.
     pub fn find(&self, address: PciAddress) -> Option<Index> {
         let found = self
             .each()
@@ -430,25 +429,25 @@ impl Machine {
         found.map(|(index, _)| index)
     }
 
-    /// The place of the function with this name, such as `nvme0n1`. A partition's name finds its disk.
+    /// The index of the function with this name, such as `nvme0n1`. The name of a partition finds its disk.
     pub fn named(&self, name: &str) -> Option<Index> {
         let has = |function: &Function| function.names.iter().any(|known| known == name);
         let found = self.each().find(|(_, function)| has(function));
         found.map(|(index, _)| index)
     }
 
-    /// The function itself and the bridges above it, the closest first.
+    /// The function itself and the bridges above it, from the bottom up.
     pub fn upwards(&self, from: Index) -> impl Iterator<Item = Index> {
         std::iter::successors(Some(from), |at| self.function(*at).parent)
     }
 
-    /// Devices that buffers are shared with, without virtual functions.
+    /// The devices of a kind that buffers are shared with, without virtual functions.
     pub fn devices_that_matter(&self) -> Vec<Index> {
         let all = self.each();
         let matters = |function: &Function| {
             let lends = function.lends.is_some();
             let taken = matches!(&function.driver, Some(Driver::Bound(name)) if name == "peerbuf" || name == "vfio-pci");
-            // NCCL's files name only what matters, and of some not what they are.
+            // NCCL's files list only such devices, some without a class.
             let named = self.format == Format::Nccl && function.class.is_none();
             !function.is_virtual && (function.kind().matters() || lends || taken || named)
         };
@@ -457,8 +456,8 @@ impl Machine {
             .collect()
     }
 
-    /// Puts functions, each with the place that its bridge has among them, in order: sorted by host bridge
-    /// and address, a bridge before what is below it. Those whose bridges form a circle are left out.
+    /// Sorts functions by host bridge and address, a bridge before the functions below it. Each comes with
+    /// the index of its bridge in `unsorted`. Functions whose bridges form a cycle are dropped.
     pub(crate) fn arrange(&mut self, unsorted: Vec<(Function, Option<usize>)>) {
         let mut children: HashMap<Option<usize>, Vec<usize>> = HashMap::new();
         for (at, (_, parent)) in unsorted.iter().enumerate() {
@@ -492,7 +491,7 @@ impl Machine {
         }
     }
 
-    /// The place of a host bridge of this name, new if need be.
+    /// The index of the host bridge with this name; adds it if it is new.
     pub(crate) fn host(&mut self, name: &str, complete: bool, certain: bool) -> u32 {
         let known = self.hosts.iter().position(|host| host.name == name);
         let place = known.unwrap_or_else(|| {
@@ -506,8 +505,8 @@ impl Machine {
         place as u32
     }
 
-    /// Whether places and depths agree with each other, and names are such as can be printed, as they must in
-    /// a file from elsewhere.
+    /// Whether indices and depths are consistent and all names printable. A file from elsewhere may violate
+    /// both.
     pub(crate) fn is_sound(&self) -> bool {
         let plain = self.hosts.iter().all(|host| is_plain(&host.name));
         plain
@@ -533,7 +532,7 @@ impl Machine {
     }
 }
 
-/// Whether a terminal shows it as it is.
+/// Whether a terminal prints the name unchanged.
 fn is_plain(name: &str) -> bool {
     !name.is_empty() && name.len() < 256 && name.bytes().all(|byte| byte.is_ascii_graphic())
 }

@@ -1,4 +1,4 @@
-//! All that speaks against DMA between two devices, at once, and what would change it.
+//! All reasons against DMA between two devices, with the remedies.
 
 use std::fmt;
 
@@ -7,59 +7,59 @@ use peerbuf_core::PciAddress;
 use crate::machine::{Acs, Driver, Format, Function, Index, Iommu, Kernel, Kind, Machine};
 use crate::rules::{Map, Missing, Route, Rule, Rules, Trust};
 
-/// A reason. The list is closed; `docs/reasons/` has a page for each.
+/// A reason code. The list is closed; `docs/reasons/` has a page for each code.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Code {
-    /// Both are the same function.
+    /// Both devices are the same function.
     SameFunction,
-    /// The one that shall do DMA cannot.
+    /// The client device cannot do DMA.
     NoDmaEngine,
-    /// The one whose memory it is has none to lend.
+    /// The provider device has no memory to export.
     NoMemory,
-    /// The kernel has no such mappings.
+    /// The kernel has no peer-to-peer mappings.
     KernelTooOld,
     /// The host bridge is not on the kernel's list.
     HostBridgeNotListed,
-    /// The list allows traffic within each host bridge only.
+    /// The list allows traffic only within each host bridge.
     HostBridgesDiffer,
-    /// Nothing on the root bus names the host bridge.
+    /// No function on the root bus identifies the host bridge.
     HostBridgeUnnamed,
-    /// A bridge sends requests between peers to the host bridge.
+    /// A bridge redirects peer-to-peer requests to the host bridge (ACS).
     AcsRedirect,
-    /// The device cannot send so many address bits.
+    /// The provider's addresses exceed the client's DMA mask.
     DmaMask,
     /// The kernel bounces all DMA.
     SwiotlbForced,
-    /// ACS could not be read.
+    /// The ACS registers could not be read.
     AcsUnknown,
-    /// The host bridge could not be told.
+    /// The host bridge is unknown.
     HostBridgeUnknown,
-    /// The processor could not be told.
+    /// The processor is unknown.
     ProcessorUnknown,
-    /// The kernel's version could not be told, or its rules are not known here.
+    /// The kernel's version is unknown, or this crate does not know its rules.
     KernelUnknown,
     /// Bridges are missing from the snapshot.
     TreeUnknown,
-    /// A virtual machine's IOMMU may drop what its switch should have routed.
+    /// A virtual machine's IOMMU may drop requests that its virtual switch should have routed.
     IommuInGuest,
-    /// A virtual machine's tree is not the hardware's.
+    /// A virtual machine's PCI tree is not the hardware's.
     VirtualMachine,
-    /// Host bridges may pass writes and not reads.
+    /// A host bridge may forward writes but not reads.
     HostBridgeUnproved,
-    /// The BAR is smaller than it could be.
+    /// The BAR is smaller than its maximum.
     BarSmall,
-    /// A link is slower or narrower than it could be.
+    /// A link is slower or narrower than its maximum.
     LinkDegraded,
-    /// The kernel keeps its answer.
+    /// The kernel caches its verdict.
     VerdictCached,
-    /// A disk is made of others by a layer of the kernel's.
+    /// A kernel layer (md, device mapper) combines disks into this one.
     BlockLayer,
-    /// It is not a PCI device.
+    /// The device is not a PCI device.
     NotPci,
 }
 
 impl Code {
-    /// All.
+    /// All codes.
     pub const ALL: [Code; 23] = [
         Code::SameFunction,
         Code::NoDmaEngine,
@@ -122,21 +122,21 @@ impl fmt::Display for Code {
     }
 }
 
-/// What a reason does. The gravest sorts first.
+/// The effect of a reason, the gravest first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Effect {
-    /// It cannot work.
+    /// Peer-to-peer DMA cannot work.
     Blocks,
-    /// A fact is missing that decides whether it works.
+    /// Whether it works depends on an unknown fact.
     MayBlock,
-    /// It works by a longer way.
+    /// It works on a longer route.
     Slows,
-    /// Good to know.
+    /// Only information.
     Warns,
 }
 
 impl Effect {
-    /// Its name, for people.
+    /// The human-readable name.
     pub fn name(self) -> &'static str {
         match self {
             Effect::Blocks => "blocks",
@@ -147,23 +147,23 @@ impl Effect {
     }
 }
 
-/// One reason, with what it was seen by.
+/// A reason with its evidence.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Reason {
-    /// Which.
+    /// The code.
     pub code: Code,
-    /// What it does here.
+    /// The effect in this case.
     pub effect: Effect,
-    /// The devices, bits and numbers, for people.
+    /// The devices, bits and numbers, as text.
     pub evidence: String,
 }
 
-/// What would change an answer.
+/// A change that would remove a reason.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Remedy {
-    /// What it does, and what it costs.
+    /// The effect and the cost of the change.
     pub what: String,
-    /// Commands, for a root shell; none where it takes a screwdriver.
+    /// Commands for a root shell; none if the change needs other hardware.
     pub commands: Vec<String>,
 }
 
@@ -176,7 +176,7 @@ impl Remedy {
     }
 }
 
-/// Whether one device can use another's memory, as predicted.
+/// The prediction whether one device can use another's memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {
     /// The kernel will allow it.
@@ -188,7 +188,7 @@ pub enum Verdict {
 }
 
 impl Verdict {
-    /// Its name, for people.
+    /// The human-readable name.
     pub fn name(self) -> &'static str {
         match self {
             Verdict::Yes => "yes",
@@ -198,20 +198,20 @@ impl Verdict {
     }
 }
 
-/// The whole argument about one device's use of another's memory.
+/// The complete prediction for one device's DMA to another's memory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Argument {
     /// The device that does DMA.
     pub client: Index,
-    /// The device whose memory it is.
+    /// The device that provides the memory.
     pub provider: Index,
-    /// The answer.
+    /// The prediction.
     pub verdict: Verdict,
-    /// What the kernel will say.
+    /// The predicted answer of the kernel.
     pub route: Route,
-    /// Everything that speaks against it, the gravest first.
+    /// All reasons against it, the gravest first.
     pub reasons: Vec<Reason>,
-    /// What would change it.
+    /// Changes that would remove reasons.
     pub remedies: Vec<Remedy>,
 }
 
@@ -254,7 +254,7 @@ pub fn argue(rules: &Rules<'_>, client: Index, provider: Index) -> Argument {
     }
 }
 
-/// A function's address and what people call it: `0000:03:00.0 (nvme0n1)`.
+/// A function's address and common name: `0000:03:00.0 (nvme0n1)`.
 pub fn label(function: &Function) -> String {
     match short_name(function) {
         Some(name) => format!("{} ({name})", function.address),
@@ -262,7 +262,7 @@ pub fn label(function: &Function) -> String {
     }
 }
 
-/// The name that says most: a disk before its controller, an RDMA device before its network interface.
+/// The most informative name: a disk before its controller, an RDMA device before its network interface.
 pub fn short_name(function: &Function) -> Option<&str> {
     let rank = |name: &&String| {
         let name = name.as_str();
@@ -305,7 +305,7 @@ impl<'m> Case<'_, 'm> {
         self.machine.function(self.provider)
     }
 
-    /// What the devices are able to.
+    /// Reasons in the devices themselves.
     fn devices(&mut self) {
         let (client, provider) = (self.client(), self.provider());
         if self.client == self.provider {
@@ -382,7 +382,7 @@ impl<'m> Case<'_, 'm> {
         }
     }
 
-    /// What the kernel says of the way.
+    /// Reasons on the route between the devices.
     fn way(&mut self) {
         let (client, provider) = (self.client(), self.provider());
         let (Function { host: one, .. }, Function { host: other, .. }) = (client, provider);
@@ -392,7 +392,7 @@ impl<'m> Case<'_, 'm> {
             self.remedy(Remedy::new("run a newer kernel", []));
             return;
         }
-        // Where the shortest way is not taken, or may not be.
+        // Bridges that redirect requests from the shortest route, or may.
         let redirectors = self.redirectors();
         if self.route.redirected {
             let bridges: Vec<String> = redirectors
@@ -463,7 +463,7 @@ impl<'m> Case<'_, 'm> {
         self.host_bridges(*one, *other, blocked);
     }
 
-    /// Why traffic through the host bridge is refused, or may be.
+    /// Reasons why the kernel refuses traffic through the host bridge, or may.
     fn host_bridges(&mut self, one: u32, other: u32, effect: Effect) {
         let no_bridge = match self.route.common {
             None => "they have no bridge in common, and",
@@ -563,7 +563,7 @@ impl<'m> Case<'_, 'm> {
         };
         match one == other {
             true => describe(one),
-            // In the same order both ways, so that it reads the same.
+            // Sorted, so that both directions have the same text.
             false => format!(
                 "{} and {}",
                 describe(one.min(other)),
@@ -572,7 +572,7 @@ impl<'m> Case<'_, 'm> {
         }
     }
 
-    /// Functions on the way whose ACS redirects.
+    /// The functions on the route whose ACS redirects.
     fn redirectors(&self) -> Vec<(PciAddress, u16)> {
         let mut found = Vec::new();
         self.rules
@@ -588,7 +588,7 @@ impl<'m> Case<'_, 'm> {
         found
     }
 
-    /// Whether a bridge's ACS could not be read, and a text about it.
+    /// Whether a bridge's ACS could not be read, and text about it.
     fn unread_acs(&self) -> (bool, String) {
         let mut unread = Vec::new();
         self.rules
@@ -611,12 +611,12 @@ impl<'m> Case<'_, 'm> {
         (!unread.is_empty(), text)
     }
 
-    /// Whether the client can send the provider's addresses.
+    /// Whether the provider's addresses fit the client's DMA mask.
     fn addresses(&mut self) {
         let (client, provider) = (self.client(), self.provider());
         let translates = client.iommu.as_ref().and_then(Iommu::translates);
         let bus = self.route.possible.known() == Some(Map::BusAddress);
-        // Through the host bridge a translating IOMMU gives addresses that the device can send.
+        // Through the host bridge, a translating IOMMU assigns addresses within the DMA mask.
         if translates == Some(true) && !bus {
             return;
         }
@@ -687,8 +687,8 @@ impl<'m> Case<'_, 'm> {
     }
 }
 
-/// What a layer below a filesystem does to pages of peer memory. `layer` as
-/// [`BlockDevice::layer`](peerbuf_core::topology::BlockDevice::layer) tells it.
+/// The reason for a kernel layer between filesystem and disk that does not pass pages of peer memory on.
+/// `layer` is [`BlockDevice::layer`](peerbuf_core::topology::BlockDevice::layer).
 pub fn of_layer(disk: &str, layer: &str) -> Reason {
     let (effect, what) = match layer {
         "device mapper" => (
@@ -717,7 +717,7 @@ pub fn of_layer(disk: &str, layer: &str) -> Reason {
     }
 }
 
-/// Against something that no PCI function carries.
+/// The reason for a device that is not a PCI function.
 pub fn not_pci(name: &str) -> Reason {
     Reason {
         code: Code::NotPci,
@@ -737,7 +737,8 @@ fn acs_text(at: PciAddress, control: u16) -> String {
 
 fn acs_remedies(bridges: &[(PciAddress, u16)], kernel: Option<Kernel>) -> Vec<Remedy> {
     let set = bridges.iter().flat_map(|(at, control)| {
-        // setpci exits with 0 also where it found no device, and a bit may be wired: so it is read back.
+        // setpci exits with 0 even if it found no device, and a bit may be hardwired: so the command reads
+        // back.
         [
             format!(
                 "setpci -s {at} ECAP_ACS+6.w=0:2c  # {control:04x} = {:04x}",

@@ -1,32 +1,32 @@
-//! What the kernel will say to DMA between two devices, by its own rules (`drivers/pci/p2pdma.c`,
-//! `calc_map_type_and_dist`), as of Linux 5.9 to 7.3.
+//! The kernel's rules for DMA between two devices (`drivers/pci/p2pdma.c`, `calc_map_type_and_dist`), as of
+//! Linux 5.9 to 7.3.
 //!
-//! 1. The bridge closest to both decides. Without ACS redirection on the way, requests stay below it: bus
+//! 1. The closest common bridge decides. Without ACS redirection on the way, requests stay below it: bus
 //!    addresses.
-//! 2. Otherwise they go through the host bridge. The kernel allows that on AMD processors from family 17h on,
-//!    and where the first function of the root bus is on its list ([`ALLOWED`]).
+//! 2. Otherwise requests go through the host bridge. The kernel allows that on AMD processors from family 17h
+//!    on, and if the first function of the root bus is on its list ([`ALLOWED`]).
 //!
-//! The answer is the same for reads and writes, and the same when the two devices change places. Facts that
-//! are not known leave several answers possible ([`Possible`]).
+//! The answer is the same for reads and writes, and symmetric in the two devices. Unknown facts leave several
+//! answers possible ([`Possible`]).
 
 use crate::machine::{Acs, Format, Function, Index, Kernel, Machine, Port};
 
-/// How the kernel maps one device's memory for another (`enum pci_p2pdma_map_type`).
+/// The kernel's mapping of one device's memory for another (`enum pci_p2pdma_map_type`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Map {
-    /// By bus addresses: bytes stay below a common bridge.
+    /// By bus addresses: traffic stays below a common bridge.
     BusAddress,
     /// Through the host bridge.
     HostBridge,
-    /// Not at all.
+    /// No mapping.
     NotSupported,
 }
 
 impl Map {
-    /// All.
+    /// All variants.
     pub const ALL: [Map; 3] = [Map::BusAddress, Map::HostBridge, Map::NotSupported];
 
-    /// Its name, for people.
+    /// The human-readable name.
     pub fn name(self) -> &'static str {
         match self {
             Map::BusAddress => "bus address",
@@ -36,7 +36,7 @@ impl Map {
     }
 }
 
-/// The answers that the known facts leave.
+/// The answers that are possible given the known facts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Possible(u8);
 
@@ -62,7 +62,7 @@ impl Possible {
         all.next().filter(|_| all.next().is_none())
     }
 
-    /// Whether the kernel allows it; `None` where that is not known.
+    /// Whether the kernel allows the mapping; `None` if unknown.
     pub fn allowed(self) -> Option<bool> {
         let yes = self.has(Map::BusAddress) || self.has(Map::HostBridge);
         match (yes, self.has(Map::NotSupported)) {
@@ -73,25 +73,25 @@ impl Possible {
     }
 }
 
-/// How near two devices are, in the words of `nvidia-smi topo -m`.
+/// The proximity of two devices, in the terms of `nvidia-smi topo -m`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Near {
     /// The same function.
     Same,
-    /// At most one PCIe switch between them.
+    /// At most one PCIe switch in between.
     Pix,
-    /// Several PCIe switches, no host bridge.
+    /// Several PCIe switches, but no host bridge.
     Pxb,
-    /// A host bridge.
+    /// One host bridge.
     Phb,
-    /// Two host bridges of one NUMA node.
+    /// Two host bridges of the same NUMA node.
     Node,
     /// The link between NUMA nodes.
     Sys,
 }
 
 impl Near {
-    /// nvidia-smi's word.
+    /// nvidia-smi's term.
     pub fn word(self) -> &'static str {
         match self {
             Near::Same => "X",
@@ -104,68 +104,68 @@ impl Near {
     }
 }
 
-/// The rule that an answer stands on.
+/// The rule that decided an answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Rule {
     /// A device reaches its own memory.
     SameFunction,
-    /// A common bridge, and nothing redirects.
+    /// A common bridge, without redirection.
     CommonBridge,
-    /// A common bridge, and whether something redirects is not known.
+    /// A common bridge, with unknown ACS.
     CommonBridgeAcsUnknown,
-    /// The host bridge, which the processor's family allows.
+    /// The host bridge, allowed for the processor's family.
     Processor,
-    /// The host bridge, by the list.
+    /// The host bridge, which is on the list.
     Listed,
     /// The host bridge, which is not on the list.
     NotListed,
-    /// Two host bridges, and the list allows only traffic within each.
+    /// Two host bridges; the list allows only traffic within each.
     ListedForItselfOnly,
     /// The host bridge, whose root bus begins with neither a function 00.0 nor a root port.
     Unnamed,
-    /// The host bridge, and a fact about it is not known.
+    /// The host bridge, with an unknown fact.
     HostUnknown,
-    /// The bridges above the devices are not known.
+    /// The bridges above the devices are unknown.
     TreeUnknown,
-    /// A kernel from before 4.20 has no such mappings.
+    /// Kernels before 4.20 have no peer-to-peer mappings.
     KernelTooOld,
 }
 
-/// An answer. It is made without an allocation.
+/// An answer; computed without allocating.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Route {
-    /// The answers that are possible.
+    /// The possible answers.
     pub possible: Possible,
-    /// The bridge closest to both.
+    /// The closest common bridge.
     pub common: Option<Index>,
-    /// The kernel's distance; `None` where bridges are missing from the tree.
+    /// The kernel's distance; `None` if bridges are missing from the tree.
     pub distance: Option<u32>,
-    /// How near they are, where it is known.
+    /// The proximity, if known.
     pub near: Option<Near>,
-    /// Something on the way redirects requests between peers to the host bridge.
+    /// ACS on the way redirects requests to the host bridge.
     pub redirected: bool,
-    /// The rule.
+    /// The rule that decided.
     pub rule: Rule,
 }
 
 /// An entry of the kernel's list of host bridges (`pci_p2pdma_whitelist`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Allowed {
-    /// The vendor of the root bus's first function.
+    /// The vendor ID of the root bus's first function.
     pub vendor: u16,
-    /// Its device; `None` for any of the vendor's.
+    /// Its device ID; `None` for all of the vendor's.
     pub device: Option<u16>,
-    /// Only for traffic that stays on this host bridge.
+    /// Only for traffic within this host bridge.
     pub same_host_bridge: bool,
-    /// The first kernel that is known to have the entry.
+    /// The first kernel version known to have the entry.
     pub since: (u16, u16),
-    /// The last kernel that is known to lack it.
+    /// The last kernel version known to lack it.
     pub not_in: (u16, u16),
 }
 
-/// The first kernel whose rules these are.
+/// The first kernel version with these rules.
 pub const FIRST: (u16, u16) = (5, 9);
-/// The last kernel whose sources were read.
+/// The last kernel version whose sources were read.
 pub const LAST: (u16, u16) = (7, 3);
 
 const fn entry(vendor: u16, device: u16, since: (u16, u16), not_in: (u16, u16)) -> Allowed {
@@ -185,9 +185,9 @@ const fn same_only(device: u16) -> Allowed {
     }
 }
 
-/// The kernel's list.
+/// The kernel's list (`pci_p2pdma_whitelist`).
 pub const ALLOWED: [Allowed; 25] = [
-    // Xeon E5 and E7 up to version 3, Core i7
+    // Xeon E5 and E7 up to version 3, Core i7.
     same_only(0x3c00),
     same_only(0x3c01),
     same_only(0x2f00),
@@ -200,7 +200,7 @@ pub const ALLOWED: [Allowed; 25] = [
     entry(0x8086, 0x2020, FIRST, (5, 3)),
     // Xeon Scalable from the third generation on
     entry(0x8086, 0x09a2, (5, 18), (5, 17)),
-    // Its accelerators, where one of them is the first function: DSA, IAA, QAT
+    // Its accelerators (DSA, IAA, QAT), if one of them is the first function.
     entry(0x8086, 0x0b25, (7, 2), (7, 0)),
     entry(0x8086, 0x0cfe, (7, 2), (7, 0)),
     entry(0x8086, 0x11fb, (7, 2), (7, 0)),
@@ -211,7 +211,7 @@ pub const ALLOWED: [Allowed; 25] = [
     entry(0x8086, 0x4944, (7, 2), (7, 0)),
     entry(0x8086, 0x4946, (7, 2), (7, 0)),
     entry(0x8086, 0x4948, (7, 2), (7, 0)),
-    // Google's
+    // Google's host bridge.
     Allowed {
         vendor: 0x1ae0,
         device: None,
@@ -219,25 +219,25 @@ pub const ALLOWED: [Allowed; 25] = [
         since: (7, 2),
         not_in: (7, 0),
     },
-    // NVIDIA's processors
+    // NVIDIA's processors.
     entry(0x10de, 0x2f95, (7, 3), (7, 2)),
     entry(0x10de, 0x2f96, (7, 3), (7, 2)),
     entry(0x10de, 0x2f97, (7, 3), (7, 2)),
     entry(0x10de, 0x2f98, (7, 3), (7, 2)),
 ];
 
-/// What the rules say of traffic through a host bridge.
+/// The rules' verdict on traffic through a host bridge.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Trust {
     /// Allowed.
     Yes(Rule),
     /// Refused.
     No(Rule),
-    /// A fact is missing.
+    /// A fact is unknown.
     Unknown(Missing),
 }
 
-/// A fact that the rules ask for and that is not known.
+/// An unknown fact that the rules need.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Missing {
     /// The first function of the root bus.
@@ -248,18 +248,18 @@ pub enum Missing {
     Kernel,
 }
 
-/// The rules, for one machine under one kernel. Making it looks at each host bridge once.
+/// The kernel's rules for one machine. The constructor examines each host bridge once.
 #[derive(Debug)]
 pub struct Rules<'m> {
     machine: &'m Machine,
     kernel: Option<Kernel>,
-    /// By host bridge: for traffic within it, and to another.
+    /// Per host bridge: the verdict within it, and to another.
     trust: Vec<(Trust, Trust)>,
     processor: Option<bool>,
 }
 
 impl<'m> Rules<'m> {
-    /// `kernel`: `None` for the machine's own.
+    /// The rules of `kernel`, or of the machine's own kernel if `None`.
     pub fn new(machine: &'m Machine, kernel: Option<Kernel>) -> Rules<'m> {
         let mut rules = Rules {
             machine,
@@ -282,21 +282,21 @@ impl<'m> Rules<'m> {
         self.machine
     }
 
-    /// The kernel whose rules these are.
+    /// The kernel version of the rules.
     pub fn kernel(&self) -> Option<Kernel> {
         self.kernel
     }
 
-    /// The function that names a host bridge for the kernel: the first of its root bus, if that is 00.0 or
-    /// a root port. `None` where there is none, or it is not known.
+    /// The function by which the kernel identifies a host bridge: the first of its root bus, if that is 00.0
+    /// or a root port. `None` if there is none, or it is unknown.
     pub fn named_by(&self, host: u32) -> Option<Index> {
         self.first(host).ok().flatten()
     }
 
-    /// The same; `Err` where it is not known.
+    /// As [`Rules::named_by`]; `Err` if it is unknown.
     fn first(&self, host: u32) -> Result<Option<Index>, Missing> {
         let facts = &self.machine.hosts[host as usize];
-        // A format that leaves bridges out has functions of other buses right below the host bridge.
+        // In a format that omits bridges, functions of other buses seem to be directly below the host bridge.
         let is_on_root_bus = |function: &Function| {
             let bus = function.address.bus;
             facts.complete || facts.name.ends_with(&format!(":{bus:02x}"))
@@ -311,12 +311,12 @@ impl<'m> Rules<'m> {
         if (function.address.device, function.address.function) == (0, 0) && facts.certain {
             return Ok(Some(index));
         }
-        // Devices that a format leaves out may come before it.
+        // Devices that the format omits may come before it.
         if !facts.complete {
             return Err(Missing::HostBridge);
         }
         match function.port {
-            // A root port at any place names the bridge since 5.19.
+            // Since 5.19 a root port identifies the bridge at any address.
             Some(Port::RootPort) => match self.kernel {
                 Some(kernel) if !kernel.at_least(5, 18) => Ok(None),
                 Some(kernel) if !kernel.at_least(5, 19) => Err(Missing::Kernel),
@@ -365,7 +365,7 @@ impl<'m> Rules<'m> {
         }
     }
 
-    /// What the rules say of traffic from one host bridge to another, or within one.
+    /// The verdict on traffic from one host bridge to another, or within one.
     pub fn trust(&self, one: u32, other: u32) -> Trust {
         if self
             .kernel
@@ -393,7 +393,7 @@ impl<'m> Rules<'m> {
         }
     }
 
-    /// What the kernel will say to DMA between two devices, whichever of them does it.
+    /// The kernel's answer to DMA between two devices, in either direction.
     pub fn route(&self, one: Index, other: Index) -> Route {
         let machine = self.machine;
         let (a, b) = (machine.function(one), machine.function(other));
@@ -446,7 +446,7 @@ impl<'m> Rules<'m> {
                     (false, false) => (bus, Rule::CommonBridge),
                 };
             }
-            // There may be bridges that the tree lacks.
+            // The tree may lack bridges.
             None if !machine.hosts[a.host as usize].certain
                 || !machine.hosts[b.host as usize].certain =>
             {
@@ -473,8 +473,8 @@ impl<'m> Rules<'m> {
         Some(a)
     }
 
-    /// Each function whose ACS the kernel looks at: both devices and all bridges between them, the common
-    /// one included.
+    /// The functions whose ACS the kernel tests: both devices and all bridges between them, the common one
+    /// included.
     fn on_the_way(
         &self,
         one: Index,
@@ -487,7 +487,7 @@ impl<'m> Rules<'m> {
         });
     }
 
-    /// The same, by their places.
+    /// The indices of these functions.
     pub(crate) fn each_on_the_way(
         &self,
         one: Index,
@@ -512,7 +512,7 @@ impl<'m> Rules<'m> {
     fn near(&self, one: Index, other: Index, common: Option<Index>, distance: u32) -> Option<Near> {
         let machine = self.machine;
         let (a, b) = (machine.function(one), machine.function(other));
-        // NCCL shows a switch as one bridge; it is two in the tree.
+        // NCCL shows a switch as one bridge; the real tree has two.
         let one_switch = if machine.format == Format::Nccl { 2 } else { 4 };
         match common {
             _ if one == other => Some(Near::Same),

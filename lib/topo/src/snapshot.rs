@@ -1,7 +1,7 @@
-//! Snapshots: a machine in a file, ours or another tool's.
+//! Snapshots: a machine in a file, in this crate's format or another tool's.
 //!
-//! Ours is JSON and has no serial number, no address of a network or of memory, and no host name: a
-//! [`Machine`] holds none of these, but the names of network interfaces may, and are checked.
+//! This crate's format is JSON. It has no serial numbers, host names, network addresses or memory addresses:
+//! a [`Machine`] holds none. Names of network interfaces may contain one, so they are checked.
 
 use std::fs;
 use std::path::Path;
@@ -13,19 +13,19 @@ use crate::foreign;
 use crate::machine::Machine;
 use crate::sysfs;
 
-/// The version of the format that is written here.
+/// The version of the format.
 const VERSION: u64 = 1;
-/// A snapshot of a large machine has some megabytes.
+/// A limit well above the few megabytes of a large machine.
 const LARGEST: u64 = 256 << 20;
 
 #[derive(Serialize, Deserialize)]
 struct File<M> {
-    /// The version.
+    /// The format's version.
     peerbuf_topology: u64,
     machine: M,
 }
 
-/// The machine as a snapshot.
+/// Serialises a machine as a snapshot.
 pub fn save(machine: &Machine) -> String {
     let mut machine = machine.clone();
     for function in &mut machine.functions {
@@ -35,11 +35,11 @@ pub fn save(machine: &Machine) -> String {
         peerbuf_topology: VERSION,
         machine: &machine,
     };
-    // Maps with text as keys only: this cannot fail.
+    // Cannot fail: all maps have text keys.
     serde_json::to_string_pretty(&file).unwrap_or_default()
 }
 
-/// Whether a name carries an address, as `enx0123456789ab` does, or is one that a person gave.
+/// Whether a name contains an address, as `enx0123456789ab` does, or was chosen by a person.
 fn tells_somebody(name: &str) -> bool {
     let kernels = [
         "nvme", "mlx", "rxe", "siw", "card", "renderD", "controlD", "video", "accel", "eth", "en",
@@ -54,10 +54,9 @@ fn tells_somebody(name: &str) -> bool {
     has_address || !is_kernels
 }
 
-/// Reads a snapshot of any known format, or a folder with sysfs in it.
+/// Reads a snapshot in any known format, or a folder with a copy of sysfs.
 ///
-/// # Errors
-/// [`ReadError`], with the file and what is wrong with it.
+/// # Errors [`ReadError`] with the file and the problem.
 pub fn open(path: &Path) -> Result<Machine, ReadError> {
     let failed = |source| ReadError::File {
         path: path.to_owned(),
@@ -82,10 +81,9 @@ pub fn open(path: &Path) -> Result<Machine, ReadError> {
     read(&String::from_utf8_lossy(&bytes), path)
 }
 
-/// The same of a file's text; `path` is for errors.
+/// Reads a snapshot from text; `path` is only for errors.
 ///
-/// # Errors
-/// As for [`open`].
+/// # Errors As for [`open`].
 pub fn read(text: &str, path: &Path) -> Result<Machine, ReadError> {
     let malformed = |format: &'static str| {
         move |problem: String| ReadError::Malformed {

@@ -1,7 +1,8 @@
-//! Reads sysfs: the running kernel's, or a copy of another machine's.
+//! Reads sysfs: the running kernel's, or a copy from another machine.
 //!
-//! A function's bridges are read from where its link leads (`../../../devices/pci0000:00/0000:00:01.0/...`),
-//! so a copy needs no links beyond `bus/pci/devices`; without these, `devices` is searched.
+//! A function's bridges are taken from the target of its link
+//! (`../../../devices/pci0000:00/0000:00:01.0/...`), so a copy needs only the links in `bus/pci/devices`.
+//! Without those, `devices` is searched.
 
 use std::fs;
 use std::io::Read;
@@ -13,7 +14,7 @@ use crate::config::Config;
 use crate::error::ReadError;
 use crate::machine::{Bar, Driver, Format, Function, Iommu, Kernel, Link, Machine, Processor};
 
-/// Words of the kernel's command line that decide about DMA between devices. Others are not kept.
+/// The kernel options that affect peer-to-peer DMA. Others are not kept.
 const OPTIONS: [&str; 9] = [
     "iommu",
     "iommu.passthrough",
@@ -26,21 +27,19 @@ const OPTIONS: [&str; 9] = [
     "pcie_acs_override",
 ];
 
-/// The running machine.
+/// Reads the running machine.
 ///
-/// # Errors
-/// [`ReadError::NoDevices`] without sysfs or PCI.
+/// # Errors [`ReadError::NoDevices`] without sysfs or PCI.
 pub fn running() -> Result<Machine, ReadError> {
     let mut machine = tree(Path::new("/sys"))?;
     machine.in_container = Some(is_container());
     Ok(machine)
 }
 
-/// A tree whose `bus/pci/devices` or `devices` is in `root`. Beside it, or in `root` itself, `proc` may have
-/// the kernel's version, command line and processor.
+/// Reads a copy of sysfs: `root` contains `bus/pci/devices` or `devices`. `proc`, in `root` or beside it, may
+/// have the kernel's version, command line and processor.
 ///
-/// # Errors
-/// [`ReadError::NoDevices`] where no PCI function is in it.
+/// # Errors [`ReadError::NoDevices`] if it contains no PCI function.
 pub fn tree(root: &Path) -> Result<Machine, ReadError> {
     let mut machine = Machine::empty(Format::Sysfs);
     let places = places(root);
@@ -93,7 +92,7 @@ pub fn tree(root: &Path) -> Result<Machine, ReadError> {
     Ok(machine)
 }
 
-/// Where a function is in the tree.
+/// A function's directory in the tree.
 struct Place {
     address: PciAddress,
     parent: Option<PciAddress>,
@@ -102,7 +101,7 @@ struct Place {
     directory: PathBuf,
 }
 
-/// In the order of addresses.
+/// All functions, sorted by address.
 fn places(root: &Path) -> Vec<Place> {
     let mut places: Vec<Place> = Vec::new();
     let links = fs::read_dir(root.join("bus/pci/devices"));
@@ -110,7 +109,7 @@ fn places(root: &Path) -> Vec<Place> {
         let Ok(target) = fs::read_link(entry.path()) else {
             continue;
         };
-        // The part from `devices` on, in the tree itself: a copy's links must not lead out of it.
+        // Only the part from `devices` on, inside the tree: links in a copy must not lead out of it.
         let names: Vec<&str> = target.iter().filter_map(|name| name.to_str()).collect();
         let start = names.iter().position(|name| *name == "devices");
         if let Some(start) = start
@@ -151,7 +150,7 @@ pub(crate) fn is_host(name: &str) -> bool {
 }
 
 fn search(root: &Path, names: &mut Vec<String>, into: &mut Vec<Place>) {
-    // Bridges nest no deeper than there are buses; a tree of directories from elsewhere may.
+    // Limits the depth: bridges nest no deeper than there are buses, but directories in a foreign tree may.
     if names.len() > 64 {
         return;
     }
@@ -160,7 +159,7 @@ fn search(root: &Path, names: &mut Vec<String>, into: &mut Vec<Place>) {
         let Ok(name) = entry.file_name().into_string() else {
             continue;
         };
-        // Only directories: a link leads up, or to what is found anyway.
+        // Skips links: they lead upwards, or to directories that are found anyway.
         if !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
             continue;
         }
@@ -180,7 +179,7 @@ fn search(root: &Path, names: &mut Vec<String>, into: &mut Vec<Place>) {
 
 fn read_function(directory: &Path, address: PciAddress) -> Function {
     let mut function = Function::at(address);
-    // What is there, so that nothing is opened in vain.
+    // Lists the directory once, so that no missing file is opened.
     let entries = fs::read_dir(directory).into_iter().flatten().flatten();
     let names: Vec<String> = entries
         .filter_map(|entry| entry.file_name().into_string().ok())
@@ -192,7 +191,7 @@ fn read_function(directory: &Path, address: PciAddress) -> Function {
     let read = fs::File::open(directory.join("config")).and_then(|mut file| {
         let whole = file.metadata()?.len() as usize;
         let mut read = 0;
-        // sysfs gives as much as the caller may see; more calls give nothing more.
+        // sysfs returns only as much as the caller may see; at the end, read returns 0.
         loop {
             match file.read(&mut bytes[read..])? {
                 0 => break,
@@ -202,7 +201,7 @@ fn read_function(directory: &Path, address: PciAddress) -> Function {
         Ok((read, whole))
     });
     let (read, whole) = read.unwrap_or((0, 0));
-    // A copy's file is as long as what was read; only the kernel's says how long it really is.
+    // In a copy, the file's length is what its reader saw; only the kernel's own reports the true size.
     let is_sysfs = directory.starts_with("/sys");
     let config = Config::new(
         &bytes[..read],
@@ -241,7 +240,7 @@ fn read_function(directory: &Path, address: PciAddress) -> Function {
     function.acs = config.acs();
     function.link = config.link().or_else(|| link(&line));
     if function.port.is_none() && function.class.is_some_and(|class| class >> 8 == 0x0604) {
-        // What a user may read of a bridge's place: only PCI Express has links.
+        // Without root, infer PCI Express from the presence of a link.
         let on_root_bus = directory
             .parent()
             .and_then(Path::file_name)
@@ -265,7 +264,7 @@ fn read_function(directory: &Path, address: PciAddress) -> Function {
                 number,
                 domain: line("iommu_group/type"),
             }),
-        // A copy may have left the link out.
+        // Not conclusive in a copy: it may lack the link.
         Err(_) => is_sysfs.then_some(Iommu::None),
     };
     for class in [
@@ -286,14 +285,14 @@ fn read_function(directory: &Path, address: PciAddress) -> Function {
     function
 }
 
-/// Names below a directory such as `nvme`. A name that says who somebody is stays out.
+/// Adds the names in a directory such as `nvme`. Names that could identify a person or a machine are skipped.
 fn class_names(directory: &Path, class: &str, into: &mut Vec<String>) {
     for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
         let Ok(name) = entry.file_name().into_string() else {
             continue;
         };
         if class == "nvme" {
-            // The disks of a controller: nvme0n1, and nvme0c0n1 where its paths are several.
+            // A controller's disks: nvme0n1, or nvme0c0n1 with several paths.
             let disks = fs::read_dir(entry.path()).into_iter().flatten().flatten();
             let disks = disks.filter_map(|disk| disk.file_name().into_string().ok());
             let is_disk = |disk: &String| {
@@ -307,7 +306,7 @@ fn class_names(directory: &Path, class: &str, into: &mut Vec<String>) {
     }
 }
 
-/// Where the configuration space cannot be read: `8.0 GT/s PCIe`, and lanes.
+/// The link, without access to configuration space: `8.0 GT/s PCIe`, and lanes.
 fn link(line: &dyn Fn(&str) -> Option<String>) -> Option<Link> {
     let speed = |name| {
         let text: String = line(name)?;
@@ -323,7 +322,7 @@ fn link(line: &dyn Fn(&str) -> Option<String>) -> Option<Link> {
     })
 }
 
-/// `2.5` as 25.
+/// Parses a decimal number in tenths: `2.5` gives 25.
 pub(crate) fn tenths(number: &str) -> Option<u16> {
     let number: f32 = number.parse().ok()?;
     (0.0..1000.0)
@@ -331,7 +330,7 @@ pub(crate) fn tenths(number: &str) -> Option<u16> {
         .then(|| (number * 10.0).round() as u16)
 }
 
-/// `resource`: a line for each, with begin, end and flags (`include/linux/ioport.h`).
+/// Parses `resource`: one line per BAR with start, end and flags (`include/linux/ioport.h`).
 fn bars(resource: &str, resizable: [Option<u64>; 6]) -> Vec<Bar> {
     const MEMORY: u64 = 0x200;
     const PREFETCH: u64 = 0x2000;
@@ -374,7 +373,7 @@ fn processor(cpuinfo: &str) -> Option<Processor> {
             vendor,
             family: family.parse().ok()?,
         },
-        // Another architecture's: its lines have other names.
+        // Other architectures use other field names.
         _ if !cpuinfo.trim().is_empty() => Processor {
             vendor: String::new(),
             family: 0,
@@ -384,7 +383,7 @@ fn processor(cpuinfo: &str) -> Option<Processor> {
 }
 
 fn is_virtual(root: &Path, cpuinfo: Option<&str>, machine: &Machine) -> Option<bool> {
-    // An x86 processor says so; QEMU's own devices are nowhere else.
+    // An x86 processor has a flag for it; QEMU's own devices exist only in virtual machines.
     let flags = cpuinfo.and_then(|text| text.lines().find(|line| line.starts_with("flags")));
     let says = flags.map(|flags| flags.split_whitespace().any(|flag| flag == "hypervisor"));
     let vendor = text(&root.join("class/dmi/id/sys_vendor"));
@@ -396,7 +395,7 @@ fn is_virtual(root: &Path, cpuinfo: Option<&str>, machine: &Machine) -> Option<b
         "VMware",
         "Xen",
     ];
-    // Bare metal is for hire from some of them, too, so that the name alone tells only of QEMU.
+    // Some of the vendors rent bare metal, too, so the name is conclusive only for QEMU.
     let is_qemu = vendor.as_deref() == Some(known[0])
         || machine
             .functions
@@ -418,7 +417,7 @@ fn options(line: &str) -> Vec<String> {
     kept.map(str::to_owned).collect()
 }
 
-/// A file's text without blanks around it.
+/// A file's text, trimmed.
 fn text(path: &Path) -> Option<String> {
     let text = fs::read_to_string(path).ok()?;
     Some(text.trim().to_owned()).filter(|text| !text.is_empty())

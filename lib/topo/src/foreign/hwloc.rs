@@ -1,7 +1,7 @@
 //! hwloc's XML, versions 1 to 3 (`lstopo --of xml`, best with `--whole-io`).
 //!
-//! It has the tree, NUMA nodes and names. Host bridges' own functions are mostly left out, and so is
-//! all of a PCI domain above ffff (Intel's VMD).
+//! It has the tree, NUMA nodes and names. It usually omits the host bridges' own functions, and all PCI
+//! domains above ffff (Intel's VMD).
 
 use roxmltree::Node;
 
@@ -12,7 +12,7 @@ pub(super) fn read(root: Node<'_, '_>) -> Result<Machine, String> {
     let mut machine = Machine::empty(Format::Hwloc);
     let mut found: Vec<(Function, Option<usize>)> = Vec::new();
     let (mut nodes, mut vendor, mut family, mut architecture) = (0, None, None, None);
-    // Where each waiting element hangs: its host bridge, bridge and NUMA node.
+    // Elements to visit, each with its host bridge, bridge and NUMA node.
     let mut waiting: Vec<(Node<'_, '_>, Above)> = vec![(root, Above::default())];
     while let Some((element, mut above)) = waiting.pop() {
         if element.tag_name().name() == "info" {
@@ -49,7 +49,7 @@ pub(super) fn read(root: Node<'_, '_>) -> Result<Machine, String> {
                 function.node = above.node;
                 describe(element, &mut function);
                 if above.bridge.is_none() && element.attribute("type") == Some("Bridge") {
-                    // On a root bus, with a link: a root port.
+                    // A device with a link on a root bus is a root port.
                     let speed: Option<f64> = number(element, "pci_link_speed");
                     function.port = speed.filter(|speed| *speed > 0.0).map(|_| Port::RootPort);
                 }
@@ -61,7 +61,7 @@ pub(super) fn read(root: Node<'_, '_>) -> Result<Machine, String> {
                     found[bridge].0.names.push(name.to_owned());
                 }
             }
-            // A part of the machine with memory of its own: its devices are near to that node.
+            // A part of the machine with its own memory: devices in it are near that NUMA node.
             Some(_) => {
                 if let Some(node) = own_node(element) {
                     above.node = Some(node);
@@ -80,7 +80,7 @@ pub(super) fn read(root: Node<'_, '_>) -> Result<Machine, String> {
     machine.nodes = (nodes > 0).then_some(nodes);
     machine.processor = match (vendor, family) {
         (Some(vendor), Some(family)) => Some(Processor { vendor, family }),
-        // Another vendor's, whatever its family; one of AMD's could be an old one.
+        // Other vendors' families do not matter; an AMD processor without a family could be an old one.
         (Some(vendor), None) if vendor != "AuthenticAMD" => Some(Processor { vendor, family: 0 }),
         (None, _) => architecture
             .filter(|name: &String| !["x86_64", "i386", "i686"].contains(&name.as_str()))
@@ -101,13 +101,13 @@ struct Above {
     node: Option<u32>,
 }
 
-/// The only NUMA node that is a child of this, or that its `nodeset` names.
+/// The only NUMA node that is a child of this element, or is named by its `nodeset`.
 fn own_node(element: Node<'_, '_>) -> Option<u32> {
     if element.attribute("type") == Some("NUMANode") {
         return number(element, "os_index");
     }
     let set = element.attribute("nodeset")?;
-    // 0x00000001, or 0x1,0x0 for more than 32.
+    // `0x00000001`, or `0x1,0x0` for more than 32 nodes.
     let mut bits = set.rsplit(',').enumerate().flat_map(|(word, text)| {
         let bits = hex(text).unwrap_or(0);
         let set = (0..32).filter(move |bit| bits >> bit & 1 != 0);
@@ -117,8 +117,8 @@ fn own_node(element: Node<'_, '_>) -> Option<u32> {
     bits.next().is_none().then_some(first)
 }
 
-/// `pci_type="0108 [144d:a808] [144d:a801] 00"`. `pci_link_speed` is of all lanes together, whose number and speed
-/// it leaves open.
+/// Parses `pci_type="0108 [144d:a808] [144d:a801] 00"`. `pci_link_speed` is the total of all lanes, from
+/// which neither the number of lanes nor their speed follows.
 fn describe(element: Node<'_, '_>, function: &mut Function) {
     let kind = element.attribute("pci_type").unwrap_or_default();
     function.class = kind.get(..4).and_then(hex).map(|class| class << 8);

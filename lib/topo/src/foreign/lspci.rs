@@ -1,7 +1,7 @@
-//! The text of `lspci -vvv`, as root, with or without `-D`, `-nn` and `-xxxx`.
+//! The text of `lspci -vvv`, with or without `-D`, `-nn` and `-xxxx`.
 //!
-//! Bridges name their buses, which makes the tree. Without root, capabilities are `<access denied>`, and so
-//! ACS and links unknown.
+//! The tree follows from the bus numbers of the bridges. Without root, lspci prints `<access denied>` instead
+//! of capabilities, so ACS and links are unknown.
 
 use peerbuf_core::PciAddress;
 
@@ -9,7 +9,7 @@ use super::numbers::hex;
 use crate::machine::{Acs, Bar, Driver, Format, Function, Iommu, Link, Machine, Port};
 use crate::sysfs::tenths;
 
-/// A bridge's buses.
+/// The bus numbers of a bridge.
 struct Buses {
     bridge: usize,
     domain: u32,
@@ -36,7 +36,8 @@ pub(crate) fn read(text: &str) -> Machine {
         }
         found.push(function);
     }
-    // A virtual function may be on a bus without a bridge of its own, within the range of one.
+    // A virtual function may be on a bus that no bridge has as secondary bus, but that lies within a bridge's
+    // range.
     let parent = |at: usize, function: &Function| {
         let bus = u32::from(function.address.bus);
         let holds = |range: &&Buses| {
@@ -70,7 +71,7 @@ pub(crate) fn read(text: &str) -> Machine {
     machine
 }
 
-/// A function begins at the margin; its lines are indented.
+/// Splits the text at lines that are not indented: each begins a function.
 fn blocks(text: &str) -> impl Iterator<Item = &str> {
     let mut rest = text;
     std::iter::from_fn(move || {
@@ -88,7 +89,7 @@ fn blocks(text: &str) -> impl Iterator<Item = &str> {
     })
 }
 
-/// `0000:03:00.0 Class [0108]: ...`, where the domain may be left out.
+/// Parses `0000:03:00.0 Class [0108]: ...`; the domain may be missing.
 fn start(block: &str) -> Option<(PciAddress, &str)> {
     let line = block.lines().next()?;
     let (address, rest) = line.split_once(' ')?;
@@ -141,7 +142,7 @@ fn describe(address: PciAddress, title: &str, block: &str) -> Function {
         lines().find(|line| line.starts_with("Capabilities: [") && line.contains("] Express"));
     function.port = match express {
         Some(line) => Some(port(line)),
-        // Without -v there is nothing about capabilities at all.
+        // Without -v, lspci prints no capabilities at all.
         None if readable && block.contains("Control: I/O") => Some(Port::Conventional),
         None => None,
     };
@@ -247,7 +248,7 @@ fn region(line: &str) -> Option<Bar> {
     Some(Bar {
         index: index.parse().ok()?,
         size,
-        // `<unassigned>` and `<ignored>` have no address.
+        // `<unassigned>` and `<ignored>` regions have no address.
         address_bits: last.map_or(0, |last| (u64::BITS - last.leading_zeros()) as u8),
         is_64bit: rest.contains("64-bit"),
         prefetchable: rest.contains(" prefetchable") || rest.contains("(prefetchable"),
@@ -255,7 +256,7 @@ fn region(line: &str) -> Option<Bar> {
     })
 }
 
-/// The names of pciutils' list, where there are no numbers.
+/// The class by its name in pciutils' list, for output without numbers.
 fn class_named(name: &str) -> Option<u32> {
     let classes = [
         ("Non-Volatile memory controller", 0x0108),

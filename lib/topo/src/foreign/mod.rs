@@ -1,4 +1,4 @@
-//! Other tools' snapshots. What a format lacks stays unknown.
+//! Snapshots of other tools. Facts that a format lacks stay unknown.
 
 mod hwloc;
 mod lspci;
@@ -13,9 +13,9 @@ use crate::machine::Machine;
 pub(crate) use lspci::read as lspci;
 pub(crate) use rdma_topo::read as rdma_topo;
 
-/// hwloc's or NCCL's; `None` for other XML.
+/// Reads hwloc's or NCCL's XML; `None` for other XML.
 pub(crate) fn xml(text: &str) -> Result<Option<Machine>, String> {
-    // hwloc's begins with a DTD's name. Entities are not expanded without end (roxmltree's own limit).
+    // hwloc's files begin with a document type declaration. roxmltree limits the expansion of entities.
     let options = ParsingOptions {
         allow_dtd: true,
         ..ParsingOptions::default()

@@ -1,8 +1,7 @@
-//! NCCL's XML, and RCCL's (`NCCL_TOPO_DUMP_FILE`, or what clouds give to `NCCL_TOPO_FILE`).
+//! The XML of NCCL and RCCL (`NCCL_TOPO_DUMP_FILE`, or a file that clouds provide for `NCCL_TOPO_FILE`).
 //!
-//! It has processors, each with the PCI devices near it, and shows a switch as one bridge. Which root ports
-//! and host bridges there are, it does not tell; bridges without a choice below them are left out, and
-//! some files have bridges that a person made up.
+//! It lists processors, each with the PCI devices near it, and a switch as one bridge. It has no root ports
+//! and host bridges, and omits bridges with a single child. Some files contain invented bridges.
 
 use roxmltree::Node;
 
@@ -25,7 +24,7 @@ pub(super) fn read(root: Node<'_, '_>) -> Result<Machine, String> {
             processor.attribute("vendor"),
             number::<u16>(processor, "familyid"),
         ) {
-            // NCCL puts the extended family four bits up; files made by hand have the sum.
+            // NCCL shifts the extended family left by four bits; files written by hand have the sum.
             let family = match family & 0xf {
                 0xf if family > 0xf => (family & 0xf) + (family >> 4),
                 _ => family,

@@ -1,6 +1,7 @@
-//! The JSON of `rdma_topo dump` (rdma-core): a list of devices with path, configuration space, IOMMU group.
+//! The JSON of `rdma_topo dump` (rdma-core): a list of devices with path, configuration space and IOMMU
+//! group.
 //!
-//! It leaves out host bridges' own functions and what its vendor's cards do not need.
+//! It omits the host bridges' own functions, and devices that its vendor's cards do not need.
 
 use std::collections::HashMap;
 
@@ -113,7 +114,7 @@ fn base64(text: &str) -> Option<Vec<u8>> {
     Some(bytes)
 }
 
-/// A configuration space has 4096 bytes; what is larger is none.
+/// Unpacks a configuration space; fails if it is larger than 4096 bytes.
 fn inflate(packed: &[u8]) -> Option<Vec<u8>> {
     miniz_oxide::inflate::decompress_to_vec_zlib_with_limit(packed, 4096).ok()
 }
