@@ -15,9 +15,9 @@ use kernel::{
 
 use crate::{
     abi,
-    buffer::{revoked, Buffer, Held, Locked},
+    buffer::{Buffer, Held, Locked},
     common::{raw, DmaBuf},
-    device::{Device, Part, Presence},
+    device::{revoked, Device, Part},
     exporter, ffi,
     pieces::{Piece, Pieces, SystemPart},
     region::Place,
@@ -25,6 +25,9 @@ use crate::{
     system::{Contents, System},
     wait::Wait,
 };
+
+/// The longest that an error waits for importers. Errors end within seconds, and a walk of the bus is held up.
+const ERROR_MS: u32 = 2_000;
 
 impl Device {
     /// Exports `parts`, in order, as one dma-buf, and sets the offset of each part. `flags` are
@@ -103,7 +106,8 @@ impl Device {
 
     /// As [`Device::remove`], with a time limit. Returns whether it is done; if not, call it again.
     pub(crate) fn remove_within(&self, limit_ms: u32) -> bool {
-        self.close(Presence::Gone);
+        let wait = Wait::begin(limit_ms);
+        self.close(revoked::GONE);
         if !self.revoke_all(revoked::GONE, limit_ms) {
             return false;
         }
@@ -116,31 +120,57 @@ impl Device {
                 bindings::fput((*dmabuf).file);
             }
         }
-        self.wait_idle();
         // No page becomes busy again: every export is revoked and zapped, or its file is dead and has no
         // mapping. Devres frees the chunks of pages.
-        true
+        self.idle_within(wait.left_ms())
     }
 
     /// Revokes everything before the device is reset and waits as [`Device::remove`] does: the effect of a
     /// reset on accesses in flight is undefined. The driver core holds the device lock, which keeps the
     /// device bound.
     pub(crate) fn reset_prepare(&self) {
-        self.close(Presence::Resetting);
-        while !self.revoke_all(revoked::BY_RESET, 10_000) {
+        while !self.suspend_access(revoked::BY_RESET, 10_000) {
             self.name_holders();
         }
-        self.wait_idle();
     }
 
-    /// Restores access after a reset, with a new generation: the memory's contents are undefined. A buffer
-    /// that its owner has revoked stays revoked.
+    /// Restores access after a reset; see [`Device::resume_access`].
     pub(crate) fn reset_done(&self) {
+        self.resume_access(revoked::BY_RESET);
+    }
+
+    /// Revokes everything because of a PCI error. The wait is bounded, since the error may have taken away
+    /// what a holder needs to let go: its driver recovers in the same walk of the bus, after this device.
+    pub(crate) fn error_detected(&self) {
+        if !self.suspend_access(revoked::BY_ERROR, ERROR_MS) {
+            self.name_holders();
+        }
+    }
+
+    /// Restores access after the recovery from an error; see [`Device::resume_access`].
+    pub(crate) fn error_resume(&self) {
+        self.resume_access(revoked::BY_ERROR);
+    }
+
+    /// Refuses new exports and revokes everything for the reason `why`. Returns whether nobody can access
+    /// the BARs any more; if not, `limit_ms` is over.
+    fn suspend_access(&self, why: u32, limit_ms: u32) -> bool {
+        let wait = Wait::begin(limit_ms);
+        self.close(why);
+        self.revoke_all(why, limit_ms) && self.idle_within(wait.left_ms())
+    }
+
+    /// Restores access that [`Device::suspend_access`] took away for the same reason, with a new generation:
+    /// the memory's contents are undefined. A buffer that is revoked for another reason stays so. So does,
+    /// after an error, a buffer of which an importer still has a mapping. Direct I/O in flight may outlast an
+    /// error: a disk that recovers repeats it, into the pages that it was meant for.
+    fn resume_access(&self, why: u32) {
         self.each_export(|buffer| {
-            // The only error is that the reset did not revoke this buffer.
-            let _ = revoke::restore(buffer, revoked::BY_RESET);
+            if revoke::restore(buffer, why) == Err(EBUSY) {
+                pr_warn!("{}: a buffer stays revoked\n", self.name());
+            }
         });
-        self.open_again();
+        self.open_again(why);
     }
 
     /// Revokes every export and waits until no importer can access the BARs by DMA; returns whether that
@@ -164,8 +194,12 @@ impl Device {
         nobody
     }
 
-    /// Logs the importers that removal waits for.
+    /// Logs what keeps revoked buffers in use.
     fn name_holders(&self) {
+        let pages = self.busy_pages();
+        if pages != 0 {
+            pr_warn!("{}: direct I/O on {pages} pages\n", self.name());
+        }
         self.each_kept(|dmabuf| {
             // SAFETY: The dma-buf is in the device's list, and `each_kept` holds a reference to its file.
             unsafe { revoke::name_holders(dmabuf) };

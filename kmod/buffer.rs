@@ -29,7 +29,7 @@ use crate::{
     abi,
     bar::Bar,
     counters::{Counters, Refusal},
-    device::Device,
+    device::{revoked, Device},
     fences::Fences,
     ffi,
     mapping::Mapping,
@@ -39,16 +39,6 @@ use crate::{
     wait::Wait,
     watchers::Watchers,
 };
-
-/// Reasons for a revoke; several may hold at once.
-pub(crate) mod revoked {
-    /// The owner revoked the buffer.
-    pub(crate) const BY_OWNER: u32 = 1 << 0;
-    /// The device is being reset.
-    pub(crate) const BY_RESET: u32 = 1 << 1;
-    /// The device is gone, permanently.
-    pub(crate) const GONE: u32 = 1 << 2;
-}
 
 /// A kernel mapping of the buffer.
 pub(crate) struct KernelMapping {

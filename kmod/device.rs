@@ -23,21 +23,25 @@ use crate::{
     peers::Peers,
     pool::Chunk,
     region::{Place, Regions},
+    wait::Wait,
 };
 
-/// The state of a device's presence.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Presence {
-    Live,
-    /// The device is being reset; exports fail until the reset is over.
-    Resetting,
-    /// The device is going away, or is gone; exports fail.
-    Gone,
+/// Reasons for a revoke; several may hold at once.
+pub(crate) mod revoked {
+    /// The owner revoked the buffer.
+    pub(crate) const BY_OWNER: u32 = 1 << 0;
+    /// The device is being reset.
+    pub(crate) const BY_RESET: u32 = 1 << 1;
+    /// The device is gone, permanently.
+    pub(crate) const GONE: u32 = 1 << 2;
+    /// A PCI error was reported, and the PCI core has not recovered the device, or cannot.
+    pub(crate) const BY_ERROR: u32 = 1 << 3;
 }
 
 /// The mutable state of a bound device.
 struct State {
-    presence: Presence,
+    /// Why new exports are refused: `revoked::*` bits; zero if they are not.
+    closed: u32,
     regions: [Regions; abi::NUM_BARS],
     /// The exports that removal must revoke. The release of a dma-buf or the removal, whichever comes first,
     /// deletes the entry with this lock held. So the dma-buf's memory is valid while its entry exists.
@@ -45,12 +49,12 @@ struct State {
 }
 
 impl State {
-    /// EAGAIN during a reset, ENODEV once the device is gone.
+    /// EAGAIN during a reset or the recovery from an error, ENODEV once the device is gone.
     fn present(&self) -> Result {
-        match self.presence {
-            Presence::Live => Ok(()),
-            Presence::Resetting => Err(EAGAIN),
-            Presence::Gone => Err(ENODEV),
+        match self.closed {
+            0 => Ok(()),
+            why if why & revoked::GONE == 0 => Err(EAGAIN),
+            _ => Err(ENODEV),
         }
     }
 }
@@ -174,7 +178,7 @@ impl Device {
                 peers: Peers::new(),
                 is_provider,
                 state <- new_mutex!(State {
-                    presence: Presence::Live,
+                    closed: 0,
                     regions,
                     exports: KVec::new(),
                 }),
@@ -307,7 +311,7 @@ impl Device {
     ) {
         let mut state = self.state.lock();
         state.exports.retain(|&mut entry| entry != dmabuf);
-        if state.presence != Presence::Gone {
+        if state.closed & revoked::GONE == 0 {
             let pages = self.bars[index].pages.as_ref();
             let in_use = |offset, len| {
                 may_be_busy && pages.is_some_and(|pages| pages.busy(offset, len) != 0)
@@ -316,17 +320,14 @@ impl Device {
         }
     }
 
-    /// Refuses new exports from now on.
-    pub(crate) fn close(&self, presence: Presence) {
-        self.state.lock().presence = presence;
+    /// Refuses new exports for the reason `why`, a `revoked::*` bit.
+    pub(crate) fn close(&self, why: u32) {
+        self.state.lock().closed |= why;
     }
 
-    /// Ends the refusal that [`Device::close`] began for a reset.
-    pub(crate) fn open_again(&self) {
-        let mut state = self.state.lock();
-        if state.presence == Presence::Resetting {
-            state.presence = Presence::Live;
-        }
+    /// Ends the refusal that [`Device::close`] began for this reason.
+    pub(crate) fn open_again(&self, why: u32) {
+        self.state.lock().closed &= !why;
     }
 
     /// Calls `each` for every export whose file is alive, with a reference to the file. Holds no lock during
@@ -349,20 +350,18 @@ impl Device {
         }
     }
 
-    /// Waits without a limit until no direct I/O uses a page of the BARs.
-    pub(crate) fn wait_idle(&self) {
-        let mut waited_ms = 0;
-        while let busy @ 1.. = self.busy_pages() {
-            if waited_ms % 10_000 == 9_999 {
-                pr_warn!(
-                    "{}: still waiting for direct I/O on {} pages\n",
-                    self.name(),
-                    busy
-                );
+    /// Waits until no direct I/O uses a page of the BARs. Returns whether that is so within `limit_ms`.
+    pub(crate) fn idle_within(&self, limit_ms: u32) -> bool {
+        let wait = Wait::begin(limit_ms);
+        loop {
+            if self.busy_pages() == 0 {
+                return true;
+            }
+            if wait.left_ms() == 0 {
+                return false;
             }
             // SAFETY: The callers may sleep.
             unsafe { bindings::msleep(1) };
-            waited_ms += 1;
         }
     }
 
@@ -380,7 +379,7 @@ impl Device {
     }
 
     /// The number of pages in use in the device's BARs; zero for a provider.
-    fn busy_pages(&self) -> usize {
+    pub(crate) fn busy_pages(&self) -> usize {
         if self.is_provider {
             return 0;
         }

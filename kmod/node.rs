@@ -19,9 +19,9 @@ use kernel::{
 
 use crate::{
     abi,
-    buffer::{revoked, Locked},
+    buffer::Locked,
     common::{self, DmaBuf},
-    device::{Device, Part},
+    device::{revoked, Device, Part},
     exporter,
     ffi::{self, Table},
     misc::{begin, deliver, read_struct, write_struct, Fd, Misc},

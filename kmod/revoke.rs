@@ -12,7 +12,8 @@
 use kernel::{bindings, prelude::*};
 
 use crate::{
-    buffer::{revoked, Held, Locked, State},
+    buffer::{Held, Locked, State},
+    device::revoked,
     ffi, moves,
     wait::Wait,
 };
@@ -173,7 +174,11 @@ pub(crate) fn restore(buffer: &mut Held<'_>, why: u32) -> Result<u64> {
     if reasons & why == 0 {
         return Err(ffi::errno(bindings::EALREADY));
     }
-    let mut left = count(buffer, Scope::Buffer);
+    let scope = match why {
+        revoked::BY_OWNER => Scope::Buffer,
+        _ => Scope::Bar,
+    };
+    let mut left = count(buffer, scope);
     if why == revoked::BY_OWNER && left.pages != 0 && left.holders == 0 && !left.fences {
         // A user who merely keeps pages must not keep the owner from restoring access.
         let (object, state) = buffer.parts();
@@ -183,9 +188,9 @@ pub(crate) fn restore(buffer: &mut Held<'_>, why: u32) -> Result<u64> {
             left.pages = 0;
         }
     }
-    // An importer that kept its mapping through a reset must not regain the BAR unawares. After a reset,
-    // `reset_prepare` has waited for the importers; here the owner has to wait.
-    if why == revoked::BY_OWNER && !left.nobody() {
+    // An importer that kept its mapping must not regain the memory unawares. Before a reset, `reset_prepare`
+    // has waited for the importers; here the owner has to wait.
+    if why != revoked::BY_RESET && !left.nobody() {
         return Err(EBUSY);
     }
     buffer.set_reasons(reasons & !why);

@@ -12,8 +12,9 @@ use kernel::{
 
 use crate::{
     abi,
-    buffer::{revoked, Held, State},
+    buffer::{Held, State},
     counters::name,
+    device::revoked,
     devices,
     exporter::Importer,
 };

@@ -161,7 +161,8 @@ pub struct Bar {
 
 /// [`IOC_QUERY`]: what the device is and what its BARs can do.
 ///
-/// Errors: EINVAL, E2BIG, ENODEV (the device is gone), EAGAIN (it is being reset), EFAULT.
+/// Errors: EINVAL, E2BIG, ENODEV (the device is gone), EAGAIN (it is being reset, or
+/// recovers from an error), EFAULT.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "bytemuck", derive(bytemuck::Pod, bytemuck::Zeroable))]
@@ -193,7 +194,7 @@ pub struct Query {
 /// EOVERFLOW (offset and length together exceed 64 bits), E2BIG (trailing bytes that are not
 /// zero), EOPNOTSUPP (the BAR is below a page), EBUSY (another export, or I/O that outlived one,
 /// holds part of the range), ENOSPC (no free run is that long), ENODEV (the device is gone), EAGAIN
-/// (it is being reset), EACCES (a descriptor for writing, by a node that was opened read-only),
+/// (it is being reset, or recovers from an error), EACCES (a descriptor for writing, by a node that was opened read-only),
 /// EMFILE, ENFILE, ENOMEM, EFAULT.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -1,0 +1,90 @@
+//! PCI errors: the port above the device reports one (injected by the kernel's `aer_inject`), and the PCI core
+//! recovers the devices below it. Runs in the guest, on the stock kernel: the debug one has no AER.
+
+use std::fs::{self, OpenOptions};
+use std::io::Write;
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::process::Command;
+
+use peerbuf::topology::PciAddress;
+use peerbuf_lab_suite::disk::{self, SCRATCH};
+use peerbuf_lab_suite::importer::{DYNAMIC, Importer, PEER};
+use peerbuf_lab_suite::machine;
+use peerbuf_lab_suite::node::{MIB, Map, Node, assert_all_free, errno, nvme_bdf};
+use peerbuf_lab_suite::pci::wait_until;
+use peerbuf_uapi as abi;
+
+/// `PCI_ERR_UNC_*`, with the severity that they have unless changed.
+const FATAL: u32 = 1 << 4; // Data Link Protocol Error
+const NON_FATAL: u32 = 1 << 15; // Completer Abort
+
+/// The switch's upstream port, which the device is below.
+fn upstream_port(bdf: &str) -> PathBuf {
+    let path = fs::canonicalize(machine::device(bdf)).unwrap();
+    path.parent().unwrap().parent().unwrap().to_owned()
+}
+
+/// Has a device report an error (`struct aer_error_inj` of `drivers/pci/pcie/aer_inject.c`).
+fn inject(bdf: &str, status: u32) {
+    let address: PciAddress = bdf.parse().unwrap();
+    let mut error = [0; 32];
+    error[..3].copy_from_slice(&[address.bus, address.device, address.function]);
+    error[4..8].copy_from_slice(&status.to_ne_bytes());
+    error[28..].copy_from_slice(&address.domain.to_ne_bytes());
+    let node = OpenOptions::new().write(true).open("/dev/aer_inject");
+    node.unwrap().write_all(&error).unwrap();
+}
+
+#[test]
+fn an_error_revokes_and_a_recovered_device_has_a_new_generation() {
+    let done = Command::new("modprobe").arg("aer_inject").status().unwrap();
+    assert!(done.success());
+    let node = Node::largest();
+    let port = upstream_port(&node.bdf);
+    let port = port.file_name().unwrap().to_str().unwrap();
+    let (fd, _) = node.export(None, 2 * MIB).unwrap();
+    let (kept, _) = node.export(None, MIB).unwrap();
+    node.revoke(&kept, 100).unwrap();
+    let seen = Map::new(fd.as_fd(), 2 << 20, true).unwrap();
+    let importer = Importer::attach(fd.as_fd(), &nvme_bdf(), DYNAMIC | PEER, 0).unwrap();
+    let mut generation = 1;
+    for (n, status) in [NON_FATAL, FATAL, FATAL].into_iter().enumerate() {
+        let n = n as u32;
+        seen.write(0, u64::from(n) + 1);
+        assert_eq!(importer.map().unwrap().bus, 2 * MIB);
+        inject(port, status);
+        generation += 2;
+        // It is live and of the old generation until the error is told.
+        wait_until("the device has recovered", || {
+            let now = node.buffer(&fd).unwrap();
+            now.state == abi::STATE_LIVE && now.generation == generation
+        });
+        let state = importer.state();
+        assert_eq!((state.invalidations, state.mapped), (n + 1, 0), "{state:?}");
+        // The processor and the disk reach the memory again, whose bytes QEMU keeps.
+        assert_eq!(seen.read(0), u64::from(n) + 1);
+        wait_until("the disk has recovered", || {
+            disk::open_direct(SCRATCH).is_ok()
+        });
+        let disk = disk::open_direct(SCRATCH).unwrap();
+        assert_eq!(
+            disk::read_into(&disk, &seen, 0, 2 << 20, 0).unwrap(),
+            2 << 20
+        );
+        // What its owner had revoked stays revoked.
+        assert_eq!(node.buffer(&kept).unwrap().state, abi::STATE_REVOKED);
+        let command = fs::read(machine::device(&node.bdf).join("config")).unwrap()[4];
+        assert_eq!(command & 0b110, 0b010, "memory decoding, no bus mastering");
+        wait_until("new exports are taken", || match node.export(None, MIB) {
+            Ok(_) => true,
+            Err(error) => {
+                assert_eq!(errno(Err::<(), _>(error)), libc::EAGAIN);
+                false
+            }
+        });
+    }
+    node.restore(&kept).unwrap();
+    drop((importer, seen, fd, kept));
+    assert_all_free(&node);
+}
