@@ -1,4 +1,4 @@
-//! Cards: which there are, opening one, and the address that it has.
+//! Cards: listing them, opening one, and its address.
 
 use std::sync::Arc;
 
@@ -13,7 +13,7 @@ use crate::rung::Rung;
 use crate::sys::domain::Domain;
 use crate::sys::verbs;
 
-/// The names of the cards that there are, such as `mlx5_0` or `rxe0`.
+/// The names of the cards, such as `mlx5_0` or `rxe0`.
 ///
 /// # Errors
 /// [`Unavailable`] without libibverbs, or without a card.
@@ -31,14 +31,14 @@ pub fn probe() -> Result<Vec<String>, Unavailable> {
     Ok(names)
 }
 
-/// Where this crate takes each field of libibverbs' structures to be: name in C and offset. For the
-/// lab's comparison with the header.
+/// The offsets that this crate assumes for each field of libibverbs's structures, by name in C, for the lab's
+/// comparison with the header.
 #[doc(hidden)]
 pub fn layout() -> Vec<(&'static str, usize)> {
     verbs::layout()
 }
 
-/// An open card: a protection domain of its own, at a port. Clones are the same.
+/// An open card: a port, and a protection domain of its own. Clones refer to the same card.
 #[derive(Clone)]
 #[doc(alias = "ibv_context")]
 #[doc(alias = "ibv_pd")]
@@ -55,29 +55,26 @@ impl std::fmt::Debug for Card {
 }
 
 impl Card {
-    /// Opens a card by its name, at the first port that is active, with the address there that most networks
-    /// route.
+    /// Opens a card by name, at its first active port, with that port's most widely routable GID.
     ///
-    /// # Errors
-    /// As [`Card::open_at`].
+    /// # Errors As [`Card::open_at`].
     pub fn open(name: &str) -> Result<Card, RdmaError> {
         Card::open_at(name, Place::default())
     }
 
-    /// Opens a card by its name, at this port and with this address.
+    /// Opens a card by name, at this port and with this GID.
     ///
-    /// # Errors
-    /// [`RdmaError::Unavailable`] without libibverbs; `ENODEV` where there is no such card, `EACCES`
-    /// without permission for `/dev/infiniband/uverbs*`; `EINVAL` for a port that it has not;
-    /// `EADDRNOTAVAIL` for one without an address, which it has once its network interface has one, or without
-    /// this one.
+    /// # Errors [`RdmaError::Unavailable`] without libibverbs; `ENODEV` if there is no such card; `EACCES`
+    /// without permission for `/dev/infiniband/uverbs*`; `EINVAL` for a port that it does not have;
+    /// `EADDRNOTAVAIL` if the port lacks this GID, or has none, as before its network interface has an
+    /// address.
     #[doc(alias = "ibv_open_device")]
     #[doc(alias = "ibv_alloc_pd")]
     pub fn open_at(name: &str, place: Place) -> Result<Card, RdmaError> {
         let library = verbs::needed()?;
         let domain = verbs::Domain::open(library, name)
             .map_err(|errno| SystemError::new("ibv_open_device", name, errno))?;
-        // A card does not say how many it has, but refuses the one after the last.
+        // The library does not report the number of ports, but refuses the first number beyond it.
         let ports: Vec<_> = (1..=u8::MAX)
             .map_while(|number| Some((number, domain.port(number).ok()?)))
             .collect();
@@ -94,12 +91,12 @@ impl Card {
         })
     }
 
-    /// Its name.
+    /// The card's name.
     pub fn name(&self) -> &str {
         self.domain.name()
     }
 
-    /// The protection domain in which buffers are registered.
+    /// The protection domain for buffers.
     pub fn domain(&self) -> &Domain {
         &self.domain
     }
@@ -108,35 +105,35 @@ impl Card {
         &self.place
     }
 
-    /// The number of the port that is used.
+    /// The number of the port in use.
     pub fn port(&self) -> u8 {
         self.place.port
     }
 
-    /// The port's address in its InfiniBand subnet; `None` on Ethernet, and where no subnet manager has given it
+    /// The port's LID in its InfiniBand subnet; `None` on Ethernet, and before a subnet manager has assigned
     /// one.
     pub fn lid(&self) -> Option<u16> {
         Some(self.place.lid).filter(|&lid| lid != 0)
     }
 
-    /// The address that is used, as on the wire.
+    /// The GID in use, in network byte order.
     pub fn gid(&self) -> [u8; 16] {
         self.place.gid.gid()
     }
 
-    /// The place of that address in the port's table.
+    /// The index of that GID in the port's table.
     #[doc(alias = "sgid_index")]
     pub fn gid_index(&self) -> u8 {
-        // Checked when it was chosen.
+        // In range: checked when it was chosen.
         self.place.gid.index() as u8
     }
 
-    /// True for a card that is software, such as soft-RoCE: the processor moves its bytes.
+    /// True for a software card, such as soft-RoCE: the CPU moves its bytes.
     pub fn is_software(&self) -> bool {
         self.domain.is_software()
     }
 
-    /// Gives the card a range: [`Domain::register`] in its protection domain.
+    /// Registers a range: [`Domain::register`] in the card's protection domain.
     ///
     /// # Errors
     /// As [`Domain::register`].
@@ -148,7 +145,7 @@ impl Card {
         self.domain.register(range, remote)
     }
 
-    /// As [`Card::register`], by these rungs only, in their order.
+    /// As [`Card::register`], by these rungs only, in this order.
     ///
     /// # Errors
     /// As [`Domain::register`].

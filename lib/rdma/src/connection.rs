@@ -1,5 +1,4 @@
-//! Reliable connections: making an end and connecting it, posting work, waiting for it, and
-//! stopping all of it at once.
+//! Reliable connections: make an end, connect it, post work, wait for it, and stop all of it at once.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -19,34 +18,34 @@ use crate::work::{Completion, Operation, Status, WorkError, WorkId};
 use peerbuf::error::{BufferError, SystemError};
 use peerbuf::{Deadline, Errno};
 
-/// The longest message of one request, in bytes: what every card can.
+/// The longest message in bytes; every card supports it.
 pub(crate) const LONGEST: u64 = 1 << 30;
 
-/// What others may stop a connection by, from any thread.
+/// The part of a connection by which any thread can stop it.
 struct Line {
     pair: Arc<Pair>,
-    /// Set before the card is told to give up what was posted: what it gives back from then on was cut off.
+    /// Set before the card flushes the posted work: completions from then on count as cut off.
     stopping: AtomicBool,
-    /// Set when the card has forgotten all that was posted.
+    /// Set when the card has forgotten all posted work.
     stopped: AtomicBool,
-    /// Readable from then on.
+    /// Readable once it is stopped.
     wake: OwnedFd,
 }
 
 impl Work for Line {
-    /// Ends all work, of both ends. When this returns the card is done with every region; what was
-    /// in flight comes back to the connection's owner as flushed.
+    /// Ends all work, local and remote. On return the card accesses no region of it; requests in flight
+    /// complete as flushed.
     fn stop(&self) {
         self.stopping.store(true, Ordering::Release);
-        // It fails for a card that is gone, and with it the work.
+        // Fails only if the card is gone, and its work with it.
         let _ = self.pair.forget();
         self.stopped.store(true, Ordering::Release);
-        // It can only be full of wake-ups already.
+        // Fails only if the counter is full, and so readable.
         let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
     }
 }
 
-/// One end of a connection that is to be.
+/// An unconnected end of a connection.
 #[doc(alias = "ibv_create_qp")]
 pub struct Endpoint {
     queue: QueuePair,
@@ -67,11 +66,10 @@ impl fmt::Debug for Endpoint {
 }
 
 impl Card {
-    /// Makes an end of a reliable connection, for so many requests in flight in each direction.
+    /// Makes an end of a reliable connection, with up to `depth` requests in flight in each direction.
     ///
-    /// # Errors
-    /// The call that failed: `ENETDOWN` while the card's port is not active, `ENOMEM` and `EINVAL`
-    /// for more requests than the card can.
+    /// # Errors The failed call: `ENETDOWN` while the card's port is not active, `ENOMEM` and `EINVAL` for
+    /// more requests than the card supports.
     pub fn endpoint(&self, depth: u32) -> Result<Endpoint, RdmaError> {
         let domain = self.domain().verbs();
         let failed = |call| move |errno| SystemError::new(call, self.name(), errno);
@@ -102,7 +100,7 @@ impl Card {
 }
 
 impl Endpoint {
-    /// What the other end needs to know.
+    /// The address to pass to the peer.
     pub fn address(&self) -> Address {
         let peer = Peer {
             gid: self.card.gid(),
@@ -114,13 +112,12 @@ impl Endpoint {
         Address { peer }
     }
 
-    /// Connects it to the other end, which does the same. Work for it can be posted at once; the
-    /// other end's own must have connected before it arrives, within some seven seconds. So long also
-    /// is an end that has gone waited for ([`Status::UNANSWERED`]).
+    /// Connects it to the peer, which connects to this end likewise. Work can be posted at once, but the peer
+    /// must connect within about seven seconds of its arrival. After the same time a dead peer is reported
+    /// ([`Status::UNANSWERED`]).
     ///
-    /// # Errors
-    /// [`RdmaError::Mismatch`] for an end on another network; the call that failed: `EINVAL`, `ENETUNREACH` or
-    /// `ETIMEDOUT` for an address that the card finds no way to.
+    /// # Errors [`RdmaError::Mismatch`] for a peer on another network; the failed call: `EINVAL`,
+    /// `ENETUNREACH` or `ETIMEDOUT` for an address without a route.
     #[doc(alias = "ibv_modify_qp")]
     pub fn connect(self, peer: &Address) -> Result<Connection, RdmaError> {
         let route = self.card.place().route(&peer.peer)?;
@@ -156,18 +153,18 @@ struct Posted {
     host_bytes: u64,
 }
 
-/// A reliable connection. Requests are done in the order in which they were posted.
+/// A reliable connection. The card does the requests in the order in which they were posted.
 ///
-/// Dropping it stops the card first, then lets go of the registrations that work was in flight on.
+/// Dropping it stops the card first, and then drops the registrations of the work in flight.
 #[doc(alias = "ibv_qp")]
 #[doc(alias = "QueuePair")]
 pub struct Connection {
-    // These two first, so that the card has stopped when the registrations go.
+    // These two first, so that the card has stopped before the registrations are dropped.
     queue: QueuePair,
     line: Arc<Line>,
     /// Readable when the card has an event, or the connection was stopped.
     events: OwnedFd,
-    /// By their number, which is the order in which they were posted.
+    /// By number, which is the order of posting.
     in_flight: BTreeMap<u64, Posted>,
     card: Card,
     last: u64,
@@ -184,13 +181,12 @@ impl fmt::Debug for Connection {
 }
 
 impl Connection {
-    /// Writes a piece to the other end's memory, as long as the piece. With `immediate` the other
-    /// end gets the number, in a receive of its own, when the bytes are there.
+    /// Writes a piece to the peer's memory of the same length. With `immediate` the peer gets the value in a
+    /// receive of its own once the bytes have arrived.
     ///
-    /// # Errors
-    /// [`RdmaError::Stale`], [`RdmaError::Mismatch`] for pieces that do not fit each other, the card
-    /// or one request; what copying into the staging memory failed with; `EAGAIN` with as many
-    /// requests in flight as the connection was made for; [`RdmaError::Stopped`].
+    /// # Errors [`RdmaError::Stale`]; [`RdmaError::Mismatch`] if the piece does not fit the remote memory,
+    /// the card or one request; the error of a copy to the staging memory; `EAGAIN` with `depth` requests in
+    /// flight; [`RdmaError::Stopped`].
     #[doc(alias = "IBV_WR_RDMA_WRITE")]
     #[doc(alias = "ibv_post_send")]
     pub fn write(
@@ -207,7 +203,7 @@ impl Connection {
         self.post(from, Some(to), Operation::Write, verb)
     }
 
-    /// Reads the other end's memory into a piece, which is as long.
+    /// Reads the peer's memory into a piece of the same length.
     ///
     /// # Errors
     /// As [`Connection::write`], and [`BufferError::Access`] for a buffer that is not writable.
@@ -221,7 +217,7 @@ impl Connection {
         self.post(into, Some(from), Operation::Read, verb)
     }
 
-    /// Sends a piece, for which the other end has posted room.
+    /// Sends a piece, for which the peer has posted a receive.
     ///
     /// # Errors
     /// As [`Connection::write`].
@@ -230,8 +226,7 @@ impl Connection {
         self.post(piece, None, Operation::Send, Verb::Send { immediate })
     }
 
-    /// Posts room for what the other end sends; or, with `None`, for a number that comes with a
-    /// write.
+    /// Posts a receive for the peer's send; with `None`, for the immediate value of a write.
     ///
     /// # Errors
     /// As [`Connection::read`].
@@ -280,8 +275,8 @@ impl Connection {
             return Err(RdmaError::Mismatch { what });
         }
         self.has_room()?;
-        // From here on the registration cannot be ended until the card has the request, and is
-        // stopped with it then.
+        // From here on the registration cannot be ended before the card has the request. After that, ending
+        // it stops this connection.
         let held = piece.registration().use_it(&self.line())?;
         let host_bytes = match operation {
             Operation::Write | Operation::Send => held.refresh(piece.offset(), piece.len())?,
@@ -311,7 +306,7 @@ impl Connection {
         WorkId(id)
     }
 
-    /// What the card must not be bothered with.
+    /// Refuses requests that the card cannot do.
     fn fits(&self, piece: &Piece) -> Result<(), RdmaError> {
         let registration = piece.registration();
         if !registration.domain().is(self.card.domain()) {
@@ -329,14 +324,14 @@ impl Connection {
         registration.check()
     }
 
-    /// The other end was given the registration's key. Should the registration be ended
-    /// ([`Registration::end`]) this connection is stopped first.
+    /// Notes that the peer has the registration's key. Ending the registration ([`Registration::end`]) then
+    /// stops this connection first.
     pub fn shows(&self, registration: &Registration) {
-        // One that is ended already has nothing to be stopped for.
+        // An ended registration needs no connection to be stopped.
         let _ = registration.use_it(&self.line());
     }
 
-    /// True once it was stopped, for good, because a registration was ended that it was using.
+    /// True once the connection was stopped, permanently, because a registration that it used was ended.
     pub fn is_stopped(&self) -> bool {
         self.line.stopped.load(Ordering::Acquire)
     }
@@ -350,30 +345,29 @@ impl Connection {
         if self.is_stopped() {
             return Err(self.stopped());
         }
-        // Each direction has as much; together they are what the completion queue holds.
+        // The completion queue has room for `depth` requests in each direction.
         if self.in_flight.len() < 2 * self.depth as usize {
             return Ok(());
         }
         Err(SystemError::new("ibv_post_send", self.card.name(), Errno::AGAIN).into())
     }
 
-    /// How many requests may be in flight in each direction.
+    /// The maximum number of requests in flight in each direction.
     pub fn depth(&self) -> usize {
         self.depth as usize
     }
 
-    /// How many requests the card has.
+    /// The number of requests in flight.
     pub fn in_flight(&self) -> usize {
         self.in_flight.len()
     }
 
-    /// What has been done, if something has: the next completion.
+    /// The next completion, if there is one.
     ///
-    /// # Errors
-    /// The call that failed.
+    /// # Errors The failed call.
     #[doc(alias = "ibv_poll_cq")]
     pub fn poll(&mut self) -> Result<Option<Completion>, RdmaError> {
-        // Asked first: once it is stopped nothing completes that was not there before.
+        // Read first: after the stop no new completion appears.
         let stopped = self.is_stopped();
         let done = self
             .queue
@@ -410,7 +404,7 @@ impl Connection {
             mut host_bytes,
         } = posted;
         let arrived = match operation {
-            // The number of a write without bytes in the receive says how many were written.
+            // For a write without bytes in the receive, the card reports the number of bytes written.
             Operation::Receive => done.bytes.into(),
             _ => piece.as_ref().map_or(0, Piece::len),
         };
@@ -424,7 +418,7 @@ impl Connection {
             let length = arrived.min(piece.len());
             let delivered = match piece.registration().hold() {
                 Ok(held) => held.deliver(piece.offset(), length),
-                // They arrived, and were still to be copied.
+                // The bytes arrived, but had not been copied yet.
                 Err(_) => {
                     result = Err(WorkError {
                         cut_off: true,
@@ -453,11 +447,10 @@ impl Connection {
         })
     }
 
-    /// Waits for the next completion, by the card's event.
+    /// Waits for the next completion, with the card's event.
     ///
-    /// # Errors
-    /// As [`Connection::poll`], and [`RdmaError::TimedOut`]; [`RdmaError::Stopped`] when it was
-    /// stopped and everything has come back.
+    /// # Errors As [`Connection::poll`], and [`RdmaError::TimedOut`]; [`RdmaError::Stopped`] if it was
+    /// stopped and every request has completed.
     #[doc(alias = "ibv_get_cq_event")]
     pub fn wait(&mut self, limit: Duration) -> Result<Completion, RdmaError> {
         let deadline = Deadline::after(limit);
@@ -477,19 +470,19 @@ impl Connection {
         }
     }
 
-    /// The next completion, as [`Connection::poll`]; without one, sees to it that the descriptor ([`AsFd`]) becomes
-    /// readable when there is one. For programs that wait for other things, too: they call this, and if nothing
-    /// came wait for the descriptor and call it again.
+    /// The next completion, as [`Connection::poll`]. Without one, the descriptor ([`AsFd`]) becomes readable
+    /// at the next completion. For event loops: call it, wait for the descriptor if it returned `None`, and
+    /// call it again.
     ///
-    /// # Errors
-    /// As [`Connection::poll`]; [`RdmaError::Stopped`] when it was stopped and everything has come back.
+    /// # Errors As [`Connection::poll`]; [`RdmaError::Stopped`] if it was stopped and every request has
+    /// completed.
     pub fn arm(&mut self) -> Result<Option<Completion>, RdmaError> {
         let name = self.card.name().to_owned();
         let failed = |call| move |errno: Errno| SystemError::new(call, name, errno);
         if let Some(completion) = self.poll()? {
             return Ok(Some(completion));
         }
-        // An event that was waited for before.
+        // Takes the event of an earlier wait.
         let mut event = [PollFd::from_borrowed_fd(self.queue.events(), PollFlags::IN)];
         let waiting = poll(&mut event, Some(&Timespec::default()));
         if waiting.map_err(|errno| failed.clone()("poll")(errno.into()))? > 0 {
@@ -498,7 +491,7 @@ impl Connection {
                 .map_err(failed.clone()("ibv_get_cq_event"))?;
         }
         self.queue.arm().map_err(failed("ibv_req_notify_cq"))?;
-        // What came before the queue was armed makes no event.
+        // A completion before the queue was armed causes no event.
         if let Some(completion) = self.poll()? {
             return Ok(Some(completion));
         }
@@ -508,11 +501,10 @@ impl Connection {
         Ok(None)
     }
 
-    /// Stops the card's work and waits until it has let go of all that was posted, at most `limit`.
-    /// What was not done comes back as [`Status::FLUSHED`].
+    /// Stops the card's work and waits until all posted requests have completed, at most `limit`. Unfinished
+    /// requests complete as [`Status::FLUSHED`].
     ///
-    /// # Errors
-    /// As [`Connection::wait`].
+    /// # Errors As [`Connection::wait`].
     pub fn drain(&mut self, limit: Duration) -> Result<Vec<Completion>, RdmaError> {
         if !self.is_stopped() {
             self.line
@@ -529,7 +521,7 @@ impl Connection {
     }
 }
 
-/// Readable when the card has something to tell, once [`Connection::arm`] has found nothing, and when the connection
+/// Readable after [`Connection::arm`] has returned `None` and a completion arrived, and when the connection
 /// was stopped.
 impl AsFd for Connection {
     fn as_fd(&self) -> BorrowedFd<'_> {

@@ -1,4 +1,4 @@
-//! [`RdmaError`]: what can go wrong between a buffer and a card.
+//! [`RdmaError`]: errors between a buffer and a card.
 
 use std::io::ErrorKind;
 use std::time::Duration;
@@ -10,51 +10,51 @@ use peerbuf_core::into_io_error;
 use crate::rung::Attempt;
 use crate::work::WorkError;
 
-/// Why a card could not be given a buffer, or did not do what it was asked to.
+/// An error of registering a buffer or of a request.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum RdmaError {
     /// The machine lacks what RDMA needs.
     #[error(transparent)]
     Unavailable(#[from] Unavailable),
-    /// A call failed, of the library's or of the system's.
+    /// A library or system call failed.
     #[error(transparent)]
     System(#[from] SystemError),
     /// The buffer could not be mapped or accessed.
     #[error(transparent)]
     Buffer(#[from] BufferError),
-    /// A range without bytes.
+    /// The range is empty.
     #[error("a range of {buffer} without bytes cannot be registered")]
     Empty {
         /// The buffer's name.
         buffer: String,
     },
-    /// No way to give the card the buffer has worked.
+    /// No rung could register the buffer.
     #[error("{card} cannot use {buffer}: {}", list(attempts))]
     NotRegistered {
         /// The card, or libfabric's provider.
         card: String,
         /// The buffer's name.
         buffer: String,
-        /// Each that was tried.
+        /// The failure of each rung.
         attempts: Vec<Attempt>,
     },
-    /// The other end was not meant to use it.
+    /// The range was registered for local work only.
     #[error("{buffer} is registered for this end only")]
     NotShared {
         /// The buffer's name.
         buffer: String,
     },
-    /// The buffer is not what was registered any more. Nothing was given to the card.
+    /// The buffer has changed since its registration. Nothing was passed to the card.
     #[error("the registration of {buffer} is stale: {why}; register it again")]
     Stale {
         /// The buffer's name.
         buffer: String,
-        /// What has happened.
+        /// The change.
         why: String,
     },
-    /// The connection was stopped, because a buffer had to be given back that it was using. Nothing
-    /// was given to the card.
+    /// The connection was stopped, because a buffer that it used had to be given back. Nothing was passed to
+    /// the card.
     #[error(
         "the connection of {card} was stopped, because a buffer had to be given back that it was \
          using; connect again"
@@ -63,36 +63,36 @@ pub enum RdmaError {
         /// The card.
         card: String,
     },
-    /// What a publisher lends could not be had.
+    /// A lent buffer could not be acquired.
     #[error(transparent)]
     Share(Box<ShareError>),
-    /// Parts of a request do not fit each other. Nothing was given to the card.
+    /// Parts of a request do not fit each other. Nothing was passed to the card.
     #[error("these do not go together: {what}")]
     Mismatch {
-        /// Which.
+        /// The conflict.
         what: String,
     },
-    /// The card could not do a request.
+    /// The card failed a request.
     #[error(transparent)]
     Work(#[from] WorkError),
-    /// Nothing came in time.
+    /// A wait timed out.
     #[error("{what}: nothing came within {limit:?}")]
     TimedOut {
-        /// What was waited for.
+        /// The awaited event.
         what: String,
-        /// How long.
+        /// The time limit.
         limit: Duration,
     },
-    /// What the other end, or the card, said breaks the rules.
+    /// A message of the peer or an answer of the card violates the protocol.
     #[error("malformed: {what}")]
     Malformed {
-        /// The rule it breaks.
+        /// The violated rule.
         what: String,
     },
 }
 
 impl RdmaError {
-    /// What the kernel or the library answered, if a call failed.
+    /// The error number of the kernel or the library, if a call failed.
     pub fn errno(&self) -> Option<Errno> {
         match self {
             RdmaError::Unavailable(error) => error.errno(),

@@ -1,5 +1,5 @@
-//! A registration that follows a lent buffer: given back when the publisher wants it, and made again
-//! of what the buffer has become.
+//! A registration that follows a lent buffer: it is given back when the publisher wants the buffer, and made
+//! again for the next generation.
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -16,20 +16,17 @@ use peerbuf::error::{ShareError, SystemError};
 use peerbuf::share::{Lease, Subscriber};
 use peerbuf_core::unpoisoned;
 
-/// How long its end may go unnoticed by the thread.
+/// How often the thread checks whether the follower is dropped.
 const SLICE: Duration = Duration::from_millis(100);
 
-/// A buffer that a publisher lends, registered with a card for as long as it stays where it is, and
-/// again when it has moved. A thread of its own sees to that.
+/// A lent buffer that stays registered with a card across its moves: a thread registers each generation.
 ///
-/// When the publisher wants the buffer back, no more work can be posted on its registration
-/// ([`RdmaError::Stale`]), and [`Follower::registration`] waits for the next. What is in flight may end,
-/// for three quarters of the time that the publisher gives: the buffer goes back when the last
-/// clone and piece of the registration is gone. Whatever is left then is
-/// [ended](Registration::end).
+/// When the publisher wants the buffer back, no new work can be posted on its registration
+/// ([`RdmaError::Stale`]), and [`Follower::registration`] waits for the next one. Work in flight may end,
+/// within three quarters of the publisher's time limit; the buffer goes back when the last clone and piece of
+/// the registration is dropped. After that time a registration still in use is [ended](Registration::end).
 ///
-/// Dropping it does the same without waiting for anything, except for what the program has
-/// registrations of itself.
+/// Dropping a follower does the same without waiting, except for registrations that the program itself holds.
 ///
 /// ```no_run
 /// use std::sync::Arc;
@@ -61,10 +58,10 @@ struct Shared {
     now: Mutex<Now>,
     changed: Condvar,
     closing: AtomicBool,
-    /// How many generations were registered. Not behind the lock, which may be held for ever in a child that was
-    /// forked.
+    /// The number of registered generations. Not under the lock, which a forked child may find locked
+    /// forever.
     generations: AtomicU64,
-    /// How many of them had to be ended with work in flight.
+    /// The number of generations that were ended with work in flight.
     cut_off: AtomicU64,
 }
 
@@ -74,7 +71,7 @@ enum Now {
     Registered(Registration),
     /// This generation could not be registered.
     Failed(RdmaError),
-    /// There will be no other.
+    /// No generation will follow.
     Ended(RdmaError),
 }
 
@@ -88,12 +85,11 @@ impl fmt::Debug for Follower {
 }
 
 impl Follower {
-    /// Follows the buffer that is published as `name`. `remote` is what the other end may do with it,
-    /// as for [`Card::register`].
+    /// Follows the buffer published as `name`. `remote` is the access allowed to the peer, as for
+    /// [`Card::register`].
     ///
-    /// # Errors
-    /// The call that failed: making a thread. All that is wrong with the buffer is told by
-    /// [`Follower::registration`].
+    /// # Errors The failed call: creating a thread. [`Follower::registration`] reports all errors of the
+    /// buffer.
     pub fn new(
         card: &Card,
         subscriber: &Arc<Subscriber>,
@@ -125,13 +121,12 @@ impl Follower {
         })
     }
 
-    /// The buffer as it is registered now; waits up to `limit` while it moves. The publisher does not
-    /// get the buffer back before this is dropped, or its time is nearly up.
+    /// The current registration of the buffer; waits up to `limit` while the buffer moves. The publisher gets
+    /// the buffer back when the result is dropped, or when its time limit is nearly over.
     ///
-    /// # Errors
-    /// [`RdmaError::TimedOut`]; [`RdmaError::Share`] with [`ShareError::Inherited`] in a child of the
-    /// process that made it; why this generation could not be registered, as [`Card::register`];
-    /// [`RdmaError::Share`] when the publisher lends it no more.
+    /// # Errors [`RdmaError::TimedOut`]; [`RdmaError::Share`] with [`ShareError::Inherited`] in a child of
+    /// the process that made the follower; an error of [`Card::register`] for this generation;
+    /// [`RdmaError::Share`] if the publisher no longer lends the buffer.
     pub fn registration(&self, limit: Duration) -> Result<Registration, RdmaError> {
         if let Some(inherited) = self.shared.inherited() {
             return Err(RdmaError::Share(Box::new(inherited)));
@@ -154,13 +149,13 @@ impl Follower {
         }
     }
 
-    /// How many generations were registered so far.
+    /// The number of generations registered so far.
     pub fn generations(&self) -> u64 {
         self.shared.generations.load(Ordering::Relaxed)
     }
 
-    /// How many of them had to be [ended](Registration::end), because they were still in use when the
-    /// publisher's time was nearly up.
+    /// The number of generations that were [ended](Registration::end), because they were still in use when
+    /// the publisher's time limit was nearly over.
     pub fn cut_off(&self) -> u64 {
         self.shared.cut_off.load(Ordering::Relaxed)
     }
@@ -181,7 +176,7 @@ impl Drop for Follower {
 }
 
 impl Shared {
-    /// In a child there is no thread that would follow, and the state may be locked for ever.
+    /// An error in a forked child: it has no thread that follows, and the state may be locked forever.
     fn inherited(&self) -> Option<ShareError> {
         let ended = self.subscriber.ended();
         ended.filter(|error| matches!(error, ShareError::Inherited { .. }))
@@ -198,7 +193,7 @@ impl Shared {
         let before = std::mem::replace(&mut *state, now);
         drop(state);
         self.changed.notify_all();
-        // Not with the state locked: it may be the last handle, and then the card is asked to let go.
+        // Dropped with the state unlocked: the last handle calls into the card's driver.
         if let Now::Registered(registration) = before {
             registration.want_back();
         }
@@ -213,7 +208,7 @@ impl Shared {
             match self.subscriber.buffer_within(&self.name, SLICE) {
                 Ok(lease) => self.hold(lease),
                 Err(ShareError::TimedOut { .. }) => {}
-                // Of no use, and there may be another.
+                // An unusable generation; another may follow.
                 Err(error) if self.subscriber.ended().is_none() => {
                     self.set(Now::Failed(RdmaError::Share(Box::new(error))));
                     std::thread::sleep(SLICE);
@@ -223,7 +218,7 @@ impl Shared {
         }
     }
 
-    /// One generation, until it was given back.
+    /// Handles one generation, until it is given back.
     fn hold(&self, lease: Lease) {
         let result = self.card.register(&lease.whole(), self.remote);
         let registered = result.as_ref().ok().map(Registration::downgrade);
@@ -240,20 +235,20 @@ impl Shared {
             }
         };
         drop(lease);
-        // Should the program be closing, a registration may have been set after that.
+        // If the program is closing, a registration may have been set meanwhile.
         self.set(Now::Moving);
         if let (Some(deadline), Some(registered)) = (deadline, registered) {
             self.give_back(&registered, deadline);
         }
     }
 
-    /// Sees to it that a generation is given back before the publisher's time is up.
+    /// Ensures that a generation is given back before the publisher's time limit.
     fn give_back(&self, registered: &Weaker, deadline: Instant) {
         let left = deadline.saturating_duration_since(Instant::now());
         let end = Instant::now() + left * 3 / 4;
         loop {
             let left = end.saturating_duration_since(Instant::now());
-            // The next generation comes when everybody has given this one back.
+            // The next generation comes after every subscriber has given this one back.
             let next = self.subscriber.buffer_within(&self.name, left.min(SLICE));
             let waiting = matches!(next, Err(ShareError::TimedOut { .. }));
             drop(next);

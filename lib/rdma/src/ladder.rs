@@ -1,6 +1,5 @@
-//! What the registering importers have in common: the rungs by which a card, or a fabric's
-//! provider, can be given a buffer, the system memory that the lower ones need, and how a
-//! registration knows that it is stale.
+//! What both kinds of registration share (cards, and providers of libfabric): the ladder of rungs, the system
+//! memory of the lower rungs, and the detection of stale registrations.
 
 mod standing;
 mod system;
@@ -15,10 +14,9 @@ pub(crate) use standing::Standing;
 pub(crate) use system::no_mapping;
 pub(crate) use system::{Staging, shared_memory};
 
-/// Whether a range can be registered at all, for peers to do this with it.
+/// Checks that a range can be registered with this remote access.
 ///
-/// # Errors
-/// [`RdmaError::Empty`], and [`RdmaError::Buffer`] for writing what is not writable.
+/// # Errors [`RdmaError::Empty`], and [`RdmaError::Buffer`] for writes to a read-only buffer.
 pub(crate) fn registrable(range: &BufferRange, remote: Option<Access>) -> Result<(), RdmaError> {
     let buffer = range.buffer();
     if range.is_empty() {
@@ -33,17 +31,17 @@ pub(crate) fn registrable(range: &BufferRange, remote: Option<Access>) -> Result
     Ok(())
 }
 
-/// Where buffers are registered: a card's protection domain, or a domain of libfabric.
+/// A place to register buffers: a card's protection domain, or a domain of libfabric.
 pub(crate) trait Domain {
-    /// What is asked for of a region, besides its bytes.
+    /// The access flags to request for a region.
     type Access: Copy;
-    /// What was registered.
+    /// The registered region.
     type Region;
 
-    /// Its name, for people.
+    /// A name for diagnostics.
     fn name(&self) -> String;
 
-    /// Registers a range by one rung.
+    /// Tries to register a range by one rung.
     fn try_rung(
         &self,
         range: &BufferRange,
@@ -51,23 +49,22 @@ pub(crate) trait Domain {
         rung: Rung,
     ) -> Result<Self::Region, Attempt>;
 
-    /// Corrects who refused what, where a later answer tells. `taken` is the rung that worked.
+    /// Corrects the layers of earlier failures, if a later answer allows it. `taken` is the rung that worked.
     fn name_the_layers(_attempts: &mut [Attempt], _taken: Option<Rung>) {}
 }
 
-/// What [`climb`] has registered.
+/// The result of [`climb`].
 pub(crate) struct Climbed<R> {
     pub(crate) region: R,
     pub(crate) rung: Rung,
-    /// What each better rung failed with.
+    /// The failures of the better rungs.
     pub(crate) attempts: Vec<Attempt>,
     pub(crate) standing: Standing,
 }
 
-/// Tries the rungs in their order, until one works.
+/// Tries the rungs in order until one works.
 ///
-/// # Errors
-/// [`RdmaError::NotRegistered`] with each rung's failure.
+/// # Errors [`RdmaError::NotRegistered`] with the failure of each rung.
 pub(crate) fn climb<D: Domain>(
     domain: &D,
     range: &BufferRange,

@@ -1,34 +1,31 @@
 //! RDMA: a network card reads and writes a buffer for another machine.
 //!
-//! The crate gives a card a buffer of `peerbuf`'s in the best way that works. With it come the queue
-//! pairs that it is tried with, and what keeps both right while the buffer moves.
-//!
-//! [`Card::register`], and [`Domain::register`] in a protection domain that the program has already, gives the card a
-//! buffer in the best way that works, a [`Rung`] of the ladder,
-//! and the [`Registration`] says which, and what each better one failed with:
+//! Cards, drivers and exporters differ in what they support, so one call (`ibv_reg_dmabuf_mr`) is not enough.
+//! [`Card::register`] registers a buffer of `peerbuf` by the best way that works, a [`Rung`] of the ladder.
+//! The [`Registration`] reports the rung, and why each better rung failed. [`Domain::register`] does the same
+//! in a protection domain of the program.
 //!
 //! | rung | the card uses | needs |
 //! |---|---|---|
-//! | [`Rung::DmaBufByLibrary`] | the dma-buf (`ibv_reg_dmabuf_mr`) | driver, and the card's part of libibverbs |
+//! | [`Rung::DmaBufByLibrary`] | the dma-buf (`ibv_reg_dmabuf_mr`) | driver, and the card's driver in libibverbs |
 //! | [`Rung::DmaBufByKernel`] | the dma-buf (uverbs' own method) | driver |
-//! | [`Rung::SharedMemory`] | the pages of the memfd behind the buffer: no copy | a memfd |
-//! | [`Rung::Staged`] | memory of its own, as much as the range; the processor copies | a mapping |
+//! | [`Rung::SharedMemory`] | the pages of the memfd behind the buffer, without a copy | a memfd |
+//! | [`Rung::Staged`] | a bounce buffer as long as the range; the CPU copies | a mapping |
 //!
-//! An address in a registration is an offset in the buffer: byte 4096 of the buffer is at address
-//! 4096, whichever part of it was registered. So an offset cannot get lost between two machines.
+//! An address in a registration is an offset in the buffer: byte 4096 of the buffer is at address 4096,
+//! whichever part was registered. So no offset can get lost between two machines.
 //!
 //! # When the buffer moves
 //!
-//! A registered dma-buf is pinned: it can be revoked, and does not move. Most cards cannot fault, so a
-//! region whose memory has gone could only ever answer with errors, and the kernel has no way to
-//! give it other memory under the same key. What moves a registered buffer is therefore an agreement
-//! between programs: a [`Publisher`](peerbuf::share::Publisher) wants it back, whoever has it registered
-//! lets go, and registers what it becomes. A [`Follower`] does that by itself, and
-//! [`Follower::write`] and [`Follower::read`] carry bytes meanwhile. A buffer of this process can be
-//! lent by a publisher of this process, over [`Channel::pair`](peerbuf::share::Channel::pair).
+//! A registered dma-buf is pinned: it can be revoked, but does not move. Most cards cannot fault, so requests
+//! to a region whose memory has gone fail, and the kernel cannot give the region other memory under the same
+//! key. To move a registered buffer, programs cooperate: a [`Publisher`](peerbuf::share::Publisher) asks for
+//! it back, subscribers deregister it, and then register the next generation. A [`Follower`] does that
+//! automatically, and [`Follower::write`] and [`Follower::read`] transfer bytes across moves. A publisher can
+//! also lend a buffer within one process, over [`Channel::pair`](peerbuf::share::Channel::pair).
 //!
-//! libibverbs is opened when it is first needed. Without it, [`probe`] says so, and the rest of the
-//! crate works.
+//! libibverbs is opened at its first use. Without it [`probe`] returns an error, and the rest of the crate
+//! works.
 //!
 //! ```no_run
 //! use std::time::Duration;
@@ -59,22 +56,21 @@
 //!
 //! # Which binding
 //!
-//! The declarations of libibverbs are this crate's own (`sys/verbs`), and the library is opened
-//! with `libloading`. The `ibverbs` crate links the library, or builds rdma-core: a program would not
-//! start, or not build, without it. `rdma-mummy-sys`, and `sideway` over it, do open it at run time,
-//! but need CMake and clang to build, on every machine that builds this crate. Some twenty
-//! functions are used here, of an interface that has been stable since 2007, and the lab compares
-//! each field with the header.
+//! This crate has its own declarations of libibverbs (`sys/verbs`) and opens the library with `libloading`.
+//! The `ibverbs` crate links the library, or builds rdma-core: without either, a program would not start or
+//! not build. `rdma-mummy-sys`, and `sideway` on top of it, open the library at run time, but need CMake and
+//! clang on every machine that builds this crate. This crate uses about twenty functions of an interface that
+//! has been stable since 2007, and the lab compares each field with the header.
 //!
 //! # Why there are connections here
 //!
-//! A [`Registration`] that ends while a card works on it must stop that card first, or the buffer is
-//! given back with a device still at work on it. Only who owns the queue pairs can do that, so
-//! [`Connection`] and the registrations know each other (by a trait: the ladder knows no queue pairs),
-//! and [`Follower`] moves bytes over connections while the buffer moves. The command `peerbuf rdma`,
-//! the lab's tests and the fuzz targets use them; in the command alone, the tests could not. It is no
-//! general library of RDMA: reliable connections, over RoCE or within an InfiniBand subnet. A program that has
-//! queue pairs of its own brings its protection domain along ([`Domain::from_raw`]) and uses the registrations.
+//! A [`Registration`] that ends while a card works on it must stop that card first; otherwise the buffer
+//! would be given back with a device still accessing it. Only the owner of the queue pairs can do that, so
+//! [`Connection`] and the registrations know each other (through a trait: the ladder knows no queue pairs),
+//! and [`Follower`] transfers bytes over connections while the buffer moves. The command `peerbuf rdma`, the
+//! lab's tests and the fuzz targets use connections, so they are not in the command. This is not a general
+//! RDMA library: it has reliable connections, over RoCE or within an InfiniBand subnet. A program with its
+//! own queue pairs passes its protection domain to [`Domain::from_raw`] and uses the registrations.
 #![deny(unsafe_code)]
 
 mod card;

@@ -1,20 +1,19 @@
-//! libfabric: a program that has an engine over it registers peerbuf's buffers in its domain
-//! (feature `libfabric`).
+//! libfabric: registers peerbuf's buffers in a domain of the program (feature `libfabric`).
 //!
-//! This is no fabric. The program opens fabric, domain and endpoints, posts the work and waits for
-//! it, by whichever bindings it has; peerbuf is given the domain, and gives for a range of a buffer
-//! what that work names: address, key and descriptor. [`Domain::register`] does it in the best way that
-//! works, and the [`Registration`] says which, and what each better one failed with:
+//! This module is not a provider. The program opens fabric, domain and endpoints with any binding, posts the
+//! work and waits for it. It passes the domain to peerbuf, and gets the arguments of that work for a range of
+//! a buffer: address, key and descriptor. [`Domain::register`] registers by the best way that works; the
+//! [`Registration`] reports the rung, and why each better rung failed:
 //!
 //! | rung | the provider uses | needs |
 //! |---|---|---|
 //! | [`Rung::DmaBufByLibrary`] | the dma-buf (`FI_MR_DMABUF`) | a provider that does |
-//! | [`Rung::SharedMemory`] | the pages of the memfd behind the buffer: no copy | a memfd |
-//! | [`Rung::Staged`] | memory of its own, as much as the range; the processor copies | a mapping |
+//! | [`Rung::SharedMemory`] | the pages of the memfd behind the buffer, without a copy | a memfd |
+//! | [`Rung::Staged`] | a bounce buffer as long as the range; the CPU copies | a mapping |
 //!
-//! A provider is believed to use a dma-buf only if it refuses what is none. `tcp` reports success for
-//! any number, and never looks whose descriptor it is. `docs/libfabric.md` has what each was seen to
-//! do.
+//! A provider's dma-buf support is trusted only if the provider rejects a descriptor that is not a dma-buf:
+//! `tcp` reports success for any number and never checks the descriptor. `docs/libfabric.md` lists the
+//! observed behaviour of each provider.
 //!
 //! ```no_run
 //! use std::ffi::c_void;
@@ -54,18 +53,17 @@
 //!
 //! # When the buffer moves
 //!
-//! As [with cards](crate#when-the-buffer-moves): what is registered is pinned or copied, and does not move.
-//! [`Registration::local`] and [`Registration::remote`] refuse a buffer that was revoked, moved or
-//! given back ([`RdmaError::Stale`]); register it again then. Of work in flight the program hears from
-//! its own completions.
+//! As [with cards](crate#when-the-buffer-moves): a registered buffer is pinned or copied, and does not move.
+//! [`Registration::local`] and [`Registration::remote`] refuse a buffer that was revoked, moved or given back
+//! ([`RdmaError::Stale`]); register it again then. The program's own completions report work in flight.
 //!
 //! # Which binding
 //!
-//! The declarations are this crate's own (`sys/libfabric`): five structures, compared with the header
-//! in the lab. Of the crates, `ofi-libfabric-sys` 0.1 (the libfabric project's) runs bindgen over the
-//! installed headers, or builds the library: it needs clang, and libfabric's headers, wherever this
-//! crate is built, and links it. `libfabric-sys` 0.0.2 carries a libfabric of
-//! before `FI_MR_DMABUF`, and builds it. Neither is needed to call what a domain brings along.
+//! This crate has its own declarations (`sys/libfabric`): five structures, which the lab compares with the
+//! header. The crate `ofi-libfabric-sys` 0.1 (from the libfabric project) runs bindgen over the installed
+//! headers, or builds the library: it needs clang and libfabric's headers wherever this crate is built, and
+//! links the library. `libfabric-sys` 0.0.2 contains and builds a libfabric from before `FI_MR_DMABUF`.
+//! Neither is needed to call the functions in a domain's tables.
 
 use std::ffi::c_void;
 use std::fmt;
@@ -89,32 +87,30 @@ use peerbuf_core::unpoisoned;
 pub use crate::rung::{Attempt, Layer, Rung};
 pub use crate::sys::libfabric::{Domain, Opened};
 
-/// `FI_VERSION(1, 20)`, the first with `FI_MR_DMABUF`.
+/// `FI_VERSION(1, 20)`, the first version with `FI_MR_DMABUF`.
 const DMABUF_SINCE: u32 = 1 << 16 | 20;
 
-/// The rungs there are, the best first.
+/// The rungs for libfabric, best first.
 pub const RUNGS: [Rung; 3] = [Rung::DmaBufByLibrary, Rung::SharedMemory, Rung::Staged];
 
-/// Where this crate takes each field of libfabric's structures to be, and each constant: name in C and
-/// number. For the lab's comparison with the header.
+/// The offsets that this crate assumes for each field of libfabric's structures, and the constants, by name
+/// in C, for the lab's comparison with the header.
 #[doc(hidden)]
 pub fn layout() -> Vec<(&'static str, u64)> {
     sys::layout()
 }
 
 impl Domain {
-    /// Registers a range, in the best way that works. `remote` is what peers may do with it; with
-    /// `None` only this process's own work uses it. This process's work reads it always, and writes it
-    /// where the buffer is writable.
+    /// Registers a range by the best way that works. `remote` is the access allowed to peers; `None` means
+    /// only this process's own work, which may always read the range, and write it if the buffer is writable.
     ///
-    /// `key` is the key to have, which must be free; a domain with `FI_MR_PROV_KEY` chooses one
-    /// itself and does not look at it.
+    /// `key` is the key to request, which must be free; a domain with `FI_MR_PROV_KEY` chooses one itself and
+    /// ignores it.
     ///
-    /// # Errors
-    /// [`RdmaError::Buffer`] for writing from afar what is not writable, [`RdmaError::Empty`] for a
-    /// range without bytes, [`RdmaError::Mismatch`] for a domain with `FI_MR_ENDPOINT` and no endpoint
-    /// ([`Domain::for_endpoint`]), or with keys that are no numbers (`FI_MR_RAW`) where peers are to
-    /// use it, and [`RdmaError::NotRegistered`] with each rung's failure.
+    /// # Errors [`RdmaError::Buffer`] for remote writes to a read-only buffer; [`RdmaError::Empty`] for an
+    /// empty range; [`RdmaError::Mismatch`] for a domain with `FI_MR_ENDPOINT` and no endpoint
+    /// ([`Domain::for_endpoint`]), or, with remote access, a domain whose keys are not numbers (`FI_MR_RAW`);
+    /// and [`RdmaError::NotRegistered`] with the failure of each rung.
     #[doc(alias = "fi_mr_regattr")]
     #[doc(alias = "FI_MR_DMABUF")]
     pub fn register(
@@ -126,7 +122,7 @@ impl Domain {
         self.register_by(range, remote, key, &RUNGS)
     }
 
-    /// As [`Domain::register`], by these of the [`RUNGS`] only, in their order.
+    /// As [`Domain::register`], by these of the [`RUNGS`] only, in this order.
     ///
     /// # Errors
     /// As [`Domain::register`].
@@ -158,7 +154,7 @@ impl Domain {
         self.opened().mr_mode & mode != 0
     }
 
-    /// The access to ask for, where this request can be made at all.
+    /// The access flags to request; an error if the request is impossible.
     fn allowed(&self, range: &BufferRange, remote: Option<Access>) -> Result<u64, RdmaError> {
         registrable(range, remote)?;
         if self.has(sys::MR_ENDPOINT) && !self.handle().has_endpoint() {
@@ -219,8 +215,8 @@ impl Domain {
             );
             return Err(refused(Layer::Domain, evidence));
         }
-        // First with what is no descriptor. A provider that takes that does not look, and what it
-        // answers to both is no exporter's answer. (The kernel's to this is EBADF.)
+        // First with an invalid descriptor. A provider that accepts it does not check, so its answers to both
+        // calls are not an exporter's. (The kernel answers EBADF to the first.)
         let nobodys = self.register_nobodys(access, key);
         if nobodys.is_ok() {
             let evidence = format!(
@@ -247,7 +243,7 @@ impl Domain {
         })
     }
 
-    /// Registers a page of ordinary memory as a dma-buf without a descriptor, which is to fail.
+    /// Registers a page of ordinary memory as a dma-buf with an invalid descriptor; expected to fail.
     fn register_nobodys(&self, access: u64, key: u64) -> Result<(), Errno> {
         let page = rustix::param::page_size() as u64;
         let memory = memfd::export("no dma-buf", page).map_err(|_| Errno::NOMEM)?;
@@ -260,7 +256,7 @@ impl Domain {
 }
 
 impl ladder::Domain for Domain {
-    /// `FI_SEND` and so on, and the key.
+    /// `FI_SEND` and other flags, and the key.
     type Access = (u64, u64);
     type Region = Region<Kept>;
 
@@ -303,17 +299,17 @@ impl ladder::Domain for Domain {
     }
 }
 
-/// What a region is made of.
+/// The memory behind a region.
 pub(crate) struct Kept {
     memory: Mutex<Memory>,
-    /// It stays in use.
+    /// Keeps the buffer in use.
     range: BufferRange,
 }
 
 enum Memory {
     /// The buffer's own bytes.
     Mapped(Mapping),
-    /// Copies of them.
+    /// Copies in a bounce buffer.
     Staged(Staging),
 }
 
@@ -334,11 +330,11 @@ impl Kept {
     }
 }
 
-/// A range of a buffer that a provider can use. Dropping it closes the region, and gives the buffer
-/// back; where the provider refuses that, both stay as they are until the process ends.
+/// A registered range of a buffer. Dropping it closes the region and gives the buffer back. If the provider
+/// refuses to close it, both are leaked until the process ends.
 pub struct Registration {
     region: Region<Kept>,
-    /// Peers address the region as this process does, and not from 0.
+    /// Peers use this process's virtual addresses, not offsets from 0.
     virtual_addresses: bool,
     remote: Option<Access>,
     rung: Rung,
@@ -357,11 +353,11 @@ impl fmt::Debug for Registration {
     }
 }
 
-/// What this process's own work names: the arguments of `fi_send`, `fi_write` and others. Good for as
-/// long as the registration is there.
+/// Arguments for this process's own work: those of `fi_send`, `fi_write` and others. Valid as long as the
+/// registration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Local {
-    /// `buf`. No Rust reference may be made of it: others change the bytes.
+    /// `buf`. Make no Rust reference from it: the bytes are shared.
     pub pointer: *mut c_void,
     /// `len`, in bytes.
     pub length: usize,
@@ -369,42 +365,41 @@ pub struct Local {
     pub descriptor: *mut c_void,
 }
 
-/// What a peer's work names: `addr` and `key` of `fi_write`, `fi_read` and others. Good for as long as
-/// the registration is there.
+/// Arguments for a peer's work: `addr` and `key` of `fi_write`, `fi_read` and others. Valid as long as the
+/// registration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Remote {
-    /// `addr`: as the domain has it, an address of this process or one that counts from the
-    /// registered range's beginning.
+    /// `addr`: depending on the domain, a virtual address of this process or an offset in the registered
+    /// range.
     pub address: u64,
-    /// In bytes.
+    /// The length in bytes.
     pub length: u64,
     /// `key`
     pub key: u64,
 }
 
 impl Registration {
-    /// How the provider was given the buffer.
+    /// The rung by which the buffer was registered.
     pub fn rung(&self) -> Rung {
         self.rung
     }
 
-    /// What each better way failed with.
+    /// The failures of the better rungs.
     pub fn attempts(&self) -> &[Attempt] {
         &self.attempts
     }
 
-    /// What is registered.
+    /// The registered range.
     pub fn range(&self) -> &BufferRange {
         &self.region.kept().range
     }
 
-    /// The number of the buffer's generation that was registered; `None` where it has none that
-    /// this process can see.
+    /// The registered generation of the buffer; `None` if the buffer has none visible to this process.
     pub fn generation(&self) -> Option<u64> {
         self.standing.generation()
     }
 
-    /// Whether the buffer is still what was registered.
+    /// Whether the registration is still valid for the buffer.
     ///
     /// # Errors
     /// [`RdmaError::Stale`].
@@ -419,12 +414,11 @@ impl Registration {
         }
     }
 
-    /// Part of it for this process's own work; `offset` counts from the range's beginning. Of a
-    /// [staged](Rung::Staged) registration, call [`Registration::refresh`] before work that reads it,
-    /// and [`Registration::deliver`] after work that has written it.
+    /// The arguments for this process's work on part of the range; `offset` is relative to the range. For a
+    /// [staged](Rung::Staged) registration, call [`Registration::refresh`] before work that reads it, and
+    /// [`Registration::deliver`] after work that has written it.
     ///
-    /// # Errors
-    /// [`BufferError::OutOfRange`] when the bytes are not all inside, [`RdmaError::Stale`].
+    /// # Errors [`BufferError::OutOfRange`] if the bytes are not all inside, [`RdmaError::Stale`].
     pub fn local(&self, offset: u64, length: u64) -> Result<Local, RdmaError> {
         self.inside(offset, length)?;
         self.check()?;
@@ -435,11 +429,10 @@ impl Registration {
         })
     }
 
-    /// Part of it for a peer's work; likewise. Of a staged registration the peer says when it has
-    /// written or is about to read.
+    /// The arguments for a peer's work on part of the range, in the same way. For a staged registration, the
+    /// peer must tell when it has written or is about to read.
     ///
-    /// # Errors
-    /// As [`Registration::local`], and [`RdmaError::NotShared`] for what was registered for this
+    /// # Errors As [`Registration::local`], and [`RdmaError::NotShared`] if the range was registered for this
     /// process only.
     pub fn remote(&self, offset: u64, length: u64) -> Result<Remote, RdmaError> {
         self.inside(offset, length)?;
@@ -459,18 +452,15 @@ impl Registration {
         })
     }
 
-    /// Brings what was written to its place in the buffer: of a staged registration the processor
-    /// copies it, of any other nothing is to be done. Returns the bytes copied. `offset` counts from
-    /// the range's beginning.
+    /// Makes written bytes visible in the buffer: for a staged registration the CPU copies them, for others
+    /// nothing is needed. Returns the number of bytes copied. `offset` is relative to the range.
     ///
-    /// # Errors
-    /// [`BufferError::OutOfRange`], or what access to the buffer failed with.
+    /// # Errors [`BufferError::OutOfRange`], or the error of accessing the buffer.
     pub fn deliver(&self, offset: u64, length: u64) -> Result<u64, RdmaError> {
         self.copy(offset, length, Staging::deliver)
     }
 
-    /// Brings the buffer's bytes to where they will be read; the reverse of
-    /// [`Registration::deliver`].
+    /// Makes the buffer's bytes available to reads; the reverse of [`Registration::deliver`].
     ///
     /// # Errors
     /// As [`Registration::deliver`].

@@ -1,15 +1,15 @@
-//! Where a card is on its network: port, LID and GID, chosen or given, and the way from there to another end.
+//! A card's location on its network (port, LID and GID), chosen or given, and the route to a peer.
 //!
-//! Ethernet (RoCE) routes by GIDs alone. InfiniBand routes within a subnet by LIDs, which its subnet manager gives
-//! to ports; between subnets a router's LID would be needed, which only the subnet manager knows.
+//! Ethernet (RoCE) routes by GIDs alone. InfiniBand routes within a subnet by LIDs, which the subnet manager
+//! assigns; a route between subnets would need a router's LID, which only the subnet manager knows.
 //!
-//! The choice is made of values alone, so that it is tested without a card.
+//! The choice depends only on values, so tests need no card.
 
 use crate::error::RdmaError;
 use crate::sys::verbs::{GID_ROCE_V2, GidEntry, Peer, PortAttr, Route};
 
-/// Which of a card's ports and addresses are to be used. What is not given is chosen: the first port that is
-/// active, and of its addresses the one that most networks route.
+/// The port and the GID to use on a card. The defaults are the first active port, and its most widely
+/// routable GID.
 ///
 /// ```
 /// use peerbuf_rdma::Place;
@@ -24,14 +24,14 @@ pub struct Place {
 }
 
 impl Place {
-    /// The port, which count from 1.
+    /// Selects the port; ports count from 1.
     #[must_use]
     pub fn port(mut self, number: u8) -> Place {
         self.port = Some(number);
         self
     }
 
-    /// The address, by its place in the port's table (`show_gids`,
+    /// Selects the GID by its index in the port's table (`show_gids`,
     /// `/sys/class/infiniband/*/ports/*/gids`).
     #[doc(alias = "sgid_index")]
     #[must_use]
@@ -40,7 +40,7 @@ impl Place {
         self
     }
 
-    /// The port to use, of those that there are, with their numbers.
+    /// Chooses a port from `ports`, which come with their numbers.
     pub(crate) fn choose_port(self, ports: &[(u8, PortAttr)]) -> Option<(u8, PortAttr)> {
         let wanted = |(number, _): &&(u8, PortAttr)| self.port.is_none_or(|port| port == *number);
         let mut wanted = ports.iter().filter(wanted);
@@ -48,7 +48,7 @@ impl Place {
         wanted.find(|(_, port)| port.is_active()).or(first).copied()
     }
 
-    /// The address to use, of all that the card has.
+    /// Chooses a GID from all of the card's.
     pub(crate) fn choose_gid(self, port: u8, gids: &[GidEntry]) -> Option<&GidEntry> {
         let usable = |entry: &&GidEntry| {
             let Ok(index) = u8::try_from(entry.index()) else {
@@ -58,18 +58,18 @@ impl Place {
                 && entry.gid() != [0; 16]
                 && self.gid_index.is_none_or(|wanted| wanted == index)
         };
-        // The one that routes: with version 2 of RoCE one of IPv4, which every network has, before others.
+        // Prefers RoCE v2 with an IPv4 address, which every network routes.
         let rank = |entry: &&GidEntry| {
             let gid = entry.gid();
             let ipv4 = gid[..10] == [0; 10] && gid[10..12] == [0xff, 0xff];
             (entry.kind() == GID_ROCE_V2, ipv4)
         };
-        // The first of the best.
+        // The first of the best: `max_by_key` returns the last, so the order is reversed.
         gids.iter().rev().filter(usable).max_by_key(rank)
     }
 }
 
-/// A port and an address on it.
+/// A port and its GID.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Placed {
     pub(crate) port: u8,
@@ -89,10 +89,9 @@ impl Placed {
         }
     }
 
-    /// The way to another end.
+    /// The route to a peer.
     ///
-    /// # Errors
-    /// [`RdmaError::Mismatch`] where the two are not on one network.
+    /// # Errors [`RdmaError::Mismatch`] if the two are not on the same network.
     pub(crate) fn route(&self, peer: &Peer) -> Result<Route, RdmaError> {
         let mismatch = |what: &str| {
             let what = what.to_owned();
@@ -122,7 +121,7 @@ impl Placed {
         }
         Ok(Route {
             port: self.port,
-            // Checked when it was chosen.
+            // In range: checked when it was chosen.
             source: self.gid.index() as u8,
             lid: peer.lid,
             is_global: !self.is_infiniband,
@@ -212,7 +211,7 @@ mod tests {
             is_global: true,
         };
         assert_eq!(ethernet, expected);
-        // A driver may leave something in the field.
+        // A driver may leave an arbitrary value in the field.
         assert_eq!(placed(false, 9, ipv4(1)).lid, 0);
         let infiniband = placed(true, 7, gid(1, 1)).route(&peer(8, gid(1, 2)));
         let expected = Route {

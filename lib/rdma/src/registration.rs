@@ -1,5 +1,5 @@
-//! What a card was given: the registration, what holds it together, and its end. How the card gets
-//! the buffer is in `ladder`, and what that shares with other importers in `import::ladder`.
+//! A registration of a buffer with a card, and its end. `ladder` finds the way to register; `import::ladder`
+//! has what it shares with other importers.
 
 mod ladder;
 
@@ -20,14 +20,14 @@ use peerbuf::error::BufferError;
 use peerbuf::plan::Plan;
 use peerbuf_core::unpoisoned;
 
-/// What works on registrations: a connection.
+/// A user of registrations whose work can be stopped: a connection.
 pub(crate) trait Work: Send + Sync {
-    /// Ends all of it. When this returns the card is done with every region.
+    /// Stops all work. On return the card accesses no region of it any more.
     fn stop(&self);
 }
 
-/// A range of a buffer that a card can use: a memory region. Clones are the same; when the last is dropped, and no
-/// work on it is in flight, the card cannot reach the buffer any more.
+/// A memory region: a range of a buffer, registered with a card. Clones refer to the same region. After the
+/// last clone is dropped and no work is in flight, the card can no longer access the buffer.
 #[doc(alias = "MemoryRegion")]
 #[doc(alias = "ibv_mr")]
 #[derive(Clone)]
@@ -36,11 +36,11 @@ pub struct Registration {
 }
 
 struct Inner {
-    /// `None` once it was ended.
+    /// `None` after [`Registration::end`].
     held: RwLock<Option<Arc<Held>>>,
-    /// The connections that use it, on this end's behalf or the other's.
+    /// The connections that use it, for this process's work or the peer's.
     lines: Mutex<Vec<Weak<dyn Work>>>,
-    /// It is wanted back: work in flight may end, and none is begun.
+    /// The publisher wants the buffer back: work in flight may end, but no new work starts.
     wanted: AtomicBool,
     name: String,
     offset: u64,
@@ -55,9 +55,9 @@ struct Inner {
     standing: Standing,
 }
 
-/// What keeps the buffer in use.
+/// Keeps the buffer in use.
 struct Held {
-    // First, so that it is dropped first: from then on no card reaches what comes after it.
+    // First field, so dropped first: after that no card accesses the other fields.
     region: Region,
     staging: Option<Mutex<Staging>>,
     range: BufferRange,
@@ -76,12 +76,12 @@ impl fmt::Debug for Registration {
 }
 
 impl Registration {
-    /// How the card was given the buffer.
+    /// The rung by which the buffer was registered.
     pub fn rung(&self) -> Rung {
         self.inner.rung
     }
 
-    /// What each better way failed with.
+    /// The failures of the better rungs.
     pub fn attempts(&self) -> &[Attempt] {
         &self.inner.attempts
     }
@@ -91,7 +91,7 @@ impl Registration {
         &self.inner.name
     }
 
-    /// Where the range begins, in bytes from the buffer's beginning.
+    /// The range's offset in the buffer, in bytes.
     pub fn offset(&self) -> u64 {
         self.inner.offset
     }
@@ -101,33 +101,33 @@ impl Registration {
         self.inner.length
     }
 
-    /// Never: a range without bytes is not registered.
+    /// Always false: an empty range cannot be registered.
     pub fn is_empty(&self) -> bool {
         self.inner.length == 0
     }
 
-    /// Whether this end's work may write it.
+    /// Whether local work may write the range.
     pub fn is_writable(&self) -> bool {
         self.inner.writable
     }
 
-    /// What is registered. Like any other handle it keeps the buffer in use.
+    /// The registered range. It keeps the buffer in use, like any other handle.
     ///
-    /// # Errors
-    /// [`RdmaError::Stale`] when it was ended.
+    /// # Errors [`RdmaError::Stale`] after [`Registration::end`].
     pub fn range(&self) -> Result<BufferRange, RdmaError> {
         Ok(self.hold()?.held.range.clone())
     }
 
-    /// Takes the range from the card now, also with work in flight: connections that use it are
-    /// stopped ([`Connection::is_stopped`](crate::Connection::is_stopped)), their work comes back as
-    /// [cut off](crate::WorkError::cut_off), and the other end's ends there with an error. When this
-    /// returns no card reaches the buffer, and nothing of this registration keeps it in use. Clones
-    /// and pieces are [stale](RdmaError::Stale).
+    /// Deregisters the range now, even with work in flight.
     ///
-    /// Dropping the last clone does the same where nothing is in flight, and needs no connection to
-    /// be stopped. A connection whose other end has the key must be known for this
-    /// ([`Connection::shows`](crate::Connection::shows)).
+    /// Connections that use it are stopped ([`Connection::is_stopped`](crate::Connection::is_stopped)); their
+    /// requests complete as [cut off](crate::WorkError::cut_off), and the peer's requests fail with an error.
+    /// On return no card can access the buffer, and this registration does not keep it in use. Clones and
+    /// pieces are [stale](RdmaError::Stale).
+    ///
+    /// Dropping the last clone deregisters, too, but stops no connection; do that only with no work in
+    /// flight. A connection whose peer has the key must be announced with
+    /// [`Connection::shows`](crate::Connection::shows), or it is not stopped.
     #[doc(alias = "ibv_dereg_mr")]
     pub fn end(&self) {
         let mut held = unpoisoned(self.inner.held.write());
@@ -139,17 +139,17 @@ impl Registration {
         drop(held);
     }
 
-    /// From now on no work is begun.
+    /// Refuses new work from now on.
     pub(crate) fn want_back(&self) {
         self.inner.wanted.store(true, Ordering::Release);
     }
 
-    /// True once [`Registration::want_back`] was called.
+    /// True after [`Registration::want_back`].
     pub(crate) fn is_wanted(&self) -> bool {
         self.inner.wanted.load(Ordering::Acquire)
     }
 
-    /// To look whether it is still in use.
+    /// A weak handle, to see whether the registration is still in use.
     pub(crate) fn downgrade(&self) -> Weaker {
         Weaker(Arc::downgrade(&self.inner))
     }
@@ -179,7 +179,7 @@ impl Registration {
         }
     }
 
-    /// The same, for a connection, which is stopped when it is ended later.
+    /// As [`Registration::hold`]; also records the connection, which a later end stops.
     pub(crate) fn use_it(&self, line: &Weak<dyn Work>) -> Result<Holding<'_>, RdmaError> {
         let held = self.hold()?;
         let mut lines = self.lines();
@@ -190,37 +190,36 @@ impl Registration {
         Ok(held)
     }
 
-    /// The protection domain that it is in.
+    /// The protection domain of the region.
     pub fn domain(&self) -> &Domain {
         &self.inner.domain
     }
 
-    /// The local key, for the program's own work requests.
+    /// The local key, for local work requests.
     pub fn lkey(&self) -> u32 {
         self.inner.keys.local
     }
 
-    /// The remote key, for the other end's work requests.
+    /// The remote key, for the peer's work requests.
     pub fn rkey(&self) -> u32 {
         self.inner.keys.remote
     }
 
-    /// The `struct ibv_mr *` of libibverbs, which this registration deregisters. `None` where the kernel made the
-    /// region without the library ([`Rung::DmaBufByKernel`]), and when it was ended.
+    /// libibverbs's `struct ibv_mr *`, owned by this registration. `None` if the kernel made the region
+    /// without the library ([`Rung::DmaBufByKernel`]), and after [`Registration::end`].
     #[doc(alias = "ibv_mr")]
     pub fn as_raw(&self) -> Option<NonNull<c_void>> {
         self.hold().ok()?.held.region.raw()
     }
 
-    /// Part of it as a scatter/gather element of the program's own work requests; `offset` counts from the range's
-    /// beginning. Addresses are offsets in the buffer, whatever the rung.
+    /// A scatter/gather element for part of the range, for the program's own work requests; `offset` is
+    /// relative to the range. The element's address is an offset in the buffer, on every rung.
     ///
-    /// With a [staged](Rung::Staged) registration, call [`Registration::refresh`] before work that reads it, and
-    /// [`Registration::deliver`] after work that has written it. Work that is in flight when the registration is
-    /// dropped or ended fails.
+    /// For a [staged](Rung::Staged) registration, call [`Registration::refresh`] before work that reads it
+    /// and [`Registration::deliver`] after work that has written it. Dropping or ending the registration
+    /// makes work in flight fail.
     ///
-    /// # Errors
-    /// [`BufferError::OutOfRange`] when the bytes are not all inside, [`RdmaError::Stale`].
+    /// # Errors [`BufferError::OutOfRange`] if the bytes are not all inside, [`RdmaError::Stale`].
     #[doc(alias = "ibv_sge")]
     pub fn sge(&self, offset: u64, length: u32) -> Result<Sge, RdmaError> {
         self.inside(offset, length.into())?;
@@ -232,22 +231,20 @@ impl Registration {
         })
     }
 
-    /// The number of the buffer's generation that was registered; `None` where it has none that
-    /// this process can see.
+    /// The registered generation of the buffer; `None` if the buffer has none visible to this process.
     pub fn generation(&self) -> Option<u64> {
         self.inner.standing.generation()
     }
 
-    /// How the bytes get between the buffer and the card. Where the card is software and the
-    /// buffer device memory, the processor carries them, also from a registered dma-buf.
+    /// The path of the bytes between the buffer and the card. For a software card and device memory the CPU
+    /// copies the bytes, even from a registered dma-buf.
     pub fn plan(&self) -> &Plan {
         &self.inner.plan
     }
 
-    /// What the other end needs to know to use the whole range.
+    /// What the peer needs to access the whole range: its address, length and key.
     ///
-    /// # Errors
-    /// [`RdmaError::NotShared`] for one that was registered for this end only.
+    /// # Errors [`RdmaError::NotShared`] if the range was registered for local work only.
     pub fn remote(&self) -> Result<Remote, RdmaError> {
         let Inner {
             name,
@@ -264,10 +261,9 @@ impl Registration {
         Ok(Remote::new(*offset, *length, keys.remote))
     }
 
-    /// Part of it, for this end's work; `offset` counts from the range's beginning.
+    /// Part of the range, for local work; `offset` is relative to the range.
     ///
-    /// # Errors
-    /// [`BufferError::OutOfRange`] when the bytes are not all inside.
+    /// # Errors [`BufferError::OutOfRange`] if the bytes are not all inside.
     pub fn slice(&self, offset: u64, length: u64) -> Result<Piece, BufferError> {
         self.inside(offset, length)?;
         Ok(Piece {
@@ -290,11 +286,10 @@ impl Registration {
         }
     }
 
-    /// Whether the buffer is still what was registered. Work is refused before the card sees it
-    /// when it is not.
+    /// Whether the registration is still valid for the buffer. Every request is checked before it reaches the
+    /// card.
     ///
-    /// # Errors
-    /// [`RdmaError::Stale`].
+    /// # Errors [`RdmaError::Stale`].
     pub fn check(&self) -> Result<(), RdmaError> {
         if self.is_wanted() {
             return Err(self.stale("the publisher wants it back"));
@@ -307,19 +302,16 @@ impl Registration {
         }
     }
 
-    /// Brings what the other end has written to its place in the buffer: of a staged registration
-    /// the processor copies it, of any other nothing is to be done. Returns the bytes copied.
-    /// `offset` counts from the range's beginning.
+    /// Makes the peer's writes visible in the buffer: for a staged registration the CPU copies them, for
+    /// others nothing is needed. Returns the number of bytes copied. `offset` is relative to the range.
     ///
-    /// # Errors
-    /// [`BufferError::OutOfRange`], or what access to the buffer failed with; [`RdmaError::Stale`] when
-    /// it was ended, and the bytes with it.
+    /// # Errors [`BufferError::OutOfRange`], or the error of accessing the buffer; [`RdmaError::Stale`] after
+    /// [`Registration::end`], which discards the bytes.
     pub fn deliver(&self, offset: u64, length: u64) -> Result<u64, RdmaError> {
         Ok(self.hold()?.deliver(offset, length)?)
     }
 
-    /// Brings the buffer's bytes to where the other end reads them; the reverse of
-    /// [`Registration::deliver`].
+    /// Makes the buffer's bytes available to the peer's reads; the reverse of [`Registration::deliver`].
     ///
     /// # Errors
     /// As [`Registration::deliver`].
@@ -328,8 +320,8 @@ impl Registration {
     }
 }
 
-/// A scatter/gather element (`struct ibv_sge`): memory of this end, as a work request names it. Good for as long as
-/// the registration is there.
+/// A scatter/gather element (`struct ibv_sge`): local memory in a work request. Valid as long as the
+/// registration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Sge {
     /// `addr`
@@ -340,27 +332,27 @@ pub struct Sge {
     pub lkey: u32,
 }
 
-/// A registration that nobody keeps in use by this.
+/// A weak handle of a registration, which does not keep the buffer in use.
 pub(crate) struct Weaker(Weak<Inner>);
 
 impl Weaker {
-    /// The registration, if anybody still has it.
+    /// The registration, if a handle still exists.
     pub(crate) fn upgrade(&self) -> Option<Registration> {
         let inner = self.0.upgrade()?;
         Some(Registration { inner })
     }
 }
 
-/// A registration that is not ended for as long as this is there.
+/// A guard that keeps a registration from being ended.
 pub(crate) struct Holding<'r> {
-    // Before the guard, so that whoever waits to end it finds no other handle.
+    // Dropped before the guard, so that a waiter in `end` finds no other handle.
     held: Arc<Held>,
     _guard: RwLockReadGuard<'r, Option<Arc<Held>>>,
     of: &'r Registration,
 }
 
 impl Holding<'_> {
-    /// A piece as a request names it. The caller has checked the length.
+    /// The scatter/gather element of a piece. The caller has checked the length.
     pub(crate) fn local(&self, piece: &Piece) -> Local {
         Local {
             iova: self.of.inner.offset + piece.offset,
@@ -395,7 +387,7 @@ impl Holding<'_> {
     }
 }
 
-/// Part of a registration, for this end's work.
+/// Part of a registration, for local work.
 #[derive(Debug, Clone)]
 #[doc(alias = "ibv_sge")]
 #[doc(alias = "Sge")]
@@ -406,22 +398,22 @@ pub struct Piece {
 }
 
 impl Piece {
-    /// What it is part of.
+    /// The registration.
     pub fn registration(&self) -> &Registration {
         &self.registration
     }
 
-    /// Where it begins, in bytes from the registered range's beginning.
+    /// The offset in the registered range, in bytes.
     pub fn offset(&self) -> u64 {
         self.offset
     }
 
-    /// Its length in bytes.
+    /// The length in bytes.
     pub fn len(&self) -> u64 {
         self.length
     }
 
-    /// True when it has no bytes.
+    /// True if the piece is empty.
     pub fn is_empty(&self) -> bool {
         self.length == 0
     }

@@ -1,11 +1,11 @@
-//! The rungs of the ladder, and what is said of one that did not work: who refused, and why.
+//! The rungs of the ladder, and the failures of rungs: the layer that refused, and the reason.
 
 use std::fmt;
 
 use peerbuf::Errno;
 use peerbuf::plan::ReasonCode;
 
-/// The ways in which a card can be given a buffer, the best first.
+/// The ways to give a buffer to a card, best first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Rung {
@@ -15,13 +15,13 @@ pub enum Rung {
     DmaBufByKernel,
     /// The pages of the memfd behind the buffer, as ordinary memory.
     SharedMemory,
-    /// System memory of its own, which the processor copies from and to.
+    /// A bounce buffer: separate system memory, with copies by the CPU.
     #[doc(alias = "bounce buffer")]
     Staged,
 }
 
 impl Rung {
-    /// All, the best first.
+    /// All rungs, best first.
     pub const ALL: [Rung; 4] = [
         Rung::DmaBufByLibrary,
         Rung::DmaBufByKernel,
@@ -29,7 +29,7 @@ impl Rung {
         Rung::Staged,
     ];
 
-    /// True where the card is given the dma-buf itself.
+    /// True if the card gets the dma-buf itself.
     pub fn is_dma_buf(self) -> bool {
         matches!(self, Rung::DmaBufByLibrary | Rung::DmaBufByKernel)
     }
@@ -51,13 +51,13 @@ impl fmt::Display for Rung {
     }
 }
 
-/// Who said no.
+/// The layer that refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Layer {
-    /// This crate, without asking anybody: the buffer lacks what the rung needs.
+    /// This crate, without a call: the buffer lacks what the rung needs.
     Buffer,
-    /// libibverbs, or the card's part of it.
+    /// libibverbs, or its driver for the card.
     Library,
     /// The kernel's uverbs.
     Uverbs,
@@ -69,7 +69,7 @@ pub enum Layer {
     Memory,
     /// libfabric's provider, or a library below it.
     Provider,
-    /// Who opened the domain of libfabric, by how it was opened.
+    /// The program that opened the domain of libfabric, by the modes it chose.
     Domain,
 }
 
@@ -88,24 +88,24 @@ impl fmt::Display for Layer {
     }
 }
 
-/// A rung that did not work.
+/// A failed rung.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Attempt {
-    /// Which.
+    /// The rung.
     pub rung: Rung,
-    /// Who said no.
+    /// The layer that refused.
     pub layer: Layer,
-    /// Which kind of reason, for programs.
+    /// The kind of reason, for programs.
     pub code: ReasonCode,
-    /// What was answered; `None` where nobody was asked.
+    /// The error number; `None` if nothing was called.
     pub errno: Option<Errno>,
-    /// What was tried, on what, and what came back; for people.
+    /// The call, its object and its result, as text.
     pub evidence: String,
 }
 
 impl Attempt {
-    /// One that nobody was asked about: the buffer lacks what the rung needs.
+    /// A failure without a call: the buffer lacks what the rung needs.
     pub(crate) fn lacking(rung: Rung, code: ReasonCode, evidence: &str) -> Attempt {
         Attempt {
             rung,

@@ -1,4 +1,4 @@
-//! Moving many bytes between a lent buffer and the other end's, while the publisher moves the buffer.
+//! Transfers between a lent buffer and a peer's memory, across moves of the buffer.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
@@ -10,55 +10,54 @@ use crate::registration::Registration;
 use crate::wire::Remote;
 use crate::work::WorkId;
 
-/// Bytes in one request: of a size that every card likes.
+/// Bytes per request; a size that suits every card.
 const REQUEST: u64 = 1 << 20;
 
-/// What a transfer goes over.
+/// The connection and the memory for a transfer.
 #[derive(Debug)]
 pub struct Link {
-    /// To the other end.
+    /// The connection to the peer.
     pub connection: Connection,
-    /// The other end's memory.
+    /// The peer's memory.
     pub remote: Remote,
-    /// How long one request may take, and the buffer's move from one generation to the next.
+    /// Time limit for one request, and for the buffer's move to the next generation.
     pub limit: Duration,
 }
 
-/// Which bytes to move.
+/// The bytes to transfer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Span {
-    /// Where they begin in this end's buffer, in bytes.
+    /// Offset in the local buffer, in bytes.
     pub offset: u64,
-    /// Where they begin in the other end's memory, in bytes.
+    /// Offset in the peer's memory, in bytes.
     pub at: u64,
-    /// How many.
+    /// Length in bytes.
     pub length: u64,
 }
 
-/// What a transfer came to.
+/// The result of a transfer.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Transferred {
-    /// Bytes moved, each counted once.
+    /// Bytes transferred, each counted once.
     pub bytes: u64,
-    /// Bytes that the processor copied for it on this end.
+    /// Bytes that the local CPU copied.
     pub host_bytes: u64,
-    /// How often it went on over another connection.
+    /// The number of times that it continued over another connection.
     pub retries: u32,
 }
 
 impl Follower {
-    /// Writes part of the buffer to the other end's memory, several requests at a time. When it
-    /// returns all of it is there.
+    /// Writes part of the buffer to the peer's memory, with several requests in flight. On return all bytes
+    /// have arrived.
     ///
-    /// While the publisher moves the buffer this waits, and goes on with the next generation. When
-    /// work was cut off, or failed, `again` is told why. It decides: `Err` reports it, and how much
-    /// of the span has arrived is not known; another [`Link`] has the requests that were not known
-    /// to be done posted again over it. (Writing the same bytes twice does no harm.)
+    /// While the publisher moves the buffer this function waits, and then continues with the next generation.
+    /// If a request was cut off or failed, it calls `again` with the error. If `again` returns `Err`, the
+    /// transfer fails, and an unknown part of the span has arrived. If `again` returns another [`Link`], all
+    /// requests not known to be done are posted again over it. (Writing the same bytes twice is harmless.)
     ///
-    /// # Errors
-    /// What `again` returned; [`RdmaError::Buffer`] for bytes that are not all inside of both;
-    /// otherwise as [`Follower::registration`] and [`Connection::write`].
+    /// # Errors The error of `again`; [`RdmaError::Buffer`] if the span is not inside both; otherwise as
+    /// [`Follower::registration`] and [`Connection::write`].
     pub fn write<E: From<RdmaError>>(
         &self,
         link: &mut Link,
@@ -68,11 +67,9 @@ impl Follower {
         self.transfer(link, span, Direction::Write, again)
     }
 
-    /// Reads the other end's memory into part of the buffer. The rest is as for
-    /// [`Follower::write`].
+    /// Reads the peer's memory into part of the buffer, otherwise as [`Follower::write`].
     ///
-    /// # Errors
-    /// As [`Follower::write`], and [`RdmaError::Buffer`] for a buffer that is not writable.
+    /// # Errors As [`Follower::write`], and [`RdmaError::Buffer`] for a read-only buffer.
     pub fn read<E: From<RdmaError>>(
         &self,
         link: &mut Link,
@@ -104,10 +101,10 @@ impl Follower {
         Ok(work.done)
     }
 
-    /// Posts what can be posted, and waits for one request if any is in flight.
+    /// Posts as much as possible, and waits for one request if any is in flight.
     fn step(&self, link: &mut Link, work: &mut Work) -> Result<(), RdmaError> {
         if work.to_post().is_some() && work.posted.len() < link.connection.depth() {
-            // Not kept while this waits: the pieces in flight are enough.
+            // Dropped before the wait: the pieces in flight keep what they need.
             let registration = match work.posted.is_empty() {
                 true => Some(self.registration(link.limit)?),
                 false => self.registration(Duration::ZERO).ok(),
@@ -145,13 +142,13 @@ enum Direction {
     Read,
 }
 
-/// Parts of a span, by offset in it and length.
+/// Parts of a span, by offset in the span and length.
 struct Work {
     span: Span,
     direction: Direction,
-    /// What was posted before and is to be posted again.
+    /// Parts to post again.
     again: VecDeque<(u64, u64)>,
-    /// What comes after it was not posted yet.
+    /// The offset of the part not posted yet.
     next: u64,
     posted: BTreeMap<u64, (u64, u64)>,
     done: Transferred,
@@ -191,7 +188,7 @@ impl Work {
             let Some(part) = self.to_post() else { break };
             match self.post_one(link, registration, part) {
                 Ok(id) => self.posted(id.number(), part),
-                // It is on its way back: the next generation gets the rest.
+                // The buffer is being given back: the next generation gets the rest.
                 Err(RdmaError::Stale { .. }) if registration.is_wanted() => break,
                 Err(error) => return Err(error),
             }
@@ -214,10 +211,10 @@ impl Work {
         }
     }
 
-    /// After a failure: what is not known to be done is to be done again. Waits until the card has let
-    /// go of it.
+    /// After a failure: marks all requests not known to be done for posting again. Waits until the card is
+    /// done with them.
     fn take_back(&mut self, connection: &mut Connection, limit: Duration) {
-        // Of a connection that does not even stop, dropping it is what ends the work.
+        // If the connection cannot even be drained, dropping it ends its work.
         for completion in connection.drain(limit).unwrap_or_default() {
             if completion.result.is_ok()
                 && let Some((_, length)) = self.posted.remove(&completion.id.number())

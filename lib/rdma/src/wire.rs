@@ -1,22 +1,22 @@
-//! What the two ends of a connection tell each other: where an end is, and which of its memory the
-//! other may use. What comes from the other end is checked here.
+//! The messages between the two ends of a connection: an end's address, and the memory that its peer may use.
+//! Everything received is checked here.
 
 use crate::error::RdmaError;
 use crate::sys::verbs::Peer;
 use peerbuf::error::BufferError;
 
-/// LIDs from here on are groups' (InfiniBand architecture, volume 1, 4.1.3).
+/// LIDs from here on are multicast (InfiniBand architecture, volume 1, 4.1.3).
 const FIRST_MULTICAST_LID: u16 = 0xc000;
 
-/// Where one end of a connection is, for the other to know. 32 bytes on the wire.
+/// The address of one end of a connection, for its peer. 32 bytes on the wire.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Address {
     pub(crate) peer: Peer,
 }
 
 impl Address {
-    /// For the other end: address of the card, number of the queue pair, number of its first
-    /// packet (32 bits each, big-endian), code of the port's MTU, a zero, the port's LID (16 bits, 0 on Ethernet),
+    /// Encodes it for the peer: the GID, the queue pair number and the first packet sequence number (32 bits
+    /// each, big-endian), the code of the port's MTU, a zero, the port's LID (16 bits, 0 on Ethernet),
     /// zeroes.
     pub fn to_bytes(&self) -> [u8; 32] {
         let Peer {
@@ -35,10 +35,9 @@ impl Address {
         bytes
     }
 
-    /// What the other end has sent, checked: it goes to the card's driver.
+    /// Decodes and checks the peer's address, which is passed on to the card's driver.
     ///
-    /// # Errors
-    /// [`RdmaError::Malformed`].
+    /// # Errors [`RdmaError::Malformed`].
     pub fn from_bytes(bytes: &[u8; 32]) -> Result<Address, RdmaError> {
         let word = |at: usize| {
             let mut word = [0; 4];
@@ -79,8 +78,7 @@ impl Address {
     }
 }
 
-/// Memory of the other end's that this end may use: addresses, and the key for them. 24 bytes on the
-/// wire.
+/// Memory of the peer that this end may use: addresses and their key. 24 bytes on the wire.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[doc(alias = "rkey")]
 pub struct Remote {
@@ -98,24 +96,23 @@ impl Remote {
         }
     }
 
-    /// Bytes.
+    /// The length in bytes.
     pub fn len(&self) -> u64 {
         self.length
     }
 
-    /// True when it has no bytes.
+    /// True if it is empty.
     pub fn is_empty(&self) -> bool {
         self.length == 0
     }
 
-    /// A part of it; `offset` counts from its beginning.
+    /// Part of it; `offset` is relative to its start.
     ///
-    /// # Errors
-    /// [`BufferError::OutOfRange`] when the bytes are not all inside.
+    /// # Errors [`BufferError::OutOfRange`] if the bytes are not all inside.
     pub fn slice(&self, offset: u64, length: u64) -> Result<Remote, BufferError> {
         match offset.checked_add(length) {
             Some(end) if end <= self.length => Ok(Remote {
-                // Cannot overflow: the end is inside, by `from_bytes` or by its maker.
+                // Cannot overflow: `from_bytes` or the local registration has checked the end.
                 address: self.address + offset,
                 length,
                 key: self.key,
@@ -129,7 +126,7 @@ impl Remote {
         }
     }
 
-    /// For the other end: address and length (64 bits), key (32 bits), big-endian, and zeroes.
+    /// Encodes it for the peer: address and length (64 bits), key (32 bits), big-endian, and zeroes.
     pub fn to_bytes(&self) -> [u8; 24] {
         let mut bytes = [0; 24];
         bytes[..8].copy_from_slice(&self.address.to_be_bytes());
@@ -138,10 +135,9 @@ impl Remote {
         bytes
     }
 
-    /// What the other end has sent.
+    /// Decodes the peer's memory.
     ///
-    /// # Errors
-    /// [`RdmaError::Malformed`] for bytes beyond the last address.
+    /// # Errors [`RdmaError::Malformed`] if the end exceeds 64 bits.
     pub fn from_bytes(bytes: &[u8; 24]) -> Result<Remote, RdmaError> {
         let word = |at: usize| {
             let mut word = [0; 8];

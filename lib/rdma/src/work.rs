@@ -1,23 +1,22 @@
-//! One request of a connection, as its owner is told of it: its number, what it was, and what became
-//! of it.
+//! A request of a connection as its owner sees it: its number, its operation and its result.
 
 use std::fmt;
 
 use peerbuf::error::BufferError;
 
-/// Names one request of a connection.
+/// Identifies a request of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[doc(alias = "wr_id")]
 pub struct WorkId(pub(crate) u64);
 
 impl WorkId {
-    /// Later requests of a connection have higher ones.
+    /// Later requests of a connection have higher numbers.
     pub(crate) fn number(self) -> u64 {
         self.0
     }
 }
 
-/// What a request was.
+/// The operation of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Operation {
@@ -27,7 +26,7 @@ pub enum Operation {
     Read,
     /// A send.
     Send,
-    /// Room for what the other end sends, or for the number that comes with a write.
+    /// A receive: room for the peer's send, or for the immediate value of a write.
     Receive,
 }
 
@@ -42,26 +41,26 @@ impl fmt::Display for Operation {
     }
 }
 
-/// What a card says of a request that failed (`enum ibv_wc_status`).
+/// The status of a completion (`enum ibv_wc_status`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[doc(alias = "ibv_wc_status")]
 pub struct Status(pub(crate) i32);
 
 impl Status {
-    /// The card did it.
+    /// The card completed the request.
     pub const SUCCESS: Status = Status(0);
-    /// This end's own memory was not there: the registration is gone or was revoked.
+    /// The local memory was not accessible: the registration is gone or was revoked.
     pub const LOCAL_PROTECTION: Status = Status(4);
-    /// It was given up, because an earlier one failed or the connection was stopped. Soft-RoCE also
-    /// says so, of all, when its own network interface takes no packets.
+    /// The request was flushed, because an earlier one failed or the connection was stopped. Soft-RoCE
+    /// reports it for all requests if its own network interface sends no packets.
     pub const FLUSHED: Status = Status(5);
-    /// The other end's memory was not there, or not for this: a wrong key or range, or a
-    /// registration that is gone or was revoked.
+    /// The remote memory was not accessible: wrong key, range or access, or a registration that is gone or
+    /// was revoked.
     pub const REMOTE_ACCESS: Status = Status(10);
-    /// The other end does not answer.
+    /// The peer does not answer.
     pub const UNANSWERED: Status = Status(12);
 
-    /// Its name in `infiniband/verbs.h`, without `IBV_WC_`; `None` for a number without one.
+    /// The name in `infiniband/verbs.h`, without `IBV_WC_`; `None` for an unknown number.
     pub fn name(self) -> Option<&'static str> {
         const NAMES: [&str; 24] = [
             "SUCCESS",
@@ -118,24 +117,24 @@ impl fmt::Display for Status {
     }
 }
 
-/// A request that failed. Unless only a [copy](WorkError::copy) did, the connection is of no use any more, and
-/// whatever was posted after it fails too.
+/// A failed request. Unless only a [copy](WorkError::copy) failed, the connection is unusable, and all later
+/// requests fail, too.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{operation}: {}", what(.status, *.cut_off, .copy.as_ref()))]
 #[non_exhaustive]
 pub struct WorkError {
-    /// What it was.
+    /// The operation.
     pub operation: Operation,
-    /// What the card says.
+    /// The card's status.
     pub status: Status,
-    /// The card's own code for it, for its maker.
+    /// The vendor's own error code.
     pub vendor: u32,
-    /// It was in flight when the registration was ended
-    /// ([`Registration::end`](crate::Registration::end)): this end's buffer had to be
-    /// given back. Nothing is wrong with the request itself.
+    /// The request was in flight when its registration was ended
+    /// ([`Registration::end`](crate::Registration::end)), because the buffer had to be given back. The
+    /// request itself was valid.
     pub cut_off: bool,
-    /// The card did its part ([`Status::SUCCESS`]), and the processor could not copy the bytes from the staging
-    /// memory into the buffer. They are lost. Only this request failed: the connection works on.
+    /// The card did its part ([`Status::SUCCESS`]), but the CPU could not copy the bytes from the staging
+    /// memory to the buffer. The bytes are lost. The connection stays usable.
     pub copy: Option<BufferError>,
 }
 
@@ -149,20 +148,20 @@ fn what(status: &Status, cut_off: bool, copy: Option<&BufferError>) -> String {
     }
 }
 
-/// What became of a request.
+/// A completed request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 #[doc(alias = "ibv_wc")]
 pub struct Completion {
-    /// Which.
+    /// The request.
     pub id: WorkId,
-    /// What it was.
+    /// The operation.
     pub operation: Operation,
-    /// The bytes of it. Of a failed one an unknown part has arrived.
+    /// The number of bytes. A failed request may have transferred some of its bytes.
     pub result: Result<u64, WorkError>,
-    /// The number that came with it.
+    /// The immediate value that came with it.
     pub immediate: Option<u32>,
-    /// Bytes that the processor copied for it on this end.
+    /// The number of bytes that the local CPU copied for it.
     pub host_bytes: u64,
 }
 

@@ -1,5 +1,4 @@
-//! Whether a registered buffer is still what was registered: neither taken back, nor revoked, nor
-//! moved.
+//! Whether a registered buffer is unchanged: not given back, not revoked, not moved.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -8,18 +7,18 @@ use crate::rung::Rung;
 use peerbuf::buffer::{Buffer, Kind};
 use peerbuf::export::peerbuf::{Device, State, Watch};
 
-/// How a registration knows that its buffer is not what it was.
+/// How a registration detects that its buffer has changed.
 pub(crate) struct Standing {
-    /// Of the module's buffers: who to ask, who tells, and the generation that was registered.
+    /// For buffers of peerbuf.ko: the device to query, the watch, and the registered generation.
     module: Option<(Device, Watch, u64)>,
-    /// Of one that is lent: which generation was.
+    /// For a lent buffer: the registered generation.
     lease: Option<u64>,
-    /// Found stale before, which does not change any more.
+    /// Stale once, stale forever.
     stale: AtomicBool,
 }
 
 impl Standing {
-    /// To be called before the card is given the buffer, so that no change goes by unseen.
+    /// To be called before the registration, so that no change is missed.
     pub(crate) fn of(buffer: &Buffer) -> Standing {
         let provenance = buffer.provenance();
         let module = match (provenance.kind, provenance.device, buffer.dmabuf()) {
@@ -43,7 +42,7 @@ impl Standing {
         self.lease.or(module)
     }
 
-    /// Why it is stale; `None` while it is not.
+    /// The reason why it is stale; `None` if it is not.
     pub(crate) fn staleness(&self, buffer: &Buffer, rung: Rung) -> Option<String> {
         if self.stale.load(Ordering::Relaxed) {
             return Some("it was found to be so before".into());
@@ -60,7 +59,7 @@ impl Standing {
             return Some("the publisher does not lend it any more".into());
         }
         let (device, watch, registered) = self.module.as_ref()?;
-        // Without an event nothing has happened, which takes one system call to see.
+        // Without an event nothing has changed; the check costs one system call.
         if watch.wait(Duration::ZERO).is_ok_and(|events| events == 0) {
             return None;
         }
@@ -73,7 +72,7 @@ impl Standing {
             State::Revoked => return Some("the buffer is revoked".into()),
             _ => return Some("the buffer's device is gone".into()),
         }
-        // Copies go by the buffer's own mapping, which follows it when it moves.
+        // A staged registration copies through the buffer's own mapping, which follows moves.
         (rung.is_dma_buf() && status.generation != *registered).then(|| {
             format!(
                 "the buffer is at generation {}, and {registered} was registered",

@@ -1,5 +1,4 @@
-//! The two rungs of system memory: the pages of the memfd behind a buffer, and memory of its own
-//! that the processor copies from and to.
+//! The two rungs in system memory: the pages of the memfd behind a buffer, and a bounce buffer.
 
 use std::fmt;
 
@@ -21,16 +20,16 @@ pub(crate) fn shared_memory(range: &BufferRange) -> Result<Mapping, Attempt> {
     mapping.map_err(|error| no_mapping(rung, &error))
 }
 
-/// The memory that is registered in place of the buffer, and the buffer.
+/// A bounce buffer: memory that is registered instead of the buffer.
 pub(crate) struct Staging {
     memory: Mapping,
-    /// Where in the memory the range begins: its place in a page is that of the range.
+    /// Offset of the range in the memory: the same offset in its page as in the buffer.
     lead: u64,
     buffer: LazyMapping,
 }
 
 impl Staging {
-    /// As much memory as the range has bytes. Nothing is copied yet.
+    /// Allocates memory as long as the range. Copies nothing.
     pub(crate) fn of(range: &BufferRange) -> Result<Staging, Attempt> {
         let page = rustix::param::page_size() as u64;
         let lead = range.offset() % page;
@@ -56,7 +55,7 @@ impl Staging {
         map.window(self.lead as usize, self.buffer.len() as usize)
     }
 
-    /// Copies from the memory to the buffer. The bytes are inside the range.
+    /// Copies from the bounce buffer to the buffer. The bytes are inside the range.
     pub(crate) fn deliver(&mut self, offset: u64, length: u64) -> Result<(), BufferError> {
         in_chunks(length, |at, chunk| {
             let at = offset + at;
@@ -67,7 +66,7 @@ impl Staging {
         })
     }
 
-    /// Copies from the buffer to the memory. The bytes are inside the range.
+    /// Copies from the buffer to the bounce buffer. The bytes are inside the range.
     pub(crate) fn refresh(&mut self, offset: u64, length: u64) -> Result<(), BufferError> {
         in_chunks(length, |at, chunk| {
             let at = offset + at;

@@ -1,5 +1,5 @@
-//! Trying the rungs, the best first, until the card has the buffer; who it was that refused each
-//! one that failed, and which path the bytes take on the one that was taken.
+//! Tries the rungs, best first, until one registers the buffer. Attributes each failure to the layer that
+//! refused, and plans the path of the bytes on the rung that worked.
 
 use std::os::fd::AsFd;
 use std::sync::atomic::AtomicBool;
@@ -19,13 +19,11 @@ use peerbuf::plan::{Path, Plan, Reason, ReasonCode};
 use peerbuf_core::limits::on_pinning;
 
 impl Domain {
-    /// Gives the card a range, in the best way that works. `remote` is what the other end may do
-    /// with it; with `None` only this end's own work uses it. This end's work reads it always, and
-    /// writes it where the buffer is writable.
+    /// Registers a range by the best rung that works. `remote` is the access allowed to the peer; `None`
+    /// means local work only. Local work may always read it, and write it if the buffer is writable.
     ///
-    /// # Errors
-    /// [`RdmaError::Buffer`] for writing from afar what is not writable, [`RdmaError::Empty`] for a
-    /// range without bytes, and [`RdmaError::NotRegistered`] with each rung's failure.
+    /// # Errors [`RdmaError::Buffer`] for remote writes to a read-only buffer, [`RdmaError::Empty`] for an
+    /// empty range, and [`RdmaError::NotRegistered`] with the failure of each rung.
     #[doc(alias = "ibv_reg_mr")]
     #[doc(alias = "ibv_reg_dmabuf_mr")]
     #[doc(alias = "UVERBS_METHOD_REG_DMABUF_MR")]
@@ -37,7 +35,7 @@ impl Domain {
         self.register_by(range, remote, &Rung::ALL)
     }
 
-    /// As [`Domain::register`], by these rungs only, in their order.
+    /// As [`Domain::register`], by these rungs only, in this order.
     ///
     /// # Errors
     /// As [`Domain::register`].
@@ -76,7 +74,7 @@ impl Domain {
             remote,
             keys: region.keys(),
             rung,
-            // What a card has does not move, so this stays true.
+            // A registered buffer does not move, so the plan stays valid.
             plan: plan(buffer, self, rung, &attempts),
             attempts,
             standing,
@@ -139,8 +137,8 @@ impl ladder::Domain for Domain {
                     true => ReasonCode::ImporterNotPeer,
                     false => ReasonCode::AttachRefused,
                 };
-                // 'Not supported' is also what an exporter answers that does not serve the driver. The
-                // same request for what is no dma-buf tells them apart: no exporter is asked then.
+                // An exporter that does not support the driver also answers 'not supported'. The same request
+                // without a dma-buf tells the two apart: it reaches no exporter.
                 let nobodys = DmaBufRequest {
                     dmabuf: domain.uverbs(),
                     ..request
@@ -198,7 +196,8 @@ impl ladder::Domain for Domain {
     }
 }
 
-/// Registered, for the other end to read and write if the buffer may be written. Bytes move once somebody posts work.
+/// Registers for the peer to read, and to write if the buffer is writable. No byte moves before work is
+/// posted.
 impl Importer for Domain {
     fn name(&self) -> String {
         Domain::name(self).to_owned()
@@ -234,7 +233,7 @@ impl Attached for Registration {
     }
 }
 
-/// Names the limit that `ENOMEM` stands for.
+/// Adds to `ENOMEM` the name of the limit behind it.
 fn with_limit(mut attempt: Attempt) -> Attempt {
     attempt.evidence += &attempt.errno.map(on_pinning).unwrap_or_default();
     attempt
@@ -249,19 +248,18 @@ fn layer_by_library(errno: Errno) -> Layer {
 
 fn layer_in_kernel(errno: Errno) -> Layer {
     match errno {
-        // uverbs' answers for a driver without it. (That it was not the exporter is found out by the
-        // caller.)
+        // uverbs's answers for a driver without the method. (The caller has excluded the exporter.)
         Errno::PROTONOSUPPORT | Errno::OPNOTSUPP => Layer::Driver,
-        // A kernel, or a node, without such methods.
+        // A kernel or a node without such methods.
         Errno::NOTTY | Errno::ACCES | Errno::BADF => Layer::Uverbs,
         Errno::NOMEM => Layer::Driver,
-        // What an exporter answers that cannot serve the driver, or not any more.
+        // An exporter that does not support the driver, or no longer does.
         _ => Layer::Exporter,
     }
 }
 
-/// 'Not supported' from the library comes from the card's part of it or from the kernel, with one
-/// number for both. The kernel's own answer, when it was asked next, tells them apart.
+/// 'Not supported' from the library comes either from its driver for the card or from the kernel, with the
+/// same number. The kernel's own answer to the next rung tells them apart.
 fn name_the_layer(attempts: &mut [Attempt], taken: Option<Rung>) {
     let by_kernel = attempts
         .iter()

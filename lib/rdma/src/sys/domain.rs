@@ -1,4 +1,4 @@
-//! Protection domains: a card's own, or one that another library made. What is done in them is in `registration`.
+//! Protection domains, a card's own or the program's. `registration` has the operations in them.
 
 use std::ffi::c_void;
 use std::path::Path;
@@ -7,12 +7,13 @@ use std::sync::Arc;
 use super::verbs;
 use crate::error::RdmaError;
 
-/// A protection domain of libibverbs (`struct ibv_pd`), in which buffers are registered. Clones are the same.
+/// A protection domain of libibverbs (`struct ibv_pd`) in which buffers are registered. Clones refer to the
+/// same domain.
 ///
-/// A program that has queue pairs of its own, by whichever bindings, brings its domain along
-/// ([`Domain::from_raw`]), and names in its work requests what a
-/// [`Registration`](crate::Registration) has for it: address and key ([`Registration::sge`](crate::Registration::sge), for its own work;
-/// [`Registration::remote`](crate::Registration::remote), for the other end's).
+/// A program with its own queue pairs, from any binding, passes its domain to [`Domain::from_raw`]. Its work
+/// requests use the address and the key of a [`Registration`](crate::Registration):
+/// [`Registration::sge`](crate::Registration::sge) for local memory,
+/// [`Registration::remote`](crate::Registration::remote) for the peer's requests.
 ///
 /// ```no_run
 /// use std::ffi::c_void;
@@ -39,7 +40,7 @@ pub struct Domain {
 struct Inner {
     verbs: Arc<verbs::Domain>,
     name: String,
-    /// The card has no device of its own: the processor does its work.
+    /// The card has no hardware: the CPU does its work.
     software: bool,
 }
 
@@ -65,7 +66,7 @@ impl Domain {
         }
     }
 
-    /// The name of its card.
+    /// The card's name.
     pub fn name(&self) -> &str {
         &self.inner.name
     }
@@ -74,33 +75,33 @@ impl Domain {
         &self.inner.verbs
     }
 
-    /// Whether these are clones of each other.
+    /// Whether the two are clones of each other.
     pub(crate) fn is(&self, other: &Domain) -> bool {
         Arc::ptr_eq(&self.inner, &other.inner)
     }
 
-    /// True where the card is software, such as soft-RoCE: the processor moves its bytes.
+    /// True for a software card, such as soft-RoCE: the CPU moves its bytes.
     pub fn is_software(&self) -> bool {
         self.inner.software
     }
 
-    /// A protection domain that the program has (`struct ibv_pd *`). It stays the program's, which deallocates it.
+    /// Wraps a protection domain of the program (`struct ibv_pd *`), which the program still owns and
+    /// deallocates.
     ///
-    /// # Errors
-    /// [`RdmaError::Unavailable`] without libibverbs, [`RdmaError::Mismatch`] for a null pointer.
+    /// # Errors [`RdmaError::Unavailable`] without libibverbs, [`RdmaError::Mismatch`] for a null pointer.
     ///
     /// # Safety
-    /// - `pd` was made by `libibverbs.so.1` as the dynamic loader gives it to this process. `rdma-mummy-sys`,
-    ///   `sideway`, and programs that link the shared library have that one; a program with a static libibverbs
-    ///   has another.
-    /// - It is live, and is deallocated, and its context closed, after this value, its clones and every
-    ///   [`Registration`](crate::Registration) of it are gone.
+    /// - `pd` was made by the `libibverbs.so.1` that the dynamic loader gives to this process.
+    ///   `rdma-mummy-sys`, `sideway`, and programs that link the shared library use that one; a program with
+    ///   a static libibverbs uses another.
+    /// - It is live. It is deallocated, and its context closed, after this value, its clones and every
+    ///   [`Registration`](crate::Registration) in it are gone.
     ///
-    /// Work that is in flight when a registration is dropped fails, here or at the other end: peerbuf does not
-    /// know the program's queue pairs, and cannot stop them first.
+    /// Dropping a registration makes work in flight on it fail, locally or at the peer: peerbuf does not know
+    /// the program's queue pairs and cannot stop them first.
     pub unsafe fn from_raw(pd: *mut c_void) -> Result<Domain, RdmaError> {
         let library = verbs::needed()?;
-        // SAFETY: the caller's word.
+        // SAFETY: the caller's promise.
         let domain = unsafe { verbs::Domain::foreign(library, pd) };
         let what = "a null pointer, or a domain without a device, and registrations".to_owned();
         domain.map(Domain::of).ok_or(RdmaError::Mismatch { what })

@@ -1,13 +1,13 @@
-//! Memory regions of a libfabric domain that the program has opened (rdma/fi_domain.h).
+//! Memory regions in a libfabric domain that the program has opened (rdma/fi_domain.h).
 //!
-//! What the header calls `fi_mr_regattr`, `fi_mr_bind`, `fi_mr_enable` and `fi_close` are inline
-//! functions over tables of pointers in the objects themselves. So nothing of the library is linked
-//! or opened here: whoever has a domain has it loaded.
+//! `fi_mr_regattr`, `fi_mr_bind`, `fi_mr_enable` and `fi_close` are inline functions in the header; they call
+//! through tables of function pointers in the objects. So this module neither links nor opens the library: a
+//! program with a domain has loaded it.
 //!
-//! What keeps this sound: a provider may read and write what is registered until the region is
-//! closed, from other threads and for other machines. It is given windows into a
-//! [`Map`](peerbuf_core::memory::Map) only, of whose bytes there are no Rust references, and a [`Region`]
-//! owns what it was made of and lets go of it only once the provider has said that it is closed.
+//! Soundness: a provider may read and write registered memory until the region is closed, from other threads
+//! and for other machines. It only gets windows into a [`Map`](peerbuf_core::memory::Map), to whose bytes no
+//! Rust reference exists. A [`Region`] owns its memory, and drops it only after the provider has confirmed
+//! the close.
 
 mod abi;
 #[cfg(test)]
@@ -29,34 +29,33 @@ use crate::error::RdmaError;
 use peerbuf::Errno;
 use peerbuf_core::memory::Window;
 
-/// A domain of the program's, and an endpoint where regions are bound to one.
+/// A domain of the program, and an endpoint if regions must be bound to one.
 ///
-/// # Invariants
-/// Both are live for as long as this is. The domain's functions may be called whenever a region is
-/// made or dropped: what [`Domain::from_raw`] has of its caller.
+/// # Invariants Both are live as long as this object. The domain's functions may be called whenever a region
+/// is made or dropped, as the caller of [`Domain::from_raw`] promised.
 pub(crate) struct Handle {
     domain: NonNull<abi::Domain>,
     endpoint: Option<NonNull<abi::Fid>>,
 }
 
-// SAFETY: by the invariant.
+// SAFETY: by the invariant its functions may be called from the thread that drops a region.
 unsafe impl Send for Handle {}
-// SAFETY: by the invariant.
+// SAFETY: by the invariant its functions may be called whenever a region is made or dropped.
 unsafe impl Sync for Handle {}
 
-/// What is to be known of a domain, from the `fi_info` that it was opened with.
+/// Facts about a domain, from the `fi_info` that it was opened with.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Opened {
-    /// `fabric_attr->prov_name`, such as `tcp` or `verbs;ofi_rxm`. For people.
+    /// `fabric_attr->prov_name`, such as `tcp` or `verbs;ofi_rxm`; for diagnostics.
     pub provider: String,
-    /// `fabric_attr->api_version`: the version of the interface that the program asked for, as
-    /// `FI_VERSION(major, minor)` has it. Below 1.20 there are no dma-bufs.
+    /// `fabric_attr->api_version`: the API version that the program requested, as `FI_VERSION(major, minor)`.
+    /// Below 1.20 there are no dma-bufs.
     pub api_version: u32,
     /// `domain_attr->mr_mode`: how regions are addressed, and who chooses keys.
     pub mr_mode: u64,
 }
 
-/// A domain of the program's. Clones are the same. See [`Domain::from_raw`].
+/// A domain of the program. Clones refer to the same domain. See [`Domain::from_raw`].
 #[derive(Clone)]
 pub struct Domain {
     handle: Arc<Handle>,
@@ -70,22 +69,21 @@ impl fmt::Debug for Domain {
 }
 
 impl Domain {
-    /// A domain that the program has opened with `fi_domain`: `domain` is its `struct fid_domain *`.
-    /// It stays the program's, which closes it.
+    /// Wraps a domain that the program has opened with `fi_domain`: `domain` is its `struct fid_domain *`.
+    /// The program still owns and closes it.
     ///
-    /// # Errors
-    /// [`RdmaError::Mismatch`] for an object that says of itself that it is no domain, or one
-    /// without `fi_mr_regattr`.
+    /// # Errors [`RdmaError::Mismatch`] for an object of another class, or without `fi_mr_regattr`.
     ///
     /// # Safety
-    /// - `domain` is live, and is closed after this value, its clones and every [`Registration`] of
-    ///   it are gone. `opened` is from the `fi_info` that it was opened with.
-    /// - Its threading is `FI_THREAD_SAFE`, or nobody is in a call on it, or on an endpoint of it,
+    /// - `domain` is live, and is closed after this value, its clones and every [`Registration`] in it are
+    ///   gone. `opened` is from the `fi_info` that it was opened with.
+    /// - Its threading is `FI_THREAD_SAFE`, or no other thread is in a call on it or on an endpoint of it
     ///   while a registration is made or dropped.
-    /// - It is bound to no event queue with `FI_REG_MR`: registrations are made when the call returns.
-    /// - When a registration is dropped no work on it is in flight, neither this process's nor a
-    ///   peer's. (libfabric asks that of whoever closes a region. A provider that is software copies
-    ///   to the addresses, which are unmapped then.)
+    /// - It is not bound to an event queue with `FI_REG_MR`: a registration is complete when the call
+    ///   returns.
+    /// - When a registration is dropped, no work on it is in flight, neither this process's nor a peer's.
+    ///   (libfabric demands that of a caller of `fi_close`. A software provider copies to the addresses,
+    ///   which are unmapped then.)
     ///
     /// [`Registration`]: crate::libfabric::Registration
     pub unsafe fn from_raw(domain: *mut c_void, opened: Opened) -> Result<Domain, RdmaError> {
@@ -93,18 +91,18 @@ impl Domain {
         let Some(domain) = NonNull::new(domain.cast::<abi::Domain>()) else {
             return Err(wrong("a null pointer, and a domain of libfabric".into()));
         };
-        // SAFETY: the caller's word.
+        // SAFETY: the domain is live, by the caller's promise.
         let (class, table) = unsafe { ((*domain.as_ptr()).fid.fclass, (*domain.as_ptr()).mr) };
         if class != abi::CLASS_DOMAIN {
             let what = format!("an object of libfabric's class {class}, and a domain");
             return Err(wrong(what));
         }
-        // SAFETY: a domain has the table, which begins with its size.
+        // SAFETY: a domain has this table, which begins with its size.
         if table.is_null() || unsafe { (*table).size } < size_of::<abi::MrOps>() {
             let what = "this domain, and fi_mr_regattr, which it does not have".into();
             return Err(wrong(what));
         }
-        // INVARIANT: the caller's word.
+        // INVARIANT: by the caller's promise.
         let handle = Handle {
             domain,
             endpoint: None,
@@ -115,15 +113,14 @@ impl Domain {
         })
     }
 
-    /// The same domain, whose regions are bound to this endpoint (`struct fid_ep *`) and enabled
-    /// before they are used: what providers with `FI_MR_ENDPOINT` need. The endpoint is enabled.
+    /// The same domain, with regions bound to this endpoint (`struct fid_ep *`) and enabled, as providers
+    /// with `FI_MR_ENDPOINT` need. The endpoint is enabled.
     ///
-    /// # Safety
-    /// `endpoint` is a live endpoint of this domain, and is closed after the value that is returned,
-    /// its clones and every registration of it are gone.
+    /// # Safety `endpoint` is a live endpoint of this domain, and is closed after the returned value, its
+    /// clones and every registration in it are gone.
     #[must_use]
     pub unsafe fn for_endpoint(&self, endpoint: *mut c_void) -> Domain {
-        // INVARIANT: the caller's word, also that of `from_raw`.
+        // INVARIANT: by the caller's promise, here and at `from_raw`.
         let handle = Handle {
             domain: self.handle.domain,
             endpoint: NonNull::new(endpoint.cast()),
@@ -134,7 +131,7 @@ impl Domain {
         }
     }
 
-    /// What is known of it.
+    /// Facts about the domain.
     pub fn opened(&self) -> &Opened {
         &self.opened
     }
@@ -151,32 +148,31 @@ impl Handle {
     }
 }
 
-/// A dma-buf, and the offset in bytes from which on it is registered; without one, a number that is no
-/// descriptor is given for it.
+/// A dma-buf, and the offset in bytes of the registered range. `None` registers an invalid descriptor.
 pub(crate) type DmaBufPart<'d> = (Option<BorrowedFd<'d>>, u64);
 
-/// A registered region, with what it is made of. Dropping it closes it, and lets go of that.
+/// A registered region with its memory. Dropping it closes the region and then drops the memory.
 ///
-/// # Invariants
-/// The region is live, and `kept` keeps mapped what was registered.
+/// # Invariants The region is live, and `kept` keeps the registered memory mapped.
 pub(crate) struct Region<K> {
     mr: NonNull<abi::Mr>,
-    /// Where the region begins in this process.
+    /// The region's start address in this process.
     address: *mut c_void,
     domain: Arc<Handle>,
     kept: ManuallyDrop<K>,
 }
 
-// SAFETY: as for `Handle`; the fields of a region that are read here do not change.
+// SAFETY: as for `Handle`; the fields that are read do not change.
 unsafe impl<K: Send> Send for Region<K> {}
-// SAFETY: as for `Handle`.
+// SAFETY: as for `Handle`; the fields that are read do not change.
 unsafe impl<K: Sync> Sync for Region<K> {}
 
 impl<K> Region<K> {
-    /// `fi_mr_regattr`, and where the domain has an endpoint `fi_mr_bind` and `fi_mr_enable`.
+    /// `fi_mr_regattr`, followed by `fi_mr_bind` and `fi_mr_enable` if the domain has an endpoint.
     ///
-    /// `window` is the memory of `kept` to be registered; it is mapped for as long as `kept` is there.
-    /// With a dma-buf it is the same bytes as this process has them mapped: so their addresses are
+    /// `window` is the part of `kept` to register; it stays mapped as long as `kept`. With a dma-buf it is
+    /// this process's mapping of the same bytes, because some providers copy short messages through the
+    /// address.
     /// good for providers that copy short messages, too.
     pub(crate) fn register(
         domain: &Arc<Handle>,
@@ -187,14 +183,14 @@ impl<K> Region<K> {
         key: u64,
     ) -> Result<Region<K>, Errno> {
         let (mr, address) = register(domain, window(&mut kept), dmabuf, access, key)?;
-        // INVARIANT: just made, of what is kept.
+        // INVARIANT: the region was just made from `kept`.
         let region = Region {
             mr,
             address,
             domain: Arc::clone(domain),
             kept: ManuallyDrop::new(kept),
         };
-        // What fails here is closed by dropping it.
+        // On an error the drop closes the region.
         region.enable()?;
         Ok(region)
     }
@@ -204,7 +200,7 @@ impl<K> Region<K> {
             return Ok(());
         };
         let fid = self.mr.as_ptr().cast::<abi::Fid>();
-        // SAFETY: the region is live (invariant), begins with its fid, and so is the endpoint.
+        // SAFETY: the region is live (invariant) and begins with its fid; the endpoint is live.
         check(unsafe { ((*(*fid).ops).bind)(fid, endpoint.as_ptr(), 0) })?;
         // SAFETY: the region is live; this command takes no argument.
         check(unsafe { ((*(*fid).ops).control)(fid, abi::ENABLE, ptr::null_mut()) })
@@ -212,23 +208,24 @@ impl<K> Region<K> {
 
     /// `fi_mr_key`; `FI_KEY_NOTAVAIL` is `None`.
     pub(crate) fn key(&self) -> Option<u64> {
-        // SAFETY: live by the invariant.
+        // SAFETY: the region is live (invariant).
         let key = unsafe { (*self.mr.as_ptr()).key };
         (key != u64::MAX).then_some(key)
     }
 
     /// `fi_mr_desc`
     pub(crate) fn descriptor(&self) -> *mut c_void {
-        // SAFETY: live by the invariant.
+        // SAFETY: the region is live (invariant).
         unsafe { (*self.mr.as_ptr()).mem_desc }
     }
 
-    /// Where byte `offset` of the region is in this process. The offset is inside, or its end.
+    /// The address of byte `offset` of the region in this process. The offset is inside the region, or its
+    /// end.
     pub(crate) fn address(&self, offset: u64) -> *mut c_void {
         self.address.wrapping_byte_add(offset as usize)
     }
 
-    /// What it is made of.
+    /// The region's memory.
     pub(crate) fn kept(&self) -> &K {
         &self.kept
     }
@@ -237,12 +234,12 @@ impl<K> Region<K> {
 impl<K> Drop for Region<K> {
     fn drop(&mut self) {
         let fid = self.mr.as_ptr().cast::<abi::Fid>();
-        // SAFETY: live by the invariant, and not used again where it was closed.
+        // SAFETY: the region is live (invariant), and not used again after a successful close.
         if check(unsafe { ((*(*fid).ops).close)(fid) }).is_ok() {
-            // SAFETY: dropped once, here; nothing uses what was registered any more.
+            // SAFETY: dropped only here; nothing uses the registered memory any more.
             unsafe { ManuallyDrop::drop(&mut self.kept) };
         }
-        // Otherwise the provider may still use the memory, which stays where it is for that reason.
+        // If the close fails the provider may still use the memory, so it is leaked.
     }
 }
 
@@ -263,11 +260,11 @@ fn register(
         length: window.length(),
     };
     let of_dmabuf = dmabuf.map(|(dmabuf, offset)| abi::DmaBuf {
-        // No process can have so many open.
+        // A descriptor number that no process can have.
         fd: dmabuf.map_or(c_int::MAX, |dmabuf| dmabuf.as_raw_fd()),
         offset,
         len: window.length(),
-        // The address of the region is this and the offset.
+        // The provider adds the offset to this address.
         base_addr: address.wrapping_byte_sub(offset as usize),
     });
     let (what, flags): (*const c_void, u64) = match &of_dmabuf {
@@ -292,21 +289,21 @@ fn register(
     };
     let mut mr = ptr::null_mut();
     let fid = domain.domain.as_ptr().cast::<abi::Fid>();
-    // SAFETY: the domain is live (its invariant) and begins with its fid; its table was looked at
-    // when it was taken. The attributes and what they point to are ours and whole, and the provider
-    // copies what it wants to keep of them. Nobody has a reference to the bytes of the window, which
-    // stay mapped until the region is closed: what was made is closed before what it was made of
+    // SAFETY: the domain is live (invariant) and begins with its fid; `from_raw` checked its table. The
+    // attributes and what they point to are complete local values, which the provider copies as needed. No
+    // Rust reference to the bytes of the window exists, and the window stays mapped until the region is
+    // closed: `Region` closes the region before it drops the memory.
     // goes (`Region`).
     check(unsafe {
         let table = (*domain.domain.as_ptr()).mr;
         ((*table).regattr)(fid, &attributes, flags, &mut mr)
     })?;
-    // One that reports success and gives nothing has broken the interface.
+    // Success without a region violates the interface.
     let mr = NonNull::new(mr).ok_or(Errno::IO)?;
     Ok((mr, address))
 }
 
-/// The answer of a function of libfabric's: 0, or a number of its own or of the system's, negative.
+/// The result of a libfabric function: 0, or a negative error number of libfabric or of the OS.
 fn check(status: c_int) -> Result<(), Errno> {
     match status {
         0 => Ok(()),

@@ -1,4 +1,4 @@
-//! The only `unsafe` of the crate: one module per interface, each with a safe face.
+//! All `unsafe` code of the crate: one module per interface, each with a safe API.
 #![allow(unsafe_code)]
 
 pub(crate) mod domain;
@@ -9,8 +9,8 @@ pub(crate) mod verbs;
 
 use peerbuf::Errno;
 
-/// The number behind an ioctl's error. nix has no name for those that the kernel keeps to
-/// itself, so they are read again from the C library.
+/// The error number of a failed ioctl. nix has no name for kernel-internal numbers, so they are read from
+/// `errno` again.
 fn ioctl_errno(errno: nix::errno::Errno) -> Errno {
     match errno {
         nix::errno::Errno::UnknownErrno => Errno(nix::errno::Errno::last_raw()),

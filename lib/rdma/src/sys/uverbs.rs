@@ -1,24 +1,24 @@
-//! Registering dma-bufs by the kernel's own method (include/uapi/rdma/rdma_user_ioctl_cmds.h and
-//! ib_user_ioctl_cmds.h), for cards whose part of libibverbs does not know how to.
+//! Registers dma-bufs by the kernel's own method (include/uapi/rdma/rdma_user_ioctl_cmds.h and
+//! ib_user_ioctl_cmds.h), for cards whose driver in libibverbs lacks it.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use peerbuf::Errno;
 
-/// What a dma-buf is to be registered as.
+/// The arguments of a dma-buf registration.
 pub(crate) struct DmaBufRequest<'d> {
     pub(crate) dmabuf: BorrowedFd<'d>,
-    /// Bytes from the dma-buf's beginning.
+    /// Offset in the dma-buf, in bytes.
     pub(crate) offset: u64,
     pub(crate) length: u64,
-    /// The address of the first byte for whoever names the region's keys. Its place in a page is
-    /// that of `offset`.
+    /// The address of the first byte in requests that use the region's keys. Its offset in a page equals that
+    /// of `offset`.
     pub(crate) iova: u64,
     /// `IBV_ACCESS_*`
     pub(crate) access: u32,
 }
 
-/// A region's keys: for work of this end, and of the other.
+/// A region's local and remote key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Keys {
     pub(crate) local: u32,
@@ -34,10 +34,10 @@ const METHOD_REG_DMABUF_MR: u16 = 4;
 /// `UVERBS_ATTR_F_MANDATORY`
 const MANDATORY: u16 = 1;
 
-/// An object that no kernel has. Asked for one, the kernel says `EINVAL` where it does not speak
-/// with this kind of driver, and `EPROTONOSUPPORT` where it does.
+/// An object type that no kernel has. The kernel answers `EINVAL` if the request names the wrong driver, and
+/// `EPROTONOSUPPORT` otherwise.
 const OBJECT_NONE: u16 = 0xfff;
-/// `enum rdma_driver_id` has some twenty; numbers are never used again.
+/// `enum rdma_driver_id` has about twenty; numbers are never reused.
 const DRIVER_IDS: std::ops::Range<u32> = 0..64;
 
 /// `struct ib_uverbs_attr`
@@ -52,7 +52,7 @@ pub struct Attribute {
 }
 
 impl Attribute {
-    /// A handle of an object, or the place for a new one's.
+    /// The handle of an object, or the place for a new object's handle.
     fn handle(attr_id: u16, handle: u32) -> Attribute {
         let data = handle.into();
         Attribute {
@@ -63,7 +63,7 @@ impl Attribute {
         }
     }
 
-    /// Up to eight bytes, which travel in the attribute itself.
+    /// A value of up to eight bytes, stored in the attribute itself.
     fn value(attr_id: u16, bytes: u16, data: u64) -> Attribute {
         Attribute {
             len: bytes,
@@ -75,7 +75,7 @@ impl Attribute {
     }
 }
 
-/// `struct ib_uverbs_ioctl_hdr`, with as many attributes as the longest request has.
+/// `struct ib_uverbs_ioctl_hdr`, with as many attributes as the longest request needs.
 #[repr(C)]
 pub struct Request {
     length: u16,
@@ -88,7 +88,7 @@ pub struct Request {
     attrs: [Attribute; 9],
 }
 
-/// `sizeof(struct ib_uverbs_ioctl_hdr)`: the number of the ioctl has it, without attributes.
+/// `sizeof(struct ib_uverbs_ioctl_hdr)` without attributes, which is part of the ioctl number.
 const HEADER: usize = 24;
 
 mod raw {
@@ -99,8 +99,7 @@ mod raw {
     );
 }
 
-/// # Safety
-/// Attributes that are pointers point to memory of the caller's that stays during the call, and is
+/// # Safety Each pointer in an attribute refers to memory of the stated length that is valid during the call.
 /// as long as they say.
 unsafe fn call(
     fd: BorrowedFd<'_>,
@@ -120,19 +119,20 @@ unsafe fn call(
         reserved2: 0,
         attrs,
     };
-    // SAFETY: the argument is the struct that the ioctl takes, with its length and the number of its
-    // attributes in it; what they point to is as the caller says.
+    // SAFETY: the argument is the ioctl's struct, with its length and its number of attributes; their
+    // pointers are valid, by the caller's promise.
     unsafe { raw::verbs(fd.as_raw_fd(), &mut request) }.map_err(super::ioctl_errno)?;
     Ok(request.attrs)
 }
 
-/// Which driver the kernel takes the device of this descriptor for. The number is part of each
-/// request, libibverbs keeps it to itself, and a wrong one is refused before anything else is
-/// looked at: so the kernel is asked, with a request that cannot do anything.
+/// The kernel's driver ID for the device of this descriptor.
+///
+/// Each request contains the number. libibverbs does not expose it, and the kernel refuses a wrong one before
+/// it checks anything else. So this function asks the kernel with a request that has no effect.
 pub(crate) fn driver_id(fd: BorrowedFd<'_>) -> Result<u32, Errno> {
     let mut last = Errno::INVAL;
     for id in DRIVER_IDS {
-        // SAFETY: there are no attributes.
+        // SAFETY: the request has no attributes.
         match unsafe { call(fd, id, (OBJECT_NONE, 0), &[]) } {
             Err(Errno::INVAL) => {}
             Err(Errno::PROTONOSUPPORT) => return Ok(id),
@@ -143,9 +143,10 @@ pub(crate) fn driver_id(fd: BorrowedFd<'_>) -> Result<u32, Errno> {
     Err(last)
 }
 
-/// `UVERBS_METHOD_REG_DMABUF_MR`: the region's handle and keys.
+/// `UVERBS_METHOD_REG_DMABUF_MR`: returns the region's handle and keys.
 ///
-/// Errors: `EPROTONOSUPPORT` where the driver takes no dma-bufs, or what uverbs, the driver or the
+/// Errors: `EPROTONOSUPPORT` if the driver does not accept dma-bufs; other errors of uverbs, the driver or
+/// the exporter.
 /// exporter answered.
 pub(crate) fn register_dmabuf(
     fd: BorrowedFd<'_>,
@@ -166,7 +167,7 @@ pub(crate) fn register_dmabuf(
         Attribute::value(7, 4, (&raw mut local).expose_provenance() as u64),
         Attribute::value(8, 4, (&raw mut remote).expose_provenance() as u64),
     ];
-    // SAFETY: the last two are pointers, to four bytes each.
+    // SAFETY: the last two attributes point to four bytes each.
     let attributes = unsafe {
         call(
             fd,
@@ -175,8 +176,8 @@ pub(crate) fn register_dmabuf(
             &attributes,
         )
     }?;
-    // Written by the kernel, by way of their addresses.
-    // SAFETY: both are initialised and ours.
+    // The kernel wrote both through their addresses.
+    // SAFETY: both are initialised local variables.
     let (local, remote) = unsafe {
         (
             (&raw const local).read_volatile(),

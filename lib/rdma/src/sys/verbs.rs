@@ -1,13 +1,12 @@
 //! libibverbs, opened at run time (infiniband/verbs.h of rdma-core).
 //!
-//! Posting and polling are functions behind pointers in `struct ibv_context`, so the layouts of
-//! the public structures are part of the library's binary interface, which has not changed since
-//! its version 1.1; the lab compares them with the header.
+//! Posting and polling are calls through function pointers in `struct ibv_context`, so the layout of the
+//! public structures is part of the library's ABI. It has not changed since version 1.1; a test in the lab
+//! compares it with the header.
 //!
-//! What keeps this sound: a card reads and writes memory of regions only, a region's pages are
-//! pinned by the kernel until it is deregistered, and what is registered here is a window into a
-//! [`Map`](peerbuf_core::memory::Map), of whose bytes there are no Rust references. So whatever is posted,
-//! and whatever the other end does, no memory of Rust's changes.
+//! Soundness: a card accesses only the memory of regions, and the kernel pins a region's pages until it is
+//! deregistered. All regions here are windows into a [`Map`](peerbuf_core::memory::Map), to whose bytes no
+//! Rust reference exists. So no request, local or remote, changes memory that Rust owns.
 
 mod abi;
 mod domain;

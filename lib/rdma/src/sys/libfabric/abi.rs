@@ -1,6 +1,6 @@
-//! The structures and constants of `rdma/fabric.h` and `rdma/fi_domain.h` that regions need, as C
-//! lays them out, and where each of their fields is. They have been the same since version 1.20, but
-//! for fields that were added at the end of `fi_mr_attr`, which older libraries do not look at.
+//! The structures and constants of `rdma/fabric.h` and `rdma/fi_domain.h` for regions, with C layout, and the
+//! offsets of their fields. They have not changed since version 1.20, except for new fields at the end of
+//! `fi_mr_attr`, which older libraries ignore.
 
 use std::ffi::{c_int, c_uint, c_void};
 
@@ -17,7 +17,7 @@ pub(crate) const REMOTE_READ: u64 = 1 << 12;
 /// `FI_REMOTE_WRITE`
 pub(crate) const REMOTE_WRITE: u64 = 1 << 13;
 
-/// `FI_MR_BASIC`, from before version 1.5: the next and two that make no difference here.
+/// `FI_MR_BASIC`, from before version 1.5: implies [`MR_VIRT_ADDR`] and two flags that do not matter here.
 pub(crate) const MR_BASIC: u64 = 1 << 0;
 /// `FI_MR_RAW`
 pub(crate) const MR_RAW: u64 = 1 << 3;
@@ -35,7 +35,7 @@ pub(super) const ENABLE: c_int = 6;
 /// `FI_HMEM_SYSTEM`
 pub(super) const HMEM_SYSTEM: c_uint = 0;
 
-/// `struct fid`, with which every object begins.
+/// `struct fid`, the start of every object.
 #[repr(C)]
 pub(super) struct Fid {
     pub(super) fclass: usize,
@@ -43,7 +43,7 @@ pub(super) struct Fid {
     pub(super) ops: *const Ops,
 }
 
-/// The beginning of `struct fi_ops`.
+/// The first fields of `struct fi_ops`.
 #[repr(C)]
 pub(super) struct Ops {
     pub(super) size: usize,
@@ -96,7 +96,7 @@ pub(super) struct DmaBuf {
 /// `struct fi_mr_attr`
 #[repr(C)]
 pub(super) struct MrAttr {
-    /// To an [`IoVec`], or to a [`DmaBuf`].
+    /// Points to an [`IoVec`] or to a [`DmaBuf`].
     pub(super) what: *const c_void,
     pub(super) iov_count: usize,
     pub(super) access: u64,
@@ -108,14 +108,14 @@ pub(super) struct MrAttr {
     pub(super) iface: c_uint,
     pub(super) device: u64,
     pub(super) hmem_data: *mut c_void,
-    /// Since 1.22, and what follows since 2.0.
+    /// Since 1.22; the following fields since 2.0.
     pub(super) page_size: usize,
     pub(super) base_mr: *const Mr,
     pub(super) sub_mr_cnt: usize,
 }
 
-/// Where each field is, and what each constant is, for the test that compares them with the header:
-/// name in C and number.
+/// Each field's offset and each constant's value, with the name in C, for the test that compares them with
+/// the header.
 pub(crate) fn layout() -> Vec<(&'static str, u64)> {
     macro_rules! numbers {
         ($($rust:ident $c:literal { $($field:ident),* })* = $($name:literal $value:expr),*) => {
@@ -144,7 +144,7 @@ pub(crate) fn layout() -> Vec<(&'static str, u64)> {
         "FI_MR_DMABUF" MR_DMABUF, "FI_CLASS_DOMAIN" CLASS_DOMAIN, "FI_ENABLE" ENABLE,
         "FI_HMEM_SYSTEM" HMEM_SYSTEM
     };
-    // Of these only the beginning is declared, or the field is called otherwise.
+    // Types that are declared only in part, and fields with another name.
     all.extend([
         ("fi_ops.size", std::mem::offset_of!(Ops, size) as u64),
         ("fi_ops.close", std::mem::offset_of!(Ops, close) as u64),

@@ -1,5 +1,5 @@
-//! A provider made up here: what it is asked, in which order, and what becomes of memory that it
-//! does not let go of. Providers of libfabric's own are in the lab.
+//! A stand-in for a provider: records the calls and their order, and refuses to close regions on request. The
+//! lab has tests with libfabric's own providers.
 
 use std::ffi::{c_int, c_void};
 use std::ptr;
@@ -40,11 +40,11 @@ static REGIONS: MrOps = MrOps {
     regattr,
 };
 
-// SAFETY: the tables' pointers are null and never followed.
+// SAFETY: the pointers in the tables are null or constant functions.
 unsafe impl Sync for MrOps {}
 
 fn asked(region: *mut Fid, what: &str) -> &'static Provider {
-    // SAFETY: a region that `regattr` made; its provider outlives it, in each test.
+    // SAFETY: `regattr` made the region; its provider outlives it in each test.
     let provider = unsafe { &*(*region.cast::<Region>()).provider };
     provider.asked.lock().unwrap().push(what.to_owned());
     provider
@@ -57,7 +57,7 @@ unsafe extern "C" fn regattr(
     mr: *mut *mut Mr,
 ) -> c_int {
     let provider = domain.cast::<Provider>();
-    // SAFETY: as they are called, by this crate.
+    // SAFETY: this crate calls it with valid pointers.
     unsafe {
         let MrAttr {
             requested_key,
@@ -95,14 +95,14 @@ unsafe extern "C" fn control(region: *mut Fid, command: c_int, _: *mut c_void) -
 unsafe extern "C" fn close(region: *mut Fid) -> c_int {
     let status = asked(region, "close").close;
     if status == 0 {
-        // SAFETY: made so, and not used again.
+        // SAFETY: `Box::into_raw` made the pointer, which is not used again.
         drop(unsafe { Box::from_raw(region.cast::<Region>()) });
     }
     status
 }
 
-/// A provider, and its domain opened with these modes. It is there until the process ends, as are regions
-/// that it does not close.
+/// A provider, and its domain opened with these modes. It lives until the process ends, as do regions that it
+/// does not close.
 fn provider(mr_mode: u64, enable: c_int, close: c_int) -> (&'static Provider, Domain) {
     let provider = Box::leak(Box::new(Provider {
         domain: RawDomain {
@@ -124,7 +124,7 @@ fn provider(mr_mode: u64, enable: c_int, close: c_int) -> (&'static Provider, Do
         api_version: 2 << 16,
         mr_mode,
     };
-    // SAFETY: it is never closed, has nothing but regions, and does no work on them.
+    // SAFETY: it is never closed, has only regions, and does no work on them.
     unsafe {
         let domain = Domain::from_raw(provider.cast(), opened).unwrap();
         (&*provider, domain)
@@ -156,7 +156,7 @@ fn regions_have_the_key_the_access_and_the_address_that_the_domain_says() {
     assert_eq!(local.length, 5);
     assert_eq!(local.descriptor.addr(), 0x77);
     drop(registration);
-    // FI_SEND, FI_WRITE, FI_RECV, FI_READ and FI_REMOTE_READ; no dma-buf was there to be asked for.
+    // FI_SEND, FI_WRITE, FI_RECV, FI_READ and FI_REMOTE_READ; the buffer has no dma-buf.
     assert_eq!(
         *asked.asked.lock().unwrap(),
         ["register 9 0x1f00 0", "close"]
@@ -179,7 +179,7 @@ fn where_regions_are_an_endpoints_they_are_bound_and_enabled_first() {
     let (asked, domain) = provider(MR_ENDPOINT, 0, 0);
     let without = domain.register(&buffer.whole(), None, 9);
     assert!(matches!(without, Err(RdmaError::Mismatch { .. })));
-    // SAFETY: the made-up provider does not look at it.
+    // SAFETY: the stand-in does not use the endpoint.
     let domain = unsafe { domain.for_endpoint(ptr::without_provenance_mut(64)) };
     drop(registered(&domain, &buffer));
     assert_eq!(
@@ -187,9 +187,9 @@ fn where_regions_are_an_endpoints_they_are_bound_and_enabled_first() {
         ["register 9 0x1f00 0", "bind 64", "control 6", "close"]
     );
 
-    // One that cannot be enabled is closed, for each rung, and is no registration.
+    // On every rung, a region that cannot be enabled is closed and is no registration.
     let (asked, domain) = provider(MR_ENDPOINT, -22, 0);
-    // SAFETY: likewise.
+    // SAFETY: the stand-in does not use the endpoint.
     let domain = unsafe { domain.for_endpoint(ptr::without_provenance_mut(64)) };
     let refused = domain.register(&buffer.whole(), None, 9).unwrap_err();
     assert!(refused.to_string().contains("EINVAL"), "{refused}");
@@ -220,6 +220,6 @@ fn memory_that_a_provider_does_not_let_go_of_stays() {
     let at = registration.local(0, 4).unwrap().pointer.cast::<[u8; 4]>();
     drop(registration);
     assert!(buffer.handles() > 1);
-    // SAFETY: still mapped, which is what is tested.
+    // SAFETY: still mapped, which is what the test checks.
     assert_eq!(&unsafe { at.read_volatile() }, b"here");
 }

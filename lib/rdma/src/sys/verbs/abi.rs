@@ -1,5 +1,5 @@
-//! The structures and constants of `infiniband/verbs.h`, as C lays them out, and where each of
-//! their fields is. No function of the library is called here.
+//! The structures and constants of `infiniband/verbs.h`, with C layout, and the offsets of their fields. This
+//! module calls no function of the library.
 
 use std::ffi::{c_int, c_uint, c_void};
 
@@ -21,7 +21,7 @@ pub(super) const WC_WITH_IMM: c_uint = 1 << 1;
 /// `IBV_LINK_LAYER_INFINIBAND`
 const LINK_LAYER_INFINIBAND: u8 = 1;
 
-/// `struct ibv_context_ops`: pointers to functions, most of them of no use any more.
+/// `struct ibv_context_ops`: function pointers, most of them obsolete.
 #[repr(C)]
 pub(super) struct ContextOps {
     unused_0: [*const c_void; 11],
@@ -33,7 +33,7 @@ pub(super) struct ContextOps {
     unused_2: [*const c_void; 5],
 }
 
-/// The beginning of `struct ibv_context`, which only the library makes.
+/// The first fields of `struct ibv_context`, which only the library makes.
 #[repr(C)]
 pub(super) struct Context {
     pub(super) device: *mut c_void,
@@ -61,20 +61,20 @@ pub(super) struct Mr {
     pub(super) rkey: u32,
 }
 
-/// The beginning of `struct ibv_comp_channel`.
+/// The first fields of `struct ibv_comp_channel`.
 #[repr(C)]
 pub(super) struct CompChannel {
     context: *mut Context,
     pub(super) fd: c_int,
 }
 
-/// The beginning of `struct ibv_cq`.
+/// The first fields of `struct ibv_cq`.
 #[repr(C)]
 pub(super) struct Cq {
     context: *mut Context,
 }
 
-/// The beginning of `struct ibv_qp`.
+/// The first fields of `struct ibv_qp`.
 #[repr(C)]
 pub(super) struct Qp {
     context: *mut Context,
@@ -96,7 +96,7 @@ pub(super) struct Sge {
     pub(super) lkey: u32,
 }
 
-/// `struct ibv_send_wr`, with that of its unions that a reliable connection uses.
+/// `struct ibv_send_wr`, with the union members of a reliable connection.
 #[repr(C)]
 pub(super) struct SendWr {
     pub(super) wr_id: u64,
@@ -162,11 +162,11 @@ pub(super) struct QpInitAttr {
     pub(super) sq_sig_all: c_int,
 }
 
-/// `struct ibv_ah_attr`, and `struct ibv_global_route` in front of it.
+/// `struct ibv_ah_attr`, preceded by `struct ibv_global_route`.
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
 pub(super) struct AhAttr {
-    /// `union ibv_gid`, which is aligned as its numbers are.
+    /// `union ibv_gid`, with the alignment of its integers.
     pub(super) dgid: [u64; 2],
     pub(super) flow_label: u32,
     pub(super) sgid_index: u8,
@@ -224,12 +224,12 @@ pub(crate) struct GidEntry {
 }
 
 impl GidEntry {
-    /// As it is on the wire.
+    /// The GID in network byte order.
     pub(crate) fn gid(&self) -> [u8; 16] {
         bytemuck::cast(self.gid)
     }
 
-    /// Its place in the port's table.
+    /// The index in the port's table.
     pub(crate) fn index(&self) -> u32 {
         self.index
     }
@@ -243,7 +243,7 @@ impl GidEntry {
         self.port == u32::from(port)
     }
 
-    /// One that is made up.
+    /// An entry for tests.
     #[cfg(test)]
     pub(crate) fn made_up(gid: [u8; 16], index: u32, port: u32, kind: u32) -> GidEntry {
         GidEntry {
@@ -256,8 +256,7 @@ impl GidEntry {
     }
 }
 
-/// The beginning of `struct ibv_port_attr`; `ibv_query_port` fills in no more than this has room
-/// for.
+/// The first fields of `struct ibv_port_attr`; `ibv_query_port` fills in only those.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct PortAttr {
@@ -286,7 +285,7 @@ pub(crate) struct PortAttr {
 }
 
 impl PortAttr {
-    /// `IBV_PORT_ACTIVE`: it carries packets.
+    /// `IBV_PORT_ACTIVE`: the port carries packets.
     pub(crate) fn is_active(&self) -> bool {
         self.state == 4
     }
@@ -296,7 +295,7 @@ impl PortAttr {
         self.active_mtu
     }
 
-    /// The port's address in its InfiniBand subnet; 0 on Ethernet, and before a subnet manager gave it one.
+    /// The port's LID in its InfiniBand subnet; 0 on Ethernet, and before a subnet manager has assigned one.
     pub(crate) fn lid(&self) -> u16 {
         self.lid
     }
@@ -305,7 +304,7 @@ impl PortAttr {
         self.link_layer == LINK_LAYER_INFINIBAND
     }
 
-    /// One that is made up.
+    /// Attributes for tests.
     #[cfg(test)]
     pub(crate) fn made_up(is_active: bool, is_infiniband: bool, lid: u16) -> PortAttr {
         PortAttr {
@@ -318,7 +317,7 @@ impl PortAttr {
     }
 }
 
-/// Where each public field is, for the test that compares them with the header: name and offset.
+/// Name and offset of each public field, for the test that compares them with the header.
 pub(crate) fn layout() -> Vec<(&'static str, usize)> {
     macro_rules! offsets {
         ($($rust:ident $c:literal { $($field:ident),* })*) => {
@@ -354,7 +353,7 @@ pub(crate) fn layout() -> Vec<(&'static str, usize)> {
         PortAttr "ibv_port_attr" { state, max_mtu, active_mtu, gid_tbl_len, lid, sm_lid, lmc, sm_sl, phys_state,
                                    link_layer, flags }
     };
-    // Those whose field is called otherwise, or is in a structure of its own.
+    // Fields that have another name here, or are in a nested structure.
     all.extend([
         (
             "ibv_send_wr.wr.rdma.remote_addr",

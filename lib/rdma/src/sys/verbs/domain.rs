@@ -1,4 +1,4 @@
-//! An open device with its protection domain, and the regions that are registered in it.
+//! An open device with its protection domain, and the regions registered in it.
 
 use std::ffi::{CStr, c_int, c_void};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -13,24 +13,24 @@ use peerbuf_core::memory::Window;
 
 /// An open device and a protection domain on it.
 ///
-/// # Invariants
-/// Both are live. The functions of the library may be called on them from any thread
+/// # Invariants Both are live. The library's functions may be called on them from any thread
+/// (ibv_open_device(3)): the library and its providers do the locking.
 /// (ibv_open_device(3)): the library and its providers lock what needs it.
 pub(crate) struct Domain {
     pub(super) library: &'static Library,
     pub(super) context: NonNull<Context>,
     pub(super) pd: NonNull<Pd>,
-    /// Both were made here, and are ended here. Otherwise they are somebody else's.
+    /// This object made both, and deallocates both. Otherwise the program owns them.
     is_ours: bool,
 }
 
-// SAFETY: by the invariant.
+// SAFETY: by the invariant any thread may use them.
 unsafe impl Send for Domain {}
-// SAFETY: by the invariant.
+// SAFETY: by the invariant threads may use them concurrently.
 unsafe impl Sync for Domain {}
 
 impl Domain {
-    /// Opens the device of this name; `ENODEV` where there is none.
+    /// Opens the device with this name; `ENODEV` if there is none.
     pub(crate) fn open(library: &'static Library, wanted: &str) -> Result<Domain, Errno> {
         let opened = library.devices(|name, device| {
             (name == wanted).then(|| {
@@ -43,7 +43,7 @@ impl Domain {
         // SAFETY: the context is live.
         let Some(pd) = NonNull::new(unsafe { (library.alloc_pd)(context.as_ptr()) }) else {
             let errno = last();
-            // SAFETY: it is ours, and nothing was made of it.
+            // SAFETY: this function opened it, and nothing uses it.
             unsafe { (library.close_device)(context.as_ptr()) };
             return Err(errno);
         };
@@ -56,17 +56,16 @@ impl Domain {
         })
     }
 
-    /// A protection domain of somebody else, who also ends it. `None` for a null pointer, and for a domain that
-    /// names no device.
+    /// Wraps a protection domain that the program owns. `None` for a null pointer, and for a domain without a
+    /// device.
     ///
-    /// # Safety
-    /// `pd` is null, or a live `struct ibv_pd` that the library made, and both it and its context stay so for as
-    /// long as what is returned.
+    /// # Safety `pd` is null, or a live `struct ibv_pd` made by the library, and it and its context stay live
+    /// as long as the result.
     pub(crate) unsafe fn foreign(library: &'static Library, pd: *mut c_void) -> Option<Domain> {
         let pd = NonNull::new(pd.cast::<Pd>())?;
-        // SAFETY: live by the caller's word; the field does not change.
+        // SAFETY: the domain is live, by the caller's promise; the field does not change.
         let context = NonNull::new(unsafe { (*pd.as_ptr()).context })?;
-        // INVARIANT: the caller's word.
+        // INVARIANT: both are live, by the caller's promise.
         Some(Domain {
             library,
             context,
@@ -77,7 +76,7 @@ impl Domain {
 
     /// The device's name.
     pub(crate) fn device_name(&self) -> String {
-        // SAFETY: the context is live (invariant), and with it its device, whose name is a string that stays.
+        // SAFETY: the context is live (invariant), and so is its device, whose name is a constant string.
         let name = unsafe {
             CStr::from_ptr((self.library.get_device_name)(
                 (*self.context.as_ptr()).device,
@@ -86,30 +85,30 @@ impl Domain {
         name.to_string_lossy().into_owned()
     }
 
-    /// The descriptor of the device's uverbs node.
+    /// The file descriptor of the device's uverbs node.
     pub(crate) fn uverbs(&self) -> BorrowedFd<'_> {
         // SAFETY: the context is live (invariant) and keeps its descriptor open.
         unsafe { BorrowedFd::borrow_raw((*self.context.as_ptr()).cmd_fd) }
     }
 
-    /// The domain's number in the kernel.
+    /// The domain's handle in the kernel.
     pub(crate) fn handle(&self) -> u32 {
-        // SAFETY: live by the invariant; the field does not change.
+        // SAFETY: the domain is live (invariant); the field does not change.
         unsafe { (*self.pd.as_ptr()).handle }
     }
 
-    /// What the port is now; `EINVAL` for one that the device has not.
+    /// The attributes of a port; `EINVAL` if the device does not have it.
     pub(crate) fn port(&self, number: u8) -> Result<PortAttr, Errno> {
         let mut port = PortAttr::default();
-        // SAFETY: the struct has room for what this function fills in.
+        // SAFETY: the struct has room for what the call fills in.
         check(unsafe { (self.library.query_port)(self.context.as_ptr(), number, &mut port) })?;
         Ok(port)
     }
 
-    /// The addresses that the device has.
+    /// The device's GIDs.
     pub(crate) fn gids(&self) -> Result<Vec<GidEntry>, Errno> {
         let mut entries = vec![GidEntry::default(); 256];
-        // SAFETY: so many entries of this size are ours.
+        // SAFETY: the vector has room for this many entries of this size.
         let count = unsafe {
             (self.library.query_gid_table)(
                 self.context.as_ptr(),
@@ -134,7 +133,7 @@ impl Drop for Domain {
         if !self.is_ours {
             return;
         }
-        // SAFETY: ours, and what was made of them holds the domain, so is gone.
+        // SAFETY: this object owns both. Regions and queue pairs hold a reference to it, so they are gone.
         unsafe {
             (self.library.dealloc_pd)(self.pd.as_ptr());
             (self.library.close_device)(self.context.as_ptr());
@@ -142,33 +141,32 @@ impl Drop for Domain {
     }
 }
 
-/// How a region was made, and is to be ended.
+/// How a region was made, and must be deregistered.
 enum Made {
     /// By the library.
     Library(NonNull<Mr>),
-    /// By the kernel's method: driver and handle.
+    /// By the kernel's method: driver ID and handle.
     Kernel(u32, u32),
 }
 
-/// A registered region. Dropping it deregisters it: no card reaches it then.
+/// A registered region. Dropping it deregisters it; no card can access it after that.
 ///
-/// # Invariants
-/// The region is live.
+/// # Invariants The region is live.
 pub(crate) struct Region {
     domain: Arc<Domain>,
     made: Made,
     keys: Keys,
 }
 
-// SAFETY: as for `Domain`.
+// SAFETY: the library may be called from any thread, as for `Domain`.
 unsafe impl Send for Region {}
-// SAFETY: as for `Domain`.
+// SAFETY: the fields are constant, and the library does its own locking.
 unsafe impl Sync for Region {}
 
 impl Region {
     fn of_library(domain: &Arc<Domain>, mr: *mut Mr) -> Result<Region, Errno> {
         let mr = NonNull::new(mr).ok_or_else(last)?;
-        // SAFETY: just made; the fields do not change.
+        // SAFETY: the region was just made; the fields do not change.
         let (local, remote) = unsafe { ((*mr.as_ptr()).lkey, (*mr.as_ptr()).rkey) };
         // INVARIANT: just made.
         Ok(Region {
@@ -178,7 +176,7 @@ impl Region {
         })
     }
 
-    /// `ibv_reg_dmabuf_mr`; `None` where the library is too old to have it.
+    /// `ibv_reg_dmabuf_mr`; `None` if the library is too old for it.
     pub(crate) fn by_library(
         domain: &Arc<Domain>,
         request: &DmaBufRequest<'_>,
@@ -188,7 +186,7 @@ impl Region {
         let Ok(length) = usize::try_from(request.length) else {
             return Some(Err(Errno::INVAL));
         };
-        // SAFETY: the domain is live, and the kernel checks the rest.
+        // SAFETY: the domain is live, and the kernel checks the other arguments.
         let mr = unsafe {
             register(
                 domain.pd.as_ptr(),
@@ -218,7 +216,7 @@ impl Region {
         })
     }
 
-    /// `ibv_reg_mr_iova2`: the pages of mapped memory, which the kernel pins. The mapping need not
+    /// `ibv_reg_mr_iova2`: registers the pages of mapped memory, which the kernel pins. The mapping need not
     /// outlive the region.
     pub(crate) fn of_pages(
         domain: &Arc<Domain>,
@@ -229,8 +227,8 @@ impl Region {
         if access & (LOCAL_WRITE | REMOTE_WRITE) != 0 && !window.is_writable() {
             return Err(Errno::ACCES);
         }
-        // SAFETY: the window is mapped now, which is when its pages are pinned; from then on the card
-        // has the pages and not the address. Nobody has a reference to the bytes of a `Map`.
+        // SAFETY: the window is mapped during the call, which pins its pages. After that the card uses the
+        // pages, not the address. No Rust reference to the bytes of a `Map` exists.
         let mr = unsafe {
             (domain.library.reg_mr_iova2)(
                 domain.pd.as_ptr(),
@@ -247,7 +245,7 @@ impl Region {
         self.keys
     }
 
-    /// The library's `struct ibv_mr`; there is none where the kernel was asked.
+    /// The library's `struct ibv_mr`; `None` if the kernel made the region.
     pub(crate) fn raw(&self) -> Option<NonNull<c_void>> {
         match self.made {
             Made::Library(mr) => Some(mr.cast()),
@@ -259,10 +257,9 @@ impl Region {
 impl Drop for Region {
     fn drop(&mut self) {
         match self.made {
-            // The kernel refuses only a region that memory windows are bound to, of which there are
-            // none here.
+            // The kernel refuses only a region with bound memory windows, and this crate binds none.
             Made::Library(mr) => {
-                // SAFETY: live, ours, and not used again.
+                // SAFETY: the region is live, owned by this object, and not used again.
                 unsafe { (self.domain.library.dereg_mr)(mr.as_ptr()) };
             }
             Made::Kernel(driver, handle) => {

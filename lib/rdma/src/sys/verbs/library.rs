@@ -1,4 +1,4 @@
-//! The library's functions: opening it, what its calls return, and the devices it knows.
+//! Loads libibverbs, checks the results of its calls, and lists its devices.
 
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::sync::OnceLock;
@@ -7,10 +7,10 @@ use super::abi::{CompChannel, Context, Cq, GidEntry, Mr, Pd, PortAttr, Qp, QpAtt
 use peerbuf::Errno;
 use peerbuf::error::{SystemError, Unavailable};
 
-/// Declares the functions that are taken from the library.
+/// Declares the functions to load from the library.
 macro_rules! functions {
     ($($name:ident = $symbol:literal ($($argument:ty),*) -> $result:ty;)*) => {
-        /// The library's functions. It stays loaded until the process ends.
+        /// The library's functions. The library stays loaded until the process ends.
         pub(crate) struct Library {
             $(pub(super) $name: unsafe extern "C" fn($($argument),*) -> $result,)*
             /// Since rdma-core 34.
@@ -23,9 +23,9 @@ macro_rules! functions {
                 // on this process.
                 let library = unsafe { libloading::Library::new(NAME) }
                     .map_err(|error| error.to_string())?;
-                // A provider may have threads, and pointers to the library's code.
+                // Never unloaded: a provider may have threads, and pointers into the library's code.
                 let library = Box::leak(Box::new(library));
-                // SAFETY: the symbols are those of verbs.h, with their types there.
+                // SAFETY: the symbols have the types of verbs.h.
                 unsafe {
                     Ok(Library {
                         $($name: *library.get($symbol).map_err(|error| error.to_string())?,)*
@@ -62,13 +62,12 @@ functions! {
     destroy_qp = b"ibv_destroy_qp\0" (*mut Qp) -> c_int;
 }
 
-/// The library's file.
+/// The library's file name.
 pub(crate) const NAME: &str = "libibverbs.so.1";
 
-/// The library, loaded the first time.
+/// The library, loaded at the first call.
 ///
-/// # Errors
-/// What the loader says, for people.
+/// # Errors The loader's message.
 fn library() -> Result<&'static Library, &'static str> {
     static LIBRARY: OnceLock<Result<Library, String>> = OnceLock::new();
     match LIBRARY.get_or_init(Library::load) {
@@ -77,13 +76,12 @@ fn library() -> Result<&'static Library, &'static str> {
     }
 }
 
-/// What is missing without it.
+/// The feature that is missing without it.
 pub(crate) const WHAT: &str = "RDMA";
 
-/// The library, for those who cannot do without.
+/// The library, as an error if it cannot be loaded.
 ///
-/// # Errors
-/// [`Unavailable`], with what the loader says.
+/// # Errors [`Unavailable`] with the loader's message.
 pub(crate) fn needed() -> Result<&'static Library, Unavailable> {
     library().map_err(|why| {
         let cause = SystemError::new("dlopen", NAME, Errno::LIBACC);
@@ -93,45 +91,45 @@ pub(crate) fn needed() -> Result<&'static Library, Unavailable> {
     })
 }
 
-/// What `errno` is after a call of the library's that returned a null pointer.
+/// `errno` after a call that returned a null pointer.
 pub(super) fn last() -> Errno {
     Errno::from(&std::io::Error::last_os_error())
 }
 
-/// The answer of a call that returns an error number.
+/// The result of a call that returns an error number.
 pub(super) fn check(status: c_int) -> Result<(), Errno> {
     match status {
         0 => Ok(()),
-        // Some return it, some say -1 and set it.
+        // Some functions return the number, others return -1 and set `errno`.
         -1 => Err(last()),
         number => Err(Errno(number.abs())),
     }
 }
 
 impl Library {
-    /// Calls `each` with each device there is until it returns something.
+    /// Calls `each` for each device until it returns `Some`.
     pub(super) fn devices<T>(
         &self,
         mut each: impl FnMut(&str, *mut c_void) -> Option<T>,
     ) -> Result<Option<T>, Errno> {
         let mut count = 0;
-        // SAFETY: it fills the number in.
+        // SAFETY: the call fills in the count.
         let list = unsafe { (self.get_device_list)(&mut count) };
         if list.is_null() {
             return Err(last());
         }
         let mut found = None;
         for at in 0..usize::try_from(count).unwrap_or(0) {
-            // SAFETY: the list has so many entries, valid until it is freed.
+            // SAFETY: the list has `count` entries, valid until it is freed.
             let device = unsafe { *list.add(at) };
-            // SAFETY: a device's name is a string that stays as long as it.
+            // SAFETY: a device's name is a string that lives as long as the device.
             let name = unsafe { CStr::from_ptr((self.get_device_name)(device)) };
             found = each(&name.to_string_lossy(), device);
             if found.is_some() {
                 break;
             }
         }
-        // SAFETY: it is ours, and a device that was opened is kept by its context.
+        // SAFETY: this function owns the list, and a context keeps its device.
         unsafe { (self.free_device_list)(list) };
         Ok(found)
     }

@@ -1,5 +1,4 @@
-//! Queue pairs of the reliable-connected kind: connecting one, posting requests to it, polling it,
-//! and stopping it.
+//! Queue pairs of the type RC (reliable connection): connecting, posting, polling, stopping.
 
 use std::ffi::c_int;
 use std::os::fd::BorrowedFd;
@@ -14,7 +13,7 @@ use super::domain::Domain;
 use super::library::{check, last};
 use peerbuf::Errno;
 
-/// Part of a region, for work of this end. Without bytes, no key is looked at.
+/// Part of a region, for local work. If it is empty, the card ignores the key.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Local {
     pub(crate) iova: u64,
@@ -22,10 +21,10 @@ pub(crate) struct Local {
     pub(crate) key: u32,
 }
 
-/// What this end asks its card to do.
+/// A request to the local card.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Verb {
-    /// RDMA write to an address of the other end's, with a number for it to see or without.
+    /// RDMA write to an address of the peer, with or without an immediate value.
     Write {
         to: u64,
         key: u32,
@@ -33,27 +32,27 @@ pub(crate) enum Verb {
     },
     /// RDMA read.
     Read { from: u64, key: u32 },
-    /// Send, with a number or without.
+    /// Send, with or without an immediate value.
     Send { immediate: Option<u32> },
 }
 
-/// What became of one request.
+/// A completion.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Done {
     pub(crate) id: u64,
     /// `enum ibv_wc_status`
     pub(crate) status: i32,
     pub(crate) vendor: u32,
-    /// Bytes that arrived, of a receive or a read.
+    /// Bytes that arrived, for a receive or a read.
     pub(crate) bytes: u32,
     pub(crate) immediate: Option<u32>,
 }
 
-/// The other end of a connection.
+/// The peer of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Peer {
     pub(crate) gid: [u8; 16],
-    /// Its port's address in an InfiniBand subnet; 0 on Ethernet.
+    /// The port's LID in its InfiniBand subnet; 0 on Ethernet.
     pub(crate) lid: u16,
     pub(crate) queue: u32,
     pub(crate) sequence: u32,
@@ -61,24 +60,23 @@ pub(crate) struct Peer {
     pub(crate) mtu: i32,
 }
 
-/// How this end's packets get to the other (`struct ibv_ah_attr`).
+/// The route to the peer (`struct ibv_ah_attr`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Route {
-    /// This end's port.
+    /// The local port.
     pub(crate) port: u8,
-    /// The place of this end's address in the port's table.
+    /// The index of the local GID in the port's table.
     pub(crate) source: u8,
-    /// The LID of the next port on the way; 0 on Ethernet.
+    /// The LID of the next hop; 0 on Ethernet.
     pub(crate) lid: u16,
-    /// Packets have a global header, with the other end's address in it.
+    /// Packets have a global route header with the peer's GID.
     pub(crate) is_global: bool,
 }
 
-/// A queue pair of the reliable-connected kind, with a completion queue and channel of its own.
+/// A queue pair of type RC, with its own completion queue and channel.
 ///
-/// # Invariants
-/// All three are live. Posting and polling are called by the one [`QueuePair`] only, with
-/// `&mut self`, so from one thread at a time; changing the state from any.
+/// # Invariants All three are live. Only the one [`QueuePair`] posts and polls, with `&mut self`, so from one
+/// thread at a time. Any thread may change the state.
 pub(crate) struct Pair {
     domain: Arc<Domain>,
     channel: NonNull<CompChannel>,
@@ -86,26 +84,26 @@ pub(crate) struct Pair {
     qp: NonNull<Qp>,
 }
 
-// SAFETY: nothing in them is tied to a thread.
+// SAFETY: nothing in it is tied to a thread.
 unsafe impl Send for Pair {}
-// SAFETY: what is called with `&self` is `ibv_modify_qp`, which may be called from any thread
-// (libibverbs and its providers lock what needs it), and reading fields that do not change.
+// SAFETY: methods with `&self` call `ibv_modify_qp`, which any thread may call (libibverbs and its providers
+// do the locking), and read constant fields.
 unsafe impl Sync for Pair {}
 
-/// The right to post to a [`Pair`] and to poll it.
+/// The exclusive right to post to a [`Pair`] and to poll it.
 pub(crate) struct QueuePair {
     pair: Arc<Pair>,
 }
 
 impl QueuePair {
-    /// Makes one at a port, for so many requests in each direction.
+    /// Makes a queue pair at a port, with this many requests in each direction.
     pub(crate) fn new(domain: &Arc<Domain>, port: u8, depth: u32) -> Result<QueuePair, Errno> {
         let library = domain.library;
         let entries = c_int::try_from(depth.saturating_mul(2)).map_err(|_| Errno::INVAL)?;
         // SAFETY: the context is live, by `Domain`'s invariant.
         let channel = unsafe { (library.create_comp_channel)(domain.context.as_ptr()) };
         let channel = NonNull::new(channel).ok_or_else(last)?;
-        // SAFETY: as above, and the channel was just made.
+        // SAFETY: the context is live, and the channel was just made.
         let cq = unsafe {
             (library.create_cq)(
                 domain.context.as_ptr(),
@@ -117,7 +115,7 @@ impl QueuePair {
         };
         let Some(cq) = NonNull::new(cq) else {
             let errno = last();
-            // SAFETY: ours, and nothing uses it.
+            // SAFETY: this function made it, and nothing uses it.
             unsafe { (library.destroy_comp_channel)(channel.as_ptr()) };
             return Err(errno);
         };
@@ -140,14 +138,14 @@ impl QueuePair {
         let qp = unsafe { (library.create_qp)(domain.pd.as_ptr(), &mut wanted) };
         let Some(qp) = NonNull::new(qp) else {
             let errno = last();
-            // SAFETY: ours, and nothing uses them.
+            // SAFETY: this function made both, and nothing uses them.
             unsafe {
                 (library.destroy_cq)(cq.as_ptr());
                 (library.destroy_comp_channel)(channel.as_ptr());
             }
             return Err(errno);
         };
-        // INVARIANT: just made, and there is one `QueuePair` for it.
+        // INVARIANT: all three were just made, and this is the only `QueuePair` for them.
         let pair = Pair {
             domain: Arc::clone(domain),
             channel,
@@ -170,18 +168,18 @@ impl QueuePair {
         Ok(pair)
     }
 
-    /// What other threads may stop it by.
+    /// The shared part, by which other threads may stop it.
     pub(crate) fn pair(&self) -> &Arc<Pair> {
         &self.pair
     }
 
-    /// Its number, 24 bits.
+    /// The queue pair number, 24 bits.
     pub(crate) fn number(&self) -> u32 {
-        // SAFETY: live; the field does not change.
+        // SAFETY: the queue pair is live; the field does not change.
         unsafe { (*self.pair.qp.as_ptr()).qp_num }
     }
 
-    /// Connects it: `RTR`, then `RTS`. `sequence` is the number of its first packet.
+    /// Connects it: `RTR`, then `RTS`. `sequence` is its first packet sequence number.
     pub(crate) fn connect(&self, peer: &Peer, route: Route, sequence: u32) -> Result<(), Errno> {
         let route = AhAttr {
             dgid: bytemuck::cast(peer.gid),
@@ -210,10 +208,10 @@ impl QueuePair {
             QpAttr {
                 qp_state: 3, // RTS
                 sq_psn: sequence,
-                timeout: 18, // 1.07 s, of which there are seven
-                // Not 7, which is for ever with soft-RoCE: nobody would hear of a peer that is gone.
+                timeout: 18, // ACK timeout 1.07 s; gives up after about 7.5 s
+                // Not 7: soft-RoCE then retries forever, and a dead peer goes unnoticed.
                 retry_cnt: 6,
-                rnr_retry: 7, // for ever: the other end has not posted a receive yet
+                rnr_retry: 7, // forever: the peer may not have posted a receive yet
                 max_rd_atomic: 16,
                 ..QpAttr::default()
             },
@@ -222,7 +220,7 @@ impl QueuePair {
         )
     }
 
-    /// Posts a request of this end. Its completion has the id.
+    /// Posts a request. Its completion has this id.
     pub(crate) fn post(&mut self, id: u64, local: Local, verb: Verb) -> Result<(), Errno> {
         let mut piece = sge(local);
         // enum ibv_wr_opcode
@@ -250,15 +248,15 @@ impl QueuePair {
             unused: [0; 9],
         };
         let mut bad = ptr::null_mut();
-        // SAFETY: the pair is live, and its context's functions are the provider's. The request is
-        // copied during the call.
+        // SAFETY: the queue pair is live, and the functions in its context are the provider's. The call
+        // copies the request.
         check(unsafe {
             let post = (*self.pair.domain.context.as_ptr()).ops.post_send;
             post(self.pair.qp.as_ptr(), &mut request, &mut bad)
         })
     }
 
-    /// Posts room for what the other end sends.
+    /// Posts a receive.
     pub(crate) fn post_receive(&mut self, id: u64, local: Local) -> Result<(), Errno> {
         let mut piece = sge(local);
         let mut request = RecvWr {
@@ -268,17 +266,18 @@ impl QueuePair {
             num_sge: c_int::from(local.length != 0),
         };
         let mut bad = ptr::null_mut();
-        // SAFETY: as in `post`.
+        // SAFETY: the queue pair is live, and the functions in its context are the provider's. The call
+        // copies the request.
         check(unsafe {
             let post = (*self.pair.domain.context.as_ptr()).ops.post_recv;
             post(self.pair.qp.as_ptr(), &mut request, &mut bad)
         })
     }
 
-    /// What has been done and was not told yet, one request.
+    /// The next completion, if there is one.
     pub(crate) fn poll(&mut self) -> Result<Option<Done>, Errno> {
         let mut done = Wc::default();
-        // SAFETY: the queue is live, and there is room for the one completion that is asked for.
+        // SAFETY: the completion queue is live, and there is room for the one requested completion.
         let count = unsafe {
             let poll = (*self.pair.domain.context.as_ptr()).ops.poll_cq;
             poll(self.pair.cq.as_ptr(), 1, &mut done)
@@ -296,22 +295,22 @@ impl QueuePair {
         }
     }
 
-    /// Asks for an event at the next completion. One that comes before this call makes none.
+    /// Requests an event at the next completion. A completion before this call causes none.
     pub(crate) fn arm(&mut self) -> Result<(), Errno> {
-        // SAFETY: the queue is live.
+        // SAFETY: the completion queue is live.
         check(unsafe {
             let notify = (*self.pair.domain.context.as_ptr()).ops.req_notify_cq;
             notify(self.pair.cq.as_ptr(), 0)
         })
     }
 
-    /// Readable when there is an event.
+    /// A descriptor that is readable when there is an event.
     pub(crate) fn events(&self) -> BorrowedFd<'_> {
         // SAFETY: the channel is live and keeps its descriptor open.
         unsafe { BorrowedFd::borrow_raw((*self.pair.channel.as_ptr()).fd) }
     }
 
-    /// Takes one event, once [`QueuePair::events`] is readable.
+    /// Takes one event, after [`QueuePair::events`] became readable.
     pub(crate) fn take_event(&mut self) -> Result<(), Errno> {
         let (mut cq, mut context) = (ptr::null_mut(), ptr::null_mut());
         // SAFETY: the channel is live.
@@ -322,7 +321,7 @@ impl QueuePair {
                 &mut context,
             )
         })?;
-        // SAFETY: it is the queue's event, which is acknowledged once.
+        // SAFETY: the event belongs to this queue, and is acknowledged once.
         unsafe { (self.pair.domain.library.ack_cq_events)(cq, 1) };
         Ok(())
     }
@@ -338,11 +337,11 @@ fn sge(local: Local) -> Sge {
 
 impl Pair {
     fn modify(&self, mut attributes: QpAttr, mask: c_int) -> Result<(), Errno> {
-        // SAFETY: the pair is live, and the struct is whole.
+        // SAFETY: the queue pair is live, and the struct is complete.
         check(unsafe { (self.domain.library.modify_qp)(self.qp.as_ptr(), &mut attributes, mask) })
     }
 
-    /// Ends all work: what is posted completes as flushed.
+    /// Ends all work: posted requests complete as flushed.
     pub(crate) fn stop(&self) -> Result<(), Errno> {
         let attributes = QpAttr {
             qp_state: 6, // ERR
@@ -351,13 +350,13 @@ impl Pair {
         self.modify(attributes, 1 << 0)
     }
 
-    /// Ends all work, of both ends, and forgets it: when this returns the card is done with every
-    /// region, and nothing more completes.
+    /// Ends and forgets all work, local and remote. On return the card accesses no region of it, and nothing
+    /// completes any more.
     pub(crate) fn forget(&self) -> Result<(), Errno> {
-        // First, since what is flushed by it can still be polled.
+        // First, because requests that it flushes can still be polled.
         self.stop()?;
-        // IBV_QPS_RESET. Soft-RoCE keeps the region of a message of which only a part has come until
-        // then, and deregistering it would wait for the rest.
+        // IBV_QPS_RESET. Soft-RoCE keeps the region of a partly received message until the reset;
+        // deregistering it would wait for the rest of the message.
         self.modify(QpAttr::default(), 1 << 0)
     }
 }
@@ -365,9 +364,9 @@ impl Pair {
 impl Drop for Pair {
     fn drop(&mut self) {
         let library = self.domain.library;
-        // The card has stopped when the pair is destroyed.
-        // SAFETY: ours, live, and in this order nothing uses what is destroyed; events are all
-        // acknowledged, for which destroying a queue would wait.
+        // Destroying the queue pair stops the card.
+        // SAFETY: this object owns all three, they are live, and the order keeps each until its users are
+        // destroyed. All events are acknowledged, or destroying the completion queue would wait for them.
         unsafe {
             (library.destroy_qp)(self.qp.as_ptr());
             (library.destroy_cq)(self.cq.as_ptr());
