@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: (GPL-2.0-only WITH Linux-syscall-note) OR MIT
 
-// The whole interface between peerbuf.ko and userspace: numbers and structs, nothing else. That of
-// peerbuf_probe.ko is in `probe.rs`.
+// The interface between peerbuf.ko and userspace: ioctl numbers and structs. `probe.rs` has that of
+// peerbuf_probe.ko.
 //
-// This one file is compiled twice: into the crate `peerbuf-uapi` and, by `include!`, into
-// peerbuf.ko. `include/peerbuf.h` says the same for C; a test compares the two, field by field.
+// This file is compiled twice: into the crate `peerbuf-uapi` and, with `include!`, into peerbuf.ko.
+// `include/peerbuf.h` declares the same for C; a test compares the two, field by field.
 //
 // Rules of the interface:
-// - Every struct begins with `size`, the caller's size of it in bytes. A kernel that knows a
-//   shorter struct refuses trailing bytes that are not zero (E2BIG); one that knows a longer
-//   struct takes what is missing as zero. A size below the first version's is EINVAL.
+// - Every struct begins with `size`, its size in bytes as the caller knows it. A kernel with a shorter struct
+//   refuses trailing bytes that are not zero (E2BIG); a kernel with a longer struct takes the missing bytes
+//   as zero. A size below that of the first version is EINVAL.
 // - Unknown flags are EINVAL, and so is padding that is not zero.
-// - On an error nothing has changed and nothing was written back; but with EFAULT part of an answer
-//   may have been written.
-// - The ioctl numbers carry no size (`_IO`), so they stay when a struct grows.
+// - On an error nothing has changed and nothing was written back, except that EFAULT may leave a partly
+//   written answer.
+// - The ioctl numbers encode no size (`_IO`), so they stay the same when a struct grows.
 
 /// The version of this interface, reported by [`IOC_QUERY`].
 pub const ABI_VERSION: u32 = 1;
@@ -37,42 +37,42 @@ pub const IOC_EXPORT: u32 = io(0x01);
 /// `/dev/peerbuf/<BDF>` node.
 pub const IOC_EXPORT_RANGES: u32 = io(0x02);
 
-/// `_IO(0xBB, 0x03)`: moves a buffer's bytes, by [`Move`]. On the node of the device that
-/// exported the buffer, like the ioctls that follow.
+/// `_IO(0xBB, 0x03)`: moves a buffer's bytes, by [`Move`]. This and the following: on the node of the device
+/// that exported the buffer.
 pub const IOC_MOVE: u32 = io(0x03);
 
-/// `_IO(0xBB, 0x04)`: takes access to a buffer away, by [`Revoke`].
+/// `_IO(0xBB, 0x04)`: revokes access to a buffer, by [`Revoke`].
 pub const IOC_REVOKE: u32 = io(0x04);
 
-/// `_IO(0xBB, 0x05)`: gives access again, by [`Restore`].
+/// `_IO(0xBB, 0x05)`: restores access to a buffer, by [`Restore`].
 pub const IOC_RESTORE: u32 = io(0x05);
 
 /// `_IO(0xBB, 0x06)`: signals an eventfd when a buffer changes, by [`Watch`].
 pub const IOC_WATCH: u32 = io(0x06);
 
-/// `_IO(0xBB, 0x07)`: ends what [`IOC_WATCH`] began, by [`Watch`].
+/// `_IO(0xBB, 0x07)`: stops signalling an eventfd, by [`Watch`].
 pub const IOC_UNWATCH: u32 = io(0x07);
 
-/// `_IO(0xBB, 0x08)`: says where a buffer is and who uses it, by [`BufferQuery`].
+/// `_IO(0xBB, 0x08)`: queries a buffer's placement, users and statistics, by [`BufferQuery`].
 pub const IOC_BUFFER: u32 = io(0x08);
 
-/// `_IO(0xBB, 0x20)`: opens a provider, by [`ProviderOpen`]. On `/dev/peerbuf/provider`. What it
-/// gives takes the ioctls of a `/dev/peerbuf/<BDF>` node.
+/// `_IO(0xBB, 0x20)`: opens a provider, by [`ProviderOpen`]. On `/dev/peerbuf/provider`. The new file
+/// supports the ioctls of a `/dev/peerbuf/<BDF>` node.
 pub const IOC_PROVIDER_OPEN: u32 = io(0x20);
 
-/// The number of base address registers that a PCI function has.
+/// The number of base address registers of a PCI function.
 pub const NUM_BARS: usize = 6;
 
-/// The BAR is a memory BAR that is assigned an address, not an I/O port BAR and not absent.
+/// The BAR is a memory BAR with an assigned address: neither absent nor an I/O port BAR.
 pub const BAR_MEMORY: u32 = 1 << 0;
-/// The BAR is prefetchable: reads have no side effects, writes may be combined.
+/// The BAR is prefetchable: reads have no side effects, and writes may be combined.
 pub const BAR_PREFETCHABLE: u32 = 1 << 1;
 /// The BAR's address register is 64 bits wide.
 pub const BAR_64BIT: u32 = 1 << 2;
 /// Regions of the BAR can be exported as dma-bufs.
 pub const BAR_EXPORT: u32 = 1 << 3;
-/// CPU mappings of exports have struct pages, so `O_DIRECT` I/O on them is peer-to-peer DMA.
-/// Without it such I/O fails with EFAULT, and a copy is needed.
+/// CPU mappings of exports have struct pages, so `O_DIRECT` I/O on them is peer-to-peer DMA. Without this
+/// flag such I/O fails with EFAULT, and needs a copy instead.
 pub const BAR_PAGES: u32 = 1 << 4;
 
 /// Every `BAR_*` flag that this version knows.
@@ -81,13 +81,13 @@ pub const BAR_FLAGS: u32 = BAR_MEMORY | BAR_PREFETCHABLE | BAR_64BIT | BAR_EXPOR
 /// The module chooses the offset; [`Export::offset`] is zero on entry and set on return.
 pub const EXPORT_ANY_OFFSET: u32 = 1 << 0;
 
-/// The buffer moves to system memory for importers that cannot use the BAR, instead of refusing
-/// them.
+/// The buffer moves to system memory for importers that cannot use the BAR; without this flag they are
+/// refused.
 pub const EXPORT_MAY_MOVE: u32 = 1 << 1;
 
-/// No device may write to the buffer: a mapping in a direction in which one could is refused (EACCES), and
-/// so is one in the kernel's address space. RDMA cards and graphics drivers map in both directions whatever
-/// they are going to do, so they cannot use such a buffer.
+/// Devices may only read the buffer: mapping it in a direction that allows a device to write is refused
+/// (EACCES), and so is a kernel mapping (`vmap`). RDMA cards and graphics drivers map in both directions
+/// regardless of their use, so they cannot use such a buffer.
 pub const EXPORT_DEVICES_READ: u32 = 1 << 2;
 
 /// Every `EXPORT_*` flag that this version knows.
@@ -95,71 +95,70 @@ pub const EXPORT_FLAGS: u32 = EXPORT_ANY_OFFSET | EXPORT_MAY_MOVE | EXPORT_DEVIC
 
 /// [`Range`]: the module chooses the offset in the BAR; [`Range::offset`] is zero on entry.
 pub const RANGE_ANY_OFFSET: u32 = 1 << 0;
-/// [`Range`]: system memory, with no place in the BAR; [`Range::offset`] is zero.
+/// [`Range`]: system memory without a place in the BAR; [`Range::offset`] is zero.
 pub const RANGE_SYSTEM: u32 = 1 << 1;
 
 /// Every `RANGE_*` flag that a caller may set.
 pub const RANGE_FLAGS: u32 = RANGE_ANY_OFFSET | RANGE_SYSTEM;
 
-/// The most ranges of one export.
+/// The maximum number of ranges in one export.
 pub const MAX_RANGES: usize = 1024;
 
 /// Placement: the bytes are in the device's BAR.
 pub const PLACEMENT_DEVICE: u32 = 1;
 /// Placement: the bytes are in system memory.
 pub const PLACEMENT_SYSTEM: u32 = 2;
-/// Placement: some ranges are in the BAR and some in system memory. Never asked for.
+/// Placement: some ranges are in the BAR and some in system memory. Only in answers.
 pub const PLACEMENT_MIXED: u32 = 3;
 
-/// [`BufferQuery::state`]: the buffer can be used.
+/// [`BufferQuery::state`]: the buffer is accessible.
 pub const STATE_LIVE: u32 = 1;
-/// [`BufferQuery::state`]: access was taken away and can be given again.
+/// [`BufferQuery::state`]: the buffer is revoked, and can be restored.
 pub const STATE_REVOKED: u32 = 2;
-/// [`BufferQuery::state`]: access was taken away for good, since the device is gone.
+/// [`BufferQuery::state`]: the buffer is revoked permanently, because its device is gone.
 pub const STATE_GONE: u32 = 3;
 
-/// [`Attachment`]: the importer can be told that its mappings are stale.
+/// [`Attachment`]: the importer's mappings can be invalidated.
 pub const ATTACHMENT_REVOCABLE: u32 = 1 << 0;
-/// [`Attachment`]: the importer takes part in the dynamic rules (it has importer operations).
+/// [`Attachment`]: a dynamic importer (it has importer operations).
 pub const ATTACHMENT_DYNAMIC: u32 = 1 << 1;
 /// [`Attachment`]: the importer can use peer memory.
 pub const ATTACHMENT_PEER: u32 = 1 << 2;
-/// [`Attachment`]: keeps the buffer in system memory as long as it is attached.
+/// [`Attachment`]: the importer keeps the buffer in system memory while it is attached.
 pub const ATTACHMENT_NEEDS_SYSTEM: u32 = 1 << 3;
-/// [`Attachment`]: has a mapping from before the last move or revoke.
+/// [`Attachment`]: the importer has a mapping from before the last move or revoke.
 pub const ATTACHMENT_STALE: u32 = 1 << 4;
 
-/// [`BufferQuery::refused_reason`]: nobody was refused.
+/// [`BufferQuery::refused_reason`]: no importer was refused.
 pub const REFUSED_NOBODY: u32 = 0;
 /// [`BufferQuery::refused_reason`]: the importer did not ask for peer memory (EOPNOTSUPP).
 pub const REFUSED_NOT_PEER: u32 = 1;
-/// [`BufferQuery::refused_reason`]: the importer cannot be told that a mapping is stale
-/// (EOPNOTSUPP).
+/// [`BufferQuery::refused_reason`]: the importer's mappings cannot be invalidated (EOPNOTSUPP).
 pub const REFUSED_NOT_REVOCABLE: u32 = 2;
-/// [`BufferQuery::refused_reason`]: the kernel sees no route between the devices (EREMOTEIO).
+/// [`BufferQuery::refused_reason`]: the kernel finds no peer-to-peer route between the devices (EREMOTEIO).
 pub const REFUSED_NO_ROUTE: u32 = 3;
-/// [`BufferQuery::refused_reason`]: the buffer could not be moved to system memory: it is pinned
-/// or in use (EBUSY), or there is no memory (ENOMEM).
+/// [`BufferQuery::refused_reason`]: the buffer could not be moved to system memory, because it is pinned or
+/// in use (EBUSY), or memory is short (ENOMEM).
 pub const REFUSED_MOVE_FAILED: u32 = 4;
 
-/// What one BAR is, and how much of it is free. All sizes are in bytes.
+/// One BAR and its free space. All sizes are in bytes.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "bytemuck", derive(bytemuck::Pod, bytemuck::Zeroable))]
 pub struct Bar {
-    /// Size of the BAR; 0 where the function has no such BAR.
+    /// Size of the BAR; 0 if the function has no such BAR.
     pub size: u64,
-    /// Bytes in no export.
+    /// Free bytes.
     pub free: u64,
-    /// The longest run of free bytes, which is the largest export possible now.
+    /// The longest contiguous free range: the largest export possible now.
     pub largest_free: u64,
-    /// Exports whose range is taken.
+    /// The number of allocated ranges.
     pub exports: u32,
     /// `BAR_*` flags.
     pub flags: u32,
 }
 
-/// [`IOC_QUERY`]: what the device is and what its BARs can do.
+/// [`IOC_QUERY`]: describes the device and its BARs.
 ///
 /// Errors: EINVAL, E2BIG, ENODEV (the device is gone), EAGAIN (it is being reset, or
 /// recovers from an error), EFAULT.
@@ -173,7 +172,7 @@ pub struct Query {
     pub flags: u32,
     /// Out: [`ABI_VERSION`] of the module.
     pub abi_version: u32,
-    /// Out: offsets and lengths of exports are multiples of this many bytes.
+    /// Out: the granularity in bytes of offsets and lengths of exports.
     pub page_size: u32,
     /// Out: the PCI vendor id.
     pub vendor: u16,
@@ -187,15 +186,14 @@ pub struct Query {
     pub bars: [Bar; NUM_BARS],
 }
 
-/// [`IOC_EXPORT`]: makes a dma-buf of `length` bytes of a BAR.
+/// [`IOC_EXPORT`]: exports `length` bytes of a BAR as a dma-buf.
 ///
-/// Errors: EINVAL (size, flags, padding, no such BAR, not a memory BAR, a length of zero, an
-/// offset or length that is not a multiple of the page size, a range that ends beyond the BAR),
-/// EOVERFLOW (offset and length together exceed 64 bits), E2BIG (trailing bytes that are not
-/// zero), EOPNOTSUPP (the BAR is below a page), EBUSY (another export, or I/O that outlived one,
-/// holds part of the range), ENOSPC (no free run is that long), ENODEV (the device is gone), EAGAIN
-/// (it is being reset, or recovers from an error), EACCES (a descriptor for writing, by a node that was opened read-only),
-/// EMFILE, ENFILE, ENOMEM, EFAULT.
+/// Errors: EINVAL (size, flags, padding, no such BAR, not a memory BAR, a length of zero, an offset or length
+/// that is not a multiple of the page size, a range that ends beyond the BAR), EOVERFLOW (offset plus length
+/// exceeds 64 bits), E2BIG (trailing bytes that are not zero), EOPNOTSUPP (the BAR is smaller than a page),
+/// EBUSY (another export, or I/O that outlived one, uses part of the range), ENOSPC (no free range is long
+/// enough), ENODEV (the device is gone), EAGAIN (it is being reset, or recovers from an error), EACCES
+/// (O_RDWR on a node that was opened read-only), EMFILE, ENFILE, ENOMEM, EFAULT.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "bytemuck", derive(bytemuck::Pod, bytemuck::Zeroable))]
@@ -206,9 +204,9 @@ pub struct Export {
     pub flags: u32,
     /// In: the BAR's index, 0 to 5.
     pub bar: u32,
-    /// In: how the descriptor is opened: `O_RDONLY` or `O_RDWR`, with or without `O_CLOEXEC`.
+    /// In: flags of the new descriptor: `O_RDONLY` or `O_RDWR`, with or without `O_CLOEXEC`.
     pub fd_flags: u32,
-    /// In and out: where in the BAR the export begins, in bytes.
+    /// In and out: the export's offset in the BAR, in bytes.
     pub offset: u64,
     /// In: the export's length in bytes.
     pub length: u64,
@@ -223,7 +221,7 @@ pub struct Export {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "bytemuck", derive(bytemuck::Pod, bytemuck::Zeroable))]
 pub struct Range {
-    /// In and out: where in the BAR the range begins, in bytes; zero for system memory.
+    /// In and out: the range's offset in the BAR, in bytes; zero for system memory.
     pub offset: u64,
     /// In: the range's length in bytes.
     pub length: u64,
@@ -233,12 +231,11 @@ pub struct Range {
     pub reserved: u32,
 }
 
-/// [`IOC_EXPORT_RANGES`]: makes one dma-buf of ranges of one BAR and of system memory, in the
-/// order given.
+/// [`IOC_EXPORT_RANGES`]: exports ranges of one BAR and of system memory as one dma-buf, in the given order.
 ///
-/// Errors: as [`Export`], for each range; EINVAL also for no range, more than [`MAX_RANGES`], a
-/// total length that is no positive 63-bit number, `EXPORT_ANY_OFFSET` among the flags; EBUSY also
-/// for ranges that overlap; ENOMEM where there is not enough system memory.
+/// Errors: those of [`Export`], for each range. EINVAL also for no range, more than [`MAX_RANGES`], a total
+/// length that is not a positive signed 64-bit number, or `EXPORT_ANY_OFFSET`; EBUSY also for overlapping
+/// ranges; ENOMEM if system memory is short.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "bytemuck", derive(bytemuck::Pod, bytemuck::Zeroable))]
@@ -247,11 +244,11 @@ pub struct ExportRanges {
     pub size: u32,
     /// In: `EXPORT_*` flags, without `EXPORT_ANY_OFFSET`.
     pub flags: u32,
-    /// In: the BAR's index, 0 to 5, the same for each range.
+    /// In: the BAR's index, 0 to 5, for all ranges.
     pub bar: u32,
     /// In: as [`Export::fd_flags`].
     pub fd_flags: u32,
-    /// In: the address of an array of [`Range`]; the offsets are filled in.
+    /// In: the address of an array of [`Range`], whose offsets are filled in.
     pub ranges: u64,
     /// In: the number of ranges.
     pub nr_ranges: u32,
@@ -261,23 +258,22 @@ pub struct ExportRanges {
     pub length: u64,
 }
 
-/// [`IOC_MOVE`]: takes the bytes of a buffer, or of a page-aligned part, to the BAR or to system
-/// memory. Mappings made before are invalidated, and keep their old backing until they are
-/// unmapped. Ranges that are there already stay as they are.
+/// [`IOC_MOVE`]: moves a buffer, or a page-aligned part of it, to the BAR or to system memory. Earlier
+/// mappings are invalidated, and keep their old backing until they are unmapped. Ranges already at the
+/// destination stay as they are.
 ///
-/// Pages of system memory that somebody keeps, in a pipe for example (`vmsplice`), do not keep the bytes
-/// from moving: when the time is over, they are left to him with the bytes that they have, and he sees
-/// none of what comes after. Where a device may be at work on them (direct I/O, registrations of io_uring or
-/// of an RDMA card), that is done only after 10 seconds; with a lower limit the move fails with EBUSY. What
-/// such a device writes after that is not in the buffer.
+/// A user may keep system pages, for example in a pipe (`vmsplice`). When the time limit is over, the move
+/// leaves these pages, with the old bytes, to their user, who does not see later changes. For pages that a
+/// device may be accessing (direct I/O, registrations of io_uring or of an RDMA card), it does so only after
+/// 10 seconds; with a lower limit the move fails with EBUSY. Later writes of such a device do not reach the
+/// buffer.
 ///
-/// Errors: EINVAL (size, flags, padding, placement, a part that is not page-aligned or not inside
-/// the buffer, a descriptor that is no dma-buf of this device), EBUSY (the buffer is pinned or has
-/// a kernel mapping; a move to the BAR while an importer needs system memory, or still has a stale
-/// mapping of the BAR; fences or direct I/O did not end within the time limit:
-/// [`IOC_BUFFER`] tells who), EOPNOTSUPP (a move to the BAR of a part without a place there),
-/// ENODEV (the buffer is revoked, or the device gone), EACCES (the node was opened read-only),
-/// EINTR (a signal came; nothing has moved), ENOMEM, EBADF, EFAULT.
+/// Errors: EINVAL (size, flags, padding, placement, a part that is not page-aligned or not inside the buffer,
+/// a descriptor that is not a dma-buf of this device), EBUSY (the buffer is pinned or has a kernel mapping; a
+/// move to the BAR while an importer needs system memory or still has a stale mapping of the BAR; fences or
+/// direct I/O did not end within the time limit: [`IOC_BUFFER`] names the users), EOPNOTSUPP (a move to the
+/// BAR of a part without a place there), ENODEV (the buffer is revoked, or the device gone), EACCES (the node
+/// was opened read-only), EINTR (a signal; nothing has moved), ENOMEM, EBADF, EFAULT.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "bytemuck", derive(bytemuck::Pod, bytemuck::Zeroable))]
@@ -286,31 +282,31 @@ pub struct Move {
     pub size: u32,
     /// In: zero.
     pub flags: u32,
-    /// In: the dma-buf.
+    /// In: the dma-buf's file descriptor.
     pub fd: i32,
     /// In: `PLACEMENT_DEVICE` or `PLACEMENT_SYSTEM`.
     pub placement: u32,
-    /// In: where the part begins in the buffer, in bytes.
+    /// In: the part's offset in the buffer, in bytes.
     pub offset: u64,
-    /// In: the part's length in bytes; zero for all that follows `offset`.
+    /// In: the part's length in bytes; zero means all bytes from `offset`.
     pub length: u64,
-    /// In: how long to wait for fences and direct I/O, in milliseconds.
+    /// In: the time limit for fences and direct I/O, in milliseconds.
     pub timeout_ms: u32,
     /// In and out: zero.
     pub reserved: u32,
-    /// Out: the generation that the buffer has now; unchanged if nothing had to move.
+    /// Out: the buffer's generation after the move; unchanged if nothing had to move.
     pub generation: u64,
-    /// Out: bytes that were copied.
+    /// Out: the number of bytes copied.
     pub copied: u64,
 }
 
-/// [`IOC_REVOKE`]: takes access away from importers and processes until it is given again.
+/// [`IOC_REVOKE`]: revokes the access of importers and processes until it is restored.
 ///
-/// From the call on nobody gets new access, whatever it returns. A return of 0 with no
-/// `holders` and no `pages` says that nobody can reach the memory any more. Otherwise the time ran
-/// out: [`IOC_BUFFER`] names the holders, and the call may be repeated to wait for them again.
+/// No one gets new access from the call on, whatever it returns. If it returns 0 and `holders`, `fences` and
+/// `pages` are zero, no access remains. Otherwise the time limit was reached: [`IOC_BUFFER`] names the
+/// holders, and repeating the call waits for them again.
 ///
-/// Errors: EINVAL, ENODEV, EACCES, EBADF, EFAULT, as [`Move`].
+/// Errors: EINVAL, ENODEV, EACCES, EBADF, EFAULT, as for [`Move`].
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "bytemuck", derive(bytemuck::Pod, bytemuck::Zeroable))]
@@ -319,28 +315,28 @@ pub struct Revoke {
     pub size: u32,
     /// In: zero.
     pub flags: u32,
-    /// In: the dma-buf.
+    /// In: the dma-buf's file descriptor.
     pub fd: i32,
-    /// In: how long to wait, in milliseconds.
+    /// In: the time limit of the wait, in milliseconds.
     pub timeout_ms: u32,
-    /// Out: the generation that the buffer has now.
+    /// Out: the buffer's generation after the revoke.
     pub generation: u64,
-    /// Out: mappings that importers still have.
+    /// Out: the number of remaining mappings of importers.
     pub holders: u32,
-    /// Out: fences that are not signalled: 1 if any, otherwise 0.
+    /// Out: 1 if a fence is unsignalled, otherwise 0.
     pub fences: u32,
-    /// Out: pages that direct I/O still uses, or that somebody keeps. Of system memory all pages of a block
-    /// count, of which one is in use.
+    /// Out: the number of pages that direct I/O uses or a user keeps. In system memory, one page in use
+    /// counts all pages of its block.
     pub pages: u64,
 }
 
-/// [`IOC_RESTORE`]: gives access to a revoked buffer again, with a new generation.
+/// [`IOC_RESTORE`]: restores access to a revoked buffer, with a new generation.
 ///
-/// Pages of system memory that somebody keeps are left to him, as [`Move`] says, the 10 seconds beginning
-/// with the revoke: the buffer gets others, with the same bytes.
+/// System pages that a user keeps are left to the user, as [`Move`] describes; the 10 seconds begin with the
+/// revoke. The buffer gets other pages, with the same bytes.
 ///
-/// Errors: EBUSY (somebody still holds it from before), EALREADY (it is not revoked), ENODEV,
-/// EINVAL, EACCES, EBADF, EFAULT, as [`Move`].
+/// Errors: EBUSY (accesses from before the revoke remain), EALREADY (the buffer is not revoked), ENODEV,
+/// EINVAL, EACCES, EBADF, EFAULT, as for [`Move`].
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "bytemuck", derive(bytemuck::Pod, bytemuck::Zeroable))]
@@ -349,19 +345,19 @@ pub struct Restore {
     pub size: u32,
     /// In: zero.
     pub flags: u32,
-    /// In: the dma-buf.
+    /// In: the dma-buf's file descriptor.
     pub fd: i32,
     /// In and out: zero.
     pub reserved: u32,
-    /// Out: the generation that the buffer has now.
+    /// Out: the buffer's generation after the restore.
     pub generation: u64,
 }
 
-/// [`IOC_WATCH`] and [`IOC_UNWATCH`]: adds 1 to an eventfd with each move, revoke and restore of a
-/// buffer, until told otherwise or until the node's descriptor is closed.
+/// [`IOC_WATCH`] and [`IOC_UNWATCH`]: adds 1 to an eventfd at each move, revoke and restore of a buffer,
+/// until the unwatch or until the node's file is closed.
 ///
-/// Errors: EINVAL (also: no eventfd), ENOENT (unwatch: not watched by it), ENOSPC (too many
-/// watchers), ENODEV, EBADF, EFAULT, ENOMEM.
+/// Errors: EINVAL (also: not an eventfd), ENOENT (unwatch: no such watcher), ENOSPC (too many watchers),
+/// ENODEV, EBADF, EFAULT, ENOMEM.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "bytemuck", derive(bytemuck::Pod, bytemuck::Zeroable))]
@@ -370,13 +366,13 @@ pub struct Watch {
     pub size: u32,
     /// In: zero.
     pub flags: u32,
-    /// In: the dma-buf.
+    /// In: the dma-buf's file descriptor.
     pub fd: i32,
-    /// In: the eventfd.
+    /// In: the eventfd's file descriptor.
     pub eventfd: i32,
 }
 
-/// One attachment, as [`BufferQuery`] lists them.
+/// One attachment in the answer to [`BufferQuery`].
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "bytemuck", derive(bytemuck::Pod, bytemuck::Zeroable))]
@@ -385,9 +381,9 @@ pub struct Attachment {
     pub device: [u8; 32],
     /// `ATTACHMENT_*` flags.
     pub flags: u32,
-    /// Mappings that it has now.
+    /// The number of its mappings.
     pub mapped: u32,
-    /// How often it has pinned the buffer.
+    /// The number of its pins.
     pub pinned: u32,
     /// Zero.
     pub reserved: u32,
@@ -395,15 +391,15 @@ pub struct Attachment {
     pub generation: u64,
 }
 
-/// One part of a buffer, as [`BufferQuery`] lists them in order.
+/// One part of a buffer in the answer to [`BufferQuery`], in order.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "bytemuck", derive(bytemuck::Pod, bytemuck::Zeroable))]
 pub struct Piece {
-    /// Its length in bytes.
+    /// Length in bytes.
     pub length: u64,
-    /// Its place in the BAR, in bytes, kept also while the bytes are in system memory; all ones
-    /// for none.
+    /// Offset in the BAR, in bytes, reserved also while the bytes are in system memory; all ones if the part
+    /// has no place there.
     pub offset: u64,
     /// `PLACEMENT_DEVICE` or `PLACEMENT_SYSTEM`.
     pub placement: u32,
@@ -411,10 +407,9 @@ pub struct Piece {
     pub reserved: u32,
 }
 
-/// [`IOC_BUFFER`]: where a buffer is, who uses it, and what has happened to it.
+/// [`IOC_BUFFER`]: a buffer's placement, users and statistics.
 ///
-/// Errors: EINVAL, EBADF, EFAULT, ENOMEM, as [`Move`]. It answers for a buffer whose device is
-/// gone.
+/// Errors: EINVAL, EBADF, EFAULT, ENOMEM, as for [`Move`]. Also works after the device is gone.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "bytemuck", derive(bytemuck::Pod, bytemuck::Zeroable))]
@@ -423,7 +418,7 @@ pub struct BufferQuery {
     pub size: u32,
     /// In: zero.
     pub flags: u32,
-    /// In: the dma-buf.
+    /// In: the dma-buf's file descriptor.
     pub fd: i32,
     /// Out: `STATE_*`.
     pub state: u32,
@@ -433,58 +428,56 @@ pub struct BufferQuery {
     pub bar: u32,
     /// Out: the buffer's length in bytes.
     pub length: u64,
-    /// Out: begins at 1, and rises with each move, revoke and restore.
+    /// Out: the generation: starts at 1; each move, revoke and restore increments it.
     pub generation: u64,
     /// In: the address of an array of [`Attachment`].
     pub attachments: u64,
     /// In: the address of an array of [`Piece`].
     pub pieces: u64,
-    /// In: how many attachments the array can take. Out: how many there are, also where that is
-    /// more.
+    /// In: the capacity of the array of attachments. Out: the number of attachments, which may exceed the
+    /// capacity.
     pub nr_attachments: u32,
-    /// In: how many pieces the array can take. Out: how many there are, also where that is more.
+    /// In: the capacity of the array of pieces. Out: the number of pieces, which may exceed the capacity.
     pub nr_pieces: u32,
-    /// Out: pins of all importers.
+    /// Out: the pins of all importers together.
     pub pins: u32,
-    /// Out: kernel mappings (`vmap`): 1 if there are any, otherwise 0.
+    /// Out: 1 if there is a kernel mapping (`vmap`), otherwise 0.
     pub vmaps: u32,
-    /// Out: pages that CPU mappings or direct I/O use now.
+    /// Out: the number of pages that CPU mappings or direct I/O use now.
     pub busy_pages: u64,
-    /// Out: moves of any part.
+    /// Out: the number of moves, partial ones included.
     pub moves: u64,
-    /// Out: how often importers were told that their mappings are stale.
+    /// Out: the number of invalidations.
     pub invalidations: u64,
-    /// Out: mappings made for importers.
+    /// Out: the number of mappings made for importers.
     pub maps: u64,
-    /// Out: bytes copied by moves.
+    /// Out: the number of bytes copied by moves.
     pub copied: u64,
-    /// Out: the longest that a move or revoke has waited for others, in nanoseconds.
+    /// Out: the longest wait of a move or revoke, in nanoseconds.
     pub longest_wait_ns: u64,
-    /// Out: importers that were refused.
+    /// Out: the number of refused attachments.
     pub refusals: u64,
-    /// Out: the device that was refused last, as [`Attachment::device`].
+    /// Out: the device refused last, in the format of [`Attachment::device`].
     pub refused_device: [u8; 32],
-    /// Out: `REFUSED_*`: why.
+    /// Out: the reason, a `REFUSED_*`.
     pub refused_reason: u32,
-    /// Out: the errno that it was given, positive.
+    /// Out: the errno of the refusal, positive.
     pub refused_errno: u32,
 }
 
-/// [`IOC_PROVIDER_OPEN`]: opens a device whose own driver has published memory for peers, such as an
-/// NVMe disk with a controller memory buffer.
+/// [`IOC_PROVIDER_OPEN`]: opens a device whose own driver has published P2PDMA memory, such as an NVMe disk
+/// with a controller memory buffer.
 ///
-/// The descriptor takes the ioctls of a node, with these differences. The one BAR with `BAR_EXPORT`
-/// is that in which the memory is; how much of it is free nobody but sysfs knows
-/// (`p2pmem/available`), so [`Bar::free`] and [`Bar::largest_free`] are zero. The pool chooses the
-/// place of exports: `EXPORT_ANY_OFFSET` or `RANGE_ANY_OFFSET` is needed (EINVAL), and ENOSPC says
-/// that there is no run of that length left. Exports begin as zeroes. When the driver is unbound,
-/// buffers are revoked for good.
+/// The new file supports the ioctls of a node, with these differences. The one BAR with `BAR_EXPORT` is the
+/// one that contains the memory; its free space is known only to sysfs (`p2pmem/available`), so [`Bar::free`]
+/// and [`Bar::largest_free`] are zero. The pool chooses the offset of an export: `EXPORT_ANY_OFFSET` or
+/// `RANGE_ANY_OFFSET` is required (EINVAL), and ENOSPC means that no free range is long enough. Exports are
+/// zeroed. Unbinding the driver revokes all buffers permanently.
 ///
-/// Errors: EINVAL (size, flags, padding, a malformed address), E2BIG (trailing bytes that are not
-/// zero), ENXIO (no such PCI device), ENODEV (it has no driver), EOPNOTSUPP (that has published no
-/// memory, or the device is bound to peerbuf.ko and has a node), ENOSPC (all of the memory is taken),
-/// EACCES (for writing, where `/dev/peerbuf/provider` was opened read-only), EINTR, EMFILE, ENFILE, ENOMEM,
-/// EFAULT.
+/// Errors: EINVAL (size, flags, padding, a malformed address), E2BIG (trailing bytes that are not zero),
+/// ENXIO (no such PCI device), ENODEV (it has no driver), EOPNOTSUPP (its driver has published no memory, or
+/// the device is bound to peerbuf.ko and has a node), ENOSPC (the pool is used up), EACCES (O_RDWR if
+/// `/dev/peerbuf/provider` was opened read-only), EINTR, EMFILE, ENFILE, ENOMEM, EFAULT.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "bytemuck", derive(bytemuck::Pod, bytemuck::Zeroable))]
@@ -493,9 +486,9 @@ pub struct ProviderOpen {
     pub size: u32,
     /// In: zero.
     pub flags: u32,
-    /// In: how the descriptor is opened: `O_RDONLY` or `O_RDWR`, with or without `O_CLOEXEC`.
+    /// In: flags of the new descriptor: `O_RDONLY` or `O_RDWR`, with or without `O_CLOEXEC`.
     pub fd_flags: u32,
-    /// Out: the descriptor; zero on entry.
+    /// Out: the new file descriptor; zero on entry.
     pub fd: i32,
     /// In: the PCI address `DDDD:BB:DD.F`, NUL-terminated and NUL-padded.
     pub bdf: [u8; 16],

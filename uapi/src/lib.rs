@@ -1,11 +1,10 @@
-//! Numbers and structs of the interfaces of peerbuf.ko and of peerbuf_probe.ko ([`probe`]), as userspace
-//! sees them.
+//! ioctl numbers and structs of peerbuf.ko and peerbuf_probe.ko ([`probe`]).
 //!
-//! The texts are `abi.rs` and `probe.rs`, which the modules include too. C programs use
-//! `include/peerbuf.h` and `include/peerbuf_probe.h`.
+//! Both modules include the same files, `abi.rs` and `probe.rs`. For C, `include/peerbuf.h` and
+//! `include/peerbuf_probe.h` declare the same.
 #![no_std]
 
 include!("abi.rs");
 
-/// The importer to probe with, peerbuf_probe.ko.
+/// The interface of peerbuf_probe.ko, the test importer.
 pub mod probe;

@@ -1,14 +1,13 @@
 // SPDX-License-Identifier: (GPL-2.0-only WITH Linux-syscall-note) OR MIT
 
-// The whole interface between peerbuf_probe.ko and userspace: numbers and structs, nothing else. The
-// rules are those of `abi.rs`.
+// The interface between peerbuf_probe.ko and userspace: ioctl numbers and structs. The rules are those of
+// `abi.rs`.
 //
-// `/dev/peerbuf/importer` attaches dma-bufs of any exporter on behalf of a PCI device; each attachment
-// made with it is a file of its own. It never lets bytes be read or written, and does not tell DMA
-// addresses.
+// `/dev/peerbuf/importer` attaches dma-bufs of any exporter on behalf of a PCI device. Each attachment is a
+// file of its own. It gives access neither to the bytes nor to DMA addresses.
 //
-// This one file is compiled twice: into the crate `peerbuf-uapi` and, by `include!`, into
-// peerbuf_probe.ko. `include/peerbuf_probe.h` says the same for C; a test compares the two.
+// This file is compiled twice: into the crate `peerbuf-uapi` and into peerbuf_probe.ko.
+// `include/peerbuf_probe.h` declares the same for C; a test compares the two.
 
 /// The ioctl type byte of peerbuf_probe.ko's ioctls.
 pub const IOC_MAGIC: u8 = 0xBC;
@@ -20,51 +19,48 @@ const fn io(number: u32) -> u32 {
 
 /// `_IO(0xBC, 0x00)`: attaches a dma-buf, by [`Attach`]. On `/dev/peerbuf/importer`.
 pub const IOC_ATTACH: u32 = io(0x00);
-/// `_IO(0xBC, 0x01)`: maps the attachment, by [`Map`]. This and all that follow: on an
-/// attachment.
+/// `_IO(0xBC, 0x01)`: maps the buffer, by [`Map`]. This and the following: on an attachment.
 pub const IOC_MAP: u32 = io(0x01);
-/// `_IO(0xBC, 0x02)`: unmaps it, by [`Step`]. ENOENT: not mapped.
+/// `_IO(0xBC, 0x02)`: unmaps the buffer, by [`Step`]. ENOENT: not mapped.
 pub const IOC_UNMAP: u32 = io(0x02);
-/// `_IO(0xBC, 0x03)`: asks the exporter to keep the buffer where it is, by [`Step`].
-/// EINVAL: a static attachment, which the kernel pins while it is mapped; EBUSY: pinned already;
-/// or what the exporter answers.
+/// `_IO(0xBC, 0x03)`: pins the buffer, by [`Step`]. EINVAL: a static attachment, which the kernel pins while
+/// it is mapped; EBUSY: already pinned; or the exporter's error.
 pub const IOC_PIN: u32 = io(0x03);
-/// `_IO(0xBC, 0x04)`: ends that, by [`Step`]. ENOENT: not pinned; EBUSY: mapped, by an
-/// importer that cannot be told that the buffer moves.
+/// `_IO(0xBC, 0x04)`: unpins the buffer, by [`Step`]. ENOENT: not pinned; EBUSY: mapped by an importer whose
+/// mappings cannot be invalidated.
 pub const IOC_UNPIN: u32 = io(0x04);
-/// `_IO(0xBC, 0x05)`: leaves a fence on the reservation object, by [`Fence`].
+/// `_IO(0xBC, 0x05)`: adds a fence to the reservation object, by [`Fence`].
 pub const IOC_FENCE: u32 = io(0x05);
-/// `_IO(0xBC, 0x06)`: signals that fence, by [`Step`]. ENOENT: there is none, or it has
-/// signalled by itself.
+/// `_IO(0xBC, 0x06)`: signals that fence, by [`Step`]. ENOENT: there is none, or its timeout has signalled
+/// it.
 pub const IOC_SIGNAL: u32 = io(0x06);
-/// `_IO(0xBC, 0x07)`: maps the buffer into the kernel's address space, and does not look at it, by
-/// [`Step`]. EBUSY: this attachment has done so already; EINVAL: the exporter has no such
-/// mappings; EOPNOTSUPP: part of the buffer is in system memory and part is not; or what the
-/// exporter answers to this or to a mapping for the device, which is tried first.
+/// `_IO(0xBC, 0x07)`: maps the buffer into the kernel's address space without reading it, by [`Step`]. EBUSY:
+/// this attachment already has such a mapping; EINVAL: the exporter does not support it; EOPNOTSUPP: the
+/// buffer is only partly in system memory; or the exporter's error for it, or for a mapping for the device,
+/// which is tried first.
 pub const IOC_VMAP: u32 = io(0x07);
-/// `_IO(0xBC, 0x08)`: takes that mapping away, by [`Step`]. ENOENT: there is none.
+/// `_IO(0xBC, 0x08)`: removes that mapping, by [`Step`]. ENOENT: there is none.
 pub const IOC_VUNMAP: u32 = io(0x08);
-/// `_IO(0xBC, 0x09)`: lets everything go, as closing the file does, by [`Step`]; the time is
-/// that of the detaching alone.
+/// `_IO(0xBC, 0x09)`: unmaps, unpins and detaches, as closing the file does, by [`Step`]; the time is that of
+/// the detach alone.
 pub const IOC_DETACH: u32 = io(0x09);
-/// `_IO(0xBC, 0x0a)`: fills an [`Query`]. Never waits for the buffer.
+/// `_IO(0xBC, 0x0a)`: fills a [`Query`]. Never waits for the buffer.
 pub const IOC_QUERY: u32 = io(0x0a);
 
-/// The importer can be told that its mappings are stale (`invalidate_mappings`).
+/// The importer's mappings can be invalidated (`invalidate_mappings`).
 pub const DYNAMIC: u32 = 1 << 0;
-/// The importer takes peer memory (`allow_peer2peer`). Without [`DYNAMIC`] it is one that
-/// must pin before it maps, as most RDMA drivers do.
+/// The importer accepts peer memory (`allow_peer2peer`). Without [`DYNAMIC`] it must pin before it maps, as
+/// most RDMA drivers do.
 pub const PEER: u32 = 1 << 1;
 
 /// Every flag of [`Attach`] that this version knows.
 pub const FLAGS: u32 = DYNAMIC | PEER;
 
-/// On an invalidation: unmap at once, within the call.
+/// On an invalidation: unmap at once, in the callback.
 pub const ON_INVALIDATE_UNMAP: u32 = 0;
 /// On an invalidation: unmap at once, and map again soon after.
 pub const ON_INVALIDATE_REMAP: u32 = 1;
-/// On an invalidation: misbehave, and keep the mapping until told, or for
-/// [`Attach::hold_ms`].
+/// On an invalidation: misbehave, and keep the mapping until an explicit unmap, or for [`Attach::hold_ms`].
 pub const ON_INVALIDATE_HOLD: u32 = 2;
 
 /// `DMA_BIDIRECTIONAL`: the device may read and write.
@@ -74,7 +70,7 @@ pub const TO_DEVICE: u32 = 1;
 /// `DMA_FROM_DEVICE`: the device may write.
 pub const FROM_DEVICE: u32 = 2;
 
-/// `DMA_RESV_USAGE_KERNEL`: memory management; everybody waits for it.
+/// `DMA_RESV_USAGE_KERNEL`: memory management; everyone waits for it.
 pub const FENCE_KERNEL: u32 = 0;
 /// `DMA_RESV_USAGE_WRITE`: a write that others wait for.
 pub const FENCE_WRITE: u32 = 1;
@@ -83,34 +79,34 @@ pub const FENCE_READ: u32 = 2;
 /// `DMA_RESV_USAGE_BOOKKEEP`: only memory management waits for it.
 pub const FENCE_BOOKKEEP: u32 = 3;
 
-/// The longest time that an attachment can be told to misbehave, in milliseconds.
+/// The longest misbehaviour that can be requested, in milliseconds.
 pub const MAX_MS: u32 = 60_000;
 
-/// It has a mapping.
+/// The attachment has a mapping.
 pub const MAPPED: u32 = 1 << 0;
-/// That mapping should have been unmapped: it was invalidated.
+/// The mapping was invalidated and not unmapped.
 pub const STALE: u32 = 1 << 1;
-/// It has pinned the buffer.
+/// The attachment has pinned the buffer.
 pub const PINNED: u32 = 1 << 2;
-/// It has a mapping in the kernel's address space.
+/// The attachment has a mapping in the kernel's address space.
 pub const VMAPPED: u32 = 1 << 3;
-/// That mapping is of device memory.
+/// The kernel mapping is of device memory.
 pub const VMAP_IOMEM: u32 = 1 << 4;
-/// A fence of it has not signalled yet.
+/// The attachment's fence is unsignalled.
 pub const FENCED: u32 = 1 << 5;
-/// It has let go of the buffer; nothing but the query works any more (ENOTCONN).
+/// Detached; every ioctl but the query fails (ENOTCONN).
 pub const DETACHED: u32 = 1 << 6;
-/// It has done so because the driver of its device let go of the device.
+/// Detached because the device's driver was unbound.
 pub const DEVICE_GONE: u32 = 1 << 7;
 
-/// [`IOC_ATTACH`]: attaches a dma-buf on behalf of a PCI device. The attachment ends when
-/// its descriptor is closed, or when the driver of the device is unbound.
+/// [`IOC_ATTACH`]: attaches a dma-buf on behalf of a PCI device. The attachment ends when its file is closed,
+/// or when the device's driver is unbound.
 ///
-/// Errors: EINVAL (size, flags, padding, a malformed address, times without the misbehaviour that
-/// they are for or above [`MAX_MS`], not a dma-buf), E2BIG (trailing bytes that are not
-/// zero), EBADF (no such descriptor), ENXIO (no such PCI device), EUNATCH (the device has no driver
-/// that does DMA through the kernel, or may not master the bus), EINTR (a signal came while the
-/// device's driver was coming or going), EMFILE, ENFILE, ENOMEM, EFAULT; or what the exporter answers, of which EOPNOTSUPP, ENODEV, EINVAL and EREMOTEIO are usual.
+/// Errors: EINVAL (size, flags, padding, a malformed address, a time without its misbehaviour or above
+/// [`MAX_MS`], not a dma-buf), E2BIG (trailing bytes that are not zero), EBADF (no such descriptor), ENXIO
+/// (no such PCI device), EUNATCH (the device has no driver that does DMA through the kernel, or is not a bus
+/// master), EINTR (a signal during a wait for the device's bind or unbind), EMFILE, ENFILE, ENOMEM, EFAULT;
+/// or the exporter's error, usually EOPNOTSUPP, ENODEV, EINVAL or EREMOTEIO.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "bytemuck", derive(bytemuck::Pod, bytemuck::Zeroable))]
@@ -119,16 +115,16 @@ pub struct Attach {
     pub size: u32,
     /// In: [`DYNAMIC`], [`PEER`].
     pub flags: u32,
-    /// In: the descriptor of the dma-buf.
+    /// In: the dma-buf's file descriptor.
     pub dmabuf: i32,
     /// In: `O_CLOEXEC`, or zero.
     pub fd_flags: u32,
     /// In: `ON_INVALIDATE_*`; zero unless dynamic.
     pub on_invalidate: u32,
-    /// In: how long a mapping is kept after an invalidation, in milliseconds, and zero for 'until
-    /// told'. Only with [`ON_INVALIDATE_HOLD`].
+    /// In: how long a mapping is kept after an invalidation, in milliseconds; zero means until an explicit
+    /// unmap. Only with [`ON_INVALIDATE_HOLD`].
     pub hold_ms: u32,
-    /// In: how long after the closing of its file the attachment stays, in milliseconds.
+    /// In: how long the attachment outlives its file, in milliseconds.
     pub detach_ms: u32,
     /// Out: the attachment's descriptor; zero on entry.
     pub fd: i32,
@@ -138,12 +134,11 @@ pub struct Attach {
     pub ns: u64,
 }
 
-/// [`IOC_MAP`]: maps the attachment, and waits until the bytes are in place (KERNEL fences).
+/// [`IOC_MAP`]: maps the buffer, and waits until the bytes are in place (KERNEL fences).
 ///
-/// Errors: EINVAL (size, flags, padding, the direction; an importer that must pin first and has
-/// not), E2BIG, EBUSY (it is mapped), ENOTCONN (it was detached), EINTR, ETIMEDOUT (half a minute
-/// has gone by and the bytes are not in place), EFAULT; or what the exporter answers, of which
-/// ENODEV (revoked), EINVAL and EREMOTEIO (no route) are usual.
+/// Errors: EINVAL (size, flags, padding, the direction; an importer that must pin first and has not), E2BIG,
+/// EBUSY (already mapped), ENOTCONN (detached), EINTR, ETIMEDOUT (the bytes are not in place after 30
+/// seconds), EFAULT; or the exporter's error, usually ENODEV (revoked), EINVAL or EREMOTEIO (no route).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "bytemuck", derive(bytemuck::Pod, bytemuck::Zeroable))]
@@ -160,10 +155,9 @@ pub struct Map {
     pub ns: u64,
 }
 
-/// The ioctls that only do something.
+/// The argument of ioctls without parameters.
 ///
-/// Errors, besides those of the ioctl: EINVAL (size, flags, padding), E2BIG, ENOTCONN (detached),
-/// EFAULT.
+/// Errors, in addition to the ioctl's: EINVAL (size, flags, padding), E2BIG, ENOTCONN (detached), EFAULT.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "bytemuck", derive(bytemuck::Pod, bytemuck::Zeroable))]
@@ -172,15 +166,15 @@ pub struct Step {
     pub size: u32,
     /// In: zero.
     pub flags: u32,
-    /// Out: nanoseconds in the kernel's function for it; zero on entry.
+    /// Out: nanoseconds in the kernel function that does the step; zero on entry.
     pub ns: u64,
 }
 
-/// [`IOC_FENCE`]: leaves a fence on the buffer's reservation object, as a device would that
-/// works on the buffer.
+/// [`IOC_FENCE`]: adds a fence to the buffer's reservation object, as a driver does whose device works on the
+/// buffer.
 ///
-/// Errors: EINVAL (size, flags, the usage, a time of zero or above [`MAX_MS`]), E2BIG, EBUSY
-/// (the last one has not signalled), ENOTCONN (detached), ENOMEM, EFAULT.
+/// Errors: EINVAL (size, flags, the usage, a time of zero or above [`MAX_MS`]), E2BIG, EBUSY (the last fence
+/// is unsignalled), ENOTCONN (detached), ENOMEM, EFAULT.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "bytemuck", derive(bytemuck::Pod, bytemuck::Zeroable))]
@@ -191,14 +185,14 @@ pub struct Fence {
     pub flags: u32,
     /// In: `FENCE_*`.
     pub usage: u32,
-    /// In: it signals by itself after so many milliseconds.
+    /// In: the fence's timeout in milliseconds, after which it signals by itself.
     pub timeout_ms: u32,
 }
 
-/// [`IOC_QUERY`]: what became of an attachment.
+/// [`IOC_QUERY`]: the state of an attachment.
 ///
-/// What is said of a mapping is said of the one there is, or of the last there was. Its bytes are
-/// sorted by where their DMA addresses lead, and by how.
+/// The numbers of a mapping are those of the current mapping, or of the last one. They count its bytes by
+/// where the DMA addresses lead, and by which route.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "bytemuck", derive(bytemuck::Pod, bytemuck::Zeroable))]
@@ -211,30 +205,29 @@ pub struct Query {
     pub state: u32,
     /// Out: DMA segments of the mapping.
     pub segments: u32,
-    /// Out: bytes of the mapping: the sum of the four that follow.
+    /// Out: bytes of the mapping: the sum of the next four.
     pub bytes: u64,
     /// Out: bytes in system memory.
     pub system_bytes: u64,
-    /// Out: bytes in a PCI device's BAR, reached by their bus address: the switch between the two
-    /// devices routes them, and no IOMMU sees them.
+    /// Out: bytes in a PCI device's BAR at bus addresses: a switch between the two devices routes them,
+    /// without an IOMMU.
     pub bus_bytes: u64,
     /// Out: bytes in a PCI device's BAR, reached through the host bridge.
     pub bridge_bytes: u64,
-    /// Out: bytes that are neither in system memory nor in a BAR that the kernel knows.
+    /// Out: bytes neither in system memory nor in a BAR known to the kernel.
     pub other_bytes: u64,
-    /// Out: the address of the PCI device whose BAR the mapping's first peer segment is in; NULs
-    /// where it has none.
+    /// Out: the address of the PCI device whose BAR contains the mapping's first peer segment; NULs without
+    /// one.
     pub provider: [u8; 16],
-    /// Out: calls of `invalidate_mappings`.
+    /// Out: the number of calls of `invalidate_mappings`.
     pub invalidations: u64,
-    /// Out: mappings made, by [`IOC_MAP`] or by itself.
+    /// Out: the number of mappings made, by [`IOC_MAP`] or after an invalidation.
     pub maps: u64,
-    /// Out: those made by itself.
+    /// Out: the number of mappings made after an invalidation.
     pub remaps: u64,
-    /// Out: nanoseconds that the last mapping took to make.
+    /// Out: nanoseconds to make the last mapping.
     pub map_ns: u64,
-    /// Out: the errno with which the last attempt to map again by itself failed; zero if it did
-    /// not.
+    /// Out: the errno of the last attempt to map again after an invalidation; zero if it succeeded.
     pub remap_error: u32,
     /// In and out: zero.
     pub reserved: u32,

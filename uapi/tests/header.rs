@@ -1,8 +1,8 @@
-//! The C headers say the same as `abi.rs` and `probe.rs`: a C compiler is asked for each number, size
-//! and offset of the header, and the answers are compared.
+//! The C headers match `abi.rs` and `probe.rs`: the test asks a C compiler for every number, size and offset
+//! in the headers.
 //!
-//! A struct's fields are listed by a pattern without `..`, so a field added in Rust alone does
-//! not compile here; one added to the header alone changes the struct's size or leaves a gap.
+//! The patterns that list a struct's fields have no `..`, so the test does not compile after a field was
+//! added in Rust alone. A field added to the header alone changes the struct's size or leaves a gap.
 
 use std::mem::{offset_of, size_of};
 use std::process::Command;
@@ -12,9 +12,9 @@ use peerbuf_uapi::{
     Query, Range, Restore, Revoke, Watch, probe,
 };
 
-/// C expressions, and the value that Rust has for each.
+/// C expressions with the values that Rust has for them.
 struct Asked {
-    /// The header, and what its names begin with.
+    /// The header, and the prefix of its names.
     header: &'static str,
     prefix: &'static str,
     asked: Vec<(String, u64)>,
@@ -35,7 +35,7 @@ impl Asked {
         self.asked.push((name, value.into()));
     }
 
-    /// Compares them with a C compiler's values.
+    /// Compares the values with a C compiler's.
     fn of_a_compiler(self) {
         let dir = std::env::temp_dir().join(format!("{}-{}", self.header, std::process::id()));
         std::fs::create_dir_all(&dir).unwrap();
@@ -75,7 +75,7 @@ impl Asked {
     }
 }
 
-/// Asks for a struct's size, its fields' offsets and sizes, and that they leave no gaps.
+/// Adds a struct's size and its fields' offsets and sizes; checks that there are no gaps.
 macro_rules! structs {
     ($asked:ident, $($rust:ident $c:literal { $($field:ident),* })*) => {$(
         let $rust { $($field),* } = $rust::default();
@@ -238,7 +238,7 @@ fn every_constant_is_in_its_header() {
     for (rust, header, prefix) in interfaces {
         for line in rust.lines().filter(|line| line.starts_with("pub const ")) {
             let name = line["pub const ".len()..].split(':').next().unwrap();
-            // Sums of the flags are for checks in Rust.
+            // The sums of flags exist only in Rust.
             let sum = name.ends_with("FLAGS");
             assert!(
                 sum || header.contains(&format!("#define {prefix}{name} ")),
