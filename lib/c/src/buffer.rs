@@ -1,4 +1,4 @@
-//! Buffers: where they come from, and the processor's access to them.
+//! Buffers: making them, and the CPU's access to their bytes.
 
 use std::ffi::{c_char, c_int, c_void};
 use std::fs::File;
@@ -18,26 +18,26 @@ use crate::failure::{Code, Failure};
 use crate::foreign::{argument, descriptor, make, place, run, text};
 use crate::handle::{free, get};
 
-/// For reading: an access.
+/// Access: read.
 pub const PEERBUF_READ: u32 = 1;
-/// For writing: an access.
+/// Access: write.
 pub const PEERBUF_WRITE: u32 = 2;
-/// For both.
+/// Access: read and write.
 pub const PEERBUF_READ_WRITE: u32 = 3;
-/// As an offset in a BAR: anywhere. As a length: all that follows.
+/// As an offset in a BAR: any. As a length: up to the end.
 pub const PEERBUF_ANY: u64 = u64::MAX;
-/// The dma-buf of a buffer.
+/// A buffer's dma-buf.
 pub const PEERBUF_DMABUF: u32 = 1;
-/// The memfd that holds the bytes of a buffer.
+/// The memfd with a buffer's bytes.
 pub const PEERBUF_MEMFD: u32 = 2;
 
-/// The filesystems that memfds are on: tmpfs, and that of huge pages (linux/magic.h).
+/// The filesystems of memfds: tmpfs and hugetlbfs (linux/magic.h).
 const MEMFDS: [u64; 2] = [0x0102_1994, 0x9584_58f6];
 
-/// Memory that devices, files and processes can use.
+/// Memory that devices, files and processes can share.
 pub struct Buffer(pub(crate) Held);
 
-/// Whose memory it is.
+/// The owner of the memory.
 pub(crate) enum Held {
     Own(peerbuf::Buffer),
     Lent(Lease),
@@ -55,7 +55,7 @@ impl Buffer {
         }
     }
 
-    /// `length` bytes, or all that follow.
+    /// The range of `length` bytes, or up to the end.
     pub(crate) fn range(&self, offset: u64, length: u64) -> Result<BufferRange, Failure> {
         let buffer = self.get();
         let length = match length {
@@ -66,16 +66,16 @@ impl Buffer {
     }
 }
 
-/// What is known of a buffer.
+/// Facts about a buffer.
 #[repr(C)]
 pub struct BufferInfo {
-    /// In bytes.
+    /// The size in bytes.
     pub size: u64,
-    /// The number of a lent buffer's generation; 0 for others.
+    /// The generation of a lent buffer; 0 for others.
     pub generation: u64,
-    /// The kind of exporter, by its number in docs/wire.md.
+    /// The kind of exporter, as its number in docs/wire.md.
     pub kind: u32,
-    /// Whether it may be written.
+    /// Whether it is writable.
     pub writable: bool,
     /// Whether it has a dma-buf.
     pub has_dmabuf: bool,
@@ -84,7 +84,7 @@ pub struct BufferInfo {
 }
 
 /// Makes a buffer of `length` zero bytes of memory, without a dma-buf: for files and processes, on any
-/// machine. `name` is for people, here and below.
+/// machine. `name` is for diagnostics, here and below.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn peerbuf_export_memfd(
     name: *const c_char,
@@ -92,13 +92,13 @@ pub unsafe extern "C" fn peerbuf_export_memfd(
     buffer: Option<&mut MaybeUninit<*mut Buffer>>,
 ) -> Code {
     make(buffer, || {
-        // SAFETY: as the crate's documentation asks.
+        // SAFETY: the caller passes a valid string, as the crate's documentation demands.
         let name = unsafe { text("the name", name) }?;
         Ok(Buffer::own(memfd::export(name, length)?))
     })
 }
 
-/// Makes a dma-buf of `length` zero bytes of memory (/dev/udmabuf), a multiple of the page size.
+/// Makes a dma-buf of `length` zero bytes of memory (/dev/udmabuf); `length` is a multiple of the page size.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn peerbuf_export_udmabuf(
     name: *const c_char,
@@ -106,13 +106,14 @@ pub unsafe extern "C" fn peerbuf_export_udmabuf(
     buffer: Option<&mut MaybeUninit<*mut Buffer>>,
 ) -> Code {
     make(buffer, || {
-        // SAFETY: as the crate's documentation asks.
+        // SAFETY: the caller passes a valid string, as the crate's documentation demands.
         let name = unsafe { text("the name", name) }?;
         Ok(Buffer::own(udmabuf::export(name, length)?))
     })
 }
 
-/// Makes a dma-buf of `length` zero bytes of the dma-heap `heap`, such as `system`; a multiple of the page size.
+/// Makes a dma-buf of `length` zero bytes from the dma-heap `heap`, such as `system`; `length` is a multiple
+/// of the page size.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn peerbuf_export_heap(
     heap: *const c_char,
@@ -121,14 +122,14 @@ pub unsafe extern "C" fn peerbuf_export_heap(
     buffer: Option<&mut MaybeUninit<*mut Buffer>>,
 ) -> Code {
     make(buffer, || {
-        // SAFETY: as the crate's documentation asks.
+        // SAFETY: the caller passes valid strings, as the crate's documentation demands.
         let (heap, name) = unsafe { (text("the heap", heap)?, text("the name", name)?) };
         Ok(Buffer::own(heap::Heap::open(heap)?.export(name, length)?))
     })
 }
 
-/// Exports part of a device's BAR by peerbuf.ko. `device` is a PCI address, such as `0000:01:00.0`, or the path of
-/// the device's node. `offset` may be PEERBUF_ANY. `access` is what the descriptor allows.
+/// Exports part of a device's BAR with peerbuf.ko. `device` is a PCI address, such as `0000:01:00.0`, or the
+/// path of the device's node. `offset` may be PEERBUF_ANY. `access` is the access that the descriptor allows.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn peerbuf_export_bar(
     device: *const c_char,
@@ -139,7 +140,7 @@ pub unsafe extern "C" fn peerbuf_export_bar(
     buffer: Option<&mut MaybeUninit<*mut Buffer>>,
 ) -> Code {
     make(buffer, || {
-        // SAFETY: as the crate's documentation asks.
+        // SAFETY: the caller passes a valid string, as the crate's documentation demands.
         let device = unsafe { text("the device", device) }?;
         let request = Request {
             bar: u8::try_from(bar).map_err(|_| argument(format!("there is no BAR {bar}")))?,
@@ -157,15 +158,15 @@ pub unsafe extern "C" fn peerbuf_export_bar(
     })
 }
 
-/// Takes a dma-buf, or a memfd with F_SEAL_SHRINK, that another library or program made. What the kernel does not tell of
-/// it stays unknown. The descriptor stays the caller's.
+/// Takes a dma-buf, or a memfd with F_SEAL_SHRINK, that another library or program made. Facts that the
+/// kernel does not report stay unknown. The caller keeps the descriptor.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn peerbuf_import(
     fd: c_int,
     buffer: Option<&mut MaybeUninit<*mut Buffer>>,
 ) -> Code {
     make(buffer, || {
-        // SAFETY: as the crate's documentation asks.
+        // SAFETY: the caller's descriptor is open or negative, as the crate's documentation demands.
         let (own, again) = unsafe { (descriptor(fd)?, descriptor(fd)?) };
         let buffer = match peerbuf::Buffer::import(own) {
             Err(BufferError::NotADmaBuf { found, .. }) if is_memory(found, &again) => {
@@ -184,13 +185,13 @@ pub unsafe extern "C" fn peerbuf_import(
     })
 }
 
-/// A memfd, or a file that could be one.
+/// Whether the file is a memfd, or could be one.
 fn is_memory(filesystem: u64, fd: &OwnedFd) -> bool {
     let stat = fd.try_clone().and_then(|fd| File::from(fd).metadata());
     MEMFDS.contains(&filesystem) && stat.is_ok_and(|stat| stat.is_file())
 }
 
-/// What its maker has called a memfd.
+/// The name that its creator gave a memfd.
 fn name_of(memfd: &OwnedFd) -> String {
     let link = std::fs::read_link(format!("/proc/self/fd/{}", memfd.as_raw_fd()));
     let link = link.unwrap_or_default().display().to_string();
@@ -198,7 +199,7 @@ fn name_of(memfd: &OwnedFd) -> String {
     name.trim_end_matches(" (deleted)").to_owned()
 }
 
-/// Tells what is known of a buffer.
+/// Returns facts about a buffer.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn peerbuf_buffer_get(
     buffer: *const Buffer,
@@ -223,8 +224,8 @@ pub unsafe extern "C" fn peerbuf_buffer_get(
     })
 }
 
-/// Gives a descriptor of a buffer, for another library: PEERBUF_DMABUF or PEERBUF_MEMFD. The caller closes it. -1 after
-/// a failure.
+/// Returns a new descriptor of a buffer for another library: PEERBUF_DMABUF or PEERBUF_MEMFD. The caller
+/// closes it. -1 on failure.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn peerbuf_buffer_descriptor(
     buffer: *const Buffer,
@@ -255,13 +256,14 @@ pub unsafe extern "C" fn peerbuf_buffer_descriptor(
     })
 }
 
-/// Ends a buffer. A lent one goes back to its publisher when its mappings have been freed, too. Null does nothing.
+/// Frees a buffer. A lent buffer returns to its publisher once its mappings are freed, too. Null does
+/// nothing.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn peerbuf_buffer_free(buffer: *mut Buffer) -> Code {
     run(|| free(buffer))
 }
 
-/// Bytes of a buffer in this process.
+/// A buffer's bytes in this process.
 pub struct Mapping(Mutex<Mapped>);
 
 struct Mapped {
@@ -277,7 +279,7 @@ impl Mapped {
             let message = "no access to the mapping has begun";
             return Err(Failure::new(Code::Order, message));
         };
-        // Which bytes were written nobody told. The last one will do: all are on one bus.
+        // C does not report which bytes it wrote. The last one suffices: all are behind one bus.
         let last = self.mapping.len().checked_sub(1);
         let last = last.filter(|_| access.writes()).map(|last| last as usize);
         Ok(self.mapping.end_unguarded(access, last)?)
@@ -286,7 +288,7 @@ impl Mapped {
 
 impl Drop for Mapped {
     fn drop(&mut self) {
-        // Nobody to tell, and often nothing to end.
+        // Ignores an error: often there is no access to end.
         let _ = self.end();
     }
 }
@@ -297,7 +299,8 @@ impl Mapping {
     }
 }
 
-/// Maps `length` bytes of a buffer from `offset` on, or all that follow (PEERBUF_ANY). It keeps the buffer.
+/// Maps `length` bytes of a buffer from `offset`, or up to the end (PEERBUF_ANY). The mapping keeps the
+/// buffer.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn peerbuf_map(
     buffer: *const Buffer,
@@ -319,8 +322,8 @@ pub unsafe extern "C" fn peerbuf_map(
     })
 }
 
-/// Tells where the bytes are, and how many. They are good until the mapping is freed. Others may change them at any
-/// time, and memory of a device that goes away raises SIGBUS.
+/// Returns the address and the number of the bytes, valid until the mapping is freed. Others may change the
+/// bytes at any time; an access to memory of a device that went away raises SIGBUS.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn peerbuf_mapping_get(
     mapping: *const Mapping,
@@ -339,8 +342,8 @@ pub unsafe extern "C" fn peerbuf_mapping_get(
     })
 }
 
-/// Begins a time in which the processor may use the bytes (DMA_BUF_IOCTL_SYNC): waits for devices, and makes caches
-/// agree. One at a time for each mapping.
+/// Begins a CPU access to the bytes (DMA_BUF_IOCTL_SYNC): waits for devices, and synchronises caches. One
+/// access at a time for each mapping.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn peerbuf_begin_access(mapping: *const Mapping, access: u32) -> Code {
     run(|| {
@@ -357,13 +360,13 @@ pub unsafe extern "C" fn peerbuf_begin_access(mapping: *const Mapping, access: u
     })
 }
 
-/// Ends that time: what was written is where devices see it.
+/// Ends the CPU access: devices then see the written bytes.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn peerbuf_end_access(mapping: *const Mapping) -> Code {
     run(|| get(mapping)?.lock().end())
 }
 
-/// Ends a mapping, and an access to it. Null does nothing.
+/// Frees a mapping, and ends an access to it. Null does nothing.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn peerbuf_mapping_free(mapping: *mut Mapping) -> Code {
     run(|| free(mapping))

@@ -1,4 +1,4 @@
-//! Codes, and what is known of a failure.
+//! Result codes, and details of a failure.
 
 use std::cell::RefCell;
 use std::ffi::{CString, c_char, c_int};
@@ -8,64 +8,64 @@ use peerbuf::error::{
 };
 use peerbuf_rdma::RdmaError;
 
-/// What a function returns. The numbers never change; new ones may come.
+/// The result of a function. The numbers never change; new ones may be added.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Code {
-    /// It did what it is for.
+    /// Success.
     Ok = 0,
-    /// An argument cannot be: a null pointer, a text that is not UTF-8, an unknown number.
+    /// An invalid argument: a null pointer, a text that is not UTF-8, an unknown number.
     Argument = 1,
-    /// No handle, one that was freed, or one of another type.
+    /// Not a handle, a freed one, or one of another type.
     Handle = 2,
-    /// Not in this order: an access that has begun already, or has not begun.
+    /// Called in the wrong order: an access that has already begun, or has not begun.
     Order = 3,
-    /// A fault of this library.
+    /// A bug in this library.
     Internal = 4,
     /// A system call failed; `system_error` is its number.
     System = 5,
-    /// The machine lacks what was asked for.
+    /// The machine lacks a required feature.
     Unavailable = 6,
-    /// A length, an offset or a name that does not do.
+    /// A length, an offset or a name that is not allowed.
     Unsuitable = 7,
-    /// The module and this library are of different releases.
+    /// The kernel module and this library are from different releases.
     Version = 8,
-    /// The descriptor is not of a dma-buf.
+    /// The descriptor is not a dma-buf.
     NotADmabuf = 9,
-    /// Memory that somebody else could shorten.
+    /// Another holder could shrink the memory.
     NotSealed = 10,
-    /// The bytes asked for are not all inside.
+    /// The bytes are not all inside the buffer.
     OutOfRange = 11,
-    /// Writing what is for reading only, or the reverse.
+    /// A write to something read-only, or a read of something write-only.
     Access = 12,
-    /// It did not happen in time.
+    /// A wait timed out.
     TimedOut = 13,
-    /// It belongs to the process that this one was forked from.
+    /// The object belongs to the process that this one was forked from.
     Inherited = 14,
-    /// The other end of the connection has gone.
+    /// The peer has closed the connection.
     PeerGone = 15,
-    /// What the other end sent breaks the protocol.
+    /// The peer violated the protocol.
     Malformed = 16,
     /// The publisher ended the connection.
     CutOff = 17,
-    /// The descriptor is not a unix socket of the seqpacket kind.
+    /// The descriptor is not a unix socket of type SOCK_SEQPACKET.
     WrongSocket = 18,
     /// Neither a regular file nor a block device.
     NotAFile = 19,
-    /// The file does not do for this as it is open.
+    /// The file is open in an unsuitable mode.
     FileMode = 20,
-    /// The file took fewer bytes than it was given.
+    /// The file accepted fewer bytes than were written.
     ShortWrite = 21,
-    /// No way to give the card the buffer has worked; the evidence has each.
+    /// The card could not register the buffer; the evidence lists each attempt.
     NotRegistered = 22,
-    /// The buffer is not what was registered any more.
+    /// The buffer has changed since its registration.
     Stale = 23,
-    /// Anything else; the message says what.
+    /// Another failure; see the message.
     Other = 24,
 }
 
 impl Code {
-    /// What to do where nothing better is known.
+    /// The default remedy.
     fn remedy(self) -> &'static str {
         match self {
             Code::Ok => "",
@@ -99,18 +99,18 @@ impl Code {
     }
 }
 
-/// A failure, in words.
+/// A failure with its texts.
 #[derive(Debug)]
 pub struct Failure {
-    /// For programs.
+    /// The code, for programs.
     pub code: Code,
-    /// The number that a system call returned; 0 where none failed.
+    /// The error number of the failed system call; 0 if none failed.
     pub system_error: i32,
-    /// What was tried, on what, and what came back.
+    /// The operation, its object and its result.
     pub message: String,
-    /// The call that failed, its object and its answer; empty where none did.
+    /// The failed call, its object and its error; empty if no call failed.
     pub evidence: String,
-    /// What to do.
+    /// The remedy.
     pub remedy: String,
 }
 
@@ -125,7 +125,7 @@ impl Failure {
         }
     }
 
-    /// With the call that failed as evidence.
+    /// A failure with the failed call as evidence.
     fn of(code: Code, message: String, cause: &SystemError) -> Failure {
         Failure {
             system_error: cause.errno.0,
@@ -253,24 +253,24 @@ impl From<RdmaError> for Failure {
     }
 }
 
-/// The last failure of a thread. The texts are never null, and stay until the thread's next failure.
+/// The last failure of a thread. The texts are never null, and valid until the thread's next failure.
 #[repr(C)]
 pub struct Error {
-    /// What the function returned; `PEERBUF_CODE_OK` where none has failed yet.
+    /// The function's result; `PEERBUF_CODE_OK` if none has failed yet.
     pub code: Code,
-    /// The number that a system call returned (errno); 0 where none failed.
+    /// The error number of the failed system call (errno); 0 if none failed.
     pub system_error: c_int,
-    /// What was tried, on what, and what came back.
+    /// The operation, its object and its result.
     pub message: *const c_char,
-    /// The call that failed, its object and its answer; empty where none did.
+    /// The failed call, its object and its error; empty if no call failed.
     pub evidence: *const c_char,
-    /// What to do.
+    /// The remedy.
     pub remedy: *const c_char,
 }
 
 struct Kept {
     error: Error,
-    /// What the pointers point to.
+    /// The texts that the pointers refer to.
     _texts: [CString; 3],
 }
 
@@ -297,15 +297,15 @@ thread_local! {
     static LAST: RefCell<Box<Kept>> = RefCell::new(Kept::new(Failure::new(Code::Ok, "")));
 }
 
-/// Keeps a failure for [`peerbuf_last_error`].
+/// Stores a failure for [`peerbuf_last_error`].
 pub(crate) fn keep(failure: Failure) -> Code {
     let code = failure.code;
-    // A thread that ends has nobody left to ask.
+    // A thread that is ending cannot query it any more.
     let _ = LAST.try_with(|last| *last.borrow_mut() = Kept::new(failure));
     code
 }
 
-/// What is known of this thread's last failure. Never null, and good until the thread's next failure.
+/// The calling thread's last failure. Never null; valid until the thread's next failure.
 #[unsafe(no_mangle)]
 pub extern "C" fn peerbuf_last_error() -> *const Error {
     static NONE: Error = Error {
@@ -326,5 +326,5 @@ pub extern "C" fn peerbuf_version() -> *const c_char {
     VERSION.as_ptr().cast()
 }
 
-// SAFETY: its pointers are to texts that nobody changes; `NONE` is the only one that is shared.
+// SAFETY: its pointers refer to constant texts; only `NONE` is shared.
 unsafe impl Sync for Error {}

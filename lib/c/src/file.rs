@@ -1,4 +1,4 @@
-//! Files and block devices, and what a transfer did.
+//! Files and block devices, and reports of transfers.
 
 use std::ffi::{CString, OsStr, c_char, c_int};
 use std::mem::MaybeUninit;
@@ -15,21 +15,21 @@ use crate::failure::{Code, Failure};
 use crate::foreign::{argument, bytes, descriptor, make, place, run, text};
 use crate::handle::{free, get};
 
-/// The processor copies through a bounce buffer: a path.
+/// Path: the CPU copies through a bounce buffer.
 pub const PEERBUF_STAGED_COPY: u32 = 1;
-/// Both ends use the same pages of system memory: a path.
+/// Path: both ends use the same pages of system memory.
 pub const PEERBUF_SHARED_HOST_MEMORY: u32 = 2;
-/// The disk reads and writes the buffer's memory itself: a path.
+/// Path: the disk accesses the buffer's memory directly.
 pub const PEERBUF_PEER_TO_PEER: u32 = 3;
-/// From the file into the buffer: a direction.
+/// Direction: from the file to the buffer.
 pub const PEERBUF_DISK_TO_BUFFER: u32 = 1;
-/// From the buffer to the file: a direction.
+/// Direction: from the buffer to the file.
 pub const PEERBUF_BUFFER_TO_DISK: u32 = 2;
 
 /// An open file or block device.
 pub struct File(FileImporter);
 
-/// What a transfer did, or would do.
+/// The result of a transfer, or of a plan.
 pub struct Report {
     path: Path,
     bytes: u64,
@@ -64,29 +64,29 @@ impl Report {
             path: plan.path,
             bytes,
             host_bytes,
-            // JSON has no zero bytes.
+            // JSON contains no zero bytes.
             json: CString::new(json.to_string()).unwrap_or_default(),
         }
     }
 }
 
-/// What a report says. The texts are good until the report is freed.
+/// The contents of a report. The texts are valid until the report is freed.
 #[repr(C)]
 pub struct ReportInfo {
-    /// PEERBUF_STAGED_COPY, PEERBUF_SHARED_HOST_MEMORY or PEERBUF_PEER_TO_PEER.
+    /// The path: PEERBUF_STAGED_COPY, PEERBUF_SHARED_HOST_MEMORY or PEERBUF_PEER_TO_PEER.
     pub path: u32,
-    /// Its name.
+    /// The path's name.
     pub path_name: *const c_char,
-    /// Bytes moved; 0 in a plan. Fewer than asked for only where a file that was read ended.
+    /// The number of bytes moved; 0 in a plan. Fewer than requested only at the end of a file that was read.
     pub bytes: u64,
-    /// Of these, the bytes that were in system memory on their way.
+    /// The number of those bytes that passed through system memory.
     pub host_bytes: u64,
-    /// All of it, with the reason against each better path: {"path": ..., "bytes": ..., "host_bytes": ...,
-    /// "reasons": [{"path": ..., "code": ..., "evidence": ...}]}.
+    /// All of it, with the reason against each better path, as JSON: {"path": ..., "bytes": ...,
+    /// "host_bytes": ..., "reasons": [{"path": ..., "code": ..., "evidence": ...}]}.
     pub json: *const c_char,
 }
 
-/// Opens an existing file or block device, for PEERBUF_READ, PEERBUF_WRITE or both.
+/// Opens an existing file or block device for PEERBUF_READ, PEERBUF_WRITE or both.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn peerbuf_file_open(
     path: *const c_char,
@@ -94,14 +94,14 @@ pub unsafe extern "C" fn peerbuf_file_open(
     file: Option<&mut MaybeUninit<*mut File>>,
 ) -> Code {
     make(file, || {
-        // SAFETY: as the crate's documentation asks.
+        // SAFETY: the caller passes a valid string, as the crate's documentation demands.
         let path = OsStr::from_bytes(unsafe { bytes("the path", path) }?);
         let access = crate::foreign::access(access)?;
         Ok(File(FileImporter::open_for(path, access)?))
     })
 }
 
-/// Takes an open file. The descriptor stays the caller's, and its position and flags as they are.
+/// Takes an open file. The caller keeps the descriptor; its position and flags do not change.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn peerbuf_file_from_descriptor(
     fd: c_int,
@@ -109,13 +109,13 @@ pub unsafe extern "C" fn peerbuf_file_from_descriptor(
     file: Option<&mut MaybeUninit<*mut File>>,
 ) -> Code {
     make(file, || {
-        // SAFETY: as the crate's documentation asks.
+        // SAFETY: the caller passes a valid string and a descriptor, as the crate's documentation demands.
         let (fd, name) = unsafe { (descriptor(fd)?, text("the name", name)?) };
         Ok(File(FileImporter::from_fd(fd, name)?))
     })
 }
 
-/// Tells the size in bytes at this moment.
+/// Returns the current size in bytes.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn peerbuf_file_size(
     file: *const File,
@@ -128,13 +128,13 @@ pub unsafe extern "C" fn peerbuf_file_size(
     })
 }
 
-/// Makes what was written durable (fdatasync).
+/// Makes written bytes durable (fdatasync).
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn peerbuf_file_sync(file: *const File) -> Code {
     run(|| Ok(get(file)?.0.sync()?))
 }
 
-/// Does something with a file and a range of a buffer, and reports if there is a place for it.
+/// Runs an operation on a file and a range of a buffer, and stores a report unless `report` is null.
 fn with(
     file: *const File,
     buffer: *const Buffer,
@@ -153,8 +153,8 @@ fn with(
     }
 }
 
-/// Fills a range of a buffer with the file's bytes from `file_offset` on, or with as many as there are. `length` may be
-/// PEERBUF_ANY. `report` says how; it may be null.
+/// Reads the file from `file_offset` into a range of a buffer, up to the end of the file. `length` may be
+/// PEERBUF_ANY. `report` gets a report; it may be null.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn peerbuf_file_read(
     file: *const File,
@@ -169,7 +169,7 @@ pub unsafe extern "C" fn peerbuf_file_read(
     })
 }
 
-/// Writes a range of a buffer to the file, from `file_offset` on; otherwise as `peerbuf_file_read`.
+/// Writes a range of a buffer to the file at `file_offset`; otherwise as `peerbuf_file_read`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn peerbuf_file_write(
     file: *const File,
@@ -184,8 +184,8 @@ pub unsafe extern "C" fn peerbuf_file_write(
     })
 }
 
-/// Chooses the path that a transfer would take, in PEERBUF_DISK_TO_BUFFER or PEERBUF_BUFFER_TO_DISK. The first time for
-/// a pair of devices it proves the path, and nobody else may use the range meanwhile.
+/// Returns the path that a transfer would take, in PEERBUF_DISK_TO_BUFFER or PEERBUF_BUFFER_TO_DISK. The
+/// first call for a pair of devices proves the path; no one else may use the range meanwhile.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn peerbuf_file_plan(
     file: *const File,
@@ -208,13 +208,13 @@ pub unsafe extern "C" fn peerbuf_file_plan(
     })
 }
 
-/// Ends a file. Null does nothing.
+/// Closes and frees a file. Null does nothing.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn peerbuf_file_free(file: *mut File) -> Code {
     run(|| free(file))
 }
 
-/// Tells what a report says.
+/// Returns the contents of a report.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn peerbuf_report_get(
     report: *const Report,
@@ -238,7 +238,7 @@ pub unsafe extern "C" fn peerbuf_report_get(
     })
 }
 
-/// Ends a report. Null does nothing.
+/// Frees a report. Null does nothing.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn peerbuf_report_free(report: *mut Report) -> Code {
     run(|| free(report))

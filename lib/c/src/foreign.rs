@@ -1,4 +1,4 @@
-//! What comes from C, and what goes there: texts, descriptors, places for results.
+//! Arguments and results across the C boundary: strings, file descriptors, output pointers.
 
 use std::any::Any;
 use std::ffi::{CStr, c_char, c_int};
@@ -13,10 +13,10 @@ use peerbuf::error::SystemError;
 use crate::failure::{self, Code, Failure};
 use crate::handle;
 
-/// A place for a result, or null.
+/// An output pointer, or null.
 pub(crate) type Out<'o, T> = Option<&'o mut MaybeUninit<T>>;
 
-/// Runs what a function is for. No panic leaves it, and a failure is kept for the thread to ask.
+/// Runs the body of an exported function. Catches panics, and stores a failure for the thread's last error.
 pub(crate) fn run(work: impl FnOnce() -> Result<(), Failure>) -> Code {
     match catch_unwind(AssertUnwindSafe(work)) {
         Ok(Ok(())) => Code::Ok,
@@ -31,7 +31,7 @@ fn words(panic: &(dyn Any + Send)) -> String {
     format!("peerbuf panicked: {}", text.unwrap_or("without a word"))
 }
 
-/// As [`run`], for what makes an object. The place has null after a failure.
+/// As [`run`], for a function that makes an object. On a failure the output is null.
 pub(crate) fn make<T: Send + Sync + 'static>(
     out: Out<'_, *mut T>,
     work: impl FnOnce() -> Result<T, Failure>,
@@ -44,47 +44,46 @@ pub(crate) fn make<T: Send + Sync + 'static>(
     })
 }
 
-/// The place for a result that must be there.
+/// The output pointer of a required result.
 pub(crate) fn place<'o, T>(what: &str, out: Out<'o, T>) -> Result<&'o mut MaybeUninit<T>, Failure> {
     out.ok_or_else(|| argument(format!("there is no place for {what}: it is null")))
 }
 
-/// An argument that cannot be.
+/// The failure of an invalid argument.
 pub(crate) fn argument(message: String) -> Failure {
     Failure::new(Code::Argument, message)
 }
 
-/// The bytes of a text.
+/// The bytes of a C string.
 ///
-/// # Safety
-/// Null, or as the crate's documentation says of strings; as long as the result is used.
+/// # Safety `text` is null, or valid as the crate's documentation demands, as long as the result is used.
 pub(crate) unsafe fn bytes<'t>(what: &str, text: *const c_char) -> Result<&'t [u8], Failure> {
     if text.is_null() {
         return Err(argument(format!("{what} is null")));
     }
-    // SAFETY: not null, and the caller's word.
+    // SAFETY: not null, so a valid string by the caller's promise.
     Ok(unsafe { CStr::from_ptr(text) }.to_bytes())
 }
 
-/// A text, which must be UTF-8.
+/// A C string, which must be UTF-8.
 ///
 /// # Safety
 /// As [`bytes`].
 pub(crate) unsafe fn text<'t>(what: &str, text: *const c_char) -> Result<&'t str, Failure> {
-    // SAFETY: the caller's word.
+    // SAFETY: the caller's promise is the same.
     let bytes = unsafe { bytes(what, text) }?;
     std::str::from_utf8(bytes).map_err(|error| argument(format!("{what} is not UTF-8: {error}")))
 }
 
-/// A descriptor of this process's own for what `fd` is of.
+/// A duplicate of the descriptor `fd`.
 ///
-/// # Safety
-/// `fd` is open, or negative.
+/// # Safety `fd` is open or negative.
 pub(crate) unsafe fn descriptor(fd: c_int) -> Result<OwnedFd, Failure> {
     if fd < 0 {
         return Err(argument(format!("{fd} is no descriptor")));
     }
-    // SAFETY: the caller's word; a number that is not open is refused by the kernel.
+    // SAFETY: `fd` is open or negative, by the caller's promise; the kernel refuses a number that is not
+    // open.
     let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
     borrowed.try_clone_to_owned().map_err(|error| {
         let errno = peerbuf::Errno(error.raw_os_error().unwrap_or(0));
@@ -104,7 +103,7 @@ pub(crate) fn access(number: u32) -> Result<Access, Failure> {
     }
 }
 
-/// Milliseconds; `None` for a negative number.
+/// A time limit in milliseconds; `None` for a negative number.
 pub(crate) fn limit(milliseconds: i64) -> Option<Duration> {
     u64::try_from(milliseconds).ok().map(Duration::from_millis)
 }
@@ -121,7 +120,7 @@ mod tests {
         assert_eq!(code, Code::Internal);
         // SAFETY: it was initialised above.
         assert!(unsafe { out.assume_init() }.is_null());
-        // SAFETY: never null, and this thread has no later failure.
+        // SAFETY: the pointer is never null, and this thread has no later failure.
         let message = unsafe { CStr::from_ptr((*peerbuf_last_error()).message) };
         assert_eq!(message, c"peerbuf panicked: a fault of ours");
     }

@@ -1,7 +1,7 @@
-//! The objects that C has handles of.
+//! Handles of objects for C.
 //!
-//! A handle that is freed twice, or used after that, would be the end of a program if it were an address. Here it
-//! is a number that was never given to another object, in a table of what there is.
+//! If a handle were an address, a double free or a use after free would be undefined behaviour. Here a handle
+//! is a number that is never reused, in a table of all objects.
 
 use std::any::Any;
 use std::collections::HashMap;
@@ -19,8 +19,8 @@ fn objects() -> MutexGuard<'static, HashMap<usize, Object>> {
     OBJECTS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A number that no object had, and that no address is likely to be: multiplying by an odd number scatters the
-/// count without giving any number twice.
+/// An unused number that is unlikely to be an address. Multiplying the count by an odd number scatters it
+/// without repeating a number.
 fn number() -> usize {
     static COUNT: AtomicUsize = AtomicUsize::new(1);
     let count = COUNT.fetch_add(1, Ordering::Relaxed);
@@ -34,13 +34,13 @@ pub(crate) fn keep<T: Send + Sync + 'static>(object: T) -> *mut T {
     ptr::without_provenance_mut(number)
 }
 
-/// The object that a handle is of. It lives until the call is over, even if it is freed meanwhile.
+/// The object of a handle. It lives until the end of the call, even if another thread frees it meanwhile.
 pub(crate) fn get<T: Send + Sync + 'static>(handle: *const T) -> Result<Arc<T>, Failure> {
     let object = objects().get(&handle.addr()).cloned();
     typed(object, handle)
 }
 
-/// Ends a handle. Null is none, and nothing happens.
+/// Frees a handle. Null does nothing.
 pub(crate) fn free<T: Send + Sync + 'static>(handle: *mut T) -> Result<(), Failure> {
     if handle.is_null() {
         return Ok(());
@@ -50,7 +50,7 @@ pub(crate) fn free<T: Send + Sync + 'static>(handle: *mut T) -> Result<(), Failu
         typed(objects.get(&handle.addr()).cloned(), handle)?;
         objects.remove(&handle.addr())
     };
-    // With the table unlocked: it may wait for a thread of its own.
+    // Dropped with the table unlocked: the drop may wait for one of the object's threads.
     drop(object);
     Ok(())
 }

@@ -1,20 +1,21 @@
-//! peerbuf for C. The header is `include/peerbuf.h`, and `docs/c.md` shows how to use it.
+//! The C API of peerbuf. The header is `include/peerbuf.h`; `docs/c.md` explains how to use it.
 //!
-//! The rules of the interface:
+//! Rules of the API:
 //!
-//! - A function that can fail returns a [`Code`](failure::Code). The rest of what is known of the failure is in
-//!   [`peerbuf_last_error`](failure::peerbuf_last_error), for each thread by itself.
-//! - Objects are handles. C has them as pointers to structs that it knows nothing of; they are numbers and
-//!   never followed, so one that was freed, or is of another type, is refused ([`handle`]).
-//! - No panic leaves a function: it becomes [`Code::Internal`](failure::Code::Internal).
-//! - A descriptor that is given stays the caller's, and one that is returned becomes the caller's.
+//! - A function that can fail returns a [`Code`](failure::Code). Each thread gets the details of its last
+//!   failure from [`peerbuf_last_error`](failure::peerbuf_last_error).
+//! - Objects are handles: pointers to opaque structs in C. A handle is a number that is never dereferenced,
+//!   so a freed handle or one of another type is refused ([`handle`]).
+//! - Panics do not cross the boundary: they become [`Code::Internal`](failure::Code::Internal).
+//! - The caller keeps a descriptor that it passes in, and owns a descriptor that it gets.
 //!
 //! # Safety
 //!
-//! The same holds for every function: a pointer to a string is null or points to a text that ends with a zero
-//! byte; a pointer to a place for a result is null or points to room for it; nobody else uses either during
+//! The same for every function: a string pointer is null or points to a NUL-terminated string; an output
+//! pointer is null or points to memory for the result; no other thread uses either during the call; a
+//! descriptor passed in is open.
 //! the call; a descriptor that is given is open.
-// The section above is all there is to say.
+// The section above covers every function.
 #![allow(clippy::missing_safety_doc)]
 
 pub mod buffer;

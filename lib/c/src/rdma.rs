@@ -1,4 +1,4 @@
-//! Buffers for RDMA cards, in a protection domain that the program has.
+//! Buffers for RDMA cards, in a protection domain of the program.
 
 use std::ffi::{c_char, c_void};
 use std::mem::MaybeUninit;
@@ -13,48 +13,50 @@ use crate::handle::{self, free, get};
 /// The program's protection domain.
 pub struct Domain(peerbuf_rdma::Domain);
 
-/// A range of a buffer that a card may use.
+/// A registered range of a buffer (memory region).
 pub struct Registration(peerbuf_rdma::Registration);
 
-/// What work requests name.
+/// The arguments of work requests.
 #[repr(C)]
 pub struct RegistrationInfo {
-    /// The address of the range's first byte, here and at the other end.
+    /// The address of the range's first byte, in local and remote requests.
     pub address: u64,
     /// The length of the range in bytes.
     pub length: u64,
-    /// For this end's work requests.
+    /// The local key.
     pub lkey: u32,
-    /// For the other end's.
+    /// The remote key.
     pub rkey: u32,
-    /// How the card was given the buffer: `dma-buf-by-library`, `dma-buf-by-kernel`, `shared-memory` or `staged`.
+    /// The rung by which the card got the buffer: `dma-buf-by-library`, `dma-buf-by-kernel`, `shared-memory`
+    /// or `staged`.
     pub rung: *const c_char,
-    /// The `struct ibv_mr *`, which stays the registration's; null where libibverbs did not make it.
+    /// The `struct ibv_mr *`, owned by the registration; null if libibverbs did not make it.
     pub mr: *mut c_void,
 }
 
-/// Takes a `struct ibv_pd *` of libibverbs.so.1. It stays the program's, which deallocates it after this domain and its
-/// registrations have been freed.
+/// Takes a `struct ibv_pd *` of libibverbs.so.1. The program still owns it, and deallocates it after this
+/// domain and its registrations are freed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn peerbuf_domain_from_pd(
     pd: *mut c_void,
     domain: Option<&mut MaybeUninit<*mut Domain>>,
 ) -> Code {
     make(domain, || {
-        // SAFETY: as the function's description asks.
+        // SAFETY: the caller's promise, as the function's description demands.
         let domain = unsafe { peerbuf_rdma::Domain::from_raw(pd) };
         Ok(Domain(domain?))
     })
 }
 
-/// Ends a domain. Null does nothing.
+/// Frees a domain. Null does nothing.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn peerbuf_domain_free(domain: *mut Domain) -> Code {
     run(|| free(domain))
 }
 
-/// Gives the card a range of a buffer, in the best way that works. `length` may be PEERBUF_ANY. `remote` is what the other
-/// end may do: 0, or an access. `report` has the path and the reason against each better one; it may be null.
+/// Registers a range of a buffer with the card, by the best rung that works. `length` may be PEERBUF_ANY.
+/// `remote` is the access allowed to the peer: 0, or an access. `report` gets the path and the reason against
+/// each better one; it may be null.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn peerbuf_register(
     domain: *const Domain,
@@ -82,7 +84,7 @@ pub unsafe extern "C" fn peerbuf_register(
     code
 }
 
-/// Tells what work requests name.
+/// Returns the arguments for work requests.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn peerbuf_registration_get(
     registration: *const Registration,
@@ -112,7 +114,8 @@ pub unsafe extern "C" fn peerbuf_registration_get(
     })
 }
 
-/// Brings a range of the buffer to where the card reads it: before work that reads it. Only `staged` copies.
+/// Makes a range of the buffer visible to the card; to call before work that reads it. Copies only for
+/// `staged`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn peerbuf_registration_refresh(
     registration: *const Registration,
@@ -122,7 +125,7 @@ pub unsafe extern "C" fn peerbuf_registration_refresh(
     run(|| Ok(get(registration)?.0.refresh(offset, length).map(drop)?))
 }
 
-/// Brings a range from where the card has written it to the buffer: after that work. Only `staged` copies.
+/// Makes the card's writes visible in the buffer; to call after that work. Copies only for `staged`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn peerbuf_registration_deliver(
     registration: *const Registration,
@@ -132,7 +135,7 @@ pub unsafe extern "C" fn peerbuf_registration_deliver(
     run(|| Ok(get(registration)?.0.deliver(offset, length).map(drop)?))
 }
 
-/// Takes the range from the card. Work in flight fails. Null does nothing.
+/// Deregisters the range and frees the registration. Work in flight fails. Null does nothing.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn peerbuf_registration_free(registration: *mut Registration) -> Code {
     run(|| free(registration))

@@ -1,4 +1,4 @@
-//! Buffers for other processes, and from them.
+//! Sharing buffers with other processes.
 
 use std::ffi::{OsStr, c_char, c_int};
 use std::mem::MaybeUninit;
@@ -11,27 +11,27 @@ use crate::failure::{Code, Failure};
 use crate::foreign::{bytes, descriptor, limit, make, place, run, text};
 use crate::handle::{self, free, get};
 
-/// One end of a connection that buffers travel over.
+/// One end of a connection for buffers.
 pub struct Channel(peerbuf::share::Channel);
 
-/// A place in the filesystem where other processes connect.
+/// A path at which other processes connect.
 pub struct Listener(peerbuf::share::Listener);
 
 /// A connection to a publisher.
 pub struct Subscriber(peerbuf::share::Subscriber);
 
-/// The process at the other end when the connection was made, as the kernel vouches for it.
+/// The peer's process when the connection was made, as reported by the kernel.
 #[repr(C)]
 pub struct Peer {
-    /// Process id; 0 for a process of another PID namespace.
+    /// Process ID; 0 for a process in another PID namespace.
     pub pid: i32,
-    /// User id.
+    /// User ID.
     pub uid: u32,
-    /// Group id.
+    /// Group ID.
     pub gid: u32,
 }
 
-/// Makes both ends of a connection, for a process and its child.
+/// Makes a connected pair of channels, for a process and its child.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn peerbuf_channel_pair(
     one: Option<&mut MaybeUninit<*mut Channel>>,
@@ -56,26 +56,26 @@ pub unsafe extern "C" fn peerbuf_channel_connect(
     channel: Option<&mut MaybeUninit<*mut Channel>>,
 ) -> Code {
     make(channel, || {
-        // SAFETY: as the crate's documentation asks.
+        // SAFETY: the caller passes a valid string, as the crate's documentation demands.
         let path = OsStr::from_bytes(unsafe { bytes("the path", path) }?);
         Ok(Channel(peerbuf::share::Channel::connect(path)?))
     })
 }
 
-/// Takes a connected unix socket of the seqpacket kind. The descriptor stays the caller's.
+/// Takes a connected unix socket of type SOCK_SEQPACKET. The caller keeps the descriptor.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn peerbuf_channel_from_descriptor(
     fd: c_int,
     channel: Option<&mut MaybeUninit<*mut Channel>>,
 ) -> Code {
     make(channel, || {
-        // SAFETY: as the crate's documentation asks.
+        // SAFETY: the caller's descriptor is open or negative, as the crate's documentation demands.
         let fd = unsafe { descriptor(fd) }?;
         Ok(Channel(peerbuf::share::Channel::from_fd(fd)?))
     })
 }
 
-/// Tells the channel's descriptor, to wait for with poll. It stays the channel's, and is closed with it.
+/// Returns the channel's descriptor, for poll. The channel still owns and closes it.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn peerbuf_channel_descriptor(
     channel: *const Channel,
@@ -88,7 +88,7 @@ pub unsafe extern "C" fn peerbuf_channel_descriptor(
     })
 }
 
-/// Tells who is at the other end.
+/// Returns the peer's process.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn peerbuf_channel_peer(
     channel: *const Channel,
@@ -105,7 +105,7 @@ pub unsafe extern "C" fn peerbuf_channel_peer(
     })
 }
 
-/// Hands over a range of a buffer. `length` may be PEERBUF_ANY. The other end gets access to the whole buffer.
+/// Sends a range of a buffer. `length` may be PEERBUF_ANY. The receiver gets access to the whole buffer.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn peerbuf_send(
     channel: *const Channel,
@@ -119,8 +119,8 @@ pub unsafe extern "C" fn peerbuf_send(
     })
 }
 
-/// Waits for a range to be handed over, up to `milliseconds`, or for ever if that is negative. `offset` and `length`
-/// are the range in the buffer; each may be null.
+/// Waits for a range from the peer, up to `milliseconds`; forever if negative. `offset` and `length` are the
+/// range in the buffer; each may be null.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn peerbuf_receive(
     channel: *const Channel,
@@ -141,20 +141,20 @@ pub unsafe extern "C" fn peerbuf_receive(
     })
 }
 
-/// Ends a channel. Null does nothing.
+/// Closes and frees a channel. Null does nothing.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn peerbuf_channel_free(channel: *mut Channel) -> Code {
     run(|| free(channel))
 }
 
-/// Listens at `path`. Only this user may connect, unless the file's mode is changed.
+/// Listens at `path`. Only the same user may connect, unless the file's mode is changed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn peerbuf_listen(
     path: *const c_char,
     listener: Option<&mut MaybeUninit<*mut Listener>>,
 ) -> Code {
     make(listener, || {
-        // SAFETY: as the crate's documentation asks.
+        // SAFETY: the caller passes a valid string, as the crate's documentation demands.
         let path = OsStr::from_bytes(unsafe { bytes("the path", path) }?);
         Ok(Listener(peerbuf::share::Listener::bind(path)?))
     })
@@ -169,42 +169,43 @@ pub unsafe extern "C" fn peerbuf_accept(
     make(channel, || Ok(Channel(get(listener)?.0.accept()?)))
 }
 
-/// Ends a listener, and removes its socket file. Null does nothing.
+/// Frees a listener, and removes its socket file. Null does nothing.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn peerbuf_listener_free(listener: *mut Listener) -> Code {
     run(|| free(listener))
 }
 
-/// Connects to the publisher that listens at `path`.
+/// Connects to the publisher at `path`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn peerbuf_subscribe(
     path: *const c_char,
     subscriber: Option<&mut MaybeUninit<*mut Subscriber>>,
 ) -> Code {
     make(subscriber, || {
-        // SAFETY: as the crate's documentation asks.
+        // SAFETY: the caller passes a valid string, as the crate's documentation demands.
         let path = OsStr::from_bytes(unsafe { bytes("the path", path) }?);
         Ok(Subscriber(peerbuf::share::Subscriber::connect(path)?))
     })
 }
 
-/// Subscribes over a connected unix socket of the seqpacket kind. The descriptor stays the caller's, who closes it.
+/// Subscribes over a connected unix socket of type SOCK_SEQPACKET. The caller keeps and closes the
+/// descriptor.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn peerbuf_subscribe_descriptor(
     fd: c_int,
     subscriber: Option<&mut MaybeUninit<*mut Subscriber>>,
 ) -> Code {
     make(subscriber, || {
-        // SAFETY: as the crate's documentation asks.
+        // SAFETY: the caller's descriptor is open or negative, as the crate's documentation demands.
         let fd = unsafe { descriptor(fd) }?;
         let channel = peerbuf::share::Channel::from_fd(fd)?;
         Ok(Subscriber(peerbuf::share::Subscriber::new(channel)?))
     })
 }
 
-/// Borrows the buffer that is published as `name`. Waits until it is offered, up to `milliseconds`, or for ever if that
-/// is negative. The publisher gets it back when the buffer and its mappings have been freed; it waits for that when
-/// it moves the buffer.
+/// Borrows the buffer published as `name`. Waits for it up to `milliseconds`; forever if negative. The buffer
+/// returns to the publisher when it and its mappings are freed; a publisher that moves the buffer waits for
+/// that.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn peerbuf_borrow(
     subscriber: *const Subscriber,
@@ -213,7 +214,7 @@ pub unsafe extern "C" fn peerbuf_borrow(
     buffer: Option<&mut MaybeUninit<*mut Buffer>>,
 ) -> Code {
     make(buffer, || {
-        // SAFETY: as the crate's documentation asks.
+        // SAFETY: the caller passes a valid string, as the crate's documentation demands.
         let name = unsafe { text("the name", name) }?;
         let subscriber = get(subscriber)?;
         let lease = match limit(milliseconds) {
@@ -224,8 +225,8 @@ pub unsafe extern "C" fn peerbuf_borrow(
     })
 }
 
-/// Waits up to `milliseconds` until the publisher wants a lent buffer back. `wanted` says whether it does; without a
-/// wait if `milliseconds` is 0.
+/// Waits up to `milliseconds` until the publisher wants a lent buffer back; 0 does not wait. `wanted` tells
+/// whether it does.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn peerbuf_wanted_back(
     buffer: *const Buffer,
@@ -245,7 +246,8 @@ pub unsafe extern "C" fn peerbuf_wanted_back(
     })
 }
 
-/// Ends a subscriber. What it has borrowed stays memory, but the publisher does not wait for it. Null does nothing.
+/// Frees a subscriber. Its borrowed buffers stay mapped, but the publisher does not wait for them. Null does
+/// nothing.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn peerbuf_subscriber_free(subscriber: *mut Subscriber) -> Code {
     run(|| free(subscriber))
