@@ -1,8 +1,8 @@
-//! Whether guests may run with the host's virtualisation.
+//! Whether guests can use the host's virtualisation (KVM).
 //!
-//! A `/dev/kvm` that opens proves nothing: there are hosts where it opens and a guest dies without
-//! a byte of output. So a guest is tried once, and what came of it is remembered for this kernel,
-//! this kind of processor and this boot of the host.
+//! An accessible `/dev/kvm` proves nothing: on some hosts it opens, but a guest dies without output. So the
+//! lab boots one guest as a trial, and remembers the result for this kernel, this CPU model of the guest and
+//! this boot of the host.
 
 use std::{fs, time::Duration};
 
@@ -11,11 +11,10 @@ use crate::{
     run::{self, Ending, Ground, Job, Streams},
 };
 
-/// Several times what a guest takes where virtualisation works.
+/// Several times the duration of the trial on a host where KVM works.
 const TRIAL: Duration = Duration::from_secs(8);
 
-/// Tries the host's virtualisation for each kind of processor at the same time, so that the first guests
-/// need not wait for it.
+/// Tries KVM for each CPU model at the same time, so that the first guests need not wait for it.
 pub fn try_all(ground: &Ground) {
     std::thread::scope(|scope| {
         for topology in [Topology::HostBridge, Topology::Switch] {
@@ -30,7 +29,7 @@ pub fn try_all(ground: &Ground) {
     });
 }
 
-/// KVM where a guest with this machine's processor was seen to boot with it, and else emulation.
+/// KVM if a trial guest with this machine's CPU model booted with it; otherwise emulation.
 pub fn choose(ground: &Ground, machine: &Machine) -> Accelerator {
     if fs::File::options()
         .read(true)
@@ -59,7 +58,7 @@ pub fn choose(ground: &Ground, machine: &Machine) -> Accelerator {
         None => {
             let works = tried(ground, machine);
             let line = format!("{} {key}\n", if works { "works" } else { "fails" });
-            // Only a memory: without it, it is tried again.
+            // Only a cache: without it the trial is repeated.
             let _ = fs::File::options()
                 .create(true)
                 .append(true)

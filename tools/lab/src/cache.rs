@@ -1,15 +1,14 @@
-//! What the lab has made, kept outside the checkout.
+//! The lab's products, kept outside the checkout.
 //!
-//! The cache is a directory of entries named `KIND-KEY`, where the key is a hash of everything
-//! that made the entry. An entry is complete or absent: it is built under another name while an
-//! exclusive lock is held, and renamed. A second call that needs it waits for the first. A build
-//! that was killed leaves rubbish, which the next call removes. Whoever uses an entry holds a
-//! shared lock on it, so that nothing in use is removed.
+//! The cache is a directory of entries named `KIND-KEY`, where KEY is a hash of all ingredients of the entry.
+//! An entry is complete or absent: it is built under another name with an exclusive lock held, and then
+//! renamed. A second call that needs it waits for the first. A killed build leaves rubbish, which the next
+//! call removes. A user of an entry holds a shared lock on it, so nothing in use is removed.
 //!
-//! Files can vanish from a complete entry, or be cut short: a person deletes some, or the power fails. A list
-//! of an entry's files ([`crate::seal`]) is kept beside it. An entry that does not match it is made again.
+//! Files of a complete entry can vanish or be truncated: a person deletes some, or the power fails. Beside
+//! each entry is a list of its files ([`crate::seal`]). An entry that does not match its list is made again.
 //!
-//! `locks/` holds, for each entry NAME, the lock NAME, whose text says what the entry is, and the list
+//! `locks/` has two files for each entry NAME: the lock NAME, whose text describes the entry, and the list
 //! `files-NAME`.
 
 use std::{
@@ -33,21 +32,21 @@ use crate::{
     trouble::{self, Room, size},
 };
 
-/// The whole cache is kept below this, in bytes, also while an entry is being made: what its making takes
-/// ([`contents`]) is counted before it begins.
+/// The cache's maximum size in bytes, also while an entry is being made: the space that its making takes
+/// ([`contents`]) is reserved before it begins.
 pub const LIMIT: u64 = 5_800_000_000;
 
 /// The cache directory.
 #[derive(Debug, Clone)]
 pub struct Cache {
     dir: PathBuf,
-    /// [`LIMIT`], but for tests.
+    /// [`LIMIT`], except in tests.
     limit: u64,
     /// The entries whose files this process has compared with their lists.
     compared: Arc<Mutex<HashSet<String>>>,
 }
 
-/// A complete entry in use. Nothing removes it while this lives.
+/// A complete entry in use. It cannot be removed while this value lives.
 #[derive(Debug)]
 pub struct Entry {
     path: PathBuf,
@@ -61,7 +60,7 @@ impl Entry {
     }
 }
 
-/// What an entry is called: a readable kind and what made it.
+/// The identity of an entry: a readable kind, and a hash of its ingredients.
 pub struct Recipe {
     kind: String,
     hash: Sha256,
@@ -69,7 +68,7 @@ pub struct Recipe {
 }
 
 impl Recipe {
-    /// A recipe for a kind of thing; `kind` becomes part of a file name.
+    /// A recipe for this kind of entry; `kind` becomes part of a file name.
     pub fn new(kind: impl Into<String>) -> Self {
         Self {
             kind: kind.into(),
@@ -78,13 +77,13 @@ impl Recipe {
         }
     }
 
-    /// Says of the entry what its name does not, such as the packages in it. No ingredient.
+    /// Adds a detail that the name lacks, such as the entry's packages. Not an ingredient.
     pub fn detail(mut self, detail: impl Into<String>) -> Self {
         self.detail = Some(detail.into());
         self
     }
 
-    /// Adds an ingredient. The order and the borders between ingredients count.
+    /// Adds an ingredient. The order of ingredients matters, and so do the boundaries between them.
     pub fn with(mut self, ingredient: impl AsRef<[u8]>) -> Self {
         let bytes = ingredient.as_ref();
         self.hash.update((bytes.len() as u64).to_le_bytes());
@@ -110,33 +109,33 @@ impl Recipe {
 pub struct Shown {
     /// The file name in the cache.
     pub name: String,
-    /// What it is, in words.
+    /// A description.
     pub what: String,
-    /// Which commands need it.
+    /// The commands that need it.
     pub why: String,
     /// Bytes on disk.
     pub bytes: u64,
-    /// How long ago a command last asked for it.
+    /// The time since a command last used it.
     pub unused: Duration,
-    /// Whether a command uses it now.
+    /// Whether a command is using it.
     pub in_use: bool,
-    /// What is wrong with its files, if anything is.
+    /// The damage to its files, if any.
     pub damage: Option<String>,
 }
 
-/// What the cache holds.
+/// The cache's contents.
 #[derive(Debug)]
 pub struct Listing {
-    /// The complete entries, the largest first.
+    /// The complete entries, largest first.
     pub entries: Vec<Shown>,
-    /// What is being made, by name, with the bytes on disk so far.
+    /// Entries being made: name, and bytes on disk so far.
     pub making: Vec<(String, u64)>,
-    /// Bytes on disk of the guests that run, locks and notes.
+    /// Bytes on disk of running guests, locks and notes.
     pub others: u64,
 }
 
 impl Listing {
-    /// Bytes on disk in all.
+    /// Bytes on disk in total.
     pub fn total(&self) -> u64 {
         let entries: u64 = self.entries.iter().map(|e| e.bytes).sum();
         let making: u64 = self.making.iter().map(|m| m.1).sum();
@@ -144,7 +143,7 @@ impl Listing {
     }
 }
 
-/// Whether an entry is there and whole.
+/// The state of an entry.
 enum State {
     Whole,
     Absent,
@@ -158,24 +157,22 @@ pub struct Held {
     pub name: String,
     /// Bytes on disk.
     pub bytes: u64,
-    /// Whether it was removed; if not, someone uses it.
+    /// Whether it was removed; if not, it is in use.
     pub removed: bool,
 }
 
 impl Cache {
-    /// The cache of this user: `$PEERBUF_LAB_CACHE`, or `peerbuf-lab` below `$XDG_CACHE_HOME` or
-    /// `~/.cache`. Removes what killed builds and runs left.
+    /// The user's cache: `$PEERBUF_LAB_CACHE`, or `peerbuf-lab` in `$XDG_CACHE_HOME` or `~/.cache`. Removes
+    /// the remains of killed builds and runs.
     ///
-    /// # Errors
-    /// When the directory cannot be found out or made.
+    /// # Errors If the directory cannot be determined or made.
     pub fn open() -> Result<Self> {
         Self::at(Self::place()?)
     }
 
-    /// Where the cache of this user is, or would be.
+    /// The path of the user's cache, which need not exist.
     ///
-    /// # Errors
-    /// When the environment names no place.
+    /// # Errors If the environment determines no path.
     pub fn place() -> Result<PathBuf> {
         let set = |name| {
             std::env::var_os(name)
@@ -192,7 +189,7 @@ impl Cache {
             })
     }
 
-    /// Whether a distribution tree is in the cache of this user.
+    /// Whether the user's cache has a distribution tree.
     pub fn has_a_tree() -> bool {
         let entries = Self::place().ok().and_then(|dir| fs::read_dir(dir).ok());
         entries.is_some_and(|entries| {
@@ -203,8 +200,7 @@ impl Cache {
 
     /// The cache in `dir`.
     ///
-    /// # Errors
-    /// When the directory cannot be made.
+    /// # Errors If the directory cannot be made.
     pub fn at(dir: impl Into<PathBuf>) -> Result<Self> {
         let dir = std::path::absolute(dir.into())?;
         for sub in ["locks", "tmp", "runs"] {
@@ -225,15 +221,14 @@ impl Cache {
         Ok(cache)
     }
 
-    /// Where the cache is.
+    /// The cache's directory.
     pub fn dir(&self) -> &Path {
         &self.dir
     }
 
-    /// The entry for `recipe`, built with `build` into an empty directory if it is not there.
+    /// The entry for `recipe`; if it does not exist, `build` makes it in an empty directory.
     ///
-    /// # Errors
-    /// Those of `build`, and of the file system.
+    /// # Errors Those of `build`, and of the file system.
     pub fn entry(
         &self,
         recipe: Recipe,
@@ -245,11 +240,11 @@ impl Cache {
         let path = self.dir.join(&name);
         let lock = self.lock_file(&name)?;
         loop {
-            // Shared first: the common case is that the entry is there.
+            // A shared lock first: usually the entry exists.
             lock.lock_shared()?;
             let state = self.state(&name);
             if matches!(state, State::Whole) {
-                // The time of last use decides what goes when the cache is full.
+                // The time of last use determines which entries are removed from a full cache.
                 let _ = File::open(&path).and_then(|d| d.set_modified(SystemTime::now()));
                 return Ok(Entry { path, _lock: lock });
             }
@@ -294,7 +289,7 @@ impl Cache {
         Ok(Entry { path, _lock: lock })
     }
 
-    /// Makes the entry `name`, whose lock is held, in `tmp/` and moves it to its place.
+    /// Makes the entry `name`, whose lock is held, in `tmp/` and then renames it.
     fn make(&self, name: &str, what: &str, build: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
         let takes = takes_of(name);
         let tmp = self.dir.join("tmp").join(name);
@@ -314,7 +309,7 @@ impl Cache {
                     failed.as_ref(),
                 )
             })?;
-            // Without a list the entry is one that is listed when it is first used.
+            // An entry without a list gets one at its first use.
             let _ = seal::write(&tmp, &self.list_file(name));
             let path = self.dir.join(name);
             remove_tree(&path)?;
@@ -324,19 +319,19 @@ impl Cache {
             Ok(())
         });
         if made.is_err() {
-            // Somebody may be out of room.
+            // Frees the space at once: the file system may be full.
             let _ = remove_tree(&tmp);
         }
         made
     }
 
-    /// Makes room for what takes so many bytes, if need be, and returns what the file system has.
+    /// Frees space for `takes` bytes, if necessary; returns the file system's room.
     fn room_for(&self, name: &str, what: &str, takes: u64) -> Result<Option<Room>> {
-        // The debug kernel is made of an entry that is asked for first, and makes room then (`make_room`).
+        // The build of the debug kernel first makes another entry, and then makes room itself (`make_room`).
         if !name.starts_with("debug-") {
             self.make_room(takes);
         }
-        // Makings at the same time have still to take what they have not.
+        // Other entries being made will still grow.
         let others = self.begun();
         let others: u64 = others
             .iter()
@@ -359,11 +354,10 @@ impl Cache {
         }
     }
 
-    /// Makes the entry for `recipe` anew, even if it is there, as soon as nobody uses it. If that fails, the old
-    /// one stays.
+    /// Makes the entry for `recipe` again, even if it exists, once it is unused. On an error the old entry
+    /// stays.
     ///
-    /// # Errors
-    /// Those of `build`, and of the file system.
+    /// # Errors Those of `build`, and of the file system.
     pub fn renew(
         &self,
         recipe: Recipe,
@@ -376,7 +370,7 @@ impl Cache {
         self.make(&name, what, build)
     }
 
-    /// Whether an entry is there and matches the list of its files; its lock is held.
+    /// Whether an entry exists and matches the list of its files. Its lock is held.
     fn state(&self, name: &str) -> State {
         let path = self.dir.join(name);
         if !path.exists() {
@@ -399,7 +393,7 @@ impl Cache {
         self.dir.join("locks").join(format!("files-{name}"))
     }
 
-    /// What an entry is and which commands need it, in words.
+    /// A description of an entry, and the commands that need it.
     fn about(&self, name: &str, detail: Option<&str>) -> (String, String) {
         if let Some((kind, of_name)) = contents::kind(name) {
             return kind.about(detail.unwrap_or(of_name));
@@ -414,10 +408,9 @@ impl Cache {
         }
     }
 
-    /// What the cache holds. Compares each entry with the whole list of its files.
+    /// The cache's contents. Compares every entry with its complete list.
     ///
-    /// # Errors
-    /// When the cache cannot be read.
+    /// # Errors If the cache cannot be read.
     pub fn list(&self) -> Result<Listing> {
         let mut entries = Vec::new();
         for name in self.names()? {
@@ -425,7 +418,7 @@ impl Cache {
             let Ok(used) = fs::metadata(&path).and_then(|m| m.modified()) else {
                 continue;
             };
-            // What `--with` names is in no name.
+            // The packages of `--with` are not in the entry's name.
             let packages = fs::read_to_string(path.join("packages")).ok();
             let packages = packages.map(|text| text.trim().replace('\n', ", "));
             let (what, why) = self.about(&name, packages.as_deref());
@@ -451,7 +444,7 @@ impl Cache {
         })
     }
 
-    /// What is being made, with the bytes on disk so far.
+    /// Entries being made, with the bytes on disk so far.
     fn making(&self) -> Vec<(String, u64)> {
         let entries = fs::read_dir(self.dir.join("tmp"))
             .into_iter()
@@ -467,7 +460,8 @@ impl Cache {
             .collect()
     }
 
-    /// The makings that have written something. Their own does not count for who makes room before it begins.
+    /// Entries being made that have written something. A caller that makes room before it begins does not
+    /// count itself.
     fn begun(&self) -> Vec<(String, u64)> {
         let mut making = self.making();
         making.retain(|(_, bytes)| *bytes > 1 << 20);
@@ -480,11 +474,10 @@ impl Cache {
         names.iter().map(|n| disk_usage(&self.dir.join(n))).sum()
     }
 
-    /// A directory for one run, gone when the returned value is dropped (or, if the lab was
-    /// killed, at the next call).
+    /// A directory for one run, removed when the result is dropped (or, if the lab was killed, by the next
+    /// call).
     ///
-    /// # Errors
-    /// When it cannot be made.
+    /// # Errors If it cannot be made.
     pub fn run_dir(&self) -> Result<RunDir> {
         for n in 0.. {
             let name = format!("{}-{n}", std::process::id());
@@ -508,11 +501,10 @@ impl Cache {
         unreachable!("the numbers do not end")
     }
 
-    /// Removes every entry that nobody uses, or of these only those whose name begins with one of
-    /// `wanted`, and says what there was.
+    /// Removes all unused entries whose name begins with one of `wanted`, or all unused entries if it is
+    /// empty. Returns the matching entries.
     ///
-    /// # Errors
-    /// When the cache cannot be read, or holds nothing that begins with one of `wanted`.
+    /// # Errors If the cache cannot be read, or no entry matches.
     pub fn clean(&self, wanted: &[String]) -> Result<Vec<Held>> {
         let mut held = Vec::new();
         let names = self.names()?;
@@ -551,7 +543,7 @@ impl Cache {
             .with_context(|| format!("reading the lab's cache at {}", self.dir.display()))?
         {
             let name = entry?.file_name().to_string_lossy().into_owned();
-            // The root of an ext4 file system, given as the cache, has this one.
+            // The cache may be the root of an ext4 file system, which contains this directory.
             if !["locks", "tmp", "runs", "lost+found"].contains(&name.as_str()) {
                 names.push(name);
             }
@@ -570,7 +562,7 @@ impl Cache {
             .with_context(|| format!("opening the lock {}", path.display()))
     }
 
-    /// Removes what killed builds and runs left behind. Best effort: what is locked is alive.
+    /// Removes the remains of killed builds and runs, ignoring errors. Locked files belong to live processes.
     fn sweep(&self) {
         for (sub, prefix) in [("tmp", ""), ("runs", "run-")] {
             let Ok(left) = fs::read_dir(self.dir.join(sub)) else {
@@ -591,8 +583,8 @@ impl Cache {
         }
     }
 
-    /// Removes the longest unused entries, so that an entry whose making takes this many bytes can
-    /// be made; called with its ingredients in hand.
+    /// Removes the longest unused entries to free this many bytes for a new entry. Its ingredients are in
+    /// use, so they stay.
     pub fn make_room(&self, bytes: u64) {
         let others = self.begun();
         let others: u64 = others
@@ -602,7 +594,7 @@ impl Cache {
         self.shrink(self.limit.saturating_sub(bytes + others));
     }
 
-    /// Removes the longest unused entries until the cache holds at most `limit` bytes.
+    /// Removes the longest unused entries until the cache has at most `limit` bytes.
     fn shrink(&self, limit: u64) {
         let Ok(names) = self.names() else { return };
         let mut entries: Vec<_> = names
@@ -641,7 +633,7 @@ fn takes_of(name: &str) -> u64 {
     contents::kind(name).map_or(0, |(kind, _)| kind.takes)
 }
 
-/// A length of time for people, in its largest unit.
+/// A duration as text, in its largest unit.
 pub fn age(time: Duration) -> String {
     let seconds = time.as_secs();
     let (number, unit) = match seconds {
@@ -662,7 +654,7 @@ pub struct RunDir {
 }
 
 impl RunDir {
-    /// Where it is.
+    /// The directory's path.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -671,7 +663,7 @@ impl RunDir {
 /// The directories of this process's runs, for [`abandon_runs`].
 static ALIVE: Mutex<Vec<(PathBuf, PathBuf)>> = Mutex::new(Vec::new());
 
-/// Removes the directories of this process's runs; for a process that is about to end.
+/// Removes the directories of this process's runs before the process ends.
 pub fn abandon_runs() {
     if let Ok(alive) = ALIVE.lock() {
         for (path, lock) in &*alive {
@@ -691,12 +683,11 @@ impl Drop for RunDir {
     }
 }
 
-/// Removes a directory tree or file; not being there is fine.
+/// Removes a directory tree or a file; it need not exist.
 ///
-/// # Errors
-/// Whatever the file system says, with the path.
+/// # Errors Those of the file system, with the path.
 pub fn remove_tree(path: &Path) -> Result<()> {
-    // Programs of a lab that was killed end a moment after it, and may still write.
+    // Tries again: programs of a killed lab end a moment after it, and may still write.
     let all = || {
         let mut tries = 0;
         loop {
@@ -956,7 +947,7 @@ mod tests {
             let time = SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
             File::open(path).unwrap().set_modified(time).unwrap();
         }
-        // Making this takes 2 MB.
+        // Making this kind of entry takes 2 MB.
         let large = Recipe::new("selftests-7.2.1").with("1");
         let see = |_: &Path| {
             assert!(!old.exists() && used.exists());

@@ -225,7 +225,7 @@ impl GuestArgs {
     }
 }
 
-/// Reads a size such as 64M or 8G; in MiB.
+/// Parses a size such as 64M or 8G, in MiB.
 fn mebibytes(text: &str) -> Result<u32, String> {
     let (number, unit) = text.split_at(text.len().saturating_sub(1));
     let unit = match unit {

@@ -1,25 +1,26 @@
-//! Says in words what each kind of cache entry is, which commands need it and how much room its making takes.
+//! Describes each kind of cache entry: what it is, which commands need it, and how much space its making
+//! takes.
 //!
-//! The kind is the front of the entry's name. It is no ingredient of the hash, so a text here may change
-//! without any entry being made again.
+//! The kind is the prefix of the entry's name. The texts are no ingredients of the hash, so changing one
+//! remakes no entry.
 
-/// One kind of entry.
+/// A kind of entry.
 #[derive(Debug)]
 pub struct Kind {
-    /// The front of the name, before the kernel's release or the hash.
+    /// The prefix of the name, before the kernel's release or the hash.
     name: &'static str,
-    /// Describes the entry; `{}` stands for the kernel's release, a version or the packages.
+    /// The description; `{}` stands for the kernel's release, a version or the packages.
     what: &'static str,
-    /// Names the commands that need it; `{}` as in `what`.
+    /// The commands that need it; `{}` as in `what`.
     why: &'static str,
-    /// Bytes on disk at the peak of its making, as measured; for `--with` a little, since that depends.
+    /// Peak bytes on disk while it is made, as measured; for `--with`, whose packages vary, a small value.
     pub takes: u64,
 }
 
 const MB: u64 = 1_000_000;
 
-/// Every kind that the lab makes, and cargo-fuzz, which `tests/fuzz/run` puts there. A name that another name
-/// begins with stands behind it.
+/// All kinds that the lab makes, and cargo-fuzz, which `tests/fuzz/run` puts there. A name that is a prefix
+/// of another comes after it.
 const KINDS: &[Kind] = &[
     Kind {
         name: "tree",
@@ -95,11 +96,11 @@ const KINDS: &[Kind] = &[
     },
 ];
 
-/// The kind of the entry of this name and what the name says beyond it: a kernel's release or a version.
+/// The kind of an entry, and the rest of its name: a kernel's release or a version.
 pub fn kind(entry: &str) -> Option<(&'static Kind, &str)> {
     KINDS.iter().find_map(|kind| {
         let rest = entry.strip_prefix(kind.name)?.strip_prefix('-')?;
-        // 'RELEASE-HASH', or the hash alone. What `tests/fuzz/run` makes has a version and no hash.
+        // `RELEASE-HASH`, or the hash alone. The entry of `tests/fuzz/run` has a version and no hash.
         let detail = match rest.rsplit_once('-') {
             Some((detail, hash)) if is_hash(hash) => detail,
             None if is_hash(rest) => "",
@@ -114,7 +115,7 @@ fn is_hash(text: &str) -> bool {
 }
 
 impl Kind {
-    /// The two texts about an entry of this kind: what it is and which commands need it.
+    /// The description of an entry of this kind, and the commands that need it.
     pub fn about(&self, detail: &str) -> (String, String) {
         let fill = |text: &str| text.replace("{}", detail);
         (fill(self.what), fill(self.why))

@@ -1,7 +1,7 @@
-//! `cargo lab demo`: `peerbuf demo` in each topology, and a file's way between two machines.
+//! `cargo lab demo`: `peerbuf demo` in each topology, then transfers of a file between two machines.
 //!
-//! Four guests, one for each topology. The first two are joined by a network, and go on to the transfers
-//! between two machines when all have had their demo: a boot costs as much as a demo.
+//! There are four guests, one for each topology. The first two are joined by a network; after all four demos
+//! they run the transfers. So the transfers need no further boots, each of which takes as long as a demo.
 
 use std::{
     fs,
@@ -26,7 +26,7 @@ use crate::{
     session::{self, Done, Session},
 };
 
-/// What the two machines do, one after the other: what it is called, and the command in both.
+/// The transfers between the two machines: title, and the command in both.
 const TRANSFERS: [(&str, &str); 3] = [
     (
         "the kernel's soft-RoCE",
@@ -42,7 +42,7 @@ const TRANSFERS: [(&str, &str); 3] = [
     ),
 ];
 
-/// How much of the demo went well.
+/// The number of successful parts of the demo.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Tally {
     transfers: u64,
@@ -51,7 +51,7 @@ struct Tally {
 }
 
 impl Tally {
-    /// Adds what the command `peerbuf demo` says in its last line.
+    /// Adds the numbers in the last line of `peerbuf demo`.
     fn add(&mut self, last_line: &str) {
         match read_summary(last_line) {
             Some((transfers, bytes)) => {
@@ -62,7 +62,7 @@ impl Tally {
         }
     }
 
-    /// The line that a person looks for.
+    /// The summary line.
     fn line(&self) -> String {
         let mib = self.bytes as f64 / f64::from(1 << 20);
         let moved = format!("{} transfers, {mib:.0} MiB", self.transfers);
@@ -73,29 +73,28 @@ impl Tally {
     }
 }
 
-/// The figures in `4 transfers, 33554432 bytes: every byte arrived`.
+/// Parses `4 transfers, 33554432 bytes: every byte arrived`.
 fn read_summary(line: &str) -> Option<(u64, u64)> {
     let (figures, _) = line.split_once(" bytes: every byte arrived")?;
     let (transfers, bytes) = figures.split_once(" transfers, ")?;
     Some((transfers.parse().ok()?, bytes.parse().ok()?))
 }
 
-/// Two guests, under way.
+/// Two running guests.
 struct Two<'scope> {
     sessions: [Session; 2],
     guests: ScopedJoinHandle<'scope, Result<[(End, Outcome); 2]>>,
 }
 
-/// Runs it all. Returns the exit status: 1 if a byte was wrong, or something did not run.
+/// Runs the demo. Returns the exit status: 1 if a byte was wrong, or a part did not run.
 ///
-/// # Errors
-/// Those of making what it needs.
+/// # Errors Those of making the guests' parts.
 pub fn run(cache: &Cache, kernel: &KernelArgs) -> Result<i32> {
     writeln!(io::stdout(), "{}", host::summary())?;
     let project = Project::find()?;
     let plain = GuestArgs::plain(kernel);
     let (ground, parts) = lab::made(cache, &project, &plain, Want::Command)?;
-    // The patched soft-RoCE is put here when it is built: the first tables need not wait for it.
+    // The patched soft-RoCE is put here once it is built, so that the first tables need not wait for it.
     let share = cache.run_dir()?;
     let mut tally = Tally::default();
     std::thread::scope(|scope| -> Result<()> {
@@ -140,7 +139,7 @@ pub fn run(cache: &Cache, kernel: &KernelArgs) -> Result<i32> {
     Ok(i32::from(tally.failures > 0))
 }
 
-/// Builds the soft-RoCE that takes dma-bufs, and puts it where guests see it.
+/// Builds the soft-RoCE with dma-buf support, and puts it where the guests see it.
 fn patched_rxe(ground: &Ground, share: &Path) -> Result<()> {
     let made = rxe::get(&ground.cache, &ground.tree, &ground.kernel)?;
     let module = made.path().join(rxe::MODULE);
@@ -149,8 +148,8 @@ fn patched_rxe(ground: &Ground, share: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Runs a command in both guests at the same time; what each did, in their order, goes to `tell` as soon
-/// as it has ended.
+/// Runs a command in both guests at once. Passes each guest's result, in order, to `tell` as soon as it is
+/// known.
 fn in_both(
     two: &mut Two<'_>,
     command: &str,
@@ -179,7 +178,7 @@ fn show_topologies(two: &mut Two<'_>, topologies: [Topology; 2], tally: &mut Tal
                 note(format_args!("`peerbuf demo` on {name} ended with {status}"));
                 tally.failures += 1;
             }
-            // How its guest ended is told with the guest's end.
+            // The end of the guest reports how it ended.
             Err(output) => {
                 writeln!(out, "== {name} ==\n{output}")?;
                 tally.failures += 1;
@@ -189,7 +188,7 @@ fn show_topologies(two: &mut Two<'_>, topologies: [Topology; 2], tally: &mut Tal
     })
 }
 
-/// A file goes from one guest's disk to the other's; prints what each hop was.
+/// Transfers a file from one guest's disk to the other's; prints the path of each hop.
 fn show_transfer(two: &mut Two<'_>, what: &str, command: &str, tally: &mut Tally) -> Result<()> {
     let mut ends = Vec::new();
     in_both(two, command, |end, done| {
@@ -224,7 +223,7 @@ fn show_transfer(two: &mut Two<'_>, what: &str, command: &str, tally: &mut Tally
     }
     writeln!(out)?;
     out.flush()?;
-    // The line of each end: checksum, name and size of its file.
+    // One line from each end: checksum, name and size of its file.
     let bytes: Option<u64> = match &sums[..] {
         [first, second] if first == second => {
             let (_, size) = first.rsplit_once(' ').unwrap_or_default();
@@ -242,7 +241,7 @@ fn show_transfer(two: &mut Two<'_>, what: &str, command: &str, tally: &mut Tally
     Ok(())
 }
 
-/// Ends two guests, and tells what was wrong with them, their kernels' logs included.
+/// Ends two guests, and reports their failures and kernel logs.
 fn end(two: Two<'_>, tally: &mut Tally) {
     drop(two.sessions);
     match joined(two.guests) {

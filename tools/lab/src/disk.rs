@@ -1,4 +1,4 @@
-//! The image of the guests' NVMe disk: one ext4 file system, the same for all, never written to.
+//! The image of the guests' NVMe disk: one ext4 file system, shared by all guests, never written.
 
 use anyhow::Result;
 
@@ -9,10 +9,9 @@ use crate::{
 
 const DISK_RECIPE: &str = include_str!("../recipes/disk.sh");
 
-/// The directory that holds `nvme.ext4`, made first if the cache has none.
+/// The directory with `nvme.ext4`, made at the first call.
 ///
-/// # Errors
-/// When mkfs fails or there is no room.
+/// # Errors If mkfs fails or there is no room.
 pub fn get(cache: &Cache, tree: &Tree) -> Result<Entry> {
     let recipe = Recipe::new("disk").with(tree.name()).with(DISK_RECIPE);
     cache.entry(recipe, "making the NVMe disk's file system", |dir| {

@@ -1,18 +1,18 @@
-//! Does to a guest's machine what the guest's tests ask for, through QEMU's monitor.
+//! Changes a guest's hardware at the request of its tests, through QEMU's monitor.
 //!
-//! The guest writes a line into its port `peerbuf.events` and reads one: `TOKEN REQUEST` and
-//! `TOKEN ok [ANSWER]` or `TOKEN error WHY`. The token is the guest's choice; it tells an answer
-//! from one that nobody waited for. The requests:
+//! The guest writes a line to its port `peerbuf.events` and reads one: `TOKEN REQUEST`, answered by `TOKEN ok
+//! [ANSWER]` or `TOKEN error WHY`. The guest chooses the token, which distinguishes the answer from late
+//! answers to earlier requests. The requests:
 //!
 //! ```text
-//! unplug ID       asks the guest's kernel to let the device go; it may take its time
-//! gone ID         whether it has let go: 'yes' or 'no'
-//! plug ID         plugs in again what has gone, with empty memory
-//! link ID up|down the network card's link
-//! slow ID RATE    the disk reads, and writes, at most so many bytes a second; 0 is no limit
+//! unplug ID       asks the guest's kernel to release the device, which may take time
+//! gone ID         whether it was released: 'yes' or 'no'
+//! plug ID         plugs a released device in again, with empty memory
+//! link ID up|down sets the network card's link
+//! slow ID RATE    limits the disk's reads and writes to RATE bytes a second; 0 means no limit
 //! ```
 //!
-//! Only devices listed in [`UNPLUGGABLE`], [`LINKS`] and [`DISKS`] can be named.
+//! ID must be in [`UNPLUGGABLE`], [`LINKS`] or [`DISKS`].
 
 use std::{
     collections::{HashMap, HashSet},
@@ -31,21 +31,20 @@ use serde_json::{Value, json};
 
 use crate::guest::{self, Machine};
 
-/// Devices that can go.
+/// Devices that can be unplugged.
 const UNPLUGGABLE: &[&str] = &["bar0", "bar1", "nvme0"];
 /// Network cards.
 const LINKS: &[&str] = &["net0"];
 
-/// Disks that can be slow.
+/// Disks with an adjustable speed.
 const DISKS: &[&str] = &[guest::SCRATCH];
 
-/// QEMU answers at once; a device that goes is reported later.
+/// QEMU answers at once; an unplug is reported later.
 const ANSWER_LIMIT: Duration = Duration::from_secs(30);
 
-/// Answers the guest's requests until it ends.
+/// Answers the guest's requests until the guest ends.
 ///
-/// # Errors
-/// When a connection cannot be duplicated.
+/// # Errors If a connection cannot be duplicated.
 pub fn serve(machine: Machine, port: UnixStream, monitor: UnixStream) -> Result<()> {
     let mut answers = port.try_clone()?;
     let mut monitor = Monitor::new(monitor)?;
@@ -92,8 +91,8 @@ fn answer(machine: &Machine, monitor: &mut Monitor, request: &str) -> Result<Str
             if !monitor.is_gone(id) {
                 bail!("{id} has not gone");
             }
-            // QEMU takes a memory for one device only, and forgets its name late, so the card comes
-            // with another one: empty, and called otherwise.
+            // QEMU allows one device per memory backend, and frees a backend's name late. So the card gets a
+            // new, empty backend with another name.
             let old = monitor.memory(id);
             monitor.plugged += 1;
             let memory = format!("{id}-{}", monitor.plugged);
@@ -121,7 +120,7 @@ fn answer(machine: &Machine, monitor: &mut Monitor, request: &str) -> Result<Str
             let rate: u64 = rate.parse().map_err(|_| {
                 anyhow!("{request:?}: a rate is a number of bytes a second, 0 for no limit")
             })?;
-            // Requests beyond it stay in the disk's queue: the guest has handed them over.
+            // Requests above the limit wait in the disk's queue: the guest has already submitted them.
             monitor.execute(
                 "block_set_io_throttle",
                 json!({ "id": id, "bps": 0, "bps_rd": rate, "bps_wr": rate,
@@ -135,14 +134,14 @@ fn answer(machine: &Machine, monitor: &mut Monitor, request: &str) -> Result<Str
     }
 }
 
-/// QEMU's monitor, in its machine protocol: a JSON object per line.
+/// QEMU's monitor protocol (QMP): one JSON object per line.
 struct Monitor {
     to: UnixStream,
     answers: Receiver<Value>,
     gone: Arc<Mutex<HashSet<String>>>,
-    /// Devices plugged in so far.
+    /// The number of devices plugged in so far.
     plugged: u32,
-    /// The memory of those, by device.
+    /// The memory backends of those devices, by device.
     memories: HashMap<String, String>,
 }
 
@@ -181,7 +180,7 @@ impl Monitor {
     }
 
     fn execute(&mut self, command: &str, arguments: Value) -> Result<()> {
-        // That of the greeting, and what came too late for its request.
+        // Drops the greeting, and answers that came too late for their request.
         while self.answers.try_recv().is_ok() {}
         let id = format!("{command}-{arguments}");
         let request = json!({ "execute": command, "arguments": arguments, "id": id });
@@ -203,7 +202,7 @@ impl Monitor {
         }
     }
 
-    /// The memory behind a device's BAR.
+    /// The memory backend of a device's BAR.
     fn memory(&self, id: &str) -> String {
         self.memories.get(id).map_or(id, String::as_str).to_owned()
     }

@@ -1,9 +1,9 @@
-//! Programs and modules that only tests want, built in the distribution tree.
+//! Programs and modules for tests only, built in the distribution tree.
 //!
-//! Each `tests/lab/fixtures/c/NAME.c` becomes the programs NAME and NAME-static, each
-//! `tests/lab/fixtures/preload/NAME.c` the library NAME.so, and each directory below
-//! `tests/lab/fixtures/modules` its modules. In a guest they are in `/opt/peerbuf/fixtures`, together with
-//! the files of `tests/lab/fixtures/python`, some of the kernel's own tests, and rdma-core's.
+//! `tests/lab/fixtures/c/NAME.c` becomes the programs NAME and NAME-static,
+//! `tests/lab/fixtures/preload/NAME.c` the library NAME.so, and each directory in
+//! `tests/lab/fixtures/modules` its modules. A guest has them in `/opt/peerbuf/fixtures`, with the files of
+//! `tests/lab/fixtures/python`, some of the kernel's own tests, and rdma-core's.
 
 use std::{fs, path::PathBuf};
 
@@ -26,10 +26,9 @@ const COMPILE: &str = "set -eu; cd /lab/build/fixtures/c; for c in *.c; do [ -e 
     gcc-14 -O2 -Wall -Wextra -Werror -shared -fPIC -o \"/lab/build/out/${c%.c}.so\" \"$c\" -libverbs; done; \
     cp ../python/* /lab/build/out";
 
-/// Builds what changed and returns the directory with all of it, for the kernel of `source`.
+/// Builds what changed, for the kernel of `source`, and returns the directory with everything.
 ///
-/// # Errors
-/// When something does not compile; holds the compiler's messages.
+/// # Errors If something does not compile, with the compiler's messages.
 pub fn build(project: &Project, ground: &Ground, source: &Source) -> Result<PathBuf> {
     let tree = &ground.tree;
     let selftests = selftests::get(&ground.cache, tree, &ground.kernel)?;
@@ -70,10 +69,10 @@ pub fn build(project: &Project, ground: &Ground, source: &Source) -> Result<Path
                 .with_context(|| format!("copying {}", file.path().display()))?;
         }
     }
-    // One call of make for all, which tests/lab/fixtures/modules/Kbuild leads to each.
+    // One call of make builds all: tests/lab/fixtures/modules/Kbuild lists each directory.
     let modules = work.join("fixtures/modules");
     project::build_module(tree, source, &modules)?;
-    // Those of the checkout: of one that is gone, what was built of it is still in `work`.
+    // The directories of the checkout: `work` may still have products of removed ones.
     for dir in fs::read_dir(fixtures.join("modules"))? {
         let dir = modules.join(dir?.file_name());
         if !dir.is_dir() {

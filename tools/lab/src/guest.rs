@@ -1,13 +1,13 @@
-//! The machine: which devices each topology has, and the QEMU command line that makes them.
+//! The machine: each topology's devices, and the QEMU command line for them.
 //!
-//! Nothing here touches the host; a [`Machine`] is a description, and its arguments name paths as
-//! QEMU sees them inside the sandbox (the constants below).
+//! This module does not touch the host. A [`Machine`] is a description, and its arguments use paths as QEMU
+//! sees them in the sandbox (the constants below).
 
 use std::path::Path;
 
 use clap::ValueEnum;
 
-/// The root that the guest shares, as QEMU sees it.
+/// The shared root of the guests, as QEMU sees it.
 pub const GUEST_ROOT: &str = "/run/guest";
 /// The run's own directory.
 pub const RUN: &str = "/run/vm";
@@ -19,23 +19,23 @@ pub const INITRAMFS: &str = "/run/initramfs";
 pub const DISK: &str = "/run/disk";
 /// The directory of `--share`.
 pub const SHARE: &str = "/run/share";
-/// The directory with the socket that joins a pair.
+/// The directory with the socket that connects a pair.
 pub const WIRE: &str = "/run/wire";
 
-/// Size of the BAR that stands for device memory, if nothing else is asked for.
+/// Default size of the BAR that stands for device memory.
 pub const BAR_MIB: u32 = 64;
 /// Size of the second device's BAR.
 pub const SECOND_BAR_MIB: u32 = 16;
-/// Size of the third device's BAR: too small for the kernel to make struct pages for it.
+/// Size of the third device's BAR: too small to get struct pages.
 pub const SMALL_BAR_MIB: u32 = 1;
 /// Size of the NVMe disk's controller memory buffer.
 pub const CMB_MIB: u32 = 16;
 /// Size of the NVMe disk's second, empty namespace.
 pub const SCRATCH_MIB: u32 = 128;
-/// The namespace on it, as QEMU calls it.
+/// QEMU's name of that namespace.
 pub const SCRATCH: &str = "scratch-disk";
 
-/// How the devices hang together, and so what the kernel says to traffic between them.
+/// The arrangement of the devices, which determines the kernel's verdict on traffic between them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Topology {
     /// NVMe and BARs under one PCIe switch, no IOMMU: peer-to-peer works
@@ -49,10 +49,10 @@ pub enum Topology {
 }
 
 impl Topology {
-    /// All, in the order of the demo.
+    /// All topologies, in the order of the demo.
     pub const ALL: [Topology; 4] = [Self::Switch, Self::HostBridge, Self::Refused, Self::Lying];
 
-    /// Its name on the command line.
+    /// The name on the command line.
     pub fn name(self) -> &'static str {
         match self {
             Self::Switch => "switch",
@@ -66,8 +66,8 @@ impl Topology {
         matches!(self, Self::Switch | Self::Lying)
     }
 
-    /// The emulated processor decides whether the kernel trusts the host bridge. Under a switch
-    /// it is one that is not trusted, so that the switch alone makes the path.
+    /// The emulated CPU model, which determines whether the kernel trusts the host bridge. With a switch it
+    /// is an untrusted one, so that only the switch can make the path.
     pub fn cpu(self) -> &'static str {
         match self {
             Self::HostBridge => "EPYC",
@@ -76,31 +76,31 @@ impl Topology {
     }
 }
 
-/// How the guest's instructions are executed.
+/// How QEMU executes the guest's instructions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Accelerator {
     /// Emulation.
     Emulation,
-    /// Emulation of one processor whose clock counts instructions.
+    /// Emulation of one CPU, with a clock that counts instructions.
     CountingEmulation,
-    /// The host's virtualisation, where it was seen to work.
+    /// KVM, if a trial guest booted with it.
     Kvm,
 }
 
-/// Which of two guests that are joined by a network.
+/// One of two guests joined by a network.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum End {
-    /// It waits for the other.
+    /// The guest that listens.
     First,
-    /// It connects.
+    /// The guest that connects.
     Second,
 }
 
 impl End {
-    /// Both.
+    /// Both guests.
     pub const BOTH: [Self; 2] = [Self::First, Self::Second];
 
-    /// Which it is not.
+    /// The other guest.
     pub fn other(self) -> Self {
         match self {
             Self::First => Self::Second,
@@ -108,7 +108,7 @@ impl End {
         }
     }
 
-    /// What the guest's programs find in `$PEERBUF_LAB_END`.
+    /// The value of `$PEERBUF_LAB_END` in the guest.
     pub fn name(self) -> &'static str {
         match self {
             Self::First => "first",
@@ -117,31 +117,30 @@ impl End {
     }
 }
 
-/// What a guest is to have.
+/// The description of a guest.
 #[derive(Debug, Clone)]
 pub struct Machine {
-    /// Where the devices are.
+    /// The arrangement of the devices.
     pub topology: Topology,
-    /// A translating IOMMU besides (a matter of course in `lying`).
+    /// Adds a translating IOMMU (`lying` always has one).
     pub iommu: bool,
-    /// How it runs.
+    /// How instructions are executed.
     pub accelerator: Accelerator,
-    /// Main memory.
+    /// Main memory in MiB.
     pub memory_mib: u32,
-    /// Processors, unless its clock counts instructions, which takes one.
+    /// Number of CPUs; one if the clock counts instructions.
     pub processors: u32,
     /// Whether a host directory is shared.
     pub share: bool,
     /// A terminal instead of separate streams.
     pub shell: bool,
-    /// Size of the BAR that stands for device memory. Only what is touched takes memory of the
-    /// host's.
+    /// Size in MiB of the BAR that stands for device memory. The host allocates only touched pages.
     pub bar_mib: u32,
-    /// Whether the guest may ask for devices to be unplugged and the like.
+    /// Whether the guest may request hardware events, such as an unplug.
     pub events: bool,
-    /// Its network leads to another guest instead of to the host's.
+    /// Its end of a network to another guest; `None` connects it to the host.
     pub end: Option<End>,
-    /// How fast the host's time stamp counter runs, where that is known.
+    /// The frequency of the host's time stamp counter, if known.
     pub tsc_khz: Option<u64>,
 }
 
@@ -164,7 +163,7 @@ impl Default for Machine {
 }
 
 impl Machine {
-    /// The slots of the disk and of the two larger BARs, by the name of their port.
+    /// The slots of the disk and of the two larger BARs, by port name.
     fn slots(&self) -> [&'static str; 3] {
         if self.topology.under_one_switch() {
             ["down0", "down1", "down2"]
@@ -173,7 +172,7 @@ impl Machine {
         }
     }
 
-    /// Slot and size in MiB of a device that can be plugged in again; `None` for another.
+    /// The slot and the size in MiB of a pluggable device; `None` for others.
     pub fn pluggable(&self, id: &str) -> Option<(&'static str, u32)> {
         match id {
             "bar0" => Some((self.slots()[1], self.bar_mib)),
@@ -189,28 +188,27 @@ impl Machine {
     /// The kernel's command line.
     pub fn kernel_command_line(&self) -> String {
         let mut words = vec![
-            // Errors only on the serial line, which is slow; the whole log is read at the end.
+            // Only errors go to the serial line, which is slow; the complete log is read at the end.
             "console=ttyS0 loglevel=4 log_buf_len=8M printk.devkmsg=on",
-            // A guest that is in trouble ends, and says so on the console.
+            // A guest in trouble ends, and reports that on the console.
             "panic=-1 oops=panic sysctl.vm.panic_on_oom=1 softlockup_panic=1",
             "sysctl.kernel.hung_task_panic=1 sysctl.kernel.hung_task_timeout_secs=60",
-            // Nobody attacks this guest, and the mitigations are a third of its boot time.
+            // The guest runs no hostile code, and mitigations take a third of its boot time.
             "mitigations=off",
-            // On a busy host the watchdog finds the emulated TSC unstable and has the kernel patch
-            // its own clock code, which an emulated processor that runs it at that moment may not
-            // survive (an oops in sched_clock_cpu, seen once in some hundred guests).
+            // On a busy host the watchdog considers the emulated TSC unstable, and the kernel patches its
+            // clock code. An emulated CPU that executes that code at that moment may crash (an oops in
+            // sched_clock_cpu, in about one of a hundred guests).
             "tsc=reliable",
-            // The kernel's own tests of its cryptography, which nothing here uses, take long under
-            // emulation, and on a busy host so long that the watchdog ended a guest.
+            // The self-tests of the kernel's cryptography, unused here, are slow under emulation; on a busy
+            // host the watchdog once ended a guest during them.
             "cryptomgr.notests=1",
-            // Whether the timer's interrupts arrive the kernel tries for a hundredth of a second, by the
-            // TSC, and panics if they do not. On a busy host the emulated processor may not have
-            // run for that long.
+            // At boot the kernel checks for timer interrupts during a hundredth of a second of TSC time, and
+            // panics if none arrives. On a busy host the emulated CPU may not have run for that long.
             "no_timer_check",
         ];
-        // How fast the TSC runs the kernel finds out by itself, on a busy host now and then wrongly: the
-        // clock of one guest ran twenty times too fast. A clock that counts instructions takes each
-        // for a nanosecond, and with another number the kernel would not take the TSC for its clock.
+        // The kernel measures the TSC frequency itself, on a busy host sometimes wrongly: one guest's clock
+        // ran twenty times too fast. A clock that counts instructions counts one nanosecond for each, and
+        // with another frequency the kernel would not use the TSC as its clock.
         let tsc_khz = match self.accelerator {
             Accelerator::CountingEmulation => Some(1_000_000),
             _ => self.tsc_khz,
@@ -218,14 +216,14 @@ impl Machine {
         let tsc_khz = tsc_khz.map(|khz| format!("tsc_early_khz={khz}"));
         words.extend(tsc_khz.as_deref());
         if self.has_iommu() {
-            // QEMU's IOMMU remaps no interrupts here, which VFIO and iommufd would take for unsafe.
+            // QEMU's IOMMU does not remap interrupts here, which VFIO and iommufd consider unsafe.
             words.push("intel_iommu=on vfio_iommu_type1.allow_unsafe_interrupts=1");
             words.push("iommufd.allow_unsafe_interrupts=1");
         }
         words.join(" ")
     }
 
-    /// QEMU's arguments.
+    /// QEMU's command line arguments.
     pub fn arguments(&self) -> Vec<String> {
         let mut args = Arguments::default();
         args.flag("-nodefaults");
@@ -280,7 +278,7 @@ impl Machine {
         }
     }
 
-    /// The devices that this is all about. Their addresses do not depend on other options.
+    /// The devices under test. Their addresses do not depend on other options.
     fn test_devices(&self, args: &mut Arguments) {
         args.device("pcie-root-port,id=port0,bus=pcie.0,addr=0x10,chassis=1,slot=1");
         let slots = self.slots();
@@ -295,7 +293,7 @@ impl Machine {
             args.device("pcie-root-port,id=port1,bus=pcie.0,addr=0x11,chassis=2,slot=2");
             args.device("pcie-root-port,id=port2,bus=pcie.0,addr=0x12,chassis=3,slot=3");
         }
-        // The image itself stays as it is: 'snapshot' puts what is written into a temporary file.
+        // 'snapshot' redirects writes to a temporary file, so the image does not change.
         args.add(
             "-drive",
             format!("if=none,id=disk,format=raw,cache=unsafe,snapshot=on,file={DISK}/nvme.ext4"),
@@ -304,8 +302,8 @@ impl Machine {
             "-drive",
             format!("if=none,id=scratch,format=raw,cache=unsafe,file={RUN}/scratch"),
         );
-        // The kernel numbers namespaces in the order in which their scans happen to end, so the
-        // second is attached by the guest's init when the first is there.
+        // The kernel numbers namespaces in the order in which their scans end. So the guest's init attaches
+        // the second after the first has appeared.
         args.device("nvme-subsys,id=subsys,nqn=peerbuf-lab");
         args.device(format!(
             "nvme,id=nvme0,subsys=subsys,serial=peerbuf-lab,bus={},cmb_size_mb={CMB_MIB}",
@@ -326,14 +324,14 @@ impl Machine {
             );
             args.device(format!("ivshmem-plain,memdev={id},id={id},{place}"));
         }
-        // A device with a DMA engine that a process can drive, for VFIO, or a test's driver. It reaches
-        // every address, not only the 256 MiB that are its default.
+        // A device with a DMA engine, for VFIO or a test's driver. Its DMA mask covers all addresses; the
+        // default is 256 MiB.
         args.device(format!("edu,bus=pcie.0,addr=0x14,dma_mask={}", u64::MAX));
         let socket = format!("stream,id=net,addr.type=unix,addr.path={WIRE}/lan");
         let (net, mac) = match self.end {
             None => ("user,id=net".into(), ""),
             Some(End::First) => (socket + ",server=on", ",mac=52:54:00:00:00:01"),
-            // The first may not be there yet.
+            // QEMU retries the connection: the first guest may not be there yet.
             Some(End::Second) => (
                 socket + ",server=off,reconnect-ms=100",
                 ",mac=52:54:00:00:00:02",
@@ -343,7 +341,7 @@ impl Machine {
         args.device(format!("virtio-net-pci,netdev=net,id=net0,romfile={mac}"));
     }
 
-    /// The ports by which the lab talks with the guest; a socket in the run's directory for each.
+    /// The ports between the lab and the guest; each is a socket in the run's directory.
     fn ports(&self, args: &mut Arguments) {
         args.device("virtio-serial-pci");
         let socket = |args: &mut Arguments, name: &str, device: &str| {
@@ -362,7 +360,7 @@ impl Machine {
         }
     }
 
-    /// The guest's ports and QEMU's monitor, by name.
+    /// The names of the guest's ports and of QEMU's monitor.
     pub fn port_names(&self) -> Vec<&'static str> {
         let mut names = if self.shell {
             vec!["terminal", "control"]
@@ -376,12 +374,12 @@ impl Machine {
     }
 }
 
-/// The port by which a guest's tests ask for events.
+/// The port on which a guest's tests request events.
 pub const EVENTS: &str = "events";
-/// QEMU's own, for the lab.
+/// QEMU's monitor, for the lab.
 pub const MONITOR: &str = "monitor";
 
-/// Why these options do not go together, if they do not.
+/// The conflict between these options, if there is one.
 pub fn conflict(topology: Topology, iommu: bool) -> Option<String> {
     (iommu && topology.under_one_switch()).then(|| {
         let why = match topology {
@@ -395,10 +393,9 @@ pub fn conflict(topology: Topology, iommu: bool) -> Option<String> {
     })
 }
 
-/// Makes the empty second namespace's image.
+/// Makes the image of the empty second namespace.
 ///
-/// # Errors
-/// Those of the file system.
+/// # Errors Those of the file system.
 pub fn make_scratch(run: &Path) -> std::io::Result<()> {
     std::fs::File::create(run.join("scratch"))?.set_len(u64::from(SCRATCH_MIB) << 20)
 }

@@ -1,7 +1,8 @@
-//! What is remembered of the suite's runs, for each kernel: how long each took, so that the longest begins
-//! first, and when it last passed, so that those which take turns do.
+//! The history of the suite's runs, for each kernel: how long each run took, so that the longest starts
+//! first, and when it last passed, so that runs can take turns.
 //!
-//! It is in the cache, for every checkout. Only a memory: without it any order does.
+//! The history is in the cache and shared by all checkouts. It is only a hint: without it, the order is
+//! arbitrary.
 
 use std::{
     collections::HashMap,
@@ -15,25 +16,25 @@ use serde::{Deserialize, Serialize};
 
 use crate::{cache::Cache, kernel};
 
-/// What a run is taken to need of which nothing is known.
+/// Assumed duration in seconds of a run without history.
 const UNKNOWN: u64 = 30;
-/// How much longer one takes on the instrumented kernel, about.
+/// Approximate slowdown of a run on the debug kernel.
 const SLOWER: u64 = 5;
 
-/// Of one run.
+/// The history of one run.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 struct Past {
-    /// How long it took the last time, in seconds.
+    /// The duration of the last run, in seconds.
     took: u64,
-    /// When it last passed whole, in seconds since 1970.
+    /// When the run last passed completely, in seconds since 1970.
     passed: Option<u64>,
 }
 
-/// Of all runs with one kind of kernel.
+/// The history of all runs on one kind of kernel.
 pub struct History {
     file: PathBuf,
     known: Mutex<HashMap<String, Past>>,
-    /// What is known of the stock kernel: where this one's is not, it takes so many times as long.
+    /// The history on the stock kernel: the basis for estimates, times the slowdown.
     stock: HashMap<String, Past>,
     slower: u64,
 }
@@ -46,7 +47,7 @@ fn read(file: &PathBuf) -> HashMap<String, Past> {
 }
 
 impl History {
-    /// Reads it; `kernel` is of [`kernel::kind`].
+    /// Reads the history; `kernel` is a [`kernel::kind`].
     pub fn of(cache: &Cache, kernel: &str) -> Self {
         let file = |kernel| cache.dir().join(format!("locks/runs-{kernel}.json"));
         Self {
@@ -61,7 +62,7 @@ impl History {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// How long a run will take, about; more than nothing.
+    /// The expected duration of a run; never zero.
     pub fn expected(&self, run: &str) -> Duration {
         let took = |past: &Past| past.took.max(1);
         let known = self.lock().get(run).map(took);
@@ -69,12 +70,12 @@ impl History {
         Duration::from_secs(known.or_else(elsewhere).unwrap_or(UNKNOWN))
     }
 
-    /// When a run last passed; none if that is not known.
+    /// When a run last passed; `None` if unknown.
     pub fn passed(&self, run: &str) -> Option<u64> {
         self.lock().get(run)?.passed
     }
 
-    /// It took so long, and passed whole or did not.
+    /// Records a run's duration, and whether it passed completely.
     pub fn note(&self, run: &str, took: Duration, passed: bool) {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
         let now = now.unwrap_or_default().as_secs();
@@ -85,9 +86,9 @@ impl History {
         self.write(run, past);
     }
 
-    /// It did not pass after all.
+    /// Records that a run did not pass after all.
     pub fn failed(&self, run: &str) {
-        // One of which nothing is known has not passed.
+        // A run without history has no recorded pass.
         let past = self.lock().get(run).copied();
         if let Some(past) = past {
             let passed = None;
@@ -97,11 +98,11 @@ impl History {
 
     fn write(&self, run: &str, past: Past) {
         let mut known = self.lock();
-        // Another lab may have written meanwhile; of the two the last word on a run counts.
+        // Another lab may have written meanwhile; the later result of a run counts.
         let mut all = read(&self.file);
         all.insert(run.to_owned(), past);
         if let Ok(text) = serde_json::to_string_pretty(&all) {
-            // Whole or not at all: who reads half of it would take it for empty, and write that.
+            // Replaced atomically: a reader of half a file would consider it empty, and write that.
             let new = self
                 .file
                 .with_extension(format!("{}.new", std::process::id()));
@@ -127,7 +128,7 @@ mod tests {
         assert!(history.passed("a").is_some());
         history.failed("a");
         history.failed("nobody");
-        // As another lab reads it, and with what it adds.
+        // As another lab reads it, and adds to it.
         let other = History::of(&cache, kernel::DEBUG);
         other.note("b", seconds(3), true);
         history.note("c", seconds(1), true);

@@ -1,5 +1,5 @@
-//! What the lab needs of the host, the right to mount and mmdebstrap, and what it asks of it: how many guests
-//! it bears, and how fast its clock runs. Nothing else.
+//! The lab's requirements on the host (permission to mount, mmdebstrap), and its queries of the host: how
+//! many guests it can run, and the frequency of its TSC.
 
 use std::{
     ffi::OsString,
@@ -13,12 +13,11 @@ use anyhow::{Context, Result, bail};
 
 use crate::{cache::Cache, progress::Step, sandbox};
 
-/// Set in the environment once the lab has entered a user namespace of its own.
+/// Set in the environment after the lab has entered its own user namespace.
 const IN_USER_NAMESPACE: &str = "PEERBUF_LAB_IN_USER_NAMESPACE";
 
-/// How many guests run at a time where there are several to run: as many as the host has processors, if its
-/// memory allows. A guest has two processors and mostly uses one; with a third guest on two processors the
-/// longest runs took twice as long.
+/// The number of guests to run at a time: one per CPU of the host, if memory allows. A guest has two CPUs and
+/// mostly uses one; a third guest on two CPUs made the longest runs take twice as long.
 pub fn guests_at_once() -> usize {
     let cores = std::thread::available_parallelism().map_or(2, |n| n.get());
     let memory = fs::read_to_string("/proc/meminfo").unwrap_or_default();
@@ -30,7 +29,7 @@ pub fn guests_at_once() -> usize {
     cores.min(room).clamp(1, 4)
 }
 
-/// What the host itself has of what peerbuf uses, for people to read while the lab is being made.
+/// The host's own features that peerbuf uses, shown while the lab is being made.
 pub fn summary() -> String {
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     let processors = std::thread::available_parallelism().map_or(1, |n| n.get());
@@ -70,13 +69,12 @@ pub fn summary() -> String {
     text
 }
 
-/// What a guest takes of the host's memory at most, for the most part.
+/// The usual maximum of host memory that a guest takes.
 const GUEST_KIB: usize = 4 << 20;
 
-/// Without root: starts the lab again in a user namespace where it is root, and does not return.
+/// If not root, restarts the lab in a user namespace in which it is root, and does not return.
 ///
-/// # Errors
-/// When that fails, with what the person can do.
+/// # Errors If that fails, with a remedy.
 pub fn become_root() -> Result<()> {
     if nix::unistd::geteuid().is_root() {
         let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
@@ -92,7 +90,7 @@ pub fn become_root() -> Result<()> {
     if std::env::var_os(IN_USER_NAMESPACE).is_some() {
         bail!("in its own user namespace the lab is not root; run `cargo lab` as root instead");
     }
-    // These come first: inside, there is no way to install anything. mmdebstrap makes the tree, once.
+    // Installed first, because the namespace does not allow it. mmdebstrap is needed once, to make the tree.
     let mut wanted = Vec::new();
     if find("mmdebstrap").is_none() && !Cache::has_a_tree() {
         wanted.push("mmdebstrap");
@@ -139,19 +137,19 @@ fn may_mount(status: &str) -> bool {
     bits.is_none_or(|bits| bits & 1 << CAP_SYS_ADMIN != 0)
 }
 
-/// Its number in linux/capability.h.
+/// The capability's number in linux/capability.h.
 const CAP_SYS_ADMIN: u32 = 21;
 
-/// What decides whether this user may have a user namespace with more than one user id.
+/// The settings that allow this user a user namespace with several user IDs.
 struct Namespaces {
     user: String,
-    /// Whether /etc/subuid and /etc/subgid give it a range.
+    /// Whether /etc/subuid and /etc/subgid each have a range for the user.
     ranges: [bool; 2],
     /// user.max_user_namespaces is 0.
     none_at_all: bool,
-    /// kernel.unprivileged_userns_clone, of Debian's kernels, is 0.
+    /// kernel.unprivileged_userns_clone (in Debian's kernels) is 0.
     only_root: bool,
-    /// kernel.apparmor_restrict_unprivileged_userns, of Ubuntu's, is 1.
+    /// kernel.apparmor_restrict_unprivileged_userns (in Ubuntu's kernels) is 1.
     apparmor: bool,
 }
 
@@ -177,7 +175,7 @@ impl Namespaces {
         }
     }
 
-    /// What to do, given what `unshare` said.
+    /// The remedy, given the error of `unshare`.
     fn remedy(&self, said: &str) -> String {
         let set = |setting| format!("this host forbids it; as root, run: sysctl -w {setting}");
         if said.contains("unrecognized option") {
@@ -201,16 +199,15 @@ impl Namespaces {
     }
 }
 
-/// Whether a line of /etc/subuid or /etc/subgid is this user's.
+/// Whether a line of /etc/subuid or /etc/subgid belongs to this user.
 fn has_range(text: &str, user: &str, uid: &str) -> bool {
     let mut owners = text.lines().filter_map(|line| line.split(':').next());
     owners.any(|owner| owner == user || owner == uid)
 }
 
-/// Makes sure that mmdebstrap is there.
+/// Ensures that mmdebstrap is installed.
 ///
-/// # Errors
-/// When it is not and cannot be installed; names the one command to run.
+/// # Errors If it is missing and cannot be installed, with the command to run.
 pub fn need_mmdebstrap() -> Result<()> {
     if find("mmdebstrap").is_none() {
         install(&["mmdebstrap"])
@@ -257,7 +254,7 @@ fn install(packages: &[&str]) -> Result<()> {
             .args(["-q", "-y"])
             .args(args)
             .env("DEBIAN_FRONTEND", "noninteractive");
-        // sudo may have to ask for a password: it does so on the terminal itself.
+        // sudo asks for a password on the terminal itself, if it must.
         command
             .stdin(Stdio::null())
             .output()
@@ -268,7 +265,8 @@ fn install(packages: &[&str]) -> Result<()> {
     args.extend(packages);
     let mut output = apt(&args)?;
     if !output.status.success() {
-        // A bare machine has no package lists yet. Third-party sources may fail: the install says.
+        // A new machine has no package lists. Third-party sources may fail; the install then reports an
+        // error.
         apt(&["update"])?;
         output = apt(&args)?;
     }
@@ -285,7 +283,7 @@ fn install(packages: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// The mirror of the distribution that the host's own apt sources name, if it is a Debian host.
+/// The mirror in the apt sources of a Debian host.
 pub fn debian_mirror() -> Option<String> {
     let os = fs::read_to_string("/etc/os-release").ok()?;
     let codename = os
@@ -330,7 +328,7 @@ fn mirror_in(text: &str, file: &Path, codename: &str) -> Option<String> {
     }
     text.lines().find_map(|line| {
         let line = line.trim().strip_prefix("deb ")?;
-        // Options in brackets may hold spaces.
+        // Options in brackets may contain spaces.
         let line = match line.trim_start().strip_prefix('[') {
             Some(rest) => rest.split_once(']')?.1,
             None => line,
@@ -342,7 +340,7 @@ fn mirror_in(text: &str, file: &Path, codename: &str) -> Option<String> {
     })
 }
 
-/// apt's proxy settings on the host, as lines of an apt configuration.
+/// The host's apt proxy settings, as lines of apt configuration.
 pub fn apt_proxy() -> Vec<String> {
     let Ok(output) = Command::new("apt-config")
         .arg("dump")
@@ -358,8 +356,8 @@ pub fn apt_proxy() -> Vec<String> {
         .collect()
 }
 
-/// How fast the time stamp counter runs, in kHz, where the host says so: a virtual machine whose
-/// hypervisor does. An emulated processor shows the host's counter.
+/// The frequency of the time stamp counter in kHz, if the host reports it: a virtual machine whose hypervisor
+/// does. An emulated CPU shows the host's counter.
 pub fn tsc_khz() -> Option<u64> {
     known_tsc_khz(&fs::read_to_string("/proc/cpuinfo").ok()?)
 }
@@ -371,7 +369,7 @@ fn known_tsc_khz(cpuinfo: &str) -> Option<u64> {
     };
     let flags: Vec<&str> = field("flags")?.split_whitespace().collect();
     let has = |flag| flags.contains(&flag);
-    // With aperfmperf it is the core's speed at the moment that stands there.
+    // With aperfmperf, the file has the core's current frequency instead.
     if !has("hypervisor") || !has("tsc_known_freq") || has("aperfmperf") {
         return None;
     }
@@ -464,7 +462,7 @@ mod tests {
     #[test]
     fn root_without_the_capability_may_not_mount() {
         assert!(may_mount("Name:\tx\nCapEff:\t000001ffffffffff\n"));
-        // What Docker leaves a container.
+        // A Docker container's capabilities.
         assert!(!may_mount("CapEff:\t00000000a80425fb\n"));
         assert!(may_mount(""));
     }

@@ -1,5 +1,5 @@
-//! Kernels, stock and instrumented: which there are, the machine's half (image, modules, initramfs)
-//! and the builder's half (a tree to build modules against).
+//! Kernels, stock and debug: the list of those available; their part of the machine (image, modules,
+//! initramfs); and the tree to build modules against.
 
 use std::{
     fs,
@@ -22,7 +22,7 @@ const SOURCE_RECIPE: &str = concat!(
     include_str!("../recipes/kernel-functions.sh"),
     include_str!("../recipes/linux-source.sh")
 );
-/// Which [`SOURCE_RECIPE`] calls.
+/// The script that [`SOURCE_RECIPE`] calls.
 const PREPARE_TREE: &str = include_str!("../../../kmod/prepare-tree");
 const DEBUG_RECIPE: &str = concat!(
     include_str!("../recipes/kernel-functions.sh"),
@@ -30,28 +30,27 @@ const DEBUG_RECIPE: &str = concat!(
 );
 const DEBUG_CONFIG: &str = include_str!("../recipes/debug-kernel.config");
 
-/// What `--kernel` calls the instrumented kernel.
+/// The name of the debug kernel for `--kernel`.
 pub const DEBUG: &str = "debug";
-/// What a person calls the newest kernel of the suites that the module supports.
+/// The name of the newest kernel that the module supports and the distribution offers.
 pub const STOCK: &str = "stock";
-/// The series of kernels that peerbuf.ko is written for, the newest last. Rust's kernel interfaces
-/// change from one series to the next, and the suites add series without asking; `kmod/Makefile`
-/// refuses the others.
+/// The kernel series that peerbuf.ko supports, newest last. Rust's kernel interfaces change with each series,
+/// and the distribution adds series at any time; `kmod/Makefile` refuses unsupported ones.
 pub const SERIES: &[&str] = &["7.2", "7.3"];
-/// The packages whose programs compile the instrumented kernel.
+/// The packages with the compilers of the debug kernel.
 const COMPILERS: &[&str] = &[
     "clang-19", "lld-19", "llvm-19", "rustc", "rust-src", "bindgen",
 ];
 
-/// The exit status by which a recipe says that the suites do not offer the version.
+/// A recipe's exit status if the distribution does not offer the version.
 const NOT_OFFERED: i32 = 40;
-/// The exit status by which a recipe says that the kernel was built without Rust.
+/// A recipe's exit status if the kernel was built without Rust.
 const NO_RUST: i32 = 41;
 
-/// What a kernel was made of.
+/// The origin of a kernel.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Origin {
-    /// A package of the distribution's.
+    /// A package of the distribution.
     Package,
     /// The source of the package of this release, with the lab's configuration.
     Source(String),
@@ -65,26 +64,25 @@ pub struct Kernel {
     initramfs: Entry,
 }
 
-/// A kernel that the suites offer, before it is fetched or built.
+/// An available kernel, before it is fetched or built.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Named {
     package: String,
     debug: bool,
 }
 
-/// A kernel package, as the suites offer it.
+/// A kernel package offered by the distribution.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Offered {
     release: String,
-    /// With its headers and source, so that modules can be built for it.
+    /// Offered with headers and source, so that modules can be built for it.
     whole: bool,
 }
 
 impl Named {
-    /// The kernel that `wanted` names, by the list in the cache, which may be old.
+    /// The kernel that `wanted` names, according to the cached list, which may be old.
     ///
-    /// # Errors
-    /// When no list can be fetched.
+    /// # Errors If no list can be fetched.
     pub fn find(cache: &Cache, tree: &Tree, wanted: &str) -> Result<Option<Self>> {
         let offered = offered(cache, tree, false)?;
         Ok(choose(&offered, wanted).map(|package| Self {
@@ -95,14 +93,13 @@ impl Named {
 }
 
 impl Kernel {
-    /// The kernel that `wanted` names, made first if the cache does not have it: a release, a series
-    /// (`7.2`, the newest release of it; one that modules can be built for, if there is one), `stock` (the newest release of the newest of [`SERIES`] that
-    /// the suites offer), or `debug` (the instrumented one, of the source of `stock`).
+    /// The kernel that `wanted` names, made first if it is not in the cache: a release; a series (`7.2`: its
+    /// newest release, preferably one that modules can be built for); `stock` (the newest available release
+    /// of the newest of [`SERIES`]); or `debug` (the debug kernel, built from the source of `stock`).
     ///
-    /// # Errors
-    /// When the suites do not offer it; lists what they do.
+    /// # Errors If the distribution does not offer it, with a list of what it offers.
     pub fn get(cache: &Cache, tree: &Tree, wanted: &str) -> Result<Self> {
-        // The list is as old as the tree. Where it leads nowhere any more, it is made again, once.
+        // The list is as old as the tree. If a package in it no longer exists, the list is made again, once.
         let mut fresh = false;
         loop {
             let offered = offered(cache, tree, fresh).with_context(|| match fresh {
@@ -191,7 +188,7 @@ impl Kernel {
         })
     }
 
-    /// What it was made of.
+    /// Its origin.
     pub fn named(&self) -> Named {
         Named {
             package: self.package().to_owned(),
@@ -199,17 +196,17 @@ impl Kernel {
         }
     }
 
-    /// Its release string, as `uname -r` gives it.
+    /// The release string, as in `uname -r`.
     pub fn release(&self) -> &str {
         &self.release
     }
 
-    /// Whether it is the instrumented one, which takes several times as long for everything.
+    /// Whether it is the debug kernel, on which everything takes several times as long.
     pub fn is_debug(&self) -> bool {
         matches!(self.origin, Origin::Source(_))
     }
 
-    /// The release of the package that it is, or whose source it was built from.
+    /// The release of its package, or of the package whose source it was built from.
     pub fn package(&self) -> &str {
         match &self.origin {
             Origin::Package => &self.release,
@@ -217,20 +214,20 @@ impl Kernel {
         }
     }
 
-    /// Holds `vmlinuz` and `lib/modules`.
+    /// The directory with `vmlinuz` and `lib/modules`.
     pub fn dir(&self) -> &Path {
         self.image.path()
     }
 
-    /// Holds `initramfs`.
+    /// The directory with `initramfs`.
     pub fn initramfs_dir(&self) -> &Path {
         self.initramfs.path()
     }
 }
 
-/// The instrumented kernel of the source of one package, built first if the cache has none.
+/// The debug kernel from the source of a package, built first if it is not in the cache.
 fn debug(cache: &Cache, tree: &Tree, package: &str) -> Result<Entry> {
-    // Not of the whole tree: it takes long, and most of the tree's packages have no part in it.
+    // The ingredients exclude most of the tree's packages: the build takes long and does not depend on them.
     let mut recipe = Recipe::new(format!("debug-{package}"))
         .with(DEBUG_RECIPE)
         .with(DEBUG_CONFIG);
@@ -252,17 +249,16 @@ fn debug(cache: &Cache, tree: &Tree, package: &str) -> Result<Entry> {
     })
 }
 
-/// A tree that modules for one kernel are built against.
+/// A build tree for the modules of one kernel.
 pub struct Source {
     entry: Entry,
     make: &'static [&'static str],
 }
 
 impl Source {
-    /// The tree for a kernel, prepared first if the cache has none.
+    /// The build tree for a kernel, prepared first if it is not in the cache.
     ///
-    /// # Errors
-    /// When the suites have no source for it, or the kernel was built without Rust.
+    /// # Errors If the distribution has no source for it, or the kernel was built without Rust.
     pub fn get(cache: &Cache, tree: &Tree, kernel: &Named) -> Result<Self> {
         if kernel.debug {
             return Ok(Self {
@@ -273,7 +269,7 @@ impl Source {
         Self::prepared(cache, tree, &kernel.package)
     }
 
-    /// That of a package's kernel.
+    /// The build tree of a package's kernel.
     ///
     /// # Errors
     /// As for [`Source::get`].
@@ -304,23 +300,23 @@ impl Source {
         })
     }
 
-    /// The tree.
+    /// The build tree.
     pub fn dir(&self) -> PathBuf {
         self.entry.path().join("linux")
     }
 
-    /// A name that changes with the kernel and with how the tree was made.
+    /// A name that identifies the kernel and how the tree was made.
     pub fn name(&self) -> String {
         let name = self.entry.path().file_name().unwrap_or_default();
         name.to_string_lossy().into_owned()
     }
 
-    /// The variables by which `make` uses the compilers that the kernel was built with.
+    /// The `make` variables that select the compilers that the kernel was built with.
     pub fn make_variables(&self) -> &'static [&'static str] {
         self.make
     }
 
-    /// The whole source, of [`Source::prepared`].
+    /// The complete source, for a tree from [`Source::prepared`].
     pub fn tarball(&self) -> PathBuf {
         self.entry.path().join("linux-source.tar.xz")
     }
@@ -339,7 +335,7 @@ fn offered(cache: &Cache, tree: &Tree, fresh: bool) -> Result<Vec<Offered>> {
 }
 
 impl Offered {
-    /// Reads a line of the list.
+    /// Parses a line of the list.
     fn read(line: &str) -> Self {
         let image = line.strip_suffix(" image only");
         Self {
@@ -349,7 +345,7 @@ impl Offered {
     }
 }
 
-/// The kernels, for a person.
+/// The list of kernels as text.
 fn listed(offered: &[Offered]) -> String {
     let of = |whole| {
         let of = offered.iter().filter(|o| o.whole == whole);
@@ -363,7 +359,7 @@ fn listed(offered: &[Offered]) -> String {
     }
 }
 
-/// What is remembered of the suite's runs is remembered for each of these: [`STOCK`], [`DEBUG`] and the series.
+/// The kind of kernel under which the history of runs is kept: [`STOCK`], [`DEBUG`] or the series.
 pub fn kind(wanted: &str) -> &str {
     series(wanted.strip_prefix("linux-image-").unwrap_or(wanted))
 }
@@ -374,7 +370,7 @@ fn series(release: &str) -> &str {
     &release[..end.unwrap_or(release.len())]
 }
 
-/// The release among `offered` (the newest last) that `wanted` names.
+/// The release in `offered` (newest last) that `wanted` names.
 fn choose<'a>(offered: &'a [Offered], wanted: &str) -> Option<&'a str> {
     let name = wanted.strip_prefix("linux-image-").unwrap_or(wanted);
     let newest = |wanted: &str, whole| {
@@ -396,7 +392,7 @@ fn choose<'a>(offered: &'a [Offered], wanted: &str) -> Option<&'a str> {
     found.map(|o| o.release.as_str())
 }
 
-/// A recipe's failure: the exit status, for who knows what it means, and the message.
+/// A recipe's failure: its exit status, which callers may interpret, and the message.
 #[derive(Debug)]
 struct RecipeFailed(i32, String);
 
@@ -459,7 +455,7 @@ mod tests {
             choose("linux-image-7.2.12+deb13-amd64"),
             Some("7.2.12+deb13-amd64")
         );
-        // One that modules can be built for, if it is not named itself.
+        // Prefers one that modules can be built for, unless it is named exactly.
         assert_eq!(choose("7.2"), Some("7.2.12+deb13-amd64"));
         assert_eq!(choose("7.2.13+deb13"), Some("7.2.13+deb13-amd64"));
         assert_eq!(choose("6.12"), Some("6.12.1+deb13-amd64"));
@@ -506,7 +502,7 @@ mod tests {
         assert_eq!(list, SERIES);
     }
 
-    /// What `make` says, and whether the kernel's build was begun, for a tree of that version.
+    /// The output of `make` for a tree of that version, and whether the kernel's build began.
     fn make(version: &str) -> (String, bool) {
         let tree = tempfile::tempdir().unwrap();
         let makefile = format!(
@@ -541,11 +537,11 @@ mod tests {
         }
     }
 
-    /// What a headers package has of a kernel of gcc's and with Rust.
+    /// The configuration in a headers package, for a kernel built with gcc and with Rust.
     const CONFIG: &str = "CONFIG_CC_VERSION_TEXT=\"x86_64-linux-gnu-gcc (Distribution 14.2.0-19) 14.2.0\"\n\
                           CONFIG_RUST=y\nCONFIG_DEBUG_INFO_BTF=y\n# CONFIG_VGEM is not set\n";
 
-    /// A source archive's Makefile for 7.3.4, which writes what the kernel's does. `more` are further rules.
+    /// A source archive's Makefile for 7.3.4, which writes the same files as the kernel's. `more` adds rules.
     fn makefile(more: &str) -> String {
         format!(
             "kernelversion:\n\t@echo 7.3.4\nolddefconfig::\n\t@echo CONFIG_CC_VERSION_TEXT=here >>.config\n\
@@ -554,8 +550,8 @@ mod tests {
         )
     }
 
-    /// Exit status and output of kmod/prepare-tree for `release`, with a headers package and a source archive
-    /// such as these, and what it made.
+    /// The exit status, the output and the products of kmod/prepare-tree for `release`, given this headers
+    /// package and source archive.
     fn prepare_tree(
         release: &str,
         config: &str,
@@ -604,7 +600,7 @@ mod tests {
         assert_eq!(release, "7.3.4+deb13-amd64\n");
         assert!(tree.join("Module.symvers").is_file());
         assert!(!tree.join("lib/not-for-modules.c").exists());
-        // A kernel whose preparation reads more gets all of its source.
+        // A kernel whose preparation reads more files gets its complete source.
         let more = makefile("prepare::\n\t@test -f lib/not-for-modules.c\n");
         let (status, text, dir) = prepare_tree("7.3.4+deb13-amd64", CONFIG, &more);
         assert_eq!(status, 0, "{text}");

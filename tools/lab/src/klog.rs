@@ -1,20 +1,19 @@
-//! Reads a guest's kernel log and finds what no good run has in it.
+//! Finds complaints in a guest's kernel log: messages that no good run has.
 //!
-//! Input is what `/dev/kmsg` gives, record by record. The judgement begins at the record
-//! `peerbuf-lab: begin`, which the guest's init writes before it loads peerbuf.ko: what the
-//! stock kernel says about the emulated machine while it boots is not the tests' business.
+//! The input is the output of `/dev/kmsg`, record by record. Judging begins at the record `peerbuf-lab:
+//! begin`, which the guest's init writes before it loads peerbuf.ko; messages of the stock kernel during boot
+//! do not count.
 //!
-//! A test that provokes a complaint announces it first, by writing
-//! `peerbuf-lab: expect: TEXT` to `/dev/kmsg`. Complaints that hold TEXT are then allowed, and so
-//! is the rest of their report.
+//! A test that provokes a complaint announces it first, by writing `peerbuf-lab: expect: TEXT` to
+//! `/dev/kmsg`. Complaints that contain TEXT are then allowed, with the rest of their report.
 //!
-//! Where the kernel looks for memory that nobody frees, what it found is judged too, unless the
-//! boot lost it. In a guest that runs programs of the suite, records `peerbuf-lab: program NAME`
-//! and `peerbuf-lab: test NAME` (behind each test) say whose a complaint is.
+//! The results of kmemleak are judged, too, except for leaks during boot. In a guest that runs the suite's
+//! programs, the records `peerbuf-lab: program NAME` and `peerbuf-lab: test NAME` (after each test) attribute
+//! a complaint.
 
 use std::fmt;
 
-/// The record from which on the log is judged.
+/// Judging begins at this record.
 pub const BEGIN: &str = "peerbuf-lab: begin";
 const OURS: &str = "peerbuf-lab: ";
 const EXPECT: &str = "peerbuf-lab: expect: ";
@@ -23,10 +22,10 @@ const PROGRAM: &str = "peerbuf-lab: program ";
 const TEST: &str = "peerbuf-lab: test ";
 const JIFFIES: &str = "peerbuf-lab: jiffies ";
 
-/// Jiffies in a second: CONFIG_HZ of debug-kernel.config.
+/// Jiffies per second: CONFIG_HZ of debug-kernel.config.
 const HZ: f64 = 250.0;
 
-/// What a line that starts a report has in it.
+/// Texts that mark the first line of a report.
 const COMPLAINTS: &[&str] = &[
     "WARNING:",
     "BUG:",
@@ -70,15 +69,15 @@ const COMPLAINTS: &[&str] = &[
     ERROR,
 ];
 
-/// Lines that hold a word of the list and mean no harm.
+/// Lines that contain such a text but are harmless.
 const HARMLESS: &[&str] = &[
     "lockdep: fixing recursive fault",
     "debug: unmapping init",
-    // What they are is judged.
+    // The leaks themselves are judged.
     "new suspected memory leaks",
 ];
 
-/// Lines that go on with a report once it has begun.
+/// Texts that mark further lines of a report.
 const CONTINUES: &[&str] = &[
     "Call Trace:",
     "<TASK>",
@@ -115,8 +114,8 @@ const CONTINUES: &[&str] = &[
     "stack backtrace",
 ];
 
-/// Reports whose every line says something, up to [`TRACE_ENDS`] behind the back trace. (Of KASAN's
-/// there are several traces; the first is that of the access.)
+/// Reports in which every line matters, until [`TRACE_ENDS`] after the back trace. (KASAN's reports have
+/// several traces; the first is that of the access.)
 const TOLD_WHOLE: &[&str] = &[
     "possible circular locking",
     "possible recursive locking",
@@ -127,14 +126,14 @@ const TOLD_WHOLE: &[&str] = &[
 ];
 const TRACE_ENDS: &str = "</TASK>";
 
-/// A report of the kernel that nobody announced.
+/// An unannounced report of the kernel.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Complaint {
-    /// Its lines, the one that says what is wrong among the first.
+    /// The report's lines; one of the first says what is wrong.
     pub lines: Vec<String>,
-    /// The program of the suite that ran, where the log says so.
+    /// The program of the suite that was running, if the log says so.
     pub program: Option<String>,
-    /// The test that ran; none between tests.
+    /// The test that was running; `None` between tests.
     pub test: Option<String>,
 }
 
@@ -149,7 +148,7 @@ impl fmt::Display for Complaint {
     }
 }
 
-/// The messages in raw `/dev/kmsg` records, with their time in front.
+/// The messages in raw `/dev/kmsg` records, each with its time in front.
 pub fn messages(raw: &str) -> Vec<String> {
     raw.lines()
         .filter(|line| !line.starts_with(' '))
@@ -165,11 +164,11 @@ pub fn messages(raw: &str) -> Vec<String> {
         .collect()
 }
 
-/// The complaints in `messages` (as [`messages`] gives them) that were not announced.
+/// The unannounced complaints in `messages` (from [`messages`]).
 pub fn complaints(messages: &[String]) -> Vec<Complaint> {
     let mut found: Vec<Complaint> = Vec::new();
     let mut expected: Vec<&str> = Vec::new();
-    // Whether the report being read is one to keep; none while no report is being read.
+    // Whether to keep the report that is being read; `None` outside a report.
     let mut report: Option<bool> = None;
     let mut whole = false;
     let begin = messages
@@ -186,7 +185,7 @@ pub fn complaints(messages: &[String]) -> Vec<Complaint> {
             report = None;
         } else if is_complaint(text) {
             let keep = !expected.iter().any(|e| text.contains(e));
-            // A second such line inside an announced report belongs to it.
+            // A second such line inside an announced report belongs to that report.
             let inside_announced = report == Some(false) && text_continues(text);
             if keep && !inside_announced {
                 match (report, found.last_mut()) {
@@ -220,8 +219,8 @@ pub fn complaints(messages: &[String]) -> Vec<Complaint> {
     found
 }
 
-/// What kmemleak found, as `/sys/kernel/debug/kmemleak` gives it, without what was lost before the
-/// judgement begins (as `messages` tell) and what was announced.
+/// The leaks in `found`, the contents of `/sys/kernel/debug/kmemleak`, except for announced ones and those
+/// from before judging began (according to `messages`).
 pub fn leaks(found: &str, messages: &[String]) -> Vec<Complaint> {
     let text = |m: &String| m.split_once("] ").map(|(_, text)| text.to_owned());
     let after = |word: &str| {
@@ -253,7 +252,7 @@ pub fn leaks(found: &str, messages: &[String]) -> Vec<Complaint> {
             let (_, n) = l.split_once(", jiffies ")?;
             n.split_whitespace().next()?.parse::<f64>().ok()
         });
-        // One without its age is not let go.
+        // A leak without an age counts.
         let born = born.map_or(now, |born| now - (jiffies - born) / HZ);
         let announced = |line: &String| expected.iter().any(|e| line.contains(e));
         if born < begin || lines.iter().any(announced) {
@@ -273,13 +272,13 @@ pub fn leaks(found: &str, messages: &[String]) -> Vec<Complaint> {
     complaints
 }
 
-/// Seconds since boot.
+/// The message's time, in seconds since boot.
 fn time(message: &str) -> Option<f64> {
     let (time, _) = message.strip_prefix('[')?.split_once(']')?;
     time.trim().parse().ok()
 }
 
-/// The program and the test to which the message at `at` belongs.
+/// The program and the test to which the message at index `at` belongs.
 fn whose(messages: &[String], at: usize) -> (Option<String>, Option<String>) {
     let named = |message: &String, word: &str| {
         let (_, text) = message.split_once("] ")?;
@@ -295,8 +294,7 @@ fn whose(messages: &[String], at: usize) -> (Option<String>, Option<String>) {
     (program, test)
 }
 
-/// The line that starts a report, after what WARN() itself was told to say: that stands before
-/// it, below the cut.
+/// The first line of a report, preceded by WARN()'s own message, which comes before it, below the cut.
 fn with_lead(messages: &[String], at: usize) -> Vec<String> {
     let before = &messages[at.saturating_sub(4)..at];
     let cut = before.iter().rposition(|m| m.contains("[ cut here ]"));
@@ -308,7 +306,8 @@ fn is_complaint(text: &str) -> bool {
     COMPLAINTS.iter().any(|c| text.contains(c)) && !HARMLESS.iter().any(|h| text.contains(h))
 }
 
-/// Registers, back traces and the like: either named, or indented as the kernel indents them.
+/// Whether a line continues a report: registers, back traces and the like, marked by name or by the kernel's
+/// indentation.
 fn text_continues(text: &str) -> bool {
     text.starts_with(' ') || text.is_empty() || CONTINUES.iter().any(|c| text.contains(c))
 }
@@ -383,7 +382,7 @@ mod tests {
         let with_trace = [&lines[..3], &lines[4..]].concat();
         let found = complaints(&log(&with_trace));
         assert_eq!((found.len(), found[0].lines.len()), (1, 6), "{found:?}");
-        // What a test says in between ends it.
+        // A test's message in between ends the report.
         assert_eq!(complaints(&log(&lines))[0].lines.len(), 3);
     }
 
@@ -434,7 +433,7 @@ mod tests {
                         comm \"kmod\", pid 77, jiffies 4294892800\n  backtrace (crc 0):\n    \
                         hello_init+0x10/0x20 [hello]\n";
 
-    /// A guest whose tests began at 2 s and whose clock stood at jiffy 4294893296 at 10 s.
+    /// The log of a guest whose tests began at 2 s, and whose jiffies were 4294893296 at 10 s.
     fn log_of_leaky_guest(more: &str) -> Vec<String> {
         let lines = [
             (2_000_000, "peerbuf-lab: begin"),
@@ -449,7 +448,7 @@ mod tests {
 
     #[test]
     fn lost_memory_is_of_the_test_in_whose_time_it_was_taken() {
-        // 496 jiffies before 10 s: at 8.016 s.
+        // Allocated 496 jiffies before 10 s, at 8.016 s.
         let found = leaks(LEAK, &log_of_leaky_guest("peerbuf-lab: program kmod"));
         assert_eq!(found.len(), 1);
         assert_eq!(found[0].program.as_deref(), Some("kmod"));

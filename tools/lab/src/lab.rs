@@ -1,4 +1,4 @@
-//! The lab's parts put together: from a person's options to a guest that can be run.
+//! Combines the lab's parts: from the options of a command to a guest that is ready to run.
 
 use std::{
     fs,
@@ -22,11 +22,10 @@ use crate::{
     tree::Tree,
 };
 
-/// How many times longer than the stock kernel the instrumented one may take, for all that has a
-/// limit. (It takes about four times as long.)
+/// The factor for all time limits on the debug kernel. (It takes about four times as long.)
 const SLOWER: u32 = 5;
 
-/// What is built from the checkout and put into guests of one kernel.
+/// The products of the checkout for guests of one kernel.
 #[derive(Debug, Clone, Default)]
 pub struct Parts {
     /// peerbuf.ko and peerbuf_probe.ko, if they can be built.
@@ -37,10 +36,9 @@ pub struct Parts {
     pub fixtures: Option<PathBuf>,
 }
 
-/// Makes, if need be, all that a guest with these options starts from.
+/// Makes everything that a guest with these options starts from, if necessary.
 ///
-/// # Errors
-/// Those of making it.
+/// # Errors Those of making it.
 pub fn ground(cache: &Cache, args: &GuestArgs) -> Result<Ground> {
     let tree = Tree::get(cache)?;
     let kernel = Kernel::get(cache, &tree, &args.kernel.kernel)?;
@@ -64,22 +62,21 @@ pub fn ground(cache: &Cache, args: &GuestArgs) -> Result<Ground> {
     })
 }
 
-/// What of the checkout guests are to have.
+/// The parts of the checkout that guests need.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Want {
     /// The modules and the command.
     Command,
-    /// And the crate's examples and the fixtures, which are for tests.
+    /// In addition the crate's examples and the fixtures, for tests.
     Fixtures,
-    /// And the suite's programs.
+    /// In addition the suite's programs.
     Suite,
 }
 
-/// Makes, if need be, all that a guest with these options starts from, and builds the parts for it. What
-/// does not depend on each other is made at the same time.
+/// Makes everything that a guest with these options starts from, if necessary, and builds the checkout's
+/// parts for it. Independent parts are made in parallel.
 ///
-/// # Errors
-/// Those of making it; when something does not compile, the compiler's messages.
+/// # Errors Those of making it; the compiler's messages if something does not compile.
 pub fn made(
     cache: &Cache,
     project: &Project,
@@ -112,7 +109,7 @@ pub fn made(
     })
 }
 
-/// The kernel's source and the modules, and beside them, since they take longest, what guests start from.
+/// Makes the build tree and the modules, which take longest, in parallel with the guests' parts.
 fn ground_and_modules(
     cache: &Cache,
     project: &Project,
@@ -133,7 +130,7 @@ fn ground_and_modules(
         accel::try_all(&ground);
         let kernel = ground.kernel.named();
         let (source, modules) = match built {
-            // The list of kernels may have been too old, and so the name.
+            // The list of kernels may have been old, and the kernel another one.
             Some(built) if named.as_ref() == Some(&kernel) => joined(built)?,
             _ => modules_for(&kernel)?,
         };
@@ -141,11 +138,10 @@ fn ground_and_modules(
     })
 }
 
-/// A guest with these options, ready for a command: what it starts from, and with the parts that the
-/// checkout has for it, unless it is to be bare.
+/// A guest with these options, ready for a command: with what it starts from and, unless it is to be bare,
+/// with the checkout's parts.
 ///
-/// # Errors
-/// As for [`made`].
+/// # Errors As for [`made`].
 pub fn ready(cache: &Cache, args: &GuestArgs) -> Result<(Ground, Job)> {
     let (ground, parts) = if args.bare {
         (ground(cache, args)?, Parts::default())
@@ -156,20 +152,18 @@ pub fn ready(cache: &Cache, args: &GuestArgs) -> Result<(Ground, Job)> {
     Ok((ground, job))
 }
 
-/// What a thread of the lab's own came to.
+/// The result of a thread of the lab.
 ///
-/// # Errors
-/// Its own, or that it panicked.
+/// # Errors The thread's error, or that it panicked.
 pub fn joined<T>(thread: std::thread::ScopedJoinHandle<'_, Result<T>>) -> Result<T> {
     thread
         .join()
         .unwrap_or_else(|_| Err(anyhow!("the lab itself failed (above)")))
 }
 
-/// A guest with these options and parts; the command is still to be set.
+/// A guest with these options and parts. The command is set later.
 ///
-/// # Errors
-/// When the directory to share is none, or the stranger's program does not compile.
+/// # Errors If the shared directory does not exist, or the stranger's program does not compile.
 pub fn job(ground: &Ground, args: &GuestArgs, mut parts: Parts) -> Result<Job> {
     if args.stranger {
         let programs = stranger::build(&Project::find()?, ground)?;
@@ -208,7 +202,7 @@ pub fn job(ground: &Ground, args: &GuestArgs, mut parts: Parts) -> Result<Job> {
     })
 }
 
-/// How many times the limits of the stock kernel a guest is given.
+/// The factor for time limits in a guest, compared with the stock kernel.
 pub fn slower(ground: &Ground) -> u32 {
     if ground.kernel.is_debug() { SLOWER } else { 1 }
 }

@@ -1,11 +1,11 @@
-//! The lab runner behind `cargo lab`: makes a stock-kernel machine out of distribution packages
-//! and QEMU, and runs things in it.
+//! The lab runner behind `cargo lab`: makes a machine with a stock kernel out of distribution packages and
+//! QEMU, and runs programs in it.
 //!
-//! From the bottom up: [`sandbox`] starts programs in the distribution tree, [`cache`] keeps what
-//! is made, [`tree`], [`kernel`] and [`disk`] make the machine's parts, [`project`] and
-//! [`fixtures`] build what is in the checkout, [`guest`] describes the machine, [`run`] lives
-//! through one guest's life, [`events`] does to the machine what its tests ask for, [`klog`] judges its kernel log, and [`lab`] puts these together for
-//! [`suite`] and the commands here. What the guest itself executes is in `tests/lab/init`.
+//! The modules from the bottom up: [`sandbox`] starts programs in the distribution tree; [`cache`] keeps what
+//! is made; [`tree`], [`kernel`] and [`disk`] make the machine's parts; [`project`] and [`fixtures`] build
+//! the checkout; [`guest`] describes the machine; [`run`] runs one guest; [`events`] changes its hardware at
+//! its tests' request; [`klog`] checks its kernel log; [`lab`] combines these for [`suite`] and the commands
+//! here. `tests/lab/init` has the programs that the guest itself executes.
 
 mod accel;
 mod cache;
@@ -69,7 +69,7 @@ use crate::{
     trouble::size,
 };
 
-/// The exit status of a lab that could not do what it was asked.
+/// The exit status if the lab itself failed.
 const LAB_FAILED: i32 = 125;
 
 fn main() {
@@ -130,8 +130,8 @@ fn command(cli: Cli) -> Result<i32> {
     }
 }
 
-/// Ctrl-C and its like end the lab. Guests and builds die with it by themselves; what is left to
-/// do is to give the terminal back and to remove the runs' directories.
+/// Ends the lab on Ctrl-C and similar signals. Guests and builds die with the lab; this restores the terminal
+/// and removes the directories of the runs.
 fn end_well_on_signals() -> Result<()> {
     let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).context("listening for signals")?;
     std::thread::spawn(move || {
@@ -171,7 +171,7 @@ fn shell(cache: &Cache, args: &GuestArgs) -> Result<i32> {
     Ok(outcome.status())
 }
 
-/// Standard output or error of a guest, kept.
+/// A buffer for a guest's standard output or error.
 #[derive(Clone, Default)]
 struct Kept(Arc<Mutex<Vec<u8>>>);
 
@@ -209,8 +209,8 @@ fn run_and_keep(ground: &run::Ground, job: &Job) -> Result<(Outcome, String, Str
     Ok((outcome, out.text(), err.text()))
 }
 
-/// Runs the suite on one kernel; with `within`, only what asks for that kernel and as much more as fits
-/// into that time.
+/// Runs the suite on one kernel. With `within`, it runs only the tests for that kernel, and as many others as
+/// fit into that time.
 fn test(
     cache: &Cache,
     filter: Option<&str>,
@@ -219,7 +219,7 @@ fn test(
 ) -> Result<i32> {
     let project = Project::find()?;
     let began = Instant::now();
-    // What does not compile is said before anything runs.
+    // Compiles first, so that errors show before anything runs.
     let (_, parts) = lab::made(cache, &project, &GuestArgs::plain(kernel), Want::Suite)?;
     let in_turn = within.map(|time| time.saturating_sub(began.elapsed()));
     let in_guest = |args: &GuestArgs, files: &[PathBuf], streams: Streams, deadline: &Deadline| {
@@ -269,7 +269,7 @@ fn bench(cache: &Cache, name: &str, kernel: &KernelArgs, arguments: Vec<OsString
         }
         Room::Pair => {
             let command = command_of(&program, arguments)?;
-            // The first one tells what there is to tell.
+            // The first guest prints the result; the second guest's output goes to standard error.
             let streams = End::BOTH.map(|end| Streams {
                 stdin: None,
                 stdout: match end {
@@ -284,7 +284,7 @@ fn bench(cache: &Cache, name: &str, kernel: &KernelArgs, arguments: Vec<OsString
     }
 }
 
-/// The words that start a program of the checkout in a guest.
+/// The command that starts a program of the checkout in a guest.
 fn command_of(program: &Path, arguments: Vec<OsString>) -> Result<Vec<OsString>> {
     let file = program.file_name().context("a program without a name")?;
     let mut words = vec![Path::new("/opt/peerbuf/bin").join(file).into_os_string()];
@@ -292,7 +292,7 @@ fn command_of(program: &Path, arguments: Vec<OsString>) -> Result<Vec<OsString>>
     Ok(words)
 }
 
-/// How much longer than asked for the fuzzer may take to end.
+/// How many seconds the fuzzer may take beyond the requested time.
 const FUZZ_GRACE: u64 = 600;
 
 fn fuzz(cache: &Cache, minutes: u64, kernel: String, arguments: Vec<OsString>) -> Result<i32> {
@@ -306,7 +306,7 @@ fn fuzz(cache: &Cache, minutes: u64, kernel: String, arguments: Vec<OsString>) -
     run_program(cache, &args, program, words)
 }
 
-/// Runs a program of the checkout in a guest, with its output to here.
+/// Runs a program of the checkout in a guest, with its output on this terminal.
 fn run_program(
     cache: &Cache,
     args: &GuestArgs,
@@ -347,7 +347,7 @@ fn kbuild(cache: &Cache, dir: &Path, args: &KernelArgs) -> Result<i32> {
     Ok(0)
 }
 
-/// Prints what the cache holds, at most 80 columns wide where names and packages allow it.
+/// Prints the cache's contents, at most 80 columns wide unless names or packages are longer.
 fn list(cache: &Cache) -> Result<i32> {
     let list = cache.list()?;
     let mut out = io::stdout().lock();

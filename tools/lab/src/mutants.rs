@@ -1,7 +1,7 @@
-//! `cargo lab mutants`: peerbuf.ko broken on purpose, and whether the suite notices.
+//! `cargo lab mutants`: breaks peerbuf.ko on purpose, and checks that the suite notices.
 //!
-//! A test that cannot fail proves nothing. `tests/lab/mutants.toml` lists changes to the module's
-//! sources, each with a test that fails on the module so changed:
+//! A test that cannot fail proves nothing. `tests/lab/mutants.toml` lists changes to the module's sources,
+//! each with a test that fails on the changed module:
 //!
 //! ```toml
 //! [[mutant]]
@@ -34,17 +34,17 @@ use crate::{
     suite,
 };
 
-/// How long one test may take on a broken module, in a guest of the stock kernel.
+/// Time limit for one test on a broken module, in a guest of the stock kernel.
 const LIMIT: Duration = Duration::from_secs(120);
 
-/// The list.
+/// The list of mutants.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct List {
     mutant: Vec<Mutant>,
 }
 
-/// One change.
+/// A mutant: one change.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Mutant {
@@ -73,7 +73,7 @@ impl Mutant {
         })
     }
 
-    /// Changes the module's sources in `kmod`.
+    /// Applies the change to the module's sources in `kmod`.
     fn apply(&self, kmod: &Path) -> Result<()> {
         let file = kmod.join(&self.file);
         let text =
@@ -98,11 +98,10 @@ fn list(project: &Path) -> Result<Vec<Mutant>> {
     Ok(list.mutant)
 }
 
-/// Tries each mutant that `filter` selects, and prints what noticed it. Returns the exit status: 1
-/// when one lives.
+/// Tries each mutant that `filter` selects, and prints what noticed it. Returns the exit status: 1 if a
+/// mutant survives.
 ///
-/// # Errors
-/// When the list is wrong, selects nothing, or something does not compile.
+/// # Errors If the list is invalid, selects nothing, or a mutant does not compile.
 pub fn run(cache: &Cache, filter: Option<&str>) -> Result<i32> {
     let project = Project::find()?;
     let mut mutants = list(project.root())?;
@@ -134,7 +133,7 @@ pub fn run(cache: &Cache, filter: Option<&str>) -> Result<i32> {
     Ok(i32::from(living > 0))
 }
 
-/// How the suite would have told of it.
+/// How the suite would have reported it; `None` if not at all.
 fn noticed(outcome: &Outcome) -> Option<&'static str> {
     match &outcome.ending {
         Ending::Exit(0) if outcome.complaints.is_empty() => None,

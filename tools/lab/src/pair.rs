@@ -1,4 +1,4 @@
-//! Two guests joined by a network, and `cargo lab pair`, which runs one command in both.
+//! Two guests joined by a network; `cargo lab pair`, which runs a command in both.
 
 use std::{
     ffi::OsString,
@@ -16,10 +16,9 @@ use crate::{
     run::{self, Ending, Ground, Job, Outcome, Streams},
 };
 
-/// Runs a job in each of two guests that are joined by a network, and returns what became of each.
+/// Runs a job in each of two guests joined by a network, and returns both outcomes.
 ///
-/// # Errors
-/// If one of them could not even be started.
+/// # Errors If one guest could not be started.
 pub fn run_joined(
     ground: &Ground,
     jobs: [Job; 2],
@@ -31,7 +30,7 @@ pub fn run_joined(
         job.machine.end = Some(end);
         job.wire = Some(wire.path().to_owned());
         let outcome = run::run(ground, &job, streams);
-        // Alone, the other may wait for ever.
+        // Without its peer, the other guest may wait forever.
         if !matches!(&outcome, Ok(outcome) if matches!(outcome.ending, Ending::Exit(_))) {
             let why = format!("the {} guest is gone, so this one was ended", end.name());
             deadlines[end.other() as usize].give_up(why);
@@ -48,11 +47,10 @@ pub fn run_joined(
     })
 }
 
-/// Runs a command in two guests with the same options and further programs in their `/opt/peerbuf/bin`,
-/// and returns what became of each.
+/// Runs a command in two guests with the same options and additional programs in `/opt/peerbuf/bin`, and
+/// returns both outcomes.
 ///
-/// # Errors
-/// Those of making what the guests start from, and of starting them.
+/// # Errors Those of making the guests' parts, and of starting the guests.
 pub fn run_command(
     cache: &Cache,
     args: &GuestArgs,
@@ -64,7 +62,7 @@ pub fn run_command(
     job.command = command.to_vec();
     job.programs.extend_from_slice(programs);
     let mut other = job.clone();
-    // Two guests, two ends.
+    // Each guest has its own deadline.
     other.deadline = run::Deadline::default();
     run_joined(&ground, [job, other], streams)
 }
@@ -83,7 +81,7 @@ pub fn pair(cache: &Cache, args: &GuestArgs, command: &[OsString]) -> Result<i32
     Ok(report(&outcomes))
 }
 
-/// Says what went wrong in either guest, and returns the higher status.
+/// Reports the failures of both guests, and returns the higher status.
 pub fn report(outcomes: &[(End, Outcome); 2]) -> i32 {
     for (end, outcome) in outcomes {
         let report = outcome.report();
@@ -95,7 +93,7 @@ pub fn report(outcomes: &[(End, Outcome); 2]) -> i32 {
     first.1.status().max(second.1.status())
 }
 
-/// Writes whole lines, with a guest's name in front.
+/// Writes whole lines, prefixed with a guest's name.
 pub struct Named<W: Write> {
     end: End,
     to: W,
@@ -111,7 +109,7 @@ impl<W: Write> Drop for Named<W> {
 }
 
 impl<W: Write> Named<W> {
-    /// A writer for one end's lines.
+    /// A writer for the lines of one guest.
     pub fn new(end: End, to: W) -> Self {
         let line = Vec::new();
         Self { end, to, line }

@@ -1,8 +1,8 @@
-//! Says on standard error what takes long.
+//! Shows slow steps on standard error.
 //!
-//! A step that ends within two seconds says nothing. A longer one shows a spinner with the time
-//! elapsed on a terminal, and otherwise prints one line when the two seconds are over and one at
-//! its end, so that a log stays readable and a warm `cargo lab run` adds no byte to CMD's own.
+//! A step that ends within two seconds shows nothing. On a terminal, a longer one shows a spinner with the
+//! elapsed time. Otherwise it prints one line after two seconds and one at its end, so that a log stays
+//! readable, and a warm `cargo lab run` adds nothing to CMD's own output.
 
 use std::{
     fmt::Display,
@@ -16,19 +16,18 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 const QUIET: Duration = Duration::from_secs(2);
 
-/// Says one thing on standard error. Nobody may be listening any more, and the standard macro
-/// would panic then.
+/// Prints a line on standard error. Ignores a closed stderr, on which the standard macro would panic.
 pub fn note(text: impl Display) {
     let _ = writeln!(stderr(), "peerbuf-lab: {text}");
 }
 
-/// A piece of work under way; ends when dropped or [`done`](Step::done).
+/// A step in progress; ends when dropped or by [`done`](Step::done).
 pub struct Step {
     shown: Option<(Sender<bool>, JoinHandle<()>)>,
 }
 
 impl Step {
-    /// Begins a step; `what` reads like 'making the distribution tree'.
+    /// Begins a step; `what` is a phrase such as 'making the distribution tree'.
     pub fn start(what: impl Into<String>) -> Self {
         let what = what.into();
         let (tell, told) = channel();
@@ -57,7 +56,7 @@ impl Step {
         }
     }
 
-    /// A step shown on a terminal only, for what every warm call does, such as booting.
+    /// A step shown only on a terminal, for what every warm call does, such as booting.
     pub fn start_on_terminal(what: impl Into<String>) -> Self {
         if stderr().is_terminal() {
             Self::start(what)
@@ -66,7 +65,7 @@ impl Step {
         }
     }
 
-    /// Ends the step with success.
+    /// Ends the step as a success.
     pub fn done(mut self) {
         self.end(true);
     }

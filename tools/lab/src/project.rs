@@ -1,4 +1,4 @@
-//! The checkout: where its parts are, and how its programs and the module are built.
+//! The checkout: its parts, and the builds of its programs and modules.
 
 use std::{
     ffi::OsString,
@@ -23,10 +23,9 @@ pub struct Project {
 impl Project {
     /// Finds the checkout.
     ///
-    /// # Errors
-    /// When it is gone, or cargo cannot read it.
+    /// # Errors If it is gone, or cargo cannot read it.
     pub fn find() -> Result<Self> {
-        // cargo sets it at run time too, so a checkout may move after it was built.
+        // cargo also sets it at run time, so a checkout may be moved after the build.
         let here = std::env::var_os("CARGO_MANIFEST_DIR")
             .map_or(PathBuf::from(env!("CARGO_MANIFEST_DIR")), PathBuf::from);
         let root = here
@@ -58,10 +57,9 @@ impl Project {
         })
     }
 
-    /// `[package.metadata]` of one package of the workspace.
+    /// `[package.metadata]` of a package of the workspace.
     ///
-    /// # Errors
-    /// When there is no such package.
+    /// # Errors If there is no such package.
     pub fn package_metadata(&self, package: &str) -> Result<&serde_json::Value> {
         let packages = self.metadata["packages"].as_array();
         packages
@@ -72,25 +70,23 @@ impl Project {
             .with_context(|| format!("the workspace has no package {package}"))
     }
 
-    /// Its root directory.
+    /// The root directory.
     pub fn root(&self) -> &Path {
         &self.root
     }
 
-    /// A directory of the lab's own among the build products.
+    /// A directory for the lab among the build products.
     ///
-    /// # Errors
-    /// When it cannot be made.
+    /// # Errors If it cannot be made.
     pub fn work_dir(&self, name: &str) -> Result<PathBuf> {
         let dir = self.target.join("lab").join(name);
         fs::create_dir_all(&dir).with_context(|| format!("making {}", dir.display()))?;
         Ok(dir)
     }
 
-    /// The command `peerbuf`, and if wanted the crate's examples, built if need be.
+    /// The command `peerbuf`, with the crate's examples if requested, built if necessary.
     ///
-    /// # Errors
-    /// When it does not compile; holds the compiler's messages.
+    /// # Errors If it does not compile, with the compiler's messages.
     pub fn peerbuf(&self, examples: bool) -> Result<Vec<PathBuf>> {
         let step = Step::start("building the command peerbuf");
         let mut args = vec!["build", "--package=peerbuf-cli", "--bins"];
@@ -102,10 +98,9 @@ impl Project {
         Ok(built.into_iter().map(|p| p.file).collect())
     }
 
-    /// The suite's programs, built if need be.
+    /// The suite's programs, built if necessary.
     ///
-    /// # Errors
-    /// When one does not compile; holds the compiler's messages.
+    /// # Errors If one does not compile, with the compiler's messages.
     pub fn suite(&self) -> Result<Vec<Program>> {
         let step = Step::start("building the lab's suite");
         let package = "--package=peerbuf-lab-suite";
@@ -114,12 +109,11 @@ impl Project {
         Ok(programs)
     }
 
-    /// Builds with cargo and returns the programs made.
+    /// Builds with cargo and returns the resulting programs.
     ///
-    /// # Errors
-    /// When something does not compile; holds the compiler's messages.
+    /// # Errors If something does not compile, with the compiler's messages.
     pub fn cargo_build(&self, args: &[&str]) -> Result<Vec<Program>> {
-        // What else is made at the same time is what a first call waits for.
+        // Runs at low priority: a first call waits for the other parts, which are made at the same time.
         let mut command = Command::new("nice");
         command.args(["-n", "5"]).arg(cargo_program());
         let output = outside(&mut command, &self.root)
@@ -160,11 +154,10 @@ impl Project {
         Ok(programs)
     }
 
-    /// Builds [`MODULES`] for one kernel, outside the sources, and returns their paths; none while there
-    /// is nothing to build.
+    /// Builds [`MODULES`] for one kernel, outside the sources, and returns their paths; an empty list if
+    /// there is nothing to build.
     ///
-    /// # Errors
-    /// When one does not compile; holds the compiler's messages.
+    /// # Errors If one does not compile, with the compiler's messages.
     pub fn modules(&self, tree: &Tree, source: &Source) -> Result<Vec<PathBuf>> {
         if !self.root.join("kmod/Makefile").is_file() {
             return Ok(Vec::new());
@@ -177,11 +170,10 @@ impl Project {
         make_modules(tree, source, &work)
     }
 
-    /// Builds the modules as [`Project::modules`] does, of sources that `change` has had in hand: it
-    /// is given the directory of the copied `kmod/`.
+    /// Builds the modules as [`Project::modules`] does, from sources that `change` has modified: it gets the
+    /// directory of the copied `kmod/`.
     ///
-    /// # Errors
-    /// Those of `change`; and when it does not compile.
+    /// # Errors Those of `change`, and if a module does not compile.
     pub fn changed_modules(
         &self,
         tree: &Tree,
@@ -198,22 +190,22 @@ impl Project {
     }
 }
 
-/// What `kmod/` has: the exporter, and the importer to probe with.
+/// The modules in `kmod/`: the exporter and the test importer.
 const MODULES: [&str; 2] = ["peerbuf.ko", "peerbuf_probe.ko"];
 
-/// Builds [`MODULES`] of the sources in `work`, unless they are there already.
+/// Builds [`MODULES`] from the sources in `work`, unless they exist already.
 fn make_modules(tree: &Tree, source: &Source, work: &Path) -> Result<Vec<PathBuf>> {
     let modules = MODULES.map(|name| work.join("kmod").join(name));
     let stamp = work.join("made-of");
     let made_of = made_of(&[&work.join("kmod"), &work.join("uapi")], source)?;
-    // Even a make that finds nothing to do takes seconds to find it.
+    // Even a make with nothing to do takes seconds.
     let there = modules.iter().all(|module| module.is_file());
     if there && fs::read_to_string(&stamp).ok().as_deref() == Some(&made_of) {
         return Ok(modules.into());
     }
     let step = Step::start("building kmod/");
-    // A make that was killed leaves half an object, which the next one would take for whole. One that fails
-    // removes what it did not finish.
+    // A killed make leaves a partial object, which the next make would consider complete. (A make that fails
+    // removes partial objects itself.)
     let begun = work.join("begun");
     let args = |target| ["-C", "/lab/build/kmod", "KDIR=/lab/linux", target];
     if begun.exists() {
@@ -231,10 +223,9 @@ fn make_modules(tree: &Tree, source: &Source, work: &Path) -> Result<Vec<PathBuf
     Ok(modules.into())
 }
 
-/// A text that changes with any source below `dirs` and with the kernel they are built for.
+/// A text that changes with every source in `dirs` and with the kernel they are built for.
 ///
-/// # Errors
-/// When one cannot be read.
+/// # Errors If a source cannot be read.
 pub fn made_of(dirs: &[&Path], source: &Source) -> Result<String> {
     let mut recipe = Recipe::new("made-of").with(source.dir().display().to_string());
     for dir in dirs {
@@ -251,11 +242,11 @@ pub fn made_of(dirs: &[&Path], source: &Source) -> Result<String> {
     Ok(recipe.name())
 }
 
-/// A program that cargo made.
+/// A program built by cargo.
 pub struct Program {
     /// The target's name in its manifest.
     pub name: String,
-    /// The file.
+    /// The path.
     pub file: PathBuf,
     /// Whether it is a test program.
     pub is_test: bool,
@@ -263,8 +254,7 @@ pub struct Program {
 
 /// Builds the external module in `dir`, in place, for the kernel of `source`.
 ///
-/// # Errors
-/// When it does not compile; holds the compiler's messages.
+/// # Errors If it does not compile, with the compiler's messages.
 pub fn build_module(tree: &Tree, source: &Source, dir: &Path) -> Result<()> {
     let dir = fs::canonicalize(dir).with_context(|| format!("finding {}", dir.display()))?;
     if !["Kbuild", "Makefile"].iter().any(|f| dir.join(f).is_file()) {
@@ -284,7 +274,7 @@ pub fn build_module(tree: &Tree, source: &Source, dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// `make` in the tree, with `work` at `/lab/build` and the kernel's at `/lab/linux`.
+/// Runs `make` in the tree, with `work` at `/lab/build` and the kernel's tree at `/lab/linux`.
 fn make(tree: &Tree, source: &Source, work: &Path, args: &[&str]) -> Result<()> {
     tree.sandbox("/usr/bin/make")
         .own_processes()
@@ -301,7 +291,7 @@ fn make(tree: &Tree, source: &Source, work: &Path, args: &[&str]) -> Result<()> 
         .map(drop)
 }
 
-/// The cargo that this one was started by.
+/// The cargo that started this program.
 pub fn cargo_program() -> OsString {
     std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into())
 }
@@ -312,7 +302,7 @@ fn cargo(root: &Path) -> Command {
     command
 }
 
-/// Has cargo run in the checkout, without what another cargo set for this program.
+/// Makes cargo run in the checkout, without the environment that another cargo set for this program.
 fn outside<'c>(command: &'c mut Command, root: &Path) -> &'c mut Command {
     command.current_dir(root);
     for name in [
@@ -325,10 +315,9 @@ fn outside<'c>(command: &'c mut Command, root: &Path) -> &'c mut Command {
     command
 }
 
-/// Holds off another call that builds in the same directory.
+/// Excludes other calls that build in the same directory.
 ///
-/// # Errors
-/// Those of the file system.
+/// # Errors Those of the file system.
 pub fn lock(dir: &Path) -> Result<fs::File> {
     let file = fs::File::options()
         .create(true)
@@ -345,11 +334,10 @@ pub fn lock(dir: &Path) -> Result<fs::File> {
     Ok(file)
 }
 
-/// Makes the sources in `to` those of `from`, touching only what differs, so that make does only
-/// what is needed. Products of a build in either are left alone.
+/// Makes the sources in `to` equal to those in `from`. Touches only files that differ, so that make does only
+/// what is needed. Ignores build products in both.
 ///
-/// # Errors
-/// Those of the file system.
+/// # Errors Those of the file system.
 pub fn mirror(from: &Path, to: &Path) -> Result<()> {
     for entry in WalkDir::new(from)
         .into_iter()
@@ -382,7 +370,7 @@ pub fn mirror(from: &Path, to: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Whether a file is written by people, going by its name.
+/// Whether a file is a source, judging by its name.
 fn is_source(path: &Path) -> bool {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let product = [

@@ -9,10 +9,9 @@ use crate::{
 
 const RECIPE: &str = include_str!("../recipes/rdma-core-tests.sh");
 
-/// The directory that holds `rdma-core-tests.tar`, made first if the cache has none.
+/// The directory with `rdma-core-tests.tar`, made at the first call.
 ///
-/// # Errors
-/// When the archive does not have the source of what is installed.
+/// # Errors If the archive lacks the source of the installed version.
 pub fn get(cache: &Cache, tree: &Tree) -> Result<Entry> {
     let recipe = Recipe::new("rdma-core-tests")
         .with(tree.name())

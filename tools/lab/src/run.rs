@@ -1,4 +1,4 @@
-//! One guest's life: stage what it needs, start it, carry the command's streams, judge its end.
+//! Runs one guest: prepares its files, starts it, connects the command's streams, and judges how it ended.
 
 use std::{
     collections::HashMap,
@@ -35,7 +35,7 @@ use crate::{
     tree::Tree,
 };
 
-/// What the guest finds in /opt/peerbuf/init.
+/// The contents of /opt/peerbuf/init in the guest.
 const INIT: [(&str, &str); 4] = [
     ("init", include_str!("../../../tests/lab/init/init")),
     (
@@ -49,78 +49,78 @@ const INIT: [(&str, &str); 4] = [
     ),
 ];
 
-/// From start to CMD, and from CMD's end to the guest's. Ten times what a boot takes on two idle
-/// cores. As with all limits, time in which the host let the guest wait does not count.
+/// Time limit from the start to the command, and from the command's end to the guest's: ten times a boot on
+/// two idle cores. As for all limits, time during which the host does not run the guest does not count.
 pub const BOOT_LIMIT: Duration = Duration::from_secs(120);
-/// For a command whose caller sets no limit: a hang must end some time.
+/// The default limit for a command, so that a hang ends.
 pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(600);
 
-/// Everything a guest is started from. Holding it keeps the cache entries.
+/// Everything needed to start a guest. Holding it keeps the cache entries.
 pub struct Ground {
-    /// Where the run's directory is made.
+    /// The cache for the run's directory.
     pub cache: Cache,
-    /// The root, and QEMU.
+    /// The guest's root, and QEMU.
     pub tree: Tree,
-    /// What boots.
+    /// The kernel to boot.
     pub kernel: Kernel,
     /// The NVMe disk's image.
     pub disk: Entry,
-    /// Further packages.
+    /// A layer with additional packages.
     pub layer: Option<Entry>,
-    /// Holds a soft-RoCE to load in place of the kernel's.
+    /// The soft-RoCE module to load instead of the kernel's.
     pub rxe: Option<Entry>,
 }
 
-/// What to run, and in which machine.
+/// The command to run, and its machine.
 #[derive(Clone)]
 pub struct Job {
     /// The machine.
     pub machine: Machine,
-    /// The command and its arguments; for a shell, none.
+    /// The command and its arguments; empty for a shell.
     pub command: Vec<OsString>,
     /// The directory shared at `/mnt/share`.
     pub share: Option<PathBuf>,
     /// Programs for `/opt/peerbuf/bin`.
     pub programs: Vec<PathBuf>,
-    /// peerbuf.ko and peerbuf_probe.ko, to be loaded before the command; or none.
+    /// peerbuf.ko and peerbuf_probe.ko, to be loaded before the command; empty for none.
     pub modules: Vec<PathBuf>,
     /// A directory whose files appear in `/opt/peerbuf/fixtures`.
     pub fixtures: Option<PathBuf>,
-    /// For the command.
+    /// The command's time limit.
     pub timeout: Option<Duration>,
-    /// Moves while the command runs, if somebody moves it; begins with `timeout`.
+    /// The deadline, set from `timeout` at the command's start; other threads may move it.
     pub deadline: Deadline,
-    /// From start to command, and from the command's end to the guest's.
+    /// Time limit from the start to the command, and from the command's end to the guest's.
     pub boot_limit: Duration,
-    /// How often it is started at most, where QEMU crashes before the command begins.
+    /// The maximum number of starts, if QEMU crashes before the command begins.
     pub starts: u32,
-    /// The directory with the socket to the other guest of a pair.
+    /// The directory with the socket that connects a pair of guests.
     pub wire: Option<PathBuf>,
 }
 
-/// When the command is to have ended.
+/// The deadline of a command.
 #[derive(Debug, Clone, Default)]
 pub struct Deadline(Arc<Mutex<Limit>>);
 
 #[derive(Debug, Default)]
 struct Limit {
-    /// When the time is over, and how much it was.
+    /// The end of the time, and its length.
     over: Option<(Instant, Duration)>,
-    /// How long the guest's threads have run on the host's processors.
+    /// The guest's CPU time on the host.
     ran: Duration,
-    /// Whoever set the limit has no use for the command any more; why, in words.
+    /// The reason why the caller gave the command up, if it has.
     vain: Option<String>,
 }
 
 impl Deadline {
-    /// From now on, `limit`.
+    /// Sets the deadline to `limit` from now.
     pub fn set(&self, limit: Option<Duration>) {
         if let Ok(mut deadline) = self.0.lock() {
             deadline.over = limit.map(|limit| (Instant::now() + limit, limit));
         }
     }
 
-    /// The same limit, from now on.
+    /// Restarts the same limit from now.
     pub fn again(&self) {
         if let Ok(mut deadline) = self.0.lock() {
             deadline.over = deadline
@@ -129,7 +129,7 @@ impl Deadline {
         }
     }
 
-    /// Time that the guest was ready to use, and the host gave to others, does not count.
+    /// Extends the deadline by the time during which the guest was runnable but the host did not run it.
     fn put_off(&self, waited: Duration, ran: Duration) {
         if let Ok(mut deadline) = self.0.lock() {
             deadline.over = deadline.over.map(|(at, limit)| (at + waited, limit));
@@ -137,20 +137,20 @@ impl Deadline {
         }
     }
 
-    /// How long the guest has run on the host's processors, all of them together: what its commands cost,
-    /// however busy the host is.
+    /// The guest's CPU time on the host, summed over its threads: the cost of its commands, independent of
+    /// the host's load.
     pub fn ran(&self) -> Duration {
         self.0.lock().map_or(Duration::ZERO, |limit| limit.ran)
     }
 
-    /// The command's end is not waited for any more.
+    /// Gives the command up: its end is no longer awaited.
     pub fn give_up(&self, why: String) {
         if let Ok(mut deadline) = self.0.lock() {
             deadline.vain = Some(why);
         }
     }
 
-    /// How the command has ended, if it is over.
+    /// How the command ended, if its time is over or it was given up.
     fn missed(&self) -> Option<Ending> {
         let deadline = self.0.lock().ok()?;
         if let Some(why) = &deadline.vain {
@@ -179,43 +179,43 @@ impl Default for Job {
     }
 }
 
-/// Where the command's streams go on the host.
+/// The host side of the command's streams.
 pub struct Streams {
-    /// Read to its end, or as far as the command wants it.
+    /// Standard input, read as far as the command reads it.
     pub stdin: Option<Box<dyn Read + Send>>,
-    /// Gets the command's standard output.
+    /// Standard output.
     pub stdout: Box<dyn Write + Send>,
-    /// Gets its standard error.
+    /// Standard error.
     pub stderr: Box<dyn Write + Send>,
 }
 
 /// How a run ended.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Ending {
-    /// The command ended with this status.
+    /// The command exited with this status.
     Exit(i32),
-    /// It did not end in time, and the guest was ended.
+    /// The command exceeded its time limit, and the guest was ended.
     TimedOut(Duration),
-    /// The guest ended, or never got as far as the command; why, in words.
+    /// The guest died, or never reached the command; the reason.
     Died(String),
-    /// QEMU itself crashed, which says nothing of what ran in the guest; its last words.
+    /// QEMU crashed, for reasons independent of the guest's programs; its last output.
     Crashed(String),
 }
 
-/// What is known after a run.
+/// The results of a run.
 #[derive(Debug)]
 pub struct Outcome {
     /// How it ended.
     pub ending: Ending,
-    /// What the kernel complained of unannounced.
+    /// The kernel's unannounced complaints.
     pub complaints: Vec<Complaint>,
-    /// The kernel's console, whole.
+    /// The complete kernel console.
     pub console: String,
 }
 
 impl Outcome {
-    /// The exit status of `cargo lab run`: the command's, 124 for out of time, 125 for a guest
-    /// that died or whose kernel complained.
+    /// The exit status of `cargo lab run`: the command's; 124 after a timeout; 125 if the guest died or its
+    /// kernel complained.
     pub fn status(&self) -> i32 {
         match &self.ending {
             Ending::Exit(_) if !self.complaints.is_empty() => 125,
@@ -225,7 +225,7 @@ impl Outcome {
         }
     }
 
-    /// What to tell the person beyond the command's own output; nothing after a good run.
+    /// The report to print after the command's output; empty after a good run.
     pub fn report(&self) -> String {
         let mut text = self.report_of_ending();
         if !self.complaints.is_empty() {
@@ -245,7 +245,7 @@ impl Outcome {
 }
 
 impl Outcome {
-    /// What to tell a person about the guest's end; empty after a good one.
+    /// The report on how the guest ended; empty after a good run.
     pub fn report_of_ending(&self) -> String {
         match &self.ending {
             Ending::Exit(_) => String::new(),
@@ -261,7 +261,7 @@ impl Outcome {
     }
 }
 
-/// QEMU crashed before there was a guest; the message.
+/// The error that QEMU crashed before the guest booted, with its message.
 #[derive(Debug)]
 struct CrashedAtOnce(String);
 
@@ -273,7 +273,7 @@ impl std::fmt::Display for CrashedAtOnce {
 
 impl std::error::Error for CrashedAtOnce {}
 
-/// How a QEMU that has ended by itself crashed, in words; none where it did not. `run` is its run's directory.
+/// How QEMU crashed, as text; `None` if it did not. `run` is the run's directory.
 fn crash(status: ExitStatus, when: &str, run: &Path) -> Option<String> {
     let signal = status.signal()?;
     let said = read_lossy(&run.join("qemu"));
@@ -287,13 +287,13 @@ fn crash(status: ExitStatus, when: &str, run: &Path) -> Option<String> {
     ))
 }
 
-/// A guest that has been started and its connections.
+/// A started guest with its connections.
 struct Guest {
     child: Child,
     dir: RunDir,
     ports: Vec<(&'static str, UnixStream)>,
-    /// Connections that must not close before the guest ends: QEMU drops what it has not read
-    /// from one that closes, while the end of a stream reaches it after the data.
+    /// Connections that must stay open until the guest ends: when one closes, QEMU drops data that it has not
+    /// read yet. The end of the stream itself arrives after the data.
     kept: Vec<UnixStream>,
 }
 
@@ -304,12 +304,12 @@ impl Drop for Guest {
     }
 }
 
-/// When a guest ended that did not get as far as its command.
+/// The phrase for a guest that ended before its command began.
 const BEFORE: &str = "before the command began";
 
-/// Starts a guest and waits for its command to begin, or for what came instead. Where QEMU itself crashes
-/// meanwhile, it is started again: QEMU 10's translation now and then loses its way
-/// (`iotlb_to_section`) while one processor moves a BAR and another one reads.
+/// Starts a guest and waits until its command begins or it ends. If QEMU crashes meanwhile, it is started
+/// again: in QEMU 10 the translator occasionally crashes (`iotlb_to_section`) when one CPU moves a BAR while
+/// another reads.
 fn boot(ground: &Ground, job: &Job) -> Result<(Guest, Receiver<Event>, Option<Ending>)> {
     let mut starts = 1;
     loop {
@@ -344,8 +344,7 @@ fn boot(ground: &Ground, job: &Job) -> Result<(Guest, Receiver<Event>, Option<En
 
 /// Runs `job` to its end.
 ///
-/// # Errors
-/// When the guest could not even be started. A guest that dies is an outcome, not an error.
+/// # Errors If the guest could not be started. A guest that dies is an outcome, not an error.
 pub fn run(ground: &Ground, job: &Job, streams: Streams) -> Result<Outcome> {
     let step = Step::start_on_terminal("starting a guest");
     let (mut guest, told, instead) = boot(ground, job)?;
@@ -399,7 +398,7 @@ pub fn run(ground: &Ground, job: &Job, streams: Streams) -> Result<Outcome> {
         deadline.set(Some(job.boot_limit));
         let next = || next_event(&told, &deadline, guest.child.id());
         match (next(), next()) {
-            // A log without the record where judging begins would pass as a clean one.
+            // A log without the record at which judging begins would pass as clean.
             (Ok(Some(Event::Leaks(leaks))), Ok(Some(Event::Log(raw))))
                 if raw.contains(klog::BEGIN) =>
             {
@@ -414,7 +413,7 @@ pub fn run(ground: &Ground, job: &Job, streams: Streams) -> Result<Outcome> {
             }
         }
     }
-    // Its end closes the connections, and so ends the threads.
+    // Its end closes the connections, which ends the threads.
     guest.child.kill()?;
     guest.child.wait()?;
     for output in outputs {
@@ -435,7 +434,7 @@ fn read_lossy(path: &Path) -> String {
     String::from_utf8_lossy(&fs::read(path).unwrap_or_default()).into_owned()
 }
 
-/// The next event, or how the guest was found late or of no use any more; `None` for a guest that ended.
+/// The next event, or how the command ended if it is late or was given up; `None` if the guest ended.
 fn next_event(
     events: &Receiver<Event>,
     deadline: &Deadline,
@@ -458,11 +457,11 @@ fn next_event(
     }
 }
 
-/// For each thread of a process, how long it ran, and how long it was ready and did not, in nanoseconds.
+/// The nanoseconds that each thread of a process has run, and has waited while runnable.
 struct Usage(HashMap<OsString, (u64, u64)>);
 
 impl Usage {
-    /// Of a process; empty if the host does not tell.
+    /// Reads them for a process; empty if the host does not tell.
     fn of(process: u32) -> Self {
         let threads = fs::read_dir(format!("/proc/{process}/task"));
         let mut usage = HashMap::new();
@@ -480,7 +479,7 @@ impl Usage {
         Duration::from_nanos(self.0.values().map(|(ran, _)| ran).sum())
     }
 
-    /// The longest that one of the threads has waited since.
+    /// The longest wait of a thread since `before`.
     fn waited_since(&self, before: &Self) -> Duration {
         let since = self.0.iter().map(|(thread, (_, waited))| {
             let (_, earlier) = before.0.get(thread).copied().unwrap_or_default();
@@ -490,7 +489,7 @@ impl Usage {
     }
 }
 
-/// What the guest's init tells over the control port.
+/// Messages of the guest's init on the control port.
 enum Event {
     Start,
     Exit(i32),
@@ -501,7 +500,7 @@ enum Event {
 fn listen(port: UnixStream) -> Receiver<Event> {
     let (tell, told) = channel();
     thread::spawn(move || {
-        // What is told line by line.
+        // The message that is being received line by line.
         let mut long: Option<Event> = None;
         let mut reader = BufReader::new(port);
         let mut line = Vec::new();
@@ -532,7 +531,7 @@ fn listen(port: UnixStream) -> Receiver<Event> {
                 }
                 (None, other) => match other.strip_prefix("exit ").map(str::parse) {
                     Some(Ok(status)) => Event::Exit(status),
-                    // Not even the status came out of the guest's init: as good as dead.
+                    // The status never arrived from the guest's init: treated as a dead guest.
                     Some(Err(_)) => return,
                     None => continue,
                 },
@@ -549,14 +548,14 @@ fn carry_out(mut from: UnixStream, mut to: Box<dyn Write + Send>) -> thread::Joi
     thread::spawn(move || {
         let mut buffer = vec![0; 1 << 16];
         let mut open = true;
-        // Reads on when nobody wants it any more, so that the guest does not block.
+        // Keeps reading after the output is no longer needed, so that the guest does not block.
         while let Ok(n @ 1..) = from.read(&mut buffer) {
             open = open && to.write_all(&buffer[..n]).and_then(|()| to.flush()).is_ok();
         }
     })
 }
 
-/// Not joined: a read from a terminal cannot be interrupted.
+/// The thread is not joined: a read from a terminal cannot be interrupted.
 fn carry_in(mut from: Box<dyn Read + Send>, mut to: UnixStream) {
     thread::spawn(move || {
         let mut buffer = vec![0; 1 << 14];
@@ -572,9 +571,9 @@ fn carry_in(mut from: Box<dyn Read + Send>, mut to: UnixStream) {
 }
 
 impl Guest {
-    /// Why it is over, for a guest whose connections have closed.
+    /// The reason why a guest ended whose connections have closed.
     fn ended(&mut self, when: &str) -> Ending {
-        // They close before the process is quite dead.
+        // The connections close slightly before the process ends.
         let end = Instant::now() + Duration::from_secs(10);
         while Instant::now() < end {
             if let Ok(Some(status)) = self.child.try_wait() {
@@ -681,7 +680,7 @@ fn start(ground: &Ground, job: &Job) -> Result<Guest> {
     Ok(guest)
 }
 
-/// A socket in the run's directory, whose path may be longer than a socket's address can be.
+/// A socket in the run's directory, whose path may exceed the maximum length of a socket address.
 fn listener(dir: &Path, name: &str) -> Result<UnixListener> {
     let handle = fs::File::open(dir)?;
     let path = format!("/proc/self/fd/{}/{name}", handle.as_raw_fd());
@@ -690,7 +689,7 @@ fn listener(dir: &Path, name: &str) -> Result<UnixListener> {
     Ok(listener)
 }
 
-/// Fills what the guest sees as `/opt/peerbuf`.
+/// Fills the directory that the guest sees as `/opt/peerbuf`.
 fn stage(ground: &Ground, job: &Job, opt: &Path) -> Result<()> {
     for dir in ["bin", "fixtures", "init", "modules", "run"] {
         fs::create_dir_all(opt.join(dir))?;

@@ -1,5 +1,5 @@
-//! Soft-RoCE that imports dma-bufs: the source of the guest's kernel with the patches in
-//! `recipes/rxe`, for a guest to load in place of its own (`--rdma dmabuf`).
+//! Soft-RoCE with dma-buf support: the source of the guest's kernel with the patches in `recipes/rxe`, loaded
+//! instead of the kernel's own module (`--rdma dmabuf`).
 
 use std::fs;
 
@@ -28,10 +28,9 @@ const PATCHES: [(&str, &str); 2] = [
 /// The module's name.
 pub const MODULE: &str = "rdma_rxe.ko";
 
-/// The directory that holds the module for `kernel`, made first if the cache has none.
+/// The directory with the module for `kernel`, made at the first call.
 ///
-/// # Errors
-/// When a patch does not fit the kernel's source, or it does not compile.
+/// # Errors If a patch does not apply to the kernel's source, or the module does not compile.
 pub fn get(cache: &Cache, tree: &Tree, kernel: &Kernel) -> Result<Entry> {
     let build = Source::get(cache, tree, &kernel.named())?;
     let mut recipe = Recipe::new(format!("rxe-{}", kernel.release()))

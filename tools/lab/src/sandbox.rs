@@ -1,10 +1,10 @@
-//! Runs a program inside the distribution tree: the only way the lab starts QEMU, apt and make.
+//! Runs programs in the distribution tree; the lab starts QEMU, apt and make only in this way.
 //!
-//! A [`Sandbox`] is a description (a root, what is mounted where, a program). Starting it starts
-//! this same binary again, which takes mount (and, where asked, process) namespaces of its own,
-//! mounts, changes root and executes. Two promises follow: nothing stays mounted on the host,
-//! however the lab ends, and everything started dies with the lab, even if the lab is killed with
-//! SIGKILL (each link of the chain asks the kernel for a parent-death signal).
+//! A [`Sandbox`] is a description: a root, the mounts, a program. Starting it executes this same binary
+//! again, which enters its own mount namespace (and, if requested, process namespace), mounts, changes root
+//! and executes the program. This gives two guarantees. Nothing stays mounted on the host, however the lab
+//! ends. And everything started dies with the lab, even after SIGKILL: each process in the chain requests a
+//! parent-death signal.
 
 use std::{
     ffi::{OsStr, OsString},
@@ -23,40 +23,40 @@ use nix::{
 };
 use serde::{Deserialize, Serialize};
 
-/// The hidden first argument that turns the binary into the outer half of a sandbox.
+/// The hidden first argument for the outer half of a sandbox.
 pub const ENTER: &str = "__sandbox";
-/// The same for the half that runs as the first process of a fresh process namespace.
+/// The hidden first argument for the first process of a new process namespace.
 const INSIDE: &str = "__sandbox-inside";
 
-/// One thing mounted in the sandbox, in the order given.
+/// A mount in the sandbox; mounts are made in the given order.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Mount {
-    /// A host directory or file appears at `at`.
+    /// Shows a host directory or file.
     Bind {
-        /// What, on the host.
+        /// The path on the host.
         from: PathBuf,
-        /// Where, below the sandbox's root.
+        /// The path below the sandbox's root.
         at: PathBuf,
-        /// Refuse writes.
+        /// Refuses writes.
         read_only: bool,
     },
-    /// An empty file system in memory, writable for all like /tmp.
+    /// An empty in-memory file system, writable for everyone like /tmp.
     Tmpfs {
-        /// Where, below the sandbox's root.
+        /// The path below the sandbox's root.
         at: PathBuf,
     },
-    /// Layers merged; the first is the topmost. Writable only with `upper`.
+    /// An overlay of layers, topmost first. Writable only with `upper`.
     Overlay {
         /// The read-only layers, topmost first.
         lower: Vec<PathBuf>,
-        /// The directory that takes the writes, and overlayfs's scratch directory beside it.
+        /// The directory for writes, and overlayfs's work directory beside it.
         upper: Option<(PathBuf, PathBuf)>,
-        /// Where, below the sandbox's root.
+        /// The path below the sandbox's root.
         at: PathBuf,
     },
 }
 
-/// A program and the file system it sees.
+/// A program and its view of the file system.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Sandbox {
     root: PathBuf,
@@ -69,7 +69,7 @@ pub struct Sandbox {
 }
 
 impl Sandbox {
-    /// `program` below `root`, with `/dev` and `/proc` of the host and a clean environment.
+    /// `program` in `root`, with the host's `/dev` and `/proc` and a clean environment.
     pub fn new(root: &Path, program: impl AsRef<OsStr>) -> Self {
         let mut env = vec![
             ("PATH".into(), "/usr/sbin:/usr/bin:/sbin:/bin".into()),
@@ -93,7 +93,7 @@ impl Sandbox {
         }
     }
 
-    /// Adds one argument.
+    /// Adds an argument.
     pub fn arg(mut self, arg: impl AsRef<OsStr>) -> Self {
         self.args.push(arg.as_ref().into());
         self
@@ -106,13 +106,13 @@ impl Sandbox {
         self
     }
 
-    /// Sets one variable of the program's environment.
+    /// Sets an environment variable of the program.
     pub fn env(mut self, name: &str, value: impl AsRef<OsStr>) -> Self {
         self.env.push((name.into(), value.as_ref().into()));
         self
     }
 
-    /// Adds a mount after those already there.
+    /// Adds a mount after the existing ones.
     pub fn mount(mut self, mount: Mount) -> Self {
         self.mounts.push(mount);
         self
@@ -136,7 +136,7 @@ impl Sandbox {
         })
     }
 
-    /// Makes the root itself a merger of layers, mounted at what was given as root.
+    /// Makes the root an overlay of layers, mounted at the original root.
     pub fn overlay_root(mut self, lower: Vec<PathBuf>, upper: Option<(PathBuf, PathBuf)>) -> Self {
         self.layers = Some(Mount::Overlay {
             lower,
@@ -146,7 +146,7 @@ impl Sandbox {
         self
     }
 
-    /// Lets the program reach the network by name: the host's resolver files.
+    /// Adds the host's resolver files, so that the program can use the network by name.
     pub fn network(mut self) -> Self {
         for file in ["/etc/resolv.conf", "/etc/hosts"] {
             if let Ok(real) = fs::canonicalize(file) {
@@ -156,7 +156,7 @@ impl Sandbox {
         self
     }
 
-    /// Gives the program a process namespace, so that all it starts ends with it.
+    /// Gives the program a process namespace, so that all its processes end with it.
     pub fn own_processes(mut self) -> Self {
         self.own_processes = true;
         self
@@ -164,13 +164,12 @@ impl Sandbox {
 
     /// The command that enters the sandbox; the caller sets its standard streams.
     ///
-    /// # Errors
-    /// A path that is not UTF-8 cannot be handed on.
+    /// # Errors If a path is not UTF-8.
     pub fn command(&self) -> Result<Command> {
         let json = serde_json::to_string(self).context(
             "a path or argument for the lab's tree is not UTF-8; move it to one that is",
         )?;
-        // Not current_exe(): cargo may have replaced the file meanwhile.
+        // Not current_exe(): cargo may have replaced the file.
         let mut command = Command::new("/proc/self/exe");
         command
             .arg(ENTER)
@@ -179,11 +178,10 @@ impl Sandbox {
         Ok(command)
     }
 
-    /// Runs to the end, keeping the output for the error message.
+    /// Runs to the end. Keeps the output for the error message.
     ///
-    /// # Errors
-    /// When it cannot be started or ends with another status than 0; names the program and the
-    /// end of its output.
+    /// # Errors If it cannot be started or exits with another status than 0; names the program and the end of
+    /// its output.
     pub fn run(&self, what: &str) -> Result<String> {
         let output = self
             .command()?
@@ -204,7 +202,7 @@ impl Sandbox {
     }
 }
 
-/// The message for a program that failed: what for, which, how, and the last it said.
+/// The error message for a failed program: the purpose, the program, the status, and its last output.
 pub fn failure<A: AsRef<OsStr>>(
     what: &str,
     program: &Path,
@@ -231,7 +229,7 @@ pub fn tail(text: &str, lines: usize) -> String {
     all[from..].iter().map(|l| format!("    {l}\n")).collect()
 }
 
-/// Entry point of the hidden first arguments; returns only where it fails or has waited.
+/// Entry point for the hidden first arguments; returns only after an error or a wait.
 pub fn main_if_called(args: &[OsString]) -> Option<Result<i32>> {
     let inside = match args.get(1)?.to_str()? {
         ENTER => false,
@@ -246,7 +244,7 @@ pub fn main_if_called(args: &[OsString]) -> Option<Result<i32>> {
 
 fn enter(inside: bool, parent: &OsStr, json: &OsStr) -> Result<i32> {
     set_pdeathsig(Signal::SIGKILL).context("asking for a parent-death signal")?;
-    // The parent may have died before the request; inside a fresh process namespace it is pid 0.
+    // The parent may have died before the request; in a new process namespace its ID is 0.
     if !inside && parent.as_bytes() != getppid().to_string().as_bytes() {
         return Ok(125);
     }
@@ -280,7 +278,7 @@ fn enter(inside: bool, parent: &OsStr, json: &OsStr) -> Result<i32> {
     Err(error).with_context(|| format!("starting {} in the lab's tree", sandbox.program.display()))
 }
 
-/// A process's status as a shell would give it.
+/// A process's exit status as a shell reports it.
 pub fn exit_code(status: ExitStatus) -> i32 {
     use std::os::unix::process::ExitStatusExt;
     status

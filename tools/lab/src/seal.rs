@@ -1,9 +1,9 @@
-//! The list of a cache entry's files, by which files that vanished or were cut short are noticed.
+//! The list of a cache entry's files, which detects files that vanished or were truncated.
 //!
-//! Looking at each of a tree's 45,000 files takes a quarter of a second when the kernel knows them, and many
-//! seconds when it has to read them from a disk. So each use looks at those that stand first in the list: large
-//! ones, and those near the top, as programs and libraries are. All are looked at by `cargo lab cache`, and at
-//! the first use after the machine was started, since a power failure is what cuts many files short.
+//! Checking all 45,000 files of a tree takes a quarter of a second with a warm cache, and many seconds from
+//! disk. So each use checks only the first files in the list: large ones, and those near the top, such as
+//! programs and libraries. `cargo lab cache` checks all, and so does the first use after a boot, since a
+//! power failure truncates many files.
 
 use std::{
     fs::{self, File},
@@ -13,18 +13,18 @@ use std::{
 
 use walkdir::WalkDir;
 
-/// The first line is this and the identity of the boot in which all files were last looked at.
+/// The first line is this text, followed by the ID of the boot in which all files were last checked.
 const FORMAT: &str = "peerbuf-lab files 1 ";
-/// The last line; a list without it was itself cut short.
+/// The last line; a list without it was itself truncated.
 const END: &str = "end";
 
-/// Files of at least this size are looked at each time.
+/// Files of at least this size are checked at each use.
 const LARGE: u64 = 1 << 20;
-/// Files with at most so many components below the entry are looked at each time: root/usr/bin/make,
+/// Files with at most this many path components below the entry are checked at each use: root/usr/bin/make,
 /// root/usr/lib/x86_64-linux-gnu/libc.so.6.
 const NEAR: usize = 5;
 
-/// What programs in the tree may change.
+/// Paths that programs in the tree may change.
 const CHANGES: &[&str] = &["root/var/cache", "root/var/log", "root/tmp", "root/run"];
 
 fn boot() -> String {
@@ -32,10 +32,9 @@ fn boot() -> String {
     id.trim().to_owned()
 }
 
-/// Writes the list `list` of the files below `dir`.
+/// Writes the list `list` of the files in `dir`.
 ///
-/// # Errors
-/// Those of the file system.
+/// # Errors Those of the file system.
 pub fn write(dir: &Path, list: &Path) -> io::Result<()> {
     let (mut first, mut rest) = (Vec::new(), Vec::new());
     let all = WalkDir::new(dir)
@@ -72,7 +71,7 @@ pub fn write(dir: &Path, list: &Path) -> io::Result<()> {
     replace(list, text.as_bytes())
 }
 
-/// A reader finds the old file or the new one.
+/// Replaces a file atomically: a reader finds the old or the new version.
 fn replace(file: &Path, text: &[u8]) -> io::Result<()> {
     let mut name = file.as_os_str().to_owned();
     name.push(format!(".{}", std::process::id()));
@@ -89,7 +88,7 @@ fn replace(file: &Path, text: &[u8]) -> io::Result<()> {
     written
 }
 
-/// What is wrong with the entry in `dir`, if anything is. An entry without a list gets one.
+/// The damage to the entry in `dir`, if any is found. An entry without a list gets one.
 pub fn compare(dir: &Path, list: &Path) -> Option<String> {
     let Ok(file) = File::open(list) else {
         let _ = write(dir, list);
@@ -117,7 +116,7 @@ pub fn compare(dir: &Path, list: &Path) -> Option<String> {
     damage
 }
 
-/// What is wrong with any file of the entry in `dir`, if anything is.
+/// The damage to any file of the entry in `dir`.
 pub fn compare_all(dir: &Path, list: &Path) -> Option<String> {
     let Ok(text) = fs::read_to_string(list) else {
         return is_empty(dir);
@@ -134,11 +133,11 @@ pub fn compare_all(dir: &Path, list: &Path) -> Option<String> {
     }
 }
 
-/// What is wrong with the file that a line names.
+/// The damage to the file in a line of the list.
 fn wrong(dir: &Path, line: &str) -> Option<String> {
     let (bytes, name) = line.split_once(' ')?;
     let bytes: u64 = bytes.parse().ok()?;
-    // The list may be damaged, too.
+    // The list itself may be damaged.
     let below = Path::new(name);
     if !below
         .components()
@@ -154,7 +153,7 @@ fn wrong(dir: &Path, line: &str) -> Option<String> {
     }
 }
 
-/// No entry is empty.
+/// An empty entry is damaged.
 fn is_empty(dir: &Path) -> Option<String> {
     let empty = fs::read_dir(dir).is_ok_and(|mut files| files.next().is_none());
     empty.then(|| "it is empty".to_owned())
@@ -164,7 +163,7 @@ fn is_empty(dir: &Path) -> Option<String> {
 mod tests {
     use super::*;
 
-    /// An entry with a program, a small file far down and a large one there.
+    /// An entry with a program, and a small and a large file in deep directories.
     fn entry() -> (tempfile::TempDir, std::path::PathBuf, std::path::PathBuf) {
         let dir = tempfile::tempdir().unwrap();
         let (made, list) = (dir.path().join("made"), dir.path().join("files-made"));

@@ -1,5 +1,5 @@
-//! The kernel's own tests of udmabuf and of the dma-buf heaps, compiled from the source of the
-//! guest's kernel: what peerbuf does must not disturb other exporters.
+//! The kernel's selftests of udmabuf and of the dma-buf heaps, compiled from the source of the guest's
+//! kernel: peerbuf must not disturb other exporters.
 
 use anyhow::Result;
 
@@ -11,11 +11,9 @@ use crate::{
 
 const SELFTESTS_RECIPE: &str = include_str!("../recipes/selftests.sh");
 
-/// The directory that holds `selftest-udmabuf` and `selftest-dmabuf-heap`, made first if the cache
-/// has none.
+/// The directory with `selftest-udmabuf` and `selftest-dmabuf-heap`, made at the first call.
 ///
-/// # Errors
-/// When they do not compile.
+/// # Errors If they do not compile.
 pub fn get(cache: &Cache, tree: &Tree, kernel: &Kernel) -> Result<Entry> {
     let package = kernel.package();
     let recipe = Recipe::new(format!("selftests-{package}"))

@@ -1,8 +1,8 @@
-//! Commands that run one after the other in one guest, each asked for when the last one has ended.
+//! Runs commands one after the other in one guest; each is requested after the last one has ended.
 //!
-//! In the guest `tests/lab/init/suite` reads them as lines of standard input and marks the end of each
-//! one's output. Here a [`Session`] writes these lines and cuts the output at the marks; [`session`] also
-//! makes the [`Streams`] by which the guest is connected to it.
+//! In the guest, `tests/lab/init/suite` reads the commands as lines of standard input, and marks the end of
+//! each command's output. A [`Session`] writes the lines and splits the output at the marks; [`session`] also
+//! makes the [`Streams`] that connect the guest to it.
 
 use std::{
     ffi::OsString,
@@ -13,9 +13,9 @@ use std::{
 
 use crate::run::{Deadline, Streams};
 
-/// What a command did.
+/// A finished command.
 pub struct Done {
-    /// All that it printed.
+    /// Its complete output.
     pub output: String,
     /// Its exit status.
     pub status: i32,
@@ -28,8 +28,8 @@ pub struct Session {
     deadline: Deadline,
 }
 
-/// A session, and the streams for the guest's [`run`](crate::run::run). The guest ends when the session
-/// is dropped and its last command has ended. Each command has the whole time of the guest's `deadline`.
+/// A session, and the streams for the guest's [`run`](crate::run::run). The guest ends after the session is
+/// dropped and its last command has ended. Each command has the full time of the guest's `deadline`.
 pub fn session(deadline: Deadline) -> (Session, Streams) {
     let (ask, asked) = channel();
     let (said, heard) = channel();
@@ -55,7 +55,7 @@ pub fn session(deadline: Deadline) -> (Session, Streams) {
     (session, streams)
 }
 
-/// The command of a guest that a session is for.
+/// The command that a guest with a session runs.
 pub fn script() -> Vec<OsString> {
     ["/bin/sh", "/opt/peerbuf/init/suite"]
         .map(OsString::from)
@@ -63,18 +63,17 @@ pub fn script() -> Vec<OsString> {
 }
 
 impl Session {
-    /// How long the guest has run on the host's processors so far.
+    /// The guest's CPU time on the host so far.
     pub fn ran(&self) -> Duration {
         self.deadline.ran()
     }
 
-    /// Runs one command: words without quotes, as the guest's script splits them.
+    /// Runs a command: words without quotes, as the guest's script splits them.
     ///
-    /// # Errors
-    /// If the guest ended before the command did: what came out of it until then.
+    /// # Errors If the guest ended before the command; contains the output so far.
     pub fn run(&mut self, command: &str) -> Result<Done, String> {
         self.deadline.again();
-        // If the guest is gone, no answer comes either.
+        // If the guest is gone, the answer will be missing, too.
         let _ = self.ask.send(format!("{command}\n"));
         let mut rest = String::new();
         loop {
@@ -87,7 +86,7 @@ impl Session {
     }
 }
 
-/// Lines as they are sent, read as a stream that ends with the sender.
+/// Lines from a channel as a stream, which ends with the sender.
 struct Lines {
     more: Receiver<String>,
     line: io::Cursor<String>,
@@ -109,21 +108,21 @@ impl Read for Lines {
     }
 }
 
-/// What the script in the guest prints.
+/// Output of the script in the guest.
 enum Said {
-    /// All of one command.
+    /// The complete output of a command.
     All(Done),
-    /// What was left when the guest ended.
+    /// The rest when the guest ended.
     Rest(String),
 }
 
-/// Cuts a stream at the ends of commands.
+/// Splits a stream at the ends of commands.
 struct Outputs {
     said: Sender<Said>,
     text: Vec<u8>,
 }
 
-/// The line by which the script in the guest ends a command's output begins so; the status follows.
+/// The start of the line that ends a command's output; the status follows.
 const ENDED: &[u8] = b"\n\x1e ended ";
 
 impl Write for Outputs {
@@ -136,10 +135,10 @@ impl Write for Outputs {
             };
             let output = String::from_utf8_lossy(&self.text[..at]).into_owned() + "\n";
             let status = String::from_utf8_lossy(&self.text[after..after + end]);
-            // What is no number is no success.
+            // A status that is not a number counts as a failure.
             let status = status.trim().parse().unwrap_or(i32::MAX);
             self.text.drain(..=after + end);
-            // Nobody listens after the session was given up.
+            // The receiver is gone if the session was dropped.
             let _ = self.said.send(Said::All(Done { output, status }));
         }
         Ok(bytes.len())

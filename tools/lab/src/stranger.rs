@@ -1,8 +1,8 @@
-//! The stranger's program (`lib/examples/stranger`), which has RDMA by `sideway`.
+//! The stranger's program (`lib/examples/stranger`), a program with RDMA by `sideway`.
 //!
-//! The bindings below sideway need CMake, libclang and a C compiler. A machine that builds peerbuf need not have them;
-//! the distribution tree has the compilers, and a layer beside it CMake. So cargo runs there, with the host's tool chain
-//! and what it has downloaded.
+//! The bindings that sideway uses need CMake, libclang and a C compiler, which a machine that builds peerbuf
+//! need not have. The distribution tree has the compilers, and a layer on it has CMake. So cargo runs there,
+//! with the host's tool chain and downloaded crates.
 
 use std::{
     fs,
@@ -22,10 +22,9 @@ use crate::{
 /// The program's directory in the checkout.
 const PACKAGE: &str = "lib/examples/stranger";
 
-/// Builds it, if need be, and returns its programs.
+/// Builds it, if necessary, and returns its programs.
 ///
-/// # Errors
-/// When its dependencies cannot be had, or something does not compile; holds the compiler's messages.
+/// # Errors If its dependencies are unavailable, or something does not compile, with the compiler's messages.
 pub fn build(project: &Project, ground: &Ground) -> Result<Vec<PathBuf>> {
     let manifest = project.root().join(PACKAGE).join("Cargo.toml");
     let work = project.work_dir("stranger")?;
@@ -36,8 +35,8 @@ pub fn build(project: &Project, ground: &Ground) -> Result<Vec<PathBuf>> {
     for dir in [&out, &merged] {
         fs::create_dir_all(dir)?;
     }
-    // Nothing reaches the network from inside. What peerbuf's crates depend on may have changed, and with it the
-    // program's lock file, which is corrected here.
+    // Fetches on the host, because the tree has no network. If dependencies of peerbuf's crates have changed,
+    // this also updates the program's lock file.
     let mut fetch = Command::new(project::cargo_program());
     fetch.args(["fetch", "--quiet", "--manifest-path"]);
     answer(fetch.arg(&manifest))?;
@@ -69,7 +68,7 @@ pub fn build(project: &Project, ground: &Ground) -> Result<Vec<PathBuf>> {
     Ok(programs.map(|name| out.join("debug").join(name)).into())
 }
 
-/// What a command says.
+/// A command's output.
 fn answer(command: &mut Command) -> Result<String> {
     let output = command.output().context("starting a program of Rust's")?;
     if !output.status.success() {

@@ -1,4 +1,4 @@
-//! `cargo lab test`: the suite in `tests/lab`, each test program in the guest that it asks for.
+//! `cargo lab test`: runs the suite in `tests/lab`, each test program in a guest with the options it needs.
 //!
 //! `tests/lab/Cargo.toml` lists the runs:
 //!
@@ -10,14 +10,14 @@
 //! kernel = "any"                        # or "stock", "debug": runs with that one only; or "each", see below
 //! ```
 //!
-//! With `--within MINUTES` a call runs what is for its kernel or for "each", and of the rest some: those that
-//! passed there longest ago, as many as fit into that time. So all take turns. On an older kernel than the
-//! newest that the module supports, "each" takes turns, too.
+//! With `--within MINUTES` a call runs all runs for its kernel and for "each", and as many of the others as
+//! fit into the remaining time, starting with those that passed longest ago; so over several calls all take
+//! turns. On a kernel older than the newest supported one, "each" takes turns, too.
 //!
-//! A test program may have several runs. Runs with the same options share a guest, one after the
-//! other (`tests/lab/init/suite` gives each a fresh peerbuf.ko); as many guests as are worth their
-//! boot work on them, the longest run first. Each test is reported as it ends up, the last line is
-//! `N passed, N failed`, and a kernel that complained counts as one failed test.
+//! A test program may have several runs. Runs with the same options share guests (`tests/lab/init/suite`
+//! reloads peerbuf.ko for each), longest run first; a group gets more guests as long as they save more than
+//! their boot. Each test is reported when it ends, the last line is `N passed, N failed`, and a complaint of
+//! the kernel counts as one failed test.
 
 use std::{
     ffi::OsString,
@@ -41,29 +41,29 @@ use crate::{
     session::{Done, session},
 };
 
-/// Where a test program runs.
+/// The place where a test program runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Place {
     /// In a guest.
     #[default]
     Guest,
-    /// On the host, calling the lab itself.
+    /// On the host, where it calls the lab itself.
     Host,
 }
 
-/// With which kernel a test program runs.
+/// The kernels with which a test program runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum With {
-    /// With each; takes turns.
+    /// With all; takes turns.
     #[default]
     Any,
-    /// With each; takes no turns on the newest kernel that the module supports and on the debug kernel.
+    /// With all; takes no turns on the newest supported kernel and on the debug kernel.
     Each,
-    /// With a distribution's.
+    /// With a distribution's kernel only.
     Stock,
-    /// With the instrumented one.
+    /// With the debug kernel only.
     Debug,
 }
 
@@ -81,7 +81,7 @@ pub struct Run {
 }
 
 impl Run {
-    /// How a person and FILTER call it.
+    /// The name in reports, which FILTER matches.
     pub fn name(&self) -> String {
         let mut name = self.test.clone();
         if !self.options.is_empty() {
@@ -91,26 +91,26 @@ impl Run {
     }
 }
 
-/// What came of one run.
+/// The result of one run.
 #[derive(Debug, Default)]
 pub struct Verdict {
     /// Tests that passed.
     pub passed: u32,
-    /// Tests that failed; a run that broke off, and a kernel that complained, count as one.
+    /// Tests that failed; an aborted run, and a kernel that complained, count as one.
     pub failed: u32,
-    /// What to print.
+    /// The report to print.
     pub text: String,
 }
 
-/// One run that is to be made.
+/// A run to make.
 struct Work {
     run: Run,
     file: PathBuf,
-    /// Empty for all.
+    /// The selected tests; empty for all.
     tests: Vec<String>,
     /// How long it took the last time.
     expected: Duration,
-    /// A QEMU has crashed under it.
+    /// QEMU has already crashed once during this run.
     again: bool,
 }
 
@@ -119,28 +119,28 @@ struct Group {
     place: Place,
     options: Vec<String>,
     args: GuestArgs,
-    /// All of its programs, for every guest.
+    /// The programs of all its runs, for every guest.
     files: Vec<PathBuf>,
-    /// The longest last.
+    /// The waiting runs, longest last.
     waiting: Vec<Work>,
-    /// How many guests work on it.
+    /// The number of guests working on it.
     guests: u32,
 }
 
-/// What runs the suite's programs.
+/// Runs the suite's programs.
 pub struct Runner<'a> {
     /// The checkout.
     pub project: &'a Project,
-    /// What its kernel is, as [`kernel::kind`] says.
+    /// The kind of kernel, from [`kernel::kind`].
     pub kernel: &'a str,
     /// Time budget for runs that take turns; `None` makes every run.
     pub in_turn: Option<Duration>,
-    /// What is remembered of this kernel's runs.
+    /// Results of earlier runs on this kernel.
     pub history: &'a History,
-    /// How many guests at a time.
+    /// The maximum number of guests at a time.
     pub at_once: usize,
-    /// Boots a guest with these options and programs in its `/opt/peerbuf/bin`, runs the suite's
-    /// script in it with these streams; the deadline is that of one program.
+    /// Boots a guest with these options and these programs in `/opt/peerbuf/bin`, and runs the suite's script
+    /// in it with these streams. The deadline is per program.
     pub in_guest: InGuest<'a>,
 }
 
@@ -149,10 +149,9 @@ pub type InGuest<'a> =
     &'a (dyn Fn(&GuestArgs, &[PathBuf], Streams, &Deadline) -> Result<Outcome> + Sync);
 
 impl Runner<'_> {
-    /// Runs what `filter` selects and returns (passed, failed).
+    /// Runs the tests that `filter` selects, and returns (passed, failed).
     ///
-    /// # Errors
-    /// When the suite does not compile, its list of runs is wrong or nothing was selected.
+    /// # Errors If the suite does not compile, its list of runs is invalid, or the filter selects nothing.
     pub fn run(&self, filter: Option<&str>) -> Result<(u32, u32)> {
         let groups = Mutex::new(self.groups(filter)?);
         let total = Mutex::new((0, 0));
@@ -179,7 +178,7 @@ impl Runner<'_> {
         self.kernel == kernel::DEBUG
     }
 
-    /// About what a guest costs that runs nothing.
+    /// The approximate cost of booting an idle guest.
     fn boot(&self) -> Duration {
         Duration::from_secs(if self.debug() { 60 } else { 10 })
     }
@@ -193,7 +192,7 @@ impl Runner<'_> {
         }
     }
 
-    /// Without the runs that the time budget leaves to a later call.
+    /// Drops the runs that exceed the time budget.
     fn chosen(&self, works: Vec<Work>) -> Vec<Work> {
         let Some(time) = self.in_turn else {
             return works;
@@ -204,7 +203,7 @@ impl Runner<'_> {
         let (all, always) = (others.len(), chosen.len());
         let mut time = time * u32::try_from(self.at_once).unwrap_or(u32::MAX);
         if chosen.is_empty() {
-            // The first in line has its turn even if making the kernel has taken all of the time.
+            // At least a second: the first run takes its turn even if making the kernel has used up the time.
             time = time.max(Duration::from_secs(1));
         }
         take_turns(others, &mut chosen, self.history, time, self.boot());
@@ -287,7 +286,7 @@ impl Runner<'_> {
         Ok(groups)
     }
 
-    /// Runs `first` and then what else waits in group `n`, in one guest while that lives.
+    /// Runs `first`, and then other waiting runs of group `n`, in one guest as long as it lives.
     fn work(
         &self,
         groups: &Mutex<Vec<Group>>,
@@ -354,7 +353,7 @@ impl Runner<'_> {
         let outcome = outcome.unwrap_or_else(|_| Err(anyhow!("the lab itself failed")));
         let name = |work: &Work| work.run.name();
         match (outcome, broken_off) {
-            // The kernel's log of what was done is lost with it, too.
+            // The crash also loses the kernel log of the programs that have run.
             (
                 Ok(Outcome {
                     ending: Ending::Crashed(why),
@@ -400,9 +399,9 @@ impl Runner<'_> {
     }
 }
 
-/// Adds to `chosen` those of the others that passed longest ago or never, as many as fit into so much of
-/// guests' time; options that none of the chosen has take a guest of their own, and its boot. The first of
-/// them, if it alone needs more than that, has its turn all the same where there is time at all.
+/// Adds to `chosen` as many of the other runs as fit into this much guest time: first those that never passed
+/// or passed longest ago. Options that no chosen run has cost a guest's boot in addition. If there is any
+/// time at all, the first run takes its turn even if it alone exceeds the time.
 fn take_turns(
     mut others: Vec<Work>,
     chosen: &mut Vec<Work>,
@@ -423,7 +422,7 @@ fn take_turns(
     }
 }
 
-/// The group whose work is worth another guest the most, and its longest run.
+/// The group that profits most from another guest, and its longest run.
 fn next_group(groups: &Mutex<Vec<Group>>, boot: Duration) -> Option<(usize, Work)> {
     let mut groups = lock(groups);
     let worth = |g: &Group| {
@@ -434,14 +433,14 @@ fn next_group(groups: &Mutex<Vec<Group>>, boot: Duration) -> Option<(usize, Work
         .iter_mut()
         .enumerate()
         .filter(|(_, g)| !g.waiting.is_empty())
-        // What is nearly done is left to the guest that does it.
+        // A group that is nearly done is left to its current guest.
         .filter(|(_, g)| g.guests == 0 || worth(g) > boot)
         .max_by_key(|(_, g)| worth(g))?;
     group.guests += 1;
     Some((n, group.waiting.pop()?))
 }
 
-/// A failure apart from the tests themselves.
+/// A failure outside the tests.
 fn failure(name: &str, what: &str, text: &str) -> Verdict {
     Verdict {
         passed: 0,
@@ -450,7 +449,7 @@ fn failure(name: &str, what: &str, text: &str) -> Verdict {
     }
 }
 
-/// The guest's kernel's complaints: runs with a failure, one for each run and test that they belong to.
+/// The complaints of a guest's kernel, as runs with a failure: one for each run and test.
 fn complaints(outcome: &Outcome, done: &[Work]) -> Vec<(String, Verdict)> {
     let mut verdicts: Vec<(String, String, String)> = Vec::new();
     for complaint in &outcome.complaints {
@@ -485,7 +484,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The line by which the suite's script in the guest starts a program.
+/// The line that makes the suite's script in the guest start a program.
 fn line(work: &Work) -> String {
     let program = work.file.file_name().unwrap_or_default().to_string_lossy();
     let mut line = format!("{program} --test-threads=1");
@@ -496,7 +495,7 @@ fn line(work: &Work) -> String {
     line
 }
 
-/// A bench of the suite's.
+/// A bench of the suite.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Listed {
@@ -507,31 +506,30 @@ struct Listed {
     place: Room,
 }
 
-/// Where a bench runs.
+/// The place where a bench runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Room {
     /// In a guest whose clock counts instructions.
     #[default]
     Guest,
-    /// In two that are joined, by the time that passes.
+    /// In two joined guests, measured in real time.
     Pair,
 }
 
 /// A bench, ready to run.
 pub struct Bench {
-    /// The guest that it wants.
+    /// The guest's options.
     pub args: GuestArgs,
-    /// And how many.
+    /// The number of guests, and their clock.
     pub room: Room,
-    /// Built.
+    /// The built program.
     pub program: PathBuf,
 }
 
-/// A bench as `tests/lab/Cargo.toml` has it, with its program built.
+/// A bench from `tests/lab/Cargo.toml`, with its program built.
 ///
-/// # Errors
-/// When there is no such bench, or it does not compile.
+/// # Errors If there is no such bench, or it does not compile.
 pub fn bench(project: &Project, name: &str) -> Result<Bench> {
     let metadata = &project.package_metadata("peerbuf-lab-suite")?["lab"]["bench"];
     let benches: Vec<Listed> = match metadata {
@@ -549,7 +547,7 @@ pub fn bench(project: &Project, name: &str) -> Result<Bench> {
     let args = options(&bench.options, name)?;
     let step = crate::progress::Step::start(format!("building the bench {name}"));
     let package = "--package=peerbuf-lab-suite";
-    // One that only starts other programs needs no build of its own of all that it depends on.
+    // A bench that only starts other programs needs no optimised build of its dependencies.
     let profile = match bench.place {
         Room::Guest => "--profile=bench",
         Room::Pair => "--profile=dev",
@@ -568,8 +566,7 @@ pub fn bench(project: &Project, name: &str) -> Result<Bench> {
 
 /// The fuzzer, `tests/lab/src/bin/fuzz.rs`, built.
 ///
-/// # Errors
-/// When there is none, or it does not compile.
+/// # Errors If it does not exist or does not compile.
 pub fn fuzzer(project: &Project) -> Result<PathBuf> {
     if !project.root().join("tests/lab/src/bin/fuzz.rs").is_file() {
         bail!("there is no fuzzer in this checkout: it would be tests/lab/src/bin/fuzz.rs");
@@ -582,10 +579,9 @@ pub fn fuzzer(project: &Project) -> Result<PathBuf> {
     Ok(program.context("building the fuzzer made no program")?.file)
 }
 
-/// A test program of the suite, built, with the options of the run that is named, or of its first.
+/// A test program of the suite, built, with the options of the named run, or of its first run.
 ///
-/// # Errors
-/// When there is none of that name, or it does not compile.
+/// # Errors If there is no such program, or it does not compile.
 pub fn program(project: &Project, name: &str) -> Result<(GuestArgs, PathBuf)> {
     let runs = list(project)?;
     let named = runs.iter().find(|run| run.name() == name);
@@ -616,7 +612,7 @@ fn guest_args(run: &Run) -> Result<GuestArgs> {
     options(&run.options, &run.name())
 }
 
-/// The options of a run or a bench, as `cargo lab run` takes them.
+/// Parses the options of a run or a bench, which are those of `cargo lab run`.
 fn options(options: &[String], name: &str) -> Result<GuestArgs> {
     use clap::Parser;
     #[derive(Parser)]
@@ -669,7 +665,7 @@ fn on_host(work: &Work, debug: bool) -> Result<String> {
     Ok(text(&output.stdout) + &text(&output.stderr))
 }
 
-/// Reads a test program's output.
+/// Parses a test program's output.
 fn judge(name: &str, output: &str) -> Verdict {
     let mut verdict = Verdict::default();
     let mut complete = false;
@@ -800,8 +796,8 @@ mod tests {
         }
     }
 
-    /// Runs a program of one passing test after the other in guests of which the first `crashes` lose
-    /// their QEMU in the second program. Returns how many guests it took, and (passed, failed).
+    /// Runs programs with one passing test each. QEMU of the first `crashes` guests crashes during the second
+    /// program. Returns the number of guests, and (passed, failed).
     fn with_crashes(crashes: u32) -> (u32, u32, u32) {
         let directory = tempfile::tempdir().unwrap();
         let cache = crate::cache::Cache::at(directory.path()).unwrap();
@@ -854,9 +850,9 @@ mod tests {
     #[test]
     fn what_ran_in_a_guest_whose_qemu_crashed_runs_once_more_and_not_twice() {
         assert_eq!(with_crashes(0), (1, 2, 0));
-        // The first program, both once more.
+        // The first program, then both again.
         assert_eq!(with_crashes(1), (2, 3, 0));
-        // The first one twice; the second one broke off each time.
+        // The first program twice; the second was aborted each time.
         assert_eq!(with_crashes(2), (2, 2, 1));
     }
 
@@ -870,7 +866,7 @@ mod tests {
         while let Some((n, work)) = next_group(&groups, Duration::from_secs(10)) {
             order.push((n, work.run.name()));
         }
-        // Nobody went on with c in the second guest of its group, so it waits for the first.
+        // No guest ran c after the second guest of its group ended, so c waits for the first.
         let expected = [(1, "e"), (1, "d"), (0, "b")].map(|(n, s)| (n, s.to_owned()));
         assert_eq!(order, expected);
     }
@@ -887,7 +883,7 @@ mod tests {
         for (name, took) in [("d", 20), ("b", 30), ("a", 100)] {
             history.note(&run(name, "1").name(), Duration::from_secs(took), false);
         }
-        // As if they had passed in this order, and c never: it needs 30 s, and they all a boot.
+        // As if they had passed in this order, and c never. c takes 30 s, and each takes a boot.
         let file = directory.path().join("locks/runs-debug.json");
         let mut known: serde_json::Value =
             serde_json::from_str(&fs::read_to_string(&file).unwrap()).unwrap();
@@ -912,14 +908,14 @@ mod tests {
         assert_eq!(turn(0), "");
         assert_eq!(turn(40), "c");
         assert_eq!(turn(60), "cd");
-        // What does not fit lets the next one pass.
+        // A run that does not fit lets the next one pass.
         assert_eq!(turn(90), "cdb");
         assert_eq!(turn(200), "cdab");
-        // One that passes has its next turn after the others, one that fails is the first.
+        // A run that passes goes to the end of the queue; one that fails goes to the front.
         history.note(&run("c", "1").name(), Duration::from_secs(30), true);
         history.note(&run("b", "1").name(), Duration::from_secs(30), false);
         assert_eq!(turn(200), "bdac");
-        // One that is too long for all of the time waits until it is the first, and is not left out for ever.
+        // A run longer than the whole budget waits until it is first in the queue, and then runs.
         assert_eq!(turn(15), "b");
         history.note(&run("b", "1").name(), Duration::from_secs(30), true);
         history.note(&run("d", "1").name(), Duration::from_secs(20), true);

@@ -1,17 +1,17 @@
-//! The person's terminal, while a guest's shell has it.
+//! The user's terminal, while a guest's shell uses it.
 
 use std::{io::stdin, sync::Mutex};
 
 use nix::sys::termios::{self, SetArg, Termios};
 
-/// How the terminal was, for whoever ends the lab in an unusual way.
+/// The terminal's original settings, for an abnormal end of the lab.
 static BEFORE: Mutex<Option<Termios>> = Mutex::new(None);
 
-/// The terminal passes every key on unchanged while this lives.
+/// The terminal is in raw mode while this lives.
 pub struct Raw;
 
 impl Raw {
-    /// Does nothing where standard input is no terminal.
+    /// Enters raw mode; does nothing if standard input is not a terminal.
     pub fn enter() -> Self {
         if let Ok(before) = termios::tcgetattr(stdin()) {
             let mut raw = before.clone();
@@ -32,7 +32,7 @@ impl Drop for Raw {
     }
 }
 
-/// Gives the terminal back as it was.
+/// Restores the terminal's settings.
 pub fn restore() {
     if let Ok(mut kept) = BEFORE.lock()
         && let Some(before) = kept.take()

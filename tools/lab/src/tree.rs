@@ -1,7 +1,7 @@
-//! The distribution tree: root of every guest, and home of the compilers and of QEMU.
+//! The distribution tree: the root of every guest, with the compilers and QEMU.
 //!
-//! Made once by mmdebstrap. After that nobody writes to it: guests see it read-only under an
-//! overlay, and the sandbox mounts over it what it needs. Further packages are layers beside it.
+//! mmdebstrap makes it once. After that it is read-only: guests see it under an overlay, and the sandbox
+//! mounts over it. Additional packages are layers on top.
 
 use std::{
     fs,
@@ -17,13 +17,13 @@ use crate::{
     sandbox::{self, Mount, Sandbox},
 };
 
-/// The distribution's release. Its own compilers must be those that its kernel was built with.
+/// The distribution's release. Its compilers must be those that built its kernel.
 const SUITE: &str = "trixie";
-/// The suites beside it; the kernel comes from backports.
+/// Additional suites; the kernel comes from backports.
 const MORE_SUITES: [&str; 2] = ["trixie-updates", "trixie-backports"];
 
 const PACKAGES: &[&str] = &[
-    // the kernel's tool chain
+    // The kernel's tool chain.
     "bc",
     "bindgen",
     "bison",
@@ -43,11 +43,11 @@ const PACKAGES: &[&str] = &[
     "rustc",
     "xz-utils",
     "zstd",
-    // the machine
+    // The machine.
     "busybox-static",
     "qemu-system-x86",
     "kmod",
-    // what tests and people use in a guest
+    // Programs for tests and users in a guest.
     "bash",
     "ca-certificates",
     "e2fsprogs",
@@ -63,18 +63,18 @@ const PACKAGES: &[&str] = &[
     "strace",
 ];
 
-/// No guest and no recipe reads these: without them the tree is 1.2 GB instead of 2.1. A `*` matches slashes, too,
-/// so versions are spelled with `?`.
+/// Paths that no guest and no recipe needs: without them the tree has 1.2 GB instead of 2.1. `*` also matches
+/// slashes, so versions are spelled with `?`.
 const LEFT_OUT: &[&str] = &[
     "/usr/share/doc/*",
     "/usr/share/man/*",
     "/usr/share/info/*",
     "/usr/share/locale/*",
-    // rust-src: the kernel compiles library/ alone.
+    // rust-src: the kernel compiles only library/.
     "/usr/src/rustc-?.??.?/src/*",
     "/usr/src/rustc-?.??.?/compiler/*",
     "/usr/src/rustc-?.??.?/tests/*",
-    // What bindgen's dependencies bring for writing compilers; bindgen itself uses libclang.so.
+    // Dependencies of bindgen for writing compilers; bindgen itself uses only libclang.so.
     "/usr/lib/llvm-??/lib/lib*.a",
     "/usr/lib/llvm-??/include/*",
     "/usr/lib/llvm-??/bin/llvm-exegesis",
@@ -83,7 +83,7 @@ const LEFT_OUT: &[&str] = &[
     "/usr/bin/qemu-system-i386",
 ];
 
-/// What the sandbox and the guest mount over.
+/// Mount points of the sandbox and the guest.
 const MOUNT_POINTS: &[&str] = &[
     "lab/build",
     "lab/linux",
@@ -95,17 +95,16 @@ const MOUNT_POINTS: &[&str] = &[
     "usr/lib/modules",
 ];
 
-/// Recipe and cache entry of the tree.
+/// The recipe and the cache entry of the tree.
 pub struct Tree {
     entry: Entry,
     name: String,
 }
 
 impl Tree {
-    /// The tree, made first if the cache has none.
+    /// The tree, made at the first call.
     ///
-    /// # Errors
-    /// Without mmdebstrap, a network or room; says which.
+    /// # Errors Without mmdebstrap, a network or room; names what is missing.
     pub fn get(cache: &Cache) -> Result<Self> {
         let recipe = || {
             let mut recipe = Recipe::new("tree")
@@ -131,20 +130,19 @@ impl Tree {
         })
     }
 
-    /// Its root directory.
+    /// The root directory.
     pub fn root(&self) -> PathBuf {
         self.entry.path().join("root")
     }
 
-    /// A name that changes with what is in it.
+    /// A name that identifies its contents.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// The packages of this name that are installed, each with its version.
+    /// The installed versions of these packages.
     ///
-    /// # Errors
-    /// When one is not installed.
+    /// # Errors If one is not installed.
     pub fn versions(&self, packages: &[&str]) -> Result<Vec<String>> {
         let file = self.root().join("var/lib/dpkg/status");
         let text =
@@ -168,13 +166,13 @@ impl Tree {
             .collect()
     }
 
-    /// A program of the tree, to be run in it.
+    /// A sandbox for a program of the tree.
     pub fn sandbox(&self, program: &str) -> Sandbox {
         Sandbox::new(&self.root(), program)
     }
 
-    /// One of the lab's shell recipes, run in the tree with `out` as `/lab/out`. Package lists
-    /// and caches that it fetches are not kept.
+    /// A sandbox for one of the lab's shell recipes, with `out` as `/lab/out`. Fetched package lists and
+    /// caches are discarded.
     pub fn recipe(&self, text: &str, out: &Path) -> Sandbox {
         self.sandbox("/bin/sh")
             .own_processes()
@@ -190,10 +188,9 @@ impl Tree {
             .args(["-c", text, "recipe"])
     }
 
-    /// A layer with further packages, made first if the cache has none.
+    /// A layer with additional packages, made at the first call.
     ///
-    /// # Errors
-    /// When apt does not know one of them or cannot install it.
+    /// # Errors If apt does not know a package or cannot install it.
     pub fn layer(&self, cache: &Cache, packages: &[String]) -> Result<Entry> {
         let mut packages = packages.to_vec();
         packages.sort();
@@ -207,14 +204,14 @@ impl Tree {
         }
         let what = format!("adding {} to the guest's packages", packages.join(", "));
         cache.entry(recipe, &what, |dir| {
-            // For people who look into the cache.
+            // For users who inspect the cache.
             fs::write(dir.join("packages"), packages.join("\n") + "\n")?;
             let (upper, work) = (dir.join("upper"), dir.join("work"));
             let merged = dir.join("merged");
             for d in [&upper, &work, &merged] {
                 fs::create_dir(d)?;
             }
-            // Maintainer scripts must not start services here, and see no network of ours but apt.
+            // Maintainer scripts must not start services here.
             let script = "set -eu; printf '#!/bin/sh\\nexit 101\\n' >/usr/sbin/policy-rc.d; \
                           chmod 755 /usr/sbin/policy-rc.d; apt-get -q update; \
                           apt-get -q -y -o APT::Sandbox::User=root install --no-install-recommends \"$@\"; \
@@ -241,13 +238,13 @@ fn bootstrap(root: &Path) -> Result<()> {
     command.args(["--mode=root", "--variant=apt"]);
     command.arg(format!("--include={}", PACKAGES.join(",")));
     command.arg("--aptopt=Apt::Install-Recommends \"false\"");
-    // An archive that cannot be reached is only a warning to `apt-get update` otherwise, and the recipes would
-    // take it for one that lacks their packages.
+    // By default an unreachable archive is only a warning for `apt-get update`, and the recipes would report
+    // its packages as missing.
     command.arg("--aptopt=APT::Update::Error-Mode \"any\"");
     for line in host::apt_proxy() {
         command.arg(format!("--aptopt={line}"));
     }
-    // A tree that a power cut leaves half written is no entry of the cache, and made again.
+    // No fsync: a tree half made at a power failure is no cache entry yet, and is made again.
     command.arg("--dpkgopt=force-unsafe-io");
     for pattern in LEFT_OUT {
         command.arg(format!("--dpkgopt=path-exclude={pattern}"));
@@ -260,7 +257,7 @@ fn bootstrap(root: &Path) -> Result<()> {
     }
     run_in_own_namespace(command)?;
 
-    // Without a mirror of the host's, mmdebstrap chose one; the further suites come from there too.
+    // If the host has no mirror configured, mmdebstrap has chosen one; the additional suites use the same.
     let sources = root.join("etc/apt/sources.list");
     let text =
         fs::read_to_string(&sources).with_context(|| format!("reading {}", sources.display()))?;
@@ -284,7 +281,8 @@ fn bootstrap(root: &Path) -> Result<()> {
     Ok(())
 }
 
-/// mmdebstrap mounts into the tree; if it is killed, nothing may stay mounted on the host.
+/// Runs mmdebstrap in its own mount namespace: if it is killed, its mounts in the tree disappear from the
+/// host.
 fn run_in_own_namespace(command: Command) -> Result<()> {
     let output = Sandbox::new(Path::new("/"), command.get_program())
         .own_processes()

@@ -1,8 +1,7 @@
-//! Turns the usual reasons for which a step fails into a sentence that helps: a full file system, and a package
-//! archive that cannot be reached.
+//! Explains the usual causes of a failed step: a full file system, and an unreachable package archive.
 //!
-//! The programs that make the lab's parts (apt, mmdebstrap, tar, make) say so themselves, somewhere in forty
-//! lines of output. What they say is recognised here.
+//! The programs that make the lab's parts (apt, mmdebstrap, tar, make) report the cause somewhere in forty
+//! lines of output. This module recognises it.
 
 use std::{
     fs,
@@ -12,12 +11,12 @@ use std::{
 use anyhow::{Error, anyhow};
 use nix::sys::statvfs::{FsFlags, statvfs};
 
-/// Why a step failed.
+/// The cause of a failed step.
 #[derive(Debug, PartialEq, Eq)]
 enum Cause<'a> {
-    /// A file system has no room left; the line that says so.
+    /// A file system is full; the line that reports it.
     Full(&'a str),
-    /// The package archive did not answer; the line that says so.
+    /// The package archive did not answer; the line that reports it.
     Unreachable(&'a str),
 }
 
@@ -45,9 +44,9 @@ fn cause(text: &str) -> Option<Cause<'_>> {
         let mut lines = text.lines();
         lines.find(|line| signs.iter().any(|sign| line.contains(sign)))
     };
-    // A full file system makes downloads fail, too; so it is looked for first.
+    // Checked first: a full file system makes downloads fail, too.
     line(FULL).map(|line| Cause::Full(line.trim())).or_else(|| {
-        // The one that says what was asked for says most.
+        // The line that names the requested file is the most informative.
         let fetch = text.lines().find(|line| {
             line.contains("Failed to fetch") && UNREACHABLE.iter().any(|s| line.contains(s))
         });
@@ -56,24 +55,24 @@ fn cause(text: &str) -> Option<Cause<'_>> {
     })
 }
 
-/// The room of one file system.
+/// The free space of a file system.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Room {
-    /// Where it is mounted.
+    /// The mount point.
     pub mount: PathBuf,
-    /// Bytes that this user may still write.
+    /// Bytes available to this user.
     pub free: u64,
-    /// Whether files can still be made, however small.
+    /// Whether new files can be created.
     pub inodes: bool,
-    /// Whether it refuses to run programs.
+    /// Whether it is mounted noexec.
     pub noexec: bool,
 }
 
-/// Below this, a file system is full for the lab.
+/// A file system with less free space counts as full.
 const NOTHING: u64 = 16_000_000;
 
 impl Room {
-    /// The room where `path` is, or would be: it need not exist. `None` if the kernel does not say.
+    /// The free space at `path`, which need not exist. `None` if the kernel does not report it.
     pub fn at(path: &Path) -> Option<Self> {
         let there = path.ancestors().find(|p| p.exists())?;
         let there = fs::canonicalize(there).ok()?;
@@ -81,7 +80,7 @@ impl Room {
         Some(Self {
             mount: mount_of(&fs::read_to_string("/proc/self/mountinfo").ok()?, &there),
             free: stat.blocks_available() as u64 * stat.fragment_size() as u64,
-            // Some file systems count no inodes, and say 0 of 0.
+            // Some file systems do not count inodes, and report 0 of 0.
             inodes: stat.files() == 0 || stat.files_available() > 100,
             noexec: stat.flags().contains(FsFlags::ST_NOEXEC),
         })
@@ -92,7 +91,7 @@ impl Room {
     }
 }
 
-/// The mount point that holds `path`, which is absolute and without symbolic links.
+/// The mount point of `path`, which is absolute and without symbolic links.
 fn mount_of(mountinfo: &str, path: &Path) -> PathBuf {
     let points = mountinfo.lines().filter_map(|line| {
         let point = line.split(' ').nth(4)?;
@@ -109,7 +108,7 @@ fn mount_of(mountinfo: &str, path: &Path) -> PathBuf {
         .unwrap_or_else(|| "/".into())
 }
 
-/// Bytes for people.
+/// A number of bytes as text.
 pub fn size(bytes: u64) -> String {
     let bytes = bytes as f64;
     match bytes {
@@ -119,7 +118,7 @@ pub fn size(bytes: u64) -> String {
     }
 }
 
-/// Explains that a step cannot begin because the cache's file system has no room for it, or runs no programs.
+/// Explains that a step cannot begin, because the cache's file system has no room or is mounted noexec.
 /// `None` if it can.
 pub fn before(what: &str, cache: &Path, takes: u64, room: &Room) -> Option<Error> {
     let what = without_time(what);
@@ -146,7 +145,7 @@ pub fn before(what: &str, cache: &Path, takes: u64, room: &Room) -> Option<Error
     })
 }
 
-/// What a step is called without how long it takes, 'making a thing (two minutes)'.
+/// A step's name without its duration: 'making a thing (two minutes)'.
 fn without_time(what: &str) -> &str {
     what.split(" (").next().unwrap_or(what)
 }
@@ -155,8 +154,8 @@ const ELSEWHERE: &str = "Set PEERBUF_LAB_CACHE to a directory on another one and
 const HELP: &str = "Make room there, or set PEERBUF_LAB_CACHE to a directory on a larger one, and call again; \
                     `cargo lab cache` says what the cache holds, `cargo lab clean` empties it";
 
-/// Explains why the making of a cache entry failed. `before` and `after` are the room of the cache's file system
-/// when it began and when it had failed. Any other error comes back as it is, `what` in front.
+/// Explains why making a cache entry failed. `before` and `after` are the free space of the cache's file
+/// system at the start and after the failure. Any other error is returned with `what` in front.
 pub fn of_making(
     error: Error,
     what: &str,
@@ -202,7 +201,7 @@ pub fn of_making(
     }
 }
 
-/// Explains an error that ends the lab: if a file system is full, says which of those the lab writes to.
+/// Explains an error that ends the lab: names the full file system, if one that the lab writes to is full.
 pub fn at_the_end(error: Error, cache: Option<&Path>) -> Error {
     let text = format!("{error:#}");
     let Some(Cause::Full(_)) = cause(&text) else {
