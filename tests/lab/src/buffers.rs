@@ -1,17 +1,17 @@
-//! Buffers of the kernel's own exporters, of system memory.
+//! Buffers of the kernel's own exporters, in system memory.
 
 use std::fs::File;
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 
 use crate::node::ioctl;
 
-/// A buffer of /dev/udmabuf, which has no move, no pin and no revoke.
+/// A buffer of /dev/udmabuf, which supports neither move nor pin nor revoke.
 pub fn udmabuf(size: u64) -> OwnedFd {
     let buffer = peerbuf::export::udmabuf::export("test", size).unwrap();
     buffer.dmabuf().unwrap().try_clone().unwrap().into()
 }
 
-/// A buffer of the system's dma-heap.
+/// A buffer of the dma-heap `system`.
 pub fn heap(size: u64) -> OwnedFd {
     #[repr(C)]
     struct Allocation {

@@ -1,8 +1,8 @@
-//! The processor's view of a buffer's bytes, by the crate.
+//! The CPU's access to a buffer's bytes, through the crate.
 
 use peerbuf::BufferRange;
 
-/// Writes `bytes` to the beginning of a range.
+/// Writes `bytes` to the start of a range.
 pub fn put(range: &BufferRange, bytes: &[u8]) {
     range.write_bytes(bytes).unwrap();
 }

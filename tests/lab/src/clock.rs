@@ -1,19 +1,19 @@
-//! Limits that hold on a busy host, too.
+//! Time limits that hold on a busy host, too.
 //!
-//! A guest's clock goes on while the host lets the guest wait, so a limit by that clock fails on a busy host.
-//! A [`Stopwatch`] counts the time in which this process could run: a thread of it sleeps again and again for
-//! a moment, and one that oversleeps counts as one moment.
+//! A guest's clock continues while the host does not run the guest, so a limit by that clock fails on a busy
+//! host. A [`Stopwatch`] counts the time in which this process could run: one of its threads sleeps
+//! repeatedly for a moment, and an overlong sleep counts as one moment.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How long the thread sleeps.
+/// The duration of each sleep.
 const MOMENT: Duration = Duration::from_millis(5);
 
-/// Nanoseconds that this process could run, since the thread was started.
+/// Nanoseconds in which this process could run, since the thread started.
 static PASSED: AtomicU64 = AtomicU64::new(0);
-/// The process that the thread is of: a child has none yet.
+/// The process with the thread: a forked child has none yet.
 static PROCESS: AtomicU32 = AtomicU32::new(0);
 
 fn passed() -> Duration {
@@ -31,19 +31,19 @@ fn passed() -> Duration {
     Duration::from_nanos(PASSED.load(Ordering::Relaxed))
 }
 
-/// Time in which this process could run, for upper limits. It lags by up to 5 ms; what takes at least so
-/// long is measured by an [`Instant`].
+/// Time in which this process could run, for upper limits. It lags by up to 5 ms; measure lower limits with
+/// an [`Instant`].
 #[derive(Debug, Clone, Copy)]
 pub struct Stopwatch(Duration);
 
 impl Stopwatch {
-    /// Begins now.
+    /// Starts it.
     #[must_use]
     pub fn start() -> Self {
         Self(passed())
     }
 
-    /// How long this process could run since.
+    /// The time in which this process could run since the start.
     #[must_use]
     pub fn elapsed(&self) -> Duration {
         passed().saturating_sub(self.0)

@@ -1,9 +1,8 @@
-//! What the operations of an exporter cost, in instructions: peerbuf.ko's beside vfio-pci's, of
-//! the same BAR, with peerbuf_probe.ko as the importer of both.
+//! The cost of an exporter's operations in instructions: peerbuf.ko compared with vfio-pci, for the same BAR,
+//! with peerbuf_probe.ko as the importer of both.
 //!
-//! Runs in a guest whose clock counts instructions. What the importer does is timed in the kernel,
-//! around the one call that it makes; export, revoke, restore and moves are timed here, around one
-//! system call.
+//! Runs in a guest whose clock counts instructions. The importer's calls are timed in the kernel, around a
+//! single function; export, revoke, restore and move are timed here, around a single system call.
 
 use std::arch::x86_64::_rdtsc;
 use std::fs;
@@ -18,28 +17,27 @@ use crate::importer::{DYNAMIC, Importer, PEER};
 use crate::modules;
 use crate::node::{Node, nvme_bdf};
 
-/// Of how many measurements a figure is the median.
+/// The number of measurements per median.
 const ROUNDS: usize = 101;
 
 const SIZES: [(&str, u64); 3] = [("4 KiB", 1 << 12), ("1 MiB", 1 << 20), ("64 MiB", 1 << 26)];
 
 const IMPORTERS: [usize; 5] = [0, 1, 4, 16, 64];
 
-/// Instructions that the processor has carried out so far. The guest's time stamp counter counts
-/// them.
+/// The number of instructions executed so far, which the guest's time stamp counter counts.
 fn instructions() -> u64 {
-    // SAFETY: It only reads a counter that every x86-64 has.
+    // SAFETY: Reads a counter that every x86-64 CPU has.
     unsafe { _rdtsc() }
 }
 
-/// The instructions of a call, and what it returned.
+/// The instructions of a call, and its result.
 pub fn counted<T>(call: impl FnOnce() -> T) -> (u64, T) {
     let start = instructions();
     let result = call();
     (instructions() - start, result)
 }
 
-/// The median of several measurements, after a few that do not count.
+/// The median of several measurements, after a few that are discarded.
 pub fn median(mut measure: impl FnMut() -> u64) -> u64 {
     for _ in 0..5 {
         measure();
@@ -49,13 +47,13 @@ pub fn median(mut measure: impl FnMut() -> u64) -> u64 {
     all[ROUNDS / 2]
 }
 
-/// An exporter of a BAR that can take access away and give it again.
+/// An exporter of a BAR with revoke and restore.
 trait Exporter {
-    /// Exports the first bytes of BAR 2; the instructions of the system call, and the dma-buf.
+    /// Exports the start of BAR 2; returns the instructions of the system call, and the dma-buf.
     fn export(&self, size: u64) -> (u64, OwnedFd);
-    /// The instructions of taking access away.
+    /// The instructions of a revoke.
     fn revoke(&self, fd: &OwnedFd) -> u64;
-    /// The instructions of giving it again.
+    /// The instructions of a restore.
     fn restore(&self, fd: &OwnedFd) -> u64;
 }
 
@@ -83,19 +81,19 @@ impl Exporter for Peerbuf {
     }
 }
 
-/// The kernel's own: it takes access to all exports of a device away when the device's memory is
-/// switched off, and gives it again with the memory.
+/// vfio-pci revokes all exports of a device when the device's memory is disabled, and restores them when it
+/// is enabled.
 struct VfioPci(VfioDevice);
 
 impl VfioPci {
     const DEVICE_FEATURE: libc::c_ulong = 0x3b75;
-    /// Where configuration space is in the device's file, and the command register in it.
+    /// The offset of the command register in the device's file, where configuration space begins at 7 << 40.
     const COMMAND: i64 = (7 << 40) + 4;
 
     fn set_memory(&self, on: bool) -> u64 {
         let command: u16 = if on { 2 } else { 0 };
         let fd = self.0.as_fd().as_raw_fd();
-        // SAFETY: The two bytes are read by the call.
+        // SAFETY: The call reads two bytes, which the variable has.
         let (cost, written) =
             counted(|| unsafe { libc::pwrite(fd, (&raw const command).cast(), 2, Self::COMMAND) });
         assert_eq!(written, 2, "{}", io::Error::last_os_error());
@@ -129,7 +127,7 @@ impl Exporter for VfioPci {
             length: size,
         };
         let device = self.0.as_fd().as_raw_fd();
-        // SAFETY: The argument is the struct that the feature takes.
+        // SAFETY: The argument is the struct of this feature.
         let (cost, fd) =
             counted(|| unsafe { libc::ioctl(device, Self::DEVICE_FEATURE, &raw const feature) });
         assert!(fd >= 0, "{}", io::Error::last_os_error());
@@ -146,11 +144,11 @@ impl Exporter for VfioPci {
     }
 }
 
-/// What one exporter's operations cost.
+/// The costs of one exporter's operations.
 struct Costs {
     /// By size: export, attach, map, unmap, detach.
     steps: Vec<[u64; 5]>,
-    /// By number of importers that have mapped: revoke, restore.
+    /// By number of importers with a mapping: revoke, restore.
     access: Vec<[u64; 2]>,
 }
 
@@ -167,7 +165,7 @@ impl Costs {
                 let unmap = importer.step(probe::IOC_UNMAP).unwrap();
                 let detach = importer.step(probe::IOC_DETACH).unwrap();
                 let costs = [export, importer.attach_ns, map, unmap, detach];
-                // The first do not count.
+                // Discards the first rounds.
                 if round >= 5 {
                     for (all, cost) in all.iter_mut().zip(costs) {
                         all.push(cost);
@@ -203,7 +201,7 @@ impl Costs {
         }
     }
 
-    /// The cost of each importer more, from the second on.
+    /// The cost of each additional importer, from the second on.
     fn slope(&self) -> f64 {
         let last = IMPORTERS.len() - 1;
         let more = self.access[last][0] - self.access[1][0];
@@ -211,10 +209,10 @@ impl Costs {
     }
 }
 
-/// How many bytes are moved.
+/// The number of bytes to move.
 const MOVED: u64 = 4 << 20;
 
-/// What moves cost, to system memory and to the BAR.
+/// The costs of a move to system memory, and of one to the BAR.
 fn moves(node: &Node) -> [u64; 2] {
     let fd = node.export_movable(MOVED).unwrap();
     let mut back = Vec::new();
@@ -230,7 +228,7 @@ fn moves(node: &Node) -> [u64; 2] {
     [out, back[back.len() / 2]]
 }
 
-/// What one copy of as many bytes costs, from the BAR and to it. The fixture `iocopy` measures it of
+/// The costs of a plain copy of as many bytes, from the BAR and to it. The fixture `iocopy` measures them on
 /// the BAR of a device without a driver.
 fn copies(bdf: &str) -> [u64; 2] {
     let hex = |text: &str| u32::from_str_radix(text, 16).unwrap();
@@ -253,7 +251,7 @@ fn verdict(as_wanted: bool) -> &'static str {
     if as_wanted { "yes" } else { "**no**" }
 }
 
-/// A line of the first table.
+/// Prints a line of the first table.
 fn line(what: &str, ours: u64, theirs: u64) {
     let ratio = ours as f64 / theirs as f64;
     println!(
@@ -262,7 +260,7 @@ fn line(what: &str, ours: u64, theirs: u64) {
     );
 }
 
-/// Measures with the device given to vfio-pci.
+/// Measures with the device bound to vfio-pci.
 fn as_vfio<T>(bdf: &str, measure: impl FnOnce(&VfioPci) -> T) -> T {
     modules::rebind(bdf, "vfio-pci");
     let vfio = VfioPci(VfioDevice::open(bdf.parse().unwrap()).unwrap());
@@ -277,7 +275,7 @@ fn as_peerbuf<T>(bdf: &str, measure: impl FnOnce(Peerbuf) -> T) -> T {
     measure(Peerbuf(Node::open(bdf).unwrap()))
 }
 
-/// What vfio-pci's switch of the device's memory costs where nothing is exported: off and on.
+/// The costs of vfio-pci's disabling and enabling of the device's memory without any export.
 fn switch(vfio: &VfioPci) -> [u64; 2] {
     let mut on = Vec::new();
     let off = median(|| {
@@ -296,7 +294,7 @@ pub fn table() {
     assert_eq!(clock.trim(), "tsc", "the kernel's figures would be rounded");
     modules::load("vfio-pci");
     let bdf = Node::largest().bdf;
-    // The IOMMU's caches of addresses and tables fill up first; whoever comes first pays for it.
+    // Fills the IOMMU's caches of addresses and tables, whose cost the first measurement would include.
     as_vfio(&bdf, |vfio| drop(Costs::of(vfio)));
     let (ours, moved) = as_peerbuf(&bdf, |peerbuf| {
         drop(Costs::of(&peerbuf));

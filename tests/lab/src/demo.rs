@@ -1,4 +1,4 @@
-//! The command `peerbuf demo` and what it reports.
+//! The command `peerbuf demo` and its output.
 
 use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -10,7 +10,7 @@ pub fn topology() -> String {
     std::env::var("PEERBUF_LAB_TOPOLOGY").expect("PEERBUF_LAB_TOPOLOGY, which the lab sets")
 }
 
-/// Runs `peerbuf demo --json` with these further arguments; one object per transfer.
+/// Runs `peerbuf demo --json` with these additional arguments; returns an object per transfer.
 pub fn transfers(arguments: &[&str]) -> Vec<Value> {
     let mut command = Command::new("peerbuf");
     let output = command
@@ -20,7 +20,7 @@ pub fn transfers(arguments: &[&str]) -> Vec<Value> {
         .unwrap();
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{said}");
-    // Nothing may stand in for what the lab has.
+    // The lab has everything: nothing may be replaced by a stand-in.
     assert!(!said.contains("missing"), "{said}");
     let text = String::from_utf8(output.stdout).unwrap();
     text.lines()
@@ -28,8 +28,8 @@ pub fn transfers(arguments: &[&str]) -> Vec<Value> {
         .collect()
 }
 
-/// Holds up the other tests of this binary that ask for it: for those that look at what is free
-/// in a BAR, which any export changes.
+/// Excludes other tests of this binary that call it. For tests that check the free space of a BAR, which any
+/// export changes.
 pub fn alone() -> MutexGuard<'static, ()> {
     static ALONE: Mutex<()> = Mutex::new(());
     ALONE.lock().unwrap_or_else(PoisonError::into_inner)

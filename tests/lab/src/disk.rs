@@ -1,4 +1,4 @@
-//! The raw scratch disk of the guest, and ways to make it slow.
+//! The guest's raw scratch disk, and a way to slow it down.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -12,14 +12,14 @@ use crate::machine::Machine;
 use crate::node::Map;
 use crate::pci::wait_until;
 
-/// The second namespace of the NVMe disk: nothing is on it that somebody needs.
+/// The second namespace of the NVMe disk, whose contents no one needs.
 pub const SCRATCH: &str = "/dev/nvme0n2";
 
 /// Opens a file or disk for direct I/O.
 ///
 /// # Errors
 ///
-/// What `open` answers.
+/// The error of `open`.
 pub fn open_direct(path: impl AsRef<Path>) -> io::Result<File> {
     OpenOptions::new()
         .read(true)
@@ -28,11 +28,11 @@ pub fn open_direct(path: impl AsRef<Path>) -> io::Result<File> {
         .open(path)
 }
 
-/// `pread` into a mapping; the count.
+/// `pread` into a mapping; returns the count.
 ///
 /// # Errors
 ///
-/// What the kernel answers.
+/// The kernel's error.
 pub fn read_into(file: &File, map: &Map, at: usize, len: usize, offset: i64) -> io::Result<usize> {
     assert!(at + len <= map.len);
     // SAFETY: The range lies in the mapping, by the check.
@@ -40,11 +40,11 @@ pub fn read_into(file: &File, map: &Map, at: usize, len: usize, offset: i64) -> 
     usize::try_from(n).map_err(|_| io::Error::last_os_error())
 }
 
-/// `pwrite` from a mapping; the count.
+/// `pwrite` from a mapping; returns the count.
 ///
 /// # Errors
 ///
-/// What the kernel answers.
+/// The kernel's error.
 pub fn write_from(file: &File, map: &Map, at: usize, len: usize, offset: i64) -> io::Result<usize> {
     assert!(at + len <= map.len);
     // SAFETY: The range lies in the mapping, by the check.
@@ -52,12 +52,12 @@ pub fn write_from(file: &File, map: &Map, at: usize, len: usize, offset: i64) ->
     usize::try_from(n).map_err(|_| io::Error::last_os_error())
 }
 
-/// Waits until [`SCRATCH`] is reading, and then for the rest of the request's pages to be taken, which on a
-/// busy host is no matter of a fixed time.
+/// Waits until [`SCRATCH`] is reading, and until the rest of the request's pages are pinned, which takes an
+/// unknown time on a busy host.
 ///
 /// # Panics
 ///
-/// When the kernel does not tell, or nothing is read.
+/// If the kernel does not report it, or nothing is read.
 pub fn await_reading() {
     let reads = || {
         let text = fs::read_to_string("/sys/block/nvme0n2/inflight").unwrap();
@@ -67,22 +67,22 @@ pub fn await_reading() {
     thread::sleep(Duration::from_millis(200));
 }
 
-/// While it lives the disk behind [`SCRATCH`] reads and writes at most at the given rate: it keeps
-/// the requests that it was handed, and so their pages, waiting.
+/// Limits the rate of the disk behind [`SCRATCH`] while it lives: the disk keeps submitted requests waiting,
+/// and with them their pages.
 ///
-/// (The block layer's own limit, `io.max`, would do as well, if setting it did not make lockdep
-/// complain now and then: Linux 7.2 allocates with `blkcg_mutex` held.)
+/// (The block layer's own limit, `io.max`, would do, but setting it sometimes makes lockdep complain: Linux
+/// 7.2 allocates with `blkcg_mutex` held.)
 pub struct Slow(());
 
-/// How the lab calls that disk.
+/// The lab's name of that disk.
 const ID: &str = "scratch-disk";
 
 impl Slow {
-    /// Limits to `rate` bytes a second, of which a tenth may come at once.
+    /// Limits the disk to `rate` bytes a second, with bursts of a tenth of that.
     ///
     /// # Panics
     ///
-    /// As [`Machine::new`] does: also while somebody else asks for events.
+    /// As [`Machine::new`], also if another process requests events at the time.
     pub fn new(rate: u64) -> Self {
         Machine::new().slow(ID, rate).expect("a slow disk");
         Self(())

@@ -1,5 +1,5 @@
-//! QEMU's `edu` with the driver of `fixtures/modules/edu`, which imports dma-bufs: a device that reads
-//! and writes a buffer by its scatter list, and shows what it found.
+//! QEMU's `edu` device with the driver of `fixtures/modules/edu`, which imports dma-bufs: it reads and writes
+//! a buffer through its scatter list.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -10,21 +10,21 @@ use std::process::Command;
 use crate::modules::{find_pci, rebind};
 use crate::node::ioctl;
 
-/// Most bytes that one call of [`Edu::read`] or [`Edu::write`] is quick for: a tenth of a second.
+/// The maximum bytes of a fast call of [`Edu::read`] or [`Edu::write`] (a tenth of a second).
 pub const CHUNK: usize = 4096;
 
-/// What kind of importer it is.
+/// The kind of importer.
 #[derive(Debug, Clone, Copy)]
 pub enum Kind {
-    /// Cannot be told that its mapping is stale.
+    /// Static: its mapping cannot be invalidated.
     Static = 0,
-    /// Can, and takes no peer memory.
+    /// Dynamic, without peer memory.
     Dynamic = 1,
-    /// Can, and does.
+    /// Dynamic, with peer memory.
     Peer = 2,
 }
 
-/// A dma-buf that the device has imported and mapped.
+/// A dma-buf that the device has attached and mapped.
 #[derive(Debug)]
 pub struct Edu(File);
 
@@ -47,7 +47,7 @@ impl Edu {
     ///
     /// # Errors
     ///
-    /// What the kernel answers.
+    /// The kernel's error.
     pub fn import(fd: BorrowedFd<'_>, kind: Kind) -> io::Result<Self> {
         Self::bdf();
         let file = OpenOptions::new().read(true).write(true).open("/dev/edu")?;
@@ -61,41 +61,41 @@ impl Edu {
         ioctl(self.0.as_fd(), number, argument).map(i32::cast_unsigned)
     }
 
-    /// The device reads so many bytes from `offset`.
+    /// The device reads `len` bytes at `offset`.
     ///
     /// # Errors
     ///
-    /// What the kernel answers.
+    /// The kernel's error.
     pub fn read(&self, offset: u64, len: usize) -> io::Result<Vec<u8>> {
         let mut bytes = vec![0; len];
         self.0.read_exact_at(&mut bytes, offset)?;
         Ok(bytes)
     }
 
-    /// The device writes these bytes from `offset` on.
+    /// The device writes these bytes at `offset`.
     ///
     /// # Errors
     ///
-    /// What the kernel answers.
+    /// The kernel's error.
     pub fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
         self.0.write_all_at(bytes, offset)
     }
 
-    /// How often it was told that its mapping is stale. It keeps the mapping.
+    /// The number of invalidations of its mapping, which it keeps.
     pub fn stale(&self) -> u32 {
         self.call(3, 0).unwrap()
     }
 
-    /// Gives the mapping back, and maps again.
+    /// Unmaps, and maps again.
     ///
     /// # Errors
     ///
-    /// What the kernel answers; there is no mapping then.
+    /// The kernel's error; there is no mapping then.
     pub fn remap(&self) -> io::Result<()> {
         self.call(4, 0).map(drop)
     }
 
-    /// Entries of the scatter list.
+    /// The number of entries in the scatter list.
     pub fn segments(&self) -> u32 {
         self.call(5, 0).unwrap()
     }

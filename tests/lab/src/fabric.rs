@@ -1,5 +1,5 @@
-//! The engine on libfabric in `fixtures/fabric/engine.c`, compiled in the guest, and buffers that are
-//! registered in its domain.
+//! The libfabric engine in `fixtures/fabric/engine.c`, compiled in the guest, and buffers registered in its
+//! domain.
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::process::Command;
@@ -15,23 +15,23 @@ use crate::rdma::{ALL, bar, random};
 
 /// The providers that work in the guest.
 pub const PROVIDERS: [&str; 3] = ["tcp", "verbs;ofi_rxm", "verbs"];
-/// `FI_VERSION(1, 20)`, the first with dma-bufs.
+/// `FI_VERSION(1, 20)`, the first version with dma-bufs.
 pub const VERSION: u32 = 1 << 16 | 20;
 
 /// The guest's address.
 const ADDRESS: &CStr = c"10.0.2.15";
 const SOURCE: &str = include_str!("../fixtures/fabric/engine.c");
-/// What librxe lacks; compiled into the engine it stands before libibverbs' own.
+/// The function that librxe lacks. Compiled into the engine, it takes precedence over libibverbs's own.
 const LIBRXE: &str = include_str!("../fixtures/preload/reg_dmabuf_mr.c");
 
 static WITH_LIBRXE: OnceLock<bool> = OnceLock::new();
 
-/// From now on the engine has what librxe lacks for registering dma-bufs. To be called before anything
-/// else here is, in each test of a program.
+/// Adds the function that librxe lacks for dma-buf registrations to the engine. Every test of a program must
+/// call it before anything else in this module.
 ///
 /// # Panics
 ///
-/// When the engine is without it already.
+/// If the engine was already made without it.
 pub fn as_if_librxe_took_dma_bufs() {
     assert!(WITH_LIBRXE.get_or_init(|| true), "too late");
 }
@@ -91,12 +91,12 @@ fn functions() -> &'static Functions {
             .unwrap();
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "gcc-14: {said}");
-        // SAFETY: it was made of the source above, and has no initialisers.
+        // SAFETY: the library was made from the source above, and has no initialisers.
         let library: &'static Library =
             Box::leak(Box::new(unsafe { Library::new(&made) }.unwrap()));
         macro_rules! symbols {
             ($($name:ident)*) => {
-                // SAFETY: they have these types there.
+                // SAFETY: the functions have these types there.
                 unsafe { Functions {
                     $($name: *library
                         .get(concat!("engine_", stringify!($name)).as_bytes())
@@ -108,44 +108,44 @@ fn functions() -> &'static Functions {
     })
 }
 
-/// Version of the library, major and minor.
+/// The library's version, major and minor.
 pub fn library() -> (u32, u32) {
-    // SAFETY: it takes nothing.
+    // SAFETY: the function has no arguments.
     let version = unsafe { (functions().library)() };
     (version >> 16, version & 0xffff)
 }
 
-/// Where the header has each field, and the constants: a line `NAME NUMBER` each.
+/// The header's field offsets and constants: one line `NAME NUMBER` each.
 pub fn layout() -> &'static str {
-    // SAFETY: a string that stays.
+    // SAFETY: the function returns a constant string.
     let text = unsafe { CStr::from_ptr((functions().layout)()) };
     text.to_str().unwrap()
 }
 
-/// A call of the engine's that failed.
+/// A failed call of the engine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Failed {
-    /// Of libfabric's functions, or what was waited for.
+    /// The libfabric function, or the awaited event.
     pub call: String,
-    /// What came back.
+    /// The error number.
     pub errno: Errno,
 }
 
-/// A domain with two endpoints that are connected with each other.
+/// A domain with two endpoints connected to each other.
 pub struct Engine {
     raw: *mut c_void,
 }
 
 impl Engine {
-    /// Opens one. `caps` are asked for beside messages and RMA.
+    /// Opens an engine. `caps` are requested in addition to messages and RMA.
     ///
     /// # Errors
     ///
-    /// The call that failed.
+    /// The failed call.
     pub fn open(provider: &str, version: u32, caps: u64) -> Result<Engine, Failed> {
         let provider = CString::new(provider).unwrap();
         let mut raw = std::ptr::null_mut();
-        // SAFETY: strings that stay during the call, and room for what it makes.
+        // SAFETY: the strings live during the call, and the output has room for the result.
         let status = unsafe {
             (functions().open)(provider.as_ptr(), ADDRESS.as_ptr(), version, caps, &mut raw)
         };
@@ -164,7 +164,7 @@ impl Engine {
         if status == 0 {
             return Ok(());
         }
-        // SAFETY: the engine is there, and gives a string that stays.
+        // SAFETY: the engine exists, and returns a constant string.
         let call = unsafe { CStr::from_ptr((functions().call)(self.raw)) };
         Err(Failed {
             call: call.to_str().unwrap().to_owned(),
@@ -172,10 +172,10 @@ impl Engine {
         })
     }
 
-    /// What its `fi_info` says.
+    /// The facts in its `fi_info`.
     pub fn opened(&self) -> Opened {
         let functions = functions();
-        // SAFETY: the engine is there, and its `fi_info`.
+        // SAFETY: the engine and its `fi_info` exist.
         unsafe {
             Opened {
                 provider: CStr::from_ptr((functions.provider)(self.raw))
@@ -188,33 +188,33 @@ impl Engine {
         }
     }
 
-    /// Its domain, for peerbuf.
+    /// Its domain, wrapped for peerbuf.
     ///
     /// # Panics
     ///
-    /// When peerbuf does not take it.
+    /// If peerbuf refuses it.
     pub fn domain(&self) -> Domain {
-        // SAFETY: tests drop what they make of it before they close the engine, which does nothing
-        // unless it is called. All is done by one thread.
+        // SAFETY: tests drop everything made from it before they close the engine, which acts only when
+        // called. One thread does everything.
         unsafe { Domain::from_raw((functions().domain)(self.raw), self.opened()) }.unwrap()
     }
 
-    /// An endpoint: what is no domain.
+    /// An endpoint, as an object that is not a domain.
     pub fn endpoint(&self) -> *mut c_void {
-        // SAFETY: the engine is there.
+        // SAFETY: the engine exists.
         unsafe { (functions().endpoint)(self.raw, 0) }
     }
 
-    /// End `at` writes to the other's memory, and waits.
+    /// Endpoint `at` writes to the other's memory, and waits.
     ///
     /// # Errors
     ///
-    /// The call that failed, or the completion.
+    /// The failed call, or the failed completion.
     pub fn write(&self, at: usize, from: Local, to: Remote) -> Result<(), Failed> {
         self.rma(at, false, from, to)
     }
 
-    /// End `at` reads from the other's memory, and waits.
+    /// Endpoint `at` reads from the other's memory, and waits.
     ///
     /// # Errors
     ///
@@ -224,7 +224,7 @@ impl Engine {
     }
 
     fn rma(&self, at: usize, read: bool, here: Local, there: Remote) -> Result<(), Failed> {
-        // SAFETY: the registrations are there until this returns, and nothing is in flight then.
+        // SAFETY: the registrations live until this returns, and nothing is in flight then.
         self.check(unsafe {
             (functions().rma)(
                 self.raw,
@@ -239,14 +239,14 @@ impl Engine {
         })
     }
 
-    /// End `at` sends to the other, and waits for both.
+    /// Endpoint `at` sends to the other, and waits for both.
     ///
     /// # Errors
     ///
     /// As [`Engine::write`].
     pub fn send(&self, at: usize, from: Local, to: Local) -> Result<(), Failed> {
         assert_eq!(from.length, to.length);
-        // SAFETY: as for `rma`.
+        // SAFETY: the registrations live until this returns, and nothing is in flight then.
         self.check(unsafe {
             (functions().send)(
                 self.raw,
@@ -260,25 +260,25 @@ impl Engine {
         })
     }
 
-    /// Closes it, after everything that was made of its domain. Returns what could not be closed: a
-    /// domain is busy while it has regions.
+    /// Closes the engine, after everything made from its domain was dropped. Returns an object's close error:
+    /// a domain with regions is busy.
     pub fn close(self) -> Option<Errno> {
-        // SAFETY: not used again.
+        // SAFETY: the engine is not used again.
         let status = unsafe { (functions().close)(self.raw) };
         (status != 0).then_some(Errno(-status))
     }
 }
 
-/// The key of what a test registers, and of its other end; for providers that let one choose.
+/// The key for a test's registration, with providers that let the caller choose.
 pub const KEY: u64 = 0x1001;
-/// See there.
+/// The key for the other registration of a test.
 pub const OTHER_KEY: u64 = 0x1002;
 
 /// A buffer of each kind.
 ///
 /// # Panics
 ///
-/// When one cannot be made.
+/// If one cannot be made.
 pub fn buffers(size: u64) -> Vec<(&'static str, Buffer)> {
     let heap = heap::Heap::open("system").unwrap();
     vec![
@@ -289,22 +289,22 @@ pub fn buffers(size: u64) -> Vec<(&'static str, Buffer)> {
     ]
 }
 
-/// A range and its registration, with what is on either side of it in the buffer.
+/// A registered range, with its surroundings in the buffer.
 pub struct Under {
-    /// Of the range.
+    /// The registration of the range.
     pub registration: Registration,
-    /// What is registered.
+    /// The registered range.
     pub range: BufferRange,
-    /// It, and what is beside it.
+    /// The range with the bytes around it.
     pub around: BufferRange,
 }
 
-/// Writes to, reads from, sends to and sends from a registration, and looks at each byte, also at
-/// those beside it.
+/// Writes to, reads from, sends to and sends from a registration, and checks each byte, also those around the
+/// range.
 ///
 /// # Panics
 ///
-/// When one is wrong, or libfabric failed.
+/// If a byte is wrong, or libfabric failed.
 pub fn exercise(engine: &Engine, domain: &Domain, under: &Under) {
     let Under {
         registration,
@@ -367,7 +367,7 @@ pub fn exercise(engine: &Engine, domain: &Domain, under: &Under) {
     done("read into", engine.read(1, here(), shown));
     arrived(6, "read into");
 
-    // A part, which is short enough to be copied by the provider.
+    // A part short enough for the provider to copy it.
     let part = length.min(100);
     let at = length - part;
     put(&other, &bytes(7));
@@ -380,12 +380,12 @@ pub fn exercise(engine: &Engine, domain: &Domain, under: &Under) {
     assert!(get(range) == both, "{}", what("a part written to"));
 }
 
-/// Registers a buffer of each kind by each rung with an engine on a provider, and [`exercise`]s what was
-/// registered. `works` says which rungs are to, for a kind.
+/// Registers a buffer of each kind by each rung, with an engine on a provider, and [`exercise`]s each
+/// registration. `works` returns the rungs that must work for a kind.
 ///
 /// # Panics
 ///
-/// When others do, or a byte is wrong.
+/// If other rungs work, or a byte is wrong.
 pub fn exercise_each_rung(provider: &str, works: impl Fn(&str) -> Vec<Rung>) {
     let engine = Engine::open(provider, VERSION, 0).expect(provider);
     let domain = engine.domain();
@@ -409,7 +409,7 @@ pub fn exercise_each_rung(provider: &str, works: impl Fn(&str) -> Vec<Rung>) {
     assert_eq!(engine.close(), None, "{provider}");
 }
 
-/// The same with ranges that begin and end at, before and after a page's edge.
+/// As [`exercise_each_rung`], with ranges that begin and end at, before and after a page boundary.
 ///
 /// # Panics
 ///
@@ -435,12 +435,12 @@ pub fn exercise_edges(provider: &str, works: impl Fn(&str) -> Vec<Rung>) {
     assert_eq!(engine.close(), None, "{provider}");
 }
 
-/// What a provider comes to for each kind of buffer, and how the better rungs were refused: the lines of
-/// the table in docs/libfabric.md.
+/// The result of a provider for each kind of buffer, and the errors of the better rungs: the lines of the
+/// table in docs/libfabric.md.
 ///
 /// # Panics
 ///
-/// When one cannot be registered at all.
+/// If a kind cannot be registered at all.
 pub fn table(provider: &str) -> String {
     let engine = Engine::open(provider, VERSION, 0).expect(provider);
     let domain = engine.domain();

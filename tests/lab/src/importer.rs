@@ -1,5 +1,5 @@
-//! `/dev/peerbuf/importer` by its ioctls alone, without the crate, so that a test can send what the
-//! crate would never send.
+//! `/dev/peerbuf/importer` through its ioctls alone, so that a test can send requests that the crate would
+//! never send.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -9,7 +9,7 @@ use peerbuf_uapi::probe;
 
 use crate::node::ioctl;
 
-/// Can be told that its mappings are stale.
+/// A dynamic importer: its mappings can be invalidated.
 pub const DYNAMIC: u32 = probe::DYNAMIC;
 /// Asks for peer memory.
 pub const PEER: u32 = probe::PEER;
@@ -18,7 +18,7 @@ pub const PEER: u32 = probe::PEER;
 ///
 /// # Errors
 ///
-/// What `open` answers.
+/// The error of `open`.
 pub fn open() -> io::Result<File> {
     OpenOptions::new()
         .read(true)
@@ -39,22 +39,22 @@ pub fn request(fd: BorrowedFd<'_>, bdf: &str, flags: u32) -> probe::Attach {
     request
 }
 
-/// One attachment.
+/// An attachment.
 #[derive(Debug)]
 pub struct Importer {
-    /// Its file.
+    /// The attachment's file.
     pub fd: OwnedFd,
-    /// Nanoseconds that attaching took in the kernel.
+    /// Nanoseconds of the attach in the kernel.
     pub attach_ns: u64,
 }
 
 impl Importer {
-    /// Attaches a dma-buf on behalf of the PCI device `bdf`. After an invalidation it unmaps
-    /// `late_ms` milliseconds later, or within the call if that is 0.
+    /// Attaches a dma-buf on behalf of the PCI device `bdf`. After an invalidation it unmaps `late_ms`
+    /// milliseconds later, or within the callback if that is 0.
     ///
     /// # Errors
     ///
-    /// What the kernel answers to the attachment.
+    /// The kernel's error for the attach.
     pub fn attach(fd: BorrowedFd<'_>, bdf: &str, flags: u32, late_ms: u32) -> io::Result<Self> {
         let mut request = request(fd, bdf, flags);
         if late_ms != 0 {
@@ -64,16 +64,16 @@ impl Importer {
         Self::attach_as(request)
     }
 
-    /// Attaches as a request says.
+    /// Attaches with this request.
     ///
     /// # Errors
     ///
-    /// What the kernel answers.
+    /// The kernel's error.
     pub fn attach_as(mut request: probe::Attach) -> io::Result<Self> {
         let node = open()?;
         let at = (&raw mut request).addr();
         ioctl(node.as_fd(), probe::IOC_ATTACH, at)?;
-        // SAFETY: The ioctl has just made this descriptor, and nobody else knows of it.
+        // SAFETY: The ioctl has just made this descriptor, and no one else knows it.
         let fd = unsafe { OwnedFd::from_raw_fd(request.fd) };
         Ok(Self {
             fd,
@@ -81,21 +81,21 @@ impl Importer {
         })
     }
 
-    /// Maps the attachment, for the device to read and write; what it was given.
+    /// Maps the attachment in both directions; returns the mapping.
     ///
     /// # Errors
     ///
-    /// What the kernel answers.
+    /// The kernel's error.
     pub fn map(&self) -> io::Result<Mapping> {
         self.map_for(probe::BIDIRECTIONAL)?;
         Ok(self.mapping())
     }
 
-    /// Maps the attachment in an `probe::*` direction; the nanoseconds that it took in the kernel.
+    /// Maps the attachment in a `probe::*` direction; returns the nanoseconds in the kernel.
     ///
     /// # Errors
     ///
-    /// What the kernel answers.
+    /// The kernel's error.
     pub fn map_for(&self, direction: u32) -> io::Result<u64> {
         let mut map = probe::Map {
             size: size_of::<probe::Map>() as u32,
@@ -107,7 +107,7 @@ impl Importer {
         Ok(map.ns)
     }
 
-    /// Unmaps it, if it is mapped.
+    /// Unmaps the attachment, if it is mapped.
     pub fn unmap(&self) {
         match self.step(probe::IOC_UNMAP) {
             Ok(_) => {}
@@ -115,12 +115,11 @@ impl Importer {
         }
     }
 
-    /// One of the ioctls that take an [`probe::Step`]; the nanoseconds that it took in the
-    /// kernel.
+    /// Calls an ioctl that takes a [`probe::Step`]; returns the nanoseconds in the kernel.
     ///
     /// # Errors
     ///
-    /// What the kernel answers.
+    /// The kernel's error.
     pub fn step(&self, number: u32) -> io::Result<u64> {
         let mut step = probe::Step {
             size: size_of::<probe::Step>() as u32,
@@ -130,11 +129,11 @@ impl Importer {
         Ok(step.ns)
     }
 
-    /// Leaves a fence of an `probe::FENCE_*` usage that signals by itself after `timeout_ms`.
+    /// Adds a fence with a `probe::FENCE_*` usage, which signals by itself after `timeout_ms`.
     ///
     /// # Errors
     ///
-    /// What the kernel answers.
+    /// The kernel's error.
     pub fn fence(&self, usage: u32, timeout_ms: u32) -> io::Result<()> {
         let mut fence = probe::Fence {
             size: size_of::<probe::Fence>() as u32,
@@ -147,7 +146,7 @@ impl Importer {
         Ok(())
     }
 
-    /// All that is known of it.
+    /// The complete query.
     pub fn query(&self) -> probe::Query {
         let mut query = probe::Query {
             size: size_of::<probe::Query>() as u32,
@@ -158,7 +157,7 @@ impl Importer {
         query
     }
 
-    /// What became of it.
+    /// The attachment's state.
     pub fn state(&self) -> State {
         let query = self.query();
         State {
@@ -167,7 +166,7 @@ impl Importer {
         }
     }
 
-    /// Where the bytes of the last mapping are.
+    /// The bytes of the last mapping, by place and route.
     pub fn mapping(&self) -> Mapping {
         let query = self.query();
         let text = query.provider.split(|&byte| byte == 0).next();
@@ -183,12 +182,12 @@ impl Importer {
     }
 }
 
-/// What the kernel gave for a mapping. Bytes, but for the first and the last.
+/// A mapping; in bytes, except for the first and the last field.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Mapping {
-    /// DMA segments.
+    /// The number of DMA segments.
     pub segments: u32,
-    /// Sum of the four that follow.
+    /// The sum of the next four.
     pub bytes: u64,
     /// In system memory.
     pub system: u64,
@@ -198,14 +197,14 @@ pub struct Mapping {
     pub bridge: u64,
     /// Elsewhere.
     pub other: u64,
-    /// The address of the device whose BAR it is.
+    /// The PCI address of the device whose BAR it is.
     pub provider: String,
 }
 
-/// What became of the attachment.
+/// The state of an attachment.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct State {
-    /// Calls of `invalidate_mappings`.
+    /// The number of calls of `invalidate_mappings`.
     pub invalidations: u32,
     /// 1 while it has a mapping.
     pub mapped: u32,

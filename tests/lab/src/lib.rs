@@ -1,4 +1,4 @@
-//! What the suites in `tests/` share.
+//! Common code of the test programs in `tests/`.
 
 pub mod buffers;
 pub mod bytes;

@@ -1,9 +1,9 @@
-//! Events that a test asks of the guest's machine: a device is unplugged and plugged in again, a
-//! network link goes down and up. The lab on the host does it, through QEMU's monitor.
+//! Hardware events in the guest's machine at a test's request: a device is unplugged and plugged in again, a
+//! network link goes down and up. The lab on the host makes them through QEMU's monitor.
 //!
-//! Devices are named as the lab names them: `bar0` (the largest BAR), `bar1` (16 MiB), `nvme0` (the
-//! disk, which cannot be plugged in again), and the link of `net0`. Only guests of the suite, and
-//! those of `cargo lab run --events`, can ask.
+//! The lab's device names are `bar0` (the largest BAR), `bar1` (16 MiB), `nvme0` (the disk, which cannot be
+//! plugged in again), and `net0` for the link. Requests work only in guests of the suite and of `cargo lab
+//! run --events`.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
@@ -14,10 +14,10 @@ use std::time::Duration;
 
 use crate::clock::Stopwatch;
 
-/// For a device that goes; the slow ones are those that wait for something.
+/// Time limit for a device's removal, which may wait for importers or I/O.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// The connection to the lab. One process at a time can have it.
+/// The connection to the lab. Only one process at a time can have it.
 pub struct Machine {
     port: BufReader<File>,
 }
@@ -27,7 +27,7 @@ impl Machine {
     ///
     /// # Panics
     ///
-    /// When the guest has none, or somebody else has it.
+    /// If the guest has none, or another process has it.
     pub fn new() -> Self {
         let ports = fs::read_dir("/sys/class/virtio-ports").expect("virtio ports");
         let port = ports
@@ -49,9 +49,9 @@ impl Machine {
         }
     }
 
-    /// Asks, and waits for the answer.
+    /// Sends a request, and waits for the answer.
     fn ask(&mut self, request: &str) -> Result<String, String> {
-        // An answer that a killed process did not wait for has another token.
+        // The token differs from those of late answers to a killed process.
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
         let token = format!("{}-{count} ", std::process::id());
@@ -71,25 +71,25 @@ impl Machine {
         }
     }
 
-    /// Asks the kernel to let a device go, as its slot's button does, and does not wait for it.
+    /// Asks the kernel to release a device, as its slot's button does, without waiting.
     ///
     /// # Errors
     ///
-    /// What the lab or QEMU says: no such device, or it cannot go.
+    /// The error of the lab or of QEMU: no such device, or it cannot be unplugged.
     pub fn ask_unplug(&mut self, id: &str) -> Result<(), String> {
         self.ask(&format!("unplug {id}")).map(drop)
     }
 
-    /// Whether the device has gone from its slot.
+    /// Whether the device has left its slot.
     pub fn is_gone(&mut self, id: &str) -> bool {
         self.ask(&format!("gone {id}")).expect("gone") == "yes"
     }
 
-    /// Unplugs a device and waits until it has gone.
+    /// Unplugs a device and waits until it is gone.
     ///
     /// # Panics
     ///
-    /// When it has not gone within a minute.
+    /// If it is not gone within a minute.
     pub fn unplug(&mut self, id: &str) {
         self.ask_unplug(id).expect("unplug");
         let start = Stopwatch::start();
@@ -99,17 +99,17 @@ impl Machine {
         }
     }
 
-    /// Plugs a device in again, in its old slot, its memory all zero, and waits until the kernel has
-    /// it at `bdf` and no driver holds it. (virtio_pci tries every device of this vendor, and shows
-    /// as its driver while it does.)
+    /// Plugs a device in again, in its old slot and with zeroed memory, and waits until the kernel has it at
+    /// `bdf` without a driver. (virtio_pci probes every device of this vendor, and is its driver during the
+    /// probe.)
     ///
     /// # Errors
     ///
-    /// What the lab or QEMU says: it has not gone, or cannot come back.
+    /// The error of the lab or of QEMU: the device is not gone, or cannot come back.
     ///
     /// # Panics
     ///
-    /// When the kernel does not see it within a minute.
+    /// If the kernel does not see it within a minute.
     pub fn plug(&mut self, id: &str, bdf: &str) -> Result<(), String> {
         self.ask(&format!("plug {id}"))?;
         let start = Stopwatch::start();
@@ -124,21 +124,21 @@ impl Machine {
         Ok(())
     }
 
-    /// Takes a network card's link down or up.
+    /// Sets a network card's link down or up.
     ///
     /// # Errors
     ///
-    /// What the lab or QEMU says.
+    /// The error of the lab or of QEMU.
     pub fn link(&mut self, id: &str, up: bool) -> Result<(), String> {
         let state = if up { "up" } else { "down" };
         self.ask(&format!("link {id} {state}")).map(drop)
     }
 
-    /// Has a disk read, and write, at most `rate` bytes a second; 0 is no limit.
+    /// Limits a disk's reads and writes to `rate` bytes a second; 0 means no limit.
     ///
     /// # Errors
     ///
-    /// What the lab or QEMU says.
+    /// The error of the lab or of QEMU.
     pub fn slow(&mut self, id: &str, rate: u64) -> Result<(), String> {
         self.ask(&format!("slow {id} {rate}")).map(drop)
     }
@@ -150,56 +150,56 @@ impl Default for Machine {
     }
 }
 
-/// A PCI device in sysfs.
+/// The sysfs directory of a PCI device.
 pub fn device(bdf: &str) -> PathBuf {
     Path::new("/sys/bus/pci/devices").join(bdf)
 }
 
-/// True on the kernel of `--kernel debug`, which checks every access and lock.
+/// True on the debug kernel (`--kernel debug`), which checks every access and lock.
 ///
 /// # Panics
 ///
-/// When the kernel does not tell its release.
+/// If the kernel does not report its release.
 pub fn is_debug_kernel() -> bool {
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").expect("the kernel's release");
     release.contains("peerbuf-debug")
 }
 
-/// Announces what the kernel will complain of: reports that have these words in them fail nothing.
+/// Announces a complaint of the kernel: reports that contain these words are not failures.
 ///
 /// # Panics
 ///
-/// When the log takes no words.
+/// If the kernel log cannot be written.
 pub fn expect(words: &str) {
     fs::write("/dev/kmsg", format!("peerbuf-lab: expect: {words}")).expect("the kernel's log");
 }
 
-/// vfio-pci loses the list of each mapping of a dma-buf of its own (docs/exporter.md), which kmemleak finds
-/// and whose trace names this function as long as its module is there (`init/suite` leaves it).
+/// vfio-pci leaks the scatter list of each mapping of its dma-bufs (docs/exporter.md). kmemleak reports it,
+/// with this function's name in the trace as long as the module is loaded (`init/suite` keeps it loaded).
 pub fn expect_what_vfio_loses() {
     expect("vfio_pci_dma_buf_map");
 }
 
-/// What takes at most so many seconds on the stock kernel: on the debug one it has five times as long.
+/// A time limit in seconds on the stock kernel; five times as long on the debug kernel.
 pub fn seconds(stock: u64) -> Duration {
     Duration::from_secs(if is_debug_kernel() { 5 * stock } else { stock })
 }
 
-/// The driver that a PCI device shows.
+/// The driver that a PCI device is bound to.
 pub fn driver_of(bdf: &str) -> Option<PathBuf> {
     fs::read_link(device(bdf).join("driver")).ok()
 }
 
-/// Gives a device, such as one plugged in again, to peerbuf.
+/// Binds a device, such as one plugged in again, to peerbuf.
 ///
 /// # Panics
 ///
-/// When the driver does not take it within a minute.
+/// If the driver does not bind within a minute.
 pub fn give_to_peerbuf(bdf: &str) {
     fs::write(device(bdf).join("driver_override"), "peerbuf").expect("driver_override");
     let start = Stopwatch::start();
-    // A device that has just come is in sysfs before drivers are offered it, and shows its driver
-    // before that is done with it: the node is the last to come.
+    // A new device is in sysfs before it is offered to drivers, and shows its driver before the probe is
+    // over. The node comes last.
     while !Path::new("/dev/peerbuf").join(bdf).exists() {
         assert!(
             start.elapsed() < PATIENCE,

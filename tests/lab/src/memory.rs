@@ -1,12 +1,11 @@
-//! The memory that the kernel uses, and what is left.
+//! Kernel memory in use, and available memory.
 
 use std::fs;
 use std::path::Path;
 
-/// Bytes in use in the kernel's general caches with a name that ends so (`""`: in all of them).
+/// Bytes in use in the kernel's general caches whose name ends with `ending` (`""`: all of them).
 ///
-/// Where freed memory is kept for a while, so that late accesses are seen (KASAN), it is given up
-/// first.
+/// Flushes KASAN's quarantine first, which keeps freed memory for a while.
 pub fn in_use(ending: &str) -> u64 {
     let text = fs::read_to_string("/proc/slabinfo").expect("/proc/slabinfo");
     let names: Vec<&str> = text
@@ -30,7 +29,7 @@ pub fn in_use(ending: &str) -> u64 {
         .sum()
 }
 
-/// Bytes that programs could still have (`MemAvailable`).
+/// Bytes available to programs (`MemAvailable`).
 pub fn available() -> u64 {
     let text = fs::read_to_string("/proc/meminfo").expect("/proc/meminfo");
     let line = text

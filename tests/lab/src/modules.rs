@@ -7,7 +7,7 @@ use peerbuf::device::drm::{self, Card};
 use peerbuf::device::edu::{self, Edu};
 use peerbuf::device::v4l2::{self, VideoDevice};
 
-/// Loads a module of the stock kernel and what it needs.
+/// Loads a module of the stock kernel, with its dependencies.
 pub fn load(name: &str) {
     let done = Command::new("modprobe").arg(name).status().unwrap();
     assert!(done.success(), "modprobe {name}");
@@ -32,21 +32,21 @@ pub fn vivid_node() -> PathBuf {
     nodes.iter().find(is_vivid).unwrap().clone()
 }
 
-/// Takes a device from its driver, for nobody else.
+/// Unbinds a device from its driver.
 pub fn unbind(bdf: &str) {
     let device = Path::new("/sys/bus/pci/devices").join(bdf);
     std::fs::write(device.join("driver_override"), "none").unwrap();
     std::fs::write(device.join("driver/unbind"), bdf).unwrap();
 }
 
-/// QEMU's device with a DMA engine, given to vfio-pci and opened.
+/// QEMU's device with a DMA engine, bound to vfio-pci and opened.
 pub fn edu() -> Edu {
     load("vfio-pci");
     rebind(&find_pci(edu::ID.0, edu::ID.1), "vfio-pci");
     Edu::open(edu::probe().unwrap()).unwrap()
 }
 
-/// Gives a device to another driver.
+/// Binds a device to another driver.
 pub fn rebind(bdf: &str, driver: &str) {
     let device = Path::new("/sys/bus/pci/devices").join(bdf);
     if device.join("driver").exists() {
@@ -58,7 +58,7 @@ pub fn rebind(bdf: &str, driver: &str) {
     assert!(bound.ends_with(driver), "{bdf} has {bound:?}");
 }
 
-/// The address of the first PCI device with these ids.
+/// The address of the first PCI device with these IDs.
 pub fn find_pci(vendor: u16, device: u16) -> String {
     let id = |path: &Path, file| std::fs::read_to_string(path.join(file)).unwrap_or_default();
     let mut found: Vec<PathBuf> = std::fs::read_dir("/sys/bus/pci/devices")

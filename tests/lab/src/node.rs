@@ -1,5 +1,5 @@
-//! `/dev/peerbuf/<BDF>` by its ioctls alone, without the crate, so that a test can send what the
-//! crate would never send.
+//! `/dev/peerbuf/<BDF>` through its ioctls alone, so that a test can send requests that the crate would never
+//! send.
 
 use std::ffi::c_void;
 use std::fs::{self, File, OpenOptions};
@@ -19,18 +19,17 @@ pub const MIB: u64 = 1 << 20;
 ///
 /// # Errors
 ///
-/// What the kernel answers.
+/// The kernel's error.
 pub fn ioctl(fd: BorrowedFd<'_>, number: u32, address: usize) -> io::Result<i32> {
-    // SAFETY: The numbers used here are those of peerbuf.ko and dma-buf, whose
-    // kernel side checks each user address; callers pass that of a struct of the size in question,
-    // or one that is meant to be refused.
+    // SAFETY: The callers use ioctls of peerbuf.ko and dma-buf, whose kernel side checks each user address.
+    // They pass the address of a struct of the right size, or one that the kernel must refuse.
     match unsafe { libc::ioctl(fd.as_raw_fd(), libc::c_ulong::from(number), address) } {
         -1 => Err(io::Error::last_os_error()),
         answer => Ok(answer),
     }
 }
 
-/// The errno of a failed call, or 0 if it did not fail.
+/// The errno of a failed call; 0 on success.
 pub fn errno<T>(result: io::Result<T>) -> i32 {
     match result {
         Ok(_) => 0,
@@ -51,7 +50,7 @@ impl Node {
     ///
     /// # Errors
     ///
-    /// What `open` answers.
+    /// The error of `open`.
     pub fn open(bdf: &str) -> io::Result<Self> {
         let path = Path::new("/dev/peerbuf").join(bdf);
         let file = OpenOptions::new().read(true).write(true).open(path)?;
@@ -59,7 +58,7 @@ impl Node {
         Ok(Self { file, bdf })
     }
 
-    /// Every node there is, the one with the largest BAR first.
+    /// All nodes, the one with the largest BAR first.
     pub fn all() -> Vec<Self> {
         let entries = fs::read_dir("/dev/peerbuf").expect("/dev/peerbuf");
         let mut nodes: Vec<Self> = entries
@@ -76,11 +75,11 @@ impl Node {
         Self::all().remove(0)
     }
 
-    /// The ioctl with a struct, whatever is in it.
+    /// Calls an ioctl with a struct, whatever its contents.
     ///
     /// # Errors
     ///
-    /// What the kernel answers.
+    /// The kernel's error.
     pub fn call<T: bytemuck::Pod>(&self, number: u32, argument: &mut T) -> io::Result<i32> {
         ioctl(
             self.file.as_fd(),
@@ -93,7 +92,7 @@ impl Node {
     ///
     /// # Errors
     ///
-    /// What the kernel answers.
+    /// The kernel's error.
     pub fn query(&self) -> io::Result<abi::Query> {
         let mut query = abi::Query {
             size: size_of::<abi::Query>() as u32,
@@ -108,7 +107,7 @@ impl Node {
         self.query().expect("IOC_QUERY").bars[2]
     }
 
-    /// A request for `length` bytes of BAR 2, at `offset` or anywhere.
+    /// A request for `length` bytes of BAR 2, at `offset`, or anywhere if that is `None`.
     pub fn request(offset: Option<u64>, length: u64) -> abi::Export {
         abi::Export {
             size: size_of::<abi::Export>() as u32,
@@ -125,32 +124,32 @@ impl Node {
         }
     }
 
-    /// [`abi::IOC_EXPORT`] of a request; the dma-buf and where it begins in the BAR.
+    /// [`abi::IOC_EXPORT`]; returns the dma-buf and its offset in the BAR.
     ///
     /// # Errors
     ///
-    /// What the kernel answers.
+    /// The kernel's error.
     pub fn export_request(&self, mut request: abi::Export) -> io::Result<(OwnedFd, u64)> {
         self.call(abi::IOC_EXPORT, &mut request)?;
-        // SAFETY: The ioctl has just made this descriptor, and nobody else knows of it.
+        // SAFETY: The ioctl has just made this descriptor, and no one else knows it.
         let fd = unsafe { OwnedFd::from_raw_fd(request.fd) };
         Ok((fd, request.offset))
     }
 
-    /// Exports `length` bytes of BAR 2, at `offset` or anywhere.
+    /// Exports `length` bytes of BAR 2, at `offset`, or anywhere if that is `None`.
     ///
     /// # Errors
     ///
-    /// What the kernel answers.
+    /// The kernel's error.
     pub fn export(&self, offset: Option<u64>, length: u64) -> io::Result<(OwnedFd, u64)> {
         self.export_request(Self::request(offset, length))
     }
 
-    /// [`abi::IOC_EXPORT_RANGES`]: the dma-buf, and the ranges with their offsets.
+    /// [`abi::IOC_EXPORT_RANGES`]; returns the dma-buf, and the ranges with their offsets.
     ///
     /// # Errors
     ///
-    /// What the kernel answers.
+    /// The kernel's error.
     pub fn export_ranges(
         &self,
         flags: u32,
@@ -166,29 +165,29 @@ impl Node {
             ..Zeroable::zeroed()
         };
         self.call(abi::IOC_EXPORT_RANGES, &mut request)?;
-        // SAFETY: As in `export_request`.
+        // SAFETY: The ioctl has just made this descriptor, and no one else knows it.
         let fd = unsafe { OwnedFd::from_raw_fd(request.fd) };
         Ok((fd, request.length))
     }
 
-    /// Exports `length` bytes of BAR 2 anywhere, that may move to system memory for importers
-    /// which need it.
+    /// Exports `length` bytes of BAR 2 anywhere, with permission to move to system memory for importers that
+    /// need it.
     ///
     /// # Errors
     ///
-    /// What the kernel answers.
+    /// The kernel's error.
     pub fn export_movable(&self, length: u64) -> io::Result<OwnedFd> {
         let mut request = Self::request(None, length);
         request.flags |= abi::EXPORT_MAY_MOVE;
         Ok(self.export_request(request)?.0)
     }
 
-    /// [`abi::IOC_MOVE`] of the whole buffer, with 5 seconds for it: the generation and the bytes
+    /// [`abi::IOC_MOVE`] of the whole buffer, with a limit of 5 seconds; returns the generation and the bytes
     /// copied.
     ///
     /// # Errors
     ///
-    /// What the kernel answers.
+    /// The kernel's error.
     pub fn move_to(&self, fd: &OwnedFd, placement: u32) -> io::Result<(u64, u64)> {
         self.move_part(fd, placement, 0, 0, 5000)
     }
@@ -197,7 +196,7 @@ impl Node {
     ///
     /// # Errors
     ///
-    /// What the kernel answers.
+    /// The kernel's error.
     pub fn move_part(
         &self,
         fd: &OwnedFd,
@@ -223,7 +222,7 @@ impl Node {
     ///
     /// # Errors
     ///
-    /// What the kernel answers.
+    /// The kernel's error.
     pub fn revoke(&self, fd: &OwnedFd, timeout_ms: u32) -> io::Result<abi::Revoke> {
         let mut request = abi::Revoke {
             size: size_of::<abi::Revoke>() as u32,
@@ -235,11 +234,11 @@ impl Node {
         Ok(request)
     }
 
-    /// [`abi::IOC_RESTORE`]: the generation.
+    /// [`abi::IOC_RESTORE`]; returns the generation.
     ///
     /// # Errors
     ///
-    /// What the kernel answers.
+    /// The kernel's error.
     pub fn restore(&self, fd: &OwnedFd) -> io::Result<u64> {
         let mut request = abi::Restore {
             size: size_of::<abi::Restore>() as u32,
@@ -254,7 +253,7 @@ impl Node {
     ///
     /// # Errors
     ///
-    /// What the kernel answers.
+    /// The kernel's error.
     pub fn watch(&self, number: u32, fd: &OwnedFd, eventfd: BorrowedFd<'_>) -> io::Result<()> {
         let mut request = abi::Watch {
             size: size_of::<abi::Watch>() as u32,
@@ -270,7 +269,7 @@ impl Node {
     ///
     /// # Errors
     ///
-    /// What the kernel answers.
+    /// The kernel's error.
     pub fn buffer(&self, fd: &OwnedFd) -> io::Result<abi::BufferQuery> {
         let mut request = abi::BufferQuery {
             size: size_of::<abi::BufferQuery>() as u32,
@@ -285,7 +284,7 @@ impl Node {
     ///
     /// # Errors
     ///
-    /// What the kernel answers.
+    /// The kernel's error.
     pub fn buffer_lists(
         &self,
         fd: &OwnedFd,
@@ -307,22 +306,22 @@ impl Node {
         Ok((attachments, pieces))
     }
 
-    /// Takes the device from the driver. Returns when the driver has let go.
+    /// Unbinds the device from its driver, and waits for the removal.
     pub fn unbind(bdf: &str) {
         fs::write("/sys/bus/pci/drivers/peerbuf/unbind", bdf).expect("unbind");
     }
 
-    /// Gives the device to the driver again.
+    /// Binds the device to the driver again.
     pub fn bind(bdf: &str) {
         fs::write("/sys/bus/pci/drivers/peerbuf/bind", bdf).expect("bind");
     }
 }
 
-/// [`abi::IOC_PROVIDER_OPEN`]: what the driver of `bdf` lends, as a node.
+/// [`abi::IOC_PROVIDER_OPEN`]: the P2PDMA memory of the driver of `bdf`, as a node.
 ///
 /// # Errors
 ///
-/// What the kernel answers.
+/// The kernel's error.
 pub fn open_provider(bdf: &str) -> io::Result<Node> {
     let node = OpenOptions::new()
         .read(true)
@@ -336,7 +335,7 @@ pub fn open_provider(bdf: &str) -> io::Result<Node> {
     request.bdf[..bdf.len()].copy_from_slice(bdf.as_bytes());
     let at = (&raw mut request).addr();
     ioctl(node.as_fd(), abi::IOC_PROVIDER_OPEN, at)?;
-    // SAFETY: The ioctl has just made this descriptor, and nobody else knows of it.
+    // SAFETY: The ioctl has just made this descriptor, and no one else knows it.
     let file = unsafe { File::from_raw_fd(request.fd) };
     let bdf = bdf.to_owned();
     Ok(Node { file, bdf })
@@ -351,14 +350,14 @@ pub fn nvme_bdf() -> String {
 /// A shared mapping of a dma-buf or memfd, read and written one word at a time.
 pub struct Map {
     base: *mut u64,
-    /// Bytes.
+    /// Length in bytes.
     pub len: usize,
 }
 
-// SAFETY: The memory is accessed by volatile words only; a test that shares it between threads
-// does not rely on what they read of each other.
+// SAFETY: The memory is accessed only by volatile words; a test that shares it between threads relies on no
+// order between them.
 unsafe impl Send for Map {}
-// SAFETY: As above.
+// SAFETY: All accesses are volatile words, as for `Send`.
 unsafe impl Sync for Map {}
 
 impl Map {
@@ -366,7 +365,7 @@ impl Map {
     ///
     /// # Errors
     ///
-    /// What `mmap` answers.
+    /// The error of `mmap`.
     pub fn new(fd: BorrowedFd<'_>, len: usize, write: bool) -> io::Result<Self> {
         Self::with(fd, len, 0, write, libc::MAP_SHARED)
     }
@@ -375,7 +374,7 @@ impl Map {
     ///
     /// # Errors
     ///
-    /// What `mmap` answers.
+    /// The error of `mmap`.
     pub fn with(
         fd: BorrowedFd<'_>,
         len: usize,
@@ -402,7 +401,7 @@ impl Map {
         Ok(Self { base, len })
     }
 
-    /// Where it is mapped, for system calls.
+    /// The address, for system calls.
     pub fn as_ptr(&self) -> *mut c_void {
         self.base.cast()
     }
@@ -410,28 +409,28 @@ impl Map {
     /// Reads the word at byte `at`, a multiple of 8.
     pub fn read(&self, at: usize) -> u64 {
         assert!(at + 8 <= self.len && at.is_multiple_of(8));
-        // SAFETY: In the mapping and aligned, by the check; a fault is the test's business.
+        // SAFETY: In the mapping and aligned, by the check; a fault kills only the test.
         unsafe { self.base.add(at / 8).read_volatile() }
     }
 
     /// Writes the word at byte `at`, a multiple of 8.
     pub fn write(&self, at: usize, word: u64) {
         assert!(at + 8 <= self.len && at.is_multiple_of(8));
-        // SAFETY: As in `read`.
+        // SAFETY: In the mapping and aligned, by the check; a fault kills only the test.
         unsafe { self.base.add(at / 8).write_volatile(word) }
     }
 }
 
 impl Drop for Map {
     fn drop(&mut self) {
-        // SAFETY: It was mapped by `with` and is not used any more.
+        // SAFETY: `with` made the mapping, which is not used any more.
         unsafe { libc::munmap(self.base.cast(), self.len) };
     }
 }
 
-/// Runs `work` in a child process and returns how it ended: `Ok(status)`, or `Err(signal)`.
+/// Runs `work` in a child process.
 ///
-/// The child shares what is mapped shared, and has copies of the descriptors.
+/// The child shares shared mappings, and has copies of the file descriptors.
 pub fn in_child(work: impl FnOnce() -> i32) -> Child {
     // SAFETY: The child only runs `work` and leaves without unwinding or running destructors. The
     // test harness runs one test at a time, so no other thread holds a lock that matters here.
@@ -457,23 +456,23 @@ impl Child {
     /// The signal that killed it.
     pub fn wait(self) -> Result<i32, i32> {
         let mut status = 0;
-        // SAFETY: The child is ours and was not waited for.
+        // SAFETY: The process is our child and has not been waited for.
         let pid = unsafe { libc::waitpid(self.0, &raw mut status, 0) };
         assert_eq!(pid, self.0);
         ending(status)
     }
 
-    /// How it ended, as [`Child::wait`] says it, if it has. Not to be waited for again then.
+    /// The result of [`Child::wait`], if the child has ended. Do not wait for it again after that.
     pub fn has_ended(&self) -> Option<Result<i32, i32>> {
         let mut status = 0;
-        // SAFETY: The child is ours.
+        // SAFETY: The process is our child.
         let pid = unsafe { libc::waitpid(self.0, &raw mut status, libc::WNOHANG) };
         (pid == self.0).then(|| ending(status))
     }
 
     /// Sends it a signal.
     pub fn kill(&self, signal: i32) {
-        // SAFETY: The child is ours and was not waited for.
+        // SAFETY: The process is our child and has not been waited for.
         assert_eq!(unsafe { libc::kill(self.0, signal) }, 0);
     }
 }
@@ -486,7 +485,7 @@ fn ending(status: i32) -> Result<i32, i32> {
     }
 }
 
-/// Word `i` of a pattern, different for each `salt`.
+/// Word `i` of a pattern; each `salt` gives a different one.
 pub fn pattern(salt: u64, i: usize) -> u64 {
     (i as u64 + 1)
         .wrapping_mul(0x9e37_79b9_7f4a_7c15)
@@ -500,7 +499,7 @@ pub fn fill(map: &Map, at: usize, len: usize, salt: u64) {
     }
 }
 
-/// The first byte that is not of the pattern.
+/// The offset of the first byte that differs from the pattern.
 pub fn differs(map: &Map, at: usize, len: usize, salt: u64) -> Option<usize> {
     (at..at + len)
         .step_by(8)
@@ -511,21 +510,21 @@ pub fn differs(map: &Map, at: usize, len: usize, salt: u64) -> Option<usize> {
 ///
 /// # Errors
 ///
-/// What the kernel answers.
+/// The kernel's error.
 pub fn sync(fd: &OwnedFd, mut flags: u64) -> io::Result<i32> {
     const DMA_BUF_IOCTL_SYNC: u32 = 0x4008_6200;
     ioctl(fd.as_fd(), DMA_BUF_IOCTL_SYNC, (&raw mut flags).addr())
 }
 
-/// Begins, or with [`SYNC_END`] ends, reading by the processor.
+/// Begins a read access of the CPU; with [`SYNC_END`], ends it.
 pub const SYNC_READ: u64 = 1;
 /// As [`SYNC_READ`], for writing.
 pub const SYNC_WRITE: u64 = 2;
-/// See [`SYNC_READ`].
+/// Ends an access; see [`SYNC_READ`].
 pub const SYNC_END: u64 = 4;
 
-/// Everything is free, as far as the module knows. Waits for direct I/O whose end was told, and
-/// whose pages the block layer gives back a moment later.
+/// Asserts that all BARs are free. Waits for completed direct I/O, whose pages the block layer releases a
+/// moment later.
 pub fn assert_all_free(node: &Node) {
     for _ in 0..200 {
         if node.bar2().exports == 0 {

@@ -1,4 +1,4 @@
-//! PCI devices of the guest that are not exported from.
+//! PCI devices of the guest other than the exporting ones.
 
 use std::fs;
 use std::path::Path;
@@ -9,7 +9,7 @@ use std::time::Duration;
 use crate::clock::Stopwatch;
 use crate::machine::seconds;
 
-/// A PCI device that has this driver.
+/// A PCI device bound to this driver.
 pub fn bound_to(driver: &str) -> Option<String> {
     let bound = fs::read_dir(Path::new("/sys/bus/pci/drivers").join(driver)).ok()?;
     bound
@@ -17,7 +17,7 @@ pub fn bound_to(driver: &str) -> Option<String> {
         .find(|name| name.starts_with("0000:"))
 }
 
-/// A PCI device that nobody needs: the SATA controller without disks, with its driver.
+/// A PCI device that no one needs: the SATA controller without disks, bound to its driver.
 pub fn spare_device() -> String {
     let driver = Path::new("/sys/bus/pci/drivers/ahci");
     if !driver.exists() {
@@ -28,7 +28,7 @@ pub fn spare_device() -> String {
     bound_to("ahci").unwrap()
 }
 
-/// Waits until a condition holds, which it should before long, on the debug kernel not quite as soon.
+/// Waits until a condition holds, with a limit that is longer on the debug kernel.
 pub fn wait_until(what: &str, condition: impl Fn() -> bool) {
     let waiting = Stopwatch::start();
     while !condition() {

@@ -1,4 +1,4 @@
-//! Registrations and connections of one card, in one guest.
+//! Registrations and connections of a card within one guest.
 
 use std::time::Duration;
 
@@ -11,19 +11,19 @@ use crate::bytes::{get, put};
 use crate::machine::seconds;
 use crate::node::Node;
 
-/// For one request.
+/// Time limit for a request.
 pub fn limit() -> Duration {
     seconds(30)
 }
 
-/// The other end may read and write.
+/// Read and write access for the peer.
 pub const ALL: Option<Access> = Some(Access::ReadWrite);
 
-/// Whether the guest's soft-RoCE takes dma-bufs.
+/// Whether the guest's soft-RoCE supports dma-bufs.
 ///
 /// # Panics
 ///
-/// In a guest that does not say which it has.
+/// If the guest does not tell which soft-RoCE it has.
 pub fn takes_dma_bufs() -> bool {
     match std::env::var("PEERBUF_LAB_RDMA").as_deref() {
         Ok("dmabuf") => true,
@@ -36,7 +36,7 @@ pub fn takes_dma_bufs() -> bool {
 ///
 /// # Panics
 ///
-/// When there is none, as in the rest of this module.
+/// If there is none, as in the rest of this module.
 pub fn card() -> Card {
     Card::open("rxe0").unwrap()
 }
@@ -46,7 +46,7 @@ pub fn device() -> Device {
     Device::open(Node::largest().bdf.parse().unwrap()).unwrap()
 }
 
-/// So much of its BAR, anywhere.
+/// A buffer of `length` bytes of its BAR, anywhere.
 pub fn bar(length: u64) -> Buffer {
     let request = Request {
         bar: 2,
@@ -60,13 +60,13 @@ pub fn bar(length: u64) -> Buffer {
 /// Both ends of a connection, on one card.
 pub fn connected(card: &Card, depth: u32) -> (Connection, Connection) {
     let ends = [card.endpoint(depth).unwrap(), card.endpoint(depth).unwrap()];
-    // As they would go over the network.
+    // Encoded and decoded, as over a network.
     let [a, b] = [0, 1].map(|n| Address::from_bytes(&ends[n].address().to_bytes()).unwrap());
     let [first, second] = ends;
     (first.connect(&b).unwrap(), second.connect(&a).unwrap())
 }
 
-/// Bytes that follow from `seed`.
+/// Random bytes that depend only on `seed`.
 pub fn random(length: u64, seed: u64) -> Vec<u8> {
     let mut x = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut bytes = Vec::with_capacity(length as usize + 8);
@@ -81,23 +81,23 @@ pub fn random(length: u64, seed: u64) -> Vec<u8> {
     bytes
 }
 
-/// The bytes of a request that has worked.
+/// The number of bytes of a successful request.
 pub fn good(completion: Completion) -> u64 {
     completion.result.unwrap()
 }
 
-/// A range and its registration, with what is on either side of it in the buffer.
+/// A registered range, with its surroundings in the buffer.
 pub struct Under {
-    /// Of the range.
+    /// The registration of the range.
     pub registration: Registration,
-    /// What is registered.
+    /// The registered range.
     pub range: BufferRange,
-    /// It, and what is beside it.
+    /// The range with the bytes around it.
     pub around: BufferRange,
 }
 
-/// Writes to, reads from, sends to and sends from a registration, and looks at each byte, also at
-/// those beside it.
+/// Writes to, reads from, sends to and sends from a registration, and checks each byte, also those around the
+/// range.
 pub fn exercise(card: &Card, under: &Under) {
     let Under {
         registration,
@@ -128,7 +128,7 @@ pub fn exercise(card: &Card, under: &Under) {
     };
     put(around, &canary);
 
-    // An RDMA write, then one with a number.
+    // An RDMA write, then one with an immediate value.
     put(&other, &bytes(1));
     here.write(&piece, &remote, None).unwrap();
     assert_eq!(good(here.wait(limit()).unwrap()), length);
@@ -154,7 +154,7 @@ pub fn exercise(card: &Card, under: &Under) {
     assert_eq!(good(here.wait(limit()).unwrap()), length);
     assert!(get(&other) == bytes(3), "read");
 
-    // Sent to it, by polling.
+    // A send to it, awaited by polling.
     put(&other, &bytes(4));
     there.receive(Some(&whole)).unwrap();
     here.send(&piece, None).unwrap();
@@ -176,7 +176,7 @@ pub fn exercise(card: &Card, under: &Under) {
     good(here.wait(limit()).unwrap());
     check(4, "send to it");
 
-    // Sent from it, with a number, and written from it.
+    // A send from it with an immediate value, and a write from it.
     put(range, &bytes(5));
     here.receive(Some(&piece)).unwrap();
     there.send(&whole, Some(5)).unwrap();
@@ -187,18 +187,18 @@ pub fn exercise(card: &Card, under: &Under) {
     there.write(&whole, &mine.remote().unwrap(), None).unwrap();
     good(there.wait(limit()).unwrap());
     assert!(get(&other) == bytes(6), "write from it");
-    // Read into it.
+    // A read into it.
     put(&other, &bytes(7));
     there.read(&whole, &mine.remote().unwrap()).unwrap();
     good(there.wait(limit()).unwrap());
     check(7, "read into it");
 }
 
-/// What each rung should come to, for each kind of buffer.
+/// The rungs that must work for a kind of buffer.
 pub fn expected(kind: &str) -> Vec<Rung> {
     let mut rungs = Vec::new();
     if takes_dma_bufs() && kind != "memfd" {
-        // librxe has no entry for it, whatever the kernel has.
+        // librxe lacks the function for it, whatever the kernel supports.
         rungs.push(Rung::DmaBufByKernel);
     }
     if matches!(kind, "memfd" | "udmabuf") {

@@ -1,8 +1,8 @@
-//! `cargo lab fuzz --minutes N [-- --seed S] [--threads T] [--round R]`: calls peerbuf.ko's interface at
-//! random for N minutes, and prints how often each call answered what.
+//! `cargo lab fuzz --minutes N [-- --seed S] [--threads T] [--round R]`: makes random calls of peerbuf.ko's
+//! interface for N minutes, and prints the number of results of each call.
 //!
-//! What is called follows from the seed. `--round R` does one round of a run again, with nothing beside
-//! it; with `--threads 1` it is the same calls in the same order each time.
+//! The calls depend on the seed. `--round R` repeats one round of a run, with nothing in parallel; with
+//! `--threads 1` the calls and their order are the same each time.
 
 use std::process::ExitCode;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};

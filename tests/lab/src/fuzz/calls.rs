@@ -1,4 +1,4 @@
-//! What is called, and what it may answer.
+//! The calls of the fuzzer, and their allowed results.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -6,18 +6,18 @@ use peerbuf_uapi::{self as abi, probe};
 
 /// A kind of call.
 pub struct Call {
-    /// Its name.
+    /// The name.
     pub name: &'static str,
-    /// The ioctl's number; zero where it is none.
+    /// The ioctl number; zero for other calls.
     pub number: u32,
-    /// What it may answer besides [`ALWAYS`].
+    /// Allowed errnos in addition to [`ALWAYS`].
     errnos: &'static [i32],
-    /// Whether a run that never gets past its checks has tested nothing.
+    /// Whether a run in which it never succeeds has tested nothing.
     pub must_succeed: bool,
 }
 
-/// What every call may answer: it is sent with descriptors that were closed, or that stand for
-/// something else by now, and with memory that is not there.
+/// Errnos allowed for every call: the fuzzer passes descriptors that are closed, or refer to another file by
+/// now, and invalid addresses.
 const ALWAYS: &[i32] = &[
     libc::EBADF,
     libc::ENOTTY,
@@ -48,7 +48,7 @@ const fn other(name: &'static str, errnos: &'static [i32], must_succeed: bool) -
 macro_rules! calls {
     ($($name:ident = $call:expr;)*) => {
         calls!(@index 0usize; $($name)*);
-        /// Every kind of call; the constants are places in it.
+        /// All kinds of calls; the constants are indices into it.
         pub const CALLS: &[Call] = &[$($call),*];
     };
     (@index $at:expr; $name:ident $($rest:ident)*) => {
@@ -64,7 +64,7 @@ use libc::{
     ENOTCONN, ENXIO, EOPNOTSUPP, EOVERFLOW, EREMOTEIO, ESPIPE, ETIMEDOUT, EUNATCH,
 };
 
-/// What an exporter may answer to an importer that maps.
+/// An exporter's allowed errnos for a map.
 const MAPPING: &[i32] = &[
     EACCES, EBUSY, ENOTCONN, EINTR, ETIMEDOUT, ENODEV, EREMOTEIO, EOPNOTSUPP,
 ];
@@ -104,7 +104,7 @@ calls! {
     CLOSE = other("close", &[], true);
     MMAP = other("mmap", &[ENODEV, EACCES], true);
     MUNMAP = other("munmap", &[], true);
-    // A pipe between two threads: full, or empty.
+    // EAGAIN: another thread has filled or emptied the pipe.
     TOUCH = other("touch a mapping", &[EAGAIN], true);
     READ_DISK = other("direct read", &[EIO, EREMOTEIO, ENODATA, EOPNOTSUPP], true);
     WRITE_DISK = other("direct write", &[EIO, EREMOTEIO, ENODATA, EOPNOTSUPP], true);
@@ -114,38 +114,38 @@ calls! {
 }
 
 impl Call {
-    /// Whether it may answer so.
+    /// Whether the errno is allowed.
     pub fn may_answer(&self, errno: i32) -> bool {
         errno == 0 || ALWAYS.contains(&errno) || self.errnos.contains(&errno)
     }
 }
 
-/// Errnos from 0, which is success, up to the last that has a name.
+/// The errnos from 0, which means success, to the last that has a name.
 pub const ERRNOS: usize = 134;
 
-/// How often each call answered what. Lives in memory that processes share, all zero at first.
+/// The number of results of each call, by errno. Lives in zeroed memory that processes share.
 #[repr(C)]
 pub struct Counts([[AtomicU64; ERRNOS]; CALLS.len()]);
 
 impl Counts {
-    /// Counts an answer.
+    /// Counts a result.
     pub fn add(&self, call: usize, errno: i32) {
         let errno = usize::try_from(errno).unwrap_or(ERRNOS).min(ERRNOS - 1);
         self.0[call][errno].fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Calls that were answered.
+    /// The number of all results.
     pub fn all(&self) -> u64 {
         (0..CALLS.len()).map(|call| self.of(call)).sum()
     }
 
-    /// Those of one kind.
+    /// The number of results of one kind of call.
     pub fn of(&self, call: usize) -> u64 {
         let counts = self.0[call].iter();
         counts.map(|count| count.load(Ordering::Relaxed)).sum()
     }
 
-    /// Those that succeeded.
+    /// The number of successes of one kind of call.
     pub fn succeeded(&self, call: usize) -> u64 {
         self.0[call][0].load(Ordering::Relaxed)
     }

@@ -1,10 +1,10 @@
-//! The fuzzer of peerbuf.ko's interface: processes of several threads that call at random, with
-//! requests that are right, nearly right and wrong, on descriptors that others close meanwhile, while
-//! devices are unbound. Some of the processes are killed.
+//! The fuzzer of peerbuf.ko's interface. Processes with several threads make random calls, valid, nearly
+//! valid and invalid, on descriptors that other threads close meanwhile, while devices are unbound. Some of
+//! the processes are killed.
 //!
-//! It notices: a call that answers what it must not (`calls.rs`), a process that comes no further or
-//! does not end, and part of a BAR that is still taken when all processes are gone. The rest (locks,
-//! stray accesses, lost memory) is for the kernel that it runs on to notice.
+//! The fuzzer detects results that are not allowed (`calls.rs`), processes that hang, and BAR space that is
+//! still allocated after all processes have ended. The guest's kernel detects the rest (locks, stray
+//! accesses, leaks).
 
 mod calls;
 mod random;
@@ -22,21 +22,21 @@ use calls::{CALLS, Counts};
 use random::Random;
 use worker::{Shared, Worker};
 
-/// The exit status of a process that got an answer which it must not get.
+/// The exit status of a process that got a result that is not allowed.
 const WRONG_ANSWER: i32 = 3;
 
-/// What to do.
+/// The parameters of a run.
 #[derive(Debug, Clone)]
 pub struct Plan {
-    /// All that is random follows from it.
+    /// The seed of all random choices.
     pub seed: u64,
-    /// Ends after so many calls,
+    /// Ends after this many calls,
     pub calls: u64,
-    /// or after so long, whichever comes first.
+    /// or after this time, whichever comes first.
     pub time: Duration,
-    /// Threads of each process.
+    /// The number of threads of each process.
     pub threads: u64,
-    /// Only this round of it, and nothing of what goes on beside it.
+    /// Runs only this round, with nothing in parallel.
     pub only: Option<u64>,
 }
 
@@ -52,33 +52,33 @@ impl Default for Plan {
     }
 }
 
-/// Calls of each thread in a round.
+/// The number of calls of each thread in a round.
 const QUOTA: u64 = 1500;
 
-/// Without a call in so long, each thread waits for a device that waits for the process in turn, to
-/// give up what it was told to hold. It is killed then.
+/// If no thread makes a call for this long, all threads wait for a device that waits for the process, in
+/// turn, to drop something it holds. The process is then killed.
 const STALL: Duration = Duration::from_secs(15);
 
-/// Without an end so long after that, something hangs.
+/// If it has not ended this long after that, it hangs.
 const HANG: Duration = Duration::from_secs(100);
 
-/// What was done.
+/// The result of a run.
 pub struct Report {
     counts: &'static Counts,
     rounds: u64,
-    /// Processes that were killed.
+    /// The number of killed processes.
     killed: u64,
-    /// Times that a device was unbound meanwhile.
+    /// The number of times that a device was unbound meanwhile.
     gone: u64,
 }
 
 impl Report {
-    /// Calls in all.
+    /// The number of calls.
     pub fn calls(&self) -> u64 {
         self.counts.all()
     }
 
-    /// The calls that hardly ever got past their checks.
+    /// The calls that almost never succeeded.
     pub fn in_vain(&self, least: u64) -> Vec<&'static str> {
         let calls = CALLS.iter().enumerate();
         calls
@@ -101,11 +101,11 @@ impl std::fmt::Display for Report {
     }
 }
 
-/// Does it.
+/// Runs the fuzzer.
 ///
 /// # Panics
 ///
-/// When something is wrong; it says what, in which round.
+/// On any failure, with its description and round.
 pub fn run(plan: &Plan) -> Report {
     let began = Instant::now();
     let mut report = Report {
@@ -114,10 +114,10 @@ pub fn run(plan: &Plan) -> Report {
         killed: 0,
         gone: 0,
     };
-    // The core calls every error of an exporter's `vmap` worth a warning, also where the buffer is pinned.
+    // The core WARNs on every error of an exporter's `vmap`, also if the buffer is pinned.
     expect("dma_buf_vmap");
     let cards: Vec<String> = Node::all().into_iter().map(|node| node.bdf).collect();
-    // One that can, twice; one that is no device; a card, which cannot.
+    // A device that can import, twice; an address without a device; a card, which cannot import.
     let devices = vec![
         nvme_bdf(),
         nvme_bdf(),
@@ -148,7 +148,7 @@ pub fn run(plan: &Plan) -> Report {
 fn shared_counts() -> &'static Counts {
     let prot = libc::PROT_READ | libc::PROT_WRITE;
     let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS;
-    // SAFETY: New memory, all zero, which is a valid `Counts`; it stays for ever.
+    // SAFETY: New zeroed memory is a valid `Counts`, and is never unmapped.
     unsafe {
         let at = libc::mmap(ptr::null_mut(), size_of::<Counts>(), prot, flags, -1, 0);
         assert_ne!(at, libc::MAP_FAILED);
@@ -156,7 +156,7 @@ fn shared_counts() -> &'static Counts {
     }
 }
 
-/// One process's life.
+/// Runs one process.
 fn round_of(plan: &Plan, round: u64, cards: &[String], devices: &[String], report: &mut Report) {
     let whose = format!("seed {}, round {round}", plan.seed);
     let mut random = Random::new(plan.seed ^ round.wrapping_mul(0x2545_f491_4f6c_dd1d));
@@ -177,7 +177,7 @@ fn round_of(plan: &Plan, round: u64, cards: &[String], devices: &[String], repor
         });
         0
     });
-    // Every other one is killed, somewhere.
+    // Every other process is killed at a random time.
     let killed_at = (random.once_in(2) && plan.only.is_none())
         .then(|| counts.all() + random.below(plan.threads * QUOTA));
     let ended = AtomicBool::new(false);
@@ -198,9 +198,9 @@ fn round_of(plan: &Plan, round: u64, cards: &[String], devices: &[String], repor
                 (seen, at) = (now, Instant::now());
             }
             if at.elapsed() > HANG {
-                // Says in the kernel's log who waits, and where.
+                // Makes the kernel log which tasks wait, and where.
                 let _ = fs::write("/proc/sysrq-trigger", "w");
-                // Nothing here can be waited for any more.
+                // No process can be waited for any more.
                 eprintln!(
                     "{whose}: no call has ended in {HANG:?}, {}",
                     if killed { "killed" } else { "alive" }
@@ -224,7 +224,7 @@ fn round_of(plan: &Plan, round: u64, cards: &[String], devices: &[String], repor
             ending => panic!("{whose}: ended with {ending:?}"),
         }
     });
-    // What lingers does so for some milliseconds; then every BAR is free.
+    // Some releases take a few milliseconds; after that every BAR is free.
     let end = Instant::now() + Duration::from_secs(20);
     for card in cards {
         let node = Node::open(card).expect("the card is back");
@@ -241,14 +241,14 @@ fn round_of(plan: &Plan, round: u64, cards: &[String], devices: &[String], repor
     }
 }
 
-/// Unbinds devices until it is told that it ended; how often.
+/// Unbinds devices until `ended` is set; returns how often.
 fn disturb(cards: &[String], random: &mut Random, ended: &AtomicBool) -> u64 {
     let mut times = 0;
     while !ended.load(Ordering::Relaxed) {
         thread::sleep(Duration::from_millis(random.below(400)));
         let card = &cards[random.below(cards.len() as u64) as usize];
-        // Not reset: QEMU 10's emulated processors fall over a BAR that goes while another one uses
-        // memory (an assertion in `iotlb_to_section`).
+        // No resets: QEMU 10's emulated CPUs fail an assertion (in `iotlb_to_section`) if a BAR disappears
+        // while another one uses memory.
         Node::unbind(card);
         Node::bind(card);
         times += 1;

@@ -1,10 +1,10 @@
-//! Random numbers that are the same for a seed wherever and whenever they are made.
+//! Random numbers that depend only on the seed.
 
 /// SplitMix64.
 pub struct Random(u64);
 
 impl Random {
-    /// The numbers of a seed.
+    /// The generator for a seed.
     pub fn new(seed: u64) -> Self {
         Self(seed)
     }
@@ -23,12 +23,12 @@ impl Random {
         self.next() % end
     }
 
-    /// Yes, once in `n` times.
+    /// True once in `n` times, on average.
     pub fn once_in(&mut self, n: u64) -> bool {
         self.below(n) == 0
     }
 
-    /// One of several.
+    /// A random element.
     pub fn of<T: Copy>(&mut self, several: &[T]) -> T {
         several[self.below(several.len() as u64) as usize]
     }

@@ -1,8 +1,7 @@
-//! One thread that calls at random.
+//! A thread that makes random calls.
 //!
-//! What it calls, and with which bytes, follows from its seed alone: descriptors are named by their
-//! place in a table that the threads of a process share. What is in the table follows from how the
-//! threads come to run.
+//! The calls and their bytes depend only on the seed: a call names a descriptor by its place in a table that
+//! the threads of a process share. The table's contents depend on how the threads are scheduled.
 
 use std::ffi::c_void;
 use std::fs::File;
@@ -19,8 +18,8 @@ use super::random::Random;
 use crate::disk::SCRATCH;
 use crate::node::{PAGE, SYNC_END, SYNC_WRITE, sync};
 
-/// A table of descriptors; -1 where there is none. Whoever takes one out closes it, so each is closed
-/// once, while others may be using the number.
+/// A table of descriptors; -1 for an empty place. The thread that takes a descriptor out closes it. So each
+/// is closed once, while other threads may be using the number.
 pub struct Slots<const N: usize>([AtomicI32; N]);
 
 impl<const N: usize> Slots<N> {
@@ -28,7 +27,7 @@ impl<const N: usize> Slots<N> {
         Self([const { AtomicI32::new(-1) }; N])
     }
 
-    /// One of them; seldom none, or calls would mostly be refused at the door.
+    /// One of the descriptors. Seldom an empty place, or the kernel would refuse most calls at once.
     fn get(&self, random: &mut Random) -> i32 {
         let tries: Vec<usize> = (0..6).map(|_| random.below(N as u64) as usize).collect();
         let found = tries.iter().map(|&at| self.0[at].load(Ordering::Relaxed));
@@ -36,7 +35,7 @@ impl<const N: usize> Slots<N> {
     }
 }
 
-/// What the threads of a process share.
+/// The data shared by the threads of a process.
 pub struct Shared {
     nodes: Slots<4>,
     providers: Slots<1>,
@@ -45,18 +44,18 @@ pub struct Shared {
     attachments: Slots<12>,
     events: Slots<2>,
     fences: Slots<2>,
-    /// Both ends of a pipe that does not block.
+    /// Both ends of a nonblocking pipe.
     pipe: [i32; 2],
     disk: File,
     /// PCI addresses of cards.
     cards: Vec<String>,
-    /// PCI addresses on whose behalf something can be imported, or not.
+    /// PCI addresses of devices that may or may not be importers.
     devices: Vec<String>,
     arena: Arena,
 }
 
 impl Shared {
-    /// Opens what every process needs.
+    /// Opens the files that every process needs.
     pub fn new(cards: Vec<String>, devices: Vec<String>) -> io::Result<Self> {
         let mut pipe = [0; 2];
         // SAFETY: There is room for two descriptors.
@@ -80,23 +79,23 @@ impl Shared {
     }
 }
 
-/// The most bytes of one mapping.
+/// The maximum size of a mapping in bytes.
 const PLACE: usize = 64 * PAGE as usize;
 const PLACES: usize = 16;
 
-/// Addresses for mappings. All of it is reserved, so that nothing else comes to lie where a mapping
-/// has just gone that another thread still uses.
+/// Address space for mappings. All of it stays reserved, so that nothing else is mapped at an address that
+/// another thread still uses after an unmap.
 struct Arena(*mut u8);
 
-// SAFETY: It is an address, and only the kernel follows it.
+// SAFETY: A mere address, which only the kernel dereferences.
 unsafe impl Send for Arena {}
-// SAFETY: As above.
+// SAFETY: A mere address, which only the kernel dereferences.
 unsafe impl Sync for Arena {}
 
 impl Arena {
     fn new() -> io::Result<Self> {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-        // SAFETY: New addresses, chosen by the kernel.
+        // SAFETY: A new mapping at an address that the kernel chooses.
         let base = unsafe {
             libc::mmap(
                 ptr::null_mut(),
@@ -119,17 +118,17 @@ impl Arena {
     }
 }
 
-/// The most that a worker sends: a struct, or an array of ranges.
+/// The maximum size of an argument: a struct, or an array of ranges.
 const ROOM: usize = 2 * PAGE as usize;
 
-/// The worker's memory for one argument, at the end of which nothing is mapped.
+/// A worker's memory for an argument. Nothing is mapped after its end.
 struct Room(*mut u8);
 
 impl Room {
     fn new() -> io::Result<Self> {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
         let prot = libc::PROT_READ | libc::PROT_WRITE;
-        // SAFETY: New addresses, chosen by the kernel; the last page is taken out again.
+        // SAFETY: A new mapping at an address that the kernel chooses; its last page is unmapped again.
         unsafe {
             let base = libc::mmap(ptr::null_mut(), ROOM + PAGE as usize, prot, flags, -1, 0);
             if base == libc::MAP_FAILED {
@@ -142,11 +141,11 @@ impl Room {
     }
 
     fn bytes(&mut self) -> &mut [u8] {
-        // SAFETY: It is mapped, and this worker's own.
+        // SAFETY: The memory is mapped, and used only by this worker.
         unsafe { std::slice::from_raw_parts_mut(self.0, ROOM) }
     }
 
-    /// Puts bytes at its beginning, zeros behind them; where they are.
+    /// Puts bytes at its start, followed by zeroes; returns the address.
     fn put(&mut self, bytes: &[u8]) -> usize {
         let room = self.bytes();
         room[..bytes.len()].copy_from_slice(bytes);
@@ -163,11 +162,11 @@ pub struct Worker<'a> {
     argument: Room,
     array: Room,
     buffer: Vec<u8>,
-    /// What was sent last, for whoever has to say what went wrong.
+    /// The last argument sent, for the report of a failure.
     sent: String,
 }
 
-/// Numbers at which code goes wrong.
+/// Numbers at which code tends to fail.
 const ODD: [u64; 16] = [
     0,
     1,
@@ -187,8 +186,8 @@ const ODD: [u64; 16] = [
     u64::MAX,
 ];
 
-/// The longest that a call is told to wait. Longer times only mean fewer calls; times beyond what is
-/// allowed are sent as they are.
+/// The longest timeout in a call. Longer ones would only reduce the number of calls; timeouts beyond the
+/// allowed maximum are sent unchanged.
 const PATIENCE_MS: u32 = 20;
 
 fn short(ms: u32) -> u32 {
@@ -199,8 +198,8 @@ fn short(ms: u32) -> u32 {
     }
 }
 
-/// An address that the kernel may write to, or that it must not: in this worker's room, which begins at
-/// `room`, across its end, or nobody's. Elsewhere it would hit what the process needs.
+/// An address that the kernel may or must not write to: in this worker's room, which begins at `room`, across
+/// its end, or unmapped. Other addresses could damage the process.
 fn near(address: u64, room: u64) -> u64 {
     match address {
         PAGE..0x8000_0000_0000 => room + address % (ROOM as u64 + PAGE / 2),
@@ -208,7 +207,7 @@ fn near(address: u64, room: u64) -> u64 {
     }
 }
 
-/// More would take the guest's memory, except where it is so much that nobody has it.
+/// Limits a length: more would use up the guest's memory, unless it is more than any machine has.
 fn modest(length: u64) -> u64 {
     match length {
         0x10_0001..0x10_0000_0000 => length % (64 * PAGE),
@@ -217,7 +216,7 @@ fn modest(length: u64) -> u64 {
 }
 
 impl<'a> Worker<'a> {
-    /// A worker whose calls follow from `seed`.
+    /// A worker whose calls depend on `seed`.
     pub fn new(shared: &'a Shared, counts: &'a Counts, seed: u64) -> io::Result<Self> {
         Ok(Self {
             shared,
@@ -230,7 +229,7 @@ impl<'a> Worker<'a> {
         })
     }
 
-    /// Makes a call. An answer that it must not give ends the process.
+    /// Makes a call. A result that is not allowed ends the process.
     pub fn step(&mut self) {
         match self.random.below(100) {
             0 => self.query(),
@@ -274,7 +273,7 @@ impl<'a> Worker<'a> {
                 peerbuf::Errno(errno),
                 self.sent
             );
-            // SAFETY: Ends the process at once: what it leaves is part of the test.
+            // SAFETY: Ends the process at once; its open files are part of the test.
             unsafe { libc::_exit(super::WRONG_ANSWER) };
         }
         (errno == 0).then_some(answer as i32)
@@ -283,12 +282,12 @@ impl<'a> Worker<'a> {
     /// Sends an ioctl with an address.
     fn send(&mut self, call: usize, fd: i32, address: usize) -> Option<i32> {
         let number = CALLS[call].number;
-        // SAFETY: The kernel checks each address; what it may write to is this worker's own.
+        // SAFETY: The kernel checks each address; those it may write to are in this worker's own memory.
         let answer = unsafe { libc::ioctl(fd, libc::c_ulong::from(number), address) };
         self.answered(call, i64::from(answer))
     }
 
-    /// Sends a struct, now and then not as it should be. `tame` has the last word on its fields.
+    /// Sends a struct, sometimes a malformed one. `tame` sets its fields last.
     fn send_struct<T: Pod>(
         &mut self,
         call: usize,
@@ -305,7 +304,7 @@ impl<'a> Worker<'a> {
         }
         let mut address = self.argument.put(bytemuck::bytes_of(&request));
         if self.random.once_in(40) {
-            // A later version's, with something in it or not.
+            // The struct of a later version, with or without nonzero bytes at the end.
             let at = size_of::<T>() + self.random.below(64) as usize;
             let longer = size_of::<T>() as u32 + self.random.below(128) as u32;
             let room = self.argument.bytes();
@@ -346,7 +345,7 @@ impl<'a> Worker<'a> {
         bytes[at..at + width].copy_from_slice(&odd.to_ne_bytes()[..width]);
     }
 
-    /// Puts a descriptor in a table, and closes what was there.
+    /// Puts a descriptor into a table, and closes the previous one.
     fn keep<const N: usize>(&mut self, slots: &Slots<N>, fd: i32) {
         let place = self.random.below(N as u64) as usize;
         let old = slots.0[place].swap(fd, Ordering::Relaxed);
@@ -355,7 +354,7 @@ impl<'a> Worker<'a> {
 
     fn close_fd(&mut self, fd: i32) {
         if fd >= 0 {
-            // SAFETY: It came out of a table, so nobody else closes it.
+            // SAFETY: The descriptor came out of a table, so no one else closes it.
             let answer = unsafe { libc::close(fd) };
             self.answered(calls::CLOSE, i64::from(answer));
         }
@@ -628,7 +627,7 @@ impl<'a> Worker<'a> {
         let made = self.send_struct(calls::FENCE, attachment, request, |request| {
             request.timeout_ms = short(request.timeout_ms);
         });
-        // Most fences end by themselves before anybody signals them.
+        // Most fences signal by timeout before a call signals them.
         if made.is_some() && self.random.once_in(4) {
             let step = probe::Step {
                 size: size_of::<probe::Step>() as u32,
@@ -647,7 +646,7 @@ impl<'a> Worker<'a> {
         self.send_struct(calls::IMPORT_QUERY, attachment, request, |_| ());
     }
 
-    /// The dma-buf core's own ioctls.
+    /// The ioctls of the dma-buf core.
     fn dma_buf(&mut self) {
         let fd = self.shared.buffers.get(&mut self.random);
         match self.random.below(6) {
@@ -676,7 +675,7 @@ impl<'a> Worker<'a> {
         }
     }
 
-    /// A number that is nobody's, or somebody else's.
+    /// An ioctl number that no driver has, or that belongs to another file.
     fn no_ioctl(&mut self) {
         let fd = match self.random.below(4) {
             0 => self.shared.nodes.get(&mut self.random),
@@ -685,13 +684,13 @@ impl<'a> Worker<'a> {
             _ => self.shared.buffers.get(&mut self.random),
         };
         let number = 0xbb00 | self.random.below(256) as u32;
-        // Those that exist have their own checks here; this one is for those that do not.
+        // Existing numbers have their own calls with checks.
         if CALLS.iter().any(|call| call.number == number) {
             return;
         }
         let address = self.argument.put(&[]);
         self.sent = format!("fd {fd}, number {number:#x}");
-        // SAFETY: The address is this worker's own memory.
+        // SAFETY: The address is in this worker's own memory.
         let answer = unsafe { libc::ioctl(fd, libc::c_ulong::from(number), address) };
         self.answered(calls::NO_IOCTL, i64::from(answer));
     }
@@ -699,7 +698,7 @@ impl<'a> Worker<'a> {
     fn open_path(&mut self, path: &str, flags: i32) -> Option<i32> {
         let path = std::ffi::CString::new(path).expect("a path without NUL");
         self.sent = format!("{path:?}");
-        // SAFETY: The path is a string of C.
+        // SAFETY: The path is a C string.
         let fd = unsafe { libc::open(path.as_ptr(), flags | libc::O_CLOEXEC) };
         self.answered(calls::OPEN, i64::from(fd))
     }
@@ -727,7 +726,7 @@ impl<'a> Worker<'a> {
                 }
             }
             6 => {
-                // SAFETY: It takes numbers alone.
+                // SAFETY: The call takes only numbers.
                 let fd = unsafe { libc::eventfd(0, libc::EFD_NONBLOCK | libc::EFD_CLOEXEC) };
                 if let Some(fd) = self.answered(calls::OPEN, i64::from(fd)) {
                     self.keep(&self.shared.events, fd);
@@ -741,8 +740,8 @@ impl<'a> Worker<'a> {
                     && let Ok(fd) = dmabuf.try_clone()
                 {
                     let fd: std::os::fd::OwnedFd = fd.into();
-                    // Two threads that begin the first access at the same time make udmabuf of Linux 7.3 lose
-                    // a scatter list, which is not what is looked for here.
+                    // Two threads that begin the first access at the same time make udmabuf of Linux 7.3 leak
+                    // a scatter list; a first access here prevents that.
                     for flags in [SYNC_WRITE, SYNC_WRITE | SYNC_END] {
                         let _ = sync(&fd, flags);
                     }
@@ -789,7 +788,7 @@ impl<'a> Worker<'a> {
         ]);
         let offset = self.random.of(&[0, 0, 0, 0, 0, 0, 1, 1 << 30]) * PAGE as i64;
         self.sent = format!("fd {fd}, {length} bytes from {offset}, {prot}, {sharing}");
-        // SAFETY: The addresses are the arena's, and nothing but system calls uses them.
+        // SAFETY: The addresses are in the arena, and only system calls use them.
         let answer = unsafe { libc::mmap(at, length, prot, sharing | libc::MAP_FIXED, fd, offset) };
         self.answered(calls::MMAP, answer.addr() as i64);
     }
@@ -797,12 +796,12 @@ impl<'a> Worker<'a> {
     fn munmap(&mut self) {
         let at = self.shared.arena.place(&mut self.random);
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED;
-        // SAFETY: As in `mmap`; the addresses stay reserved.
+        // SAFETY: The addresses are in the arena, and stay reserved.
         let answer = unsafe { libc::mmap(at, PLACE, libc::PROT_NONE, flags, -1, 0) };
         self.answered(calls::MUNMAP, answer.addr() as i64);
     }
 
-    /// Has the kernel read or write a mapping: a load or store of its own would be killed by a revoke.
+    /// Makes the kernel read or write a mapping: a revoke would kill a process that accesses it directly.
     fn touch(&mut self) {
         let at = self.shared.arena.place(&mut self.random);
         let page = self.random.of(&[0, 0, 1, 63]) * PAGE as usize;
@@ -810,20 +809,20 @@ impl<'a> Worker<'a> {
         let length = 1 + self.random.below(4096) as usize;
         let read = self.random.once_in(2);
         self.sent = format!("{at:?}, {length} bytes");
-        // SAFETY: The addresses are the arena's.
+        // SAFETY: The addresses are in the arena.
         let answer = unsafe {
             if read {
                 libc::write(self.shared.pipe[1], at, length)
             } else {
-                // So that there is something to read, if no other thread is faster.
+                // Something to read, unless another thread takes it first.
                 libc::write(self.shared.pipe[1], self.buffer.as_ptr().cast(), length);
                 libc::read(self.shared.pipe[0], at, length)
             }
         };
         self.answered(calls::TOUCH, answer as i64);
         if read {
-            // So that the pipe is empty again.
-            // SAFETY: There is room for so much.
+            // Empties the pipe again.
+            // SAFETY: The buffer has room for `length` bytes.
             unsafe { libc::read(self.shared.pipe[0], self.buffer.as_mut_ptr().cast(), length) };
         }
     }
@@ -835,7 +834,7 @@ impl<'a> Worker<'a> {
         let offset = self.random.below(1024) as i64 * PAGE as i64;
         let disk = self.shared.disk.as_raw_fd();
         self.sent = format!("{at:?}, {length} bytes");
-        // SAFETY: The addresses are the arena's, and nobody needs what is on the scratch disk.
+        // SAFETY: The addresses are in the arena, and no one needs the scratch disk's contents.
         let (call, answer) = unsafe {
             if self.random.once_in(2) {
                 (calls::READ_DISK, libc::pread(disk, at, length, offset))
@@ -850,7 +849,7 @@ impl<'a> Worker<'a> {
         let fd = self.shared.buffers.get(&mut self.random);
         self.sent = format!("fd {fd}");
         if self.random.once_in(2) {
-            // SAFETY: It takes numbers alone.
+            // SAFETY: The call takes only numbers.
             let answer = unsafe { libc::lseek(fd, 0, self.random.of(&[libc::SEEK_END, 0])) };
             self.answered(calls::SEEK, answer);
         } else {
@@ -859,7 +858,7 @@ impl<'a> Worker<'a> {
                 events: libc::POLLIN | libc::POLLOUT,
                 revents: 0,
             };
-            // SAFETY: It is one, as it says.
+            // SAFETY: The argument is one `pollfd`, as the count says.
             let answer = unsafe { libc::poll(&raw mut asked, 1, 0) };
             self.answered(calls::POLL, i64::from(answer));
         }
@@ -876,7 +875,7 @@ impl<'a> Worker<'a> {
             Ok(_) => 0,
             Err(e) => e.raw_os_error().unwrap_or(0),
         };
-        // SAFETY: It is this thread's own errno.
+        // SAFETY: The pointer is to this thread's own errno.
         unsafe { *libc::__errno_location() = errno };
         self.answered(calls::FDINFO, if errno == 0 { 0 } else { -1 });
     }
