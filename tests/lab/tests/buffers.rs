@@ -1,4 +1,4 @@
-//! What a dma-buf says about itself, and the fences on it. Runs in the guest.
+//! The information that the kernel gives about a dma-buf, and fences. Runs in the guest.
 
 use std::time::Duration;
 

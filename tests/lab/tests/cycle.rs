@@ -1,5 +1,4 @@
-//! `peerbuf cycle` on real dma-bufs: nothing is lost, and a guarantee that is broken is noticed.
-//! Runs in the guest.
+//! `peerbuf cycle` on real dma-bufs: it loses no byte, and reports a broken guarantee. Runs in the guest.
 
 use std::process::{Command, Output};
 
@@ -8,8 +7,7 @@ use peerbuf_lab_suite::node::Node;
 use peerbuf_lab_suite::{machine, modules};
 use serde_json::Value;
 
-/// An emulated processor on a busy machine: the time limit is for those who are stopped, and the
-/// others must not need it.
+/// Time limit for subscribers, for an emulated CPU on a busy machine: only stopped processes may exceed it.
 const LIMIT: &str = "2000";
 
 fn cycle(seed: u32, arguments: &[&str]) -> Output {
@@ -31,7 +29,7 @@ fn number(value: &Value) -> u64 {
         .unwrap_or_else(|| panic!("{value} is no number"))
 }
 
-/// A run that must lose nothing, with everything that was asked for.
+/// Asserts that a run loses nothing and makes the requested cycles.
 fn loses_nothing(arguments: &[&str], cycles: u64, importers: &[&str]) -> Value {
     let (importers_text, cycles_text) = (importers.join(","), cycles.to_string());
     let more = ["--importers", &importers_text, "--cycles", &cycles_text];
@@ -43,7 +41,7 @@ fn loses_nothing(arguments: &[&str], cycles: u64, importers: &[&str]) -> Value {
     assert!(output.status.success(), "{output:?}");
     assert_eq!(summary["lost_bytes"], 0);
     assert_eq!(number(&summary["cycles"]), cycles);
-    // Nothing may stand in for what the lab has.
+    // The lab has everything: nothing may be replaced by a stand-in.
     assert_eq!(summary["missing"].as_array().unwrap().len(), 0, "{summary}");
     let work = summary["work"].as_array().unwrap();
     assert_eq!(work.len(), importers.len());
@@ -53,9 +51,8 @@ fn loses_nothing(arguments: &[&str], cycles: u64, importers: &[&str]) -> Value {
     summary
 }
 
-/// How many cycles nothing may be lost in, with the probabilities that a process is killed or stopped
-/// in each: some of both are to happen. A kernel that checks every access takes several times as long
-/// for each.
+/// The number of cycles, and the probabilities that a process is killed or stopped in each: both must happen.
+/// The debug kernel takes several times as long for each cycle.
 fn storm() -> (u64, [&'static str; 4]) {
     match machine::is_debug_kernel() {
         false => (10_000, ["--kill", "0.002", "--stall", "0.0004"]),
@@ -118,7 +115,7 @@ fn nothing_is_lost_when_the_kernel_moves_a_bar_underneath() {
     assert!(number(&summary["moves"]["underneath"]) > 0);
     let disk = &summary["work"].as_array().unwrap()[1];
     assert!(number(&disk["peer_to_peer"]) > 0, "{disk}");
-    // Whoever was cut off had an export that was revoked; with their end its room is free again.
+    // A process that was cut off had a revoked export; its range is free after the process ended.
     assert_eq!(Node::largest().bar2().free, before);
 }
 
@@ -142,11 +139,11 @@ fn nothing_is_lost_from_one_kind_of_memory_to_another() {
     );
 }
 
-/// A run with a guarantee broken fails, and says what was lost and whose it was.
+/// Asserts that a run with a broken guarantee fails, and reports what was lost and by which process.
 fn is_noticed(backing: &str, guarantee: &str) {
     let _alone = alone();
-    // Whether a broken guarantee does harm is a matter of chance: a process must be stopped at the
-    // wrong moment. Several schedules make it all but certain.
+    // A broken guarantee does harm only if a process is stopped at the wrong moment. With several schedules
+    // that is all but certain.
     let broken = |seed: u32| {
         let arguments = [
             "--backing",

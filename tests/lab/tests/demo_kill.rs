@@ -1,4 +1,4 @@
-//! Killing either process of the demo, at any point, leaves nothing behind. Runs in the guest.
+//! Killing either process of the demo at any point leaves nothing behind. Runs in the guest.
 
 use std::fs;
 use std::process::{Child, Command, Stdio};
@@ -10,20 +10,20 @@ use peerbuf_lab_suite::machine::{is_debug_kernel, seconds};
 use peerbuf_lab_suite::node::Node;
 use rand::RngExt;
 
-/// How often something is killed: enough to meet every step, and on the debug kernel, where each round takes
-/// five times as long, some of them each time.
+/// The number of kills: enough to hit every step. On the debug kernel, where each round takes five times as
+/// long, a run hits only some steps.
 fn rounds() -> u32 {
     if is_debug_kernel() { 30 } else { 100 }
 }
 
-/// How long the process that is left may take to notice.
+/// Time limit for the remaining process to notice.
 fn prompt() -> Duration {
     seconds(10)
 }
 
 fn start() -> Child {
     let mut command = Command::new("peerbuf");
-    // Small, so that random bytes and checksums do not take most of the time, and of the kills.
+    // Small, so that most of the time, and of the kills, is not in random bytes and checksums.
     command.args(["demo", "--dir", "/mnt/nvme", "--size", "1M"]);
     command
         .stdout(Stdio::null())
@@ -40,11 +40,11 @@ fn child_of(pid: u32) -> Option<u32> {
 
 fn kill(pid: u32) {
     let pid = rustix::process::Pid::from_raw(pid as i32).unwrap();
-    // It may just have ended by itself.
+    // Ignores an error: it may have ended by itself.
     let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
 }
 
-/// True when it runs; false for a process that has gone or waits to be reaped.
+/// True if the process runs; false if it is gone or a zombie.
 fn runs(pid: u32) -> bool {
     let Ok(stat) = fs::read_to_string(format!("/proc/{pid}/stat")) else {
         return false;
@@ -77,7 +77,7 @@ fn files() -> usize {
 }
 
 fn free_blocks() -> u64 {
-    // Blocks of a file that is gone are free once the journal says so.
+    // A deleted file's blocks are free only after a commit of the journal.
     let directory = fs::File::open("/mnt/nvme").unwrap();
     rustix::fs::syncfs(&directory).unwrap();
     rustix::fs::fstatvfs(&directory).unwrap().f_bfree

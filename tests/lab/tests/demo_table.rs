@@ -1,4 +1,4 @@
-//! `peerbuf demo` takes the path that each topology allows, says why no better one, and moves
+//! `peerbuf demo` takes the path that each topology allows, gives the reason against better paths, and moves
 //! every byte. Runs in the guest, in each topology.
 
 use peerbuf_lab_suite::demo::{alone, topology, transfers};
@@ -31,7 +31,7 @@ fn check(transfers: &[Value], size: u64) {
         assert_eq!(transfer["path"], path, "{transfer}");
         match code {
             None => {
-                // Only what is not a whole block may pass through the CPU.
+                // Only the part of a last, incomplete block may pass through the CPU.
                 assert_eq!(transfer["host_bytes"], size % 512, "{transfer}");
                 assert_eq!(transfer["reasons"].as_array().unwrap().len(), 0);
             }

@@ -1,6 +1,5 @@
-//! Buffers registered in the domain of an engine on libfabric, over each provider that works in the
-//! guest, on the kernel's soft-RoCE and the lab's; and docs/libfabric.md. Runs in the guest, with
-//! Debian's libfabric.
+//! Buffers registered in a libfabric domain of an engine, over each provider that works in the guest, on the
+//! kernel's soft-RoCE and the lab's; compares docs/libfabric.md. Runs in the guest, with Debian's libfabric.
 
 use std::collections::BTreeMap;
 
@@ -17,7 +16,7 @@ use peerbuf_rdma::libfabric::{self, Domain, Layer, Rung};
 
 const PAGE: &str = include_str!("../../../docs/libfabric.md");
 
-/// The rungs that work for a kind of buffer, the best first.
+/// The rungs that work for a kind of buffer, best first.
 fn expected(kind: &str) -> Vec<Rung> {
     match kind {
         "memfd" | "udmabuf" => vec![Rung::SharedMemory, Rung::Staged],
@@ -118,7 +117,7 @@ fn keys_and_ranges_are_refused_and_a_key_is_free_again() {
     let part = buffer.range(4000, 100).unwrap();
     let target = domain.register(&part, read_only, KEY).unwrap();
     if domain.opened().mr_mode & 1 << 6 == 0 {
-        // Without FI_MR_PROV_KEY: the key that was asked for, which nobody else can have.
+        // Without FI_MR_PROV_KEY: the requested key, which no other registration can have.
         assert_eq!(target.remote(0, 1).unwrap().key, KEY);
         let taken = domain.register(&buffer.whole(), ALL, KEY).unwrap_err();
         let RdmaError::NotRegistered { attempts, .. } = &taken else {
@@ -181,7 +180,7 @@ fn a_registration_of_a_revoked_buffer_is_refused_before_the_provider_sees_it() {
                     "{provider}"
                 );
             }
-            // Access again does not make an old registration good.
+            // Restoring access does not revalidate an old registration.
             let _ = device.restore(dmabuf);
         }
         drop(registration);
@@ -198,7 +197,7 @@ fn a_registration_of_a_revoked_buffer_is_refused_before_the_provider_sees_it() {
 fn what_is_no_domain_is_refused() {
     let engine = Engine::open("tcp", VERSION, 0).unwrap();
     for wrong in [engine.endpoint(), std::ptr::null_mut()] {
-        // SAFETY: an object of libfabric's that is live, which says itself what it is.
+        // SAFETY: a live libfabric object, which contains its class.
         let refused = unsafe { Domain::from_raw(wrong, engine.opened()) };
         assert!(matches!(refused, Err(RdmaError::Mismatch { .. })));
     }

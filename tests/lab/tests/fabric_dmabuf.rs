@@ -1,5 +1,5 @@
-//! The rung of `FI_MR_DMABUF` through libfabric's verbs provider, on a soft-RoCE that takes dma-bufs
-//! (`--rdma dmabuf`). librxe has no entry for it, as other cards' libraries have; the engine brings one
+//! The rung `FI_MR_DMABUF` through libfabric's verbs provider, on a soft-RoCE that supports dma-bufs (`--rdma
+//! dmabuf`). librxe lacks the function for it, which other cards' libraries have; the engine adds one
 //! (`fixtures/preload/reg_dmabuf_mr.c`). Runs in the guest, with Debian's libfabric.
 
 use peerbuf_lab_suite::bytes::{get, put};
@@ -67,7 +67,7 @@ fn a_revoked_dma_buf_is_refused_before_the_provider_sees_it_and_by_the_card() {
         let dmabuf = buffer.dmabuf().unwrap();
         assert!(device.revoke(dmabuf, limit()).unwrap().is_complete());
         assert!(matches!(target.check(), Err(RdmaError::Stale { .. })));
-        // With what was shown to the peer before.
+        // With the key that the peer had got before.
         let failed = engine.write(0, piece, shown).unwrap_err();
         assert_eq!(failed.call, "completion", "{provider}: {failed:?}");
         device.restore(dmabuf).unwrap();

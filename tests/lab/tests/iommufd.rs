@@ -1,4 +1,4 @@
-//! Address spaces of iommufd, with a device in them. Runs in a guest with an IOMMU, on a kernel with
+//! Address spaces of iommufd with a device in them. Runs in a guest with an IOMMU, on a kernel with
 //! CONFIG_IOMMUFD.
 
 use std::fs::File;
@@ -20,7 +20,7 @@ use peerbuf_lab_suite::node::{Node, ioctl};
 
 const MIB: u64 = 1 << 20;
 const IOVA: u64 = 0x10_0000;
-/// What the device moves at a time.
+/// Bytes that the device moves at a time.
 const CHUNK: u64 = 4096;
 
 fn random(length: u64) -> Vec<u8> {
@@ -35,8 +35,8 @@ fn space() -> AddressSpace {
     AddressSpace::open().unwrap()
 }
 
-/// QEMU's `edu`, in an address space: by VFIO's newer interface (include/uapi/linux/vfio.h), which
-/// the crate has no need of otherwise.
+/// QEMU's `edu` in an address space, through VFIO's newer interface (include/uapi/linux/vfio.h), which the
+/// crate does not use.
 struct Device(File);
 
 impl Device {
@@ -61,7 +61,7 @@ impl Device {
         Device(file)
     }
 
-    /// From the address to the device's own memory, and from there to the other address.
+    /// Copies from one address to the device's own memory, and from there to the other address.
     fn copy(&self, from: u64, to: u64) {
         let own = 0x4_0000;
         for (source, target, command) in [(from, own, 1u64), (own, to, 3)] {
@@ -117,7 +117,7 @@ fn a_device_reaches_memory_where_it_was_mapped_and_no_longer_when_it_was_unmappe
         put(&range, &[0; 3 * CHUNK as usize]);
         device.copy(IOVA, IOVA + 2 * CHUNK);
         assert!(get(&range).iter().all(|&byte| byte == 0));
-        // The address is free again, and leads to the next buffer.
+        // The address is free again, and maps the next buffer.
     }
 }
 

@@ -29,7 +29,7 @@ fn random(length: u64) -> Vec<u8> {
     bytes
 }
 
-/// The card with the smallest BAR, given to vfio-pci.
+/// The card with the smallest BAR, bound to vfio-pci.
 fn card() -> VfioDevice {
     expect_what_vfio_loses();
     modules::load("vfio-pci");
@@ -40,7 +40,7 @@ fn card() -> VfioDevice {
             modules::rebind(&bdf, "vfio-pci");
             bdf
         }
-        // An earlier test has done so.
+        // An earlier test has bound it.
         _ => vfio::probe()
             .unwrap()
             .into_iter()
@@ -84,7 +84,7 @@ fn a_device_reads_and_writes_a_buffer_where_it_was_attached() {
                 .all(|&byte| byte == 0)
         );
         drop(attached);
-        // The address is free again, and leads to the next buffer.
+        // The address is free again, and maps the next buffer.
     }
 }
 
@@ -106,7 +106,7 @@ fn what_was_detached_is_out_of_the_devices_reach() {
     assert!(get(&target.whole()).iter().all(|&byte| byte == 0));
 }
 
-/// Copies by the owner's own mapping, as a GPU's library has its own way.
+/// Copies through the owner's own mapping, as a GPU library does with its own calls.
 struct Owner(Buffer);
 
 impl Stage for Owner {
@@ -121,9 +121,9 @@ impl Stage for Owner {
     }
 }
 
-/// Somebody else has the descriptor, which cannot be mapped.
+/// The receiver of the descriptor cannot map it, and uses the owner's copies.
 fn goes_by_its_owners_copies(buffer: &Buffer, card: &VfioDevice) {
-    // Another test may give vfio-pci a second device meanwhile, and then nobody knows whose the memory is.
+    // If another test binds a second device to vfio-pci meanwhile, the memory's owner is unknown.
     let devices = || Sysfs::default().bound_to("vfio-pci").len();
     let before = devices();
     let fd = buffer.dmabuf().unwrap().as_fd().try_clone_to_owned();
@@ -141,7 +141,7 @@ fn goes_by_its_owners_copies(buffer: &Buffer, card: &VfioDevice) {
     let bytes = random(foreign.size());
     file.write_all_at(&bytes, 0).unwrap();
     let importer = FileImporter::from_fd(file.into(), "the file").unwrap();
-    // Attaching asks for nothing that it has not.
+    // Attaching needs nothing that the buffer lacks.
     let mut attachment = importer.attach(&foreign.whole()).unwrap();
     let error = attachment.read(0).unwrap_err().to_string();
     assert!(error.contains("Buffer::with_stage"), "{error}");
@@ -164,7 +164,7 @@ fn a_bar_of_a_vfio_device_is_a_buffer() {
     assert!(get(&buffer.whole()) == bytes);
     let registers = card.registers(2).unwrap();
     assert_eq!(registers.read::<[u8; 32]>(65536).unwrap(), bytes[..32]);
-    // The dma-buf alone cannot be mapped.
+    // Without the owner's mapping, the dma-buf cannot be mapped.
     let dmabuf = buffer.dmabuf().unwrap().try_clone().unwrap();
     let alone = Buffer::from_dmabuf(dmabuf, buffer.provenance().clone());
     let error = peerbuf::import::cpu::attach(&alone.whole(), Access::Read).unwrap_err();

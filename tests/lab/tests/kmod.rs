@@ -1,4 +1,4 @@
-//! What peerbuf.ko promises, asked of it by its ioctls alone. Runs in the guest.
+//! The guarantees of peerbuf.ko, tested through its ioctls alone. Runs in the guest.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -47,7 +47,7 @@ fn query_tells_what_the_device_is() {
             query.bdf.split(|&b| b == 0).next().unwrap(),
             node.bdf.as_bytes()
         );
-        // What sysfs says: one line per BAR, 'start end flags'.
+        // sysfs has one line per BAR: 'start end flags'.
         let resources =
             fs::read_to_string(format!("/sys/bus/pci/devices/{}/resource", node.bdf)).unwrap();
         for (bar, line) in query.bars.iter().zip(resources.lines()) {
@@ -103,13 +103,13 @@ fn exports_take_their_range_and_give_it_back() {
     let (after, next) = node.export(None, PAGE).unwrap();
     assert_eq!(next, 9 * MIB);
 
-    // A duplicate keeps the range; the last descriptor gives it back.
+    // A duplicate descriptor keeps the range; closing the last one frees it.
     let second = exact.try_clone().unwrap();
     drop(exact);
     assert_eq!(node.bar2().exports, 3);
     drop(second);
     assert_eq!(node.bar2().exports, 2);
-    // So does a mapping.
+    // A mapping keeps the range, too.
     let map = Map::new(after.as_fd(), PAGE as usize, true).unwrap();
     drop((before, after));
     assert_eq!(node.bar2().exports, 1);
@@ -401,7 +401,7 @@ fn an_answer_that_cannot_be_delivered_leaves_nothing_behind() {
             assert_eq!(errno(ioctl(node.file.as_fd(), number, bad)), libc::EFAULT);
         }
     }
-    // A request that can be read and not written.
+    // A request in memory that can be read but not written.
     let memory = tempfile::tempfile().unwrap();
     (&memory)
         .write_all(bytemuck::bytes_of(&Node::request(None, MIB)))
@@ -461,7 +461,7 @@ fn read_only_exports_cannot_be_written() {
         libc::EACCES
     );
     let map = Map::new(fd.as_fd(), MIB as usize, false).unwrap();
-    // SAFETY: The protection of a mapping that is not referred to otherwise.
+    // SAFETY: Changes the protection of a mapping to which no reference exists.
     let raised =
         unsafe { libc::mprotect(map.as_ptr(), map.len, libc::PROT_READ | libc::PROT_WRITE) };
     assert_eq!(
@@ -490,7 +490,7 @@ fn mappings_stay_within_the_buffer() {
     let beyond = Map::with(fd.as_fd(), len, PAGE as i64, true, libc::MAP_SHARED);
     assert_eq!(errno(beyond), libc::EINVAL);
     let map = Map::new(fd.as_fd(), len, true).unwrap();
-    // SAFETY: It is expected to fail; if not, the mapping would still be valid.
+    // SAFETY: The call must fail; if it does not, the mapping is still valid.
     let grown = unsafe { libc::mremap(map.as_ptr(), len, 2 * len, libc::MREMAP_MAYMOVE) };
     assert_eq!(grown, libc::MAP_FAILED);
     // Parts of the buffer, mapped apart, are the same bytes.
@@ -521,7 +521,7 @@ fn two_exports_never_share_a_byte() {
     assert_eq!(differs(&low, 0, MIB as usize, 11), None);
     assert_eq!(differs(&high, 0, MIB as usize, 22), None);
     drop((low, high, low_fd, high_fd));
-    // The same bytes, at the same offsets, in one export over both.
+    // One export over both ranges has the same bytes at the same offsets.
     let (both, _) = node.export(Some(0), 2 * MIB).unwrap();
     let both = Map::new(both.as_fd(), 2 * MIB as usize, false).unwrap();
     assert_eq!(differs(&both, 0, MIB as usize, 11), None);
@@ -536,7 +536,7 @@ fn direct_io_moves_every_byte_both_ways() {
     for node in Node::all().iter().take(2) {
         let (fd, _) = node.export(Some(3 * PAGE), 4 * MIB).unwrap();
         let map = Map::new(fd.as_fd(), 4 * MIB as usize, true).unwrap();
-        // Page-aligned and not, short and long.
+        // Aligned and unaligned offsets, short and long lengths.
         for (at, len) in [
             (0, 512),
             (512, 4096),
@@ -575,7 +575,7 @@ fn a_bar_too_small_for_struct_pages_is_exported_without_them() {
     sync(&fd, SYNC_WRITE | SYNC_END).unwrap();
     let again = Map::new(fd.as_fd(), len, false).unwrap();
     assert_eq!(differs(&again, 0, len, 8), None);
-    // The disk cannot have pages that are none; the bytes are untouched.
+    // Memory without struct pages cannot be pinned; the bytes do not change.
     let disk = disk::open_direct(SCRATCH).unwrap();
     assert_eq!(
         errno(disk::write_from(&disk, &map, 0, len, 0)),
@@ -604,7 +604,7 @@ fn direct_io_that_outlives_its_descriptor_keeps_the_range() {
     let read = opcode::Read::new(types::Fd(disk.as_raw_fd()), map.as_ptr().cast(), 2 << 20)
         .offset(0)
         .build();
-    // SAFETY: The kernel holds the pages of the request by itself: that is what is tested.
+    // SAFETY: The kernel holds the request's pages by itself, which is what the test checks.
     unsafe { ring.submission().push(&read).unwrap() };
     ring.submit().unwrap();
     thread::sleep(Duration::from_millis(300));
@@ -686,7 +686,7 @@ fn importers_get_peer_memory_or_a_refusal() {
     let node = Node::largest();
     let nvme = nvme_bdf();
     let (fd, _) = node.export(Some(5 * PAGE), 3 * MIB).unwrap();
-    // Nothing to fall back to yet: those that cannot have a BAR address are refused.
+    // Without permission to move, importers that cannot use the BAR are refused.
     for flags in [0, DYNAMIC, PEER] {
         let refused = Importer::attach(fd.as_fd(), &nvme, flags, 0).map(|_| ());
         assert_eq!(errno(refused), libc::EOPNOTSUPP, "flags {flags}");
@@ -716,7 +716,7 @@ fn importers_get_peer_memory_or_a_refusal() {
 
 #[test]
 fn mapping_and_unmapping_leaks_nothing() {
-    // The caches that a scatter list of one entry comes from.
+    // The caches for a scatter list with one entry.
     let objects = || memory::in_use("-32") / 32;
     const ROUNDS: u64 = 20_000;
     let node = Node::largest();
@@ -744,7 +744,7 @@ fn unbinding_revokes_what_was_given_out() {
     fill(&map, 0, MIB as usize, 3);
     let importer = Importer::attach(fd.as_fd(), &nvme_bdf(), DYNAMIC | PEER, 0).unwrap();
     importer.map().unwrap();
-    // Its scatter table comes back only after a while, and unbinding waits for it.
+    // This importer unmaps late, and the unbind waits for it.
     let late = Importer::attach(fd.as_fd(), &nvme_bdf(), DYNAMIC | PEER, 700).unwrap();
     late.map().unwrap();
 
@@ -803,7 +803,7 @@ fn unbinding_revokes_what_was_given_out() {
         libc::EFAULT
     );
 
-    // Bound again, it is whole; what was revoked stays so.
+    // Bound again, it works; revoked buffers stay revoked.
     Node::bind(&bdf);
     let fresh = Node::open(&bdf).unwrap();
     assert_all_free(&fresh);
@@ -839,7 +839,7 @@ fn bus_mastering_is_off_when_the_device_is_bound_and_when_it_is_not_any_more() {
     set_command(&bdf, MEMORY | MASTER);
     Node::bind(&bdf);
     assert_eq!(command(&bdf) & (MEMORY | MASTER), MEMORY);
-    // Whoever can may switch it on meanwhile; the next driver does not get it so.
+    // A process may enable bus mastering meanwhile; the next driver gets the device with it disabled.
     set_command(&bdf, MEMORY | MASTER);
     Node::unbind(&bdf);
     assert_eq!(command(&bdf) & MASTER, 0);
@@ -890,7 +890,7 @@ fn unbinding_names_the_importer_that_it_waits_for() {
     let (fd, _) = node.export(None, MIB).unwrap();
     let late = Importer::attach(fd.as_fd(), &nvme, DYNAMIC | PEER, 11_000).unwrap();
     late.map().unwrap();
-    // The processor's access ends at once, however long an importer takes.
+    // CPU access ends at once, even if an importer is late.
     let map = Map::new(fd.as_fd(), MIB as usize, true).unwrap();
     let reader = in_child(|| {
         let end = Instant::now() + Duration::from_secs(8);
@@ -936,7 +936,7 @@ fn unbinding_waits_for_direct_io_in_flight() {
     );
     let took = own.elapsed();
     assert!(took < Duration::from_secs(20), "{took:?}");
-    // Accepted before, so it was carried out whole.
+    // The request was accepted before, so it was completed.
     assert_eq!(reader.wait(), Ok(0));
     drop(slow);
     Node::bind(&bdf);
@@ -948,8 +948,8 @@ fn unbinding_waits_for_direct_io_in_flight() {
 fn unbinding_races_with_everything() {
     let bdf = Node::largest().bdf;
     let stop = AtomicBool::new(false);
-    // Threads that export, map, attach and do I/O without end. A load or store in a revoked mapping
-    // would end the process, so only the kernel touches the bytes: its I/O answers EFAULT instead.
+    // Threads that export, map, attach and do I/O in a loop. A load or store in a revoked mapping would kill
+    // the process, so only the kernel accesses the bytes: its I/O fails with EFAULT.
     thread::scope(|scope| {
         let work = |salt: u64| {
             let mut rng = StdRng::seed_from_u64(salt);

@@ -1,6 +1,6 @@
-//! What a device does with the addresses that it is given: QEMU's `edu`, with a driver that imports
-//! dma-bufs, reads and writes buffers of every shape by its own DMA, through the host bridge. The
-//! processor sees each byte where it belongs, and no other changed. Runs in the guest.
+//! Real DMA through the mappings: QEMU's `edu`, with a driver that imports dma-bufs, reads and writes buffers
+//! of every layout through the host bridge. The CPU checks every byte, and that no other byte changed. Runs
+//! in the guest.
 
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -25,7 +25,7 @@ fn map(fd: &OwnedFd, len: u64) -> Map {
     Map::new(fd.as_fd(), len as usize, true).unwrap()
 }
 
-/// The bytes that [`fill`] leaves.
+/// The bytes that [`fill`] writes.
 fn filled(at: u64, len: usize, salt: u64) -> Vec<u8> {
     let words = (at as usize..at as usize + len).step_by(8);
     words
@@ -33,8 +33,8 @@ fn filled(at: u64, len: usize, salt: u64) -> Vec<u8> {
         .collect()
 }
 
-/// The device reads `places` of a buffer and writes them, [`CHUNK`] bytes each. No other byte of the
-/// buffer may change, which the processor sees.
+/// The device reads and writes `places` of a buffer, [`CHUNK`] bytes each. The CPU checks that no other byte
+/// changes.
 fn reaches(edu: &Edu, seen: &Map, places: &[u64]) {
     fill(seen, 0, seen.len, 1);
     for &at in places {
@@ -54,7 +54,7 @@ fn reaches(edu: &Edu, seen: &Map, places: &[u64]) {
     }
 }
 
-/// Where the first and the last [`CHUNK`] bytes of each part begin; a part reaches from bound to bound.
+/// The offsets of the first and the last [`CHUNK`] bytes of each part between two bounds.
 fn edges(bounds: &[u64]) -> Vec<u64> {
     let chunk = CHUNK as u64;
     let mut places: Vec<u64> = bounds[..bounds.len() - 1].to_vec();
@@ -73,7 +73,7 @@ fn each_byte_of_the_bar_is_where_the_list_says() {
         assert_eq!(edu.segments(), 1, "{}", node.bdf);
         let seen = map(&fd, size);
         reaches(&edu, &seen, &edges(&[0, size / 2 + PAGE, size]));
-        // Another export of the same place shows the same: the device was in the BAR itself.
+        // Another export of the same range has the same bytes: the device accessed the BAR itself.
         let first = seen.read(0);
         drop((edu, seen, fd));
         let (again, _) = node.export(Some(offset), PAGE).unwrap();
@@ -86,7 +86,7 @@ fn each_byte_of_the_bar_is_where_the_list_says() {
 #[test]
 fn ranges_are_in_the_callers_order_and_a_transfer_may_cross_from_one_to_the_next() {
     let node = Node::largest();
-    // The third is behind the second in the BAR, too, so that one entry may show both.
+    // The third range follows the second in the BAR, too, so one entry may cover both.
     let of_the_bar = [
         range(9 * MIB, MIB, 0),
         range(MIB, 2 * PAGE, 0),
@@ -94,7 +94,7 @@ fn ranges_are_in_the_callers_order_and_a_transfer_may_cross_from_one_to_the_next
         range(5 * MIB, MIB / 2, 0),
     ];
     let (first, second, third) = (MIB, MIB + 2 * PAGE, MIB + 3 * PAGE);
-    // Half in the one, half in the next.
+    // Half in one range, half in the next.
     let across = first - PAGE / 2;
     let system = [range(0, 3 * PAGE, abi::RANGE_SYSTEM)];
     let mut ranges = [&of_the_bar[..], &system].concat();
@@ -111,7 +111,7 @@ fn ranges_are_in_the_callers_order_and_a_transfer_may_cross_from_one_to_the_next
     let places = [0, across, first + PAGE, second, third, len - PAGE];
     reaches(&edu, &seen, &places);
     drop((edu, seen, fd));
-    // The second range, by itself, has what the device wrote there.
+    // A separate export of the second range has the bytes that the device wrote.
     let (part, _) = node.export(Some(MIB), 2 * PAGE).unwrap();
     let seen = map(&part, 2 * PAGE);
     assert_eq!(
@@ -133,7 +133,7 @@ fn a_buffer_that_moves_is_reached_in_each_place() {
     for (placement, from, pages) in [
         (PLACEMENT_SYSTEM, 0, 64),
         (PLACEMENT_DEVICE, 0, 64),
-        // A part in the middle, and another that it does not touch.
+        // A part in the middle, and a part outside it.
         (PLACEMENT_SYSTEM, 9, 5),
         (PLACEMENT_SYSTEM, 40, 20),
         (PLACEMENT_DEVICE, 12, 30),
@@ -193,7 +193,7 @@ fn system_pages_under_an_old_mapping_are_nobody_elses() {
     node.move_to(&fd, PLACEMENT_DEVICE).unwrap();
     assert_eq!(edu.stale(), 1);
     fill(&seen, 0, LEN as usize, 3);
-    // Who asks for the same kind of memory now would be given these pages, if they were free, and write them.
+    // An allocation of the same kind would get these pages if they were free, and overwrite them.
     let mut ranges = [range(0, 4 * LEN, abi::RANGE_SYSTEM)];
     let (other, _) = node.export_ranges(0, &mut ranges).unwrap();
     let others = map(&other, 4 * LEN);
@@ -227,7 +227,7 @@ fn the_place_in_the_bar_under_an_old_mapping_is_nobody_elses() {
     edu.write(PAGE, &filled(PAGE, CHUNK, 9)).unwrap();
     assert_eq!(differs(&seen, 0, LEN as usize, 1), None);
     drop((seen, fd));
-    // The buffer has no descriptor any more, but the device still reaches its place.
+    // No descriptor of the buffer is left, but the device can still access its range.
     assert_eq!(errno(node.export(Some(offset), PAGE)), libc::EBUSY);
     assert_eq!(edu.read(PAGE, CHUNK).unwrap(), filled(PAGE, CHUNK, 9));
     drop(edu);
@@ -267,7 +267,7 @@ fn bytes_past_4_gib_are_not_those_below() {
         let flags = libc::MAP_SHARED;
         Map::with(fd.as_fd(), MIB as usize, at as i64, true, flags).unwrap()
     };
-    // 4 GiB apart, and what is behind.
+    // Offsets 4 GiB apart, and offsets behind them.
     let places = [0, GIB, 4 * GIB, 5 * GIB - MIB, 5 * GIB, 5 * GIB + MIB];
     let windows = places.map(window);
     for (salt, map) in (1..).zip(&windows) {

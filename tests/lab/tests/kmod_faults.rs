@@ -1,12 +1,12 @@
-//! Memory runs out at each place of each call, and the caller's own memory goes away there. Runs in
-//! the guest, on the debug kernel.
+//! Every call with failing allocations and failing user memory, at each place in the call. Runs in the guest,
+//! on the debug kernel.
 //!
 //! `/proc/thread-self/fail-nth` makes the nth place of the next system call fail at which the kernel
-//! takes memory (slab or pages) or copies from or to the caller. Each call is made with n = 1, 2, 3
-//! and so on until it is not reached any more, and often with each: kmemleak, which looks at the end,
-//! overlooks the last fifty or so blocks of a size. What a fault may do to a call is nothing, where the
-//! kernel can do without (a smaller block, a kept reserve), or ENOMEM or EFAULT and nothing else; then
-//! the same call without a fault works.
+//! allocates memory (slab or pages) or copies from or to user memory. Each call is made with n = 1, 2, 3 and
+//! so on until n exceeds its places, and many times for each n: kmemleak, which scans at the end, misses the
+//! last fifty or so blocks of a size. A fault may have no effect, if the kernel has an alternative (a smaller
+//! block, a reserve), or cause ENOMEM or EFAULT, and nothing else. After that, the same call without a fault
+//! succeeds.
 
 use std::collections::BTreeMap;
 use std::ffi::CString;
@@ -28,13 +28,13 @@ use peerbuf_uapi::{self as abi, probe};
 use peerbuf_uapi::{PLACEMENT_DEVICE, PLACEMENT_SYSTEM};
 use rustix::event::{EventfdFlags, eventfd};
 
-/// How often each place fails.
+/// The number of times that each place fails.
 const ROUNDS: u32 = 64;
 
-/// In how many of these the buffer is looked at before and after, which takes longer than the call.
+/// The number of times that the buffer is compared before and after, which takes longer than the call.
 const LOOKS: u32 = 4;
 
-/// Pages for which the module takes several large blocks and single pages.
+/// A number of pages for which the module allocates several large blocks and single pages.
 const MANY: u64 = 12 * 16 + 3;
 
 /// The faults of this thread.
@@ -45,12 +45,12 @@ impl Faults {
         let set = |name: &str, value: &str| {
             fs::write(Path::new("/sys/kernel/debug").join(name), value).expect(name);
         };
-        // Allocations that may sleep fail, too, and of any size.
+        // Allocations that may sleep fail, too, and allocations of any size.
         set("failslab/ignore-gfp-wait", "N");
         set("fail_page_alloc/ignore-gfp-wait", "N");
         set("fail_page_alloc/ignore-gfp-highmem", "N");
         set("fail_page_alloc/min-order", "0");
-        // What kmemleak does then is its own business.
+        // kmemleak's own allocations may fail.
         expect("kmemleak: Cannot allocate a scan area");
         for kind in ["failslab", "fail_page_alloc", "fail_usercopy"] {
             set(&format!("{kind}/verbose"), "0");
@@ -62,22 +62,22 @@ impl Faults {
         Self(file.expect("a kernel with fault injection"))
     }
 
-    /// Makes a call with its `n`th place failing: the answer, and whether there was such a place.
+    /// Makes a call with its `n`th place failing. Returns its result, and whether there was such a place.
     fn nth<T>(&self, n: u32, call: impl FnOnce() -> T) -> (T, bool) {
         let text = n.to_string();
         self.0.write_at(text.as_bytes(), 0).expect("fail-nth");
         let answer = call();
         let mut left = [0; 16];
-        // Where reading it fails, the place was in the reading.
+        // If this read fails, the place was in the read.
         let hit = self.0.read_at(&mut left, 0).is_ok() && left[0] == b'0';
         while self.0.write_at(b"0", 0).is_err() {}
         (answer, hit)
     }
 }
 
-/// The lowest descriptor number that is free: one more when one was lost.
+/// The lowest free descriptor number: one higher after a leak.
 fn lowest_fd() -> RawFd {
-    // SAFETY: It is open, and the copy is closed again.
+    // SAFETY: The descriptor is open, and the duplicate is closed again.
     unsafe {
         let fd = libc::dup(2);
         assert_eq!(libc::close(fd), 0);
@@ -85,8 +85,8 @@ fn lowest_fd() -> RawFd {
     }
 }
 
-/// Bytes of memory that are free, or whose use is known not to be ours: what else is missing was
-/// taken by page and not given back.
+/// Bytes of memory that are free or in known use by others. The difference to the total is memory allocated
+/// by page, such as a leak of pages.
 fn free_memory() -> u64 {
     fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
     let text = fs::read_to_string("/proc/meminfo").unwrap();
@@ -101,8 +101,8 @@ fn free_memory() -> u64 {
         .sum()
 }
 
-/// Makes `call` fail at each of its places, on what `prepare` makes, and compares what `state` sees
-/// before and after. Asserts that there were at least `least` places.
+/// Makes `call` fail at each of its places, on what `prepare` makes, and compares `state` before and after.
+/// Asserts that there are at least `least` places.
 fn each_place<S, T: PartialEq + Debug>(
     what: &str,
     least: u32,
@@ -111,7 +111,7 @@ fn each_place<S, T: PartialEq + Debug>(
     state: impl Fn(&S) -> T,
 ) {
     let faults = Faults::new();
-    // The caches' own growth is not ours.
+    // Excludes the growth of the slab caches.
     let run = |stage: &mut S| call(stage).unwrap_or_else(|e| panic!("{what} without a fault: {e}"));
     for _ in 0..5 {
         run(&mut prepare());
@@ -132,7 +132,7 @@ fn each_place<S, T: PartialEq + Debug>(
                 *answers.entry(answer).or_default() += 1;
             }
             match answer {
-                // As well as without a fault: made anew, since it has happened.
+                // Succeeded in spite of the fault: prepares again, since the call has had its effect.
                 0 => {
                     drop(stage);
                     stage = prepare();
@@ -146,8 +146,8 @@ fn each_place<S, T: PartialEq + Debug>(
                 }
                 answer => panic!("{what}, place {n}: errno {answer}"),
             }
-            // The kernel can do without, or this is beyond the last place; but some calls take memory
-            // only now and then.
+            // Either the kernel had an alternative, or n exceeds the places; but some calls allocate only
+            // occasionally.
             if harmless == 10 {
                 break;
             }
@@ -168,7 +168,7 @@ fn each_place<S, T: PartialEq + Debug>(
     println!("{what}: {places} places; {}", answers.join(", "));
     assert!(places >= least, "{what}: {places} places");
     let lost = free.saturating_sub(free_memory());
-    // A third of what one place would lose. The kernel's records of who took what grow, too.
+    // A third of a leak at one place, because the kernel's own records of allocations grow, too.
     let bound = MANY * PAGE * u64::from(ROUNDS) / 3;
     assert!(lost < bound, "{what}: {lost} bytes are gone");
 }
@@ -181,7 +181,7 @@ fn range(pages: u64, flags: u32) -> abi::Range {
     }
 }
 
-/// A buffer of each kind of range, in more pieces than one.
+/// A buffer with ranges of each kind, in several pieces.
 fn mixed(node: &Node) -> OwnedFd {
     let mut ranges = [
         range(20, abi::RANGE_ANY_OFFSET),
@@ -194,7 +194,7 @@ fn mixed(node: &Node) -> OwnedFd {
         .0
 }
 
-/// What a buffer is, without what a call that fails may count: whom it told, and how long it waited.
+/// A buffer's state, except for counters that a failed call may change: invalidations and the longest wait.
 fn still(node: &Node, fd: &OwnedFd) -> abi::BufferQuery {
     abi::BufferQuery {
         invalidations: 0,
@@ -213,7 +213,7 @@ fn attach(fd: &OwnedFd, flags: u32) -> Importer {
     Importer::attach(fd.as_fd(), &nvme_bdf(), flags, 0).unwrap()
 }
 
-/// A node, a buffer of it, and an attachment.
+/// A node, one of its buffers, and an attachment.
 type Attached = (Node, OwnedFd, Importer);
 
 fn attached(make: impl Fn(&Node) -> OwnedFd, flags: u32) -> Attached {
@@ -229,7 +229,7 @@ fn all_of(stage: &Attached) -> (abi::BufferQuery, probe::Query, RawFd) {
 }
 
 fn finish() {
-    // What KASAN keeps back is no loss.
+    // Flushes KASAN's quarantine, which is not a leak.
     memory::in_use("");
     assert_all_free(&Node::largest());
 }
@@ -267,7 +267,7 @@ fn opening_and_asking() {
             2,
             || (CString::new(path).unwrap(), None),
             |stage: &mut Stage| {
-                // SAFETY: The path is a string of C.
+                // SAFETY: The path is a C string.
                 let fd = unsafe { libc::open(stage.0.as_ptr(), libc::O_RDWR | libc::O_CLOEXEC) };
                 if fd < 0 {
                     return Err(io::Error::last_os_error());
@@ -397,8 +397,8 @@ fn attaching() {
     };
     let state = |stage: &Stage| (still(&stage.0, &stage.1), lowest_fd());
     each_place("ATTACH", 8, prepare(DYNAMIC | PEER), call, state);
-    // For one that needs system memory the buffer moves, and may have done so by the time that the
-    // rest fails. That nobody needs it there any more shows when it moves back.
+    // For an importer that needs system memory the buffer moves, and may have moved when a later step fails.
+    // That the importer's claim is gone shows in a move back.
     let at_home = |stage: &Stage| {
         let (node, fd) = (&stage.0, &stage.1);
         node.move_to(fd, PLACEMENT_DEVICE).unwrap();
@@ -435,10 +435,10 @@ fn mapping() {
         let prepare = || attached(make, DYNAMIC | PEER);
         each_place(&format!("MAP of {what}"), 6, prepare, map, all_of);
     }
-    // The core pins for one that is static.
+    // The core pins for a static importer.
     let prepare = || attached(system, 0);
     each_place("MAP of a static one", 6, prepare, map, all_of);
-    // The core calls an exporter's ENOMEM worth a warning.
+    // The core WARNs if an exporter returns ENOMEM.
     expect("dma_buf_vmap");
     let prepare = || attached(system, DYNAMIC | PEER);
     let vmap = |stage: &mut Attached| stage.2.step(probe::IOC_VMAP).map(drop);
@@ -511,8 +511,8 @@ fn the_processors_access() {
         sync(&stage.1, SYNC_WRITE | SYNC_END).map(drop)
     };
     each_place("SYNC", 2, prepare, guard, state);
-    // A system call that reads the mapping, and so faults in the kernel. It begins where the page
-    // tables have nothing yet, so that they take memory, too.
+    // A system call that reads the mapping, so the fault is taken in the kernel. It begins at an address
+    // without page tables, which are then allocated, too.
     let table = 2 << 20;
     let mapped = || {
         let node = Node::largest();

@@ -1,6 +1,6 @@
-//! The fuzzer, for as many calls as a test may take. Runs in the guest.
+//! The fuzzer, for as many calls as fit into a test. Runs in the guest.
 //!
-//! `cargo lab fuzz --minutes N` goes on longer, from other seeds.
+//! `cargo lab fuzz --minutes N` runs longer, with other seeds.
 
 use peerbuf_lab_suite::fuzz::{Plan, run};
 
@@ -14,7 +14,7 @@ fn two_hundred_thousand_random_calls_do_no_harm() {
     let report = run(&plan);
     println!("{report}");
     assert!(report.calls() >= 200_000);
-    // Calls that are all refused at the door would test nothing but the door.
+    // Calls that are all refused in their first checks would test only those checks.
     let in_vain = report.in_vain(25);
     assert!(
         in_vain.is_empty(),

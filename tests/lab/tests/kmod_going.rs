@@ -1,10 +1,9 @@
-//! A device goes away while everything that can be done with it is under way. Runs in the guest.
+//! A device goes away while every kind of access to it is in progress. Runs in the guest.
 //!
-//! The ways of going: unbinding, being unplugged (QEMU's `device_del`: the slot's button), a reset, and
-//! the module's unloading, which is refused. Under way are: loads and stores of a process, system
-//! calls on mappings, direct I/O that a disk has accepted, importers of every kind, some of which let
-//! go late or not by themselves, fences, a kernel mapping, and a move that has told the importers and
-//! waits for direct I/O.
+//! The device goes by an unbind, by an unplug (QEMU's `device_del`: the slot's button) or by a reset;
+//! unloading the module is refused. In progress are loads and stores of a process, system calls on mappings,
+//! direct I/O that a disk has accepted, importers of every kind (some unmap late, or only on request),
+//! fences, a kernel mapping, and a move that has invalidated the mappings and waits for direct I/O.
 
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -25,27 +24,27 @@ use peerbuf_uapi::{self as abi, probe};
 use peerbuf_uapi::{PLACEMENT_DEVICE, PLACEMENT_SYSTEM};
 use rustix::event::{EventfdFlags, eventfd};
 
-/// What the slowest of those under way makes the device wait, and four times that again for a busy
-/// host. (A slot's button is thought over for 5 s.)
+/// Time limit: the delay that the slowest of them causes, plus four times that for a busy host. (A slot's
+/// button takes effect after 5 s.)
 fn limit() -> Duration {
     Duration::from_secs(if is_debug_kernel() { 60 } else { 20 })
 }
 
-/// How long who is late takes to let go.
+/// The delay of a late importer.
 const LATE_MS: u32 = 700;
 
-/// What is in the way of the device.
+/// The buffers in use when the device goes.
 struct Busy {
     node: Node,
-    /// Mapped and used by the processor, and watched.
+    /// Mapped, accessed by the CPU, and watched.
     touched: OwnedFd,
-    /// Read into by a disk.
+    /// A disk reads into it.
     read: OwnedFd,
-    /// Being moved.
+    /// It is being moved.
     moved: OwnedFd,
-    /// Has importers of every kind.
+    /// It has importers of every kind.
     imported: OwnedFd,
-    /// In system memory, for an importer that needs it there.
+    /// In system memory, because of an importer that needs it there.
     settled: OwnedFd,
 }
 
@@ -85,7 +84,7 @@ fn map(fd: &OwnedFd, size: u64) -> Map {
     Map::new(fd.as_fd(), size as usize, true).unwrap()
 }
 
-/// Tells threads to stop, also where the test fails.
+/// Makes threads stop, also if the test fails.
 struct Stop<'a>(&'a AtomicBool);
 
 impl Drop for Stop<'_> {
@@ -94,7 +93,7 @@ impl Drop for Stop<'_> {
     }
 }
 
-/// Has the kernel read a mapping; its errno.
+/// Makes the kernel read a mapping; returns its errno.
 fn kernel_reads(map: &Map, at: usize) -> i32 {
     let (read, write) = std::io::pipe().unwrap();
     // SAFETY: The range lies in the mapping, which only the kernel reads here.
@@ -106,7 +105,7 @@ fn kernel_reads(map: &Map, at: usize) -> i32 {
     }
 }
 
-/// Gets everything under way, then has the device go by `go`, which says whether access comes back.
+/// Starts all accesses, then makes the device go by `go`, which returns whether access is restored.
 fn with_everything_under_way(bdf: &str, go: impl FnOnce(&Busy) -> bool) {
     let busy = Busy::new(bdf);
     let Busy { node, .. } = &busy;
@@ -127,7 +126,7 @@ fn with_everything_under_way(bdf: &str, go: impl FnOnce(&Busy) -> bool) {
     let again = attach(&busy.imported, DYNAMIC | PEER, remaps, 0);
     let late = attach(&busy.imported, DYNAMIC | PEER, holds, LATE_MS);
     let stubborn = attach(&busy.imported, DYNAMIC | PEER, holds, 0);
-    // Its mapping is of system memory: nobody waits for its end.
+    // Its mapping is of system memory, so its end is not awaited.
     let kernel = attach(&busy.settled, DYNAMIC, told, 0);
     let settled = attach(&busy.settled, 0, told, 0);
     for importer in [&good, &again, &late, &stubborn, &settled] {
@@ -137,16 +136,16 @@ fn with_everything_under_way(bdf: &str, go: impl FnOnce(&Busy) -> bool) {
     again.fence(probe::FENCE_BOOKKEEP, LATE_MS).unwrap();
     kernel.step(probe::IOC_VMAP).unwrap();
 
-    // A process of its own, since a load from what was revoked ends it.
+    // A separate process, since a load from a revoked mapping kills it.
     let loader = in_child(|| {
         for word in 0.. {
             let at = word * 8 % (64 * PAGE as usize);
-            // What another program has left in the BAR may be all ones.
+            // An earlier program may have left all ones in the BAR.
             touched.write(at, touched.read(at).wrapping_add(1));
         }
         0
     });
-    // So slow that the move still waits when the device begins to go, on a busy host, too.
+    // So slow that the move still waits when the device begins to go, even on a busy host.
     let rate = if is_debug_kernel() { MIB / 4 } else { MIB / 2 };
     let _slow = Slow::new(rate);
     let restored = thread::scope(|scope| {
@@ -154,7 +153,7 @@ fn with_everything_under_way(bdf: &str, go: impl FnOnce(&Busy) -> bool) {
         let (touched, read, moved) = (&touched, &read, &moved);
         let node = &busy.node;
         let stopping = Stop(stop);
-        // System calls on the mapping: they go on through it all, with EFAULT while access is gone.
+        // System calls on the mapping: they continue throughout, with EFAULT while access is revoked.
         scope.spawn(move || {
             while !stop.load(Ordering::Relaxed) {
                 let at = touches.fetch_add(1, Ordering::Relaxed) as usize * 4096 % (1 << 20);
@@ -162,7 +161,7 @@ fn with_everything_under_way(bdf: &str, go: impl FnOnce(&Busy) -> bool) {
                 assert!([0, libc::EFAULT].contains(&answer), "{answer}");
             }
         });
-        // What the disk has accepted takes some seconds.
+        // An accepted request of the disk, which takes some seconds.
         let reading = scope.spawn(move || {
             let disk = disk::open_direct(SCRATCH).unwrap();
             let first = disk::read_into(&disk, read, 0, 2 << 20, 0);
@@ -171,7 +170,7 @@ fn with_everything_under_way(bdf: &str, go: impl FnOnce(&Busy) -> bool) {
         wait_until("the disk reads", || {
             node.buffer(&busy.read).unwrap().busy_pages >= 256
         });
-        // The move finds pages in use that the disk gets next, and waits for it, half-way.
+        // The move finds pages in use by the disk's next request, and waits for it halfway.
         let held = scope.spawn(move || {
             let disk = disk::open_direct(SCRATCH).unwrap();
             disk::write_from(&disk, moved, 0, 2 << 20, 4 << 20)
@@ -185,7 +184,7 @@ fn with_everything_under_way(bdf: &str, go: impl FnOnce(&Busy) -> bool) {
         wait_until("the move has told the importers", || {
             node.buffer(&busy.moved).unwrap().invalidations > before
         });
-        // One that lets go only when somebody tells it, some time after it should have.
+        // An importer that unmaps only on request, some time after it should have.
         let pause = Duration::from_millis(u64::from(LATE_MS));
         let stubborn = &stubborn;
         scope.spawn(move || {
@@ -207,7 +206,7 @@ fn with_everything_under_way(bdf: &str, go: impl FnOnce(&Busy) -> bool) {
             "it was revoked meanwhile"
         );
         if !restored {
-            // Nobody reaches the device any more; what is in flight has ended.
+            // No one can access the device any more; accesses in flight have ended.
             for fd in busy.all() {
                 let query = node.buffer(fd).unwrap();
                 assert_eq!(query.state, abi::STATE_GONE);
@@ -234,7 +233,7 @@ fn with_everything_under_way(bdf: &str, go: impl FnOnce(&Busy) -> bool) {
             sync(&busy.touched, SYNC_WRITE).unwrap();
         }
         drop(stopping);
-        // What the disk was asked for it has either done or refused as a whole.
+        // Each of the disk's requests was either completed or refused as a whole.
         for answer in [reading.join().unwrap().0, held.join().unwrap()] {
             assert!([0, libc::EFAULT].contains(&errno(answer)));
         }
@@ -251,7 +250,7 @@ fn with_everything_under_way(bdf: &str, go: impl FnOnce(&Busy) -> bool) {
     );
     let mut count = [0; 8];
     rustix::io::read(&event, &mut count).expect("the watcher was told");
-    // System memory is nobody's device: who has it may keep it.
+    // System memory does not belong to the device: its users may keep it.
     assert_eq!(settled.state().mapped, 1);
     kernel.step(probe::IOC_VUNMAP).unwrap();
     settled.unmap();
@@ -310,7 +309,7 @@ fn unloading_is_refused_with_everything_under_way() {
     with_everything_under_way(&bdf, |busy| {
         let refused = Command::new("rmmod").arg("peerbuf").output().unwrap();
         assert!(!refused.status.success());
-        // And nothing has changed by it.
+        // The refused unload has changed nothing.
         let query = busy.node.buffer(&busy.imported).unwrap();
         assert_eq!((query.state, query.generation), (abi::STATE_LIVE, 1));
         Node::unbind(&bdf);

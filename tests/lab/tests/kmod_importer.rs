@@ -1,4 +1,4 @@
-//! What peerbuf_probe.ko, the importer, promises, with buffers of three exporters. Runs in the guest.
+//! The guarantees of peerbuf_probe.ko, the test importer, with buffers of three exporters. Runs in the guest.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Write};
@@ -28,7 +28,7 @@ fn bar(size: u64) -> OwnedFd {
     Node::largest().export(None, size).unwrap().0
 }
 
-/// How many exports there are of the device with the largest BAR.
+/// The number of exports of the device with the largest BAR.
 fn exports() -> u32 {
     Node::largest().bar2().exports
 }
@@ -42,7 +42,7 @@ const fn ms(ms: u64) -> Duration {
     Duration::from_millis(ms)
 }
 
-/// `DMA_BUF_IOCTL_SYNC`, begun and ended.
+/// Begins and ends a CPU access (`DMA_BUF_IOCTL_SYNC`).
 fn cpu_access(fd: BorrowedFd<'_>, write: bool) {
     for end in [0u64, 4] {
         let mut flags = end | if write { 2 } else { 1 };
@@ -84,20 +84,20 @@ fn what_an_unprivileged_process_was_given_it_may_use_and_no_more() {
     let attachment = Importer::attach(buffer.as_fd(), &nvme_bdf(), DYNAMIC, 0).unwrap();
     let node = importer::open().unwrap();
     let status = in_child(|| {
-        // SAFETY: The child only asks the kernel and leaves.
+        // SAFETY: The child only makes system calls and exits.
         let dropped = unsafe { (libc::setgid(65534), libc::setuid(65534)) };
         assert_eq!(dropped, (0, 0));
         let opened = OpenOptions::new().read(true).open("/dev/peerbuf/importer");
         assert_eq!(errno(opened), libc::EACCES);
         let refused = Importer::attach(buffer.as_fd(), &nvme_bdf(), 0, 0);
         assert_eq!(errno(refused), libc::EACCES);
-        // Descriptors that it was given are another matter: the right goes with them.
+        // A descriptor that it got carries the right with it.
         assert_eq!(attachment.map().unwrap().bytes, MIB);
         attachment.unmap();
         let mut request = importer::request(buffer.as_fd(), &nvme_bdf(), 0);
         let at = (&raw mut request).addr();
         assert_eq!(errno(ioctl(node.as_fd(), probe::IOC_ATTACH, at)), 0);
-        // An attachment is no way to another: not even to attach again.
+        // An attachment gives no access to the node's ioctl: not even to attach again.
         let on_attachment = ioctl(attachment.fd.as_fd(), probe::IOC_ATTACH, at);
         assert_eq!(errno(on_attachment), libc::ENOTTY);
         0
@@ -199,8 +199,8 @@ fn bad_requests_get_their_errno_and_change_nothing() {
     cases.push(("bytes after the NUL", after_nul, libc::EINVAL));
     cases.push(("nobody there", on_behalf_of(b"0000:ff:1f.7"), libc::ENXIO));
     cases.push(("no such domain", on_behalf_of(b"7fff:00:00.0"), libc::ENXIO));
-    // The host bridge has no driver; a port's does no DMA by way of the kernel; a device of
-    // peerbuf.ko does not master the bus.
+    // The host bridge has no driver; a port's driver does no DMA through the kernel; a device of peerbuf.ko
+    // is not a bus master.
     cases.push(("no driver", on_behalf_of(b"0000:00:00.0"), libc::EUNATCH));
     let port = bound_to("pcieport").unwrap();
     cases.push(("a port", on_behalf_of(port.as_bytes()), libc::EUNATCH));
@@ -258,7 +258,7 @@ fn bad_calls_on_an_attachment_get_their_errno_and_change_nothing() {
         words[..first.len()].copy_from_slice(first);
         words
     };
-    // size, flags, then fields; which of them must be zero or small.
+    // size, flags, then fields; the fields that must be zero or small.
     let map = probe::IOC_MAP;
     assert_eq!(call(map, words(&[23])), libc::EINVAL, "a short size");
     assert_eq!(call(map, words(&[24, 1])), libc::EINVAL, "a flag");
@@ -296,7 +296,7 @@ fn bad_calls_on_an_attachment_get_their_errno_and_change_nothing() {
     }
     assert_eq!(attachment.query(), before);
 
-    // Steps that do not follow from what went before.
+    // Steps without their precondition.
     for number in [
         probe::IOC_UNMAP,
         probe::IOC_UNPIN,
@@ -333,7 +333,7 @@ fn bad_calls_on_an_attachment_get_their_errno_and_change_nothing() {
     assert_eq!(errno(attachment.map()), libc::ENOTCONN);
     let fence = attachment.fence(probe::FENCE_READ, 10);
     assert_eq!(errno(fence), libc::ENOTCONN);
-    // Nobody waits for the fence that was left.
+    // No one waits for this fence.
     let ((), waited) = took(|| cpu_access(buffer.as_fd(), true));
     assert!(waited < ms(5000), "{waited:?}");
 }
@@ -344,7 +344,7 @@ fn an_answer_that_cannot_be_delivered_leaves_nothing_behind() {
     let buffer = bar(MIB);
     let nvme = nvme_bdf();
     let attachment = Importer::attach(buffer.as_fd(), &nvme, DYNAMIC | PEER, 0).unwrap();
-    // A request that can be read and not written.
+    // A request in memory that can be read but not written.
     let mut memory = tempfile::tempfile().unwrap();
     let request = importer::request(buffer.as_fd(), &nvme, DYNAMIC | PEER);
     memory.write_all(bytemuck::bytes_of(&request)).unwrap();
@@ -435,7 +435,7 @@ fn every_kind_of_importer_maps_system_memory() {
                 assert!(mapping.took > Duration::ZERO);
                 let unpinned = attachment.unpin();
                 match kind {
-                    // Who cannot be told must not give the pin up first.
+                    // An importer that cannot be invalidated must not unpin first.
                     Kind::Pinning => {
                         let refused = unpinned.unwrap_err().to_string();
                         assert!(refused.contains("EBUSY"), "{refused}");
@@ -466,7 +466,7 @@ fn kernel_mappings_are_made_and_taken_away() {
         one.step(probe::IOC_VUNMAP).unwrap();
         assert_eq!(one.query().state, 0);
         one.step(probe::IOC_VMAP).unwrap();
-        // The rest is taken away by closing.
+        // Closing the file releases the rest.
     }
 }
 
@@ -483,7 +483,7 @@ fn a_bar_is_reached_by_the_route_that_the_switch_gives() {
         ..Mapping::default()
     };
     assert_eq!(importer.map().unwrap(), expected);
-    // To others there is no way: this processor's host bridge is not trusted.
+    // There is no route to other devices: this CPU's host bridge is not trusted.
     let far = bound_to("virtio-pci").unwrap();
     let far = Importer::attach(buffer.as_fd(), &far, DYNAMIC | PEER, 0);
     assert_eq!(errno(far), libc::EREMOTEIO);
@@ -501,7 +501,7 @@ fn those_that_must_wait_for_a_fence_do() {
         importer.unmap();
         waited
     };
-    // Who waits: for a mapping of either kind, to read, to write.
+    // The waiters: a map of either kind, a CPU read, a CPU write.
     for (usage, [maps, reads, writes]) in [
         (probe::FENCE_KERNEL, [true, true, true]),
         (probe::FENCE_WRITE, [false, true, true]),
@@ -515,7 +515,7 @@ fn those_that_must_wait_for_a_fence_do() {
             ("write", writes, &|| took(|| cpu_access(fd.as_fd(), true)).1),
         ];
         for (what, expected, wait) in waits {
-            // The time is over by itself where it has to be waited for.
+            // The fence's timeout must end every expected wait.
             let limit = if expected { 250 } else { 20_000 };
             leaver.fence(usage, limit).unwrap();
             let waited = wait();
@@ -527,7 +527,7 @@ fn those_that_must_wait_for_a_fence_do() {
             assert_eq!(errno(signalled), if expected { libc::ENOENT } else { 0 });
         }
     }
-    // Told to, it signals before its time; the time of an old fence does not end a new one.
+    // Signalled before its timeout; the timeout of an old fence does not signal a new one.
     leaver.fence(probe::FENCE_KERNEL, 20_000).unwrap();
     thread::scope(|scope| {
         let waiter = scope.spawn(|| map(&told));
@@ -596,7 +596,7 @@ fn who_attaches_for_a_device_that_is_going_can_be_killed() {
     let mut request = importer::request(fd.as_fd(), &nvme_bdf(), DYNAMIC | PEER);
     request.on_invalidate = probe::ON_INVALIDATE_HOLD;
     let (told, telling) = std::io::pipe().unwrap();
-    // It holds what the unbinding waits for, and waits for the unbinding.
+    // It holds what the unbind waits for, and waits for the unbind.
     let child = in_child(|| {
         let holder = Importer::attach_as(request).unwrap();
         holder.map().unwrap();
@@ -629,7 +629,7 @@ fn a_mapping_is_held_for_a_time() {
     assert!(waited >= ms(550) && waited < ms(10_000), "{waited:?}");
     assert_eq!(holder.query().state, 0);
     Node::bind(&bdf);
-    // Closed while it holds: let go at once.
+    // Closed while it holds the mapping: released at once.
     let (fd, _) = Node::open(&bdf).unwrap().export(None, MIB).unwrap();
     let holder = Importer::attach(fd.as_fd(), &nvme_bdf(), DYNAMIC | PEER, 30_000).unwrap();
     holder.map().unwrap();
@@ -668,7 +668,7 @@ fn who_maps_again_by_itself_learns_that_it_may_not() {
         (report.invalidations, report.maps, report.remaps),
         (1, 1, 0)
     );
-    // Only what was mapped is wanted back.
+    // Only an importer that had a mapping maps again.
     let report = given_up.report().unwrap();
     assert_eq!((report.invalidations, report.remap_error), (1, None));
     Node::bind(&bdf);
@@ -698,7 +698,7 @@ fn who_maps_again_by_itself_follows_a_move() {
         assert_eq!(found.system_bytes, if in_bar { 0 } else { MIB });
         assert_eq!((found.invalidations, found.maps), (remaps, remaps + 1));
         assert_eq!((found.remap_error, found.state), (0, probe::MAPPED));
-        // The other keeps its mapping of the BAR until told, and the way back waits for that.
+        // The other importer keeps its mapping of the BAR until told, and the move back waits for that.
         let stale = probe::MAPPED | probe::STALE;
         assert_eq!(holder.query().state, if in_bar { 0 } else { stale });
         holder.unmap();
@@ -720,7 +720,7 @@ fn an_attachment_outlives_its_file_as_long_as_it_was_told() {
     wait_until("it lets go", || exports() == 0);
     assert!(start.elapsed() >= ms(650), "{:?}", start.elapsed());
 
-    // Told that its mapping is stale, it behaves, file or not.
+    // After an invalidation it behaves, with or without a file.
     let (fd, _) = node.export(None, MIB).unwrap();
     request.dmabuf = fd.as_raw_fd();
     request.detach_ms = 20_000;
@@ -730,7 +730,7 @@ fn an_attachment_outlives_its_file_as_long_as_it_was_told() {
     let ((), waited) = took(|| Node::unbind(&bdf));
     assert!(waited < ms(10_000), "{waited:?}");
     Node::bind(&bdf);
-    // What was told to stay may be told to go.
+    // An attachment told to hold can be told to detach.
     let (fd, _) = Node::open(&bdf).unwrap().export(None, MIB).unwrap();
     request.dmabuf = fd.as_raw_fd();
     let lingering = Importer::attach_as(request).unwrap();
@@ -751,7 +751,7 @@ fn an_attachment_that_lingers_keeps_its_module() {
     };
     assert!(users() >= 1);
     assert!(!done("rmmod", "peerbuf_probe"));
-    // That of the test before has twenty seconds.
+    // The fence of the previous test has a timeout of twenty seconds.
     let waiting = Stopwatch::start();
     while users() != 0 {
         assert!(waiting.elapsed() < ms(40_000), "{} users", users());
@@ -761,7 +761,7 @@ fn an_attachment_that_lingers_keeps_its_module() {
     assert!(done("insmod", "/opt/peerbuf/modules/peerbuf_probe.ko"));
 }
 
-/// Whether a command did it.
+/// Whether a command on a module succeeded.
 fn done(command: &str, module: &str) -> bool {
     let ended = Command::new(command).arg(module).output().unwrap();
     ended.status.success()
@@ -850,7 +850,7 @@ fn a_driver_does_not_go_before_an_attachment_that_is_letting_go_by_itself() {
         .unwrap();
     let began = Instant::now();
     thread::scope(|scope| {
-        // Waits for the fence with the buffer's lock, which the end of an attachment needs.
+        // Waits for the fence with the reservation lock held, which the detach needs.
         scope.spawn(|| mapping.map().unwrap());
         thread::sleep(ms(300));
         scope.spawn(move || drop(importer));
@@ -870,7 +870,7 @@ fn a_storm_of_calls_on_shared_attachments_ends_well() {
     let storm = |salt: u64| {
         let mut rng = StdRng::seed_from_u64(salt);
         let mut calls = 0u32;
-        // So many at least, however slow the machine is.
+        // At least this many calls, however slow the machine is.
         while Instant::now() < end || calls <= 300 {
             let buffer = match rng.random_range(0..3) {
                 0 => udmabuf(4 * PAGE),
@@ -909,7 +909,7 @@ fn a_storm_of_calls_on_shared_attachments_ends_well() {
                                     .fence(rng.random_range(0..4), rng.random_range(1..20))
                                     .map(|()| 0),
                                 4 => Ok(attachment.query().maps),
-                                // Detaching ends the round, so it is rare.
+                                // A detach ends the round, so it is rare.
                                 5 if rng.random_bool(0.1) => attachment.step(probe::IOC_DETACH),
                                 6..8 => attachment.step(probe::IOC_UNMAP),
                                 _ => attachment.step(
@@ -944,7 +944,7 @@ fn a_storm_of_calls_on_shared_attachments_ends_well() {
             }
         }
     });
-    // The last of them linger.
+    // Late detaches take a moment.
     wait_until("nothing is left", || exports() == 0);
 }
 
@@ -964,7 +964,7 @@ fn attaching_mapping_and_fencing_leak_nothing() {
     for _ in 0..4000 {
         round();
     }
-    // A fence is freed after a grace period.
+    // A fence is freed after an RCU grace period.
     wait_until("an attachment or a fence is some 200 bytes", || {
         memory::in_use("").saturating_sub(before) < 400 << 10
     });

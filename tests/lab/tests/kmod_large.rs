@@ -1,5 +1,5 @@
-//! Buffers past 4 GiB, on a BAR of 8 GiB of which the host has only what is touched. Runs in the
-//! guest. Each test writes different words 4 GiB apart, so that a number cut to 32 bits would show.
+//! Buffers longer than 4 GiB, on a BAR of 8 GiB of which the host allocates only touched pages. Runs in the
+//! guest. Each test writes different words 4 GiB apart, which would reveal an offset truncated to 32 bits.
 
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -36,7 +36,7 @@ fn the_processor_and_the_disk_reach_bytes_past_4_gib() {
     let node = card();
     let (fd, offset) = node.export(Some(0), 6 * GIB).unwrap();
     assert_eq!(offset, 0);
-    // One across the bound, and what would be met below by mistake.
+    // A window across 4 GiB, and one at the offset that a truncation would access.
     let len = MIB as usize;
     let across = window(&fd, BOUND - MIB / 2, MIB);
     let (low, high) = (window(&fd, 0, MIB), window(&fd, 5 * GIB, MIB));
@@ -47,13 +47,13 @@ fn the_processor_and_the_disk_reach_bytes_past_4_gib() {
     for (at, map) in [(0, &across), (MIB as i64, &high)] {
         assert_eq!(write_from(&disk, map, 0, len, at).unwrap(), len);
     }
-    // Back, the one to the other's place.
+    // Read back, each to the other's place.
     assert_eq!(read_into(&disk, &high, 0, len, 0).unwrap(), len);
     assert_eq!(read_into(&disk, &across, 0, len, MIB as i64).unwrap(), len);
     for (salt, map) in [(1, &low), (3, &across), (2, &high)] {
         assert_eq!(differs(map, 0, len, salt), None, "{salt}");
     }
-    // An export of the place itself sees the same.
+    // An export of the range itself has the same bytes.
     drop((low, across, high, fd));
     let (fd, _) = node.export(Some(BOUND), MIB / 2).unwrap();
     let seen = window(&fd, 0, MIB / 2);
@@ -76,7 +76,7 @@ fn an_importer_gets_every_byte_of_a_list_past_4_gib() {
     assert_eq!(state.segments, 2);
     drop((importer, fd));
 
-    // System memory behind 5 GiB of the BAR, as one list.
+    // System memory after 5 GiB of the BAR, in one list.
     let range = |flags, offset, length| abi::Range {
         offset,
         length,
@@ -110,7 +110,7 @@ fn ranges_whose_sum_passes_4_gib_hold_the_callers_order() {
     let mut ranges = [range(4 * GIB, 3 * GIB), range(GIB, 2 * GIB)];
     let (fd, len) = node.export_ranges(0, &mut ranges).unwrap();
     assert_eq!(len, 5 * GIB);
-    // Where the ranges meet, and past 4 GiB in the buffer, which is 2 GiB in the BAR.
+    // At the boundary of the ranges, and beyond 4 GiB in the buffer, which is at 2 GiB in the BAR.
     for (salt, at) in [(1, 3 * GIB - PAGE), (2, 3 * GIB), (3, 4 * GIB), (4, 0)] {
         fill(&window(&fd, at, PAGE), 0, PAGE as usize, salt);
     }
@@ -121,7 +121,7 @@ fn ranges_whose_sum_passes_4_gib_hold_the_callers_order() {
         assert_eq!(differs(&seen, 0, PAGE as usize, salt), None, "{at:#x}");
     }
     assert_all_free(&node);
-    // Sums and ends that are no good, past 4 GiB.
+    // Invalid sums and ends beyond 4 GiB.
     for (offset, length, expected) in [
         (Some(7 * GIB), GIB + PAGE, libc::EINVAL),
         (Some(8 * GIB), PAGE, libc::EINVAL),

@@ -1,5 +1,5 @@
-//! Memory that another driver lends: the controller memory buffer of the NVMe disk, which the kernel's
-//! own driver keeps. Runs in the guest.
+//! P2PDMA memory of another driver: the controller memory buffer of the NVMe disk, which stays bound to the
+//! kernel's own driver. Runs in the guest.
 
 use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
@@ -22,13 +22,13 @@ use peerbuf_uapi::{self as abi, probe};
 
 const LEN: u64 = 2 * MIB;
 
-/// Bytes of the disk's pool that nobody has.
+/// Free bytes of the disk's pool.
 fn available(bdf: &str) -> u64 {
     let path = format!("/sys/bus/pci/devices/{bdf}/p2pmem/available");
     fs::read_to_string(path).unwrap().trim().parse().unwrap()
 }
 
-/// Waits for pages that the block layer gives back a moment after it told the end of its I/O.
+/// Waits for pages that the block layer frees a moment after its I/O completed.
 fn assert_available(bdf: &str, bytes: u64) {
     let start = Stopwatch::start();
     while available(bdf) != bytes && start.elapsed() < Duration::from_secs(10) {
@@ -41,7 +41,8 @@ fn map(fd: &OwnedFd, len: u64) -> Map {
     Map::new(fd.as_fd(), len as usize, true).unwrap()
 }
 
-/// The disk without its filesystem, so that its driver can be unbound. Dropping it brings both back.
+/// The disk without its mounted filesystem, so that its driver can be unbound. Dropping it binds and mounts
+/// again.
 struct Unmounted(String);
 
 impl Unmounted {
@@ -63,8 +64,8 @@ impl Unmounted {
                 assert!(start.elapsed() < Duration::from_secs(60), "no disk");
                 sleep(Duration::from_millis(20));
             }
-            // The kernel looks for both namespaces at once and numbers them as it finds them. What is
-            // the scratch disk's name must not become that of the filesystem.
+            // The kernel scans both namespaces at once and numbers them in the order of completion. The
+            // scratch disk's name must not go to the namespace with the filesystem.
             let namespace = fs::read_to_string("/sys/block/nvme0n1/nsid").unwrap();
             if namespace.trim() == "1" {
                 break;
@@ -106,7 +107,7 @@ fn every_byte_of_lent_memory_goes_every_way_and_is_given_back() {
     let words = || (0..LEN as usize).step_by(8);
     assert!(words().all(|at| seen.read(at) == 0), "it begins as zeroes");
 
-    // The processor, then the disk's DMA engine, and back from the disk into another export.
+    // The CPU writes, the disk's DMA engine reads, and the disk writes back to another export.
     fill(&seen, 0, LEN as usize, 1);
     let disk = open_direct(SCRATCH).unwrap();
     let len = LEN as usize;
@@ -117,7 +118,7 @@ fn every_byte_of_lent_memory_goes_every_way_and_is_given_back() {
     assert_eq!(read_into(&disk, &other_seen, 0, len, 0).unwrap(), len);
     assert_eq!(differs(&other_seen, 0, len, 1), None);
 
-    // An importer, which for this disk is the owner of the memory itself.
+    // An importer; here it is the disk itself, the owner of the memory.
     let importer = Importer::attach(fd.as_fd(), &bdf, DYNAMIC | PEER, 0).unwrap();
     importer.map().unwrap();
     let state = importer.query();
@@ -149,7 +150,7 @@ fn every_byte_of_lent_memory_goes_every_way_and_is_given_back() {
     assert_eq!(read_into(&disk, &other_seen, 0, len, 0).unwrap(), len);
     assert_eq!(differs(&other_seen, 0, len, 2), None);
 
-    // Its place is kept while it is elsewhere, and nothing stays when it is gone.
+    // Its range stays reserved while it is elsewhere, and is freed at its end.
     assert_eq!(available(&bdf), before - 2 * LEN);
     drop((importer, seen, other_seen, fd, other, provider));
     assert_available(&bdf, before);
@@ -187,7 +188,7 @@ fn bad_requests_get_their_errno_and_take_nothing() {
     let mut other_bar = Node::request(None, PAGE);
     other_bar.bar = 0;
     assert_ne!(errno(provider.export_request(other_bar)), 0);
-    // Half of what was asked for is given back.
+    // The first half of a failed request is freed.
     let range = |length| abi::Range {
         length,
         flags: abi::RANGE_ANY_OFFSET,
@@ -200,7 +201,8 @@ fn bad_requests_get_their_errno_and_take_nothing() {
     for (who, expected) in [
         ("0000:00:1f.7", libc::ENXIO),
         ("nonsense", libc::EINVAL),
-        // The host bridge has no driver; a card of ours has a node; the network card lends nothing.
+        // The host bridge has no driver; a device of peerbuf.ko has a node; the network card's driver
+        // publishes no memory.
         ("0000:00:00.0", libc::ENODEV),
         (&*Node::largest().bdf, libc::EOPNOTSUPP),
         (&*modules::find_pci(0x1af4, 0x1000), libc::EOPNOTSUPP),
@@ -257,7 +259,7 @@ fn unbinding_the_owner_revokes_what_it_lends() {
         fill(&seen, 0, LEN as usize, round);
         fill(&moved_seen, 0, LEN as usize, round);
         provider.move_to(&moved, abi::PLACEMENT_SYSTEM).unwrap();
-        // One that lets go when it is told, and one that takes its time.
+        // An importer that unmaps when invalidated, and a late one.
         let importer = Importer::attach(fd.as_fd(), &bdf, DYNAMIC | PEER, 0).unwrap();
         importer.map().unwrap();
         let late = Importer::attach(fd.as_fd(), &bdf, DYNAMIC | PEER, 300).unwrap();
@@ -297,19 +299,20 @@ fn an_importer_that_does_not_let_go_holds_up_the_owner_and_not_the_bus() {
     let whole = available(&bdf);
     let provider = open_provider(&bdf).unwrap();
     let (fd, _) = provider.export(None, LEN).unwrap();
-    // For another device: the owner's own attachments end with its driver. It holds until it is told.
+    // For another device, since the owner's own attachments end with its driver. It holds the mapping until
+    // told.
     let mut request = importer::request(fd.as_fd(), &Edu::bdf(), DYNAMIC | PEER);
     request.on_invalidate = probe::ON_INVALIDATE_HOLD;
     let holder = Importer::attach_as(request);
     if std::env::var("PEERBUF_LAB_TOPOLOGY").as_deref() == Ok("switch") {
-        // No other device there reaches the disk, so nobody but the owner can hold its memory.
+        // No other device has a route to the disk, so only the owner can hold its memory.
         assert_eq!(errno(holder), libc::EREMOTEIO);
         return;
     }
     let holder = holder.unwrap();
     holder.map().unwrap();
     thread::scope(|scope| {
-        // Ends before the scope does, also where the test fails.
+        // Dropped before the scope ends, also if the test fails.
         let holder = holder;
         let (tell, told) = mpsc::channel();
         let disk = &disk;
@@ -319,7 +322,7 @@ fn an_importer_that_does_not_let_go_holds_up_the_owner_and_not_the_bus() {
             disk.unbind();
         });
         let stack = Path::new("/proc").join(told.recv().unwrap()).join("stack");
-        // Past the bus notifier: the owner's removal waits for memory that is in use.
+        // After the bus notifier the owner's removal itself waits for memory in use.
         wait_until("the owner waits by itself", || {
             fs::read_to_string(&stack)
                 .unwrap()
@@ -340,7 +343,7 @@ fn unbinding_the_owner_while_its_disk_works_on_what_it_lends() {
     for round in 0..4u64 {
         let provider = open_provider(&bdf).unwrap();
         let (fd, _) = provider.export(None, LEN).unwrap();
-        // Reads as long as the disk is there.
+        // Reads until the disk goes away.
         let reader = in_child(|| {
             let seen = map(&fd, LEN);
             let file = open_direct(SCRATCH).unwrap();
@@ -351,7 +354,7 @@ fn unbinding_the_owner_while_its_disk_works_on_what_it_lends() {
             i32::from(done == 0)
         });
         sleep(Duration::from_millis(150 + 40 * round));
-        // Every other time nobody but the I/O has the buffer.
+        // In every other round, only the I/O refers to the buffer.
         let fd = (round % 2 == 0).then_some(fd);
         disk.unbind();
         assert_eq!(reader.wait(), Ok(0), "round {round}");

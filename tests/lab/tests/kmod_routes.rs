@@ -1,5 +1,5 @@
-//! What each topology makes of an export: the addresses that an importer gets, and what direct I/O
-//! on a mapping does. Runs in the guest, once for each topology.
+//! The mappings of an export in each topology: the addresses that an importer gets, and the behaviour of
+//! direct I/O on a mapping. Runs in the guest, once for each topology.
 
 use std::fs;
 use std::io;
@@ -46,7 +46,7 @@ fn importers_get_the_route_of_the_topology() {
     }
     let importer = attached.unwrap();
     let answer = importer.map();
-    // Under a switch the kernel takes the short way, IOMMU or not.
+    // Under a switch the kernel uses the short route, with or without an IOMMU.
     let bridged = topology() == "host-bridge";
     let expected = Mapping {
         segments: 1,
@@ -62,7 +62,7 @@ fn importers_get_the_route_of_the_topology() {
     check(importer.map().unwrap());
 }
 
-/// Every device whose memory can be exported, with every device that has a driver which does DMA.
+/// Every device with exportable memory, with every device whose driver does DMA.
 #[test]
 fn what_is_predicted_is_what_the_kernel_answers_for_every_pair() {
     let machine = peerbuf_topo::running().unwrap();
@@ -93,7 +93,7 @@ fn what_is_predicted_is_what_the_kernel_answers_for_every_pair() {
         let lender = machine.find(info.address).unwrap();
         for (client, function) in machine.each() {
             let argument = argue(&rules, client, lender);
-            // A device needs no route to itself. One that cannot send the address is refused for that.
+            // A device needs no route to itself, but must be able to send the address.
             let cannot_send = |reason: &Reason| reason.code == Code::DmaMask;
             if client == lender || argument.reasons.iter().any(cannot_send) {
                 continue;
@@ -111,7 +111,7 @@ fn what_is_predicted_is_what_the_kernel_answers_for_every_pair() {
                     other => panic!("{pair}: {other:?}"),
                 },
                 Err(ProbeError::System { cause, .. }) => match cause.errno {
-                    // No driver, or one that does no DMA.
+                    // Without a driver, or with one that does no DMA.
                     Errno::UNATCH => continue,
                     Errno::REMOTEIO => rules::Map::NotSupported,
                     _ => panic!("{pair}: {cause}"),
@@ -123,7 +123,7 @@ fn what_is_predicted_is_what_the_kernel_answers_for_every_pair() {
             compared.push((pair, answer));
         }
     }
-    // The disk and others, with each of the BARs and the disk's own buffer.
+    // The disk and other devices, with each of the BARs and with the disk's own memory.
     assert!(compared.len() >= 8, "{compared:?}");
     let answers = |map| compared.iter().filter(|(_, answer)| *answer == map).count();
     let disk = match topology().as_str() {
@@ -134,7 +134,7 @@ fn what_is_predicted_is_what_the_kernel_answers_for_every_pair() {
     assert!(answers(disk) >= 2, "{compared:?}");
 }
 
-/// pciutils' own text of this machine lacks the processor, and says nothing else than sysfs.
+/// pciutils's text of this machine lacks the processor, and otherwise says the same as sysfs.
 #[test]
 fn lspci_s_text_gives_the_same_predictions_as_sysfs() {
     let ours = peerbuf_topo::running().unwrap();
@@ -204,7 +204,7 @@ fn direct_io_does_what_the_topology_is_known_for() {
             assert!(log.lines().any(said), "{reason}");
         }
         "lying" => {
-            // The model of a platform that must not be believed: full counts, no bytes.
+            // A platform that must not be trusted: full counts, but no bytes.
             assert_eq!((count(wrote), count(read)), (Ok(LEN), Ok(LEN)));
             assert!(
                 !is_pattern(),
@@ -236,7 +236,7 @@ fn an_attachment_ends_with_the_driver_of_its_device() {
             request.on_invalidate = probe::ON_INVALIDATE_HOLD;
             let importer = match Importer::attach_as(request) {
                 Ok(importer) => importer,
-                // From its place the device reaches a BAR only if host bridges are trusted.
+                // In its slot the device reaches a BAR only through trusted host bridges.
                 Err(e) => {
                     assert_eq!(e.raw_os_error(), Some(libc::EREMOTEIO), "{how}");
                     assert_ne!(topology(), "host-bridge", "{how}");
@@ -250,7 +250,7 @@ fn an_attachment_ends_with_the_driver_of_its_device() {
         }
         let other = Importer::attach(fd.as_fd(), &nvme_bdf(), DYNAMIC, 0).unwrap();
         other.map().unwrap();
-        // One that outlives its file goes with the driver, too.
+        // An attachment that outlives its file ends with the driver, too.
         let mut request = importer::request(heap.as_fd(), &bdf, DYNAMIC | PEER);
         request.detach_ms = 1500;
         let lingering = Importer::attach_as(request).unwrap();

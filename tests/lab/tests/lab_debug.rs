@@ -1,4 +1,4 @@
-//! The debug kernel notices what it is for, and the lab hears it. Runs on the host.
+//! The debug kernel reports the errors that it is for, and the lab notices. Runs on the host.
 
 use std::process::{Command, Stdio};
 

@@ -1,4 +1,4 @@
-//! The machine does what the guest's tests ask of it. Runs in the guest.
+//! The machine does what the guest's tests request. Runs in the guest.
 
 use std::fs;
 use std::os::fd::AsFd;
@@ -17,7 +17,7 @@ fn a_bar_is_unplugged_under_peerbuf_and_comes_back_empty() {
         let node = Node::open(&bdf).unwrap();
         let (fd, _) = node.export(Some(4096), 4096).unwrap();
         let map = Map::new(fd.as_fd(), 4096, true).unwrap();
-        // At first it holds what another program left there.
+        // In the first round it contains bytes of another program.
         assert!(round == 0 || map.read(0) == 0, "round {round}");
         map.write(0, 0x5a5a_0001);
         assert_eq!(map.read(0), 0x5a5a_0001, "round {round}");

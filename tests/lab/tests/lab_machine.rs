@@ -1,4 +1,4 @@
-//! The guest has the devices that its topology promises. Runs in the guest, in each topology.
+//! The guest has the devices of its topology. Runs in the guest, in each topology.
 
 use std::{
     fs,
@@ -84,7 +84,7 @@ fn the_devices_hang_together_as_the_topology_says() {
         |d: &PathBuf| read(d.join("vendor")) == "0x104c" && read(d.join("device")) == "0x8232";
     let switch_of = |device: &Path| parents(device).into_iter().find(is_switch);
     let under_one = matches!(topology().as_str(), "switch" | "lying");
-    // The smallest stands apart in each.
+    // The device with the smallest BAR has the same place in each topology.
     let large = |d: &PathBuf| bar_2_bytes(d) > 1 << 20;
     for device in devices(IVSHMEM).into_iter().filter(large) {
         assert_eq!(
@@ -120,7 +120,7 @@ fn a_network_card_carries_soft_roce() {
         command
     };
     let mut server = pingpong(&[]).spawn().unwrap();
-    // On a busy host it may be seconds before the server listens; until then the client fails.
+    // On a busy host the server may take seconds until it listens; until then the client fails.
     let end = Instant::now() + Duration::from_secs(60);
     while !pingpong(&["127.0.0.1"]).status().unwrap().success() {
         assert!(

@@ -1,5 +1,5 @@
-//! `peerbuf matrix`: what each exporter and importer of the lab make of each other, cell by cell,
-//! and that docs/matrix.md says the same. Runs in the guest.
+//! `peerbuf matrix`: the path between each exporter and each importer of the lab, compared cell by cell with
+//! docs/matrix.md. Runs in the guest.
 
 use std::process::Command;
 
@@ -9,10 +9,10 @@ use peerbuf_lab_suite::modules;
 use peerbuf_lab_suite::node::Node;
 use serde_json::Value;
 
-/// The page of the docs. Where it is wrong, `docs/make-matrix` makes it right.
+/// The page in docs. `docs/make-matrix` corrects it.
 const PAGE: &str = include_str!("../../../docs/matrix.md");
 
-/// A row: the exporter, and of each importer the path, or the reason code.
+/// A row: the exporter, and for each importer the path or the reason code.
 type Row = (&'static str, &'static [&'static str]);
 
 const P2P: &str = "peer-to-peer";
@@ -135,7 +135,7 @@ const IOMMU: &[Row] = &[
     ),
 ];
 
-/// The further column, where the kernel has iommufd: asked only, as the probe is.
+/// The additional column of kernels with iommufd, which, like that of the probe, only asks.
 const IOMMUFD: (&str, &[&str]) = (
     "iommufd",
     &[
@@ -154,7 +154,7 @@ const IOMMUFD: (&str, &[&str]) = (
     ],
 );
 
-/// What is expected of each pair: exporter, importer, and the path or the reason code.
+/// The expected cells: exporter, importer, and the path or the reason code.
 fn expected(rows: &[Row]) -> Vec<(&'static str, &'static str, &'static str)> {
     let mut all = Vec::new();
     let iommufd = std::path::Path::new("/dev/iommu").exists() && topology() == "host-bridge";
@@ -167,7 +167,7 @@ fn expected(rows: &[Row]) -> Vec<(&'static str, &'static str, &'static str)> {
     all
 }
 
-/// Why a path is not the best one, where it is not by the buffer's own nature.
+/// The reason why a path is not the best, unless the buffer's own kind is the reason.
 fn reason(exporter: &str, importer: &str, path: &str) -> Option<&'static str> {
     match (exporter, importer, path) {
         (_, "CPU", STAGED) => Some("not-a-device"),
@@ -186,7 +186,7 @@ fn matrix(format: &str) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// The devices that docs/make-matrix brings up.
+/// Makes the devices that docs/make-matrix makes.
 fn prepare() -> &'static [Row] {
     modules::vgem();
     modules::vivid_node();
@@ -199,7 +199,7 @@ fn prepare() -> &'static [Row] {
         return SWITCH;
     }
     expect_what_vfio_loses();
-    // A second test finds it done.
+    // A second test finds them made.
     if let Some(small) = Node::all()
         .last()
         .filter(|node| node.bar2().size == 1 << 20)
@@ -244,7 +244,7 @@ fn every_pair_brings_checked_bytes_or_the_reason_why_not() {
         cells.next().is_none(),
         "a row that nobody expected: {answer}"
     );
-    // What is missing is what the lab's kernel is built without, or has no device for.
+    // Only what the lab's kernel lacks, or has no device for, may be missing.
     let missing = answer["missing"].as_array().unwrap();
     for missing in missing {
         let what = missing["what"].as_str().unwrap();

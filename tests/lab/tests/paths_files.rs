@@ -1,5 +1,5 @@
-//! Files, disks and what was proved of them, by the crate: what direct I/O waits for, and for how long a proof is
-//! believed. Runs in the guest, where the disk and the card can be peers.
+//! Files, disks and proofs of paths, through the crate: what direct I/O waits for, and how long a proof is
+//! valid. Runs in the guest, where the disk and the card can be peers.
 
 use std::fs::{self, File};
 use std::io::Seek;
@@ -96,14 +96,14 @@ fn direct_io_waits_for_the_fences_of_the_buffer() {
         (device_memory(&device), Path::PeerToPeer),
         (memory, Path::SharedHostMemory),
     ] {
-        // Proofs copy by the processor, too, which waits; they are done before.
+        // Proofs copy with the CPU, which waits, too; they are done before.
         for direction in BOTH {
             assert_eq!(path(&file, &buffer, direction), expected);
         }
         let fd = buffer.dmabuf().unwrap().as_fd();
         let other = Importer::attach(fd, &disk, DYNAMIC | PEER, 0).unwrap();
         let mut attachment = file.attach(&buffer.whole()).unwrap();
-        // Who overwrites waits for all, who reads for those who write.
+        // Writers wait for all fences, readers for those of writers.
         for (direction, usage, waits) in [
             (Direction::DiskToBuffer, probe::FENCE_WRITE, true),
             (Direction::DiskToBuffer, probe::FENCE_READ, true),
@@ -130,7 +130,7 @@ fn direct_io_waits_for_the_fences_of_the_buffer() {
 
 #[test]
 fn a_proof_is_not_believed_of_a_device_that_was_bound_anew() {
-    // Not the one that other tests use.
+    // A device that other tests do not use.
     let node = Node::all().remove(1);
     let file = file();
     let first = importer(&file);
@@ -207,7 +207,7 @@ fn run(command: &str) {
     assert!(done.success(), "{command}");
 }
 
-/// Runs a command when it goes.
+/// Runs a command when dropped.
 struct Afterwards(&'static str);
 
 impl Drop for Afterwards {
@@ -216,7 +216,7 @@ impl Drop for Afterwards {
     }
 }
 
-/// Why not peer to peer; `None` if it is.
+/// The reason against peer to peer; `None` if the path is peer to peer.
 fn why_not(plan: &Plan) -> Option<ReasonCode> {
     let mut reasons = plan.reasons.iter();
     let against = reasons.find(|reason| reason.path == Path::PeerToPeer);
@@ -232,7 +232,7 @@ fn no_proof_is_believed_of_a_device_that_is_several_disks() {
     load("dm-mod");
     load("brd");
     let buffer = device_memory(&device(&Node::largest()));
-    // Each 1 MiB, in sectors; chunks of 64 KiB.
+    // 1 MiB each, in sectors, with chunks of 64 KiB.
     for (table, disks) in [
         ("0 2048 linear /dev/nvme0n2 2048", 1),
         (
@@ -294,7 +294,7 @@ fn a_hole_that_ext2_fills_through_the_page_cache_is_no_peer_to_peer_write() {
     }
 }
 
-/// A disk in memory, of 16 MiB, whose 4 KiB from `bad` on can be neither read nor written.
+/// A disk in memory of 16 MiB, on which the 4 KiB from `bad` can be neither read nor written.
 struct Faulty(&'static FilePath);
 
 impl Faulty {
@@ -346,7 +346,7 @@ fn a_fault_of_the_disk_is_told_with_its_place_and_what_arrived() {
     let pieces: Vec<Piece> = (0..8 * MIB / PIECE)
         .map(|index| Piece {
             file_offset: index * PIECE,
-            // In the buffer the other way round, so that none follows another.
+            // In the buffer in reverse order, so that no piece follows another.
             offset: 8 * MIB - (index + 1) * PIECE,
             length: PIECE,
         })
@@ -379,7 +379,7 @@ fn a_fault_of_the_disk_is_told_with_its_place_and_what_arrived() {
             "{error}"
         );
         assert_eq!(*wanted, 8 * MIB);
-        // The processor's own reads and the buffer agree on what is said to have arrived.
+        // The CPU's own reads match the bytes reported as arrived.
         let at = (8 * MIB - prefix) as usize;
         assert!(get(&buffer.whole())[at..] == bytes[at..], "{direction}");
         let mut first = vec![0; PIECE as usize];
@@ -400,7 +400,7 @@ fn where_io_uring_is_forbidden_threads_do_it_and_the_receipt_tells() {
     let file = file();
     let buffer = udmabuf::export("memory", MIB).unwrap();
     let read = || {
-        // An importer of its own: one that has a ring keeps it.
+        // An importer of its own, because an importer with a ring keeps it.
         let receipt = importer(&file)
             .attach(&buffer.whole())
             .unwrap()

@@ -1,5 +1,5 @@
-//! Each rung of the ladder, by the crate: which is taken for which file and buffer, and that the
-//! bytes arrive. Runs in the guest, in each topology.
+//! Each rung of the ladder, through the crate: the one chosen for each file and buffer, and that the bytes
+//! arrive. Runs in the guest, in each topology.
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
@@ -17,7 +17,7 @@ use peerbuf_lab_suite::demo::topology;
 use peerbuf_lab_suite::node::Node;
 
 const NVME: &str = "/mnt/nvme";
-/// The raw namespace that tests may overwrite. Each test keeps to a part of its own.
+/// The raw namespace that tests may overwrite. Each test uses its own part.
 const RAW: &str = "/dev/nvme0n2";
 const MIB: u64 = 1 << 20;
 
@@ -51,7 +51,7 @@ fn importer(file: &File) -> FileImporter {
     FileImporter::from_fd(file.try_clone().unwrap().into(), "the file").unwrap()
 }
 
-/// What a file on the disk, or the disk itself once it is proved, must give here.
+/// The expected path of a file on the disk, or of the disk itself once it is proved.
 fn expected() -> (Path, Option<ReasonCode>) {
     match topology().as_str() {
         "switch" | "host-bridge" => (Path::PeerToPeer, None),
@@ -249,7 +249,7 @@ fn a_udmabuf_shares_its_pages_with_the_disk() {
     let range = buffer.range(4096, MIB + 100).unwrap();
     let receipt = importer(&file).attach(&range).unwrap().read(0).unwrap();
     assert_eq!(receipt.plan.path, Path::SharedHostMemory);
-    // The same bytes by the dma-buf alone, as a device would find them.
+    // The same bytes through the dma-buf alone, as a device sees them.
     let dmabuf = buffer.dmabuf().unwrap().try_clone().unwrap();
     let other = Buffer::from_dmabuf(dmabuf, buffer.provenance().clone());
     assert!(get(&other.range(4096, MIB + 100).unwrap()) == bytes);
@@ -280,7 +280,7 @@ fn a_dma_buf_without_pages_is_staged_and_says_why() {
     assert!(get(&whole.whole()) == bytes);
 }
 
-/// A limit of the driver's for each udmabuf, until it is dropped.
+/// The driver's size limit for udmabufs, restored on drop.
 struct SizeLimit(String);
 
 impl SizeLimit {
@@ -313,19 +313,19 @@ fn a_udmabuf_beyond_the_limit_or_off_a_page_says_which() {
 
 #[test]
 fn a_udmabuf_beyond_the_machines_memory_is_refused_and_nobody_is_killed() {
-    // What Linux 7.3 begins with.
+    // The initial value in Linux 7.3.
     let _limit = SizeLimit::set("2147483647");
     let error = udmabuf::export("memory", 4 << 30).unwrap_err().to_string();
     assert!(error.contains("MemAvailable"), "{error}");
     assert!(!error.contains("2147483647"), "{error}");
-    // The same as the holes of a memfd.
+    // As for a memfd with holes.
     let empty = peerbuf::export::memfd::export("memory", 4 << 30).unwrap();
     let error = udmabuf::export_list("list", &[empty.whole()]).unwrap_err();
     assert!(error.to_string().contains("MemAvailable"), "{error}");
     udmabuf::export_list("list", &[empty.range(0, MIB).unwrap()]).unwrap();
 }
 
-/// Set in the environment of this test program where it runs in a cgroup with a limit.
+/// Set in the environment when this test program runs in a cgroup with a limit.
 const IN_CGROUP: &str = "PEERBUF_IN_CGROUP";
 
 #[test]

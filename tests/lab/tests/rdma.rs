@@ -1,4 +1,4 @@
-//! Buffers registered with soft-RoCE, and bytes over loop-back connections, on the kernel's own
+//! Buffers registered with soft-RoCE, and transfers over loop-back connections, on the kernel's module
 //! (`--rdma stock`) and on the lab's (`--rdma dmabuf`). Runs in the guest.
 
 use std::collections::BTreeMap;
@@ -106,7 +106,7 @@ fn a_connection_is_waited_for_with_other_things() {
         assert!(is_readable(&here, long));
         assert_eq!(good(here.arm().unwrap().unwrap()), 64);
     }
-    // And when it is stopped, by somebody else.
+    // The descriptor is also readable after another handle stopped the connection.
     assert_eq!(here.arm().unwrap(), None);
     here.shows(&region);
     region.end();
@@ -232,7 +232,7 @@ fn a_copy_that_fails_is_told_with_the_request_that_it_belongs_to() {
     let piece = staged.unwrap().slice(0, LENGTH).unwrap();
     let (mut here, _there) = connected(&card, 4);
     let id = here.read(&piece, &remote).unwrap();
-    // From now on the processor has no access to the buffer.
+    // From now on the CPU has no access to the buffer.
     device().revoke(buffer.dmabuf().unwrap(), limit()).unwrap();
     let done = here.wait(limit()).unwrap();
     assert_eq!((done.id, done.operation), (id, Operation::Read));
@@ -240,7 +240,7 @@ fn a_copy_that_fails_is_told_with_the_request_that_it_belongs_to() {
     assert_eq!((error.status, error.cut_off), (Status::SUCCESS, false));
     let copy = error.copy.as_ref().and_then(BufferError::errno);
     assert_eq!(copy, Some(Errno::NODEV), "{error}");
-    // Nothing is wrong with the connection.
+    // The connection itself is intact.
     assert_eq!(here.in_flight(), 0);
     let piece = source.slice(0, LENGTH).unwrap();
     here.write(&piece, &remote, None).unwrap();
@@ -256,7 +256,8 @@ fn a_registration_above_the_limit_on_locked_memory_names_the_limit() {
         current: Some(1 << 20),
         ..before
     };
-    // The limit is the process's, and counts for this thread alone: the others keep the capability.
+    // The limit belongs to the process; only this thread loses the capability, so the limit applies to it
+    // alone.
     let attempts = std::thread::spawn(move || {
         let mut own = capabilities(None).unwrap();
         own.effective.remove(CapabilitySet::IPC_LOCK);
@@ -279,7 +280,7 @@ fn a_registration_above_the_limit_on_locked_memory_names_the_limit() {
     }
 }
 
-/// What a card says of a write, after which its connection is gone.
+/// The card's status for a write, after which the connection is unusable.
 fn written(connection: &mut Connection, from: &Registration, to: &Remote) -> Status {
     let piece = from.slice(0, to.len()).unwrap();
     connection.write(&piece, to, None).unwrap();
@@ -324,7 +325,7 @@ fn wrong_keys_and_ranges_are_refused_and_others_unharmed() {
             Status::REMOTE_ACCESS,
             "{what}"
         );
-        // What is posted to it now comes back.
+        // Requests posted to it now are flushed.
         let piece = source.slice(0, 16).unwrap();
         here.write(&piece, &right.slice(0, 16).unwrap(), None)
             .unwrap();
@@ -351,7 +352,7 @@ fn wrong_keys_and_ranges_are_refused_and_others_unharmed() {
         .unwrap();
     assert_eq!(good(unharmed.wait(limit()).unwrap()), 16);
 
-    // Before the card sees it.
+    // Refused before it reaches the card.
     let refused = unharmed.write(&piece, &right.slice(0, 17).unwrap(), None);
     assert!(matches!(refused, Err(RdmaError::Mismatch { .. })));
     let elsewhere = Card::open("rxe0").unwrap();
@@ -399,7 +400,7 @@ fn a_registration_of_a_revoked_buffer_is_refused_before_the_card_sees_it() {
                 Err(RdmaError::Stale { .. })
             ));
             assert_eq!(here.in_flight(), 0);
-            // Access again does not make an old registration good.
+            // Restoring access does not revalidate an old registration.
             let _ = device.restore(dmabuf);
         }
         let again = card.register_by(&buffer.whole(), ALL, &[rung]).unwrap();
@@ -475,13 +476,13 @@ fn things_can_be_dropped_in_any_order_with_work_in_flight() {
             here.write(&piece, &to.remote().unwrap(), None).unwrap();
         }
         match order {
-            // The registrations first: work in flight keeps this end's.
+            // The registrations first: work in flight keeps the local ones.
             0 => {
                 drop((source, from));
                 good(here.wait(limit()).unwrap());
                 drop((to, here, there));
             }
-            // The other end's first: what comes after is refused.
+            // The peer's first: later requests are refused.
             1 => {
                 drop(to);
                 while here.wait(limit()).unwrap().result.is_ok() {
@@ -491,7 +492,7 @@ fn things_can_be_dropped_in_any_order_with_work_in_flight() {
             }
             // The connection first.
             2 => drop((here, there, from, to, source)),
-            // Stopped in an orderly way: each request comes back, once.
+            // An orderly stop: each request completes once.
             _ => {
                 let back = here.drain(limit()).unwrap();
                 assert_eq!(back.len(), 8);
@@ -527,7 +528,7 @@ fn ten_thousand_registrations_leave_nothing_behind() {
         );
     };
     (0..500).for_each(round);
-    // On the debug kernel kmemleak sees what a few hundred lose.
+    // On the debug kernel kmemleak detects the leaks of a few hundred rounds.
     let rounds = if is_debug_kernel() { 500 } else { 5000 };
     let (fds, mrs, pages) = (descriptors(), regions(), resident());
     (0..rounds).for_each(round);

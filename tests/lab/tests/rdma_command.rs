@@ -1,4 +1,4 @@
-//! `peerbuf rdma` between two processes of one guest, and against those who break its protocol.
+//! `peerbuf rdma` between two processes of one guest, and against peers that violate its protocol.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
@@ -13,7 +13,7 @@ use peerbuf_lab_suite::pci::wait_until;
 use rand::Rng;
 use serde_json::Value;
 
-/// Where the servers of these tests listen.
+/// The address of the servers in these tests.
 const ADDRESS: &str = "127.0.0.1:7471";
 
 struct Server {
@@ -31,7 +31,7 @@ impl Server {
             .spawn()
             .unwrap();
         let mut out = BufReader::new(child.stdout.take().unwrap());
-        // Written when it listens.
+        // The server prints a line once it listens.
         let mut line = String::new();
         out.read_line(&mut line).unwrap();
         if !line.contains(ADDRESS) {
@@ -42,7 +42,7 @@ impl Server {
         Server { child, out }
     }
 
-    /// Waits for its end by itself.
+    /// Waits until it ends by itself.
     fn end(mut self) -> (bool, String) {
         let status = self.child.wait().unwrap();
         let mut said = String::new();
@@ -90,7 +90,7 @@ fn bar() -> String {
     format!("bar:{}:2", Node::largest().bdf)
 }
 
-/// What the best registration of such a buffer is in this guest.
+/// The best rung for such a buffer in this guest.
 fn best(buffer: &str) -> &'static str {
     let dma_bufs = std::env::var("PEERBUF_LAB_RDMA").unwrap() == "dmabuf";
     match (dma_bufs, buffer) {
@@ -171,7 +171,7 @@ fn a_file_goes_from_disk_to_disk_through_both_buffers() {
                 "{end}: {summary}"
             );
         }
-        // Peer to peer between the disk and a BAR, where the length is whole blocks.
+        // Peer to peer between the disk and a BAR if the length is whole blocks.
         for (end, buffer) in [("file_here", here), ("file_there", there)] {
             let path = summary[end]["path"].as_str().unwrap();
             let expected = match buffer {
@@ -224,7 +224,7 @@ fn a_file_arrives_whole_while_both_buffers_move_at_random() {
     }
 }
 
-/// A message as the protocol has it.
+/// A message in the protocol's framing.
 fn framed(text: &str) -> Vec<u8> {
     let mut bytes = (text.len() as u32).to_be_bytes().to_vec();
     bytes.extend_from_slice(text.as_bytes());
@@ -238,7 +238,7 @@ fn begin(address: [u8; 32]) -> Vec<u8> {
 #[test]
 fn forged_messages_end_their_own_connection_and_no_other() {
     let server = Server::start(&["--buffer", "udmabuf", "--size", "64K"]);
-    // An address that the card can be given, of nobody.
+    // A valid address without a card.
     let mut address = [0; 32];
     address[10..12].fill(0xff);
     address[12..16].copy_from_slice(&[10, 0, 2, 15]);
@@ -283,7 +283,7 @@ fn forged_messages_end_their_own_connection_and_no_other() {
             .unwrap();
         stream.write_all(bytes).unwrap();
         stream.shutdown(std::net::Shutdown::Write).unwrap();
-        // Answers, perhaps, and then the end of the connection.
+        // Possibly answers, and then the end of the connection.
         let mut rest = Vec::new();
         match stream.read_to_end(&mut rest) {
             Ok(_) => {}
@@ -293,7 +293,7 @@ fn forged_messages_end_their_own_connection_and_no_other() {
         let text = String::from_utf8_lossy(&rest);
         assert!(!text.contains("Done"), "{what}: {text}");
     }
-    // The server is there for others as before.
+    // The server still serves others.
     let from = "/mnt/nvme/rdma-after";
     random_file(from, 64 << 10);
     let summary = summary("put", &["--size", "64K", from]);
@@ -302,7 +302,7 @@ fn forged_messages_end_their_own_connection_and_no_other() {
     assert!(Path::new(from).exists());
 }
 
-/// Packets that the card has sent.
+/// The number of packets that the card has sent.
 fn packets() -> u64 {
     let counters = "/sys/class/infiniband/rxe0/ports/1/hw_counters";
     let count = std::fs::read_to_string(format!("{counters}/sent_pkts")).unwrap();
@@ -329,7 +329,7 @@ fn a_command_that_is_killed_in_mid_transfer_is_noticed_and_others_are_served() {
     };
     let put = || summary("put", &["--buffer", &bar, "--size", "16M", from]);
 
-    // The one that writes: the server says so and serves the next.
+    // The client that writes: the server reports its end and serves the next client.
     let mut client = begin();
     client.kill().unwrap();
     let killed = client.wait().unwrap();

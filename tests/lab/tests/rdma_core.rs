@@ -1,6 +1,7 @@
-//! Other people's bindings on buffers of ours. The dma-buf tests of rdma-core's own Python suite: which pass, and which
-//! cannot run and why; docs/rdma-core-tests.md is what comes of it. And a program with the crate sideway, in whose
-//! protection domain a buffer is registered. Runs in the guest, on both soft-RoCEs.
+//! Other projects' bindings on peerbuf's buffers. First, the dma-buf tests of rdma-core's own Python suite:
+//! those that pass, and those that cannot run, with the reason; docs/rdma-core-tests.md has the results.
+//! Second, a program with the crate sideway, in whose protection domain a buffer is registered. Runs in the
+//! guest, on both soft-RoCEs.
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
@@ -15,7 +16,7 @@ use peerbuf_lab_suite::node::Node;
 use peerbuf_lab_suite::rdma::{card, good, limit, random, takes_dma_bufs};
 use peerbuf_rdma::{Address, Rung};
 
-/// In the order in which they run.
+/// The tests in the order in which they run.
 const TESTS: [&str; 10] = [
     "DmaBufMRTest.test_dmabuf_dereg_mr",
     "DmaBufMRTest.test_dmabuf_dereg_mr_twice",
@@ -29,7 +30,7 @@ const TESTS: [&str; 10] = [
     "DmaBufTestCase.test_dmabuf_rdma_traffic",
 ];
 
-/// Those that register with no flags of the suite's choice.
+/// Tests that do not register with the suite's configurable flags.
 const OWN_FLAGS: [&str; 3] = [
     "DmaBufMRTest.test_dmabuf_reg_mr_bad_flags",
     "DmaBufTestCase.test_dmabuf_rc_traffic",
@@ -39,22 +40,22 @@ const OWN_FLAGS: [&str; 3] = [
 /// `IBV_ACCESS_REMOTE_ATOMIC` (infiniband/verbs.h).
 const REMOTE_ATOMIC: u32 = 8;
 
-/// librxe does not have `ibv_reg_dmabuf_mr`; or the library that has it in its place.
+/// librxe, which lacks `ibv_reg_dmabuf_mr`, or with a library preloaded that has it.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Library {
     AsItIs,
     Completed,
 }
 
-/// What became of each test: its line, without the name.
+/// The result of each test: its line, without the name.
 type Became = Vec<(String, String)>;
 
-/// What became of each test on this buffer, with or without atomics.
+/// The results of all tests on this buffer, with or without atomics.
 fn became(buffer: &str, atomics: &str, library: Library) -> Became {
     static AS_IT_IS: OnceLock<BTreeMap<String, Became>> = OnceLock::new();
     static COMPLETED: OnceLock<BTreeMap<String, Became>> = OnceLock::new();
     let bar = format!("/dev/peerbuf/{}", Node::largest().bdf);
-    // Loading the suite takes longest, so all cases are run by whoever asks for the first.
+    // Loading the suite takes longest, so the first caller runs all cases.
     let all = match library {
         Library::AsItIs => AS_IT_IS.get_or_init(|| run(library, &["udmabuf", "atomics"])),
         Library::Completed => COMPLETED.get_or_init(|| {
@@ -164,7 +165,7 @@ fn remote_atomics_are_refused_and_nothing_else() {
     assert_eq!(became, expected);
 }
 
-/// The program of `lib/examples/stranger`: its own RDMA, on sideway, and a dma-buf that this program has made.
+/// The program of `lib/examples/stranger`: its own RDMA with sideway, and a dma-buf from this program.
 #[test]
 fn a_stranger_reads_a_file_into_a_foreign_buffer_and_sends_it_from_his_own_domain() {
     const SIZE: u64 = 256 << 10;
@@ -210,14 +211,15 @@ fn a_stranger_reads_a_file_into_a_foreign_buffer_and_sends_it_from_his_own_domai
     let said = String::from_utf8(output.stdout).unwrap();
     let rung = match takes_dma_bufs() {
         true => Rung::DmaBufByKernel,
-        // Of a foreign udmabuf the memfd is not known.
+        // The memfd behind a foreign udmabuf is unknown.
         false => Rung::Staged,
     };
     let expected = format!("{} bytes, read by staged-copy, sent by {rung}", SIZE - 100);
     assert!(said.contains(&expected), "{said}");
 }
 
-/// The same without sideway, on rdma-mummy-sys: the `ibv_mr` is the library's, and nothing is left in the domain.
+/// The same with rdma-mummy-sys instead of sideway: the `ibv_mr` is the library's, and the domain ends up
+/// empty.
 #[test]
 fn a_region_in_a_raw_protection_domain_is_the_librarys_and_goes_with_its_registration() {
     let output = Command::new("/opt/peerbuf/bin/stranger-raw")

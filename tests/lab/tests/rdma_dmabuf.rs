@@ -1,7 +1,7 @@
-//! What only a card can do that takes dma-bufs: a revoke in mid-transfer, which the card itself answers,
-//! and a registration longer than 4 GiB (staged, all of it would be system memory, pinned). Runs in
-//! the guest with `--rdma dmabuf` and a BAR of 8 GiB. The kernel maps pages that are not in one run
-//! (vmap) only if there are fewer than it has of its own, so the guest has more memory, too.
+//! Tests that need a card with dma-buf support: a revoke in mid-transfer, with the card's own error, and a
+//! registration longer than 4 GiB (as a staged one it would need as much pinned system memory). Runs in the
+//! guest with `--rdma dmabuf` and a BAR of 8 GiB. The kernel maps discontiguous pages (vmap) only if there
+//! are fewer than it has memory, so the guest has more memory, too.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -66,7 +66,7 @@ fn a_revoke_in_mid_transfer_ends_it_with_an_error_and_nothing_else_changes() {
     assert!(failed_at >= 3);
     assert!(revoked.is_complete(), "{revoked:?}");
 
-    // This end's own work on it is an error, too.
+    // Local work on it fails, too.
     let (mut fresh, _its_peer) = connected(&card, 4);
     let refused = fresh.write(
         &target.slice(0, 64).unwrap(),
@@ -76,7 +76,7 @@ fn a_revoke_in_mid_transfer_ends_it_with_an_error_and_nothing_else_changes() {
     assert!(matches!(refused, Err(RdmaError::Stale { .. })));
     there.drain(limit()).unwrap();
 
-    // The key is nobody else's while the registration is there.
+    // The key is not reused while the registration exists.
     let slot = |remote: &Remote| remote.to_bytes()[16..19].to_vec();
     let page = source.range().unwrap().buffer().range(0, 4096).unwrap();
     for _ in 0..500 {
@@ -84,7 +84,7 @@ fn a_revoke_in_mid_transfer_ends_it_with_an_error_and_nothing_else_changes() {
         assert_ne!(slot(&other.remote().unwrap()), slot(&remote));
     }
 
-    // Recovery: what had been reported as done is there, what was not begun is as it was.
+    // Recovery: bytes reported as done are there; bytes not begun are unchanged.
     device.restore(dmabuf).unwrap();
     let now = get(&buffer.whole());
     let at = |n: u64| (n * CHUNK) as usize;
@@ -102,7 +102,7 @@ fn a_revoke_in_mid_transfer_ends_it_with_an_error_and_nothing_else_changes() {
     assert!(get(&buffer.whole()) == new);
 }
 
-/// What one connection says of a write of as many bytes as `to` has.
+/// The result on one connection of a write as long as `to`.
 fn write(card: &Card, to: &Remote) -> Result<u64, Status> {
     let source = memfd::export("source", to.len()).unwrap().whole();
     put(&source, &vec![0xee; to.len() as usize]);
@@ -114,7 +114,7 @@ fn write(card: &Card, to: &Remote) -> Result<u64, Status> {
     done.result.map_err(|error| error.status)
 }
 
-/// The same memory as `of`, by other numbers.
+/// The same memory as `of`, with another address and length.
 fn forged(of: &Remote, address: u64, length: u64) -> Remote {
     let mut bytes = of.to_bytes();
     bytes[..8].copy_from_slice(&address.to_be_bytes());
@@ -141,7 +141,7 @@ fn a_registration_longer_than_4_gib_is_used_to_its_last_byte_and_no_further() {
     let piece = mine.slice(0, PIECE).unwrap();
     let (mut here, mut there) = connected(&card, 16);
 
-    // From afar, each place with bytes of its own; all are there after the last.
+    // By the peer, different bytes to each place; all are checked after the last.
     for (seed, place) in (1..).zip(places) {
         put(&other, &random(PIECE, seed));
         let to = remote.slice(place, PIECE).unwrap();
@@ -160,7 +160,7 @@ fn a_registration_longer_than_4_gib_is_used_to_its_last_byte_and_no_further() {
         good(here.wait(limit()).unwrap());
         assert!(get(&other) == random(PIECE, seed), "read at {place:#x}");
     }
-    // By this end: from the last pages to the first, and across the bound to the last.
+    // By local work: from the last pages to the first, and across the boundary to the last.
     for (from, to, length) in [
         (size - PIECE, 0, PIECE),
         (BOUND - PIECE / 2, size - PIECE, PIECE),
@@ -182,7 +182,7 @@ fn a_registration_longer_than_4_gib_is_used_to_its_last_byte_and_no_further() {
     good(there.wait(limit()).unwrap());
     holds([5, 2, 6, 4, 6], "by this end");
 
-    // What would be inside if a number were cut to 32 bits.
+    // Ranges that would be inside if a number were truncated to 32 bits.
     for (what, address, length) in [
         ("over the end", size - 8, 16),
         ("behind the end", size, 16),
@@ -200,7 +200,7 @@ fn a_registration_longer_than_4_gib_is_used_to_its_last_byte_and_no_further() {
     );
     holds([5, 2, 6, 4, 6], "refused");
 
-    // One that begins in the middle.
+    // A registration of the middle.
     let middle = buffer.range(2 * GIB, 5 * GIB).unwrap();
     let part = card.register(&middle, ALL).unwrap();
     let remote = part.remote().unwrap();

@@ -1,6 +1,6 @@
-//! Registrations past 4 GiB: on a BAR of 8 GiB, of which the host has only what is touched, and on
-//! memory. Runs in the guest. A number that is cut to 32 bits somewhere would name other bytes, 4 GiB
-//! below or at the beginning: those are looked at, too.
+//! Registrations longer than 4 GiB: on a BAR of 8 GiB, of which the host allocates only touched pages, and on
+//! memory. Runs in the guest. A number truncated to 32 bits would access other bytes, 4 GiB lower or at the
+//! start, so the tests check those, too.
 
 use peerbuf::export::memfd;
 use peerbuf::{Buffer, BufferRange, DmaBuf};
@@ -22,21 +22,21 @@ fn node() -> Node {
     node
 }
 
-/// `length` bytes from `at` on, and a page on either side, as far as they are in the buffer.
+/// `length` bytes at `at`, with a page on either side as far as the buffer reaches.
 fn around(buffer: &Buffer, at: u64, length: u64) -> BufferRange {
     let begin = at.saturating_sub(PAGE);
     let end = (at + length + PAGE).min(buffer.size());
     buffer.range(begin, end - begin).unwrap()
 }
 
-/// What numbers cut to 32 bits would make of the part of a range that is past 4 GiB.
+/// The bytes that truncated numbers would access instead of the part of a range beyond 4 GiB.
 fn shadow(range: &BufferRange) -> BufferRange {
     let end = range.offset() + range.len();
     let begin = range.offset().max(BOUND);
     around(range.buffer(), begin - BOUND, end - begin)
 }
 
-/// By each way in which such a buffer can be registered.
+/// Runs [`exercise`] on each rung that can register such a buffer.
 fn exercise_past_the_bound(card: &Card, buffer: &Buffer, kind: &str, ranges: &[(u64, u64)]) {
     for rung in expected(kind) {
         for &(offset, length) in ranges {
@@ -100,7 +100,7 @@ fn a_buffer_of_several_ranges_is_used_past_4_gib() {
     ];
     exercise_past_the_bound(&card, &buffer, "bar", &past);
 
-    // Across the place where the ranges meet, and past 4 GiB, which is 2 GiB in the BAR.
+    // Across the boundary of the ranges, and beyond 4 GiB, which is at 2 GiB in the BAR.
     for (seed, at) in [(1, 3 * GIB - PAGE), (2, BOUND)] {
         let there = buffer.range(at, 2 * PAGE).unwrap();
         let there = card.register(&there, ALL).unwrap();
@@ -114,7 +114,7 @@ fn a_buffer_of_several_ranges_is_used_past_4_gib() {
         there.deliver(0, 2 * PAGE).unwrap();
     }
     drop((buffer, card));
-    // As an export of the place itself shows it.
+    // Compared with an export of the range itself.
     let provenance = bar(PAGE).provenance().clone();
     for (seed, part, at) in [(1, 0, 7 * GIB - PAGE), (1, 1, GIB), (2, 0, 2 * GIB)] {
         let (fd, _) = node.export(Some(at), PAGE).unwrap();

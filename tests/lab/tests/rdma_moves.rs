@@ -1,5 +1,5 @@
-//! Registrations that are taken back: by the program, and by the publisher of a lent buffer that
-//! moves while cards work on it. On the kernel's soft-RoCE and on the lab's. Runs in the guest.
+//! Registrations that end early: by the program, or by the publisher of a lent buffer that moves while cards
+//! work on it. On the kernel's soft-RoCE and on the lab's. Runs in the guest.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
@@ -43,10 +43,10 @@ fn in_bar(length: u64) -> Movable {
     Movable::new(Arc::new(device), 2, length).unwrap()
 }
 
-/// A publisher on a thread of its own, that moves its buffers when told to.
+/// A publisher on its own thread, which moves its buffers on request.
 struct Lender {
     orders: mpsc::Sender<(usize, Duration)>,
-    /// The generation that each move made.
+    /// The generation after each move.
     moved: Mutex<mpsc::Receiver<u64>>,
     thread: JoinHandle<()>,
 }
@@ -88,7 +88,7 @@ impl Lender {
         self.orders.send((buffer, limit)).unwrap();
     }
 
-    /// Waits for the next move's end; `None` when there is none yet.
+    /// Waits for the end of the next move; `None` on a timeout.
     fn moved(&self, limit: Duration) -> Option<u64> {
         self.moved.lock().unwrap().recv_timeout(limit).ok()
     }
@@ -123,7 +123,7 @@ fn a_follower_gives_its_buffer_back_and_registers_what_it_has_become() {
             }
             assert!(get(&registration.range().unwrap()) == bytes);
             lender.order(n, LIMIT);
-            // Refused before the card sees it, while the move waits for this.
+            // Refused before it reaches the card, while the move waits for this registration.
             let begun = Stopwatch::start();
             while registration.check().is_ok() {
                 assert!(begun.elapsed() < LIMIT);
@@ -156,11 +156,11 @@ fn work_that_does_not_end_is_cut_off_reported_and_the_buffer_moves_in_time() {
     let registration = follower.registration(LIMIT).unwrap();
     put(&registration.range().unwrap(), &bytes);
     let (mut here, mut there) = connected(&card, 4);
-    // Room that nobody sends anything to.
+    // A receive that no one sends to.
     let piece = registration.slice(0, 4096).unwrap();
     let first = here.receive(Some(&piece)).unwrap();
     let second = here.receive(Some(&piece)).unwrap();
-    // Of another buffer, and stopped with the connection.
+    // Of another buffer; stopped with the connection.
     let other = memfd::export("other", 4096).unwrap().whole();
     let other = card.register(&other, None).unwrap();
     let third = here.receive(Some(&other.slice(0, 4096).unwrap())).unwrap();
@@ -183,14 +183,14 @@ fn work_that_does_not_end_is_cut_off_reported_and_the_buffer_moves_in_time() {
     }
     assert_eq!(lender.moved(LIMIT), Some(2));
     assert_eq!(follower.cut_off(), 1);
-    // All that is left of it is stale, or stopped.
+    // Everything that refers to it is stale or stopped.
     assert!(matches!(registration.check(), Err(RdmaError::Stale { .. })));
     assert!(matches!(registration.range(), Err(RdmaError::Stale { .. })));
     assert!(matches!(here.receive(None), Err(RdmaError::Stopped { .. })));
     drop((registration, piece, here));
     let next = follower.registration(LIMIT).unwrap();
     assert!(get(&next.range().unwrap()) == bytes);
-    // The other end's connection is there, and finds nobody.
+    // The peer's connection still exists, but has no peer.
     let other = other.slice(0, 64).unwrap();
     there.send(&other, None).unwrap();
     let error = there.wait(LIMIT).unwrap().result.unwrap_err();
@@ -205,7 +205,7 @@ fn a_registration_ends_in_the_middle_of_a_message_of_either_end() {
     let card = card();
     let source = memfd::export("source", LENGTH).unwrap().whole();
     put(&source, &vec![0x5a; LENGTH as usize]);
-    // By this end, and by the other.
+    // Ended locally, and by the peer.
     for ended in ["source", "target"] {
         let target = memfd::export("target", LENGTH).unwrap().whole();
         let from = card.register(&source, None).unwrap();
@@ -225,7 +225,7 @@ fn a_registration_ends_in_the_middle_of_a_message_of_either_end() {
             "source" => from.end(),
             _ => to.end(),
         }
-        // (Soft-RoCE waits for a message that it has a part of, up to 50 s, unless it is stopped.)
+        // (Unless stopped, soft-RoCE waits up to 50 s for a message that has partly arrived.)
         let took = begun.elapsed();
         assert!(took < Duration::from_secs(30), "{ended}: {took:?}");
         // From now on no card writes there.
@@ -291,7 +291,7 @@ fn both_buffers_move_at_random_while_bytes_go_to_and_fro_and_none_is_lost() {
     }
 }
 
-/// The other end's half of a link, and what it keeps for it.
+/// The peer's half of a link, and the objects it keeps.
 struct Other {
     _connection: Connection,
     registration: peerbuf_rdma::Registration,
@@ -317,7 +317,7 @@ fn round_trip(card: &Card, here: &Follower, there: &Follower, length: u64, round
     let (offset, at) = (round * 37, round * 4099);
     let span = Span { offset, at, length };
     let bytes = random(length);
-    // Each hold on a buffer is short, so that it can move between any two steps.
+    // Each lease is short, so that the buffer can move between any two steps.
     let range = |of: &Follower, offset| {
         let registration = of.registration(LIMIT).unwrap();
         registration.range().unwrap().slice(offset, length).unwrap()
@@ -325,7 +325,7 @@ fn round_trip(card: &Card, here: &Follower, there: &Follower, length: u64, round
     put(&range(here, offset), &bytes);
     let mut kept = None;
     let mut connect = || {
-        // The old one first: it keeps the buffer.
+        // The old registration first: it keeps the buffer.
         kept = None;
         let (link, other) = link(card, there)?;
         kept = Some(other);
@@ -373,7 +373,7 @@ fn what_was_cut_off_is_retried_or_reported_as_the_caller_chooses() {
     };
     for retry in [false, true] {
         put(&target, &vec![0; LENGTH as usize]);
-        // It sends, and the other end is not there yet: nothing gets done by itself.
+        // It sends before the peer is connected, so nothing completes by itself.
         let ends = [card.endpoint(4).unwrap(), card.endpoint(4).unwrap()];
         let [first, second] = ends;
         let over = |connection| Link {

@@ -1,6 +1,6 @@
-//! Two machines: `cargo lab pair`, and the whole way of a file from one's disk to the other's. Runs
-//! on the host and calls the lab. All transfers are made by one pair of guests, one after the other: a boot
-//! takes longer than any of them.
+//! Two machines: `cargo lab pair`, and the transfer of a file from one machine's disk to the other's. Runs on
+//! the host and calls the lab. One pair of guests makes all transfers, one after the other: a boot takes
+//! longer than any of them.
 
 use std::process::{Command, Output, Stdio};
 use std::sync::OnceLock;
@@ -16,7 +16,7 @@ fn pair(options: &[&str], command: &[&str]) -> Output {
         .unwrap()
 }
 
-/// The lines of one end, without its name.
+/// The lines of one guest, without its name.
 fn lines<'t>(text: &'t str, end: &str) -> Vec<&'t str> {
     let name = format!("{end}: ");
     text.lines()
@@ -24,7 +24,7 @@ fn lines<'t>(text: &'t str, end: &str) -> Vec<&'t str> {
         .collect()
 }
 
-/// What both guests do; a line `== NAME` stands before what each part of it prints.
+/// The script of both guests; a line `== NAME` precedes the output of each part.
 fn script() -> String {
     let two_machines = "sh /opt/peerbuf/init/two-machines --json";
     let moving = format!("MOVE_EVERY=40 SIZE=1M {two_machines}");
@@ -45,7 +45,7 @@ fn script() -> String {
     script
 }
 
-/// What the first and the second guest printed in one part of the script.
+/// The output of the first and the second guest in one part of the script.
 fn part(name: &str) -> [Vec<&'static str>; 2] {
     static OUTPUT: OnceLock<(String, String)> = OnceLock::new();
     let (out, err) = OUTPUT.get_or_init(|| {
@@ -67,8 +67,8 @@ fn part(name: &str) -> [Vec<&'static str>; 2] {
     })
 }
 
-/// The summary of a file's way from the one's disk to the other's, after a look at the checksums: those in
-/// it, and those of the files by another program than ours.
+/// The summary of a transfer from one guest's disk to the other's, after a check of the checksums in it and
+/// of those that another program computed for the files.
 fn from_disk_to_disk(name: &str) -> Value {
     let [first, second] = part(name);
     let [summary, here] = first[..] else {
@@ -105,9 +105,10 @@ fn with_dma_bufs_they_go_from_bar_to_bar() {
     a_file_goes_from_disk_to_disk("dmabuf", "dma-buf-by-kernel");
 }
 
-/// A file goes by RDMA from the one BAR to the other, four times, each time with new bytes. At the second
-/// guest the cable is cut in mid-transfer for two seconds, and then for longer than a card waits for an
-/// answer; then at the first one; the other times it stays.
+/// Transfers a file by RDMA from one BAR to the other. The second guest's link is cut in mid-transfer, for
+/// two seconds; then, in a second transfer, for longer than a card waits for an answer. After an undisturbed
+/// transfer, the first guest's link is cut in mid-transfer, which ends the transfer, and another one follows
+/// when the link is up again.
 const CUT: &str = r#"
 for d in /dev/peerbuf/0*; do
     bar=bar:${d##*/}:2
@@ -191,9 +192,9 @@ fn a_short_cut_of_the_cable_costs_time_and_a_long_one_another_connection() {
         assert_eq!(summary["here"]["registration"], "dma-buf-by-kernel");
         assert_eq!(summary["retries"], further_connections, "{summary}");
     }
-    // Cut before the last byte, and none came then.
+    // Cut before the last byte, and no byte arrived during the cut.
     assert_eq!(second, ["1 0", "short", "1 0", "long", "here", sum]);
-    // Where this end's own link is down there is no other connection to be had.
+    // While the local link is down no other connection can be made.
     assert_eq!(here, "1", "{why_here}");
     let down = ["IBV_WC_WR_FLUSH_ERR", "ENETDOWN"];
     assert!(
@@ -231,7 +232,7 @@ fn both_programs_measure_beside_each_other() {
     let out = String::from_utf8_lossy(&output.stdout);
     let err = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(0), "{out}{err}");
-    // Behind the two lines of the table's head.
+    // After the two lines of the table's head.
     let rows: Vec<Vec<&str>> = out
         .lines()
         .skip(2)
@@ -246,7 +247,7 @@ fn both_programs_measure_beside_each_other() {
     ];
     assert_eq!(named, expected, "{out}");
     for row in &rows {
-        // The machine has other things to do, so nothing is said of how fast; only that something was.
+        // The machine is shared, so the test checks only that there is a speed, not its value.
         for figure in &row[4..=5] {
             assert!(figure.parse::<f64>().unwrap() > 0.0, "{out}");
         }

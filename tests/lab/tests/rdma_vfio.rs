@@ -1,5 +1,5 @@
-//! An exporter that does not serve the card: vfio-pci gives its BARs to those only who reach peer
-//! memory by themselves, which soft-RoCE does not. Runs in a guest with an IOMMU, on both soft-RoCEs.
+//! An exporter that does not support the card: vfio-pci exports its BARs only to importers that accept peer
+//! memory, which soft-RoCE does not. Runs in a guest with an IOMMU, on both soft-RoCEs.
 
 use peerbuf::device::vfio::VfioDevice;
 use peerbuf::export::vfio::{self, Request};
@@ -34,7 +34,7 @@ fn a_refusal_by_the_exporter_is_not_taken_for_the_drivers() {
     );
     assert_eq!(library.errno, Some(Errno::OPNOTSUPP), "{library}");
     assert_eq!(kernel.errno, Some(Errno::OPNOTSUPP), "{kernel}");
-    // The same number, of three different layers.
+    // The same number from three different layers.
     let expected = match std::env::var("PEERBUF_LAB_RDMA").as_deref() {
         Ok("dmabuf") => (Layer::Library, Layer::Exporter),
         _ => (Layer::Driver, Layer::Driver),

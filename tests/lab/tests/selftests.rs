@@ -1,6 +1,5 @@
-//! The kernel's own tests of other exporters pass, before peerbuf.ko has done its work and after.
-//! Runs in the guest. The tests are those of the kernel's source, unchanged; that of udmabuf takes
-//! 4 GiB of huge pages.
+//! The kernel's own tests of other exporters pass before and after peerbuf.ko's work. Runs in the guest. The
+//! tests are from the kernel's source, unchanged; that of udmabuf takes 4 GiB of huge pages.
 
 use std::fs;
 use std::os::fd::AsFd;
@@ -26,7 +25,7 @@ fn passes(name: &str, checks: usize) {
 }
 
 fn all_pass() {
-    // Two buffers of 1024 huge pages each, and what the buffers hold besides.
+    // Two buffers of 1024 huge pages each, plus what the buffers occupy besides.
     fs::write("/proc/sys/vm/nr_hugepages", "2056").unwrap();
     passes("udmabuf", 7);
     passes("dmabuf-heap", 11);
@@ -35,7 +34,7 @@ fn all_pass() {
 
 #[test]
 fn the_kernels_own_tests_pass_before_and_after_peerbufs_work() {
-    // The importer that the test of the heaps wants.
+    // The importer that the heaps' test needs.
     modules::load("vgem");
     all_pass();
 
