@@ -31,7 +31,7 @@ impl Errno {
     pub const ACCES: Errno = Errno(libc::EACCES);
     /// `EFAULT`: memory that the kernel cannot use for this call.
     pub const FAULT: Errno = Errno(libc::EFAULT);
-    /// `EBUSY`: somebody uses it, so it cannot be done now.
+    /// `EBUSY`: in use.
     pub const BUSY: Errno = Errno(libc::EBUSY);
     /// `ENODEV`: no such device, or the device is gone.
     pub const NODEV: Errno = Errno(libc::ENODEV);

@@ -78,7 +78,7 @@ pub enum BufferError {
     /// The copy of a buffer's [`Stage`](crate::Stage) failed.
     #[error("{call} of {object}: {cause}")]
     Stage {
-        /// Which copy: `upload` or `download`.
+        /// The direction of the copy: `upload` or `download`.
         call: &'static str,
         /// The buffer's name.
         object: String,
@@ -148,7 +148,7 @@ pub enum BufferError {
 }
 
 impl BufferError {
-    /// What the kernel answered, if a call failed.
+    /// The error number, if a system call failed.
     pub fn errno(&self) -> Option<Errno> {
         match self {
             BufferError::System(cause) | BufferError::NotMappable { cause } => cause.errno(),

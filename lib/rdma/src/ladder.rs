@@ -1,4 +1,4 @@
-//! What both kinds of registration share (cards, and providers of libfabric): the ladder of rungs, the system
+//! Shared by both kinds of registration (cards, and providers of libfabric): the ladder of rungs, the system
 //! memory of the lower rungs, and the detection of stale registrations.
 
 mod standing;

@@ -242,7 +242,7 @@ impl Registration {
         &self.inner.plan
     }
 
-    /// What the peer needs to access the whole range: its address, length and key.
+    /// The address, length and key by which the peer accesses the whole range.
     ///
     /// # Errors [`RdmaError::NotShared`] if the range was registered for local work only.
     pub fn remote(&self) -> Result<Remote, RdmaError> {

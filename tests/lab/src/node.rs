@@ -22,7 +22,7 @@ pub const MIB: u64 = 1 << 20;
 /// The kernel's error.
 pub fn ioctl(fd: BorrowedFd<'_>, number: u32, address: usize) -> io::Result<i32> {
     // SAFETY: The callers use ioctls of peerbuf.ko and dma-buf, whose kernel side checks each user address.
-    // They pass the address of a struct of the right size, or one that the kernel must refuse.
+    // The callers pass the address of a struct of the right size, or one that the kernel must refuse.
     match unsafe { libc::ioctl(fd.as_raw_fd(), libc::c_ulong::from(number), address) } {
         -1 => Err(io::Error::last_os_error()),
         answer => Ok(answer),

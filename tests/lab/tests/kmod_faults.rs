@@ -398,7 +398,7 @@ fn attaching() {
     let state = |stage: &Stage| (still(&stage.0, &stage.1), lowest_fd());
     each_place("ATTACH", 8, prepare(DYNAMIC | PEER), call, state);
     // For an importer that needs system memory the buffer moves, and may have moved when a later step fails.
-    // That the importer's claim is gone shows in a move back.
+    // A move back shows that no importer needs it there any more.
     let at_home = |stage: &Stage| {
         let (node, fd) = (&stage.0, &stage.1);
         node.move_to(fd, PLACEMENT_DEVICE).unwrap();
