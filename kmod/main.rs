@@ -24,7 +24,7 @@
 //! provider   exports P2PDMA memory of other drivers
 //! node       the device's misc device and its ioctls
 //! watch      eventfds, queries, debugfs
-//! reset      revokes before a PCI reset, restores after it
+//! reset      revokes around PCI resets and errors, restores after them
 //! devices    list of all devices
 //! binding    all exports of a device: export, revoke, removal
 //! exporter   the dma-buf operations (`struct dma_buf_ops`), page faults
