@@ -14,7 +14,7 @@
 //!    the lock, so the move releases the lock for the wait, and then repeats steps 2 to 4.
 //! 5. Copy the bytes, switch to the new places, increment the generation.
 //!
-//! During the wait in step 4 the bytes are in the old place, and so are new mappings and faults. Faults are
+//! During the wait in step 4 the bytes stay in the old place, which new mappings and faults use. Faults are
 //! slowed down then (see `exporter.rs`), so that a stream of direct I/O comes to an end. A move needs no
 //! fence of its own: while it copies it holds the lock, so no one sees half of it.
 //!

@@ -4,9 +4,9 @@
 //! buffer of an NVMe disk.
 //!
 //! The owner has added the memory to a pool of the P2PDMA core and published it (`pci_p2pmem_publish`), so
-//! any kernel code may allocate from it. The node's permissions say who may. Its one ioctl opens a provider
-//! and returns a descriptor with the ioctls of a bound device's node. The exports are the same buffers,
-//! except that their places come from the pool (`pool.rs`) instead of a BAR's regions.
+//! any kernel code may allocate from it. The node's permissions say which users may export it. Its one ioctl
+//! opens a provider and returns a descriptor with the ioctls of a bound device's node. The exports are the
+//! same buffers, except that their places come from the pool (`pool.rs`) instead of a BAR's regions.
 //!
 //! # Lifetimes
 //!

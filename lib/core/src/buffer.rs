@@ -297,7 +297,7 @@ impl Buffer {
         Arc::strong_count(&self.inner)
     }
 
-    /// The dma-buf; `None` for [`Kind::Memfd`] and the like.
+    /// The dma-buf; `None` for memory without one, such as a memfd alone.
     pub fn dmabuf(&self) -> Option<&DmaBuf> {
         self.inner.dmabuf.as_ref()
     }

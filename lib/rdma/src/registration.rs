@@ -125,8 +125,8 @@ impl Registration {
     /// On return no card can access the buffer, and this registration does not keep it in use. Clones and
     /// pieces are [stale](RdmaError::Stale).
     ///
-    /// Dropping the last clone deregisters, too, but stops no connection; do that only with no work in
-    /// flight. A connection whose peer has the key must be announced with
+    /// Dropping the last clone deregisters, too, once no work on it is in flight, and stops no connection. A
+    /// connection whose peer has the key must be announced with
     /// [`Connection::shows`](crate::Connection::shows), or it is not stopped.
     #[doc(alias = "ibv_dereg_mr")]
     pub fn end(&self) {

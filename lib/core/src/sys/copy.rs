@@ -6,7 +6,7 @@
 //! optimisation. So the loops here are assembly, equally fast in every build profile:
 //!
 //! - Each byte is read once and written once.
-//! - Copies up to [`BULK`] bytes, and all copies with [`Memory::Device`], use aligned accesses of 8 bytes
+//! - Copies below [`BULK`] bytes, and all copies with [`Memory::Device`], use aligned accesses of 8 bytes
 //!   and, at the edges, 4, 2 and 1.
 //! - Larger copies use the widest registers of the CPU. With [`Memory::Combining`] they read by streaming
 //!   loads (`movntdqa`), which fetch a whole line of write-combined memory where ordinary loads fetch 8
@@ -26,7 +26,7 @@ pub enum Memory {
     Combining,
 }
 
-/// Copies longer than this many bytes use wide registers.
+/// Copies of at least this many bytes use wide registers.
 pub const BULK: usize = 256;
 
 /// One side of a copy.
