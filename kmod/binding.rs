@@ -26,8 +26,8 @@ use crate::{
     wait::Wait,
 };
 
-/// The longest that an error waits for importers. Errors end within seconds, and a walk of the bus is held up.
-const ERROR_MS: u32 = 2_000;
+/// The longest that an error or a suspend waits for importers: it holds up a walk of the bus, or the system.
+const LIMIT_MS: u32 = 2_000;
 
 impl Device {
     /// Exports `parts`, in order, as one dma-buf, and sets the offset of each part. `flags` are
@@ -142,7 +142,7 @@ impl Device {
     /// Revokes everything because of a PCI error. The wait is bounded, since the error may have taken away
     /// what a holder needs to let go: its driver recovers in the same walk of the bus, after this device.
     pub(crate) fn error_detected(&self) {
-        if !self.suspend_access(revoked::BY_ERROR, ERROR_MS) {
+        if !self.suspend_access(revoked::BY_ERROR, LIMIT_MS) {
             self.name_holders();
         }
     }
@@ -150,6 +150,22 @@ impl Device {
     /// Restores access after the recovery from an error; see [`Device::resume_access`].
     pub(crate) fn error_resume(&self) {
         self.resume_access(revoked::BY_ERROR);
+    }
+
+    /// Revokes everything before the device sleeps, which may cost its memory the contents. EBUSY if an importer
+    /// does not let go in time: the system then stays awake, and the buffers are live again.
+    pub(crate) fn power_down(&self) -> Result {
+        if self.suspend_access(revoked::BY_POWER, LIMIT_MS) {
+            return Ok(());
+        }
+        self.name_holders();
+        self.power_up();
+        Err(EBUSY)
+    }
+
+    /// Restores access when the device is awake; see [`Device::resume_access`].
+    pub(crate) fn power_up(&self) {
+        self.resume_access(revoked::BY_POWER);
     }
 
     /// Refuses new exports and revokes everything for the reason `why`. Returns whether nobody can access

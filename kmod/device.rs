@@ -36,6 +36,8 @@ pub(crate) mod revoked {
     pub(crate) const GONE: u32 = 1 << 2;
     /// A PCI error was reported, and the PCI core has not recovered the device, or cannot.
     pub(crate) const BY_ERROR: u32 = 1 << 3;
+    /// The device sleeps: the system is suspended or hibernates.
+    pub(crate) const BY_POWER: u32 = 1 << 4;
 }
 
 /// The mutable state of a bound device.
@@ -49,7 +51,7 @@ struct State {
 }
 
 impl State {
-    /// EAGAIN during a reset or the recovery from an error, ENODEV once the device is gone.
+    /// EAGAIN during a reset, the recovery from an error or a suspend, ENODEV once the device is gone.
     fn present(&self) -> Result {
         match self.closed {
             0 => Ok(()),

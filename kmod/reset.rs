@@ -1,16 +1,19 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The PCI core's calls to the driver of a bound device around a reset, and around an error that AER or DPC
-//! reports ([Documentation/PCI/pci-error-recovery.rst]).
+//! The calls to the driver of a bound device around a reset, around an error that AER or DPC reports
+//! ([Documentation/PCI/pci-error-recovery.rst]), and around the system's sleep
+//! ([Documentation/power/pci.rst]).
 //!
-//! Rust's PCI drivers have no error handlers in Linux 7.3, so the probe of the first device writes them into the
-//! C driver. The PCI core calls them with the device lock held, as it does `probe` and `remove`. It does not
-//! hold that lock from the report of an error to the end of the recovery, so a reset or the device's removal
-//! can come in between: each is a reason of its own for what is revoked.
+//! Rust's PCI drivers have neither error handlers nor callbacks for sleep in Linux 7.3, so the probe of the first
+//! device writes them into the C driver. The kernel calls them with the device lock held, as it does `probe` and
+//! `remove`. It does not hold that lock from the report of an error to the end of the recovery, or while
+//! the system sleeps, so another of these events or the device's removal can come in between: each is a
+//! reason of its own for what is revoked.
 //!
 //! [Documentation/PCI/pci-error-recovery.rst]: https://docs.kernel.org/PCI/pci-error-recovery.html
+//! [Documentation/power/pci.rst]: https://docs.kernel.org/power/pci.html
 
-use kernel::bindings;
+use kernel::{bindings, ffi::c_int, prelude::*};
 
 use crate::{common, device::Device, devices, ffi::Table};
 
@@ -24,12 +27,55 @@ static HANDLERS: Table<bindings::pci_error_handlers> = Table(bindings::pci_error
     ..unsafe { core::mem::zeroed() }
 });
 
-/// Makes the PCI core call the handlers.
+static POWER: Table<bindings::dev_pm_ops> = Table(bindings::dev_pm_ops {
+    suspend: Some(sleep),
+    resume: Some(wake),
+    freeze: Some(sleep),
+    thaw: Some(wake),
+    poweroff: Some(sleep),
+    restore: Some(wake),
+    // SAFETY: A null function pointer is an event that the driver ignores.
+    ..unsafe { core::mem::zeroed() }
+});
+
+/// Makes the kernel call these functions.
 pub(crate) fn hear_of(device: &Device) {
     let raw = common::raw(device.pci());
     // SAFETY: The device is being probed, so it has a driver, and that is this module's. Concurrent probes
     // write the same value. Readers hold the lock of a bound device, so the write came before.
-    unsafe { (*(*raw).driver).err_handler = &HANDLERS.0 };
+    unsafe {
+        let driver = (*raw).driver;
+        (*driver).err_handler = &HANDLERS.0;
+        (*driver).driver.pm = &POWER.0;
+    }
+}
+
+/// The bound device of a `struct device` that the kernel passes to a callback in [`POWER`].
+///
+/// # Safety
+///
+/// `dev` is part of a valid `struct pci_dev`.
+unsafe fn of(dev: *mut bindings::device) -> Option<kernel::sync::Arc<Device>> {
+    // SAFETY: By the caller's promise.
+    devices::find(unsafe { kernel::container_of!(dev, bindings::pci_dev, dev) })
+}
+
+/// `dev_pm_ops`, before the device sleeps, or before an image of the memory is made that it must not change.
+unsafe extern "C" fn sleep(dev: *mut bindings::device) -> c_int {
+    // SAFETY: The callbacks are those of a PCI driver.
+    match unsafe { of(dev) }.map(|device| device.power_down()) {
+        Some(Err(error)) => error.to_errno(),
+        _ => 0,
+    }
+}
+
+/// `dev_pm_ops`, when the device is awake; the PCI core has restored its configuration.
+unsafe extern "C" fn wake(dev: *mut bindings::device) -> c_int {
+    // SAFETY: The callbacks are those of a PCI driver.
+    if let Some(device) = unsafe { of(dev) } {
+        device.power_up();
+    }
+    0
 }
 
 /// `pci_error_handlers.reset_prepare`.

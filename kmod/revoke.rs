@@ -188,9 +188,10 @@ pub(crate) fn restore(buffer: &mut Held<'_>, why: u32) -> Result<u64> {
             left.pages = 0;
         }
     }
-    // An importer that kept its mapping must not regain the memory unawares. Before a reset, `reset_prepare`
-    // has waited for the importers; here the owner has to wait.
-    if why != revoked::BY_RESET && !left.nobody() {
+    // An importer that kept its mapping must not regain the memory unawares, so the owner waits, and after an
+    // error the buffer stays revoked. A reset and a suspend have waited; a suspend that could not changed nothing.
+    let waited = matches!(why, revoked::BY_RESET | revoked::BY_POWER);
+    if !waited && !left.nobody() {
         return Err(EBUSY);
     }
     buffer.set_reasons(reasons & !why);

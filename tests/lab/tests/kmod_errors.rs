@@ -1,5 +1,6 @@
-//! PCI errors: the port above the device reports one (injected by the kernel's `aer_inject`), and the PCI core
-//! recovers the devices below it. Runs in the guest, on the stock kernel: the debug one has no AER.
+//! What the kernel does to a bound device: it recovers the device from an error that the port above reports
+//! (injected by the kernel's `aer_inject`), and puts it to sleep. Runs in the guest, on the stock kernel: the
+//! debug one has neither AER nor suspend.
 
 use std::fs::{self, OpenOptions};
 use std::io::Write;
@@ -9,11 +10,11 @@ use std::process::Command;
 
 use peerbuf::topology::PciAddress;
 use peerbuf_lab_suite::disk::{self, SCRATCH};
-use peerbuf_lab_suite::importer::{DYNAMIC, Importer, PEER};
+use peerbuf_lab_suite::importer::{self, DYNAMIC, Importer, PEER};
 use peerbuf_lab_suite::machine;
 use peerbuf_lab_suite::node::{MIB, Map, Node, assert_all_free, errno, nvme_bdf};
 use peerbuf_lab_suite::pci::wait_until;
-use peerbuf_uapi as abi;
+use peerbuf_uapi::{self as abi, probe};
 
 /// `PCI_ERR_UNC_*`, with the severity that they have unless changed.
 const FATAL: u32 = 1 << 4; // Data Link Protocol Error
@@ -87,4 +88,51 @@ fn an_error_revokes_and_a_recovered_device_has_a_new_generation() {
     node.restore(&kept).unwrap();
     drop((importer, seen, fd, kept));
     assert_all_free(&node);
+}
+
+/// The guest's root is on a virtio device that does not survive a suspend, so this one ends before it comes to
+/// that device: devices are suspended one after the other, the last one found first, and the second card does
+/// not go to sleep.
+#[test]
+fn a_suspend_revokes_or_is_refused_and_gives_access_again() {
+    let last = Node::largest();
+    let first = Node::all()
+        .into_iter()
+        .max_by(|a, b| a.bdf.cmp(&b.bdf))
+        .unwrap();
+    assert!(first.bdf > last.bdf);
+    let (fd, _) = first.export(None, MIB).unwrap();
+    let (kept, _) = first.export(None, MIB).unwrap();
+    first.revoke(&kept, 100).unwrap();
+    let seen = Map::new(fd.as_fd(), 1 << 20, true).unwrap();
+    let importer = Importer::attach(fd.as_fd(), &nvme_bdf(), DYNAMIC | PEER, 0).unwrap();
+    let (held, _) = last.export(None, MIB).unwrap();
+    let mut holder = importer::request(held.as_fd(), &nvme_bdf(), DYNAMIC | PEER);
+    holder.on_invalidate = probe::ON_INVALIDATE_HOLD;
+    holder.hold_ms = probe::MAX_MS;
+    let holder = Importer::attach_as(holder).unwrap();
+    holder.map().unwrap();
+
+    fs::write("/sys/power/pm_async", "0").unwrap();
+    fs::write("/sys/power/pm_test", "devices").unwrap();
+    for n in 1..=2 {
+        seen.write(0, u64::from(n));
+        importer.map().unwrap();
+        assert_eq!(errno(fs::write("/sys/power/state", "freeze")), libc::EBUSY);
+        for (node, fd) in [(&first, &fd), (&last, &held)] {
+            let now = node.buffer(fd).unwrap();
+            let expected = (abi::STATE_LIVE, 1 + 2 * u64::from(n));
+            assert_eq!((now.state, now.generation), expected, "{}", node.bdf);
+        }
+        let state = importer.state();
+        assert_eq!((state.invalidations, state.mapped), (n, 0), "{state:?}");
+        assert_eq!(seen.read(0), u64::from(n));
+        assert_eq!(first.buffer(&kept).unwrap().state, abi::STATE_REVOKED);
+        drop(first.export(None, MIB).unwrap());
+    }
+    assert_eq!(holder.state().mapped, 1);
+    first.restore(&kept).unwrap();
+    drop((importer, holder, seen, fd, kept, held));
+    assert_all_free(&first);
+    wait_until("the holder lets go", || last.bar2().exports == 0);
 }
