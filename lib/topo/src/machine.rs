@@ -35,6 +35,7 @@ pub struct Machine {
 /// The source of a machine's facts. All but sysfs lack some.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum Format {
     /// sysfs: everything; ACS only as root.
     Sysfs,
@@ -112,6 +113,7 @@ impl std::fmt::Display for Kernel {
 
 /// A processor, as far as the kernel's rules distinguish it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Processor {
     /// The vendor, such as `AuthenticAMD`; empty for a processor that is not x86.
     pub vendor: String,
@@ -121,6 +123,7 @@ pub struct Processor {
 
 /// A host bridge.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Host {
     /// The name, such as `pci0000:00`.
     pub name: String,
@@ -132,6 +135,7 @@ pub struct Host {
 
 /// A PCI function.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Function {
     /// The PCI address.
     #[serde(with = "address")]
@@ -223,6 +227,7 @@ impl Function {
 /// A kind of device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum Kind {
     /// A GPU or other display controller.
     Gpu,
@@ -318,6 +323,7 @@ impl Acs {
 
 /// A memory BAR.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Bar {
     /// The index, 0 to 5.
     pub index: u8,
@@ -335,6 +341,7 @@ pub struct Bar {
 
 /// A link: its current speed and width, and the maximum.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Link {
     /// In tenths of GT/s.
     pub speed: u16,
@@ -388,6 +395,7 @@ impl Iommu {
 /// A device's driver.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum Driver {
     /// No driver is bound.
     None,

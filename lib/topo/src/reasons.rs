@@ -9,6 +9,7 @@ use crate::rules::{Map, Missing, Route, Rule, Rules, Trust};
 
 /// A reason code. The list is closed; `docs/reasons/` has a page for each code.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[non_exhaustive]
 pub enum Code {
     /// Both devices are the same function.
     SameFunction,
@@ -149,6 +150,7 @@ impl Effect {
 
 /// A reason with its evidence.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Reason {
     /// The code.
     pub code: Code,
@@ -160,6 +162,7 @@ pub struct Reason {
 
 /// A change that would remove a reason.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Remedy {
     /// The effect and the cost of the change.
     pub what: String,
@@ -200,6 +203,7 @@ impl Verdict {
 
 /// The complete prediction for one device's DMA to another's memory.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Argument {
     /// The device that does DMA.
     pub client: Index,

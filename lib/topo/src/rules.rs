@@ -13,6 +13,7 @@ use crate::machine::{Acs, Format, Function, Index, Kernel, Machine, Port};
 
 /// The kernel's mapping of one device's memory for another (`enum pci_p2pdma_map_type`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[non_exhaustive]
 pub enum Map {
     /// By bus addresses: traffic stays below a common bridge.
     BusAddress,
@@ -106,6 +107,7 @@ impl Near {
 
 /// The rule that decided an answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Rule {
     /// A device reaches its own memory.
     SameFunction,
@@ -133,6 +135,7 @@ pub enum Rule {
 
 /// An answer; computed without allocating.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Route {
     /// The possible answers.
     pub possible: Possible,
@@ -150,6 +153,7 @@ pub struct Route {
 
 /// An entry of the kernel's list of host bridges (`pci_p2pdma_whitelist`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Allowed {
     /// The vendor ID of the root bus's first function.
     pub vendor: u16,
@@ -239,6 +243,7 @@ pub enum Trust {
 
 /// An unknown fact that the rules need.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Missing {
     /// The first function of the root bus.
     HostBridge,
