@@ -13,7 +13,6 @@ use crate::machine::{Acs, Format, Function, Index, Kernel, Machine, Port};
 
 /// The kernel's mapping of one device's memory for another (`enum pci_p2pdma_map_type`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-#[non_exhaustive]
 pub enum Map {
     /// By bus addresses: traffic stays below a common bridge.
     BusAddress,
@@ -107,7 +106,6 @@ impl Near {
 
 /// The rule that decided an answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[non_exhaustive]
 pub enum Rule {
     /// A device reaches its own memory.
     SameFunction,
@@ -243,7 +241,6 @@ pub enum Trust {
 
 /// An unknown fact that the rules need.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[non_exhaustive]
 pub enum Missing {
     /// The first function of the root bus.
     HostBridge,

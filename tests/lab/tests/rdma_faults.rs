@@ -25,7 +25,7 @@ fn noticed_within() -> Duration {
 }
 
 /// One request.
-const CHUNK: u64 = MIB / 2;
+const CHUNK: u64 = MIB / 8;
 /// Requests of a transfer, all of them in flight at the beginning.
 const CHUNKS: usize = 16;
 /// What is registered: the middle of a buffer, whose edges nobody is to touch.

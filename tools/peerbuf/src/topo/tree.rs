@@ -20,7 +20,7 @@ pub fn labels(machine: &Machine) -> Vec<(Index, String)> {
             Kind::Nic => "NIC",
             Kind::Capture => "CAP",
             Kind::Memory => "MEM",
-            Kind::Bridge | Kind::Disk | Kind::Other => "DEV",
+            _ => "DEV",
         };
         let count = counts.entry(name).or_insert(0);
         *count += 1;
