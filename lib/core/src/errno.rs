@@ -2,7 +2,7 @@
 //!
 //! The kernel's internal numbers, from 512 on, are not meant for userspace, and no C library names them. But
 //! drivers leak them (most often 524), so they are named here. libfabric has its own numbers from 256 on,
-//! which the kernel does not use.
+//! which the kernel does not use. Tools pass on 800 and 801 of CUDA and HIP as if they were system errors.
 
 use std::fmt;
 
@@ -76,7 +76,7 @@ impl Errno {
 
     /// True for the kernel-internal numbers.
     pub fn is_kernel_internal(self) -> bool {
-        (512..=530).contains(&self.0)
+        (512..=531).contains(&self.0)
     }
 }
 
@@ -88,6 +88,9 @@ impl fmt::Display for Errno {
             }
             Some(name) if name.starts_with("FI_") => {
                 write!(f, "{name} (error {}, libfabric's own)", self.0)
+            }
+            Some(name) if name.starts_with("CUDA_") => {
+                write!(f, "{name} (error {}, CUDA's and HIP's own)", self.0)
             }
             Some(name) => {
                 let text = std::io::Error::from_raw_os_error(self.0).to_string();
@@ -159,7 +162,7 @@ const OTHERS: &[(i32, &str)] = &[
     (268, "FI_EOVERRUN"),
     (269, "FI_ENORX"),
     (270, "FI_ENOMR"),
-    // include/linux/errno.h, Linux 7.2
+    // include/linux/errno.h, Linux 7.3
     (512, "ERESTARTSYS"),
     (513, "ERESTARTNOINTR"),
     (514, "ERESTARTNOHAND"),
@@ -178,6 +181,10 @@ const OTHERS: &[(i32, &str)] = &[
     (528, "EJUKEBOX"),
     (529, "EIOCBQUEUED"),
     (530, "ERECALLCONFLICT"),
+    (531, "ENOGRACE"),
+    // cuda.h of CUDA 8.0 and later; HIP has the same numbers
+    (800, "CUDA_ERROR_NOT_PERMITTED"),
+    (801, "CUDA_ERROR_NOT_SUPPORTED"),
 ];
 
 #[cfg(test)]
@@ -198,6 +205,11 @@ mod tests {
             "ENOTSUPP (error 524, internal to the kernel)"
         );
         assert_eq!(Errno(517).name(), Some("EPROBE_DEFER"));
+        // The kernel has no 520.
+        for number in (512..=531).filter(|number| *number != 520) {
+            let said = Errno(number).to_string();
+            assert!(said.ends_with("internal to the kernel)"), "{said}");
+        }
     }
 
     #[test]
@@ -205,6 +217,14 @@ mod tests {
         assert_eq!(
             Errno(266).to_string(),
             "FI_ENOKEY (error 266, libfabric's own)"
+        );
+    }
+
+    #[test]
+    fn a_number_of_a_graphics_library_is_named_as_its_own() {
+        assert_eq!(
+            Errno(801).to_string(),
+            "CUDA_ERROR_NOT_SUPPORTED (error 801, CUDA's and HIP's own)"
         );
     }
 
