@@ -49,6 +49,7 @@ pub mod export;
 #[doc(hidden)]
 pub mod fuzz;
 pub mod import;
+pub mod joint;
 mod path;
 pub mod plan;
 mod queue;

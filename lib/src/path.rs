@@ -168,10 +168,11 @@ pub enum ReasonCode {
 
 impl ReasonCode {
     /// All of this version.
-    pub const ALL: [ReasonCode; 20] = [
+    pub const ALL: [ReasonCode; 21] = [
         ReasonCode::KernelRefused,
         ReasonCode::ProofFailed,
         ReasonCode::DeviceError,
+        ReasonCode::SeveralDisks,
         ReasonCode::ReadUnproved,
         ReasonCode::WriteUnproved,
         ReasonCode::NotDeviceMemory,
@@ -215,6 +216,54 @@ impl ReasonCode {
             ReasonCode::NotPinnable => "not-pinnable",
             ReasonCode::NotWhole => "not-whole",
             ReasonCode::TooSmall => "too-small",
+        }
+    }
+
+    /// What would change it, in a sentence. `docs/reasons/` has more of each.
+    pub fn remedy(self) -> &'static str {
+        match self {
+            ReasonCode::KernelRefused => {
+                "put both devices below one switch, or ask `peerbuf why` which setting is in the way"
+            }
+            ReasonCode::ProofFailed => {
+                "iommu=pt, ACS redirection off, or both devices below one switch"
+            }
+            ReasonCode::DeviceError => "look at the kernel's log for what the device reports",
+            ReasonCode::SeveralDisks => "use a file on one disk",
+            ReasonCode::ReadUnproved => {
+                "use a file that has bytes, or name a directory on its filesystem (with_scratch_directory)"
+            }
+            ReasonCode::WriteUnproved => {
+                "name a directory on the filesystem (with_scratch_directory), or a range of the raw disk that may be \
+                 overwritten (with_scratch_range)"
+            }
+            ReasonCode::NotDeviceMemory => "export the memory of a device",
+            ReasonCode::NotHostMemory => "move the buffer to system memory, or export it there",
+            ReasonCode::NoStructPages => {
+                "export memory that has pages: by peerbuf.ko, from a large enough BAR"
+            }
+            ReasonCode::NoDirectIo => "use a filesystem with O_DIRECT, such as ext4 or XFS",
+            ReasonCode::Misaligned => {
+                "begin at a multiple of the disk's block, in the file and in the buffer"
+            }
+            ReasonCode::BelowBlockSize => "move at least one block of the disk at once",
+            ReasonCode::NotADevice => "use an importer that is a device",
+            ReasonCode::PlacementUnknown => {
+                "open the node of the buffer's device, so that peerbuf.ko can be asked"
+            }
+            ReasonCode::NoDmaBuf => {
+                "export the buffer as a dma-buf, such as a udmabuf over the same memory"
+            }
+            ReasonCode::NotMappable => {
+                "give the buffer a stage, or export it by a driver that maps"
+            }
+            ReasonCode::ImporterNotPeer => {
+                "use an importer whose driver takes device memory, or move the buffer to system memory"
+            }
+            ReasonCode::AttachRefused => "use an exporter or an importer by another driver",
+            ReasonCode::NotPinnable => "raise RLIMIT_MEMLOCK, or use memory that can be pinned",
+            ReasonCode::NotWhole => "attach the whole buffer",
+            ReasonCode::TooSmall => "attach a larger range",
         }
     }
 }

@@ -13,7 +13,7 @@ use crate::topology::PciAddress;
 pub use crate::path::{Direction, Path, Plan, ProofPolicy, Reason, ReasonCode};
 pub use crate::topology;
 pub use verdicts::forget_proofs;
-pub(crate) use verdicts::{Key, Verdict, void};
+pub(crate) use verdicts::{Key, Verdict, given_up, void};
 
 impl Plan {
     /// The plan of an importer that uses the buffer's memory where it is: no byte is copied, and

@@ -13,6 +13,7 @@
 //! What failed for a want that passes, such as memory (`ENOMEM`), is not kept at all.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{LazyLock, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -151,6 +152,14 @@ impl Verdicts {
     }
 }
 
+/// Counts the proofs that were given up: plans that are kept elsewhere stand on them.
+static GIVEN_UP: AtomicU64 = AtomicU64::new(0);
+
+/// A number that is another one after any proof was given up.
+pub(crate) fn given_up() -> u64 {
+    GIVEN_UP.load(Ordering::Acquire)
+}
+
 static VERDICTS: LazyLock<Mutex<Verdicts>> = LazyLock::new(Mutex::default);
 
 fn verdicts() -> MutexGuard<'static, Verdicts> {
@@ -181,12 +190,14 @@ pub(crate) fn keep(key: Key, file: &Endpoint, verdict: &Verdict) {
 /// A transfer on the path failed: what was proved is not so any more.
 pub(crate) fn void(key: &Key) {
     verdicts().entries.remove(key);
+    GIVEN_UP.fetch_add(1, Ordering::Release);
 }
 
 /// Forgets every proof of this process; transfers after that prove their path again. Changes that the kernel
 /// does not show as another device or driver, such as a bridge's or the IOMMU's settings, need it.
 pub fn forget_proofs() {
     verdicts().entries.clear();
+    GIVEN_UP.fetch_add(1, Ordering::Release);
 }
 
 #[cfg(test)]
