@@ -160,6 +160,17 @@ pub struct Reason {
     pub evidence: String,
 }
 
+impl Reason {
+    /// `evidence` is for people: the devices, bits and numbers.
+    pub fn new(code: Code, effect: Effect, evidence: impl Into<String>) -> Reason {
+        Reason {
+            code,
+            effect,
+            evidence: evidence.into(),
+        }
+    }
+}
+
 /// A change that would remove a reason.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
@@ -171,7 +182,8 @@ pub struct Remedy {
 }
 
 impl Remedy {
-    fn new<const N: usize>(what: impl Into<String>, commands: [String; N]) -> Remedy {
+    /// `commands` are for a root shell.
+    pub fn new<const N: usize>(what: impl Into<String>, commands: [String; N]) -> Remedy {
         Remedy {
             what: what.into(),
             commands: commands.into(),
