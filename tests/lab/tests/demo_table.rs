@@ -1,5 +1,7 @@
 //! `peerbuf demo` takes the path that each topology allows, gives the reason against better paths, and moves
-//! every byte. Runs in the guest, in each topology.
+//! every byte; `why`, `prove` and `doctor` agree. Runs in the guest, in each topology.
+
+use std::process::{Command, Output};
 
 use peerbuf_lab_suite::demo::{alone, topology, transfers};
 use peerbuf_lab_suite::node::{Node, nvme_bdf};
@@ -108,4 +110,154 @@ fn a_bar_without_struct_pages_is_carried_by_the_cpu_and_says_so() {
         let why = reason(transfer, "peer-to-peer");
         assert_eq!(why["code"], "no-struct-pages", "{transfer}");
     }
+}
+
+/// The command, on a terminal of 80 columns, with proofs in a folder of the test's own.
+fn peerbuf(cache: &tempfile::TempDir, arguments: &[&str]) -> (Option<i32>, String) {
+    let output: Output = Command::new("peerbuf")
+        .args(arguments)
+        .env("COLUMNS", "80")
+        .env("XDG_CACHE_HOME", cache.path())
+        .output()
+        .unwrap();
+    let text = [output.stdout, output.stderr].concat();
+    (output.status.code(), String::from_utf8(text).unwrap())
+}
+
+fn json((_, text): (Option<i32>, String)) -> Value {
+    serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error}: {text}"))
+}
+
+#[test]
+fn why_tells_a_newcomer_in_less_than_25_lines_before_and_after_a_proof() {
+    let _alone = alone();
+    let (cache, device) = (tempfile::tempdir().unwrap(), Node::largest().bdf);
+    for proved in [false, true] {
+        let (code, text) = peerbuf(&cache, &["why", "/dev/nvme0n1", &device]);
+        let (expected, words): (_, &[&str]) = match (topology().as_str(), proved) {
+            ("switch" | "host-bridge", false) => (0, &["yes", "not proved here"]),
+            ("switch" | "host-bridge", true) => (0, &["yes, proved", "arrived, just now"]),
+            ("refused", false) => (
+                1,
+                &[
+                    "host-bridge-not-listed",
+                    "not tried",
+                    "what would change it",
+                ],
+            ),
+            ("refused", true) => (1, &["host-bridge-not-listed", "kernel-refused, just now"]),
+            ("lying", false) => (
+                0,
+                &[
+                    "bytes may be lost",
+                    "iommu-in-guest",
+                    "what would change it",
+                ],
+            ),
+            ("lying", true) => (1, &["proof-failed, just now", "iommu-in-guest", "iommu=pt"]),
+            (other, _) => panic!("what does {other} promise?"),
+        };
+        assert_eq!(code, Some(expected), "{text}");
+        assert!(text.lines().count() < 25, "{text}");
+        assert!(
+            text.lines().all(|line| line.chars().count() <= 80),
+            "{text}"
+        );
+        for words in words {
+            assert!(text.contains(words), "no {words:?} in\n{text}");
+        }
+        peerbuf(&cache, &["prove", "/dev/nvme0n1", &device]);
+    }
+}
+
+#[test]
+fn bytes_are_proved_each_way_and_doctor_begins_with_those_that_were_lost() {
+    let _alone = alone();
+    let (cache, device) = (tempfile::tempdir().unwrap(), Node::largest().bdf);
+    let files = || std::fs::read_dir("/mnt/nvme").unwrap().count();
+    let before = files();
+    let proof = json(peerbuf(&cache, &["prove", "/mnt/nvme", &device, "--json"]));
+    let code = match topology().as_str() {
+        "refused" => Some("kernel-refused"),
+        "lying" => Some("proof-failed"),
+        _ => None,
+    };
+    assert_eq!(proof["proved"], code.is_none(), "{proof}");
+    let forth = &proof["ways"][0];
+    assert_eq!(
+        (&forth["client"], &forth["provider"]),
+        (&nvme_bdf().into(), &device.clone().into())
+    );
+    for direction in ["into", "out_of"] {
+        let seen = &forth["bytes"][direction];
+        assert_eq!(seen["arrived"], code.is_none(), "{proof}");
+        assert_eq!(seen["code"].as_str(), code, "{proof}");
+    }
+    let back = &proof["ways"][1];
+    assert!(
+        back["not_tried"]
+            .as_str()
+            .unwrap()
+            .starts_with("no-dma-engine"),
+        "{proof}"
+    );
+    assert_eq!(files(), before);
+    for node in Node::all() {
+        let bar = node.bar2();
+        assert_eq!((bar.free, bar.exports), (bar.size, 0), "{}", node.bdf);
+    }
+    // What everybody says is yes, and the bytes were lost: nothing comes before that.
+    let (_, text) = peerbuf(&cache, &["doctor"]);
+    let first: Vec<&str> = text.lines().take(3).collect();
+    let lost = topology() == "lying";
+    assert_eq!(
+        first[1].contains("proof-failed") || first[2].contains("proof-failed"),
+        lost,
+        "{text}"
+    );
+    assert_eq!(text.contains("proof-failed"), lost, "{text}");
+    let pairs = json(peerbuf(&cache, &["doctor", "--json"]));
+    let pairs = pairs["pairs"].as_array().unwrap();
+    let pair = pairs
+        .iter()
+        .find(|pair| pair["client"] == nvme_bdf().as_str() && pair["provider"] == device.as_str());
+    for direction in ["into", "out_of"] {
+        let (kept, seen) = (
+            &pair.unwrap()["bytes"][direction],
+            &forth["bytes"][direction],
+        );
+        assert_eq!(
+            (&kept["arrived"], &kept["evidence"]),
+            (&seen["arrived"], &seen["evidence"])
+        );
+        assert!(kept["age_seconds"].is_u64(), "{kept}");
+    }
+    // Another user's cache knows nothing of it.
+    let other = tempfile::tempdir().unwrap();
+    let (_, text) = peerbuf(&other, &["doctor"]);
+    assert!(!text.contains("proof-failed"), "{text}");
+}
+
+#[test]
+fn a_raw_disk_is_written_only_where_the_user_says_so() {
+    let _alone = alone();
+    let (cache, device) = (tempfile::tempdir().unwrap(), Node::largest().bdf);
+    let good = matches!(topology().as_str(), "switch" | "host-bridge");
+    let arguments = ["prove", &device, "/dev/nvme0n2", "--scratch-range", "1M:1M"];
+    let (code, text) = peerbuf(&cache, &arguments);
+    assert_eq!(code, Some(if good { 0 } else { 1 }), "{text}");
+    assert!(
+        text.contains("/dev/nvme0n2, which is written from 1048576 on"),
+        "{text}"
+    );
+    let (code, text) = peerbuf(&cache, &["prove", &device, &Node::all().pop().unwrap().bdf]);
+    assert!(
+        code == Some(1) && text.contains("no bytes were tried"),
+        "{text}"
+    );
+    let (code, text) = peerbuf(&cache, &["prove", &device, "nonsense"]);
+    assert!(
+        code == Some(2) && text.contains("nonsense: no such device"),
+        "{text}"
+    );
 }

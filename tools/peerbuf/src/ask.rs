@@ -1,20 +1,23 @@
 //! Asks the kernel (peerbuf_probe.ko) about two devices: exports some memory of the one and attaches it on behalf of the
 //! other, as its driver would. No DMA is started.
 
-use peerbuf::Access;
-use peerbuf::error::ProbeError;
+use peerbuf::error::{ExportError, ProbeError};
 use peerbuf::export::peerbuf::{Device, Request};
 use peerbuf::export::provider;
 use peerbuf::import::probe::{Direction, Options, Probe, Route};
 use peerbuf::plan::topology::PciAddress;
+use peerbuf::{Access, Buffer, Errno};
+use peerbuf_topo::rules::Map;
 
 /// What the kernel said.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Answer {
     /// It gave addresses of peer memory, by this route.
-    Yes(&'static str),
+    Yes(Map),
     /// It refused, with this error.
     No(String),
+    /// It refused because there is no way between the two, with this error.
+    NoWay(String),
     /// It was not asked.
     NotAsked(String),
 }
@@ -31,7 +34,7 @@ pub fn kernel(client: PciAddress, provider: PciAddress) -> Answer {
         }
         Err(error) => return Answer::NotAsked(error.to_string()),
     };
-    let buffer = match export(provider) {
+    let buffer = match lend(provider, LENGTH) {
         Ok(buffer) => buffer,
         Err(why) => return Answer::NotAsked(why),
     };
@@ -43,36 +46,55 @@ pub fn kernel(client: PciAddress, provider: PciAddress) -> Answer {
         .and_then(|attachment| attachment.map(Direction::Bidirectional));
     match mapped {
         Ok(mapping) => match mapping.route() {
-            Route::BusAddress => Answer::Yes("bus address"),
-            Route::HostBridge => Answer::Yes("through host bridge"),
+            Route::BusAddress => Answer::Yes(Map::BusAddress),
+            Route::HostBridge => Answer::Yes(Map::HostBridge),
             Route::System => Answer::No("it moved the bytes to system memory".into()),
             // Some of this and some of that, or addresses that lead nowhere known.
             other => Answer::No(format!("it gave addresses of another kind: {other:?}")),
         },
-        Err(ProbeError::System { cause, .. }) if cause.errno == peerbuf::Errno::UNATCH => {
+        Err(ProbeError::System { cause, .. }) if cause.errno == Errno::UNATCH => {
             Answer::NotAsked(format!("{client} has no driver that does DMA"))
         }
+        Err(error) if error.errno() == Some(Errno::REMOTEIO) => Answer::NoWay(error.to_string()),
         Err(error) => Answer::No(error.to_string()),
     }
 }
 
-/// Some memory of a device that peerbuf.ko has, or whose own driver lends it.
-fn export(device: PciAddress) -> Result<peerbuf::Buffer, String> {
-    let opened = match Device::open(device) {
-        Ok(opened) => opened,
-        Err(error) => provider::open(device).map_err(|lender| {
-            format!("{device} lends no memory: neither through peerbuf.ko ({error}) nor by its own driver ({lender})")
-        })?,
+/// Some memory of a device that peerbuf.ko has, or whose own driver lends it: as much as can be had at once, and at
+/// most `most` bytes.
+pub fn lend(device: PciAddress, most: u64) -> Result<Buffer, String> {
+    let (opened, share) = match Device::open(device) {
+        Ok(opened) => (opened, 1),
+        Err(error) => {
+            let lender = provider::open(device).map_err(|lender| {
+                format!("{device} lends no memory: neither through peerbuf.ko ({error}) nor by its own driver ({lender})")
+            })?;
+            // Others in the kernel live from the pool, too.
+            (lender, 2)
+        }
     };
     let info = opened.query().map_err(|error| error.to_string())?;
     let bar = info
         .exportable()
         .ok_or_else(|| format!("no BAR of {device} can be exported"))?;
-    let request = Request {
-        bar: bar.index,
-        offset: None,
-        length: LENGTH,
-        access: Access::ReadWrite,
-    };
-    opened.export(request).map_err(|error| error.to_string())
+    let page = u64::from(info.page_size.max(1));
+    let mut length = most.min(bar.largest_free / share).max(page) / page * page;
+    loop {
+        let request = Request {
+            bar: bar.index,
+            offset: None,
+            length,
+            access: Access::ReadWrite,
+        };
+        match opened.export(request) {
+            Ok(buffer) => return Ok(buffer),
+            // What a driver's pool has free need not be in one piece.
+            Err(ExportError::System { cause, .. })
+                if cause.errno == Errno::NOSPC && length > page =>
+            {
+                length = (length / 2).max(page) / page * page;
+            }
+            Err(error) => return Err(error.to_string()),
+        }
+    }
 }

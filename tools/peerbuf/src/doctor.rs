@@ -4,14 +4,14 @@ use std::process::ExitCode;
 
 use peerbuf::import::file::{FileImporter, unnamed_file};
 use peerbuf_topo::machine::{Function, Index, Kind};
-use peerbuf_topo::reasons::{Effect, Verdict, label};
+use peerbuf_topo::reasons::{Effect, Remedy, Verdict, label};
 use peerbuf_topo::{Code, Rules};
 use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::table::{self, Table};
 use crate::topo::{self, Source};
-use crate::why::Way;
+use crate::why::{Way, proof_json};
 use crate::{Failure, info, places, say};
 
 /// Arguments of `peerbuf doctor`.
@@ -164,13 +164,15 @@ fn both<'m>(rules: &Rules<'m>, way: &Way) -> (&'m Function, &'m Function) {
     )
 }
 
-fn codes(way: &Way) -> Vec<&'static str> {
-    let matters = way
-        .argument
-        .reasons
-        .iter()
-        .filter(|reason| reason.effect < Effect::Warns || reason.code == Code::IommuInGuest);
-    matters.map(|reason| reason.code.as_str()).collect()
+/// What is in the way. Bytes that were seen to arrive settle what was in doubt.
+fn codes(way: &Way) -> Vec<&str> {
+    let failed = way.failed().and_then(|seen| seen.code.as_deref());
+    let matters = way.argument.reasons.iter().filter(|reason| {
+        let in_doubt = reason.effect == Effect::MayBlock || reason.code == Code::IommuInGuest;
+        (reason.effect < Effect::Warns || in_doubt) && !(in_doubt && way.is_proved())
+    });
+    let predicted = matters.map(|reason| reason.code.as_str());
+    failed.into_iter().chain(predicted).collect()
 }
 
 fn pair(rules: &Rules<'_>, way: &Way) -> Value {
@@ -181,24 +183,48 @@ fn pair(rules: &Rules<'_>, way: &Way) -> Value {
         "verdict": way.verdict().name(),
         "predicted": way.argument.verdict.name(),
         "kernel": way.answer_text(),
+        "bytes": proof_json(way.proof.as_ref()),
         "near": way.argument.route.near.map(|near| near.word()),
         "codes": codes(way),
     })
 }
 
 fn pairs_table(rules: &Rules<'_>, ways: &[Way]) -> Table {
-    let mut table = Table::new(["device", "uses memory of", "", "predicted", "kernel", "why"]);
+    // A column that says nothing takes the room of others.
+    let tried = ways.iter().any(|way| way.proof.is_some());
+    let headings = [
+        "device",
+        "uses memory of",
+        "",
+        "predicted",
+        "kernel",
+        "bytes",
+        "why",
+    ];
+    let seen = |at: &usize| tried || headings[*at] != "bytes";
+    let mut table = Table::new((0..headings.len()).filter(seen).map(|at| headings[at]));
     for way in ways.iter().take(MOST) {
         let (client, provider) = both(rules, way);
         let near = way.argument.route.near.map_or("?", |near| near.word());
-        table.row([
+        let bytes = match &way.proof {
+            None => "",
+            Some(proof) if proof.is_whole() => "arrived",
+            Some(proof) => match proof.failed().map(|seen| seen.code.as_deref()) {
+                Some(Some("proof-failed")) => "lost",
+                Some(_) => "refused",
+                None => "one way",
+            },
+        };
+        let row = [
             label(client),
             label(provider),
             near.to_owned(),
             way.argument.verdict.name().to_owned(),
             way.answer_word().to_owned(),
+            bytes.to_owned(),
             codes(way).join("\n"),
-        ]);
+        ];
+        table.row((0..row.len()).filter(seen).map(|at| row[at].clone()));
     }
     table
 }
@@ -252,6 +278,15 @@ fn mounts() -> Vec<Mount> {
     mounts
 }
 
+fn texts(remedies: &[Remedy]) -> Vec<String> {
+    let mut texts = Vec::new();
+    for remedy in remedies {
+        texts.push(remedy.what.clone());
+        texts.extend(remedy.commands.iter().cloned());
+    }
+    texts
+}
+
 fn findings(
     rules: &Rules<'_>,
     ways: &[Way],
@@ -259,6 +294,31 @@ fn findings(
     info: Option<&info::Info>,
 ) -> Vec<Finding> {
     let mut findings: Vec<Finding> = Vec::new();
+    // Everybody says yes, and the bytes were seen not to arrive: nothing matters more.
+    let surprising = |way: &&Way| way.argument.verdict != Verdict::No;
+    for way in ways.iter().filter(surprising) {
+        let Some(seen) = way.failed() else {
+            continue;
+        };
+        let (client, provider) = both(rules, way);
+        let mut remedies = texts(&way.argument.remedies);
+        remedies.push(format!(
+            "then `peerbuf prove {} {}` again",
+            client.address, provider.address
+        ));
+        findings.push(Finding {
+            what: format!(
+                "{} with memory of {}: {}, {}: {}",
+                label(client),
+                label(provider),
+                seen.code.as_deref().unwrap_or_default(),
+                seen.age(),
+                seen.evidence
+            ),
+            remedies,
+        });
+    }
+    let proved = findings.len();
     // One for each kind of reason, with the pairs that it stops.
     for code in Code::ALL {
         let stops = |way: &&Way| codes(way).contains(&code.as_str());
@@ -276,11 +336,6 @@ fn findings(
             0 => String::new(),
             others => format!(" (and {others} more)"),
         };
-        let mut remedies = Vec::new();
-        for remedy in &first.argument.remedies {
-            remedies.push(remedy.what.clone());
-            remedies.extend(remedy.commands.iter().cloned());
-        }
         findings.push(Finding {
             what: format!(
                 "{} with memory of {}{others}: {code}: {}",
@@ -288,12 +343,12 @@ fn findings(
                 label(provider),
                 evidence.map_or("", |reason| &reason.evidence)
             ),
-            remedies,
+            remedies: texts(&first.argument.remedies),
         });
     }
     let lying = |finding: &Finding| finding.what.contains(Code::IommuInGuest.as_str());
     // What loses bytes comes before what is refused.
-    findings.sort_by_key(|finding| !lying(finding));
+    findings[proved..].sort_by_key(|finding| !lying(finding));
     for missing in info.into_iter().flat_map(info::Info::missing) {
         findings.push(Finding {
             what: missing.0.to_owned(),

@@ -13,6 +13,8 @@ mod ls;
 mod matrix;
 mod places;
 mod progress;
+mod proofs;
+mod prove;
 mod rdma;
 mod say;
 mod size;
@@ -36,8 +38,8 @@ struct Arguments {
 }
 
 const AFTER_HELP: &str = "\
-Exit status: 0 it worked, 1 it failed (the reason is on standard error), 2 wrong usage. Of doctor and why: 0 it
-works as well as it can, 1 something is in the way.
+Exit status: 0 it worked, 1 it failed (the reason is on standard error), 2 wrong usage. Of doctor, why
+and prove: 0 it works as well as it can, 1 something is in the way.
 
 Paths, best first:
   peer-to-peer        the disk reads and writes the device's memory itself
@@ -69,6 +71,8 @@ enum Command {
     Ls(ls::Arguments),
     /// Let each exporter meet each importer, with checked bytes, and show the paths
     Matrix(matrix::Arguments),
+    /// Move bytes between two devices, each way, see whether they arrive, and keep the verdict
+    Prove(prove::Arguments),
     /// Show a buffer to another machine, or move a file's bytes into or out of one, by RDMA
     Rdma(rdma::Arguments),
     /// Show the tree of devices, and what the kernel will say to each pair of them
@@ -96,6 +100,7 @@ fn main() -> ExitCode {
         Command::Load(arguments) => load::run(&arguments),
         Command::Ls(arguments) => ls::run(&arguments),
         Command::Matrix(arguments) => matrix::run(&arguments),
+        Command::Prove(arguments) => prove::run(&arguments),
         Command::Rdma(arguments) => rdma::run(&arguments),
         Command::Topo(arguments) => topo::run(&arguments),
         Command::Why(arguments) => why::run(&arguments),

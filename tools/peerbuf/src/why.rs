@@ -2,13 +2,14 @@
 
 use std::process::ExitCode;
 
-use peerbuf_topo::machine::{Function, Index, Machine};
+use peerbuf_topo::machine::{Driver, Function, Index, Machine};
 use peerbuf_topo::reasons::{Argument, Effect, Reason, Remedy, Verdict, label};
 use peerbuf_topo::rules::{Map, Rule};
-use peerbuf_topo::{Rules, argue};
+use peerbuf_topo::{Code, Rules, argue};
 use serde_json::{Value, json};
 
 use crate::ask::{self, Answer};
+use crate::proofs::{self, FOLDERS, Proof, Seen};
 use crate::topo::{NotFound, Source, Target};
 use crate::{Failure, say, table};
 
@@ -29,33 +30,55 @@ pub struct Arguments {
     json: bool,
 }
 
-/// One device's use of the other's memory: what is predicted, and what the kernel said.
+/// One device's use of the other's memory: what is predicted, what the kernel said, and what bytes did.
 pub struct Way {
     pub argument: Argument,
     pub answer: Answer,
+    pub proof: Option<Proof>,
 }
 
 impl Way {
     /// Predicts, and asks where the prediction is not about what the devices lack.
     pub fn of(rules: &Rules<'_>, client: Index, provider: Index, ask: bool) -> Way {
-        let argument = argue(rules, client, provider);
+        let mut argument = argue(rules, client, provider);
         let at = |index| rules.machine().function(index).address;
         let answer = match (ask, unable(&argument)) {
             (false, _) => Answer::NotAsked("only predicted".into()),
             (true, true) => Answer::NotAsked("the devices cannot".into()),
             (true, false) => ask::kernel(at(client), at(provider)),
         };
-        Way { argument, answer }
+        let (reason, remedy) = kept_answer(rules, &argument, &answer).unzip();
+        argument.reasons.extend(reason);
+        argument.reasons.sort_by_key(|reason| reason.effect);
+        argument.remedies.extend(remedy);
+        let proof = ask.then(|| FOLDERS.find(rules.machine(), client, provider));
+        Way {
+            argument,
+            answer,
+            proof: proof.flatten(),
+        }
     }
 
-    /// The kernel's answer where there is one, else the prediction.
+    /// What bytes did, where some were tried; else the kernel's answer, else the prediction.
     pub fn verdict(&self) -> Verdict {
         match self.answer {
             _ if unable(&self.argument) => Verdict::No,
+            _ if self.failed().is_some() => Verdict::No,
+            _ if self.is_proved() => Verdict::Yes,
             Answer::Yes(_) => Verdict::Yes,
-            Answer::No(_) => Verdict::No,
+            Answer::No(_) | Answer::NoWay(_) => Verdict::No,
             Answer::NotAsked(_) => self.argument.verdict,
         }
+    }
+
+    /// Bytes arrived both ways.
+    pub fn is_proved(&self) -> bool {
+        self.proof.as_ref().is_some_and(Proof::is_whole)
+    }
+
+    /// Of a way on which bytes were seen not to arrive: what was seen.
+    pub fn failed(&self) -> Option<&Seen> {
+        self.proof.as_ref().and_then(Proof::failed)
     }
 
     /// The devices themselves rule it out, whatever is between them.
@@ -66,8 +89,8 @@ impl Way {
     /// What the kernel said.
     pub fn answer_text(&self) -> String {
         match &self.answer {
-            Answer::Yes(route) => format!("yes, {route}"),
-            Answer::No(why) => format!("no: {why}"),
+            Answer::Yes(map) => format!("yes, {}", map.name()),
+            Answer::No(why) | Answer::NoWay(why) => format!("no: {why}"),
             Answer::NotAsked(why) => format!("not asked: {why}"),
         }
     }
@@ -76,7 +99,7 @@ impl Way {
     pub fn answer_word(&self) -> &'static str {
         match self.answer {
             Answer::Yes(_) => "yes",
-            Answer::No(_) => "no",
+            Answer::No(_) | Answer::NoWay(_) => "no",
             Answer::NotAsked(_) => "not asked",
         }
     }
@@ -94,11 +117,46 @@ impl Way {
 
 /// Whether the devices themselves rule it out, whatever is between them.
 fn unable(argument: &Argument) -> bool {
-    use peerbuf_topo::Code;
     let lacks = |reason: &Reason| {
         reason.effect == Effect::Blocks && matches!(reason.code, Code::NoDmaEngine | Code::NoMemory)
     };
     argument.reasons.iter().any(lacks)
+}
+
+/// The kernel works its answer out once, and keeps it. If the present settings would give another one, they were
+/// changed since.
+fn kept_answer(
+    rules: &Rules<'_>,
+    argument: &Argument,
+    answer: &Answer,
+) -> Option<(Reason, Remedy)> {
+    let said = match answer {
+        Answer::Yes(map) => *map,
+        Answer::NoWay(_) => Map::NotSupported,
+        Answer::No(_) | Answer::NotAsked(_) => return None,
+    };
+    let now = argument.route.possible.known().filter(|map| *map != said)?;
+    let effect = match (said, now) {
+        (Map::NotSupported, _) => Effect::Blocks,
+        (Map::HostBridge, Map::BusAddress) => Effect::Slows,
+        _ => Effect::Warns,
+    };
+    let provider = rules.machine().function(argument.provider);
+    let evidence = format!(
+        "the kernel answers '{}', and by the present settings it would be '{}': it keeps its first answer, and \
+         a setting was changed since",
+        said.name(),
+        now.name()
+    );
+    let what = "bind the driver of the memory's device anew, so that the kernel works it out again";
+    let mut remedy = Remedy::new(what, []);
+    if let Some(Driver::Bound(driver)) = &provider.driver {
+        let at = provider.address;
+        let command = |what| format!("echo {at} > /sys/bus/pci/drivers/{driver}/{what}");
+        remedy.commands = ["unbind", "bind"].map(command).into();
+    }
+    let reason = Reason::new(Code::VerdictCached, effect, evidence);
+    Some((reason, remedy))
 }
 
 pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
@@ -223,15 +281,23 @@ fn show(rules: &Rules<'_>, ways: &[Way; 2], layers: &[&Reason], width: usize) ->
 
 /// Each reason once, with whether it is one of the first way's and of the second's.
 fn merged(ways: &[Way; 2]) -> Vec<(&Reason, [bool; 2])> {
+    // Of devices that cannot, only why.
+    let matters = |way: &Way, reason: &Reason| {
+        reason.effect == Effect::Blocks || !way.is_unable() || ways.iter().all(Way::is_unable)
+    };
     let mut all: Vec<&Reason> = Vec::new();
-    for reason in ways.iter().flat_map(|way| &way.argument.reasons) {
-        if !all.contains(&reason) {
-            all.push(reason);
+    for way in ways {
+        for reason in &way.argument.reasons {
+            if matters(way, reason) && !all.contains(&reason) {
+                all.push(reason);
+            }
         }
     }
     all.sort_by_key(|reason| reason.effect);
-    let of =
-        |reason: &&Reason| [0, 1].map(|way: usize| ways[way].argument.reasons.contains(reason));
+    let of = |reason: &&Reason| {
+        [&ways[0], &ways[1]]
+            .map(|way| matters(way, reason) && way.argument.reasons.contains(reason))
+    };
     all.iter().map(|reason| (*reason, of(reason))).collect()
 }
 
@@ -245,7 +311,7 @@ fn remedies(ways: &[Way; 2]) -> Vec<&Remedy> {
     all
 }
 
-fn heading(
+pub fn heading(
     way: &Way,
     client: &Function,
     provider: &Function,
@@ -257,8 +323,10 @@ fn heading(
         .argument
         .reasons
         .iter()
-        .any(|reason| reason.code == peerbuf_topo::Code::IommuInGuest);
+        .any(|reason| reason.code == Code::IommuInGuest);
     let verdict = match verdict {
+        Verdict::No if way.failed().is_some() => "no, bytes were tried",
+        Verdict::Yes if way.is_proved() => "yes, proved",
         Verdict::Yes if caution => "the kernel allows it, and bytes may be lost",
         other => other.name(),
     };
@@ -282,21 +350,63 @@ fn heading(
         Some(said) => format!("{}: {said}", way.answer_word()),
         None => way.answer_text(),
     };
-    let bytes = match way.verdict() {
-        Verdict::No => "not tried",
-        _ => {
-            "not proved here; `peerbuf demo --dir DIRECTORY-ON-THE-DISK` moves some, and checks each"
-        }
-    };
     let mut text = table::paragraph(&title, width);
-    for (grade, what) in [
-        ("predicted", predicted.as_str()),
-        ("kernel", &kernel),
-        ("bytes", bytes),
-    ] {
-        text += &table::labelled(&format!("    {grade:<9}"), what, width);
+    // What is between devices that cannot says nothing.
+    if way.is_unable() {
+        return text;
+    }
+    let mut grades = vec![("predicted", predicted), ("kernel", kernel)];
+    match &way.proof {
+        Some(proof) => grades.extend(bytes_texts(way, proof).map(|text| ("bytes", text))),
+        None if way.verdict() == Verdict::No => grades.push(("bytes", "not tried".into())),
+        None => {
+            let command = format!("peerbuf prove {} {}", client.address, provider.address);
+            grades.push(("bytes", format!("not proved here; `{command}` moves some")));
+        }
+    }
+    for (grade, what) in grades {
+        text += &table::labelled(&format!("    {grade:<9}"), &what, width);
     }
     text
+}
+
+/// What bytes did in each direction, and when. Of two failures alike, the evidence of one.
+fn bytes_texts(way: &Way, proof: &Proof) -> [String; 2] {
+    let [into, out_of] = [proofs::Way::In, proofs::Way::Out].map(|way| proof.seen(way));
+    let alike = matches!((into, out_of), (Some(a), Some(b)) if !a.arrived && a.code == b.code);
+    let text = |what: &str, seen: Option<&Seen>, is_short: bool| match seen {
+        None => format!("{what}: not tried"),
+        Some(seen) if seen.arrived => format!("{what}: arrived, {}", seen.age()),
+        Some(seen) => {
+            let code = seen.code.as_deref().unwrap_or_default();
+            let refused = matches!(way.answer, Answer::No(_) | Answer::NoWay(_));
+            let evidence = match is_short {
+                true => "likewise",
+                false if refused && code == "kernel-refused" => "direct I/O is refused as well",
+                false => &seen.evidence,
+            };
+            format!("{what}: {code}, {}: {evidence}", seen.age())
+        }
+    };
+    [
+        text("into the memory", into, false),
+        text("out of it", out_of, alike),
+    ]
+}
+
+/// What bytes did, for programs.
+pub fn proof_json(proof: Option<&Proof>) -> Value {
+    let one = |way| {
+        proof.and_then(|proof| proof.seen(way)).map(|seen| {
+            json!({
+                "arrived": seen.arrived,
+                "code": seen.code,
+                "evidence": seen.evidence,
+                "age_seconds": seen.age_seconds(),
+            })
+        })
+    };
+    json!({ "into": one(proofs::Way::In), "out_of": one(proofs::Way::Out) })
 }
 
 /// The rule that a prediction stands on, in a few words.
@@ -369,8 +479,8 @@ fn to_json(machine: &Machine, ways: &[Way; 2], layers: &[&Reason]) -> Value {
         let possible = Map::ALL.into_iter().filter(|map| route.possible.has(*map));
         let reasons = layers.iter().copied().chain(&way.argument.reasons);
         let kernel = match &way.answer {
-            Answer::Yes(route) => json!({ "allowed": true, "route": route }),
-            Answer::No(why) => json!({ "allowed": false, "error": why }),
+            Answer::Yes(map) => json!({ "allowed": true, "route": map.name() }),
+            Answer::No(why) | Answer::NoWay(why) => json!({ "allowed": false, "error": why }),
             Answer::NotAsked(why) => json!({ "not_asked": why }),
         };
         json!({
@@ -383,6 +493,7 @@ fn to_json(machine: &Machine, ways: &[Way; 2], layers: &[&Reason]) -> Value {
             "near": route.near.map(|near| near.word()),
             "distance": route.distance,
             "kernel": kernel,
+            "bytes": proof_json(way.proof.as_ref()),
             "reasons": reasons.map(reason_json).collect::<Vec<_>>(),
             "remedies": way.argument.remedies.iter()
                 .map(|remedy| json!({ "what": remedy.what, "commands": remedy.commands }))
@@ -390,4 +501,52 @@ fn to_json(machine: &Machine, ways: &[Way; 2], layers: &[&Reason]) -> Value {
         })
     };
     json!({ "ways": ways.iter().map(way).collect::<Vec<_>>() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use peerbuf_topo::machine::{Acs, Format, Kernel};
+
+    #[test]
+    fn an_answer_that_the_present_settings_do_not_give_is_an_old_one() {
+        let function = |text: &str| Function::at(text.parse().unwrap());
+        let mut machine = Machine::empty(Format::Sysfs);
+        machine.kernel = Kernel::parse("7.3");
+        let host = json!({ "name": "pci0000:00", "complete": true, "certain": true });
+        machine.hosts = vec![serde_json::from_value(host).unwrap()];
+        machine.functions = vec![
+            function("0000:01:00.0"),
+            function("0000:02:00.0"),
+            function("0000:03:00.0"),
+        ];
+        for (at, below) in machine.functions.iter_mut().enumerate() {
+            below.acs = Some(Acs::Absent);
+            (below.parent, below.depth) = (Some(Index(0)).filter(|_| at > 0), u16::from(at > 0));
+        }
+        machine.functions[2].driver = Some(Driver::Bound("peerbuf".into()));
+        let rules = Rules::new(&machine, None);
+        let argument = argue(&rules, Index(1), Index(2));
+        assert_eq!(argument.route.possible.known(), Some(Map::BusAddress));
+        let said = |answer| kept_answer(&rules, &argument, &answer);
+        assert_eq!(said(Answer::Yes(Map::BusAddress)), None);
+        assert_eq!(said(Answer::No("no memory".into())), None);
+        assert_eq!(said(Answer::NotAsked(String::new())), None);
+        for (answer, effect) in [
+            (Answer::Yes(Map::HostBridge), Effect::Slows),
+            (Answer::NoWay("EREMOTEIO".into()), Effect::Blocks),
+        ] {
+            let (reason, remedy) = said(answer).unwrap();
+            assert_eq!((reason.code, reason.effect), (Code::VerdictCached, effect));
+            assert!(
+                reason.evidence.contains("'bus address'"),
+                "{}",
+                reason.evidence
+            );
+            assert_eq!(
+                remedy.commands[1],
+                "echo 0000:03:00.0 > /sys/bus/pci/drivers/peerbuf/bind"
+            );
+        }
+    }
 }

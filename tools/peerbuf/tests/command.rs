@@ -554,6 +554,30 @@ fn topo_draws_saves_and_reads_what_it_saved() {
         picture.contains("NVMe0  0000:01:00.0") && picture.contains(">PHB<"),
         "{picture}"
     );
+    // Nothing is cut off at the right or below: a letter of this size is less than seven units wide.
+    let parsed = roxmltree::Document::parse(&picture).unwrap();
+    let number = |node: roxmltree::Node<'_, '_>, name| -> f64 {
+        node.attribute(name).unwrap().parse().unwrap()
+    };
+    let (width, height) = (
+        number(parsed.root_element(), "width"),
+        number(parsed.root_element(), "height"),
+    );
+    let texts = parsed
+        .descendants()
+        .filter(|node| node.has_tag_name("text"));
+    for text in texts.clone() {
+        let letters = text.text().unwrap().chars().count() as f64 * 7.0;
+        let right = match text.attribute("text-anchor") {
+            Some("middle") => letters / 2.0,
+            _ => letters,
+        };
+        assert!(
+            number(text, "x") + right <= width && number(text, "y") <= height,
+            "{text:?} is outside"
+        );
+    }
+    assert!(texts.count() > 10);
     let json = peerbuf(&["topo", "--from", &file, "--json"]);
     let pairs = &json_lines(&json)[0]["pairs"];
     assert_eq!(

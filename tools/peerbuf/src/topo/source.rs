@@ -27,6 +27,14 @@ fn version(text: &str) -> Result<Kernel, String> {
 }
 
 impl Source {
+    /// This machine, by its own kernel.
+    pub fn live() -> Source {
+        Source {
+            from: None,
+            kernel: None,
+        }
+    }
+
     /// Whether it is this machine, which can be asked.
     pub fn is_live(&self) -> bool {
         self.from.is_none()

@@ -27,6 +27,11 @@ fn colour(word: &str) -> &'static str {
     }
 }
 
+const LEGEND: [&str; 2] = [
+    "below the X: what the kernel will say (bus: by bus addresses, host: through the host bridge)",
+    "above it: nvidia-smi's words",
+];
+
 /// The matrix is left out where there are more than `most` devices.
 pub fn draw(rules: &Rules<'_>, lines: &[Line], labels: &[(Index, String)], most: usize) -> String {
     let labels = if labels.len() > most { &[] } else { labels };
@@ -47,12 +52,14 @@ pub fn draw(rules: &Rules<'_>, lines: &[Line], labels: &[(Index, String)], most:
         .iter()
         .zip(&texts)
         .map(|(line, text)| line.depth * STEP + text.chars().count() * LETTER);
+    let legend = LEGEND.iter().filter(|_| !labels.is_empty());
+    let legend_width = legend.clone().map(|words| words.len() * LETTER).max();
     let matrix_top = 2 * MARGIN + lines.len() * ROW;
     let width = tree_width
         .max()
         .unwrap_or(0)
         .max((labels.len() + 1) * CELL)
-        .max(560)
+        .max(legend_width.unwrap_or(0))
         + 2 * MARGIN;
     let height = matrix_top + (labels.len() + 4) * ROW + MARGIN;
     let mut svg = String::new();
@@ -133,11 +140,6 @@ pub fn draw(rules: &Rules<'_>, lines: &[Line], labels: &[(Index, String)], most:
             text(&mut svg, x, row + 1, content);
         }
     }
-    let legend = [
-        "below the X: what the kernel will say (bus: by bus addresses, host: through the host bridge)",
-        "above it: nvidia-smi's words",
-    ];
-    let legend = legend.iter().filter(|_| !labels.is_empty());
     for (line, words) in legend.enumerate() {
         let y = matrix_top + (labels.len() + 2 + line) * ROW;
         let _ = writeln!(
