@@ -3,7 +3,9 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::fmt::Write;
+use std::hint::black_box;
 use std::path::Path;
+use std::time::Instant;
 
 use peerbuf_topo::Rules;
 use peerbuf_topo::machine::Index;
@@ -103,4 +105,39 @@ fn ten_thousand_functions_are_read_and_a_million_pairs_answered_without_an_alloc
     // Below 13 switches of 72 functions and one of 64: itself by itself counts as below, and not as near.
     let pairs = 13 * 72 * 72 + 64 * 64;
     assert_eq!((below, near), (pairs, pairs - 1000));
+}
+
+/// `cargo test -p peerbuf-topo --test topo -- --ignored --nocapture`
+#[test]
+#[ignore = "measures"]
+fn how_long_a_large_machine_takes() {
+    let text = large();
+    let milliseconds = |since: Instant| since.elapsed().as_secs_f64() * 1e3;
+    for _ in 0..3 {
+        let begun = Instant::now();
+        let machine = peerbuf_topo::read(&text, Path::new("large")).unwrap();
+        let read = milliseconds(begun);
+        let begun = Instant::now();
+        let rules = Rules::new(&machine, None);
+        let prepared = milliseconds(begun);
+        let devices: Vec<Index> = machine.devices_that_matter();
+        // One of each seven devices, so that pairs are near and far.
+        let some: Vec<Index> = devices.into_iter().step_by(7).take(1000).collect();
+        let begun = Instant::now();
+        let mut allowed = 0_u32;
+        for one in &some {
+            for other in &some {
+                let route = rules.route(black_box(*one), black_box(*other));
+                allowed += u32::from(route.possible.allowed() == Some(true));
+            }
+        }
+        let pairs = milliseconds(begun);
+        println!(
+            "{} functions: text read in {read:.0} ms, rules prepared in {prepared:.1} ms; all pairs of {} devices in \
+             {pairs:.0} ms, {:.0} ns a pair ({allowed} allowed)",
+            machine.functions.len(),
+            some.len(),
+            pairs * 1e6 / (some.len() * some.len()) as f64
+        );
+    }
 }
