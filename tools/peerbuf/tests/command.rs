@@ -603,3 +603,117 @@ fn doctor_and_ls_work_on_any_machine() {
         assert!(json[0][list].is_array(), "{json:?}");
     }
 }
+
+/// A picture of `topo --svg`, rendered: width, height and four bytes for each pixel.
+fn render(svg: &str) -> (usize, usize, Vec<u8>) {
+    let output = Command::new("rsvg-convert").arg(svg).output();
+    let output = output.expect("rsvg-convert (librsvg2-bin) is what this test is run for");
+    assert!(output.status.success(), "{svg}: {output:?}");
+    let png = output.stdout;
+    let number = |at: usize| u32::from_be_bytes(png[at..at + 4].try_into().unwrap()) as usize;
+    // Eight bits of red, green, blue and alpha, not interlaced.
+    assert_eq!(png[24..29], [8, 6, 0, 0, 0], "{svg}");
+    let (width, height) = (number(16), number(20));
+    let (mut at, mut packed) = (8, Vec::new());
+    while at < png.len() {
+        let length = number(at);
+        if &png[at + 4..at + 8] == b"IDAT" {
+            packed.extend(&png[at + 8..at + 8 + length]);
+        }
+        at += length + 12;
+    }
+    let rows = miniz_oxide::inflate::decompress_to_vec_zlib(&packed).unwrap();
+    let mut pixels: Vec<u8> = Vec::with_capacity(width * height * 4);
+    for row in rows.chunks_exact(width * 4 + 1) {
+        let start = pixels.len();
+        for (place, byte) in row[1..].iter().enumerate() {
+            let byte_at = |at: Option<usize>| at.map_or(0, |at| pixels[at]);
+            let left = byte_at((place >= 4).then(|| start + place - 4));
+            let above = byte_at((start + place).checked_sub(width * 4));
+            let corner = byte_at(
+                (place >= 4)
+                    .then(|| (start + place - 4).checked_sub(width * 4))
+                    .flatten(),
+            );
+            let guess = match row[0] {
+                0 => 0,
+                1 => left,
+                2 => above,
+                3 => u8::midpoint(left, above),
+                4 => {
+                    let (a, b, c) = (i16::from(left), i16::from(above), i16::from(corner));
+                    let (to_a, to_b, to_c) = ((b - c).abs(), (a - c).abs(), (a + b - 2 * c).abs());
+                    match (to_a <= to_b && to_a <= to_c, to_b <= to_c) {
+                        (true, _) => left,
+                        (false, true) => above,
+                        _ => corner,
+                    }
+                }
+                other => panic!("{svg}: PNG has no filter {other}"),
+            };
+            pixels.push(byte.wrapping_add(guess));
+        }
+    }
+    (width, height, pixels)
+}
+
+/// `cargo test -p peerbuf-cli --test command -- --ignored pictures`; further machines with PEERBUF_TOPOLOGIES=FOLDER.
+#[test]
+#[ignore = "needs rsvg-convert (librsvg2-bin)"]
+fn pictures_that_are_rendered_have_marks_in_each_line_and_colours_in_the_matrix() {
+    let mut files = vec![
+        snapshot("rendered", "8086:09a2"),
+        snapshot("rendered-refused", "8086:4660"),
+    ];
+    if let Some(folder) = std::env::var_os("PEERBUF_TOPOLOGIES") {
+        let entries = std::fs::read_dir(folder).unwrap();
+        let paths = entries.map(|entry| entry.unwrap().path());
+        files.extend(paths.map(|path| path.to_str().unwrap().to_owned()));
+    }
+    let svg = format!("{}/rendered.svg", directory());
+    for file in &files {
+        let output = peerbuf(&["topo", "--from", file, "--svg", &svg]);
+        assert!(output.status.success(), "{file}: {output:?}");
+        let text = std::fs::read_to_string(&svg).unwrap();
+        let (width, height, pixels) = render(&svg);
+        let parsed = roxmltree::Document::parse(&text).unwrap();
+        let pixel = |x: usize, y: usize| &pixels[(y * width + x) * 4..][..3];
+        let number = |node: &roxmltree::Node<'_, '_>, name: &str| -> usize {
+            node.attribute(name).unwrap().parse().unwrap()
+        };
+        // Something dark stands where each text is.
+        let texts = parsed
+            .descendants()
+            .filter(|node| node.has_tag_name("text"));
+        for node in texts.clone() {
+            let (x, y) = (number(&node, "x"), number(&node, "y"));
+            let xs = x.saturating_sub(10)..(x + 14).min(width);
+            let mut near =
+                xs.flat_map(|x| (y.saturating_sub(10)..y.min(height)).map(move |y| (x, y)));
+            let is_dark = |(x, y): (usize, usize)| pixel(x, y).iter().all(|part| *part < 0xa0);
+            assert!(
+                near.any(is_dark),
+                "{file}: {:?} is not to be seen",
+                node.text()
+            );
+        }
+        assert!(texts.count() > 3, "{file}");
+        // And each coloured field has its colour, beside its words.
+        for node in parsed
+            .descendants()
+            .filter(|node| node.has_tag_name("rect"))
+        {
+            let Some(x) = node.attribute("x") else {
+                continue;
+            };
+            let (x, y): (usize, usize) = (x.parse().unwrap(), number(&node, "y"));
+            let fill = &node.attribute("fill").unwrap()[1..];
+            let fill: Vec<u8> = [0, 2, 4]
+                .map(|at| u8::from_str_radix(&fill[at..at + 2], 16).unwrap())
+                .into();
+            let middle = number(&node, "height") / 2;
+            assert_eq!(pixel(x + 2, y + middle), &fill[..], "{file}: at {x}, {y}");
+        }
+    }
+    println!("{} pictures", files.len());
+}
