@@ -101,6 +101,29 @@ pub enum ExportError {
         /// The library's version.
         known: u32,
     },
+    /// A GPU's runtime refused, which has error codes of its own.
+    #[error("{call} on {object}: {answer}{hint}")]
+    Runtime {
+        /// The runtime's function.
+        call: &'static str,
+        /// What it was called on: an address and a length, or a device.
+        object: String,
+        /// The code's name and number.
+        answer: String,
+        /// What usually causes it, and what to do. Starts with `: ` where it says something.
+        hint: String,
+    },
+    /// An address that is in no memory of a GPU's runtime that could be asked.
+    #[error(
+        "{pointer:#x} is in no memory of a GPU's runtime that is here; asked: {}",
+        asked.join("; ")
+    )]
+    NotGpuMemory {
+        /// The address.
+        pointer: u64,
+        /// Each runtime, its library, and the answer.
+        asked: Vec<String>,
+    },
     /// The exported buffer could not be used.
     #[error(transparent)]
     Buffer(#[from] BufferError),
@@ -113,13 +136,16 @@ impl ExportError {
             ExportError::Unavailable(error) => error.errno(),
             ExportError::System { cause, .. } => cause.errno(),
             ExportError::Buffer(error) => error.errno(),
-            ExportError::Unsuitable { .. } | ExportError::Version { .. } => None,
+            ExportError::Unsuitable { .. }
+            | ExportError::Version { .. }
+            | ExportError::Runtime { .. }
+            | ExportError::NotGpuMemory { .. } => None,
         }
     }
 }
 
 into_io_error!(ExportError, |error| match error {
-    ExportError::Unsuitable { .. } => ErrorKind::InvalidInput,
+    ExportError::Unsuitable { .. } | ExportError::NotGpuMemory { .. } => ErrorKind::InvalidInput,
     ExportError::Version { .. } => ErrorKind::Unsupported,
     _ => ErrorKind::Other,
 });

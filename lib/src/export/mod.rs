@@ -7,6 +7,7 @@
 //! | [`provider`] | what another driver lends to peers: an NVMe controller memory buffer | peerbuf.ko |
 //! | [`vfio`] | a BAR of a PCI device that this process drives | `vfio-pci` and an IOMMU |
 //! | [`drm`] | a GPU's or display driver's, or the system's | a DRM driver, such as `vgem` |
+//! | [`gpu`] | what a GPU program has: a pointer of CUDA, ROCm or Level Zero | the runtime's library |
 //! | [`v4l2`] | pictures of a video device | a capture device, such as `vivid` |
 //! | [`heap`] | the system's, or what a platform sets aside | `/dev/dma_heap` |
 //! | [`udmabuf`] | this process's own, and memfds that others gave it | `/dev/udmabuf` |
@@ -14,6 +15,8 @@
 
 #[cfg(feature = "drm")]
 pub mod drm;
+#[cfg(feature = "gpu")]
+pub mod gpu;
 pub mod heap;
 pub mod memfd;
 #[cfg(feature = "module")]

@@ -4,6 +4,8 @@
 pub(crate) mod block;
 pub(crate) mod direct;
 pub(crate) mod extents;
+#[cfg(feature = "gpu")]
+pub(crate) mod gpu;
 pub(crate) mod heap;
 #[cfg(feature = "module")]
 pub(crate) mod importer;

@@ -10,6 +10,10 @@ pub struct Repository;
 pub struct Disks;
 
 #[cfg(doctest)]
+#[doc = include_str!("../../../docs/gpu.md")]
+pub struct Gpu;
+
+#[cfg(doctest)]
 #[doc = include_str!("../../../docs/sharing.md")]
 pub struct Sharing;
 

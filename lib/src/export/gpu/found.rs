@@ -1,0 +1,334 @@
+//! The results of an export of a GPU's memory: descriptors, a buffer, and a receipt.
+
+use std::error::Error;
+use std::fmt;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use rustix::io::{FdFlags, fcntl_getfd, fcntl_setfd};
+
+use super::super::plain;
+use crate::buffer::{Buffer, BufferRange, DmaBuf, Kind, Provenance, Stage};
+use crate::error::{BufferError, ExportError, SystemError};
+use crate::sys::gpu::{Allocated, Failed};
+use crate::topology::PciAddress;
+
+/// A GPU's runtime.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Runtime {
+    /// NVIDIA's driver interface, on which CUDA programs and PyTorch build.
+    Cuda,
+    /// ROCm's runtime, below HIP.
+    Hsa,
+    /// Intel's, below SYCL.
+    LevelZero,
+}
+
+impl Runtime {
+    /// All of them, in the order in which they are asked.
+    pub const ALL: [Runtime; 3] = [Runtime::Cuda, Runtime::Hsa, Runtime::LevelZero];
+
+    /// The file that is opened, which the dynamic loader looks for.
+    pub fn library(self) -> &'static str {
+        match self {
+            Runtime::Cuda => crate::sys::gpu::cuda::NAME,
+            Runtime::Hsa => crate::sys::gpu::hsa::NAME,
+            Runtime::LevelZero => crate::sys::gpu::level_zero::NAME,
+        }
+    }
+}
+
+impl fmt::Display for Runtime {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Runtime::Cuda => "CUDA",
+            Runtime::Hsa => "ROCm",
+            Runtime::LevelZero => "Level Zero",
+        })
+    }
+}
+
+/// By which way an importer reaches the memory, as it was asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Mapping {
+    /// By PCIe, through the device's BAR: for NICs and disks on PCIe.
+    Pcie,
+    /// As the driver chooses: by PCIe on most machines, by the coherent link where the processor has one (GB200), which
+    /// a NIC on PCIe cannot reach.
+    Driver,
+}
+
+impl fmt::Display for Mapping {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Mapping::Pcie => "PCIe",
+            Mapping::Driver => "the driver's choice",
+        })
+    }
+}
+
+/// The properties of an export, and the refusals on the way.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Receipt {
+    /// Whose memory it is.
+    pub runtime: Runtime,
+    /// The GPU; `None` where the runtime does not say.
+    pub device: Option<PciAddress>,
+    /// The mapping of the first descriptor.
+    pub mapping: Mapping,
+    /// True when there is a descriptor of each mapping: [`Mapping::Pcie`] first, [`Mapping::Driver`] as the other.
+    pub both: bool,
+    /// Bytes that the dma-buf has before the range: the runtime exports whole pages, or whole allocations.
+    pub added_before: u64,
+    /// Bytes that the dma-buf has after the range.
+    pub added_after: u64,
+    /// True when the runtime promised that its synchronous copies into this memory have ended when they return, so
+    /// that a device which reads it by DMA finds them.
+    pub ordered: bool,
+    /// Calls that were refused or missing, with their answers. The export did without.
+    pub notes: Vec<String>,
+}
+
+impl fmt::Display for Receipt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} memory", self.runtime)?;
+        if let Some(device) = self.device {
+            write!(f, " of {device}")?;
+        }
+        write!(f, ", mapping: {}", self.mapping)?;
+        if self.both {
+            write!(f, " (and {})", Mapping::Driver)?;
+        }
+        let (before, after) = (self.added_before, self.added_after);
+        write!(f, ", bytes added: {before} before, {after} after")
+    }
+}
+
+/// A range of a GPU's memory, to copy from and to without a mapping.
+pub(super) trait Copies: Send + Sync {
+    fn upload(&self, offset: u64, from: &[u8]) -> Result<(), Failed>;
+    fn download(&self, offset: u64, into: &mut [u8]) -> Result<(), Failed>;
+    /// See [`Exported::flush`].
+    fn flush(&self) -> Result<(), Failed>;
+}
+
+/// The [`Stage`] of a GPU's memory: the copies of its runtime.
+struct ByRuntime(Arc<dyn Copies>);
+
+impl Stage for ByRuntime {
+    fn upload(&self, offset: u64, from: &[u8]) -> Result<(), Box<dyn Error + Send + Sync>> {
+        self.0.upload(offset, from).map_err(told)
+    }
+
+    fn download(&self, offset: u64, into: &mut [u8]) -> Result<(), Box<dyn Error + Send + Sync>> {
+        // The bytes include what another device wrote before.
+        self.0.flush().map_err(told)?;
+        self.0.download(offset, into).map_err(told)
+    }
+}
+
+fn told(failed: Failed) -> Box<dyn Error + Send + Sync> {
+    format!("{}: {failed}", failed.call).into()
+}
+
+/// A GPU's memory as descriptors, for a program that brings them to a library of its own (`ibv_reg_dmabuf_mr`).
+///
+/// [`Descriptors::into_buffer`] makes a [`Buffer`] of them.
+#[non_exhaustive]
+pub struct Descriptors {
+    /// A dma-buf that has the range's bytes, the best kind that there is. Closed when a program is executed.
+    pub fd: OwnedFd,
+    /// Where in the dma-buf the range begins, in bytes.
+    pub offset: u64,
+    /// The range's length in bytes.
+    pub length: u64,
+    /// The same bytes at the same offset, with the other mapping, if there is one.
+    pub other: Option<OwnedFd>,
+    /// The properties of the export.
+    pub receipt: Receipt,
+    pointer: u64,
+    memory: Arc<dyn Copies>,
+    name: String,
+}
+
+impl fmt::Debug for Descriptors {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Descriptors")
+            .field("fd", &self.fd)
+            .field("offset", &self.offset)
+            .field("length", &self.length)
+            .field("other", &self.other)
+            .field("receipt", &self.receipt)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Descriptors {
+    /// Checks the descriptors that a runtime gave, and sets close-on-exec. `memory` copies from the dma-buf's beginning
+    /// on; the receipt has the bytes beside the range.
+    ///
+    /// # Errors
+    /// [`BufferError::OutOfRange`] where a dma-buf has less than that.
+    pub(super) fn checked(
+        of: Allocated,
+        fd: OwnedFd,
+        other: Option<OwnedFd>,
+        receipt: Receipt,
+        memory: Arc<dyn Copies>,
+    ) -> Result<Descriptors, ExportError> {
+        let name = format!("{} memory at {:#x}", receipt.runtime, of.pointer);
+        let (offset, length) = (receipt.added_before, of.length);
+        let needed = offset + length + receipt.added_after;
+        for fd in [Some(&fd), other.as_ref()].into_iter().flatten() {
+            close_on_exec(fd)
+                .map_err(|errno| plain(SystemError::new("fcntl(F_SETFD)", name.clone(), errno)))?;
+            let end = size_of(fd, &name)?;
+            if end < needed {
+                return Err(ExportError::Buffer(BufferError::OutOfRange {
+                    object: format!("the dma-buf that {} gave for {name}", receipt.runtime),
+                    offset: 0,
+                    length: needed,
+                    size: end,
+                }));
+            }
+        }
+        Ok(Descriptors {
+            pointer: of.pointer,
+            fd,
+            offset,
+            length,
+            other,
+            receipt,
+            memory,
+            name,
+        })
+    }
+
+    /// The copies of the runtime, for a [`Buffer`] that is made of the descriptor elsewhere. Offsets count from the
+    /// dma-buf's beginning.
+    pub fn stage(&self) -> impl Stage + use<> {
+        ByRuntime(self.memory.clone())
+    }
+
+    /// The range as a buffer's, whose bytes the processor copies by the runtime.
+    ///
+    /// # Errors
+    /// [`BufferError::NotADmaBuf`], or the call that failed. The descriptors are closed then.
+    pub fn into_buffer(self) -> Result<Exported, ExportError> {
+        let (name, device, memory) = (self.name, self.receipt.device, self.memory);
+        let (offset, length) = (self.offset, self.length);
+        let range = |fd: OwnedFd| -> Result<BufferRange, BufferError> {
+            let provenance = Provenance {
+                // Where the bytes are is found out by whoever attaches it: drivers have exported memory of the system.
+                kind: Kind::Other,
+                device,
+                bar: None,
+                name: name.clone(),
+            };
+            // One GPU's memory need not be alike: nothing that was proved of other buffers is believed of this one.
+            let buffer = Buffer::from_dmabuf(DmaBuf::from_fd(fd)?, provenance).without_voucher();
+            let buffer = buffer.with_stage(ByRuntime(memory.clone()));
+            buffer.range(offset, length)
+        };
+        Ok(Exported {
+            range: range(self.fd)?,
+            other: self.other.map(range).transpose()?,
+            receipt: self.receipt,
+            pointer: self.pointer,
+            memory,
+        })
+    }
+}
+
+fn close_on_exec(fd: impl AsFd) -> rustix::io::Result<()> {
+    let flags = fcntl_getfd(&fd)?;
+    fcntl_setfd(fd, flags | FdFlags::CLOEXEC)
+}
+
+/// A GPU's memory as a buffer.
+#[non_exhaustive]
+pub struct Exported {
+    /// The memory that was asked for, at its exact offset in the dma-buf.
+    pub range: BufferRange,
+    /// The same bytes, with the other mapping, if there is one: for an importer that refuses the first.
+    pub other: Option<BufferRange>,
+    /// The properties of the export.
+    pub receipt: Receipt,
+    pointer: u64,
+    memory: Arc<dyn Copies>,
+}
+
+impl fmt::Debug for Exported {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Exported")
+            .field("range", &self.range)
+            .field("other", &self.other)
+            .field("receipt", &self.receipt)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Exported {
+    /// The range's address, as the runtime has it: what a kernel is given.
+    pub fn pointer(&self) -> u64 {
+        self.pointer
+    }
+
+    /// Waits until the GPU itself sees what other devices wrote into its memory (`cuFlushGPUDirectRDMAWrites`). Call it
+    /// between a device's write and the launch of a kernel that reads.
+    ///
+    /// Copies of the range by the processor do so themselves.
+    ///
+    /// # Errors
+    /// [`ExportError::Runtime`].
+    #[doc(alias = "cuFlushGPUDirectRDMAWrites")]
+    pub fn flush(&self) -> Result<(), ExportError> {
+        let object = self.range.buffer().name().to_owned();
+        let flushed = self.memory.flush();
+        flushed.map_err(|failed| refused(&failed, object, String::new()))
+    }
+}
+
+/// How many bytes a dma-buf has. `object` is what it is of.
+pub(super) fn size_of(fd: &OwnedFd, object: &str) -> Result<u64, ExportError> {
+    rustix::fs::seek(fd, rustix::fs::SeekFrom::End(0))
+        .map_err(|errno| plain(SystemError::new("lseek", object, errno)))
+}
+
+/// A runtime's refusal.
+pub(super) fn refused(failed: &Failed, object: String, hint: String) -> ExportError {
+    ExportError::Runtime {
+        call: failed.call,
+        object,
+        answer: failed.to_string(),
+        hint,
+    }
+}
+
+/// The bytes before and after a range that complete its first and last page; `None` past the end of all addresses.
+pub(super) fn to_pages(pointer: u64, length: u64, page: u64) -> Option<(u64, u64)> {
+    let before = pointer % page;
+    let end = pointer.checked_add(length)?;
+    let after = end.checked_next_multiple_of(page)? - end;
+    Some((before, after))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_range_is_aligned_outwards_to_the_page_size_of_the_machine_that_runs() {
+        assert_eq!(to_pages(0x20000, 4096, 4096), Some((0, 0)));
+        assert_eq!(to_pages(0x20001, 4096, 4096), Some((1, 4095)));
+        assert_eq!(to_pages(0x20fff, 1, 4096), Some((4095, 0)));
+        assert_eq!(to_pages(0x20fff, 2, 4096), Some((4095, 4095)));
+        // Some arm64 machines have pages of 64 KiB.
+        assert_eq!(to_pages(0x21000, 4096, 65536), Some((0x1000, 0xe000)));
+        assert_eq!(to_pages(u64::MAX, 2, 4096), None);
+        assert_eq!(to_pages(u64::MAX - 4096, 10, 4096), None);
+    }
+}

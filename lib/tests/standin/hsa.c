@@ -1,0 +1,121 @@
+/* A stand-in for libhsa-runtime64.so.1. It answers as hsa_ext_amd.h says, and as ROCm was reported to: the descriptor
+   is of the memory that the allocation was taken from, the offset counts in that, and it is not close-on-exec. */
+#include "standin.h"
+
+enum { SUCCESS = 0, INVALID_ARGUMENT = 0x1001, OUT_OF_RESOURCES = 0x1008, NOT_INITIALIZED = 0x100b };
+/* Of standin_allocate. */
+enum { PLAIN, LOCKED };
+
+static struct setting settings[] = {
+    {"export_pcie", 0, 0},      /* the answers of an export by PCIe, as the driver chooses, and by the older call */
+    {"export_driver", 0, 0},
+    {"export_old", 0, 0},
+    {"copy", 0, 0},             /* the answer of copies */
+    {"fragment", 0, 0},         /* how many bytes the memory begins before the allocation that is told */
+    {"offset", -1, -1},         /* the offset that is told instead of the right one */
+    {"next_fd", -1, -1},        /* what is handed out; -1 for memory of the stand-in's */
+    {"short", 0, 0},            /* the dma-buf lacks a page */
+    {"init", 0, 0},             /* the answer of hsa_init */
+    {"initialised", 1, 1},      /* how often: the program has, once */
+    {NULL, 0, 0},
+};
+
+#define NEEDS_INIT if (VALUE("initialised") < 1) return NOT_INITIALIZED
+
+struct pointer_info {
+    uint32_t size, type;
+    void *agent_base, *host_base;
+    size_t length;
+    void *user_data;
+    uint64_t owner;
+    uint32_t global_flags;
+};
+
+EXPORT int hsa_init(void) {
+    if (!VALUE("init")) COUNT("initialised");
+    return VALUE("init");
+}
+
+EXPORT int hsa_shut_down(void) {
+    NEEDS_INIT;
+    __atomic_sub_fetch(&setting("initialised")->value, 1, __ATOMIC_RELAXED);
+    return SUCCESS;
+}
+
+EXPORT int hsa_status_string(int status, const char **text) {
+    switch (status) {
+    case INVALID_ARGUMENT: *text = "HSA_STATUS_ERROR_INVALID_ARGUMENT: One of the arguments is not right."; break;
+    case OUT_OF_RESOURCES: *text = "HSA_STATUS_ERROR_OUT_OF_RESOURCES: The runtime has none left."; break;
+    case NOT_INITIALIZED: *text = "HSA_STATUS_ERROR_NOT_INITIALIZED: Not initialised."; break;
+    default: return INVALID_ARGUMENT;
+    }
+    return SUCCESS;
+}
+
+/* One processor and two GPUs. */
+EXPORT int hsa_iterate_agents(int (*each)(uint64_t, void *), void *data) {
+    NEEDS_INIT;
+    for (uint64_t agent = 1; agent <= 3; agent++) {
+        int answer = each(agent, data);
+        if (answer) return answer;
+    }
+    return SUCCESS;
+}
+
+EXPORT int hsa_agent_get_info(uint64_t agent, int attribute, void *value) {
+    NEEDS_INIT;
+    if (agent < 1 || agent > 3) return INVALID_ARGUMENT;
+    switch (attribute) {
+    case 17: *(uint32_t *)value = agent != 1; return SUCCESS;
+    case 0xa006: *(uint32_t *)value = agent << 8; return SUCCESS;
+    case 0xa00f: *(uint32_t *)value = 0; return SUCCESS;
+    }
+    return INVALID_ARGUMENT;
+}
+
+EXPORT int hsa_amd_pointer_info(const void *pointer, struct pointer_info *info, void *(*allocate)(size_t),
+                                uint32_t *count, uint64_t **accessible) {
+    NEEDS_INIT;
+    if (info->size < sizeof *info || allocate || count || accessible) return INVALID_ARGUMENT;
+    info->size = sizeof *info;
+    struct block *it = block_at((uint64_t)pointer);
+    info->type = it ? it->kind == LOCKED ? 2 : 1 : 0;
+    if (!it) return SUCCESS;
+    long fragment = VALUE("fragment");
+    info->agent_base = info->host_base = (void *)(it->at + fragment);
+    info->length = it->size - fragment;
+    info->owner = 2 + it->device;
+    return SUCCESS;
+}
+
+EXPORT int hsa_memory_copy(void *to, const void *from, size_t length) {
+    NEEDS_INIT;
+    if (VALUE("copy")) return VALUE("copy");
+    if (!is_mapped((uint64_t)to, length) && !is_mapped((uint64_t)from, length)) return INVALID_ARGUMENT;
+    memcpy(to, from, length);
+    return SUCCESS;
+}
+
+#ifndef OLD_ROCM
+static int export(const void *pointer, size_t size, int *fd, uint64_t *offset, const char *name) {
+    NEEDS_INIT;
+    struct block *it = block_at((uint64_t)pointer);
+    if (!it || it->kind == LOCKED || !size) return INVALID_ARGUMENT;
+    *fd = hand_out(it->base, it->whole, name, 0);
+    *offset = VALUE("offset") >= 0 ? (uint64_t)VALUE("offset") : (uint64_t)pointer - it->base;
+    return *fd < 0 ? OUT_OF_RESOURCES : SUCCESS;
+}
+
+EXPORT int hsa_amd_portable_export_dmabuf(const void *pointer, size_t size, int *fd, uint64_t *offset) {
+    if (VALUE("export_old")) return VALUE("export_old");
+    return export(pointer, size, fd, offset, "standin-old");
+}
+#ifndef BEFORE_7_1
+EXPORT int hsa_amd_portable_export_dmabuf_v2(const void *pointer, size_t size, int *fd, uint64_t *offset,
+                                             uint64_t flags) {
+    if (flags > 1) return INVALID_ARGUMENT;
+    int answer = flags ? VALUE("export_pcie") : VALUE("export_driver");
+    return answer ? answer : export(pointer, size, fd, offset, flags ? "standin-pcie" : "standin-driver");
+}
+#endif
+#endif

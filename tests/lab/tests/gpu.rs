@@ -1,0 +1,238 @@
+//! A GPU's memory with every importer that this machine has. The GPU is a stand-in: a library that answers as the
+//! runtime is documented to, over real udmabufs. Runs in a guest with an IOMMU.
+
+#[allow(dead_code)]
+#[path = "../../../lib/tests/standin/mod.rs"]
+mod standin;
+
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::FileExt;
+use std::path::Path as FilePath;
+use std::process::Command;
+use std::sync::LazyLock;
+
+use peerbuf::Access;
+use peerbuf::buffer::Kind;
+use peerbuf::device::vfio::VfioDevice;
+use peerbuf::error::BufferError;
+use peerbuf::export::gpu::{self, Exported, Mapping, Runtime};
+use peerbuf::export::vfio::{self, Request};
+use peerbuf::import::file::{FileImporter, unnamed_file};
+use peerbuf::plan::{Path, ReasonCode};
+use peerbuf_lab_suite::machine::expect_what_vfio_loses;
+use peerbuf_lab_suite::modules;
+use peerbuf_lab_suite::node::Node;
+use peerbuf_lab_suite::rdma::random;
+use peerbuf_rdma::{Card, Rung};
+
+use standin::{CUDA, Held, StandIn, bytes_at, put_at};
+
+static STANDIN: LazyLock<StandIn> = LazyLock::new(|| CUDA.load(&[]).unwrap());
+
+const MIB: u64 = 1 << 20;
+/// At an odd place, and of an odd length.
+const AT: u64 = 3 * 4096 + 1000;
+const LENGTH: u64 = 300_001;
+
+fn exported(pointer: u64, length: u64) -> Exported {
+    // SAFETY: the tests drop what they make of it before they give the memory back.
+    unsafe { gpu::buffer_of(pointer, length) }.unwrap()
+}
+
+/// Memory of the stand-in's, with random bytes around the range.
+fn memory(cuda: &Held) -> (u64, Vec<u8>) {
+    let base = cuda.allocate(MIB, 1, 0, 0);
+    let around = random(MIB, 5);
+    put_at(base, &around);
+    (base, around)
+}
+
+/// The range has these bytes, and what is around it is untouched.
+fn check(base: u64, around: &[u8], bytes: &[u8]) {
+    let mut expected = around.to_vec();
+    expected[AT as usize..][..bytes.len()].copy_from_slice(bytes);
+    let got = bytes_at(base, expected.len());
+    let wrong = got.iter().zip(&expected).position(|(a, b)| a != b);
+    assert_eq!(wrong, None, "first wrong byte");
+}
+
+fn file_of(bytes: &[u8]) -> (File, FileImporter) {
+    let file = unnamed_file(FilePath::new("/mnt/nvme")).unwrap();
+    file.write_all_at(bytes, 0).unwrap();
+    let importer = FileImporter::from_fd(file.try_clone().unwrap().into(), "the file");
+    (file, importer.unwrap())
+}
+
+#[test]
+fn both_dma_bufs_have_the_memory_itself_at_its_exact_offset() {
+    let cuda = STANDIN.hold();
+    let (base, around) = memory(&cuda);
+    let exported = exported(base + AT, LENGTH);
+    let range = &exported.range;
+    assert_eq!((range.offset(), range.len()), (1000, LENGTH));
+    assert_eq!(exported.receipt.mapping, Mapping::Pcie);
+    let names = [Some(range), exported.other.as_ref()].map(|range| {
+        let dmabuf = range.unwrap().buffer().dmabuf().unwrap();
+        let info = dmabuf.info().unwrap();
+        assert_eq!(info.exporter, "udmabuf");
+        info.name
+    });
+    assert_eq!(names, ["standin-pcie", "standin-driver"]);
+    let provenance = range.buffer().provenance();
+    // Nobody has looked yet where the bytes are.
+    assert_eq!(provenance.kind, Kind::Other);
+    assert_eq!(provenance.device, "0000:4a:00.0".parse().ok());
+    // By the dma-buf's own pages, and not by the runtime's copies.
+    for range in [Some(range), exported.other.as_ref()].into_iter().flatten() {
+        let mapping = range.map(Access::ReadWrite).unwrap();
+        assert!(range.buffer().has_stage());
+        let bytes = bytes_at(mapping.as_ptr() as u64, LENGTH as usize);
+        assert!(bytes == around[AT as usize..][..LENGTH as usize]);
+    }
+    drop(exported);
+    assert!(cuda.free(base));
+}
+
+#[test]
+fn a_file_is_read_and_written_by_the_runtimes_copies() {
+    let cuda = STANDIN.hold();
+    let (base, around) = memory(&cuda);
+    let exported = exported(base + AT, LENGTH);
+    let bytes = random(LENGTH, 6);
+    let (file, importer) = file_of(&bytes);
+    let receipt = importer.attach(&exported.range).unwrap().read(0).unwrap();
+    // The kernel gives a udmabuf's mapping no pages for direct I/O.
+    assert_eq!(receipt.plan.path, Path::StagedCopy, "{}", receipt.plan);
+    assert_eq!(receipt.bytes, LENGTH);
+    check(base, &around, &bytes);
+    let other = random(LENGTH, 7);
+    exported.range.write_bytes(&other).unwrap();
+    check(base, &around, &other);
+    let (file, importer) = (file, importer);
+    drop(importer);
+    let importer = FileImporter::from_fd(file.try_clone().unwrap().into(), "the file").unwrap();
+    importer.attach(&exported.range).unwrap().write(0).unwrap();
+    let mut got = vec![0; LENGTH as usize];
+    file.read_exact_at(&mut got, 0).unwrap();
+    assert!(got == other);
+    assert_eq!(
+        cuda.get("pushed"),
+        0,
+        "each thread's context is its own again"
+    );
+    drop(exported);
+    assert!(cuda.free(base));
+}
+
+/// NVIDIA's driver before 13.3 gives its dma-bufs no mapping; neither does vfio-pci.
+#[test]
+fn a_file_goes_into_memory_that_cannot_be_mapped() {
+    expect_what_vfio_loses();
+    modules::load("vfio-pci");
+    let bdf = Node::all().last().unwrap().bdf.clone();
+    modules::rebind(&bdf, "vfio-pci");
+    let card = VfioDevice::open(bdf.parse().unwrap()).unwrap();
+    let request = Request {
+        bar: 2,
+        offset: 0,
+        length: MIB / 2,
+        access: Access::ReadWrite,
+    };
+    let unmappable = vfio::export(&card, request).unwrap();
+
+    let cuda = STANDIN.hold();
+    let (base, around) = memory(&cuda);
+    let fd = unmappable.dmabuf().unwrap().as_fd().as_raw_fd();
+    cuda.set("next_fd", fd.into());
+    let exported = exported(base + AT, LENGTH);
+    let error = exported.range.map(Access::Read).unwrap_err();
+    assert!(matches!(error, BufferError::NotMappable { .. }), "{error}");
+    let bytes = random(LENGTH, 8);
+    let (_file, importer) = file_of(&bytes);
+    let receipt = importer.attach(&exported.range).unwrap().read(0).unwrap();
+    assert_eq!(receipt.plan.path, Path::StagedCopy);
+    let not_mappable = |reason: &peerbuf::plan::Reason| reason.code == ReasonCode::NotMappable;
+    assert!(
+        receipt.plan.reasons.iter().any(not_mappable),
+        "{}",
+        receipt.plan
+    );
+    check(base, &around, &bytes);
+    drop(exported);
+    assert!(cuda.free(base));
+}
+
+#[test]
+fn a_card_registers_the_memory_at_its_offset() {
+    let cuda = STANDIN.hold();
+    let (base, around) = memory(&cuda);
+    let exported = exported(base + AT, LENGTH);
+    let card = Card::open("rxe0").unwrap();
+    let registration = card.register(&exported.range, None).unwrap();
+    assert_ne!(registration.rung(), Rung::Staged, "{registration:?}");
+    assert_eq!(
+        registration.sge(0, LENGTH as u32).unwrap().length,
+        LENGTH as u32
+    );
+    drop(registration);
+    check(base, &around, &[]);
+    drop(exported);
+    assert!(cuda.free(base));
+}
+
+#[test]
+fn memory_that_was_allocated_here_is_freed_with_its_last_handle() {
+    let cuda = STANDIN.hold();
+    // The driver promises no page, and the buffer begins with the range all the same.
+    cuda.set("odd", 1);
+    let exported = gpu::allocate(Runtime::Cuda, 0, MIB).unwrap();
+    let range = exported.range.clone();
+    assert_eq!((range.offset(), range.len()), (0, MIB));
+    assert!(exported.pointer().is_multiple_of(4096));
+    drop(exported);
+    range.write_bytes(&[9; 100]).unwrap();
+    assert_eq!(range.slice(90, 10).unwrap().to_vec().unwrap(), [9; 10]);
+    assert_eq!(cuda.get("live"), 1);
+    drop(range);
+    assert_eq!(cuda.get("live"), 0);
+    assert_eq!(cuda.get("retained"), 0);
+}
+
+/// Runs the command, which finds the stand-in by the runtime's name. Returns what it wrote.
+fn peerbuf(directory: &FilePath, arguments: &[&str]) -> String {
+    let output = Command::new("peerbuf")
+        .args(arguments)
+        .env("LD_LIBRARY_PATH", directory)
+        .output()
+        .unwrap();
+    let [out, errors] = [output.stdout, output.stderr].map(|text| String::from_utf8(text).unwrap());
+    assert!(output.status.success(), "{arguments:?}: {out}{errors}");
+    out
+}
+
+#[test]
+fn the_command_copies_into_a_gpu_and_hands_its_memory_over() {
+    let directory = tempfile::tempdir().unwrap();
+    CUDA.compile(directory.path(), &[]).unwrap();
+    let said = |arguments: &[&str]| peerbuf(directory.path(), arguments);
+    let from = "/mnt/nvme/to-a-gpu";
+    std::fs::write(from, random(LENGTH, 9)).unwrap();
+    let receipt = said(&["copy", from, "cuda:0", "--check", "--json"]);
+    assert!(receipt.contains(r#""checked":true"#), "{receipt}");
+    assert!(receipt.contains(r#""path":"staged-copy""#), "{receipt}");
+    std::fs::remove_file(from).unwrap();
+    let export = ["export", "--gpu", "cuda:0", "--length", "64K", "--"];
+    let show = [
+        "sh",
+        "-c",
+        "cat /proc/$$/fdinfo/$PEERBUF_FD; echo length $PEERBUF_LENGTH",
+    ];
+    let shown = said(&[&export[..], &show].concat());
+    assert!(
+        shown.contains("standin-pcie") && shown.contains("length 65536"),
+        "{shown}"
+    );
+    let info = said(&["info"]);
+    assert!(info.contains("CUDA: libcuda.so.1 (2 devices)"), "{info}");
+}
