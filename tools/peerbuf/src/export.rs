@@ -17,6 +17,7 @@ use peerbuf::{Access, Deadline};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use serde::Serialize;
 
+use crate::copy::place::Gpu;
 use crate::{Failure, say, size};
 
 /// Arguments of `peerbuf export`.
@@ -24,18 +25,22 @@ use crate::{Failure, say, size};
 #[command(after_help = AFTER_HELP)]
 pub struct Arguments {
     /// The device's PCI address; `peerbuf info` lists them
-    #[arg(value_name = "DDDD:BB:DD.F")]
-    device: PciAddress,
+    #[arg(value_name = "DDDD:BB:DD.F", required_unless_present = "gpu")]
+    device: Option<PciAddress>,
 
     /// The BAR's index, of a device that peerbuf.ko has
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(0..=5))]
-    #[arg(required_unless_present = "provider")]
+    #[arg(required_unless_present_any = ["provider", "gpu"])]
     bar: Option<u8>,
 
     /// Take memory that the device's own driver lends to peers, such as an NVMe disk's controller
     /// memory buffer
     #[arg(long, conflicts_with_all = ["bar", "offset"])]
     provider: bool,
+
+    /// Allocate memory of a GPU: cuda:0 by CUDA, ze:0 by Level Zero
+    #[arg(long, value_name = "RUNTIME:N", conflicts_with_all = ["device", "bar", "offset", "provider", "read_only"])]
+    gpu: Option<Gpu>,
 
     /// Where in the BAR, or `any`
     #[arg(long, value_name = "OFFSET", default_value = "any", value_parser = parse_offset)]
@@ -69,7 +74,8 @@ the range stays taken until Ctrl-C.
 
   peerbuf export 0000:03:00.0 --bar 2 --length 16M -- ./consumer
   peerbuf export 0000:03:00.0 --bar 2 --length 16M --offset 1M --socket /run/buffer
-  peerbuf export 0000:04:00.0 --provider --length 1M -- ./consumer";
+  peerbuf export 0000:04:00.0 --provider --length 1M -- ./consumer
+  peerbuf export --gpu cuda:0 --length 64M -- ./consumer";
 
 #[derive(Debug, Clone, Copy)]
 struct Offset(Option<u64>);
@@ -96,20 +102,11 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     } else {
         Access::ReadWrite
     };
-    let (device, bar) = match arguments.bar {
-        Some(bar) => (Device::open(arguments.device)?, bar),
-        None => {
-            let device = provider::open(arguments.device)?;
-            let bar = device.query()?.exportable().map_or(0, |bar| bar.index);
-            (device, bar)
-        }
+    let buffer = match (arguments.gpu, arguments.device) {
+        (Some(gpu), _) => gpu.memory(arguments.length)?,
+        (None, Some(device)) => of_device(arguments, device, access)?,
+        (None, None) => return Err("which device?".into()),
     };
-    let buffer = device.export(Request {
-        bar,
-        offset: arguments.offset.0,
-        length: arguments.length,
-        access,
-    })?;
     if let Some((program, rest)) = arguments.command.split_first() {
         if arguments.json {
             announce(arguments, &buffer)?;
@@ -124,6 +121,24 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     announce(arguments, &buffer)?;
     serve(listener.as_ref(), &signals, &buffer)?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Memory of a BAR, or that a driver lends.
+fn of_device(arguments: &Arguments, device: PciAddress, access: Access) -> Result<Buffer, Failure> {
+    let (device, bar) = match arguments.bar {
+        Some(bar) => (Device::open(device)?, bar),
+        None => {
+            let device = provider::open(device)?;
+            let bar = device.query()?.exportable().map_or(0, |bar| bar.index);
+            (device, bar)
+        }
+    };
+    Ok(device.export(Request {
+        bar,
+        offset: arguments.offset.0,
+        length: arguments.length,
+        access,
+    })?)
 }
 
 fn announce(arguments: &Arguments, buffer: &Buffer) -> Result<(), Failure> {

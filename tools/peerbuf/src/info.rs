@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use peerbuf::error::{ExportError, Unavailable};
-use peerbuf::export::{peerbuf as module, provider, udmabuf};
+use peerbuf::export::{gpu, peerbuf as module, provider, udmabuf};
 use peerbuf::plan::topology::{PciAddress, Sysfs};
 use serde::Serialize;
 
@@ -29,6 +29,7 @@ pub struct Info {
     providers: Vec<Provider>,
     udmabuf: bool,
     disks: Vec<Disk>,
+    gpu_runtimes: Vec<GpuRuntime>,
     missing: Vec<Missing>,
 }
 
@@ -60,6 +61,15 @@ struct Provider {
     address: String,
     size: u64,
     available: u64,
+}
+
+/// A runtime of GPUs: which its library is, and how many devices it has, or why it cannot be used.
+#[derive(Serialize)]
+struct GpuRuntime {
+    name: String,
+    library: &'static str,
+    devices: Option<u32>,
+    why: Option<String>,
 }
 
 #[derive(Serialize)]
@@ -179,8 +189,19 @@ pub fn collect() -> Info {
         providers,
         udmabuf,
         disks,
+        gpu_runtimes: gpu_runtimes(),
         missing,
     }
+}
+
+fn gpu_runtimes() -> Vec<GpuRuntime> {
+    let describe = |(runtime, found): (gpu::Runtime, Result<u32, String>)| GpuRuntime {
+        name: runtime.to_string(),
+        library: runtime.library(),
+        devices: found.as_ref().ok().copied(),
+        why: found.err(),
+    };
+    gpu::probe().into_iter().map(describe).collect()
 }
 
 /// The version of a module that is loaded, as far as it is told. Without sysfs its nodes tell that it is.
@@ -333,6 +354,13 @@ pub fn show(info: &Info, width: usize) -> String {
         text += &format!("\n{}\n", table.show(width));
     }
     text += &format!("\nudmabuf: {}\n", yes_no(info.udmabuf));
+    for runtime in &info.gpu_runtimes {
+        let found = match (&runtime.devices, &runtime.why) {
+            (Some(devices), _) => format!("{} ({devices} devices)", runtime.library),
+            (None, why) => why.clone().unwrap_or_default(),
+        };
+        text += &table::labelled(&format!("{}:", runtime.name), &found, width);
+    }
     text
 }
 

@@ -315,6 +315,27 @@ fn a_copy_into_memory_tells_its_path_and_how_it_got_there() {
 }
 
 #[test]
+fn a_copy_to_a_gpu_that_is_not_there_names_what_was_tried() {
+    let (from, _) = file_of("gpu", 1000);
+    for (gpu, library) in [("cuda:77", "libcuda.so.1"), ("ze:77", "libze_loader.so.1")] {
+        let output = peerbuf(&["copy", &from, gpu]);
+        assert_eq!(output.status.code(), Some(1));
+        let said = String::from_utf8(output.stderr).unwrap();
+        // A machine that has the library lacks the device.
+        assert!(said.contains(library) || said.contains("77"), "{said}");
+    }
+    std::fs::remove_file(from).unwrap();
+    for wrong in ["cuda:x", "cuda:-1"] {
+        let output = peerbuf(&["export", "--gpu", wrong, "--length", "4K"]);
+        assert_eq!(output.status.code(), Some(2));
+    }
+    let output = peerbuf(&["info", "--json"]);
+    let info = &json_lines(&output)[0];
+    assert_eq!(info["gpu_runtimes"].as_array().unwrap().len(), 3);
+    assert_eq!(info["gpu_runtimes"][0]["library"], "libcuda.so.1");
+}
+
+#[test]
 fn a_copy_goes_through_pipes() {
     use std::io::Write;
     use std::process::Stdio;

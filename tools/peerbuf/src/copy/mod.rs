@@ -52,6 +52,7 @@ A place is
   udmabuf:  memfd:       system memory, with a dma-buf over it or without
   heap:NAME              system memory of a dma-heap
   drm:NODE               a buffer of a graphics driver
+  cuda:N  ze:N           memory of a GPU, by CUDA or Level Zero
   fd:N                   a descriptor that the command was started with: a dma-buf, a file, a pipe
   -                      standard input or output
 What is no path is gone with the command, but for a BAR's memory: copying there measures the path.

@@ -11,6 +11,7 @@ use std::str::FromStr;
 use peerbuf::buffer::{Buffer, BufferRange, Kind, Provenance};
 use peerbuf::device::drm::Card;
 use peerbuf::error::TransferError;
+use peerbuf::export::gpu::{self, Runtime};
 use peerbuf::export::heap::Heap;
 use peerbuf::export::peerbuf::{Device, Request};
 use peerbuf::export::{drm, memfd, provider, udmabuf};
@@ -35,8 +36,54 @@ pub enum Place {
     Memfd,
     Heap(String),
     Drm(PathBuf),
+    Gpu(Gpu),
     Fd(i32),
     Stream,
+}
+
+/// A GPU of a runtime, by the runtime's number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Gpu {
+    pub runtime: Runtime,
+    pub device: u32,
+}
+
+impl FromStr for Gpu {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Gpu, String> {
+        let (word, device) = text.split_once(':').unwrap_or((text, "0"));
+        let runtime = match word {
+            "cuda" => Runtime::Cuda,
+            "ze" => Runtime::LevelZero,
+            _ => {
+                return Err(format!(
+                    "`{word}` is no runtime: cuda (CUDA) or ze (Level Zero)"
+                ));
+            }
+        };
+        let device = device.parse();
+        let device = device.map_err(|_| format!("`{text}`: a GPU has a number, as in cuda:0"))?;
+        Ok(Gpu { runtime, device })
+    }
+}
+
+impl fmt::Display for Gpu {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let word = match self.runtime {
+            Runtime::LevelZero => "ze",
+            _ => "cuda",
+        };
+        write!(f, "{word}:{}", self.device)
+    }
+}
+
+impl Gpu {
+    /// Memory of it, from the buffer's beginning on.
+    pub fn memory(self, length: u64) -> Result<Buffer, Failure> {
+        let exported = gpu::allocate(self.runtime, self.device, length)?;
+        Ok(exported.range.buffer().clone())
+    }
 }
 
 impl FromStr for Place {
@@ -87,6 +134,7 @@ impl FromStr for Place {
             "heap" => return Err("`heap:` needs a name, such as heap:system".into()),
             "drm" if !rest.is_empty() => Place::Drm(rest.into()),
             "drm" => return Err("`drm:` needs a node, such as drm:/dev/dri/card0".into()),
+            "cuda" | "ze" => Place::Gpu(text.parse()?),
             "fd" => {
                 let number = rest.parse().ok().filter(|number| *number >= 0);
                 Place::Fd(number.ok_or_else(|| format!("`{rest}` is no descriptor's number"))?)
@@ -116,6 +164,7 @@ impl fmt::Display for Place {
             Place::Memfd => f.write_str("memfd:"),
             Place::Heap(name) => write!(f, "heap:{name}"),
             Place::Drm(node) => write!(f, "drm:{}", node.display()),
+            Place::Gpu(gpu) => write!(f, "{gpu}"),
             Place::Fd(number) => write!(f, "fd:{number}"),
             Place::Stream => f.write_str("-"),
         }
@@ -157,7 +206,7 @@ impl Place {
     pub fn is_fleeting(&self) -> bool {
         matches!(
             self,
-            Place::Udmabuf | Place::Memfd | Place::Heap(_) | Place::Drm(_)
+            Place::Udmabuf | Place::Memfd | Place::Heap(_) | Place::Drm(_) | Place::Gpu(_)
         )
     }
 
@@ -233,6 +282,7 @@ impl Place {
             Place::Memfd => Ok(memfd::export(&name, length)?),
             Place::Heap(heap) => Ok(Heap::open(heap)?.export(&name, length)?),
             Place::Drm(node) => Ok(drm::export(&Card::open(node)?, &name, length)?),
+            Place::Gpu(gpu) => gpu.memory(length),
             Place::Path(_) | Place::Fd(_) | Place::Stream => {
                 Err(format!("{self} is no memory").into())
             }
@@ -339,6 +389,20 @@ mod tests {
             ("memfd:", Place::Memfd),
             ("heap:system", Place::Heap("system".into())),
             ("drm:/dev/dri/card0", Place::Drm("/dev/dri/card0".into())),
+            (
+                "cuda:1",
+                Place::Gpu(Gpu {
+                    runtime: Runtime::Cuda,
+                    device: 1,
+                }),
+            ),
+            (
+                "ze:0",
+                Place::Gpu(Gpu {
+                    runtime: Runtime::LevelZero,
+                    device: 0,
+                }),
+            ),
             ("fd:7", Place::Fd(7)),
         ] {
             let read: Place = text.parse().unwrap();
@@ -353,6 +417,8 @@ mod tests {
             ("heap:", "heap:system"),
             ("drm:", "/dev/dri"),
             ("udmabuf:x", "nothing after it"),
+            ("cuda:", "cuda:0"),
+            ("cuda:x", "`cuda:x`"),
             ("fd:-1", "-1"),
             ("fd:x", "`x`"),
         ] {
