@@ -405,12 +405,50 @@ fn model(name: &str, tensors: usize) -> (String, Vec<(String, Vec<u8>)>) {
     (path, all)
 }
 
+/// The same as a GGUF file, with gaps between the tensors.
+fn gguf(name: &str, tensors: usize) -> (String, Vec<(String, Vec<u8>)>) {
+    fn text(into: &mut Vec<u8>, text: &str) {
+        into.extend((text.len() as u64).to_le_bytes());
+        into.extend(text.as_bytes());
+    }
+    let mut file = b"GGUF\x03\0\0\0".to_vec();
+    for count in [tensors as u64, 1] {
+        file.extend(count.to_le_bytes());
+    }
+    text(&mut file, "general.name");
+    file.extend(8_u32.to_le_bytes());
+    text(&mut file, name);
+    let (mut data, mut all) = (Vec::new(), Vec::new());
+    for index in 0..tensors {
+        let length = index * 37 % 5000 * 2;
+        let bytes: Vec<u8> = (0..length).map(|at| (at * 11 + index) as u8).collect();
+        text(&mut file, &format!("blk.{index}"));
+        file.extend(1_u32.to_le_bytes());
+        file.extend((length as u64 / 2).to_le_bytes());
+        file.extend(1_u32.to_le_bytes()); // F16
+        file.extend((data.len() as u64).to_le_bytes());
+        data.extend(&bytes);
+        data.resize(data.len().next_multiple_of(32), 0xee);
+        all.push((format!("blk.{index}"), bytes));
+    }
+    file.resize(file.len().next_multiple_of(32), 0);
+    file.extend(&data);
+    let path = format!("{}/{name}", directory());
+    std::fs::write(&path, file).unwrap();
+    (path, all)
+}
+
 #[test]
 fn a_model_is_loaded_and_lent_with_each_tensor_in_its_place() {
+    is_loaded_and_lent("safetensors", model("model.safetensors", 300), 100);
+    // Each is a request, where they do not follow each other.
+    is_loaded_and_lent("gguf", gguf("model.gguf", 300), 1000);
+}
+
+fn is_loaded_and_lent(format: &str, (path, tensors): (String, Vec<(String, Vec<u8>)>), most: u64) {
     use std::io::{BufRead, BufReader};
     use std::process::Stdio;
-    let (path, tensors) = model("model.safetensors", 300);
-    let socket = format!("{}/load-{}", directory(), std::process::id());
+    let socket = format!("{}/load-{format}-{}", directory(), std::process::id());
     let mut child = Command::new(env!("CARGO_BIN_EXE_peerbuf"))
         .args([
             "load", &path, "--to", "memfd:", "--check", "--json", "--share", &socket,
@@ -435,7 +473,7 @@ fn a_model_is_loaded_and_lent_with_each_tensor_in_its_place() {
     }
     // One run of bytes in the file is one run in the buffer: no request for each tensor.
     let requests = loaded["receipt"]["requests"].as_u64().unwrap();
-    assert!(requests < 100, "{requests}");
+    assert!(requests < most, "{format}: {requests}");
     child.kill().unwrap();
     child.wait().unwrap();
 }
@@ -452,6 +490,22 @@ fn a_model_that_breaks_a_rule_is_refused() {
         assert_eq!(output.status.code(), Some(1), "{error}");
         assert!(
             error.contains(said) && error.contains("cut.safetensors"),
+            "{error}"
+        );
+    }
+    let (path, _) = gguf("cut.gguf", 20);
+    let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+    for (length, said) in [
+        (2000, "\"blk.5\" ends beyond"),
+        (100, "offset of tensor \"blk.0\""),
+        (20, "number"),
+    ] {
+        file.set_len(length).unwrap();
+        let output = peerbuf(&["load", &path, "--to", "memfd:"]);
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{error}");
+        assert!(
+            error.contains(said) && error.contains("cut.gguf"),
             "{error}"
         );
     }

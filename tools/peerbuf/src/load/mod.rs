@@ -1,8 +1,10 @@
 //! `peerbuf load`: the tensors of a model file into one buffer, and the buffer to whoever may have it.
 
+mod gguf;
 mod safetensors;
 
 use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -14,7 +16,6 @@ use peerbuf::share::{Copied, Publisher};
 use peerbuf::transfer::Piece;
 use serde::Serialize;
 
-use self::safetensors::Tensor;
 use crate::copy::place::Place;
 use crate::copy::{Bar, Leg};
 use crate::{Failure, say, size};
@@ -23,7 +24,7 @@ use crate::{Failure, say, size};
 #[derive(clap::Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct Arguments {
-    /// The model, a safetensors file
+    /// The model, a safetensors or GGUF file
     model: PathBuf,
 
     /// The memory that it goes to, a place as `peerbuf copy` has them
@@ -50,10 +51,11 @@ pub struct Arguments {
 const AFTER_HELP: &str = "\
 The buffer has the tensors in the order of the file, each where its place in a page of the file is its place in
 a page of the buffer, so that a disk's own engine can put it there. With --share it is lent as `model`, and a
-buffer of JSON text as `model.json`: for each tensor its name, type, shape, offset and length in the buffer.
+buffer of JSON text as `model.json`: for each tensor its name, type, shape, offset and length in the buffer. The
+shape has the innermost dimension last, the type is the one of the file's format.
 
   peerbuf load model.safetensors --to bar:0000:03:00.0/2 --share /run/model
-  peerbuf load model.safetensors --to heap:system --check";
+  peerbuf load model.gguf --to heap:system --check";
 
 /// What was loaded, and where each tensor is.
 #[derive(Serialize)]
@@ -67,16 +69,45 @@ struct Loaded {
     tensors: Vec<Tensor>,
 }
 
+/// One tensor, as programs are told of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Tensor {
+    pub name: String,
+    /// By the format's own name.
+    pub dtype: String,
+    /// The innermost dimension last, whatever the format's own order.
+    pub shape: Vec<u64>,
+    /// Where it begins, in bytes.
+    pub offset: u64,
+    pub length: u64,
+}
+
+/// The tensors of a model in the order of their bytes, with their offsets in the file.
+fn tensors(file: &File) -> Result<Vec<Tensor>, String> {
+    let mut magic = [0; gguf::MAGIC.len()];
+    match file.read_exact_at(&mut magic, 0) {
+        // As the length of a header of safetensors it would be too much.
+        Ok(()) if magic == *gguf::MAGIC => {
+            let size = file.metadata().map_err(|error| error.to_string())?.len();
+            gguf::tensors(file, size)
+        }
+        _ => safetensors::tensors(file),
+    }
+}
+
 /// Loads, and lends.
 pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     let model = arguments.model.display().to_string();
     let opened = File::open(&arguments.model).map_err(|error| format!("{model}: {error}"))?;
-    let in_file = safetensors::tensors(&opened).map_err(|why| format!("{model}: {why}"))?;
+    let in_file = tensors(&opened).map_err(|why| format!("{model}: {why}"))?;
     let begin = in_file.first().map_or(0, |tensor| tensor.offset);
+    let end = in_file
+        .last()
+        .map_or(0, |tensor| tensor.offset + tensor.length);
     let length: u64 = in_file.iter().map(|tensor| tensor.length).sum();
     // Where a page of the file begins, a page of the buffer does.
     let lead = begin % rustix::param::page_size() as u64;
-    let buffer = arguments.to.memory(Some(lead + length))?;
+    let buffer = arguments.to.memory(Some(lead + end - begin))?;
     let mut file = FileImporter::from_fd(opened.try_clone()?.into(), model.clone())?;
     if let Some(depth) = arguments.queue {
         file = file.with_depth(depth);

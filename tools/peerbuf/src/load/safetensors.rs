@@ -8,7 +8,9 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
+
+use super::Tensor;
 
 /// What the format's own reader takes.
 const LONGEST: u64 = 100_000_000;
@@ -38,17 +40,6 @@ const BITS: [(&str, u64); 22] = [
     ("F64", 64),
     ("C64", 64),
 ];
-
-/// One tensor, as programs are told of it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Tensor {
-    pub name: String,
-    pub dtype: String,
-    pub shape: Vec<u64>,
-    /// Where it begins, in bytes.
-    pub offset: u64,
-    pub length: u64,
-}
 
 #[derive(Deserialize)]
 struct Entry {
