@@ -167,22 +167,32 @@ pub unsafe extern "C" fn peerbuf_import(
 ) -> Code {
     make(buffer, || {
         // SAFETY: the caller's descriptor is open or negative, as the crate's documentation demands.
-        let (own, again) = unsafe { (descriptor(fd)?, descriptor(fd)?) };
-        let buffer = match peerbuf::Buffer::import(own) {
-            Err(BufferError::NotADmaBuf { found, .. }) if is_memory(found, &again) => {
-                let name = name_of(&again);
-                let provenance = Provenance {
-                    kind: Kind::Memfd,
-                    device: None,
-                    bar: None,
-                    name,
-                };
-                peerbuf::Buffer::from_host_memory(again, None, provenance)?
-            }
-            taken => taken?,
-        };
-        Ok(Buffer::own(buffer))
+        let fd = unsafe { descriptor(fd) }?;
+        Ok(Buffer::own(import(fd)?))
     })
+}
+
+/// As [`peerbuf_import`], for other languages that build on this crate.
+///
+/// # Errors
+/// [`Code::NotADmabuf`], [`Code::NotSealed`], or the call that failed.
+pub fn import(fd: OwnedFd) -> Result<peerbuf::Buffer, Failure> {
+    let again = fd
+        .try_clone()
+        .map_err(|error| Failure::new(Code::System, format!("a descriptor: {error}")))?;
+    match peerbuf::Buffer::import(fd) {
+        Err(BufferError::NotADmaBuf { found, .. }) if is_memory(found, &again) => {
+            let name = name_of(&again);
+            let provenance = Provenance {
+                kind: Kind::Memfd,
+                device: None,
+                bar: None,
+                name,
+            };
+            Ok(peerbuf::Buffer::from_host_memory(again, None, provenance)?)
+        }
+        taken => Ok(taken?),
+    }
 }
 
 /// Whether the file is a memfd, or could be one.
