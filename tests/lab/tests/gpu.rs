@@ -109,7 +109,6 @@ fn a_file_is_read_and_written_by_the_runtimes_copies() {
     let other = random(LENGTH, 7);
     exported.range.write_bytes(&other).unwrap();
     check(base, &around, &other);
-    let (file, importer) = (file, importer);
     drop(importer);
     let importer = FileImporter::from_fd(file.try_clone().unwrap().into(), "the file").unwrap();
     importer.attach(&exported.range).unwrap().write(0).unwrap();
