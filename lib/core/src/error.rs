@@ -68,8 +68,7 @@ pub enum BufferError {
     System(#[from] SystemError),
     /// The exporter allows no CPU mapping of the dma-buf.
     #[error(
-        "{cause}: the exporter gives the processor no mapping of it; copy its bytes by the owner's own way \
-         (Buffer::with_stage)"
+        "{cause}: the exporter does not support mmap; copy with the owner's API (Buffer::with_stage)"
     )]
     NotMappable {
         /// The error of `mmap`.
@@ -120,7 +119,7 @@ pub enum BufferError {
         wanted: &'static str,
     },
     /// A wait timed out.
-    #[error("{object}: nothing happened within {limit:?}")]
+    #[error("timed out after {limit:?} waiting for {object}")]
     TimedOut {
         /// The awaited event.
         object: String,
@@ -130,8 +129,8 @@ pub enum BufferError {
     /// The memory was lent to another process. This process inherited the handle through `fork`, but neither
     /// the lease nor the mappings.
     #[error(
-        "{object} was lent to the process that this one was forked from: make a subscriber of this \
-         process's own"
+        "{object} was lent to the parent process and is not usable after fork: connect a subscriber in this \
+         process"
     )]
     Inherited {
         /// The buffer's name.

@@ -226,6 +226,6 @@ mod tests {
         let begun = Instant::now();
         let error = wait(reader.as_fd(), PollFlags::IN, limit, "a pipe").unwrap_err();
         assert!(begun.elapsed() >= limit);
-        assert_eq!(error.to_string(), "a pipe: nothing happened within 20ms");
+        assert_eq!(error.to_string(), "timed out after 20ms waiting for a pipe");
     }
 }
