@@ -35,7 +35,7 @@ pub enum ReadError {
         problem: String,
     },
     /// The snapshot has a version that this program does not know.
-    #[error("{}: a snapshot of version {found}; this program reads version {known}", .path.display())]
+    #[error("{}: the snapshot has version {found}; this program reads version {known}", .path.display())]
     Version {
         /// The file.
         path: PathBuf,
@@ -45,7 +45,7 @@ pub enum ReadError {
         known: u64,
     },
     /// The folder contains no PCI function.
-    #[error("{}: no PCI function is in it (bus/pci/devices, or devices/pci*)", .from.display())]
+    #[error("{}: found no PCI function there (looked in bus/pci/devices and devices/pci*)", .from.display())]
     NoDevices {
         /// The folder.
         from: PathBuf,

@@ -331,18 +331,19 @@ impl<'m> Case<'_, 'm> {
         let at = client.address;
         match (&client.driver, client.kind()) {
             (_, Kind::Bridge) => {
-                let what = format!("{at} is a bridge, which moves others' bytes only");
+                let what =
+                    format!("{at} is a bridge, which only forwards requests of other devices");
                 self.say(Code::NoDmaEngine, Effect::Blocks, what);
             }
             (Some(Driver::None), _) => {
-                let what = format!("{} has no driver that could make it do DMA", label(client));
+                let what = format!("{} has no driver, so it cannot do DMA", label(client));
                 self.say(Code::NoDmaEngine, Effect::Blocks, what);
                 let command = format!("echo {at} > /sys/bus/pci/drivers_probe");
-                self.remedy(Remedy::new("give it its driver", [command]));
+                self.remedy(Remedy::new("bind the device to its driver", [command]));
             }
             (Some(Driver::Bound(driver)), _) if driver == "peerbuf" => {
                 let what = format!(
-                    "{at} belongs to peerbuf.ko, which lends its memory and keeps its DMA off"
+                    "{at} is bound to peerbuf.ko, which exports its memory and keeps its DMA off"
                 );
                 self.say(Code::NoDmaEngine, Effect::Blocks, what);
             }
@@ -363,13 +364,14 @@ impl<'m> Case<'_, 'm> {
                 self.say(Code::NoMemory, Effect::Blocks, what);
             }
             (_, Kind::Nvme) if !lends && self.machine.format == Format::Sysfs => {
-                let what =
-                    format!("{at} has registers only, and lends no controller memory buffer (CMB)");
+                let what = format!(
+                    "{at} has registers only, and no published controller memory buffer (CMB)"
+                );
                 self.say(Code::NoMemory, Effect::Blocks, what);
             }
             (_, Kind::Nvme | Kind::Disk | Kind::Nic) if !lends => {
                 let what = format!(
-                    "a {} has memory to lend only if its driver says so, which {} does not tell",
+                    "a {} has memory for peers only if its driver publishes it, which {} does not show",
                     provider.kind().name(),
                     self.machine.format.name()
                 );
@@ -441,13 +443,13 @@ impl<'m> Case<'_, 'm> {
             };
             self.say(Code::AcsUnknown, effect, what);
             if unread && self.machine.format == Format::Sysfs {
-                let what = "run this as root, who may read all of the configuration space";
+                let what = "run this as root: only root can read the whole configuration space";
                 self.remedy(Remedy::new(what, []));
             }
         }
         if self.route.rule == Rule::TreeUnknown {
             let what = format!(
-                "{} does not tell which bridges and host bridges {} and {} have in common",
+                "{} does not show which bridges and host bridges {} and {} have in common",
                 self.machine.format.name(),
                 client.address,
                 provider.address
@@ -521,9 +523,9 @@ impl<'m> Case<'_, 'm> {
             }
             Trust::Unknown(Missing::HostBridge) => {
                 let what = format!(
-                    "{no_bridge} which host bridge {} is, is not told by {}",
-                    self.hosts(one, other),
-                    self.machine.format.name()
+                    "{no_bridge} {} does not identify host bridge {}",
+                    self.machine.format.name(),
+                    self.hosts(one, other)
                 );
                 self.say(Code::HostBridgeUnknown, effect, what);
             }
@@ -537,9 +539,9 @@ impl<'m> Case<'_, 'm> {
             }
             Trust::Unknown(Missing::Kernel) => {
                 let what = match self.rules.kernel() {
-                    None => "which kernel it is; host bridges came to the list over time".into(),
+                    None => "the kernel's version is unknown, and newer versions trust more host bridges".into(),
                     Some(kernel) => format!(
-                        "whether Linux {kernel} trusts {}: known are the rules of 5.9 to 7.3",
+                        "it is unknown whether Linux {kernel} trusts {}: this program has the rules of 5.9 to 7.3",
                         self.hosts(one, other)
                     ),
                 };
@@ -616,11 +618,11 @@ impl<'m> Case<'_, 'm> {
             });
         let text = match unread.is_empty() {
             true => format!(
-                "{} lacks bridges, whose ACS may redirect",
+                "{} does not show the bridges, whose ACS may redirect requests",
                 self.machine.format.name()
             ),
             false => format!(
-                "whether ACS sends requests to the host bridge could not be read of {}",
+                "cannot read whether ACS redirects requests to the host bridge at {}",
                 unread.join(", ")
             ),
         };
@@ -640,7 +642,7 @@ impl<'m> Case<'_, 'm> {
             && bits < bar.address_bits
         {
             let what = format!(
-                "{} sends {bits} address bits, and BAR {} of {} ends above that, at {} bits",
+                "the DMA mask of {} has {bits} bits, but BAR {} of {} needs {}",
                 label(client),
                 bar.index,
                 provider.address,
@@ -657,11 +659,10 @@ impl<'m> Case<'_, 'm> {
                 && !option.contains("noforce")
         };
         if !bus && self.machine.options.iter().flatten().any(forced) {
-            let what =
-                "the kernel bounces all DMA (swiotlb=force), which peers' memory does not allow";
+            let what = "swiotlb=force makes the kernel bounce all DMA, which peer-to-peer memory does not support";
             self.say(Code::SwiotlbForced, Effect::Blocks, what);
             self.remedy(Remedy::new(
-                "take swiotlb=force from the kernel's command line",
+                "remove swiotlb=force from the kernel's command line",
                 [],
             ));
         }
@@ -676,16 +677,16 @@ impl<'m> Case<'_, 'm> {
         if self.machine.is_virtual == Some(true) {
             if translates == Some(true) && self.route.possible.has(Map::BusAddress) {
                 let what = format!(
-                    "a virtual machine's IOMMU translates what {} sends. It may take the bus addresses of a peer for its own, \
-                     and drop the bytes while every call reports success",
+                    "the virtual machine's IOMMU translates the requests of {}. It may treat the bus addresses of a peer as its \
+                     own and drop the bytes, while every call reports success",
                     client.address
                 );
                 self.say(Code::IommuInGuest, Effect::Warns, what);
                 let what =
-                    "let the IOMMU pass addresses on, on the kernel's command line; then reboot";
+                    "put the IOMMU into passthrough mode on the kernel's command line, and reboot";
                 self.remedy(Remedy::new(what, ["iommu=pt".into()]));
             } else {
-                let what = "this is a virtual machine, whose tree is not the hardware's: only bytes prove a path";
+                let what = "this is a virtual machine, whose PCI topology is not the hardware's: only a checked transfer proves a path";
                 self.say(Code::VirtualMachine, Effect::Warns, what);
             }
         }
@@ -709,8 +710,8 @@ pub fn of_layer(disk: &str, layer: &str) -> Reason {
     let (effect, what) = match layer {
         "device mapper" => (
             Effect::MayBlock,
-            "passes peers' pages on only in tables that need no processor (linear, striped) and whose disks all take \
-             them; not with encryption, snapshots or thin pools",
+            "passes peer memory on only for tables that need no CPU (linear, striped) and whose disks all accept \
+             it; not with encryption, snapshots or thin pools",
         ),
         "NVMe over fabrics" => (
             Effect::MayBlock,
@@ -718,13 +719,10 @@ pub fn of_layer(disk: &str, layer: &str) -> Reason {
         ),
         "md" => (
             Effect::Blocks,
-            "is software RAID, which refuses peers' pages",
+            "is software RAID, which refuses peer memory",
         ),
-        "a loop device" => (
-            Effect::Blocks,
-            "is a file, which the processor reads and writes",
-        ),
-        _ => (Effect::Blocks, "is served by the processor"),
+        "a loop device" => (Effect::Blocks, "is a file, which the CPU reads and writes"),
+        _ => (Effect::Blocks, "is served by the CPU"),
     };
     Reason {
         code: Code::BlockLayer,
@@ -738,7 +736,7 @@ pub fn not_pci(name: &str) -> Reason {
     Reason {
         code: Code::NotPci,
         effect: Effect::Blocks,
-        evidence: format!("{name} is not on a PCI device, so that there is no peer"),
+        evidence: format!("{name} is not on a PCI device, so it has no peer-to-peer DMA"),
     }
 }
 
