@@ -268,7 +268,7 @@ impl Connection {
             && remote.length != piece.len()
         {
             let what = format!(
-                "{} bytes here and {} at the other end",
+                "the local range has {} bytes, the remote range {}",
                 piece.len(),
                 remote.length
             );
@@ -311,14 +311,17 @@ impl Connection {
         let registration = piece.registration();
         if !registration.domain().is(self.card.domain()) {
             let what = format!(
-                "the buffer is registered with {}, and the connection is {}'s",
+                "the buffer is registered with {}, the connection belongs to {}",
                 registration.domain().name(),
                 self.card.name()
             );
             return Err(RdmaError::Mismatch { what });
         }
         if piece.len() > LONGEST {
-            let what = format!("{} bytes in one request, of at most {LONGEST}", piece.len());
+            let what = format!(
+                "the request has {} bytes, the limit is {LONGEST}",
+                piece.len()
+            );
             return Err(RdmaError::Mismatch { what });
         }
         registration.check()
@@ -387,7 +390,10 @@ impl Connection {
 
     fn complete(&mut self, done: &Done) -> Result<Completion, RdmaError> {
         let Some(posted) = self.in_flight.remove(&done.id) else {
-            let what = format!("{} completed what nobody posted", self.card.name());
+            let what = format!(
+                "{} reported a completion for an unknown request",
+                self.card.name()
+            );
             return Err(RdmaError::Malformed { what });
         };
         let cut_off = self.line.stopping.load(Ordering::Acquire);
@@ -459,7 +465,7 @@ impl Connection {
                 return Ok(completion);
             }
             if deadline.is_over() {
-                let what = format!("a completion of {}", self.card.name());
+                let what = format!("a completion from {}", self.card.name());
                 return Err(RdmaError::TimedOut { what, limit });
             }
             let mut wanted = [PollFd::new(&self.events, PollFlags::IN)];

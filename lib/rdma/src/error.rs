@@ -24,7 +24,7 @@ pub enum RdmaError {
     #[error(transparent)]
     Buffer(#[from] BufferError),
     /// The range is empty.
-    #[error("a range of {buffer} without bytes cannot be registered")]
+    #[error("cannot register an empty range of {buffer}")]
     Empty {
         /// The buffer's name.
         buffer: String,
@@ -56,8 +56,7 @@ pub enum RdmaError {
     /// The connection was stopped, because a buffer that it used had to be given back. Nothing was passed to
     /// the card.
     #[error(
-        "the connection of {card} was stopped, because a buffer had to be given back that it was \
-         using; connect again"
+        "the connection of {card} was stopped, because a buffer that it used had to be returned; connect again"
     )]
     Stopped {
         /// The card.
@@ -67,7 +66,7 @@ pub enum RdmaError {
     #[error(transparent)]
     Share(Box<ShareError>),
     /// Parts of a request do not fit each other. Nothing was passed to the card.
-    #[error("these do not go together: {what}")]
+    #[error("the parts of the request do not match: {what}")]
     Mismatch {
         /// The conflict.
         what: String,
@@ -76,7 +75,7 @@ pub enum RdmaError {
     #[error(transparent)]
     Work(#[from] WorkError),
     /// A wait timed out.
-    #[error("{what}: nothing came within {limit:?}")]
+    #[error("timed out after {limit:?} waiting for {what}")]
     TimedOut {
         /// The awaited event.
         what: String,

@@ -160,15 +160,15 @@ impl Domain {
         if self.has(sys::MR_ENDPOINT) && !self.handle().has_endpoint() {
             let name = self.name();
             let what = format!(
-                "a domain of {name}, whose regions are an endpoint's (FI_MR_ENDPOINT), and no \
-                 endpoint: see Domain::for_endpoint"
+                "the domain of {name} binds regions to an endpoint (FI_MR_ENDPOINT), but has none: use \
+                 Domain::for_endpoint"
             );
             return Err(RdmaError::Mismatch { what });
         }
         if self.has(sys::MR_RAW) && remote.is_some() {
             let name = self.name();
             let what = format!(
-                "a domain of {name}, whose keys are no numbers (FI_MR_RAW), and memory for peers"
+                "the domain of {name} has keys longer than 64 bits (FI_MR_RAW), which peers cannot be given"
             );
             return Err(RdmaError::Mismatch { what });
         }
@@ -195,7 +195,7 @@ impl Domain {
         let rung = Rung::DmaBufByLibrary;
         let buffer = range.buffer();
         let Some(dmabuf) = buffer.dmabuf() else {
-            let evidence = "it is memory alone, without a dma-buf over it";
+            let evidence = "the buffer is host memory without a dma-buf";
             return Err(Attempt::lacking(rung, ReasonCode::NoDmaBuf, evidence));
         };
         let code = match buffer.provenance().kind.is_device_memory() {
@@ -220,7 +220,7 @@ impl Domain {
         let nobodys = self.register_nobodys(access, key);
         if nobodys.is_ok() {
             let evidence = format!(
-                "{CALL} on {}: it takes what is no descriptor, too",
+                "{CALL} on {}: the provider also accepted an invalid descriptor, so its answer proves nothing",
                 self.name()
             );
             return Err(refused(Layer::Provider, evidence));

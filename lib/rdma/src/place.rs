@@ -100,21 +100,23 @@ impl Placed {
         match (self.is_infiniband, self.lid, peer.lid) {
             (false, _, 0) => {}
             (false, _, _) => {
-                return mismatch("an end on Ethernet (RoCE), and one with a LID, on InfiniBand");
+                return mismatch(
+                    "the local port is on Ethernet (RoCE), the peer's has a LID and is on InfiniBand",
+                );
             }
             (true, 0, _) => {
                 return mismatch(
-                    "this end's InfiniBand port has no LID, and a connection: its subnet has no manager (opensm)",
+                    "the local InfiniBand port has no LID, so it cannot connect: start a subnet manager (opensm)",
                 );
             }
             (true, _, 0) => {
                 return mismatch(
-                    "an end on InfiniBand, and one without a LID: on Ethernet (RoCE), or in a subnet without a manager",
+                    "the local port is on InfiniBand, the peer's has no LID: it is on Ethernet (RoCE), or its subnet has no manager",
                 );
             }
             (true, _, _) if self.gid.gid()[..8] != peer.gid[..8] => {
                 return mismatch(
-                    "ends in two InfiniBand subnets: the LID of the router between them is the subnet manager's to tell",
+                    "the two ports are in different InfiniBand subnets: routing between subnets is not supported",
                 );
             }
             (true, _, _) => {}
@@ -228,18 +230,18 @@ mod tests {
             (
                 placed(false, 0, ipv4(1)),
                 peer(8, gid(1, 2)),
-                "one with a LID",
+                "the peer's has a LID",
             ),
             (
                 placed(true, 7, gid(1, 1)),
                 peer(0, ipv4(2)),
-                "one without a LID",
+                "the peer's has no LID",
             ),
             (placed(true, 0, gid(1, 1)), peer(8, gid(1, 2)), "opensm"),
             (
                 placed(true, 7, gid(1, 1)),
                 peer(8, gid(2, 2)),
-                "two InfiniBand subnets",
+                "different InfiniBand subnets",
             ),
         ] {
             let refused = here.route(&there).unwrap_err().to_string();

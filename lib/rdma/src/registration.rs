@@ -175,7 +175,7 @@ impl Registration {
                 _guard: guard,
                 of: self,
             }),
-            None => Err(self.stale("it was ended, for the buffer to be given back")),
+            None => Err(self.stale("it was ended to return the buffer")),
         }
     }
 

@@ -62,7 +62,7 @@ impl Address {
         ];
         for (holds, what) in rules {
             if !holds {
-                let what = format!("the other end's address: {what}");
+                let what = format!("the peer's address: {what}");
                 return Err(RdmaError::Malformed { what });
             }
         }
@@ -118,7 +118,7 @@ impl Remote {
                 key: self.key,
             }),
             _ => Err(BufferError::OutOfRange {
-                object: "the other end's buffer".into(),
+                object: "the peer's buffer".into(),
                 offset,
                 length,
                 size: self.length,
@@ -146,7 +146,9 @@ impl Remote {
         };
         let (address, length, last) = (word(0), word(8), word(16));
         if address.checked_add(length).is_none() || last & 0xffff_ffff != 0 {
-            let what = "the other end's memory: addresses that there are not".into();
+            let what =
+                "the peer's memory range exceeds 64 bits, or its reserved bytes are not zero"
+                    .into();
             return Err(RdmaError::Malformed { what });
         }
         Ok(Remote::new(address, length, (last >> 32) as u32))

@@ -94,15 +94,15 @@ impl Status {
     fn meaning(self) -> &'static str {
         match self {
             Status::LOCAL_PROTECTION => {
-                "this end's memory is not registered for it, or was taken away"
+                "the local memory is not registered for this access, or its registration ended"
             }
             Status::FLUSHED => {
                 "an earlier request failed, the connection was stopped, or the card's network is down"
             }
             Status::REMOTE_ACCESS => {
-                "the other end's memory is not registered for it, or was taken away"
+                "the peer's memory is not registered for this access, or its registration ended"
             }
-            Status::UNANSWERED => "the other end does not answer",
+            Status::UNANSWERED => "the peer does not answer",
             _ => "see ibv_poll_cq(3)",
         }
     }
@@ -141,9 +141,9 @@ pub struct WorkError {
 fn what(status: &Status, cut_off: bool, copy: Option<&BufferError>) -> String {
     match copy {
         Some(error) => {
-            format!("the bytes arrived, and could not be copied into the buffer: {error}")
+            format!("the bytes arrived, but the copy into the buffer failed: {error}")
         }
-        None if cut_off => format!("{status}; the buffer had to be given back meanwhile"),
+        None if cut_off => format!("{status}; the connection was stopped to return the buffer"),
         None => status.to_string(),
     }
 }

@@ -77,7 +77,7 @@ fn what_no_provider_looks_at_is_not_called_a_dma_buf() {
             "memfd" => assert_eq!(attempt.layer, Layer::Buffer),
             _ => assert!(
                 attempt.layer == Layer::Provider
-                    && attempt.evidence.contains("takes what is no descriptor"),
+                    && attempt.evidence.contains("accepted an invalid descriptor"),
                 "{attempt}"
             ),
         }

@@ -179,7 +179,10 @@ fn work_that_does_not_end_is_cut_off_reported_and_the_buffer_moves_in_time() {
             (error.operation, error.status, error.cut_off),
             (Operation::Receive, Status::FLUSHED, true)
         );
-        assert!(error.to_string().contains("given back"), "{error}");
+        assert!(
+            error.to_string().contains("to return the buffer"),
+            "{error}"
+        );
     }
     assert_eq!(lender.moved(LIMIT), Some(2));
     assert_eq!(follower.cut_off(), 1);

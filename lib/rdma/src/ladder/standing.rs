@@ -45,7 +45,7 @@ impl Standing {
     /// The reason why it is stale; `None` if it is not.
     pub(crate) fn staleness(&self, buffer: &Buffer, rung: Rung) -> Option<String> {
         if self.stale.load(Ordering::Relaxed) {
-            return Some("it was found to be so before".into());
+            return Some("an earlier check found it stale".into());
         }
         let why = self.look(buffer, rung);
         if why.is_some() {
@@ -56,7 +56,7 @@ impl Standing {
 
     fn look(&self, buffer: &Buffer, rung: Rung) -> Option<String> {
         if self.lease.is_some() && !buffer.lease().is_some_and(|lease| lease.current) {
-            return Some("the publisher does not lend it any more".into());
+            return Some("the publisher no longer lends the buffer".into());
         }
         let (device, watch, registered) = self.module.as_ref()?;
         // Without an event nothing has changed; the check costs one system call.
@@ -75,7 +75,7 @@ impl Standing {
         // A staged registration copies through the buffer's own mapping, which follows moves.
         (rung.is_dma_buf() && status.generation != *registered).then(|| {
             format!(
-                "the buffer is at generation {}, and {registered} was registered",
+                "the buffer has moved to generation {}; generation {registered} was registered",
                 status.generation
             )
         })

@@ -13,7 +13,7 @@ use peerbuf_core::{in_chunks, memory::Window};
 pub(crate) fn shared_memory(range: &BufferRange) -> Result<Mapping, Attempt> {
     let rung = Rung::SharedMemory;
     if range.buffer().host_memory().is_none() {
-        let evidence = "no memory of the host is behind it";
+        let evidence = "the buffer is not backed by host memory";
         return Err(Attempt::lacking(rung, ReasonCode::NotHostMemory, evidence));
     }
     let mapping = range.map(range.buffer().allowed());

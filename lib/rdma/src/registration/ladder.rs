@@ -123,7 +123,7 @@ impl ladder::Domain for Domain {
         match rung {
             Rung::DmaBufByLibrary | Rung::DmaBufByKernel => {
                 let Some(dmabuf) = buffer.dmabuf() else {
-                    let evidence = "it is memory alone, without a dma-buf over it";
+                    let evidence = "the buffer is host memory without a dma-buf";
                     return Err(Attempt::lacking(rung, ReasonCode::NoDmaBuf, evidence));
                 };
                 let request = DmaBufRequest {

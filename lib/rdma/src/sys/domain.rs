@@ -103,7 +103,7 @@ impl Domain {
         let library = verbs::needed()?;
         // SAFETY: the caller's promise.
         let domain = unsafe { verbs::Domain::foreign(library, pd) };
-        let what = "a null pointer, or a domain without a device, and registrations".to_owned();
+        let what = "the protection domain is null, or has no device".to_owned();
         domain.map(Domain::of).ok_or(RdmaError::Mismatch { what })
     }
 }

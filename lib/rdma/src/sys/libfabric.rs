@@ -89,17 +89,17 @@ impl Domain {
     pub unsafe fn from_raw(domain: *mut c_void, opened: Opened) -> Result<Domain, RdmaError> {
         let wrong = |what: String| RdmaError::Mismatch { what };
         let Some(domain) = NonNull::new(domain.cast::<abi::Domain>()) else {
-            return Err(wrong("a null pointer, and a domain of libfabric".into()));
+            return Err(wrong("the libfabric domain is null".into()));
         };
         // SAFETY: the domain is live, by the caller's promise.
         let (class, table) = unsafe { ((*domain.as_ptr()).fid.fclass, (*domain.as_ptr()).mr) };
         if class != abi::CLASS_DOMAIN {
-            let what = format!("an object of libfabric's class {class}, and a domain");
+            let what = format!("the libfabric object has class {class}, but must be a domain");
             return Err(wrong(what));
         }
         // SAFETY: a domain has this table, which begins with its size.
         if table.is_null() || unsafe { (*table).size } < size_of::<abi::MrOps>() {
-            let what = "this domain, and fi_mr_regattr, which it does not have".into();
+            let what = "the domain has no fi_mr_regattr".into();
             return Err(wrong(what));
         }
         // INVARIANT: by the caller's promise.

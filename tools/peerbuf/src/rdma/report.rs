@@ -258,7 +258,7 @@ mod tests {
              (Operation not supported) (the card's driver)",
             "dma-buf-by-kernel: ioctl(UVERBS_METHOD_REG_DMABUF_MR) on 0000:04:00.0 BAR 2 at 0x0: \
              EOPNOTSUPP (Operation not supported) (the card's driver)",
-            "shared-memory: no memory of the host is behind it (the buffer)",
+            "shared-memory: the buffer is not backed by host memory (the buffer)",
         ];
         summary(receipt(BAR, "staged", "staged-copy", &attempts), 2.95)
     }
