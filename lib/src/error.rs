@@ -196,7 +196,7 @@ pub enum ShareError {
     #[error("the peer has gone")]
     PeerGone,
     /// The kernel cut the message: it, or the descriptors in it, did not fit.
-    #[error("a message arrived cut short: {what}")]
+    #[error("a message was truncated: {what}")]
     Truncated {
         /// What was cut.
         what: &'static str,
@@ -213,7 +213,7 @@ pub enum ShareError {
     /// This process inherited it through `fork`. It works in the process that made it, and in no
     /// other.
     #[error(
-        "{what} belongs to the process that this one was forked from: make one of this process's own"
+        "{what} belongs to the parent process and is not usable after fork: create one in this process"
     )]
     Inherited {
         /// What it is, such as `a subscriber`.
@@ -222,11 +222,11 @@ pub enum ShareError {
     /// The publisher closed the connection, and said why.
     #[error("the publisher cut this subscriber off: {why}")]
     CutOff {
-        /// Why, such as `it did not give a buffer back in time`.
+        /// Why, such as `it did not return a buffer in time`.
         why: &'static str,
     },
     /// Nothing came in time.
-    #[error("{what}: nothing came within {limit:?}")]
+    #[error("timed out after {limit:?} waiting for {what}")]
     TimedOut {
         /// What was waited for.
         what: String,
@@ -249,7 +249,8 @@ pub enum ShareError {
     },
     /// The buffer is lent to this process, so it is not this process' to hand over.
     #[error(
-        "{name} is lent to this process and cannot be handed over: its publisher could not take it back. Let the other process subscribe, too, or copy the bytes"
+        "{name} is lent to this process and cannot be passed on, because its publisher could not revoke it: \
+         subscribe in the other process, too, or copy the bytes"
     )]
     Lent {
         /// The buffer.
@@ -262,7 +263,7 @@ pub enum ShareError {
         name: String,
     },
     /// Nobody uses the generation any more but a device, which was not done in time.
-    #[error("{name} cannot move: a device was still at work on it after {limit:?}")]
+    #[error("{name} cannot move: a device was still accessing it after {limit:?}")]
     DeviceBusy {
         /// What it is published as.
         name: String,
@@ -424,8 +425,8 @@ pub enum TransferError {
     /// The file is open with `O_DIRECT` and cannot be opened again without it, so a part of a block cannot be
     /// written.
     #[error(
-        "{object} is open with O_DIRECT, which writes whole blocks of {block} bytes, and {length} bytes at \
-         {offset} are not such; the rest needs a descriptor without O_DIRECT: {cause}"
+        "{object} is open with O_DIRECT, which writes whole blocks of {block} bytes, but {length} bytes at offset \
+         {offset} are only part of a block, and opening it without O_DIRECT failed: {cause}"
     )]
     WholeBlocksOnly {
         /// The file.
@@ -440,7 +441,9 @@ pub enum TransferError {
         cause: SystemError,
     },
     /// The file took fewer bytes than it was given, without an error.
-    #[error("{object} took {written} of {wanted} bytes, and none at {offset}")]
+    #[error(
+        "wrote {written} of {wanted} bytes to {object}: a write at offset {offset} wrote nothing"
+    )]
     ShortWrite {
         /// The file.
         object: String,
@@ -469,7 +472,7 @@ pub enum TransferError {
         prefix: u64,
     },
     /// The transfer was cancelled ([`Watch::cancel`](crate::transfer::Watch::cancel)).
-    #[error("{object}: cancelled, when {arrived} of {wanted} bytes had arrived")]
+    #[error("{object}: cancelled after {arrived} of {wanted} bytes")]
     Cancelled {
         /// The file.
         object: String,
@@ -481,7 +484,7 @@ pub enum TransferError {
         prefix: u64,
     },
     /// The file ended before as many bytes were read as were to be: it became shorter meanwhile.
-    #[error("{object} gave {read} of {wanted} bytes")]
+    #[error("read {read} of {wanted} bytes from {object}, which became shorter")]
     ShortRead {
         /// The file.
         object: String,

@@ -393,7 +393,7 @@ fn a_subscriber_that_sends_rubbish_is_cut_off_at_once() {
         ("longer", &|channel| {
             channel.send_message(&[7; 100_000], &[]).unwrap()
         }),
-        ("greets once", &|channel| {
+        ("must be the first", &|channel| {
             channel.send_message(&hello, &[]).unwrap()
         }),
         ("does not send", &|channel| {
@@ -646,7 +646,7 @@ fn after_a_cut_off_a_move_that_fails_offers_nothing() {
     assert_eq!(
         bad.buffer("b").unwrap_err(),
         ShareError::CutOff {
-            why: "it did not give a buffer back in time"
+            why: "it did not return a buffer in time"
         }
     );
     put(&kept, 0, 8);

@@ -117,7 +117,7 @@ impl VfioDevice {
             unavailable("ioctl(VFIO_GROUP_GET_STATUS)", group_name(), errno, "")
         })? & sys::GROUP_VIABLE;
         if viable == 0 {
-            let remedy = "another driver has a device of the group: bind all of it to vfio-pci";
+            let remedy = "another driver has a device of the group: bind every device of the group to vfio-pci";
             let call = "ioctl(VFIO_GROUP_GET_STATUS)";
             return Err(unavailable(call, group_name(), Errno::PERM, remedy));
         }

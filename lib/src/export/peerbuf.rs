@@ -167,7 +167,7 @@ impl Device {
             cause: SystemError::new("open", path.display().to_string(), errno),
             remedy: match errno {
                 rustix::io::Errno::ACCESS | rustix::io::Errno::PERM => {
-                    "the node is root's until an administrator gives it to somebody (chown, setfacl)"
+                    "only root may open the node; give this user access with chown or setfacl"
                 }
                 rustix::io::Errno::NOENT => "see `peerbuf info` for the devices that there are",
                 _ => "see the error",

@@ -49,7 +49,7 @@ fn open_node() -> Result<std::os::fd::OwnedFd, Unavailable> {
         cause: SystemError::new("open", NODE, errno),
         remedy: match errno {
             rustix::io::Errno::ACCESS | rustix::io::Errno::PERM => {
-                "the node is root's until an administrator gives it to somebody (chown, setfacl)"
+                "only root may open the node; give this user access with chown or setfacl"
             }
             rustix::io::Errno::NOENT if Path::new("/sys/module/peerbuf").exists() => {
                 "the module is loaded, but this /dev has no such node: a container needs it passed in"
@@ -89,11 +89,11 @@ fn explain(errno: Errno, pool: Option<Pool>) -> String {
             Some(Pool {
                 published: false, ..
             }),
-        ) => ": its driver keeps its peer memory for itself (p2pmem/published is 0)".into(),
+        ) => ": its driver does not publish its peer-to-peer memory (p2pmem/published is 0)".into(),
         (Errno::NOSPC, Some(pool)) => {
             format!(": {} of {} bytes are free", pool.available, pool.size)
         }
-        (Errno::OPNOTSUPP, None) => ": its driver has no memory for peers".into(),
+        (Errno::OPNOTSUPP, None) => ": its driver provides no peer-to-peer memory".into(),
         (Errno::NODEV, _) => ": it has no driver".into(),
         _ => String::new(),
     }

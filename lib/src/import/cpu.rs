@@ -50,7 +50,7 @@ impl Attachment {
     pub fn plan(&self) -> Plan {
         let mut plan = Plan::in_place(self.mapping.range().buffer());
         if plan.path == Path::PeerToPeer {
-            let peer = "the processor has no DMA engine: it loads and stores over the bus";
+            let peer = "the CPU has no DMA engine: it loads and stores over the bus";
             let host = "the bytes are in device memory";
             plan = Plan {
                 path: Path::StagedCopy,

@@ -99,7 +99,7 @@ pub trait Attached: Send {
 /// The dma-buf, for an importer that takes nothing else.
 fn dmabuf_of<'b>(buffer: &'b Buffer, importer: &str) -> Result<&'b DmaBuf, ImportError> {
     buffer.dmabuf().ok_or_else(|| {
-        let evidence = "it is memory alone, without a dma-buf over it".into();
+        let evidence = "the buffer is host memory without a dma-buf".into();
         impossible(importer, buffer, ReasonCode::NoDmaBuf, evidence)
     })
 }
@@ -130,7 +130,7 @@ fn attach_refused(importer: &str, buffer: &Buffer, cause: &SystemError) -> Impor
     } else {
         (
             ReasonCode::AttachRefused,
-            "one of the two drivers does not take the other",
+            "the exporter or the importer's driver refuses the other",
         )
     };
     impossible(importer, buffer, code, format!("{cause}: {why}"))
@@ -138,7 +138,7 @@ fn attach_refused(importer: &str, buffer: &Buffer, cause: &SystemError) -> Impor
 
 /// What it means that a range cannot be mapped.
 fn not_mappable(importer: &str, range: &BufferRange, cause: &SystemError) -> ImportError {
-    let why = "the exporter gives the processor no mapping of it";
+    let why = "the exporter does not support mmap";
     let evidence = format!("{cause}: {why}");
     impossible(importer, range.buffer(), ReasonCode::NotMappable, evidence)
 }

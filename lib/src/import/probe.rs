@@ -218,7 +218,7 @@ impl Probe {
             remedy: match errno {
                 rustix::io::Errno::NOENT => "load peerbuf_probe.ko (see kmod/)",
                 rustix::io::Errno::ACCESS | rustix::io::Errno::PERM => {
-                    "the node is root's until an administrator gives it to somebody (chown, setfacl)"
+                    "only root may open the node; give this user access with chown or setfacl"
                 }
                 _ => "see the error",
             },
@@ -458,7 +458,7 @@ impl OnBehalf {
     pub fn map(&self, buffer: &Buffer) -> Result<(Attachment, Mapping), ImportError> {
         let name = self.device.to_string();
         let Some(dmabuf) = buffer.dmabuf() else {
-            let evidence = "it is memory alone, without a dma-buf over it".into();
+            let evidence = "the buffer is host memory without a dma-buf".into();
             return Err(impossible(&name, buffer, ReasonCode::NoDmaBuf, evidence));
         };
         let refused = |error: ProbeError| {
@@ -544,11 +544,11 @@ fn system(call: &'static str, object: impl Into<String>, errno: Errno) -> ProbeE
     let hint = match errno {
         Errno::NXIO => ": there is no such PCI device",
         Errno::UNATCH => {
-            ": the device has no driver that does DMA by way of the kernel, or may not master the bus"
+            ": no driver of the device uses the kernel's DMA API, or bus mastering is off"
         }
-        Errno::OPNOTSUPP => ": the exporter does not serve such an importer",
+        Errno::OPNOTSUPP => ": the exporter refuses an importer of this kind",
         Errno::NODEV => ": the exporter's device is gone, or its memory was revoked",
-        Errno::NOTCONN => ": the attachment has let go of the buffer",
+        Errno::NOTCONN => ": the attachment is detached from the buffer",
         _ => "",
     };
     ProbeError::System {

@@ -59,13 +59,17 @@ pub fn attach(device: &VideoDevice, ranges: &[BufferRange]) -> Result<Attachment
         }
         if range.offset() != 0 {
             let evidence = format!(
-                "the range begins at offset {}, and V4L2 writes a buffer from its beginning",
+                "the range begins at offset {}, but V4L2 writes a buffer from its beginning",
                 range.offset()
             );
             return Err(impossible(&name, buffer, ReasonCode::NotWhole, evidence));
         }
         if range.len() < u64::from(format.size) {
-            let evidence = format!("{} bytes, a picture has {}", range.len(), format.size);
+            let evidence = format!(
+                "the range has {} bytes, but a picture has {}",
+                range.len(),
+                format.size
+            );
             return Err(impossible(&name, buffer, ReasonCode::TooSmall, evidence));
         }
     }

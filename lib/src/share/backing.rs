@@ -299,7 +299,7 @@ impl Backing for Movable {
 pub fn copy(from: &Buffer, to: &Buffer) -> Result<(), ShareError> {
     if from.size() != to.size() {
         let what = format!(
-            "{from} has {} bytes, and {to}, which was to replace it, {}",
+            "{from} has {} bytes, but its replacement {to} has {}",
             from.size(),
             to.size()
         );

@@ -116,7 +116,7 @@ impl Channel {
                 Err(rustix::io::Errno::INTR) => {}
                 Err(rustix::io::Errno::AGAIN) if deadline.is_over() => {
                     let path = path.display();
-                    let what = format!("a place among those that wait to be accepted at {path}");
+                    let what = format!("a free place in the listen queue of {path}");
                     return Err(ShareError::TimedOut { what, limit });
                 }
                 Err(rustix::io::Errno::AGAIN) => {}
@@ -273,7 +273,7 @@ impl Channel {
                 return Ok((message, descriptors));
             }
             if deadline.is_over() {
-                let what = "a message of the peer's".into();
+                let what = "a message from the peer".into();
                 let limit = time_limit;
                 return Err(ShareError::TimedOut { what, limit });
             }
@@ -328,11 +328,11 @@ impl Channel {
             // Those that did come are still open, so this one fails as the missing ones did.
             let what = match rustix::io::fcntl_dupfd_cloexec(&self.socket, 0) {
                 Err(rustix::io::Errno::MFILE) => {
-                    "descriptors are missing, because this process has as many open as it may \
+                    "descriptors are missing, because this process reached its limit of open files \
                      (RLIMIT_NOFILE)"
                 }
                 Err(rustix::io::Errno::NFILE) => {
-                    "descriptors are missing, because this machine has as many open as it may \
+                    "descriptors are missing, because the system reached its limit of open files \
                      (/proc/sys/fs/file-max)"
                 }
                 _ => "descriptors are missing",
@@ -340,7 +340,7 @@ impl Channel {
             ShareError::Truncated { what }
         } else if received.flags.contains(ReturnFlags::TRUNC) {
             ShareError::Truncated {
-                what: "it is longer than any message expected",
+                what: "it is longer than the longest valid message",
             }
         } else if received.bytes == 0 {
             ShareError::PeerGone

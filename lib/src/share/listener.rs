@@ -156,7 +156,7 @@ impl Lock {
             }
             if deadline.is_over() {
                 let what = format!(
-                    "the lock {}, which another process has that begins or ends to listen",
+                    "the lock {}, which another process holds while it starts or stops listening",
                     path.display()
                 );
                 return Err(ShareError::TimedOut { what, limit });

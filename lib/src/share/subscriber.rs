@@ -359,7 +359,8 @@ impl State {
         let mut descriptors = parcel.descriptors.into_iter();
         for (entry, count) in wire::entries(&parcel.records)? {
             if self.offers.contains_key(&entry.id) {
-                let what = "a buffer is offered again before it was wanted back".into();
+                let what =
+                    "a buffer is offered again before it was invalidated or withdrawn".into();
                 return Err(ShareError::Malformed { what });
             }
             let mut own = [None, None];
@@ -675,7 +676,7 @@ impl Session {
         let offer = state.offers.remove(&note.id);
         drop(state);
         let Some(offer) = offer.filter(|offer| offer.entry.generation == note.generation) else {
-            let what = "a buffer is wanted back that was not offered".into();
+            let what = "a buffer is invalidated or withdrawn that was not offered".into();
             return Err(ShareError::Malformed { what });
         };
         if let Content::Open(_, terms) = &offer.content {

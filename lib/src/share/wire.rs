@@ -143,11 +143,11 @@ impl Farewell {
     /// Says it to the subscriber.
     pub(super) fn explain(number: u32) -> &'static str {
         match number {
-            n if n == Farewell::Late as u32 => "it did not give a buffer back in time",
+            n if n == Farewell::Late as u32 => "it did not return a buffer in time",
             n if n == Farewell::Rubbish as u32 => "it broke the protocol",
             n if n == Farewell::Unreachable as u32 => "nothing could be sent to it",
             n if n == Farewell::Silent as u32 => {
-                "it did not greet in time: a publisher serves subscribers (`Subscriber::connect`)"
+                "it sent no hello in time: connect to a publisher with `Subscriber::connect`"
             }
             _ => "for a reason that this library does not know",
         }
@@ -217,7 +217,7 @@ impl Entry {
             return wrong("a reserved field is not zero");
         }
         let Some(name) = text(&self.name) else {
-            return wrong("the name that it is published as is not text");
+            return wrong("the published name is not text");
         };
         Ok(CheckedEntry {
             id: self.id,
@@ -347,7 +347,7 @@ pub(super) fn open(message: &[u8]) -> Result<(Message, &[u8]), ShareError> {
         _ => (1..=MAX_RECORDS).contains(&count),
     };
     if !right {
-        return wrong(format!("{count} records do not go with {kind:?}"));
+        return wrong(format!("{kind:?} cannot have {count} records"));
     }
     if records.len() != count * record {
         return wrong(format!(
@@ -384,7 +384,7 @@ pub(super) fn announced(records: &[u8]) -> Result<usize, ShareError> {
     }
     match seen & !(HAS_DMABUF | HAS_HOST_MEMORY) {
         0 => Ok(all),
-        _ => wrong(format!("its descriptors are {seen:#x}")),
+        _ => wrong(format!("it announces unknown descriptors: {seen:#x}")),
     }
 }
 
@@ -410,7 +410,7 @@ pub(super) fn hand_over(message: &[u8]) -> Result<Description, ShareError> {
             let why = Farewell::explain(why);
             Err(ShareError::CutOff { why })
         }
-        (other, _) => wrong(format!("{other:?} where a buffer was expected")),
+        (other, _) => wrong(format!("{other:?} instead of a buffer")),
     }
 }
 
@@ -485,7 +485,7 @@ pub(super) fn decode(description: &Description) -> Result<Checked<'_>, ShareErro
         || description.descriptors & !(HAS_DMABUF | HAS_HOST_MEMORY) != 0
     {
         return wrong(format!(
-            "descriptors {:#x} do not go with {kind:?}",
+            "{kind:?} cannot have the descriptors {:#x}",
             description.descriptors
         ));
     }
@@ -501,7 +501,7 @@ pub(super) fn decode(description: &Description) -> Result<Checked<'_>, ShareErro
     let bar = match description.bar {
         NO_BAR => None,
         bar @ 0..=5 if kind.is_device_memory() => Some(bar as u8),
-        bar => return wrong(format!("BAR {bar} does not go with {kind:?}")),
+        bar => return wrong(format!("{kind:?} cannot have BAR {bar}")),
     };
     let Some(device) = text(&description.device) else {
         return wrong("the device's address is not text");
@@ -515,7 +515,7 @@ pub(super) fn decode(description: &Description) -> Result<Checked<'_>, ShareErro
     };
     if !kind.allows_device(device.is_some()) {
         return wrong(format!(
-            "{kind:?} and a device's address do not go together"
+            "the device's address is missing or not allowed for {kind:?}"
         ));
     }
     let Some(name) = text(&description.name) else {

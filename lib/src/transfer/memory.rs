@@ -69,7 +69,7 @@ pub fn copy_watched(
         });
     }
     let reason = |path| {
-        let why = "the processor has no DMA engine: it loads and stores";
+        let why = "the CPU has no DMA engine: it loads and stores";
         Reason::new(path, ReasonCode::NotADevice, why)
     };
     Ok(Receipt {

@@ -12,7 +12,7 @@ use crate::error::ShareError;
 #[non_exhaustive]
 pub enum CutOff {
     /// It did not give a buffer back in time.
-    #[error("it did not give {name} back within {limit:?}")]
+    #[error("the subscriber did not return {name} within {limit:?}")]
     Late {
         /// What the buffer is published as.
         name: String,
@@ -23,7 +23,7 @@ pub enum CutOff {
     #[error("{0}")]
     Rubbish(ShareError),
     /// It connected and did not greet, as a subscriber does first of all.
-    #[error("it did not greet within {limit:?}")]
+    #[error("the subscriber sent no hello within {limit:?}")]
     Silent {
         /// How long it had.
         limit: Duration,

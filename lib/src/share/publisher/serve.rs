@@ -192,7 +192,7 @@ impl Publisher {
             return Ok(());
         };
         if connection.greeted == (message == Message::Hello) {
-            return wrong("a subscriber greets once, and first");
+            return wrong("a hello must be the first message, and the only one");
         }
         match message {
             Message::Hello => {
@@ -210,7 +210,7 @@ impl Publisher {
                     let arrived = connection.arrived();
                     let news = arrived + 1..=connection.sent;
                     if !news.contains(&note.id) || (note.generation, note.value) != (0, 0) {
-                        return wrong("it accepts what it was not offered");
+                        return wrong("it accepts a buffer that it was not offered");
                     }
                     for _ in arrived..note.id {
                         let descriptors = connection.waiting.pop_front().unwrap_or(0);
@@ -227,10 +227,10 @@ impl Publisher {
                     match connection.holding(buffer) {
                         Some(held) if held.generation == note.generation => {}
                         _ if self.fault.is_some() => continue,
-                        _ => return wrong("it gives back what it does not have"),
+                        _ => return wrong("it returns a buffer that it does not hold"),
                     }
                     if note.value > 1 {
-                        return wrong("it gives a buffer back in a way that is unknown");
+                        return wrong("it returns a buffer with an unknown status");
                     }
                     connection.standing.remove(&buffer);
                     if let Some(published) = self.buffers.get_mut(&buffer) {
