@@ -127,7 +127,7 @@ impl Bar {
                 }
                 Ok(None) => {
                     pr_warn!(
-                        "BAR {}: its pages are not to be had: it is not exported\n",
+                        "BAR {}: cannot allocate its P2PDMA pages; not exporting it\n",
                         index
                     );
                     this.flags &= !abi::BAR_EXPORT;
