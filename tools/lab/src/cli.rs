@@ -32,22 +32,22 @@ pub enum Command {
         #[command(flatten)]
         kernel: KernelArgs,
     },
-    /// Builds everything, boots, runs the lab's suite and reports each test
+    /// Builds everything, boots guests, runs the lab's suite in them and reports each test
     Test {
         /// Only tests whose name, or whose run's name, contains this
         filter: Option<String>,
         /// The kernel to boot
         #[command(flatten)]
         kernel: KernelArgs,
-        /// Runs what asks for this kernel in tests/lab/Cargo.toml, and of the rest only as much as fits
-        /// into so many minutes, first what passed longest ago: over several calls, all of it
+        /// Time budget in minutes for the tests that do not require this kernel, least recently passed first;
+        /// tests that tests/lab/Cargo.toml assigns to this kernel always run
         #[arg(long, value_name = "MINUTES")]
         within: Option<u64>,
     },
     /// Runs a program of tests/lab/benches and prints what it prints
     ///
-    /// Most run in a guest whose clock counts instructions: the same figures on any host, however busy.
-    /// `rdma` runs in two that are joined, by the time that passes.
+    /// Most benches run in a guest whose clock counts instructions, so the host's load does not change the
+    /// figures. `rdma` runs in two joined guests and measures elapsed time.
     Bench {
         /// The program, tests/lab/benches/NAME.rs
         name: String,
@@ -60,20 +60,20 @@ pub enum Command {
     },
     /// Calls peerbuf.ko's interface at random in a guest, with tests/lab/src/bin/fuzz.rs
     Fuzz {
-        /// For how long, once the guest runs
+        /// Duration in minutes, counted from when the guest runs
         #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..))]
         minutes: u64,
-        /// The kernel to boot: 'debug' sees most
+        /// The kernel to boot; 'debug' detects the most errors
         #[arg(long, value_name = "stock|debug|VERSION", default_value = kernel::DEBUG)]
         kernel: String,
         /// The program's further arguments, such as a seed
         #[arg(last = true, value_name = "ARGS")]
         arguments: Vec<OsString>,
     },
-    /// Breaks peerbuf.ko in each of the ways that tests/lab/mutants.toml lists, one at a time, and
-    /// sees whether the suite notices
+    /// Applies each mutation of tests/lab/mutants.toml to peerbuf.ko, one at a time, and checks that the
+    /// suite detects it
     Mutants {
-        /// Only those whose name or test contains this
+        /// Only mutations whose name or test contains this
         filter: Option<String>,
     },
     /// Runs CMD in a guest; its output and exit status are CMD's own
@@ -92,9 +92,10 @@ pub enum Command {
     /// Runs CMD in two guests that are joined by a network; their lines of output begin with
     /// 'first: ' and 'second: ', and the exit status is the higher one's
     ///
-    /// CMD finds which it is in $PEERBUF_LAB_END, its address in $PEERBUF_LAB_ADDRESS and the other's
-    /// in $PEERBUF_LAB_PEER. Each has soft-RoCE (rxe0) on that network, which leads nowhere else. When
-    /// one dies or its time is over, the other is ended, too.
+    /// The environment of CMD names its guest ($PEERBUF_LAB_END), the guest's address
+    /// ($PEERBUF_LAB_ADDRESS) and the other guest's address ($PEERBUF_LAB_PEER). Each guest has soft-RoCE
+    /// (rxe0) on that network, which is not connected to any other. When one guest dies or times out, the
+    /// other is ended, too.
     Pair {
         /// Both guests
         #[command(flatten)]
@@ -123,12 +124,12 @@ pub enum Command {
         #[command(flatten)]
         kernel: KernelArgs,
     },
-    /// Says what the cache holds: each entry's size, what it is, which commands need it, when it was last used,
-    /// and whether all its files are there
+    /// Lists the cache: each entry's size, its contents, the commands that need it, its last use, and whether
+    /// its files are complete
     Cache,
-    /// Empties the cache, or removes some entries of it; what a running command uses stays
+    /// Removes all entries of the cache, or the named ones, except those that a running command uses
     Clean {
-        /// Only entries whose name begins so; `cargo lab cache` says the names
+        /// Removes only entries whose names begin with ENTRY; `cargo lab cache` lists the names
         #[arg(value_name = "ENTRY")]
         entries: Vec<String>,
     },
@@ -147,7 +148,7 @@ pub struct KernelArgs {
 /// Which machine, and what is in it.
 #[derive(Debug, Clone, Args)]
 pub struct GuestArgs {
-    /// How the devices hang together
+    /// PCI topology of the devices
     #[arg(long, value_enum, default_value = "switch")]
     pub topology: Topology,
     /// Adds a translating IOMMU (host-bridge and refused only), so that vfio-pci works too
@@ -156,10 +157,10 @@ pub struct GuestArgs {
     /// The kernel to boot
     #[command(flatten)]
     pub kernel: KernelArgs,
-    /// Makes the guest's clock count instructions: the same figures on any load of the host
+    /// Makes the guest's clock count instructions, so that the host's load does not change measured times
     #[arg(long)]
     pub icount: bool,
-    /// Shows DIR in the guest at /mnt/share, writable
+    /// Mounts DIR in the guest at /mnt/share, writable
     #[arg(long, value_name = "DIR")]
     pub share: Option<PathBuf>,
     /// Further distribution packages in the guest
@@ -174,21 +175,22 @@ pub struct GuestArgs {
     /// Main memory of the guest in MiB
     #[arg(long, value_name = "MIB", default_value_t = 2048, value_parser = clap::value_parser!(u32).range(256..))]
     pub memory: u32,
-    /// Processors of the guest: with one, two guests run beside each other on two cores without waiting
+    /// Processors of the guest; two guests of one processor each run at full speed on a host with two cores
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=16))]
     pub processors: u32,
     /// Size of the largest BAR, a power of two such as 8G; memory that is not touched costs nothing
     /// [default: 64M]
     #[arg(long, value_name = "SIZE", value_parser = mebibytes)]
     pub bar_size: Option<u32>,
-    /// Soft-RoCE on the guest's network card: the kernel's own, which takes no dma-bufs, or one of
-    /// the same source with the lab's patches, which does
+    /// Soft-RoCE on the guest's network card: the kernel's own module, which cannot register dma-bufs, or
+    /// the same source with the lab's patches, which can
     #[arg(long, value_enum, default_value = "stock")]
     pub rdma: Rdma,
-    /// Lets the guest unplug its own devices and the like, through a port, as the suite's tests do
+    /// Gives the guest a port for device events (unplug, plug, link state, disk speed), as the suite's tests use
     #[arg(long)]
     pub events: bool,
-    /// Builds the program of lib/examples/stranger, which has RDMA by the crate sideway, and puts it into the guest
+    /// Builds the program of lib/examples/stranger, which uses RDMA through the crate sideway, and installs
+    /// it in the guest
     #[arg(long)]
     pub stranger: bool,
 }

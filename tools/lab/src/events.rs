@@ -86,10 +86,12 @@ fn answer(machine: &Machine, monitor: &mut Monitor, request: &str) -> Result<Str
         }
         ["plug", id] => {
             let Some((slot, mib)) = machine.pluggable(id) else {
-                bail!("{id} cannot be plugged in again");
+                bail!("plug {id}: this device cannot be plugged in again");
             };
             if !monitor.is_gone(id) {
-                bail!("{id} has not gone");
+                bail!(
+                    "plug {id}: it is still plugged in; unplug it first and wait until it is gone"
+                );
             }
             // QEMU allows one device per memory backend, and frees a backend's name late. So the card gets a
             // new, empty backend with another name.

@@ -209,7 +209,7 @@ pub fn slower(ground: &Ground) -> u32 {
 
 fn shared(dir: &Path) -> Result<PathBuf> {
     let real = fs::canonicalize(dir)
-        .with_context(|| format!("--share {}: cannot share what is not there", dir.display()))?;
+        .with_context(|| format!("--share {}: cannot find the directory", dir.display()))?;
     if !real.is_dir() {
         bail!("--share {}: it is not a directory", dir.display());
     }

@@ -81,7 +81,7 @@ impl Mutant {
         match text.matches(&self.replace).count() {
             1 => {}
             n => bail!(
-                "{:?} in tests/lab/mutants.toml replaces what is {n} times in kmod/{}; it must be there once",
+                "{:?} in tests/lab/mutants.toml: its text to replace occurs {n} times in kmod/{}, but must occur once",
                 self.name,
                 self.file
             ),
@@ -167,7 +167,7 @@ fn one(cache: &Cache, project: &Project, mutant: &Mutant) -> Result<Outcome> {
     job.timeout = Some(LIMIT * lab::slower(&ground));
     let (outcome, out, err) = crate::run_and_keep(&ground, &job)?;
     if let Ending::Crashed(why) = &outcome.ending {
-        bail!("{why}, which says nothing of the module; try again");
+        bail!("{why}; the guest failed before the test ended, so try again");
     }
     if !out.contains(&format!("test {test} ...")) {
         bail!(

@@ -216,7 +216,10 @@ fn make_modules(tree: &Tree, source: &Source, work: &Path) -> Result<Vec<PathBuf
     fs::remove_file(&begun)?;
     made?;
     if let Some(missing) = modules.iter().find(|module| !module.is_file()) {
-        bail!("building kmod/ made no {}", missing.display());
+        bail!(
+            "`make` in kmod/ succeeded, but made no {}",
+            missing.display()
+        );
     }
     fs::write(&stamp, made_of)?;
     step.done();

@@ -238,7 +238,7 @@ impl Runner<'_> {
                 .find(|p| p.is_test && p.name == run.test)
                 .with_context(|| {
                     format!(
-                        "tests/lab/Cargo.toml lists a run of {:?}, which is no test there",
+                        "tests/lab/Cargo.toml lists a run of {:?}, but tests/lab/tests has no such program",
                         run.test
                     )
                 })?;
