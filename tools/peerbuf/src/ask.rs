@@ -39,7 +39,7 @@ pub fn kernel(client: PciAddress, provider: PciAddress) -> Answer {
         Err(why) => return Answer::NotAsked(why),
     };
     let Some(dmabuf) = buffer.dmabuf() else {
-        return Answer::NotAsked(format!("{provider} gave no dma-buf"));
+        return Answer::NotAsked(format!("{provider} exported no dma-buf"));
     };
     let mapped = probe
         .attach(dmabuf, client, Options::default())
@@ -48,9 +48,11 @@ pub fn kernel(client: PciAddress, provider: PciAddress) -> Answer {
         Ok(mapping) => match mapping.route() {
             Route::BusAddress => Answer::Yes(Map::BusAddress),
             Route::HostBridge => Answer::Yes(Map::HostBridge),
-            Route::System => Answer::No("it moved the bytes to system memory".into()),
+            Route::System => Answer::No("the exporter moved the bytes to system memory".into()),
             // Some of this and some of that, or addresses that lead nowhere known.
-            other => Answer::No(format!("it gave addresses of another kind: {other:?}")),
+            other => Answer::No(format!(
+                "the exporter mapped it in an unexpected way: {other:?}"
+            )),
         },
         Err(ProbeError::System { cause, .. }) if cause.errno == Errno::UNATCH => {
             Answer::NotAsked(format!("{client} has no driver that does DMA"))
@@ -67,7 +69,7 @@ pub fn lend(device: PciAddress, most: u64) -> Result<Buffer, String> {
         Ok(opened) => (opened, 1),
         Err(error) => {
             let lender = provider::open(device).map_err(|lender| {
-                format!("{device} lends no memory: neither through peerbuf.ko ({error}) nor by its own driver ({lender})")
+                format!("{device} provides no memory to peers, neither through peerbuf.ko ({error}) nor by its own driver ({lender})")
             })?;
             // Others in the kernel live from the pool, too.
             (lender, 2)

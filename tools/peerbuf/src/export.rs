@@ -28,12 +28,12 @@ pub struct Arguments {
     #[arg(value_name = "DDDD:BB:DD.F", required_unless_present = "gpu")]
     device: Option<PciAddress>,
 
-    /// The BAR's index, of a device that peerbuf.ko has
+    /// The index of the BAR; the device must be bound to peerbuf.ko
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(0..=5))]
     #[arg(required_unless_present_any = ["provider", "gpu"])]
     bar: Option<u8>,
 
-    /// Take memory that the device's own driver lends to peers, such as an NVMe disk's controller
+    /// Export peer-to-peer memory that the device's own driver publishes, such as an NVMe disk's controller
     /// memory buffer
     #[arg(long, conflicts_with_all = ["bar", "offset"])]
     provider: bool,
@@ -42,11 +42,11 @@ pub struct Arguments {
     #[arg(long, value_name = "RUNTIME:N", conflicts_with_all = ["device", "bar", "offset", "provider", "read_only"])]
     gpu: Option<Gpu>,
 
-    /// Where in the BAR, or `any`
+    /// The offset in the BAR in bytes, a multiple of the page size; `any` takes free space
     #[arg(long, value_name = "OFFSET", default_value = "any", value_parser = parse_offset)]
     offset: Offset,
 
-    /// How many bytes; a multiple of the page size, as is the offset
+    /// The length in bytes, a multiple of the page size
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     length: u64,
 
@@ -58,7 +58,7 @@ pub struct Arguments {
     #[arg(long, value_name = "PATH", conflicts_with = "command")]
     socket: Option<PathBuf>,
 
-    /// Say what was exported as a JSON object
+    /// Describe the exported buffer as a JSON object
     #[arg(long)]
     json: bool,
 
@@ -68,9 +68,8 @@ pub struct Arguments {
 }
 
 const AFTER_HELP: &str = "\
-With a COMMAND the dma-buf is open in it as the descriptor whose number is in $PEERBUF_FD, and
-$PEERBUF_LENGTH has its length; the exit status is the command's. With --socket or without either,
-the range stays taken until Ctrl-C.
+COMMAND inherits the dma-buf as the descriptor $PEERBUF_FD, of $PEERBUF_LENGTH bytes, and its exit status
+becomes that of `peerbuf export`. Without COMMAND the range stays allocated until Ctrl-C.
 
   peerbuf export 0000:03:00.0 --bar 2 --length 16M -- ./consumer
   peerbuf export 0000:03:00.0 --bar 2 --length 16M --offset 1M --socket /run/buffer
@@ -218,7 +217,9 @@ fn serve(listener: Option<&Listener>, signals: impl AsFd, buffer: &Buffer) -> Re
             // The newcomer waits, and would be found again without end.
             Err(error) => {
                 if !std::mem::replace(&mut told, true) {
-                    say::remark(format_args!("nobody can connect for now: {error}"));
+                    say::remark(format_args!(
+                        "cannot accept connections at present, will retry: {error}"
+                    ));
                 }
                 pause = Some(Deadline::after(PAUSE));
             }
@@ -231,7 +232,9 @@ fn give(channel: &Channel, buffer: &Buffer) -> Result<(), String> {
     let peer = channel.peer().map_err(|error| error.to_string())?;
     let ours = rustix::process::geteuid().as_raw();
     if peer.uid != ours && peer.uid != 0 {
-        return Err(format!("{peer} was refused"));
+        return Err(format!(
+            "{peer} was refused: only processes of this user or root may have the buffer"
+        ));
     }
     let sent = channel.send_buffer(&buffer.whole());
     sent.map_err(|error| format!("{peer}: {error}"))

@@ -38,24 +38,24 @@ struct Arguments {
 }
 
 const AFTER_HELP: &str = "\
-Exit status: 0 it worked, 1 it failed (the reason is on standard error), 2 wrong usage. Of doctor, why
-and prove: 0 it works as well as it can, 1 something is in the way.
+Exit status: 0 success, 1 failure (the reason is on standard error), 2 wrong usage. For doctor, why and
+prove: 0 the best path works, 1 something prevents it.
 
 Paths, best first:
   peer-to-peer        the disk reads and writes the device's memory itself
   shared-host-memory  disk and device use the same pages of system memory
   staged-copy         the CPU carries the bytes
 
-Tables have the width of the terminal, or of $COLUMNS where it is no terminal or does not know, and at
-most 100 columns. What has no room in them stands below, numbered.";
+Tables are as wide as the terminal, or as $COLUMNS if the output is not a terminal or its width is unknown,
+and at most 100 columns. Text that does not fit into a table follows it, numbered.";
 
 #[derive(Subcommand)]
 enum Command {
-    /// Measure what the library costs, beside the floor of each figure
+    /// Measure the library's cost beside that of the bare operations
     Bench(bench::Arguments),
     /// Copy bytes from one place to another, file, device memory or stream, by the best path there is
     Copy(copy::Arguments),
-    /// Move buffers again and again while other processes work on them, and check every byte
+    /// Move buffers repeatedly while other processes use them, and check every byte
     Cycle(cycle::Arguments),
     /// Move a file's bytes disk -> buffer -> disk between two processes, and check each byte
     Demo(demo::Arguments),
@@ -69,13 +69,13 @@ enum Command {
     Load(load::Arguments),
     /// List the dma-bufs of this machine: size, exporter, name, and who holds them
     Ls(ls::Arguments),
-    /// Let each exporter meet each importer, with checked bytes, and show the paths
+    /// Try each exporter with each importer, check the bytes, and show the paths
     Matrix(matrix::Arguments),
     /// Move bytes between two devices, each way, see whether they arrive, and keep the verdict
     Prove(prove::Arguments),
-    /// Show a buffer to another machine, or move a file's bytes into or out of one, by RDMA
+    /// Serve a buffer to another machine by RDMA, or copy a file into or out of such a buffer
     Rdma(rdma::Arguments),
-    /// Show the tree of devices, and what the kernel will say to each pair of them
+    /// Show the PCI topology, and whether the kernel allows peer-to-peer DMA between each pair of devices
     Topo(topo::Arguments),
     /// Say why two devices can or cannot use each other's memory, and what would change it
     Why(why::Arguments),

@@ -15,7 +15,7 @@ pub struct Arguments {
 
 #[derive(clap::Subcommand)]
 enum What {
-    /// Handing buffers over, and moving them: beside bare messages on the same kind of socket
+    /// Measure handing over and moving buffers, beside bare messages on the same kind of socket
     Share(share::Arguments),
 }
 

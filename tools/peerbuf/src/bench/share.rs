@@ -23,7 +23,7 @@ use crate::{Failure, say};
 /// Arguments of `peerbuf bench share`.
 #[derive(clap::Args)]
 pub struct Arguments {
-    /// How often each figure is taken; the median is printed
+    /// Number of measurements per figure; the median is printed
     #[arg(long, value_name = "N", default_value = "11", value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
 

@@ -46,31 +46,31 @@ use worker::{Orders, Report};
 #[derive(clap::Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct Arguments {
-    /// What the buffers are made of
+    /// The memory behind the buffers
     #[arg(long, value_enum, default_value = "udmabuf")]
     backing: Backing,
 
-    /// What works on them
+    /// The importers that use the buffers
     #[arg(long, value_enum, value_delimiter = ',', default_value = "cpu,nvme")]
     importers: Vec<Kind>,
 
-    /// How many processes work on them
+    /// Number of processes that use the buffers
     #[arg(long, value_name = "N", default_value = "4", value_parser = clap::value_parser!(u32).range(1..=1024))]
     processes: u32,
 
-    /// How many buffers there are
+    /// Number of buffers
     #[arg(long, value_name = "N", default_value = "4", value_parser = clap::value_parser!(u32).range(1..=4096))]
     buffers: u32,
 
-    /// Size of each; every process gets an equal part of at least 4096 bytes
+    /// Size of each buffer; every process gets an equal part of at least 4096 bytes
     #[arg(long, value_name = "SIZE", default_value = "256K", value_parser = size::parse)]
     size: u64,
 
-    /// Stop after so many cycles, each the move of one buffer [default: 1000]
+    /// Stop after N cycles; a cycle moves one buffer [default: 1000]
     #[arg(long, value_name = "N")]
     cycles: Option<u64>,
 
-    /// Stop after so many seconds
+    /// Stop after S seconds
     #[arg(long, value_name = "S")]
     seconds: Option<u64>,
 
@@ -82,19 +82,19 @@ pub struct Arguments {
     #[arg(long, value_name = "P", default_value = "0", value_parser = probability)]
     stall: f64,
 
-    /// How long a process has to give a buffer back, in milliseconds
+    /// Time limit for a process to return a buffer, in milliseconds
     #[arg(long, value_name = "MS", default_value = "500", value_parser = clap::value_parser!(u64).range(1..=60_000))]
     time_limit: u64,
 
-    /// What to draw everything from that is random [default: a random one, which the summary tells]
+    /// Seed of the random numbers [default: a random seed, shown in the summary]
     #[arg(long, value_name = "X")]
     seed: Option<u64>,
 
-    /// Where scratch files are made; nothing is left there [default: a filesystem on an NVMe disk]
+    /// Directory for temporary files, which are removed afterwards [default: a filesystem on an NVMe disk]
     #[arg(long, value_name = "DIRECTORY")]
     scratch: Option<PathBuf>,
 
-    /// The summary as one JSON object
+    /// Print the summary as one JSON object
     #[arg(long)]
     json: bool,
 
@@ -104,10 +104,10 @@ pub struct Arguments {
 }
 
 const AFTER_HELP: &str = "\
-Each process works on a part of its own of every buffer: it writes patterns that tell writer, buffer,
-generation and place, and checks that they stay. The first process takes buffers back, moves them,
-compares every byte with what must be there, and offers them again. A process that is dead or does not
-give a buffer back in time is cut off, and replaced; what it writes afterwards must reach nobody.
+Each process uses its own part of every buffer: it writes patterns that identify writer, buffer,
+generation and position, and checks that they persist. The first process recalls buffers, moves them,
+compares every byte with the expected one, and offers the buffers again. A process that died or does not
+return a buffer in time is cut off and replaced; its later writes must not reach any other process.
 
 The same seed and options give the same schedule of moves, stops and kills. Ctrl-C ends the run with
 its summary. Exit status: 1 when a byte was lost or an importer failed.
@@ -123,20 +123,20 @@ fn probability(text: &str) -> Result<f64, String> {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 enum Backing {
-    /// System memory with a dma-buf over it; huge pages too, where there are some and they fit
+    /// System memory with a dma-buf; some of it in huge pages, if the machine has free ones and the size fits
     Udmabuf,
-    /// The BAR of a card that peerbuf.ko has, which the kernel moves to system memory and back
+    /// The BAR of a device bound to peerbuf.ko; the kernel moves the buffer to system memory and back
     Bar,
-    /// Memory that an NVMe disk's driver lends to peers, its controller memory buffer, which the kernel
-    /// moves as that of a BAR
+    /// The controller memory buffer of an NVMe disk, published by its driver; the kernel moves the buffer
+    /// as one in a BAR
     Cmb,
     /// A dma-heap
     Heap,
     /// Buffers of a graphics driver
     Drm,
-    /// System memory alone
+    /// System memory without a dma-buf
     Memfd,
-    /// Everything that has dma-bufs; every other buffer in a BAR
+    /// All kinds with dma-bufs; every second buffer is in a BAR
     Mixed,
 }
 

@@ -24,19 +24,19 @@ pub struct Arguments {
     #[command(flatten)]
     ends: Ends,
 
-    /// How long a request is
+    /// Lengths of the requests
     #[arg(long, value_name = "SIZE,SIZE", value_delimiter = ',', default_value = "64K,256K,1M,4M", value_parser = size::parse)]
     requests: Vec<u64>,
 
-    /// How many requests are in flight, at most
+    /// Maximum number of requests in flight
     #[arg(long, value_name = "N", default_value = "128", value_parser = clap::value_parser!(u32).range(1..=4096))]
     depth: u32,
 
-    /// How many bytes each figure is of, in whole requests
+    /// Number of bytes per figure, in whole requests
     #[arg(long, value_name = "SIZE", default_value = "32M", value_parser = size::parse)]
     bytes: u64,
 
-    /// How often each figure is taken; the median is printed
+    /// Number of measurements per figure; the median is printed
     #[arg(long, value_name = "N", default_value = "5", value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
 
@@ -216,7 +216,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     Ok(ExitCode::SUCCESS)
 }
 
-const MOVED: &str = "the other end's buffer moved: it serves with --move-every";
+const MOVED: &str = "the server's buffer moved: it was started with --move-every";
 
 fn text(report: &Report) -> String {
     let width = table::width();

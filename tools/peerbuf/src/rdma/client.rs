@@ -24,19 +24,19 @@ pub struct Ends {
     #[command(flatten)]
     which: Which,
 
-    /// Where the other machine listens
+    /// The address on which the server listens
     #[arg(long, value_name = "HOST:PORT")]
     pub connect: String,
 
-    /// Try again for S seconds while nobody listens there
+    /// Retry for S seconds while no server listens there
     #[arg(long, value_name = "S", default_value = "0")]
     wait: u64,
 
-    /// This end's buffer: `udmabuf`, `heap:NAME`, or `bar:DDDD:BB:DD.F:N`
+    /// The local buffer: `udmabuf`, `heap:NAME`, or `bar:DDDD:BB:DD.F:N`
     #[arg(long, value_name = "BUFFER", default_value = "udmabuf")]
     buffer: Place,
 
-    /// How large it is
+    /// The buffer's size
     #[arg(long, value_name = "SIZE", default_value = "8M", value_parser = size::parse)]
     size: u64,
 }
@@ -47,12 +47,12 @@ pub struct Arguments {
     #[command(flatten)]
     ends: Ends,
 
-    /// How many bytes to move [put: all of the file; get: all of the buffer]
+    /// Number of bytes to copy [put: the whole file; get: the whole buffer]
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     length: Option<u64>,
 
-    /// Move this end's buffer meanwhile, about every MS milliseconds, at random: one in a BAR to system
-    /// memory and back, any other to new memory
+    /// Move the local buffer at random intervals of about MS milliseconds: a buffer in a BAR to system memory
+    /// and back, any other buffer to new memory
     #[arg(long, value_name = "MS")]
     move_every: Option<Every>,
 
@@ -119,7 +119,7 @@ pub fn begin(ends: &Ends, every: Option<Every>) -> Result<(Here, There), Failure
     let lent = Lent::new(&card, &ends.buffer, ends.size, every, None)?;
     wire::send(&mut stream, &Hello::new(lent.size))?;
     let theirs: Hello = wire::receive(&mut stream)?.ok_or(
-        "the other end closed the connection; the reason is in what `peerbuf rdma serve` says there",
+        "the server closed the connection; see the output of `peerbuf rdma serve` there for the reason",
     )?;
     let there = There {
         size: theirs.open()?,
@@ -138,10 +138,10 @@ impl There {
         wire::send(&mut self.stream, request)?;
         match wire::receive(&mut self.stream)? {
             Some(Response::Refused(why)) => {
-                Err(format!("the other end: {}", wire::plain(&why)?).into())
+                Err(format!("the server: {}", wire::plain(&why)?).into())
             }
             Some(answer) => Ok(answer),
-            None => Err("the other end closed the connection".into()),
+            None => Err("the server closed the connection".into()),
         }
     }
 
@@ -176,7 +176,7 @@ impl There {
     pub fn connect(&mut self) -> Result<Link, Failure> {
         let end = self.card.endpoint(self.depth)?;
         let (theirs, remote) = self.show(Some(&end.address()))?;
-        let theirs = theirs.ok_or("malformed: the other end has not connected")?;
+        let theirs = theirs.ok_or("malformed: the server has not connected")?;
         Ok(Link {
             connection: end.connect(&theirs)?,
             remote,
@@ -217,7 +217,7 @@ impl There {
             self.retries += 1;
             *link = self.connect()?;
         }
-        Err("the other end's buffer moves too often to be read".into())
+        Err("the server's buffer moves too often to be read".into())
     }
 }
 
@@ -246,7 +246,7 @@ fn write(
         }
         there.retries += 1;
         if there.retries > TRIES {
-            return Err("the other end's buffer moves too often to be written".into());
+            return Err("the server's buffer moves too often to be written".into());
         }
         *link = there.connect()?;
     }
@@ -314,7 +314,7 @@ pub fn get(arguments: &Arguments) -> Result<ExitCode, Failure> {
     let (mut here, mut there) = begin(&arguments.ends, arguments.move_every)?;
     let length = arguments.length.unwrap_or(there.size);
     if length > there.size {
-        return Err(format!("the other end's buffer has {} bytes", there.size).into());
+        return Err(format!("the server's buffer has only {} bytes", there.size).into());
     }
     // Made here: there may be none.
     File::create(&arguments.file)

@@ -34,16 +34,16 @@ pub struct Arguments {
 
 #[derive(clap::Subcommand)]
 enum Command {
-    /// Show a buffer to whoever connects, until Ctrl-C
+    /// Serve a buffer to every client that connects, until Ctrl-C
     Serve(serve::Arguments),
-    /// Write a file's bytes into the buffer of the machine that serves
+    /// Write a file's bytes into the server's buffer
     Put(client::Arguments),
-    /// Read the buffer of the machine that serves into a file
+    /// Read the server's buffer into a file
     Get(client::Arguments),
-    /// Measure how fast bytes go into the buffer of the machine that serves, and out of it
+    /// Measure the throughput of writes to the server's buffer and of reads from it
     ///
-    /// A figure is of requests of one length, from the first one posted until the last one is done. The
-    /// other end's buffer has random bytes afterwards, and so has the beginning of its --file.
+    /// Each figure is for requests of one length, from the first post to the last completion. Afterwards the
+    /// server's buffer and the beginning of its --file hold random bytes.
     Bench(bench::Arguments),
 }
 
@@ -51,8 +51,8 @@ const AFTER_HELP: &str = "\
   first$  peerbuf rdma serve --listen 10.0.0.1:7471 --buffer bar:0000:04:00.0:2 --size 16M --file /mnt/in
   second$ peerbuf rdma put --connect 10.0.0.1:7471 --buffer bar:0000:04:00.0:2 /mnt/out
 
-Whoever reaches the TCP address may use the buffer, and with --file write the file: there is no
-password, and RDMA is not encrypted. Use it on networks that you trust.";
+Every client that reaches the TCP address may use the buffer, and with --file write the file: there is no
+password, and RDMA is not encrypted. Use it on trusted networks only.";
 
 /// Runs the command.
 pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
@@ -67,15 +67,15 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
 /// Which card, and where on its network.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Which {
-    /// The card [default: the first]
+    /// The RDMA device [default: the first]
     #[arg(long, value_name = "NAME")]
     card: Option<String>,
 
-    /// The card's port [default: the first that is active]
+    /// The device's port [default: the first active port]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..))]
     ib_port: Option<u8>,
 
-    /// The port's address, by its place in the port's table [default: one of RoCE v2 and IPv4 if there is one]
+    /// Index of the address in the port's GID table [default: a RoCE v2 address for IPv4 if there is one]
     #[arg(long, value_name = "N")]
     gid_index: Option<u8>,
 }

@@ -22,7 +22,7 @@ pub struct Arguments {
     #[command(flatten)]
     which: Which,
 
-    /// Where clients connect to, by TCP
+    /// The TCP address to listen on
     #[arg(long, value_name = "ADDRESS:PORT")]
     listen: SocketAddr,
 
@@ -30,20 +30,20 @@ pub struct Arguments {
     #[arg(long, value_name = "BUFFER", default_value = "udmabuf")]
     buffer: Place,
 
-    /// How large it is
+    /// The buffer's size
     #[arg(long, value_name = "SIZE", default_value = "8M", value_parser = size::parse)]
     size: u64,
 
-    /// An existing file, which gets what clients write, and from which the buffer is filled first
+    /// An existing file that initializes the buffer and receives the bytes that clients write
     #[arg(long, value_name = "FILE")]
     file: Option<PathBuf>,
 
-    /// Move the buffer meanwhile, about every MS milliseconds, at random: one in a BAR to system memory
-    /// and back, any other to new memory
+    /// Move the buffer at random intervals of about MS milliseconds: a buffer in a BAR to system memory and
+    /// back, any other buffer to new memory
     #[arg(long, value_name = "MS")]
     move_every: Option<Every>,
 
-    /// End after one client; its failure is the exit status
+    /// Exit after one client, with status 1 if it failed
     #[arg(long)]
     once: bool,
 }

@@ -82,7 +82,7 @@ impl Hello {
     pub fn open(self) -> Result<u64, Failure> {
         if self.version != VERSION {
             return Err(format!(
-                "the other end speaks version {} of the protocol, this one {VERSION}",
+                "the peer speaks version {} of the protocol, this program {VERSION}",
                 self.version
             )
             .into());
@@ -219,9 +219,9 @@ pub fn receive<T: DeserializeOwned>(stream: &mut TcpStream) -> Result<Option<T>,
 fn cut_off(error: std::io::Error) -> Failure {
     match error.kind() {
         ErrorKind::WouldBlock | ErrorKind::TimedOut => {
-            "the other end said nothing for too long".into()
+            "timed out waiting for a message from the peer".into()
         }
-        ErrorKind::UnexpectedEof => "the other end closed the connection in mid-message".into(),
+        ErrorKind::UnexpectedEof => "the peer closed the connection in mid-message".into(),
         _ => format!("the connection: {error}").into(),
     }
 }

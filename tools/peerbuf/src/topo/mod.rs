@@ -20,11 +20,11 @@ use crate::{Failure, say, table};
 pub struct Arguments {
     #[command(flatten)]
     source: Source,
-    /// Every PCI function, and not only the devices that buffers are shared with
+    /// Show every PCI function, not only devices that can share buffers
     #[arg(long)]
     all: bool,
-    /// Write what was read into this file, for `--from` on another machine. It has no serial numbers,
-    /// addresses of networks or memory, or host names
+    /// Save the topology to this file, for `--from` on another machine. The file has no serial numbers,
+    /// network or memory addresses, or host names
     #[arg(long, value_name = "FILE")]
     save: Option<PathBuf>,
     /// Draw the tree and the matrix into this file
