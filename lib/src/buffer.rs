@@ -1,4 +1,4 @@
-//! Buffers: what is shared, and how the CPU gets at it. They are the crate `peerbuf-core`'s.
+//! Buffers and the CPU's access to them, re-exported from the crate `peerbuf-core`.
 
 pub use peerbuf_core::{
     Access, Buffer, BufferRange, CpuAccess, DmaBuf, FenceState, Identity, Info, Kind, LazyMapping,

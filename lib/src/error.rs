@@ -20,12 +20,12 @@ pub use peerbuf_core::error::{BufferError, SystemError};
 pub struct ControlError {
     /// The call that failed.
     pub cause: SystemError,
-    /// What is known about why, such as who uses the buffer; empty, or it begins with a colon.
+    /// A hint about the cause, such as the buffer's users; empty, or it begins with a colon.
     pub hint: String,
 }
 
 impl ControlError {
-    /// What the kernel answered.
+    /// The kernel's error.
     pub fn errno(&self) -> Option<Errno> {
         self.cause.errno()
     }
@@ -40,9 +40,9 @@ into_io_error!(ControlError, |_| ErrorKind::Other);
 pub struct Unavailable {
     /// The exporter or importer that cannot be used, such as `udmabuf`.
     pub what: &'static str,
-    /// What was tried, on what, and the answer.
+    /// The call that failed, its object, and the error.
     pub cause: SystemError,
-    /// What would change it.
+    /// The remedy.
     pub remedy: String,
 }
 
@@ -56,7 +56,7 @@ impl Unavailable {
         }
     }
 
-    /// What the kernel answered.
+    /// The kernel's error.
     pub fn errno(&self) -> Option<Errno> {
         self.cause.errno()
     }
@@ -74,7 +74,7 @@ pub enum ExportError {
     /// A call failed. `hint` says what usually causes it, and may be empty.
     #[error("{cause}{hint}")]
     System {
-        /// What failed.
+        /// The call that failed.
         cause: SystemError,
         /// Starts with `: ` where it says something.
         hint: String,
@@ -130,7 +130,7 @@ pub enum ExportError {
 }
 
 impl ExportError {
-    /// What the kernel answered, if a call failed.
+    /// The kernel's error, if a call failed.
     pub fn errno(&self) -> Option<Errno> {
         match self {
             ExportError::Unavailable(error) => error.errno(),
@@ -157,15 +157,15 @@ pub enum ProbeError {
     /// There is no importer that may be used.
     #[error("peerbuf_probe.ko: {cause}; {remedy}")]
     Unavailable {
-        /// What failed.
+        /// The call that failed.
         cause: SystemError,
-        /// What would change it.
+        /// The remedy.
         remedy: &'static str,
     },
     /// A call failed. `hint` says what the number means here, and may be empty.
     #[error("{cause}{hint}")]
     System {
-        /// What failed.
+        /// The call that failed.
         cause: SystemError,
         /// Starts with `: ` where it says something.
         hint: &'static str,
@@ -173,7 +173,7 @@ pub enum ProbeError {
 }
 
 impl ProbeError {
-    /// What the kernel answered.
+    /// The kernel's error.
     pub fn errno(&self) -> Option<Errno> {
         match self {
             ProbeError::Unavailable { cause, .. } | ProbeError::System { cause, .. } => {
@@ -198,7 +198,7 @@ pub enum ShareError {
     /// The kernel cut the message: it, or the descriptors in it, did not fit.
     #[error("a message was truncated: {what}")]
     Truncated {
-        /// What was cut.
+        /// The truncated part.
         what: &'static str,
     },
     /// A message that breaks the protocol. Its descriptors have been closed.
@@ -210,13 +210,12 @@ pub enum ShareError {
     /// The socket is of the wrong kind.
     #[error("not a unix seqpacket socket")]
     WrongSocket,
-    /// This process inherited it through `fork`. It works in the process that made it, and in no
-    /// other.
+    /// The object was inherited through `fork`. Only the process that made the object can use it.
     #[error(
         "{what} belongs to the parent process and is not usable after fork: create one in this process"
     )]
     Inherited {
-        /// What it is, such as `a subscriber`.
+        /// The object, such as `a subscriber`.
         what: &'static str,
     },
     /// The publisher closed the connection, and said why.
@@ -225,10 +224,10 @@ pub enum ShareError {
         /// Why, such as `it did not return a buffer in time`.
         why: &'static str,
     },
-    /// Nothing came in time.
+    /// A wait timed out.
     #[error("timed out after {limit:?} waiting for {what}")]
     TimedOut {
-        /// What was waited for.
+        /// The awaited event.
         what: String,
         /// How long.
         limit: Duration,
@@ -236,7 +235,7 @@ pub enum ShareError {
     /// There is no such buffer, or not any more.
     #[error("no buffer is published as {name}")]
     Unknown {
-        /// What was asked for.
+        /// The requested name.
         name: String,
     },
     /// A buffer cannot be published as this.
@@ -259,13 +258,13 @@ pub enum ShareError {
     /// The publisher itself still uses the generation that is to be given up.
     #[error("{name} cannot move: this process still holds clones or mappings of it")]
     StillInUse {
-        /// What it is published as.
+        /// The buffer's published name.
         name: String,
     },
-    /// Nobody uses the generation any more but a device, which was not done in time.
+    /// No process uses the generation any more, but a device did not finish in time.
     #[error("{name} cannot move: a device was still accessing it after {limit:?}")]
     DeviceBusy {
-        /// What it is published as.
+        /// The buffer's published name.
         name: String,
         /// How long it was waited for.
         limit: Duration,
@@ -273,7 +272,7 @@ pub enum ShareError {
     /// A backing could not make the next generation.
     #[error("{what}")]
     Backing {
-        /// What was tried and what came back.
+        /// The operation and its error.
         what: String,
     },
     /// The next generation could not be exported.
@@ -288,7 +287,7 @@ pub enum ShareError {
 }
 
 impl ShareError {
-    /// What the kernel answered, if a call failed.
+    /// The kernel's error, if a call failed.
     pub fn errno(&self) -> Option<Errno> {
         match self {
             ShareError::System(error) => error.errno(),
@@ -355,7 +354,7 @@ pub enum ImportError {
     /// The kernel could not be asked, or said no.
     #[error(transparent)]
     Probe(#[from] ProbeError),
-    /// These two do not go together.
+    /// The importer cannot use the buffer.
     #[error("{importer} cannot use {buffer}: {evidence} ({code})")]
     Impossible {
         /// The importer's name.
@@ -364,13 +363,13 @@ pub enum ImportError {
         buffer: String,
         /// Which kind of reason, for programs.
         code: ReasonCode,
-        /// What was seen, for people.
+        /// The evidence, for people.
         evidence: String,
     },
 }
 
 impl ImportError {
-    /// What the kernel answered, if a call failed.
+    /// The kernel's error, if a call failed.
     pub fn errno(&self) -> Option<Errno> {
         match self {
             ImportError::Unavailable(error) => error.errno(),
@@ -398,7 +397,7 @@ pub enum TransferError {
     /// The file is not one that data can be moved to and from.
     #[error("{object} is neither a regular file nor a block device")]
     NotAFile {
-        /// What was given.
+        /// The rejected object.
         object: String,
     },
     /// The file is open for reading only.
@@ -433,9 +432,9 @@ pub enum TransferError {
         object: String,
         /// The size of a block in bytes.
         block: u64,
-        /// Where the bytes were to begin.
+        /// Offset of the first byte in the file.
         offset: u64,
-        /// How many they were.
+        /// Their number.
         length: u64,
         /// Why there is no descriptor without `O_DIRECT`.
         cause: SystemError,
@@ -447,21 +446,21 @@ pub enum TransferError {
     ShortWrite {
         /// The file.
         object: String,
-        /// Where in the file it took nothing.
+        /// Offset in the file of the write that wrote nothing.
         offset: u64,
         /// Bytes that it took.
         written: u64,
         /// Bytes that it was given.
         wanted: u64,
     },
-    /// A request failed on every path that was left. Those that were in flight with it are done.
+    /// A request failed on every remaining path. The other requests in flight have completed.
     #[error("{cause}, for {length} bytes at {offset}; {arrived} of {wanted} bytes have arrived")]
     Stopped {
         /// The call that failed.
         cause: SystemError,
-        /// Where in the file.
+        /// The request's offset in the file.
         offset: u64,
-        /// How many bytes the request had.
+        /// The request's length in bytes.
         length: u64,
         /// Bytes that have arrived, wherever.
         arrived: u64,
@@ -496,13 +495,13 @@ pub enum TransferError {
     /// The caller insisted on a better path than there is.
     #[error("only {} is possible: {plan}", plan.path)]
     PathTooPoor {
-        /// What is possible, and why nothing better is.
+        /// The best possible path, and the reasons against better ones.
         plan: Plan,
     },
 }
 
 impl TransferError {
-    /// What the kernel answered, if a call failed.
+    /// The kernel's error, if a call failed.
     pub fn errno(&self) -> Option<Errno> {
         match self {
             TransferError::System(error) => error.errno(),

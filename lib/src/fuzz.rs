@@ -13,7 +13,7 @@ pub fn message(bytes: &[u8]) -> Result<Said, ShareError> {
     crate::share::decode_any(bytes)
 }
 
-/// One valid message of each kind, to begin with.
+/// One valid message of each kind, as the fuzzer's seeds.
 pub fn messages() -> Vec<(&'static str, Vec<u8>)> {
     crate::share::samples()
 }

@@ -8,13 +8,12 @@
 //! 2. *shared host memory*: both devices use the same pages of system memory;
 //! 3. *staged copy*: the CPU carries the bytes through memory of its own.
 //!
-//! The dma-buf itself, and the CPU's access to it, is the crate [`peerbuf_core`], which is useful without
-//! this one. RDMA cards are importers of the crate `peerbuf-rdma`, which builds on this one.
+//! The crate [`peerbuf_core`] has the dma-buf and the CPU's access to it, and is useful on its own. The crate
+//! `peerbuf-rdma` builds on this one and has importers for RDMA cards.
 //!
-//! A path is not guessed. Peer-to-peer transfer carries data only after bytes were seen to cross
-//! it in the direction needed, because there are machines on which the kernel and the devices
-//! report success and nothing arrives. What was found, and why nothing better was possible, is in
-//! the [`plan::Plan`] and in the [`transfer::Receipt`] of every transfer.
+//! On some machines the kernel and the devices report success and no byte arrives. So peer-to-peer transfer
+//! carries data only after a proof: bytes were seen to arrive in the needed direction. The [`plan::Plan`] and
+//! the [`transfer::Receipt`] of every transfer name the path and the reasons against each better one.
 //!
 //! ```
 //! use peerbuf::export::memfd;
@@ -37,8 +36,8 @@
 //! # }
 //! ```
 //!
-//! Every function blocks, except those of `share::tokio` and `import::file::tokio` (feature `tokio`). Nothing here needs root by itself: the permissions of
-//! `/dev/peerbuf/<BDF>`, `/dev/udmabuf` and the files decide.
+//! Every function blocks, except those of `share::tokio` and `import::file::tokio` (feature `tokio`). No
+//! function requires root: the permissions of `/dev/peerbuf/<BDF>`, `/dev/udmabuf` and the files decide.
 #![deny(unsafe_code)]
 
 pub mod buffer;

@@ -6,14 +6,14 @@ use std::fmt;
 /// How bytes travel between an exporter's memory and an importer. Better paths compare greater.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Path {
-    /// The CPU carries them through memory of its own. Always possible.
+    /// The CPU copies the bytes through a bounce buffer in system memory. Always possible.
     #[doc(alias = "bounce buffer")]
     #[doc(alias = "fallback")]
     StagedCopy,
-    /// Both use the same pages of system memory. Nothing is copied.
+    /// Exporter and importer use the same pages of system memory, without a copy.
     SharedHostMemory,
-    /// The importing device reads and writes the exporter's memory itself. Nothing is copied,
-    /// and nothing passes through system memory.
+    /// The importing device reads and writes the exporter's memory itself, without a copy and without
+    /// system memory.
     PeerToPeer,
 }
 
@@ -103,7 +103,7 @@ pub struct Reason {
     pub path: Path,
     /// Which kind of reason, for programs.
     pub code: ReasonCode,
-    /// What was seen, for people: the call and its error, the devices, the bytes.
+    /// The evidence, for people: the call and its error, the devices, the bytes.
     pub evidence: String,
 }
 
@@ -130,11 +130,11 @@ pub enum ReasonCode {
     DeviceError,
     /// The file's blocks are spread over several disks, and a proof is about one.
     SeveralDisks,
-    /// Nothing could be read that would show whether bytes arrive.
+    /// No data was available to read that would prove that bytes arrive.
     ReadUnproved,
-    /// Nothing may be written that would show whether bytes arrive.
+    /// No range may be overwritten to prove that bytes arrive.
     WriteUnproved,
-    /// The buffer is in system memory, so that there is no peer.
+    /// The buffer is in system memory, so peer-to-peer transfer does not apply.
     NotDeviceMemory,
     /// The buffer is in device memory, so that there are no pages of the host to share.
     NotHostMemory,
@@ -148,11 +148,11 @@ pub enum ReasonCode {
     BelowBlockSize,
     /// The importer is the processor, or software: it has no DMA engine that could be a peer.
     NotADevice,
-    /// It is not known whether the buffer is in device memory.
+    /// The library does not know whether the buffer is in device memory.
     PlacementUnknown,
     /// The buffer has no dma-buf, which is what the importer takes.
     NoDmaBuf,
-    /// The dma-buf gives the processor no mapping.
+    /// The exporter does not support mmap of the dma-buf.
     NotMappable,
     /// The buffer is in device memory, and the importer cannot take that.
     ImporterNotPeer,

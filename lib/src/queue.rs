@@ -1,14 +1,14 @@
-//! How the requests of a transfer get to the kernel.
+//! The ways to submit a transfer's requests to the kernel.
 
 use std::fmt;
 
 use crate::error::SystemError;
 
-/// How requests get to the kernel.
+/// The way to submit requests to the kernel.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Queue {
-    /// One system call after another: there was nothing to do at the same time.
+    /// One system call after another, because no requests could run concurrently.
     #[default]
     Calls,
     /// Many at a time, by io_uring.

@@ -192,7 +192,7 @@ impl Gem {
         self.handle
     }
 
-    /// Where in the card's descriptor the driver's own mapping of the buffer is.
+    /// The offset of the buffer's mapping in the card's descriptor, for `mmap`.
     pub(crate) fn map_offset(&self) -> Result<u64, SystemError> {
         let mapped = drm_ffi::mode::dumbbuffer::map(self.card.as_fd(), self.handle.into(), 0, 0);
         let mapped = mapped.map_err(self.card.failed("ioctl(DRM_IOCTL_MODE_MAP_DUMB)"))?;

@@ -1,8 +1,8 @@
 //! QEMU's `edu` device, driven through VFIO: the smallest device with a DMA engine.
 //!
-//! With it, what [`import::vfio`](crate::import::vfio) attached is proved by DMA on any machine
-//! that can run a virtual one. It copies up to 4096 bytes between a buffer of its own and an
-//! address below 256 MiB (QEMU, docs/specs/edu.rst).
+//! The device proves by DMA that an attachment of [`import::vfio`](crate::import::vfio) works, on any
+//! machine that can run a virtual one. One command copies up to 4096 bytes between the device's own buffer
+//! and an address below 256 MiB (QEMU, docs/specs/edu.rst).
 
 use std::time::{Duration, Instant};
 
@@ -81,8 +81,7 @@ impl Edu {
 
     /// Has the device read [`CHUNK`] bytes at one of its addresses, and write them to another.
     ///
-    /// That it returns says nothing of the bytes: a device is not told of an address that leads
-    /// nowhere.
+    /// Success does not prove that the bytes arrived: the device gets no error for an unmapped address.
     ///
     /// # Errors
     /// [`BufferError::OutOfRange`] for an address beyond [`REACH`], [`BufferError::TimedOut`].

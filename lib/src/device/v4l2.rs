@@ -48,7 +48,7 @@ pub fn devices() -> Result<Vec<PathBuf>, Unavailable> {
     Ok(nodes)
 }
 
-/// What a device captures.
+/// A device's capture format.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Format {
@@ -167,7 +167,7 @@ impl VideoDevice {
         &self.inner.driver
     }
 
-    /// What the device calls itself.
+    /// The device's name for itself.
     pub fn card(&self) -> &str {
         &self.inner.card
     }
@@ -182,7 +182,7 @@ impl VideoDevice {
         format!("{} ({})", self.inner.path.display(), self.inner.driver)
     }
 
-    /// What it captures now (`VIDIOC_G_FMT`).
+    /// The current capture format (`VIDIOC_G_FMT`).
     ///
     /// # Errors
     /// The ioctl's error.

@@ -1,7 +1,7 @@
 //! Devices that this process drives itself, through `vfio-pci`.
 //!
-//! A device is opened by its IOMMU group, in a container of its own with the type 1 IOMMU. That
-//! interface is in every kernel with VFIO; iommufd's is newer and often left out.
+//! A device is opened by its IOMMU group, in a container of its own with the type 1 IOMMU. Every kernel
+//! with VFIO has this interface; many kernels lack the newer one of iommufd.
 
 use std::ffi::CString;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

@@ -1,10 +1,10 @@
-//! Exporters: where buffers come from. One file per kind, with the same verbs in each: `probe`
-//! tries what the exporter needs and says what is missing, `export` makes a buffer.
+//! Exporters make buffers. Each kind has its own file, with the same functions: `probe` checks the
+//! exporter's requirements and reports the missing one, `export` makes a buffer.
 //!
 //! | module | whose memory | needs |
 //! |---|---|---|
 //! | [`peerbuf`] | a BAR of any PCI device | peerbuf.ko |
-//! | [`provider`] | what another driver lends to peers: an NVMe controller memory buffer | peerbuf.ko |
+//! | [`provider`] | memory that another driver publishes for peers: an NVMe controller memory buffer | peerbuf.ko |
 //! | [`vfio`] | a BAR of a PCI device that this process drives | `vfio-pci` and an IOMMU |
 //! | [`drm`] | a GPU's or display driver's, or the system's | a DRM driver, such as `vgem` |
 //! | [`gpu`] | what a GPU program has: a pointer of CUDA, ROCm or Level Zero | the runtime's library |

@@ -23,7 +23,7 @@ pub use control::{
 };
 pub use request::{RangeRequest, RangesRequest};
 
-/// Where the module puts a node for each device that it is bound to.
+/// The directory with the module's node for each bound device.
 pub const NODES: &str = "/dev/peerbuf";
 
 /// The nodes that there are, in order of address. Opening one may still be refused.
@@ -58,7 +58,7 @@ pub fn probe() -> Result<Vec<PathBuf>, Unavailable> {
     Ok(nodes)
 }
 
-/// What helps where there is no node.
+/// The remedy for a missing node.
 fn remedy(bound: &[PciAddress], loaded: bool) -> String {
     if !bound.is_empty() {
         let bound: Vec<String> = bound.iter().map(ToString::to_string).collect();
@@ -81,11 +81,11 @@ fn remedy(bound: &[PciAddress], loaded: bool) -> String {
 pub struct Device {
     fd: OwnedFd,
     path: PathBuf,
-    /// Where the memory is another driver's.
+    /// The device that provides the memory, if another driver owns it.
     provider: Option<PciAddress>,
 }
 
-/// What a device is, and what its BARs are at this moment.
+/// A device's identity and the current state of its BARs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct DeviceInfo {
@@ -132,16 +132,16 @@ pub struct BarInfo {
     pub pages: bool,
 }
 
-/// What to export.
+/// The parameters of an export.
 #[derive(Debug, Clone, Copy)]
 pub struct Request {
     /// The BAR's index.
     pub bar: u8,
-    /// Where in the BAR, in bytes; `None` lets the module choose.
+    /// Offset in the BAR in bytes; `None` lets the module choose.
     pub offset: Option<u64>,
     /// Length in bytes.
     pub length: u64,
-    /// What the descriptor allows. [`Access::Write`] counts as [`Access::ReadWrite`].
+    /// The access that the descriptor allows. [`Access::Write`] counts as [`Access::ReadWrite`].
     pub access: Access,
 }
 
@@ -149,7 +149,7 @@ impl Device {
     /// Opens the node of the device at `address`.
     ///
     /// # Errors
-    /// As [`Device::open_node`].
+    /// Those of [`Device::open_node`].
     pub fn open(address: PciAddress) -> Result<Device, ExportError> {
         Device::open_node(Path::new(NODES).join(address.to_string()))
     }
@@ -264,7 +264,7 @@ impl Device {
         Ok(info)
     }
 
-    /// Whose buffers these are.
+    /// The kind of the device's buffers.
     fn kind(&self) -> Kind {
         match self.provider {
             Some(_) => Kind::Provider,
@@ -333,8 +333,7 @@ impl Device {
     }
 }
 
-/// What is known about why the module refused an export.
-/// What a person can do about an export that was refused.
+/// A hint about a refused export: the likely cause and the remedy.
 fn explain(errno: Errno, info: &DeviceInfo, bar: u8, ranges: &[RangeRequest]) -> String {
     let Some(bar) = info.bars.iter().find(|found| found.index == bar) else {
         let have: Vec<String> = info.bars.iter().map(|bar| bar.index.to_string()).collect();
@@ -420,7 +419,7 @@ mod tests {
             let hint = explain(errno, &info, index, ranges);
             assert!(hint.contains(said), "{hint:?} does not say {said:?}");
         }
-        // As much system memory as one likes: that is for the kernel to refuse.
+        // No limit applies to system memory here: only the kernel can refuse it.
         assert_eq!(explain(invalid, &info, 2, &[good, system(1 << 40)]), "");
     }
 

@@ -1,9 +1,9 @@
 //! peerbuf.ko: a dma-buf of memory that another driver lends to peers, such as the controller memory
 //! buffer of an NVMe disk that its own driver keeps.
 //!
-//! An open provider is a [`Device`], and its buffers do what those of a BAR do. It differs in two
-//! points: the driver's pool chooses where an export begins, and others in the kernel take from the
-//! pool, too.
+//! An open provider is a [`Device`], and its buffers support the same operations as those of a BAR, with two
+//! differences: the driver's pool chooses the offset of an export, and other users in the kernel allocate
+//! from the pool, too.
 
 use std::path::Path;
 
@@ -15,7 +15,7 @@ use crate::error::{ExportError, SystemError, Unavailable};
 use crate::sys;
 use crate::topology::{PciAddress, Pool, Sysfs};
 
-/// Where providers are opened.
+/// The node through which providers are opened.
 pub const NODE: &str = "/dev/peerbuf/provider";
 
 /// The devices whose drivers lend memory, in order of address, after a look that it can be asked for.
@@ -81,7 +81,7 @@ pub fn open(address: PciAddress) -> Result<Device, ExportError> {
     Device::opened(fd, Path::new(NODE).into(), Some(address))
 }
 
-/// What is known about why the module refused to open a provider.
+/// A hint about the module's refusal to open a provider.
 fn explain(errno: Errno, pool: Option<Pool>) -> String {
     match (errno, pool) {
         (

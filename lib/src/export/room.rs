@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use crate::error::ExportError;
 
 /// Refuses `bytes` more of pinned memory where the machine, or a cgroup of this process, cannot give
-/// them. What cannot be found out refuses nothing.
+/// them. A limit that cannot be read is ignored.
 ///
 /// # Errors
 /// [`ExportError::Unsuitable`], with what there is and who says so.
@@ -46,8 +46,8 @@ fn available(root: &Path) -> Option<u64> {
     kib.checked_mul(1024)
 }
 
-/// What the cgroups of this process (version 2), from its own to the topmost that it sees, may still
-/// use, each with a description.
+/// The bytes that each cgroup (version 2) of this process may still use, from its own to the topmost visible
+/// one, each with a description.
 fn cgroups(root: &Path) -> Vec<(u64, String)> {
     let Some(own) = own_cgroup(root) else {
         return Vec::new();

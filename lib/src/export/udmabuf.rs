@@ -45,7 +45,7 @@ pub fn export(name: &str, length: u64) -> Result<Buffer, ExportError> {
 /// (`/sys/kernel/mm/hugepages`). `length` is a multiple of their size.
 ///
 /// # Errors
-/// As [`export`], and `ENOMEM` where too few pages were set aside.
+/// Those of [`export`], and `ENOMEM` if too few huge pages were set aside.
 pub fn export_huge(name: &str, length: u64, pages: HugePages) -> Result<Buffer, ExportError> {
     if length == 0 || !length.is_multiple_of(pages.size()) {
         return Err(ExportError::Unsuitable {
@@ -215,7 +215,7 @@ fn why_invalid(pieces: &[Piece<'_>], size_mib: Option<i32>, list: Option<i32>) -
     String::new()
 }
 
-/// What the driver's parameters allow, as a hint; nothing where they say nothing.
+/// The limits in the driver's parameters, as a hint; empty if no limit is known.
 fn limits(size_mib: Option<i32>, pieces: Option<i32>) -> String {
     // Since Linux 7.3 the size is without a limit unless somebody sets one.
     let size = size_mib.filter(|&mib| mib != i32::MAX);
@@ -302,7 +302,7 @@ mod tests {
             let why = why_invalid(&pieces, Some(64), Some(3));
             assert!(why.starts_with(": ") && why.contains(said), "{why:?}");
         }
-        // What breaks no rule that is known gets no hint.
+        // A request that breaks no known rule gets no hint.
         let good = [piece(sealed, 64 << 20)];
         assert_eq!(why_invalid(&good, Some(64), Some(3)), "");
         assert_eq!(why_invalid(&good, None, None), "");

@@ -23,16 +23,16 @@ pub fn probe() -> Result<Vec<PciAddress>, Unavailable> {
     devices()
 }
 
-/// What to export.
+/// The parameters of an export.
 #[derive(Debug, Clone, Copy)]
 pub struct Request {
     /// The BAR's index.
     pub bar: u8,
-    /// Where in the BAR, in bytes, a multiple of the page size. Exports may overlap.
+    /// Offset in the BAR in bytes, a multiple of the page size. Exports may overlap.
     pub offset: u64,
     /// Length in bytes, a multiple of the page size.
     pub length: u64,
-    /// What the descriptor allows. [`Access::Write`] counts as [`Access::ReadWrite`].
+    /// The access that the descriptor allows. [`Access::Write`] counts as [`Access::ReadWrite`].
     pub access: Access,
 }
 
@@ -76,7 +76,7 @@ pub fn export(device: &VfioDevice, request: Request) -> Result<Buffer, ExportErr
     Ok(Buffer::from_dmabuf_and_view(dmabuf, view, at, provenance))
 }
 
-/// What a refused export means.
+/// The error for a refused export.
 fn refused(cause: SystemError) -> ExportError {
     if cause.errno != Errno::NOTTY {
         return plain(cause);

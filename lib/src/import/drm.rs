@@ -84,7 +84,7 @@ impl Attachment {
         self.gem.handle().into()
     }
 
-    /// What was attached.
+    /// The attached range.
     pub fn range(&self) -> &BufferRange {
         &self.range
     }

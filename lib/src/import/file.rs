@@ -61,7 +61,7 @@ impl FileImporter {
     /// file, a program that runs refuses (`ETXTBSY`), and udev looks at a disk again when it is closed.
     ///
     /// # Errors
-    /// As [`FileImporter::open`].
+    /// Those of [`FileImporter::open`].
     pub fn open_for(
         path: impl AsRef<FilePath>,
         access: Access,
@@ -77,7 +77,7 @@ impl FileImporter {
     /// whole blocks are moved without another one.
     ///
     /// # Errors
-    /// As [`FileImporter::open`].
+    /// Those of [`FileImporter::open`].
     pub fn from_fd(fd: OwnedFd, name: impl Into<String>) -> Result<FileImporter, TransferError> {
         Ok(FileImporter::new(Endpoint::from_fd(fd, name.into())?))
     }
@@ -181,7 +181,7 @@ impl FileImporter {
         Ok(rustix::fs::fdatasync(self.endpoint.staged()).map_err(failed)?)
     }
 
-    /// Brings the range and the file together. Nothing is mapped or tried, and no byte moves yet.
+    /// Attaches the range to the file, without a mapping, a proof or a transfer.
     ///
     /// The attachment keeps the file open, and the importer may be dropped before it.
     ///
@@ -226,7 +226,7 @@ impl Attachment {
         self
     }
 
-    /// What was attached.
+    /// The attached range.
     pub fn range(&self) -> &BufferRange {
         self.buffer.range()
     }
@@ -526,7 +526,7 @@ pub struct Scratch {
 }
 
 impl Scratch {
-    /// Files are made in this directory. Nothing is left there.
+    /// The directory for temporary files, which are removed afterwards.
     pub fn new(directory: impl Into<PathBuf>) -> Scratch {
         let directory = directory.into();
         Scratch { directory }
@@ -612,7 +612,7 @@ fn inside(object: &str, offset: u64, length: u64, size: u64) -> Result<(), Buffe
     })
 }
 
-/// What direct I/O can carry of a transfer, as far as alignment and the file decide.
+/// The part of a transfer that direct I/O can carry, by alignment and by the file.
 struct Fitting<'f> {
     direct: &'f Direct,
     /// The longest part of the mapping that fits.

@@ -164,12 +164,12 @@ pub struct Attachment {
 }
 
 impl Attachment {
-    /// Where the range's first byte is.
+    /// The I/O virtual address of the range's first byte.
     pub fn iova(&self) -> u64 {
         self.iova
     }
 
-    /// What is mapped.
+    /// The mapped range.
     pub fn range(&self) -> &BufferRange {
         &self.range
     }

@@ -114,7 +114,7 @@ fn impossible(importer: &str, buffer: &Buffer, code: ReasonCode, evidence: Strin
 }
 
 #[cfg(any(feature = "drm", feature = "v4l2"))]
-/// What a driver's refusal of a dma-buf means.
+/// The error for a driver's refusal of a dma-buf.
 fn attach_refused(importer: &str, buffer: &Buffer, cause: &SystemError) -> ImportError {
     let in_device = !crate::plan::Plan::in_place(buffer)
         .reasons
@@ -136,7 +136,7 @@ fn attach_refused(importer: &str, buffer: &Buffer, cause: &SystemError) -> Impor
     impossible(importer, buffer, code, format!("{cause}: {why}"))
 }
 
-/// What it means that a range cannot be mapped.
+/// The error for a range that cannot be mapped.
 fn not_mappable(importer: &str, range: &BufferRange, cause: &SystemError) -> ImportError {
     let why = "the exporter does not support mmap";
     let evidence = format!("{cause}: {why}");

@@ -50,7 +50,7 @@ pub struct Probe {
     fd: OwnedFd,
 }
 
-/// What kind of importer to be.
+/// The kind of importer to emulate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Kind {
@@ -65,7 +65,7 @@ pub enum Kind {
     Static,
 }
 
-/// What to do when the exporter says that a mapping is stale.
+/// The reaction to an exporter's notification that a mapping is stale.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum OnInvalidate {
@@ -81,7 +81,7 @@ pub enum OnInvalidate {
 /// How to attach.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Options {
-    /// What kind of importer to be.
+    /// The kind of importer to emulate.
     pub kind: Kind,
     /// Only for a kind that can be told ([`Kind::Peer`], [`Kind::System`]).
     pub on_invalidate: OnInvalidate,
@@ -100,7 +100,7 @@ pub enum Direction {
     FromDevice,
 }
 
-/// What a fence on the buffer stands for (`enum dma_resv_usage`).
+/// The usage of a fence on the buffer (`enum dma_resv_usage`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Usage {
@@ -130,7 +130,7 @@ pub enum Route {
     Unknown,
 }
 
-/// What the kernel gave for a mapping.
+/// The kernel's result for a mapping.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub struct Mapping {
@@ -153,7 +153,7 @@ pub struct Mapping {
 }
 
 impl Mapping {
-    /// Where its bytes are, in a word.
+    /// The route to the mapping's bytes, as one value.
     pub fn route(&self) -> Route {
         match [
             self.system_bytes,
@@ -175,32 +175,32 @@ impl Mapping {
     }
 }
 
-/// What became of an attachment.
+/// The state of an attachment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Report {
     /// The mapping there is, or the last there was; `None` before the first.
     pub mapping: Option<Mapping>,
-    /// It is mapped now.
+    /// The attachment is mapped.
     pub mapped: bool,
-    /// It is mapped though it was told to unmap.
+    /// The attachment is still mapped after an invalidation.
     pub stale: bool,
-    /// It has pinned the buffer.
+    /// The attachment has pinned the buffer.
     pub pinned: bool,
     /// It has mapped the buffer into the kernel's address space; `Some(true)` where that is device
     /// memory.
     pub vmapped: Option<bool>,
     /// A fence that it left has not signalled.
     pub fenced: bool,
-    /// It has let go of the buffer.
+    /// The attachment is detached from the buffer.
     pub detached: bool,
-    /// It has let go because the device's driver let go of the device.
+    /// The attachment was detached because the device's driver unbound.
     pub device_gone: bool,
     /// How often it was told that its mapping is stale.
     pub invalidations: u64,
     /// Mappings made.
     pub maps: u64,
-    /// Those of them that it made by itself, for [`OnInvalidate::Remap`].
+    /// Number of these mappings made on an invalidation, by [`OnInvalidate::Remap`].
     pub remaps: u64,
     /// Why the last attempt to map again by itself failed.
     pub remap_error: Option<Errno>,
@@ -397,7 +397,7 @@ impl Attachment {
         self.step(Step::Detach, "ioctl(PEERBUF_PROBE_IOC_DETACH)")
     }
 
-    /// What became of it. Does not wait for the buffer.
+    /// Returns the attachment's state. Does not wait for the buffer.
     ///
     /// # Errors
     /// [`ProbeError::System`] where the descriptor is none of the module's.

@@ -120,7 +120,7 @@ pub struct Attachment {
 }
 
 impl Attachment {
-    /// Where the device finds the range's first byte.
+    /// The address of the range's first byte for the device.
     pub fn iova(&self) -> u64 {
         self.iova
     }

@@ -1,4 +1,4 @@
-//! What a published buffer is made of, and how its next generation comes to be.
+//! The memory behind a published buffer, and the creation of its next generation.
 
 #[cfg(feature = "module")]
 use std::path::PathBuf;
@@ -15,7 +15,7 @@ use crate::export::peerbuf as module;
 #[cfg(feature = "module")]
 use crate::export::peerbuf::{Device, MoveTo, RangeRequest, RangesRequest};
 
-/// Where a buffer's bytes are.
+/// The location of a buffer's bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Placement {
@@ -23,7 +23,7 @@ pub enum Placement {
     Device,
     /// In system memory.
     System,
-    /// Nobody knows.
+    /// Unknown.
     Unknown,
 }
 
@@ -51,13 +51,13 @@ impl std::fmt::Display for Placement {
     }
 }
 
-/// What [`Backing::migrate`] has to do.
+/// The task of one call of [`Backing::migrate`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Order {
     /// The number of the generation to be made.
     pub generation: u64,
-    /// Where its bytes are to be; `None` leaves it to the backing.
+    /// The requested location of the bytes; `None` leaves it to the backing.
     pub to: Option<Placement>,
     /// How long it may wait for others, such as importers in the kernel.
     pub limit: Duration,
@@ -71,7 +71,7 @@ pub trait Backing: Send {
     /// The current generation.
     fn buffer(&self) -> &Buffer;
 
-    /// Where its bytes are.
+    /// The location of the bytes.
     fn placement(&self) -> Placement {
         Placement::of(self.buffer())
     }

@@ -128,7 +128,7 @@ impl Channel {
         Ok(Channel { socket })
     }
 
-    /// Who is at the other end (`SO_PEERCRED`).
+    /// The process at the other end (`SO_PEERCRED`).
     ///
     /// # Errors
     /// The call that failed.

@@ -1,4 +1,4 @@
-//! Who may have which buffer.
+//! The policy that decides which subscriber may have which buffer.
 
 use super::channel::Peer;
 pub use super::grant::Grant;
@@ -25,7 +25,7 @@ use crate::buffer::Buffer;
 /// # }
 /// ```
 pub trait Policy: Send {
-    /// What `peer` gets of the buffer that was published as `name`.
+    /// Returns the access of `peer` to the buffer that was published as `name`.
     fn grant(&mut self, peer: &Peer, name: &str, buffer: &Buffer) -> Grant;
 }
 

@@ -1,6 +1,6 @@
-//! What the fuzz targets compare: all that a message makes somebody act upon.
+//! The effect of a message, for the fuzz targets to compare.
 
-/// What a message said that was accepted: all that somebody will act upon.
+/// The effect of an accepted message: every value that a receiver acts upon.
 #[derive(Debug, Default)]
 pub struct Said {
     /// Of each buffer: the range's offset and length, and the buffer's size.

@@ -62,7 +62,7 @@ pub struct Lease {
     session: Arc<Session>,
 }
 
-/// What is known of one generation of one buffer.
+/// The state of one generation of one buffer.
 #[derive(Debug)]
 struct Terms {
     generation: u64,
@@ -125,7 +125,7 @@ enum Content {
     /// Nobody asked for it yet, and the descriptors were not looked at.
     Packed([Option<OwnedFd>; 2]),
     Open(Buffer, Arc<Terms>),
-    /// It is not what the publisher said.
+    /// The descriptors do not match the publisher's description.
     Unusable(ShareError),
 }
 

@@ -17,7 +17,7 @@ use crate::topology::PciAddress;
 const MAGIC: [u8; 8] = *b"peerbuf\0";
 const VERSION: u32 = 2;
 
-/// What a message says. Its number is in the header.
+/// The type of a message, a number in its header.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Message {
     /// One range, handed over for good ([`Description`]).
@@ -112,7 +112,7 @@ pub(super) struct Entry {
     /// 1 for reading only, 2 for both.
     access: u32,
     reserved: u32,
-    /// What it was published as.
+    /// The buffer's published name.
     name: [u8; MAX_NAME],
     description: Description,
 }
@@ -465,7 +465,7 @@ pub(super) fn describe(range: &BufferRange, placement: Placement) -> Description
     description
 }
 
-/// What a description says, if every field makes sense.
+/// Checks every field of a description and decodes it.
 pub(super) fn decode(description: &Description) -> Result<Checked<'_>, ShareError> {
     let Some(kind) = Kind::from_number(description.kind) else {
         return wrong(format!(
@@ -561,7 +561,7 @@ fn text(field: &[u8]) -> Option<&str> {
     (padded && !text.chars().any(char::is_control)).then_some(text)
 }
 
-/// What any end does with a message. For tests.
+/// Decodes a message as either end would. For tests.
 pub(crate) fn decode_any(message: &[u8]) -> Result<Said, ShareError> {
     let (kind, records) = open(message)?;
     let mut said = Said::default();

@@ -1,4 +1,4 @@
-//! Who is at the other end of a unix socket (`SO_PEERCRED`, net/core/sock.c).
+//! The credentials of a unix socket's peer (`SO_PEERCRED`, net/core/sock.c).
 //!
 //! rustix has this call with a type whose process number cannot be 0, and the kernel answers 0
 //! for a process that the caller's PID namespace does not have.

@@ -9,11 +9,11 @@ use crate::sys::memory::Window;
 /// One request: bytes between a file and memory.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Request<'w> {
-    /// What the answer is called by. No two requests in flight have the same.
+    /// Identifies the answer; unique among the requests in flight.
     pub(crate) token: u32,
     pub(crate) file: BorrowedFd<'w>,
     pub(crate) window: Window<'w>,
-    /// Where in the file.
+    /// Offset in the file, in bytes.
     pub(crate) offset: u64,
     pub(crate) direction: Direction,
 }
@@ -22,6 +22,6 @@ pub(crate) struct Request<'w> {
 pub(crate) trait Work<'w> {
     /// The next request; `None` where there is none before another answer has come, or none at all.
     fn next(&mut self) -> Option<Request<'w>>;
-    /// What a request came to: the bytes moved, 0 at the end of a file that was read.
+    /// The result of a request: the bytes moved; 0 at the end of a file that was read.
     fn done(&mut self, token: u32, result: Result<usize, Errno>);
 }

@@ -16,7 +16,7 @@ use crate::errno::Errno;
 use crate::error::SystemError;
 use crate::path::Direction;
 
-/// What one call of the kernel carries at most (`MAX_RW_COUNT` in include/linux/fs.h, for pages of 4 KiB).
+/// The most bytes that one system call carries (`MAX_RW_COUNT` in include/linux/fs.h, for pages of 4 KiB).
 const LARGEST: usize = 0x7fff_f000;
 
 /// Bytes after which requests go to the kernel at once, and not with the next wait: the thread may copy as

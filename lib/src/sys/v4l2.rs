@@ -23,7 +23,7 @@ pub(crate) const BUF_CAP_DMABUF: u32 = 1 << 2;
 /// `V4L2_BUF_FLAG_ERROR`
 pub(crate) const BUF_ERROR: u32 = 0x40;
 
-/// Where the bytes of a queue's buffers are (`enum v4l2_memory`).
+/// The kind of memory of a queue's buffers (`enum v4l2_memory`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
 pub(crate) enum Memory {

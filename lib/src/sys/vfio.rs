@@ -37,7 +37,7 @@ pub struct RegionInfo {
     index: u32,
     cap_offset: u32,
     pub(crate) size: u64,
-    /// Where it begins in the device's descriptor.
+    /// The region's offset in the device's descriptor.
     pub(crate) offset: u64,
 }
 

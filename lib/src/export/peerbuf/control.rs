@@ -1,5 +1,5 @@
-//! What the owner of an exported buffer may do with it through the device's node: move it, take
-//! access away and give it again, watch it, and ask who uses it.
+//! Operations on an exported buffer through the device's node: move, revoke and restore, watch, and query
+//! its users.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
@@ -15,7 +15,7 @@ use crate::errno::Errno;
 use crate::error::{ControlError, ExportError, SystemError};
 use crate::sys;
 
-/// Where a buffer's bytes are.
+/// The location of a buffer's bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Placement {
@@ -47,7 +47,7 @@ impl std::fmt::Display for Placement {
     }
 }
 
-/// Where a move goes.
+/// The target of a move.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum MoveTo {
@@ -57,7 +57,7 @@ pub enum MoveTo {
     System,
 }
 
-/// What a move did.
+/// The result of a move.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Moved {
@@ -109,19 +109,19 @@ pub enum State {
 pub struct Attachment {
     /// Its device's name; a PCI address for PCI devices.
     pub device: String,
-    /// It takes part in the dynamic rules.
+    /// The importer is dynamic: it has importer operations (`struct dma_buf_attach_ops`).
     pub dynamic: bool,
-    /// It can be told that its mappings are stale.
+    /// The importer can be notified that its mappings are stale.
     pub revocable: bool,
-    /// It can use peer memory.
+    /// The importer accepts peer-to-peer memory.
     pub peer: bool,
-    /// It keeps the buffer in system memory.
+    /// The importer requires the buffer in system memory.
     pub needs_system: bool,
-    /// It has a mapping from before the last move or revoke.
+    /// The importer still has a mapping from before the last move or revoke.
     pub stale: bool,
-    /// Its mappings.
+    /// Number of its mappings.
     pub mapped: u32,
-    /// Its pins.
+    /// Number of its pins.
     pub pinned: u32,
     /// The generation of its oldest mapping.
     pub generation: Option<u64>,
@@ -135,7 +135,7 @@ pub struct Piece {
     pub length: u64,
     /// Its place in the BAR in bytes, kept also while the bytes are elsewhere.
     pub home: Option<u64>,
-    /// Where the bytes are.
+    /// The location of the bytes.
     pub placement: Placement,
 }
 
@@ -147,19 +147,19 @@ pub struct Refusal {
     pub device: String,
     /// Why, in words.
     pub reason: &'static str,
-    /// What it was answered.
+    /// The error that the importer got.
     pub errno: Errno,
-    /// How many were refused by now.
+    /// Number of refusals so far.
     pub count: u64,
 }
 
-/// Where a buffer is, who uses it, and what has happened to it (`PEERBUF_IOC_BUFFER`).
+/// A buffer's location, users and history (`PEERBUF_IOC_BUFFER`).
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Status {
     /// Whether it can be used.
     pub state: State,
-    /// Where its bytes are.
+    /// The location of the bytes.
     pub placement: Placement,
     /// Begins at 1 and rises with each move, revoke and restore.
     pub generation: u64,
@@ -169,26 +169,26 @@ pub struct Status {
     pub pieces: Vec<Piece>,
     /// Pins of all importers.
     pub pins: u32,
-    /// The kernel has it mapped.
+    /// The kernel has the buffer mapped.
     pub kernel_mapped: bool,
-    /// Pages that processes' mappings or direct I/O use now.
+    /// Number of pages in use by processes' mappings or direct I/O.
     pub busy_pages: u64,
-    /// Moves.
+    /// Number of moves.
     pub moves: u64,
-    /// How often importers were told that their mappings are stale.
+    /// Number of times that importers were notified of stale mappings.
     pub invalidations: u64,
-    /// Mappings made for importers.
+    /// Number of mappings made for importers.
     pub maps: u64,
     /// Bytes copied by moves.
     pub copied: u64,
-    /// The longest that a move or revoke took.
+    /// The longest duration of a move or revoke.
     pub longest_wait: Duration,
-    /// Who was refused last.
+    /// The last refusal.
     pub refusal: Option<Refusal>,
 }
 
-/// Tells of changes of a buffer: each move, revoke and restore. Readable (`AsFd`, for poll) when
-/// there is something to tell. Ends with its [`Device`].
+/// Reports changes of a buffer: each move, revoke and restore. The descriptor (`AsFd`, for poll) is readable
+/// if a change has not been reported yet. A watch ends with its [`Device`].
 #[derive(Debug)]
 pub struct Watch {
     event: OwnedFd,
@@ -199,7 +199,7 @@ impl Watch {
     /// if none came in time.
     ///
     /// # Errors
-    /// What `poll` or `read` of the eventfd answered.
+    /// The error of `poll` or `read` on the eventfd.
     pub fn wait(&self, limit: Duration) -> Result<u64, ControlError> {
         let failed = |call, errno: rustix::io::Errno| ControlError {
             cause: SystemError::new(call, "the eventfd of a watch", errno),
@@ -279,7 +279,7 @@ impl Device {
     /// The module's answer: `EBUSY` (pinned, mapped by the kernel, an importer needs it where it
     /// is, or fences or direct I/O did not end within `limit`; the error names the importers),
     /// `ENODEV` (revoked, or the device is gone), `ENOMEM`, `EINVAL` (not this device's buffer).
-    /// Nothing has moved then.
+    /// On error nothing has moved.
     pub fn move_buffer(
         &self,
         buffer: &DmaBuf,
@@ -289,10 +289,10 @@ impl Device {
         self.move_part(buffer, 0..buffer.size(), to, limit)
     }
 
-    /// As [`Device::move_buffer`], for a page-aligned part: `part` in bytes of the buffer.
+    /// Does the same as [`Device::move_buffer`] for a page-aligned part of the buffer; `part` is in bytes.
     ///
     /// # Errors
-    /// As [`Device::move_buffer`]; `EINVAL` also for a part that is empty, off a page or not
+    /// Those of [`Device::move_buffer`]; `EINVAL` also for a part that is empty, off a page or not
     /// inside, `EOPNOTSUPP` for a move to the BAR of a range without a place there.
     pub fn move_part(
         &self,
@@ -370,7 +370,7 @@ impl Device {
     /// Watches a buffer (`PEERBUF_IOC_WATCH`).
     ///
     /// # Errors
-    /// What `eventfd` or the module answered: `ENOSPC` (too many watchers), `ENODEV` (the device
+    /// The error of `eventfd` or of the module: `ENOSPC` (too many watchers), `ENODEV` (the device
     /// is gone), `EINVAL`.
     pub fn watch(&self, buffer: &DmaBuf) -> Result<Watch, ControlError> {
         let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
@@ -385,7 +385,7 @@ impl Device {
         Ok(Watch { event })
     }
 
-    /// Where a buffer is and who uses it (`PEERBUF_IOC_BUFFER`).
+    /// Queries a buffer's location, users and history (`PEERBUF_IOC_BUFFER`).
     ///
     /// # Errors
     /// The module's answer, such as `EINVAL` for a buffer that is not this device's.
@@ -451,7 +451,7 @@ impl Device {
         }
     }
 
-    /// Who may be in the way. Told a moment after the fact: the list may have changed.
+    /// Lists the importers that may have blocked the call. The list is read afterwards and may have changed.
     fn who_is_busy(&self, buffer: &DmaBuf) -> String {
         let Ok(status) = self.status(buffer) else {
             return String::new();

@@ -1,4 +1,4 @@
-//! What an export of several ranges is asked for with.
+//! The request for an export of several ranges.
 
 use crate::buffer::Access;
 
@@ -7,7 +7,7 @@ use crate::buffer::Access;
 pub enum RangeRequest {
     /// In the BAR.
     Bar {
-        /// Where, in bytes; `None` lets the module choose.
+        /// Offset in bytes; `None` lets the module choose.
         offset: Option<u64>,
         /// Bytes.
         length: u64,
@@ -32,6 +32,6 @@ pub struct RangesRequest {
     /// Devices may only read the bytes: a mapping by which one could write is refused (`EACCES`). RDMA cards
     /// and graphics drivers always map in both directions, so they cannot use such a buffer.
     pub devices_read: bool,
-    /// What the descriptor allows.
+    /// The access that the descriptor allows.
     pub access: Access,
 }

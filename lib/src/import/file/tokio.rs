@@ -17,7 +17,7 @@ impl FileImporter {
     /// dropped: at most one more [`PIECE`] of the range is overwritten then, where the transfer was.
     ///
     /// # Errors
-    /// As there. An unknown part of the range has then been overwritten.
+    /// Those of that function. After an error an unknown part of the range is overwritten.
     ///
     /// # Panics
     /// Outside of a tokio runtime.
@@ -37,7 +37,7 @@ impl FileImporter {
     /// As [`Attachment::write`](super::Attachment::write), likewise.
     ///
     /// # Errors
-    /// As there. An unknown part of the file's range has then been overwritten.
+    /// Those of that function. After an error an unknown part of the file's range is overwritten.
     ///
     /// # Panics
     /// Outside of a tokio runtime.

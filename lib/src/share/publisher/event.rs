@@ -1,4 +1,4 @@
-//! What a [`Publisher`](super::owner::Publisher) tells its owner.
+//! The events that a [`Publisher`](super::owner::Publisher) reports to its owner.
 
 use std::time::Duration;
 
@@ -11,24 +11,24 @@ use crate::error::ShareError;
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum CutOff {
-    /// It did not give a buffer back in time.
+    /// The subscriber did not return a buffer in time.
     #[error("the subscriber did not return {name} within {limit:?}")]
     Late {
-        /// What the buffer is published as.
+        /// The buffer's published name.
         name: String,
-        /// How long it had.
+        /// The time limit.
         limit: Duration,
     },
-    /// What it sent breaks the protocol.
+    /// A message of the subscriber breaks the protocol.
     #[error("{0}")]
     Rubbish(ShareError),
-    /// It connected and did not greet, as a subscriber does first of all.
+    /// The peer connected and did not send a hello, which must be a subscriber's first message.
     #[error("the subscriber sent no hello within {limit:?}")]
     Silent {
-        /// How long it had.
+        /// The time limit.
         limit: Duration,
     },
-    /// Nothing could be sent to it.
+    /// The publisher could not send to the subscriber.
     #[error("{0}")]
     Unreachable(ShareError),
 }
@@ -37,23 +37,23 @@ pub enum CutOff {
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Event {
-    /// A subscriber is there and speaks the protocol.
+    /// A subscriber connected and sent a valid hello.
     Joined {
-        /// Which one.
+        /// The subscriber.
         subscriber: SubscriberId,
         /// The process, as the kernel vouches for it.
         peer: Peer,
     },
     /// A subscriber closed its connection, or died.
     Left {
-        /// Which one.
+        /// The subscriber.
         subscriber: SubscriberId,
-        /// The buffers that it had not given back.
+        /// The buffers that it had not returned.
         held: Vec<BufferId>,
     },
     /// A subscriber was cut off.
     CutOff {
-        /// Which one.
+        /// The subscriber.
         subscriber: SubscriberId,
         /// The buffers that it had not given back, and whose current generation it can still
         /// reach until they move.
@@ -63,14 +63,14 @@ pub enum Event {
     },
     /// A subscriber did not get a buffer that the policy meant for it, or could not use it.
     NotOffered {
-        /// Which one.
+        /// The subscriber.
         subscriber: SubscriberId,
-        /// Which buffer.
+        /// The buffer.
         buffer: BufferId,
         /// Why.
         why: String,
     },
-    /// Somebody tried to connect, and could not. After a [shortage](ShareError::is_shortage) of
+    /// A connection attempt failed. After a [shortage](ShareError::is_shortage) of
     /// descriptors or memory this is told once; newcomers wait, and are tried again until it is
     /// over.
     NotAccepted {
@@ -79,13 +79,13 @@ pub enum Event {
     },
 }
 
-/// What a migration did, and how long each of its parts took.
+/// The result of a migration, and the duration of each of its steps.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Migration {
     /// The generation that it made.
     pub generation: u64,
-    /// Where the bytes are now.
+    /// The location of the bytes now.
     pub placement: Placement,
     /// Telling the subscribers.
     pub announce: Duration,
@@ -96,9 +96,9 @@ pub struct Migration {
     pub transfer: Duration,
     /// Offering the new generation.
     pub offer: Duration,
-    /// Subscribers that gave the old generation back.
+    /// Number of subscribers that returned the old generation.
     pub released: usize,
-    /// Those that were cut off for it, or left meanwhile.
+    /// Subscribers that were cut off by the migration, or left during it.
     pub lost: Vec<SubscriberId>,
     /// The new generation was made unreachable from the old, because somebody may still have it.
     pub isolated: bool,

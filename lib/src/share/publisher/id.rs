@@ -1,4 +1,4 @@
-//! What buffers and subscribers are called.
+//! Identifiers of buffers and subscribers.
 
 use std::fmt;
 
