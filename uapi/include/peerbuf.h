@@ -1,7 +1,10 @@
 /* SPDX-License-Identifier: (GPL-2.0-only WITH Linux-syscall-note) OR MIT */
 /*
- * The interface of peerbuf.ko, for C. The same as uapi/src/abi.rs, where each field is
- * explained; a test compares the two.
+ * The ioctl interface of peerbuf.ko, for C. uapi/src/abi.rs defines the same interface and explains each
+ * field and each error; a test compares the two.
+ *
+ * Offsets and lengths are in bytes, times in the unit that the field's name ends with (_ms, _ns). An
+ * ioctl returns 0, or -1 with errno set. Fields marked 0 are refused with EINVAL unless zero.
  */
 #ifndef PEERBUF_H
 #define PEERBUF_H
@@ -34,8 +37,8 @@
 
 /* struct peerbuf_export, flags */
 #define PEERBUF_EXPORT_ANY_OFFSET (1U << 0) /* the module chooses the offset */
-#define PEERBUF_EXPORT_MAY_MOVE (1U << 1)   /* to system memory, for importers that need it */
-#define PEERBUF_EXPORT_DEVICES_READ (1U << 2) /* and do not write: EACCES for other mappings */
+#define PEERBUF_EXPORT_MAY_MOVE (1U << 1)   /* may move to system memory for importers that need it */
+#define PEERBUF_EXPORT_DEVICES_READ (1U << 2) /* devices may only read: EACCES for other mappings */
 
 /* struct peerbuf_range, flags */
 #define PEERBUF_RANGE_ANY_OFFSET (1U << 0) /* the module chooses the offset */
@@ -53,9 +56,9 @@
 #define PEERBUF_STATE_GONE 3
 
 /* struct peerbuf_attachment, flags */
-#define PEERBUF_ATTACHMENT_REVOCABLE (1U << 0)    /* can be told that mappings are stale */
+#define PEERBUF_ATTACHMENT_REVOCABLE (1U << 0)    /* can be notified of stale mappings */
 #define PEERBUF_ATTACHMENT_DYNAMIC (1U << 1)      /* has importer operations */
-#define PEERBUF_ATTACHMENT_PEER (1U << 2)         /* can use peer memory */
+#define PEERBUF_ATTACHMENT_PEER (1U << 2)         /* accepts peer-to-peer memory */
 #define PEERBUF_ATTACHMENT_NEEDS_SYSTEM (1U << 3) /* keeps the buffer in system memory */
 #define PEERBUF_ATTACHMENT_STALE (1U << 4)        /* has a mapping of an older generation */
 
@@ -66,12 +69,11 @@
 #define PEERBUF_REFUSED_NO_ROUTE 3
 #define PEERBUF_REFUSED_MOVE_FAILED 4
 
-/* All sizes are in bytes. */
 struct peerbuf_bar {
 	__u64 size;         /* 0: no such BAR */
 	__u64 free;         /* bytes in no export */
 	__u64 largest_free; /* longest run of free bytes */
-	__u32 exports;      /* exports whose range is taken */
+	__u32 exports;      /* exports that have a range in the BAR */
 	__u32 flags;        /* PEERBUF_BAR_* */
 };
 
@@ -92,14 +94,14 @@ struct peerbuf_export {
 	__u32 flags;    /* in: PEERBUF_EXPORT_* */
 	__u32 bar;      /* in: 0 to 5 */
 	__u32 fd_flags; /* in: O_RDONLY or O_RDWR, with or without O_CLOEXEC */
-	__u64 offset;   /* in and out: where in the BAR */
+	__u64 offset;   /* in and out: offset in the BAR */
 	__u64 length;   /* in */
 	__s32 fd;       /* out: the dma-buf; 0 on entry */
 	__u32 reserved; /* 0 */
 };
 
 struct peerbuf_range {
-	__u64 offset;   /* in and out: where in the BAR */
+	__u64 offset;   /* in and out: offset in the BAR */
 	__u64 length;   /* in */
 	__u32 flags;    /* in: PEERBUF_RANGE_* */
 	__u32 reserved; /* 0 */
@@ -121,9 +123,9 @@ struct peerbuf_move {
 	__u32 flags;      /* in: 0 */
 	__s32 fd;         /* in: the dma-buf */
 	__u32 placement;  /* in: PEERBUF_PLACEMENT_DEVICE or _SYSTEM */
-	__u64 offset;     /* in: where the part begins */
-	__u64 length;     /* in: of the part; 0: all that follows */
-	__u32 timeout_ms; /* in: for fences and direct I/O */
+	__u64 offset;     /* in: offset of the part in the dma-buf */
+	__u64 length;     /* in: of the part; 0: up to the end */
+	__u32 timeout_ms; /* in: time limit for fences and direct I/O */
 	__u32 reserved;   /* 0 */
 	__u64 generation; /* out */
 	__u64 copied;     /* out: bytes */
@@ -166,7 +168,7 @@ struct peerbuf_attachment {
 
 struct peerbuf_piece {
 	__u64 length;
-	__u64 offset;    /* its place in the BAR; all ones: none */
+	__u64 offset;    /* offset in the BAR; all ones: none */
 	__u32 placement; /* PEERBUF_PLACEMENT_DEVICE or _SYSTEM */
 	__u32 reserved;  /* 0 */
 };
@@ -182,8 +184,8 @@ struct peerbuf_buffer_query {
 	__u64 generation;      /* out: from 1 */
 	__u64 attachments;     /* in: address of an array of struct peerbuf_attachment */
 	__u64 pieces;          /* in: address of an array of struct peerbuf_piece */
-	__u32 nr_attachments;  /* in: room in the array; out: how many there are */
-	__u32 nr_pieces;       /* in: room in the array; out: how many there are */
+	__u32 nr_attachments;  /* in: entries that fit into the array; out: entries there are */
+	__u32 nr_pieces;       /* in: entries that fit into the array; out: entries there are */
 	__u32 pins;            /* out */
 	__u32 vmaps;           /* out: 1 if the kernel has it mapped */
 	__u64 busy_pages;      /* out: used by CPU mappings or direct I/O */
@@ -199,8 +201,8 @@ struct peerbuf_buffer_query {
 };
 
 /*
- * On /dev/peerbuf/provider; the argument is a pointer to struct peerbuf_provider_open. What it gives
- * takes the ioctls of /dev/peerbuf/<BDF>.
+ * On /dev/peerbuf/provider; the argument is a pointer to struct peerbuf_provider_open. The returned
+ * descriptor accepts the ioctls of /dev/peerbuf/<BDF>.
  */
 #define PEERBUF_IOC_PROVIDER_OPEN _IO(PEERBUF_IOC_MAGIC, 0x20)
 
