@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Inline functions and macros of the kernel that Rust cannot link to, each as a function of one
- * line. Rust's own support code does the same for those it needs (rust/helpers/); none of these
- * is among them in Linux 7.3. Nothing else belongs here.
+ * Rust cannot link to the kernel's inline functions and macros. This file wraps each one that the module
+ * needs in a function. The kernel's rust/helpers/ does the same for others; none of these is among them
+ * in Linux 7.3. Nothing else belongs here.
  */
 #include <linux/completion.h>
 #include <linux/dma-fence.h>
@@ -20,7 +20,7 @@
 
 #include "compat.h"
 
-/* Rust calls them; no C file does. */
+/* Called from Rust only; the declarations silence -Wmissing-prototypes. */
 void peerbuf_dma_buf_free_sgt(struct dma_buf_attachment *attach, struct sg_table *sgt,
 			      enum dma_data_direction dir);
 unsigned int peerbuf_translated_ranges(void);

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * As helpers.c, for peerbuf_probe.ko.
+ * The functions of helpers.c that peerbuf_probe.ko needs; see there.
  */
 #include <linux/device.h>
 #include <linux/dma-direct.h>
 #include <linux/dma-fence.h>
 #include <linux/pci.h>
 
-/* Rust calls them; no C file does. */
+/* Called from Rust only; the declarations silence -Wmissing-prototypes. */
 int peerbuf_device_lock(struct device *dev);
 void peerbuf_device_unlock(struct device *dev);
 void peerbuf_dma_fence_put(struct dma_fence *fence);
