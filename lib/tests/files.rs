@@ -1,6 +1,7 @@
 //! Files and descriptors that others opened: what is asked for is done, and nothing of theirs is changed.
 //!
-//! Some of these need what a machine may lack: a mount namespace, an overlay, direct I/O. They say so by name
+//! Some tests need a feature that a machine may lack: a mount namespace, an overlay, direct I/O. They
+//! say so by name
 //! on standard error, which the test harness does not capture.
 
 use std::fs::{File, OpenOptions, Permissions};
@@ -461,7 +462,7 @@ fn importers_of_any_kind_are_used_by_one_trait() {
         assert!(back[..4500] == bytes && back[4500..] == [0; 500], "{name}");
         assert_eq!(plan.path, read.path, "{name}");
         assert_eq!(attached.plan().path, read.path, "{name}");
-        // What the range has no room for goes nowhere.
+        // A transfer that does not fit into the range is refused, and no byte outside it changes.
         let mut long = vec![1; 5001];
         assert!(attached.write(&long).is_err(), "{name}");
         assert!(attached.read(&mut long).is_err(), "{name}");

@@ -69,7 +69,7 @@ impl Drop for Process {
     }
 }
 
-/// What a process tells the test that started it.
+/// A process's message to the test that started it.
 fn say(words: &str) {
     let mut out = std::io::stdout().lock();
     out.write_all(format!("\nours: {words}\n").as_bytes())

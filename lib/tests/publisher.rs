@@ -344,7 +344,7 @@ fn a_subscriber_is_asked_what_arrived_also_when_what_was_to_follow_is_gone() {
     let (ours, theirs) = Channel::pair().unwrap();
     publisher.add(ours).unwrap();
     theirs.send_message(&hello, &[]).unwrap();
-    // It reads once, and has a whole window from then on.
+    // The subscriber reads once, and has a whole window from then on.
     serve(&mut publisher, |publisher| publisher.holders(first) == 1);
     assert_eq!(waiting(&theirs), [[LAST_OFFER, 1]]);
     theirs.send_message(&accepted(&hello, 1), &[]).unwrap();
@@ -435,7 +435,7 @@ fn a_subscriber_that_sends_rubbish_is_cut_off_at_once() {
             "{why} does not say {words}"
         );
         assert!(publisher.is_tainted(id), "it had the buffer");
-        // It is not waited for.
+        // The publisher does not wait for the cut-off subscriber.
         let moved = publisher.migrate(id, LONG).unwrap();
         assert_eq!((moved.released, moved.isolated), (2, true), "after {words}");
         wait_for_writers(&mut publisher, id, 2);
@@ -771,7 +771,7 @@ fn who_connects_and_does_not_greet_is_cut_off() {
     let limit = Duration::from_millis(50);
     let mut publisher = Publisher::bind(&path).unwrap().with_greeting_limit(limit);
     publisher.publish("b", watched().0).unwrap();
-    // One that was given a channel has no such limit.
+    // A publisher that was given a channel has no such limit.
     let (ours, _theirs) = Channel::pair().unwrap();
     publisher.add(ours).unwrap();
     // A program that expects a buffer to be handed over: it learns what is wrong.
@@ -785,7 +785,7 @@ fn who_connects_and_does_not_greet_is_cut_off() {
     let error = confused.receive_buffer_within(LONG).unwrap_err();
     assert!(matches!(error, ShareError::CutOff { .. }), "{error}");
     assert!(error.to_string().contains("Subscriber::connect"), "{error}");
-    // Who has greeted in time is heard, however late the publisher is.
+    // A hello in time counts, however late the publisher reads it.
     let late = Channel::connect(&path).unwrap();
     publisher.serve_for(Duration::from_millis(5)).unwrap();
     late.send_message(&greeting(), &[]).unwrap();

@@ -167,7 +167,7 @@ fn a_socket_file_is_replaced_only_when_nobody_listens_there() {
         "a socket in use was replaced"
     );
     drop(listener);
-    // What a process that was killed leaves behind: a file without a listener.
+    // A killed process leaves a socket file without a listener.
     let stream = std::os::unix::net::UnixListener::bind(&path).unwrap();
     assert!(
         Listener::bind(&path).is_err(),

@@ -1,4 +1,4 @@
-//! What can be moved to another thread and used from several. It compiles, or it does not.
+//! Types that can move to another thread (`Send`) or also be shared (`Sync`), checked by compilation.
 
 use peerbuf::error::{
     ControlError, ExportError, ImportError, ProbeError, ShareError, TransferError, Unavailable,

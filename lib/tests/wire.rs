@@ -139,7 +139,7 @@ impl Peer {
         line.trim_end().to_owned()
     }
 
-    /// What else it prints, once it has ended well.
+    /// The rest of the peer's output after it ended successfully.
     fn rest(mut self) -> String {
         let mut rest = String::new();
         self.said.read_to_string(&mut rest).unwrap();

@@ -9,16 +9,16 @@ use peerbuf::plan::topology::PciAddress;
 use peerbuf::{Access, Buffer, Errno};
 use peerbuf_topo::rules::Map;
 
-/// What the kernel said.
+/// The kernel's answer.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Answer {
-    /// It gave addresses of peer memory, by this route.
+    /// The kernel mapped the memory peer-to-peer, by this route.
     Yes(Map),
-    /// It refused, with this error.
+    /// The kernel refused, with this error.
     No(String),
-    /// It refused because there is no way between the two, with this error.
+    /// The kernel refused because no path exists between the two, with this error.
     NoWay(String),
-    /// It was not asked.
+    /// The kernel was not asked, for this reason.
     NotAsked(String),
 }
 

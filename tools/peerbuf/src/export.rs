@@ -173,7 +173,7 @@ fn run_command(program: &str, rest: &[String], buffer: &Buffer) -> Result<ExitCo
         .env("PEERBUF_LENGTH", buffer.size().to_string())
         .status()
         .map_err(|error| format!("{program}: {error}"))?;
-    // As a shell has it: 128 and the signal's number.
+    // The shell's convention: 128 plus the signal's number.
     let code = status
         .code()
         .or(status.signal().map(|signal| 128 + signal))

@@ -19,7 +19,7 @@ pub struct Arguments {
     json: bool,
 }
 
-/// What this machine has and lacks; part of what `peerbuf doctor` shows.
+/// The exporters and devices of this machine, and the missing ones; a part of the report of `peerbuf doctor`.
 #[derive(Serialize)]
 pub struct Info {
     kernel: String,
@@ -112,7 +112,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
 }
 
 impl Info {
-    /// What is missing, and what helps.
+    /// A missing requirement and its remedy.
     pub fn missing(&self) -> impl Iterator<Item = (&str, &str)> {
         let all = self.missing.iter();
         all.map(|missing| (missing.what.as_str(), missing.remedy.as_str()))

@@ -124,7 +124,7 @@ fn by_process(proc: &Path) -> (BTreeMap<u64, Buffer>, usize) {
         };
         let directory = entry.path();
         let Ok(descriptors) = fs::read_dir(directory.join("fd")) else {
-            // One that has ended meanwhile is no secret.
+            // A process that has ended meanwhile is not counted as hidden.
             hidden += usize::from(directory.exists());
             continue;
         };
@@ -263,7 +263,7 @@ mod tests {
                     7f0000000000-7f0000002000 rw-p 00000000 00:0c 78 /usr/lib/x\n";
         assert_eq!(mappings(maps), [(7, 1), (77, 8192)]);
         assert!(is_dmabuf(Path::new("/dmabuf:weights")) && !is_dmabuf(Path::new("/memfd:x")));
-        // As drivers/dma-buf/dma-buf.c writes it.
+        // The format of drivers/dma-buf/dma-buf.c.
         let bufinfo = "\nDma-buf Objects:\nsize    \tflags   \tmode    \tcount   \texp_name\tino     \tname\n\
                        00004096\t00000002\t00080007\t00000002\tudmabuf\t00000077\tweights\n\
                        \tAttached Devices:\n\t0000:03:00.0\nTotal 1 devices attached\n\n\nTotal 1 objects, 4096 bytes\n";

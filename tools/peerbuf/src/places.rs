@@ -14,7 +14,7 @@ pub struct Mount {
     pub disk: Option<BlockDevice>,
 }
 
-/// What is mounted, in the order of mounting (`/proc/self/mountinfo`).
+/// The mounts, in the order of mounting (`/proc/self/mountinfo`).
 pub fn mounts() -> Vec<Mount> {
     let text = std::fs::read("/proc/self/mountinfo").unwrap_or_default();
     let sysfs = Sysfs::default();
@@ -82,14 +82,14 @@ fn unescape(text: &[u8]) -> Vec<u8> {
 pub fn mount_of(directory: &Path) -> Option<Mount> {
     let directory = directory.canonicalize().ok()?;
     let holds = |mount: &Mount| directory.starts_with(&mount.at);
-    // Of two mounts on one directory the later one is seen.
+    // The later of two mounts on one directory hides the earlier one.
     mounts()
         .into_iter()
         .filter(holds)
         .max_by_key(|mount| mount.at.as_os_str().len())
 }
 
-/// Where the disk is and what is on it, for people: `/mnt (ext4 on nvme0n1, 0000:01:00.0)`.
+/// The mount's path, filesystem type and disk, for people: `/mnt (ext4 on nvme0n1, 0000:01:00.0)`.
 pub fn describe(directory: &Path) -> String {
     let path = directory.display();
     let Some(mount) = mount_of(directory) else {

@@ -44,7 +44,7 @@ pub struct Table {
     whole: Vec<usize>,
 }
 
-/// What stands around and between the cells of a line.
+/// The borders around and between the cells of a line.
 struct Frame {
     left: &'static str,
     between: &'static str,
@@ -308,7 +308,7 @@ pub fn labelled(label: &str, text: &str, width: usize) -> String {
         .collect()
 }
 
-/// What the machine lacks, and below it what helps.
+/// A missing requirement of the machine, with the remedy below it.
 pub fn missing(what: &str, remedy: &str, width: usize) -> String {
     let mut text = paragraph(&format!("missing: {what}"), width);
     if !remedy.is_empty() {
@@ -373,7 +373,7 @@ fn longest_line(text: &str) -> usize {
     lines.max().unwrap_or(0)
 }
 
-/// What the tests of each table check.
+/// Checks shared by the tests of each table.
 #[cfg(test)]
 pub mod check {
     use super::*;

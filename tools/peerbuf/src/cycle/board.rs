@@ -1,5 +1,5 @@
-//! What a worker tells the first process without a message: memory that both have mapped, one
-//! for each worker. It outlives the worker, so what a killed one had done is known.
+//! A worker's board: memory that the worker and the first process share, so that the worker reports without
+//! messages. A board outlives its worker, so the progress of a killed worker is known.
 
 use peerbuf::buffer::Mapping;
 use peerbuf::error::BufferError;
@@ -24,7 +24,7 @@ pub enum Counter {
 pub const IMPORTERS: usize = 8;
 const COUNTERS: u64 = Counter::LateWrites as u64 + 1;
 
-/// Where a worker stands with one buffer.
+/// A worker's progress on one buffer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Progress {
     /// The write that it is at, or has done last.

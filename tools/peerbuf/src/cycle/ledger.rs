@@ -47,7 +47,7 @@ pub struct Ledger {
 }
 
 impl Ledger {
-    /// Where each worker stands with a buffer.
+    /// Each worker's progress on a buffer.
     pub fn progress(&mut self, buffer: usize) -> Result<Vec<Progress>, BufferError> {
         let writers = self.writers.iter_mut();
         writers

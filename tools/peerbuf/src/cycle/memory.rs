@@ -59,7 +59,7 @@ pub struct Bar {
     pub what: &'static str,
 }
 
-/// What all buffers of a run have in common.
+/// The state shared by all buffers of a run.
 #[derive(Debug)]
 pub struct Shared {
     pub ledger: Ledger,
@@ -89,7 +89,7 @@ pub fn lock(shared: &Mutex<Shared>) -> MutexGuard<'_, Shared> {
     shared.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// What buffer number `index` is published as.
+/// The published name of buffer number `index`.
 pub fn name(index: usize) -> String {
     format!("buffer {index}")
 }

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 /// Bytes in a cell: two words of marks, its place, and a checksum over these.
 pub const CELL: usize = 32;
 
-/// Who wrote a cell, and when.
+/// The writer of a cell and the time of the write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Mark {
     /// The process: each that is started has a number of its own.
@@ -18,7 +18,7 @@ pub struct Mark {
     pub count: u32,
 }
 
-/// What is found in a cell's place.
+/// The content of a cell.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Cell {
     /// Zeros: nobody wrote here.
@@ -27,7 +27,7 @@ pub enum Cell {
     Torn,
     Whole {
         mark: Mark,
-        /// Where it was meant to be, in bytes from the beginning of the buffer.
+        /// The intended offset in the buffer, in bytes.
         place: u64,
     },
 }

@@ -17,7 +17,7 @@ const LISTED: usize = 10;
 #[derive(Debug, Serialize)]
 pub struct Summary {
     pub backing: String,
-    /// What stood in for something that the machine lacks.
+    /// Substitutes for things that the machine lacks.
     pub missing: Vec<String>,
     pub importers: Vec<String>,
     pub processes: usize,

@@ -27,7 +27,7 @@ use crate::Failure;
 /// The longest message in either direction.
 pub const MAX_MESSAGE: usize = 64 << 10;
 
-/// What a worker is told. The descriptor of its board comes with it.
+/// A message to a worker, sent with the descriptor of its board.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Orders {
     pub writer: u32,

@@ -45,7 +45,7 @@ pub struct Arguments {
     json: bool,
 }
 
-/// What was measured, with the fields of `--json`.
+/// The measurements, with the fields of `--json`.
 #[derive(Serialize)]
 struct Report {
     here: Receipt,

@@ -1,4 +1,4 @@
-//! What a transfer is told as: a table of its hops for people, an object for programs.
+//! Reports of a transfer: a table of its hops for people, a JSON object for programs.
 
 use std::time::Instant;
 
@@ -10,7 +10,7 @@ use super::wire::{self, Account, FileAccount, Receipt};
 use crate::size;
 use crate::table::{Notes, Table, first_that_fits, paragraph};
 
-/// What was done, with the fields of `--json`.
+/// The report of a transfer, with the fields of `--json`.
 #[derive(Serialize)]
 pub struct Summary {
     bytes: u64,
@@ -34,7 +34,7 @@ pub struct Summary {
     file_there: Option<FileAccount>,
 }
 
-/// What is counted while bytes move.
+/// Counters of a transfer.
 pub struct Tally {
     bytes: u64,
     verified: bool,

@@ -1,5 +1,5 @@
-//! What the two ends of `peerbuf rdma` tell each other over TCP: JSON, with the length in front
-//! (32 bits, big-endian). Nothing of it is believed before it was checked.
+//! The protocol of `peerbuf rdma` over TCP: JSON messages, each after its length (32 bits, big-endian).
+//! Every field is checked before use.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::TcpStream;
@@ -25,7 +25,7 @@ pub struct Receipt {
     pub buffer: String,
     /// How the card was given the buffer.
     pub registration: String,
-    /// What each better way failed with.
+    /// The error of each better way.
     pub attempts: Vec<String>,
     /// The path between the buffer and the card.
     pub path: String,
@@ -91,7 +91,7 @@ impl Hello {
     }
 }
 
-/// What a client asks for, after the first messages.
+/// A client's request, after the first messages.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub enum Request {
@@ -106,7 +106,7 @@ pub enum Request {
     End,
 }
 
-/// What it is answered.
+/// The answer to a request.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub enum Response {
@@ -147,7 +147,7 @@ impl Shown {
     }
 }
 
-/// What the serving end has seen and done.
+/// The server's report: a checksum of the buffer, and counters.
 #[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Account {

@@ -87,7 +87,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// One line on what was read and what it lacks.
+/// One line about the source and the facts that it lacks.
 pub fn about(rules: &Rules<'_>) -> String {
     let machine = rules.machine();
     let kernel = match rules.kernel() {

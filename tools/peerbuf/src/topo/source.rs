@@ -1,4 +1,4 @@
-//! Whose machine is looked at, this one or a snapshot's, and which of its devices are meant.
+//! The source of the topology (this machine or a snapshot) and the selection of its devices.
 
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -83,7 +83,7 @@ impl Source {
     }
 }
 
-/// What a user named is not there: wrong usage.
+/// The named device or file does not exist: wrong usage.
 #[derive(Debug)]
 pub struct NotFound(pub String);
 
