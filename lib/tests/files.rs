@@ -1,8 +1,7 @@
 //! Files and descriptors that others opened: what is asked for is done, and nothing of theirs is changed.
 //!
 //! Some tests need a feature that a machine may lack: a mount namespace, an overlay, direct I/O. They
-//! say so by name
-//! on standard error, which the test harness does not capture.
+//! say so by name on standard error, which the test harness does not capture.
 
 use std::fs::{File, OpenOptions, Permissions};
 use std::io::{Seek, SeekFrom, Write};
