@@ -11,6 +11,7 @@ mod info;
 mod load;
 mod ls;
 mod matrix;
+mod pages;
 mod places;
 mod progress;
 mod proofs;
@@ -24,14 +25,14 @@ mod why;
 
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
 /// Share one buffer between devices through dma-buf, and see how its bytes travel.
 ///
 /// Start with `peerbuf doctor`, which says what works on this machine, what does not and why, and then
 /// `peerbuf demo`, which moves a file's bytes through each kind of buffer and checks them.
 #[derive(Parser)]
-#[command(name = "peerbuf", version, after_help = AFTER_HELP)]
+#[command(name = "peerbuf", version, long_version = pages::version(), after_help = AFTER_HELP)]
 struct Arguments {
     #[command(subcommand)]
     command: Command,
@@ -53,6 +54,8 @@ and at most 100 columns. Text that does not fit into a table follows it, numbere
 enum Command {
     /// Measure the library's cost beside that of the bare operations
     Bench(bench::Arguments),
+    /// Print what completes the command's arguments in a shell
+    Completions(pages::Completions),
     /// Copy bytes from one place to another, file, device memory or stream, by the best path there is
     Copy(copy::Arguments),
     /// Move buffers repeatedly while other processes use them, and check every byte
@@ -79,6 +82,9 @@ enum Command {
     Topo(topo::Arguments),
     /// Say why two devices can or cannot use each other's memory, and what would change it
     Why(why::Arguments),
+    /// Write the manual pages, for packages
+    #[command(hide = true)]
+    Manual(pages::Manual),
     /// The second process of the demo, started by the first
     #[command(hide = true)]
     DemoWorker,
@@ -90,6 +96,7 @@ enum Command {
 fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::Bench(arguments) => bench::run(&arguments),
+        Command::Completions(arguments) => pages::completions(&arguments, &Arguments::command()),
         Command::Copy(arguments) => copy::run(&arguments),
         Command::Cycle(arguments) => cycle::run(&arguments),
         Command::CycleWorker => cycle::worker::run(),
@@ -99,6 +106,7 @@ fn main() -> ExitCode {
         Command::Info(arguments) => info::run(&arguments),
         Command::Load(arguments) => load::run(&arguments),
         Command::Ls(arguments) => ls::run(&arguments),
+        Command::Manual(arguments) => pages::manual(&arguments, Arguments::command()),
         Command::Matrix(arguments) => matrix::run(&arguments),
         Command::Prove(arguments) => prove::run(&arguments),
         Command::Rdma(arguments) => rdma::run(&arguments),

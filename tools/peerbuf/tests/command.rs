@@ -814,3 +814,77 @@ fn pictures_that_are_rendered_have_marks_in_each_line_and_colours_in_the_matrix(
     }
     println!("{} pictures", files.len());
 }
+
+#[test]
+fn bash_completes_each_command_that_help_names_and_no_other() {
+    let help = peerbuf(&["--help"]);
+    let help = String::from_utf8(help.stdout).unwrap();
+    let listed = help.split("Commands:\n").nth(1).unwrap();
+    let listed = listed.split("\n\n").next().unwrap();
+    let mut commands: Vec<&str> = listed
+        .lines()
+        .map(|line| line.split_whitespace().next().unwrap())
+        .collect();
+    commands.sort_unstable();
+    assert!(commands.contains(&"doctor"), "{help}");
+    let script = peerbuf(&["completions", "bash"]);
+    assert!(script.status.success(), "{script:?}");
+    let script = String::from_utf8(script.stdout).unwrap();
+    // As the shell calls what `complete -F` was given, with the cursor behind "peerbuf ".
+    let ask = "\nCOMP_WORDS=(peerbuf '') COMP_CWORD=1; _peerbuf peerbuf '' peerbuf; printf '%s\\n' \"${COMPREPLY[@]}\"";
+    let answer = Command::new("bash").args(["-c", &(script + ask)]).output();
+    let answer = match answer {
+        Ok(answer) => String::from_utf8(answer.stdout).unwrap(),
+        Err(error) => {
+            eprintln!(
+                "bash_completes_each_command_that_help_names_and_no_other: not run: bash: {error}"
+            );
+            return;
+        }
+    };
+    let mut offered: Vec<&str> = answer
+        .lines()
+        .filter(|word| !word.starts_with('-'))
+        .collect();
+    offered.sort_unstable();
+    assert_eq!(offered, commands);
+    for shell in ["zsh", "fish"] {
+        let script = String::from_utf8(peerbuf(&["completions", shell]).stdout).unwrap();
+        for command in &commands {
+            assert!(script.contains(command), "{shell}: {command}");
+        }
+    }
+}
+
+#[test]
+fn there_is_a_manual_page_for_each_command() {
+    let pages = std::path::Path::new(directory()).join("pages");
+    std::fs::create_dir_all(&pages).unwrap();
+    let output = peerbuf(&["manual", pages.to_str().unwrap()]);
+    assert!(output.status.success(), "{output:?}");
+    for page in ["peerbuf", "peerbuf-doctor", "peerbuf-rdma-serve"] {
+        let text = std::fs::read_to_string(pages.join(format!("{page}.1"))).unwrap();
+        assert!(text.contains(".SH SYNOPSIS"), "{text}");
+    }
+    assert!(!pages.join("peerbuf-demo-worker.1").exists());
+    let output = peerbuf(&["manual", "/no/such/directory"]);
+    assert_eq!(output.status.code(), Some(1));
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.contains("/no/such/directory"), "{said}");
+}
+
+#[test]
+fn the_version_names_library_interface_kernel_and_module() {
+    let text = String::from_utf8(peerbuf(&["--version"]).stdout).unwrap();
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+    let lines: Vec<&str> = text.lines().collect();
+    let version = env!("CARGO_PKG_VERSION");
+    assert_eq!(lines[0], format!("peerbuf {version}"));
+    assert_eq!(lines[1], format!("library: {version}"));
+    assert!(lines[2].starts_with("interface of peerbuf.ko: "));
+    assert_eq!(lines[3], format!("kernel: {}", release.trim()));
+    let loaded = std::path::Path::new("/sys/module/peerbuf").exists();
+    assert_eq!(lines[4] == "peerbuf.ko: not loaded", !loaded, "{text}");
+    let short = String::from_utf8(peerbuf(&["-V"]).stdout).unwrap();
+    assert_eq!(short, format!("peerbuf {version}\n"));
+}
