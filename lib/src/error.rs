@@ -64,6 +64,51 @@ impl Unavailable {
 
 into_io_error!(Unavailable, |_| ErrorKind::Other);
 
+/// A call of Vulkan's that failed: which one, on what, and how.
+#[cfg(feature = "vulkan")]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{call} on {object}: {result:?}{hint}")]
+#[non_exhaustive]
+pub struct VulkanError {
+    /// The call, such as `vkAllocateMemory`.
+    pub call: &'static str,
+    /// What it was called for: a buffer's or a device's name.
+    pub object: String,
+    /// What the driver answered.
+    pub result: ash::vk::Result,
+    /// What is known about why; empty, or it begins with a colon.
+    pub hint: String,
+}
+
+#[cfg(feature = "vulkan")]
+impl VulkanError {
+    pub(crate) fn new(
+        call: &'static str,
+        object: impl Into<String>,
+        result: ash::vk::Result,
+    ) -> VulkanError {
+        VulkanError {
+            call,
+            object: object.into(),
+            result,
+            hint: String::new(),
+        }
+    }
+
+    pub(crate) fn with_hint(mut self, hint: impl Into<String>) -> VulkanError {
+        self.hint = hint.into();
+        self
+    }
+
+    /// Vulkan's answers are no error numbers.
+    pub fn errno(&self) -> Option<Errno> {
+        None
+    }
+}
+
+#[cfg(feature = "vulkan")]
+into_io_error!(VulkanError, |_| ErrorKind::Other);
+
 /// Why a buffer could not be exported.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -127,6 +172,10 @@ pub enum ExportError {
     /// The exported buffer could not be used.
     #[error(transparent)]
     Buffer(#[from] BufferError),
+    /// A call of Vulkan's failed.
+    #[cfg(feature = "vulkan")]
+    #[error(transparent)]
+    Vulkan(#[from] VulkanError),
 }
 
 impl ExportError {
@@ -140,6 +189,8 @@ impl ExportError {
             | ExportError::Version { .. }
             | ExportError::Runtime { .. }
             | ExportError::NotGpuMemory { .. } => None,
+            #[cfg(feature = "vulkan")]
+            ExportError::Vulkan(error) => error.errno(),
         }
     }
 }
@@ -354,6 +405,10 @@ pub enum ImportError {
     /// The kernel could not be asked, or said no.
     #[error(transparent)]
     Probe(#[from] ProbeError),
+    /// A call of Vulkan's failed.
+    #[cfg(feature = "vulkan")]
+    #[error(transparent)]
+    Vulkan(#[from] VulkanError),
     /// The importer cannot use the buffer.
     #[error("{importer} cannot use {buffer}: {evidence} ({code})")]
     Impossible {
@@ -378,6 +433,8 @@ impl ImportError {
             ImportError::Transfer(error) => error.errno(),
             ImportError::Probe(error) => error.errno(),
             ImportError::Impossible { .. } => None,
+            #[cfg(feature = "vulkan")]
+            ImportError::Vulkan(error) => error.errno(),
         }
     }
 }

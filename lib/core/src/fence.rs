@@ -15,7 +15,7 @@ use crate::dmabuf::DmaBuf;
 use crate::errno::Errno;
 use crate::error::{BufferError, SystemError};
 use crate::sys;
-use crate::sys::dmabuf::{SYNC_READ, SYNC_WRITE};
+use crate::sys::dmabuf::{SYNC_END, SYNC_READ, SYNC_WRITE};
 
 /// A sync file: a snapshot of fences, as a file descriptor. Work queued later does not count.
 #[derive(Debug)]
@@ -134,6 +134,19 @@ impl DmaBuf {
             PollFlags::IN
         };
         wait(self.as_fd(), events, limit, "the fences of a dma-buf")
+    }
+
+    /// For the processor's writes by somebody who did not announce them to the exporter: has the exporter send on
+    /// their way what is not there yet. The writes are over. A writer that still is at work is waited for, no
+    /// longer than `limit`.
+    #[doc(hidden)]
+    pub fn settle(&self, limit: Duration) -> Result<(), BufferError> {
+        self.wait(Access::Read, limit)?;
+        let failed = |errno| SystemError::new("ioctl(DMA_BUF_IOCTL_SYNC)", "a dma-buf", errno);
+        // To read, since that waits for no readers; udmabuf and others want a beginning before an end.
+        sys::dmabuf::sync(self.as_fd(), SYNC_READ).map_err(failed)?;
+        let end = SYNC_END | SYNC_READ | SYNC_WRITE;
+        Ok(sys::dmabuf::sync(self.as_fd(), end).map_err(failed)?)
     }
 
     /// Exports the fences that work with `access` must wait for (`DMA_BUF_IOCTL_EXPORT_SYNC_FILE`, since

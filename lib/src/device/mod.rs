@@ -9,3 +9,5 @@ pub mod edu;
 pub mod v4l2;
 #[cfg(feature = "vfio")]
 pub mod vfio;
+#[cfg(feature = "vulkan")]
+pub mod vulkan;

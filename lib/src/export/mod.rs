@@ -9,6 +9,7 @@
 //! | [`drm`] | a GPU's or display driver's, or the system's | a DRM driver, such as `vgem` |
 //! | [`gpu`] | what a GPU program has: a pointer of CUDA, ROCm or Level Zero | the runtime's library |
 //! | [`v4l2`] | pictures of a video device | a capture device, such as `vivid` |
+//! | [`vulkan`] | a GPU's, as Vulkan's drivers allocate it | a Vulkan driver; lavapipe needs no GPU |
 //! | [`heap`] | the system's, or what a platform sets aside | `/dev/dma_heap` |
 //! | [`udmabuf`] | this process's own, and memfds that others gave it | `/dev/udmabuf` |
 //! | [`memfd`] | the system's, without a dma-buf: the stand-in | nothing |
@@ -29,6 +30,8 @@ pub mod udmabuf;
 pub mod v4l2;
 #[cfg(feature = "vfio")]
 pub mod vfio;
+#[cfg(feature = "vulkan")]
+pub mod vulkan;
 
 use crate::error::{ExportError, SystemError};
 

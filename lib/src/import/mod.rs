@@ -7,6 +7,7 @@
 //! | [`cpu`] | the processor | what can be mapped |
 //! | [`file`](mod@file) | an NVMe disk, any file | anything that can be mapped, by the best path |
 //! | [`drm`] | a GPU or display (PRIME) | dma-bufs that its driver can reach |
+//! | [`vulkan`] | a GPU, by Vulkan | dma-bufs that its driver can reach |
 //! | [`v4l2`] | a video device captures into it | whole dma-bufs |
 //! | [`vfio`] | a device that this process drives | what can be mapped and pinned |
 //! | [`iommufd`] | the same, by the newer interface | memfds, and dma-bufs of vfio-pci |
@@ -30,8 +31,10 @@ pub mod probe;
 pub mod v4l2;
 #[cfg(feature = "vfio")]
 pub mod vfio;
+#[cfg(feature = "vulkan")]
+pub mod vulkan;
 
-#[cfg(any(feature = "drm", feature = "v4l2"))]
+#[cfg(any(feature = "drm", feature = "v4l2", feature = "vulkan"))]
 use crate::buffer::DmaBuf;
 use crate::buffer::{Buffer, BufferRange};
 #[cfg(any(feature = "drm", feature = "v4l2"))]
@@ -95,7 +98,7 @@ pub trait Attached: Send {
     fn read(&mut self, into: &mut [u8]) -> Result<Option<Plan>, ImportError>;
 }
 
-#[cfg(any(feature = "drm", feature = "v4l2"))]
+#[cfg(any(feature = "drm", feature = "v4l2", feature = "vulkan"))]
 /// The dma-buf, for an importer that takes nothing else.
 fn dmabuf_of<'b>(buffer: &'b Buffer, importer: &str) -> Result<&'b DmaBuf, ImportError> {
     buffer.dmabuf().ok_or_else(|| {

@@ -23,6 +23,8 @@ pub(crate) mod udmabuf;
 pub(crate) mod v4l2;
 #[cfg(feature = "vfio")]
 pub(crate) mod vfio;
+#[cfg(feature = "vulkan")]
+pub(crate) mod vulkan;
 
 use crate::errno::Errno;
 

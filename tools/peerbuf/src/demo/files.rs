@@ -56,8 +56,8 @@ impl RandomFile {
         })
     }
 
-    /// Compares the mapping with what the file was made of, byte by byte, and changes each.
-    pub fn check_and_change(&self, mapping: &mut Mapping) -> Result<bool, Failure> {
+    /// Compares the mapping with what the file was made of, byte by byte, and changes each if asked to.
+    pub fn check(&self, mapping: &mut Mapping, and_change: bool) -> Result<bool, Failure> {
         let mut right = true;
         let mut bytes = Bytes::new(self.seed, self.length);
         let mut found = vec![0; CHUNK as usize];
@@ -67,8 +67,10 @@ impl RandomFile {
             let found = &mut found[..expected.len()];
             cpu.read_at(offset, found)?;
             right &= found == expected;
-            change(found);
-            cpu.write_at(offset, found)?;
+            if and_change {
+                change(found);
+                cpu.write_at(offset, found)?;
+            }
             offset += found.len() as u64;
         }
         cpu.end()?;
@@ -93,7 +95,7 @@ impl AsFd for RandomFile {
     }
 }
 
-/// The change that the first process makes: no byte stays what it was.
+/// The change that the first process makes, or a shader (`Formula::COMPLEMENT`): no byte stays what it was.
 fn change(bytes: &mut [u8]) {
     for byte in bytes {
         *byte = !*byte;

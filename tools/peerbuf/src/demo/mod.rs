@@ -5,6 +5,7 @@
 //! buffer ends with its last descriptor, so nothing is left however either of them ends.
 
 mod files;
+mod gpu;
 mod protocol;
 mod report;
 pub mod worker;
@@ -24,6 +25,7 @@ use peerbuf::{Access, Buffer, BufferRange};
 use crate::progress::Progress;
 use crate::{Failure, places, say, size, table};
 use files::RandomFile;
+use gpu::Gpu;
 use protocol::{Account, MAX_MESSAGE, Request, Response};
 use report::Transfer;
 
@@ -52,7 +54,8 @@ const AFTER_HELP: &str = "\
 The first process exports a buffer in the BAR of a device and sends it to the second. The second
 reads a file of random bytes into it. The first checks every byte through its own mapping, changes
 each and asks for them to be written to a second file; then both files are read ordinarily and
-their checksums compared. After that the same with a udmabuf.
+their checksums compared. After that the same with a udmabuf. Where there is a Vulkan driver, a compute
+shader on its first device changes the bytes of the first buffer at last, instead of the first process.
 
 What the machine lacks is named on standard error, and plain memory (memfd) stands in for it.
 
@@ -69,9 +72,20 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     let buffers = export_buffers(arguments)?;
     let mut worker = Worker::start()?;
     let mut transfers = Vec::new();
+    let mut rounds = Vec::new();
     for buffer in buffers {
         let range = buffer.range(0, arguments.size)?;
-        for transfer in round_trip(&mut worker, &range, &directory)? {
+        rounds.push((range, None));
+    }
+    match Gpu::open() {
+        Ok(gpu) => {
+            let first = rounds.first().map(|(range, _)| range.clone());
+            rounds.extend(first.map(|range| (range, Some(gpu))));
+        }
+        Err(error) => say::remark(format_args!("without a compute shader: {error}")),
+    }
+    for (range, gpu) in &rounds {
+        for transfer in round_trip(&mut worker, range, gpu.as_ref(), &directory)? {
             if arguments.json {
                 say::answer(serde_json::to_string(&transfer)?)?;
             }
@@ -176,8 +190,9 @@ fn open_devices() -> Result<Vec<module::Device>, ExportError> {
 fn round_trip(
     worker: &mut Worker,
     range: &BufferRange,
+    gpu: Option<&Gpu>,
     directory: &Path,
-) -> Result<[Transfer; 2], Failure> {
+) -> Result<Vec<Transfer>, Failure> {
     let place = places::describe(directory);
     let name = range.buffer().name();
     let (source, sink) = (
@@ -202,8 +217,10 @@ fn round_trip(
 
     let progress = Progress::start(format!("checking and changing {name}"));
     let mut mapping = range.map(Access::ReadWrite)?;
-    let arrived = file.check_and_change(&mut mapping)?;
+    let arrived = file.check(&mut mapping, gpu.is_none())?;
     let source_is_whole = file.is_unchanged()?;
+    drop(mapping);
+    let computed = gpu.map(|gpu| gpu.change(range)).transpose()?;
     drop(progress);
 
     let progress = Progress::start(format!("{name} -> {sink}"));
@@ -215,10 +232,13 @@ fn round_trip(
     let full = |account: &Account| account.bytes == range.len();
     let read_is_right = full(&read) && arrived && source_is_whole;
     let write_is_right = full(&written) && sink_is_right;
-    Ok([
-        Transfer::new(name, &source, name, read, read_is_right),
-        Transfer::new(name, name, &sink, written, write_is_right),
-    ])
+    let mut transfers = vec![Transfer::new(name, &source, name, read, read_is_right)];
+    if let (Some(gpu), Some(account)) = (gpu, computed) {
+        // What it computed is what the second file has.
+        transfers.push(Transfer::new(name, name, &gpu.name, account, sink_is_right));
+    }
+    transfers.push(Transfer::new(name, name, &sink, written, write_is_right));
+    Ok(transfers)
 }
 
 /// The second process, and the socket to it. It is killed when this is dropped.

@@ -6,8 +6,10 @@ use peerbuf::device::drm::Card;
 use peerbuf::device::edu;
 use peerbuf::device::v4l2::VideoDevice;
 use peerbuf::device::vfio::VfioDevice;
+use peerbuf::device::vulkan::Device;
 use peerbuf::error::{ExportError, Unavailable};
-use peerbuf::export::{drm, heap, memfd, peerbuf as module, provider, udmabuf, v4l2, vfio};
+use peerbuf::export::{drm, heap, memfd, peerbuf as module, provider, udmabuf, v4l2, vfio, vulkan};
+use peerbuf::import::vulkan::VulkanImporter;
 use peerbuf::plan::topology::Sysfs;
 use peerbuf::{Access, Buffer};
 
@@ -38,13 +40,14 @@ type Found = Result<Vec<Exporter>, Unavailable>;
 
 /// All that there are, for buffers of `size` bytes.
 pub fn all(size: u64, missing: &mut Vec<Missing>) -> Vec<Exporter> {
-    let kinds: [fn(u64) -> Found; 8] = [
+    let kinds: [fn(u64) -> Found; 9] = [
         bars,
         providers,
         vfio_bars,
         udmabufs,
         heaps,
         graphics,
+        gpus,
         video,
         |size| {
             Ok(vec![Exporter::new("memfd", move || {
@@ -210,6 +213,22 @@ fn graphics(size: u64) -> Found {
         }
         rows.push(Exporter::new(name.clone(), move || {
             Ok(drm::export(&card, &name, size)?)
+        }));
+    }
+    Ok(rows)
+}
+
+/// Memory that Vulkan's drivers allocate, of those that export.
+fn gpus(size: u64) -> Found {
+    let mut rows = Vec::new();
+    for device in Device::all()? {
+        let name = VulkanImporter::new(&device).name();
+        if vulkan::export(&device, &name, size).is_err() {
+            continue;
+        }
+        rows.push(Exporter::new(name.clone(), move || {
+            // The dma-buf keeps the bytes.
+            Ok(vulkan::export(&device, &name, size)?.buffer().clone())
         }));
     }
     Ok(rows)

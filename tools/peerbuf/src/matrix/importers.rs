@@ -9,6 +9,7 @@ use peerbuf::buffer::BufferRange;
 use peerbuf::device::drm::{Card, cards};
 use peerbuf::device::edu::{self, CHUNK, Edu};
 use peerbuf::device::v4l2::{self as video, VideoDevice};
+use peerbuf::device::vulkan::Device;
 use peerbuf::error::{BufferError, ImportError, ProbeError, SystemError, Unavailable};
 use peerbuf::export::memfd;
 use peerbuf::import::cpu::Processor;
@@ -17,6 +18,7 @@ use peerbuf::import::file::Scratch;
 use peerbuf::import::iommufd::AddressSpace;
 use peerbuf::import::probe::{self, OnBehalf, Options, Probe};
 use peerbuf::import::vfio::{self, VfioImporter};
+use peerbuf::import::vulkan::VulkanImporter;
 use peerbuf::import::{Attached, Importer, v4l2};
 use peerbuf::plan::topology::Sysfs;
 use peerbuf::plan::{Plan, ReasonCode};
@@ -97,8 +99,9 @@ pub fn all(directory: &Path, missing: &mut Vec<Missing>) -> Vec<Column> {
         Column::new("CPU", Processor),
         Column::new("file", Scratch::new(directory)),
     ];
-    let kinds: [fn() -> Found; 5] = [
+    let kinds: [fn() -> Found; 6] = [
         graphics,
+        vulkan,
         || {
             open_vivid()?;
             Ok(vec![Column {
@@ -186,6 +189,14 @@ fn graphics() -> Found {
         columns.push(Column::new(name, DrmImporter::new(&card)));
     }
     Ok(columns)
+}
+
+fn vulkan() -> Found {
+    let devices = Device::all()?;
+    let importers = devices.iter().map(VulkanImporter::new);
+    Ok(importers
+        .map(|importer| Column::new(importer.name(), importer))
+        .collect())
 }
 
 /// vivid's controls (drivers/media/test-drivers/vivid/vivid-ctrls.c): the test pattern, of which 1

@@ -1,0 +1,471 @@
+//! Memory with a `VkBuffer` over it: exported as a dma-buf, or imported from one.
+
+use std::any::Any;
+use std::fmt;
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::sync::Arc;
+
+use ash::prelude::VkResult;
+use ash::vk;
+use rustix::fs::{Mode, OFlags};
+
+use super::device::Device;
+use crate::buffer::{Buffer, DmaBuf, Kind};
+use crate::error::{BufferError, ExportError, ImportError, SystemError, VulkanError};
+
+const DMA_BUF: vk::ExternalMemoryHandleTypeFlags = vk::ExternalMemoryHandleTypeFlags::DMA_BUF_EXT;
+
+/// A `VkBuffer` whose memory has a dma-buf. Clones are the same; the last one destroys both handles, and is to be
+/// dropped after the work that uses them is done.
+#[derive(Clone)]
+pub struct Memory {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    bound: Bound,
+    buffer: Buffer,
+}
+
+/// The two handles.
+struct Bound {
+    handle: vk::Buffer,
+    memory: vk::DeviceMemory,
+    size: u64,
+    device: Device,
+}
+
+impl Drop for Bound {
+    fn drop(&mut self) {
+        let raw = self.device.raw();
+        // SAFETY: the handle was made here of this device, or is null; `Work` holds what its commands use.
+        unsafe { raw.destroy_buffer(self.handle, None) };
+        // SAFETY: as above, and nothing is bound to the memory any more.
+        unsafe { raw.free_memory(self.memory, None) };
+    }
+}
+
+impl fmt::Debug for Memory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Memory")
+            .field("handle", &self.inner.bound.handle)
+            .field("device", &self.inner.bound.device)
+            .field("buffer", &self.inner.buffer)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Why memory was not imported.
+pub(crate) enum Refused {
+    /// The driver does not take this dma-buf.
+    Driver(String),
+    /// Something else.
+    Failed(ImportError),
+}
+
+impl<E: Into<ImportError>> From<E> for Refused {
+    fn from(error: E) -> Refused {
+        Refused::Failed(error.into())
+    }
+}
+
+impl Memory {
+    /// The `VkBuffer`. It is of the whole dma-buf.
+    pub fn handle(&self) -> vk::Buffer {
+        self.inner.bound.handle
+    }
+
+    /// The memory that is bound to it, at offset 0.
+    pub fn memory(&self) -> vk::DeviceMemory {
+        self.inner.bound.memory
+    }
+
+    /// The size of the `VkBuffer` in bytes.
+    pub fn size(&self) -> u64 {
+        self.inner.bound.size
+    }
+
+    /// The dma-buf.
+    pub fn buffer(&self) -> &Buffer {
+        &self.inner.buffer
+    }
+
+    /// The device.
+    pub fn device(&self) -> &Device {
+        &self.inner.bound.device
+    }
+
+    /// Allocates memory of at least `size` bytes, and exports it.
+    pub(crate) fn export(
+        device: &Device,
+        name: &str,
+        size: u64,
+        usage: vk::BufferUsageFlags,
+    ) -> Result<Memory, ExportError> {
+        let failed = |call, result| VulkanError::new(call, name, result);
+        let external = external(device, usage);
+        let flags = external.external_memory_features;
+        if !flags.contains(vk::ExternalMemoryFeatureFlags::EXPORTABLE) {
+            let hint = format!(
+                ": the driver exports no buffer of this usage as a dma-buf{}",
+                no_udmabuf(device)
+            );
+            let result = vk::Result::ERROR_FEATURE_NOT_PRESENT;
+            let call = "vkGetPhysicalDeviceExternalBufferProperties";
+            return Err(failed(call, result).with_hint(hint).into());
+        }
+        let mut bound = Bound::new(device, name, size, usage, DMA_BUF)?;
+        let (requirements, dedicated) = bound.requirements();
+        let kind = vk::MemoryPropertyFlags::DEVICE_LOCAL;
+        let Some(kind) = device.memory_type(requirements.memory_type_bits, kind) else {
+            let result = vk::Result::ERROR_FEATURE_NOT_PRESENT;
+            return Err(failed("vkGetBufferMemoryRequirements2", result).into());
+        };
+        let mut export = vk::ExportMemoryAllocateInfo::default().handle_types(DMA_BUF);
+        let mut own = vk::MemoryDedicatedAllocateInfo::default().buffer(bound.handle);
+        let mut info = vk::MemoryAllocateInfo::default()
+            .allocation_size(requirements.size)
+            .memory_type_index(kind)
+            .push_next(&mut export);
+        if dedicated || flags.contains(vk::ExternalMemoryFeatureFlags::DEDICATED_ONLY) {
+            info = info.push_next(&mut own);
+        }
+        // SAFETY: the structs are valid, and the driver allows export of this handle type and this memory type.
+        let memory = unsafe { device.raw().allocate_memory(&info, None) };
+        bound.memory = memory
+            .map_err(|result| failed("vkAllocateMemory", result).with_hint(no_udmabuf(device)))?;
+        bound.bind(name)?;
+        // SAFETY: the memory was made of this device, to be exported so.
+        let buffer = unsafe { dmabuf_of(device, bound.memory, name) }?;
+        if buffer.size() < size {
+            let what = "the size of the driver's dma-buf";
+            let must = format!("at least the {size} bytes that were asked for");
+            let value = buffer.size();
+            return Err(ExportError::Unsuitable { what, value, must });
+        }
+        let inner = Arc::new(Inner { bound, buffer });
+        Ok(Memory { inner })
+    }
+
+    /// Brings a dma-buf and a device together.
+    pub(crate) fn import(
+        device: &Device,
+        buffer: &Buffer,
+        dmabuf: &DmaBuf,
+        usage: vk::BufferUsageFlags,
+    ) -> Result<Memory, Refused> {
+        let failed = |call, result| VulkanError::new(call, buffer.name(), result);
+        let flags = external(device, usage).external_memory_features;
+        if !flags.contains(vk::ExternalMemoryFeatureFlags::IMPORTABLE) {
+            let why = "the driver imports no dma-buf for a buffer of this usage \
+                       (vkGetPhysicalDeviceExternalBufferProperties)";
+            return Err(Refused::Driver(why.into()));
+        }
+        let size = dmabuf.size();
+        let mut bound = Bound::new(device, buffer.name(), size, usage, DMA_BUF)?;
+        let (requirements, dedicated) = bound.requirements();
+        if requirements.size > size {
+            let why = format!(
+                "the driver needs {} bytes for a buffer of {size}, and the dma-buf has no more than that",
+                requirements.size
+            );
+            return Err(Refused::Driver(why));
+        }
+        let mut properties = vk::MemoryFdPropertiesKHR::default();
+        let copy = duplicate(dmabuf)?;
+        // SAFETY: the descriptor is a dma-buf, and the device has the extension. It stays ours.
+        let asked = unsafe {
+            let number = std::os::fd::AsRawFd::as_raw_fd(&copy);
+            device
+                .memory_fd()
+                .get_memory_fd_properties(DMA_BUF, number, &mut properties)
+        };
+        asked.map_err(|result| {
+            Refused::Driver(failed("vkGetMemoryFdPropertiesKHR", result).to_string())
+        })?;
+        let bits = requirements.memory_type_bits & properties.memory_type_bits;
+        let Some(kind) = device.memory_type(bits, vk::MemoryPropertyFlags::empty()) else {
+            let why = format!(
+                "none of the memory types that the driver takes this dma-buf as ({:#x}) is one of those for \
+                 a buffer ({:#x})",
+                properties.memory_type_bits, requirements.memory_type_bits
+            );
+            return Err(Refused::Driver(why));
+        };
+        let dedicated = dedicated || flags.contains(vk::ExternalMemoryFeatureFlags::DEDICATED_ONLY);
+        let memory = give(copy, dmabuf, |number| {
+            let mut import = vk::ImportMemoryFdInfoKHR::default()
+                .handle_type(DMA_BUF)
+                .fd(number);
+            let mut own = vk::MemoryDedicatedAllocateInfo::default().buffer(bound.handle);
+            let mut info = vk::MemoryAllocateInfo::default()
+                .allocation_size(size)
+                .memory_type_index(kind)
+                .push_next(&mut import);
+            if dedicated {
+                info = info.push_next(&mut own);
+            }
+            // SAFETY: the structs are valid, and the driver takes the descriptor as this memory type.
+            unsafe { device.raw().allocate_memory(&info, None) }
+        });
+        bound.memory = memory.map_err(|result| {
+            let error = failed("vkAllocateMemory", result);
+            Refused::Driver(format!("{error}: the driver does not take this dma-buf"))
+        })?;
+        bound.bind(buffer.name())?;
+        let inner = Arc::new(Inner {
+            bound,
+            buffer: buffer.clone(),
+        });
+        Ok(Memory { inner })
+    }
+}
+
+impl Device {
+    /// Exports memory that the program allocated, and that stays the program's. `name` is for people.
+    ///
+    /// # Errors
+    /// [`ExportError::Vulkan`], or [`ExportError::Buffer`] for what is no dma-buf.
+    ///
+    /// # Safety
+    /// The memory is of this device, live, and was allocated to be exported as a dma-buf
+    /// (`VkExportMemoryAllocateInfo`).
+    pub unsafe fn export_memory(
+        &self,
+        memory: vk::DeviceMemory,
+        name: &str,
+    ) -> Result<Buffer, ExportError> {
+        // SAFETY: the caller's word.
+        unsafe { dmabuf_of(self, memory, name) }
+    }
+}
+
+/// # Safety
+/// As for [`Device::export_memory`].
+unsafe fn dmabuf_of(
+    device: &Device,
+    memory: vk::DeviceMemory,
+    name: &str,
+) -> Result<Buffer, ExportError> {
+    let info = vk::MemoryGetFdInfoKHR::default()
+        .memory(memory)
+        .handle_type(DMA_BUF);
+    // SAFETY: the caller's word, and the device has the extension.
+    let fd = unsafe { device.memory_fd().get_memory_fd(&info) }
+        .map_err(|result| VulkanError::new("vkGetMemoryFdKHR", name, result))?;
+    // SAFETY: the driver has made this descriptor for us, and nobody else owns it.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    let imported = Buffer::import(fd)?;
+    let mut provenance = imported.provenance().clone();
+    name.clone_into(&mut provenance.name);
+    if provenance.kind == Kind::Other {
+        provenance.device = provenance.device.or(device.pci());
+    }
+    let Some(dmabuf) = imported.dmabuf() else {
+        return Ok(imported);
+    };
+    let dmabuf = dmabuf.try_clone()?;
+    // The driver may have put it anywhere.
+    Ok(Buffer::from_dmabuf(dmabuf, provenance).without_voucher())
+}
+
+/// What the driver says of dma-bufs behind buffers of this usage.
+fn external(device: &Device, usage: vk::BufferUsageFlags) -> vk::ExternalMemoryProperties {
+    let info = vk::PhysicalDeviceExternalBufferInfo::default()
+        .usage(usage)
+        .handle_type(DMA_BUF);
+    let mut answer = vk::ExternalBufferProperties::default();
+    // SAFETY: the physical device is one of the instance's, which has Vulkan 1.1.
+    unsafe {
+        device
+            .instance()
+            .get_physical_device_external_buffer_properties(device.physical(), &info, &mut answer);
+    }
+    answer.external_memory_properties
+}
+
+/// Why lavapipe, which lists the extension all the same, cannot export.
+fn no_udmabuf(device: &Device) -> String {
+    const NODE: &str = "/dev/udmabuf";
+    if !device.is_lavapipe() {
+        return String::new();
+    }
+    match rustix::fs::open(NODE, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()) {
+        Ok(_) => String::new(),
+        Err(errno) => {
+            let cause = SystemError::new("open", NODE, errno);
+            format!(
+                ": lavapipe makes dma-bufs by /dev/udmabuf, and without it only imports them ({cause}); \
+                 `modprobe udmabuf`, and give this user the node"
+            )
+        }
+    }
+}
+
+fn duplicate(dmabuf: &DmaBuf) -> Result<OwnedFd, SystemError> {
+    dmabuf
+        .as_fd()
+        .try_clone_to_owned()
+        .map_err(|error| SystemError::new("fcntl(F_DUPFD_CLOEXEC)", "a dma-buf", &error))
+}
+
+/// Gives the driver a copy of a dma-buf's descriptor, which is the driver's once it has taken it. Where it refuses,
+/// the copy is still ours; but lavapipe 25.0 closes it then, and 26.1 does not. So it is closed here if it still is
+/// that dma-buf.
+fn give<T>(copy: OwnedFd, dmabuf: &DmaBuf, take: impl FnOnce(i32) -> VkResult<T>) -> VkResult<T> {
+    let number = copy.into_raw_fd();
+    take(number).inspect_err(|_| {
+        // SAFETY: the number is asked about only, and may be of nothing.
+        let stat = rustix::fs::fstat(unsafe { BorrowedFd::borrow_raw(number) });
+        if stat.is_ok_and(|stat| stat.st_ino == dmabuf.identity().inode()) {
+            // SAFETY: it still is the copy that the driver was given and did not take.
+            drop(unsafe { OwnedFd::from_raw_fd(number) });
+        }
+    })
+}
+
+impl Bound {
+    /// A buffer without memory.
+    fn new(
+        device: &Device,
+        name: &str,
+        size: u64,
+        usage: vk::BufferUsageFlags,
+        external: vk::ExternalMemoryHandleTypeFlags,
+    ) -> Result<Bound, VulkanError> {
+        let mut types = vk::ExternalMemoryBufferCreateInfo::default().handle_types(external);
+        let mut info = vk::BufferCreateInfo::default()
+            .size(size)
+            .usage(usage)
+            .sharing_mode(vk::SharingMode::EXCLUSIVE);
+        if !external.is_empty() {
+            info = info.push_next(&mut types);
+        }
+        // SAFETY: the structs are valid; a size that is not possible is an error.
+        let handle = unsafe { device.raw().create_buffer(&info, None) }
+            .map_err(|result| VulkanError::new("vkCreateBuffer", name, result))?;
+        Ok(Bound {
+            handle,
+            memory: vk::DeviceMemory::null(),
+            size,
+            device: device.clone(),
+        })
+    }
+
+    /// What memory it needs, and whether that is to be its alone.
+    fn requirements(&self) -> (vk::MemoryRequirements, bool) {
+        let info = vk::BufferMemoryRequirementsInfo2::default().buffer(self.handle);
+        let mut dedicated = vk::MemoryDedicatedRequirements::default();
+        let mut answer = vk::MemoryRequirements2::default().push_next(&mut dedicated);
+        let raw = self.device.raw();
+        // SAFETY: the buffer is of this device, which has Vulkan 1.1.
+        unsafe { raw.get_buffer_memory_requirements2(&info, &mut answer) };
+        let requirements = answer.memory_requirements;
+        let own = dedicated.requires_dedicated_allocation == vk::TRUE
+            || dedicated.prefers_dedicated_allocation == vk::TRUE;
+        (requirements, own)
+    }
+
+    fn bind(&self, name: &str) -> Result<(), VulkanError> {
+        let raw = self.device.raw();
+        // SAFETY: both are of this device and fresh, and the memory is as the buffer requires.
+        unsafe { raw.bind_buffer_memory(self.handle, self.memory, 0) }
+            .map_err(|result| VulkanError::new("vkBindBufferMemory", name, result))
+    }
+}
+
+/// Memory that the processor reads and writes, from which a queue copies and to which it does.
+pub(crate) struct Staging {
+    bound: Arc<Bound>,
+    /// Where it is mapped, all of it, until it is freed.
+    at: *mut u8,
+}
+
+// SAFETY: the pointer is used through `&mut self` only.
+unsafe impl Send for Staging {}
+
+impl fmt::Debug for Staging {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Staging")
+    }
+}
+
+impl Staging {
+    pub(crate) fn new(device: &Device, size: u64) -> Result<Staging, ImportError> {
+        const NAME: &str = "staging memory";
+        let failed = |call, result| VulkanError::new(call, NAME, result);
+        let usage = vk::BufferUsageFlags::TRANSFER_SRC | vk::BufferUsageFlags::TRANSFER_DST;
+        let mut bound = Bound::new(device, NAME, size, usage, Default::default())?;
+        let (requirements, _) = bound.requirements();
+        let wanted = vk::MemoryPropertyFlags::HOST_VISIBLE | vk::MemoryPropertyFlags::HOST_COHERENT;
+        let kind = device
+            .memory_type(requirements.memory_type_bits, wanted)
+            .filter(|&kind| device.memory_flags(kind).contains(wanted));
+        let Some(kind) = kind else {
+            let result = vk::Result::ERROR_FEATURE_NOT_PRESENT;
+            return Err(failed("vkGetBufferMemoryRequirements2", result).into());
+        };
+        let info = vk::MemoryAllocateInfo::default()
+            .allocation_size(requirements.size)
+            .memory_type_index(kind);
+        // SAFETY: the struct is valid.
+        let memory = unsafe { device.raw().allocate_memory(&info, None) };
+        bound.memory = memory.map_err(|result| failed("vkAllocateMemory", result))?;
+        bound.bind(NAME)?;
+        let (whole, flags) = (vk::WHOLE_SIZE, vk::MemoryMapFlags::empty());
+        // SAFETY: the memory is the processor's to see, not mapped yet, and mapped until it is freed.
+        let at = unsafe { device.raw().map_memory(bound.memory, 0, whole, flags) }
+            .map_err(|result| failed("vkMapMemory", result))?;
+        Ok(Staging {
+            bound: Arc::new(bound),
+            at: at.cast(),
+        })
+    }
+
+    pub(crate) fn handle(&self) -> vk::Buffer {
+        self.bound.handle
+    }
+
+    /// What work that uses it must hold.
+    pub(super) fn keep(&self) -> Arc<dyn Any + Send + Sync> {
+        Arc::clone(&self.bound) as _
+    }
+
+    fn fits(&self, length: usize) -> Result<(), ImportError> {
+        let (length, size) = (length as u64, self.bound.size);
+        if length <= size {
+            return Ok(());
+        }
+        let object = "staging memory".into();
+        let offset = 0;
+        Err(BufferError::OutOfRange {
+            object,
+            offset,
+            length,
+            size,
+        }
+        .into())
+    }
+
+    /// Copies bytes in, while no work uses it.
+    pub(crate) fn put(&mut self, bytes: &[u8]) -> Result<(), ImportError> {
+        self.fits(bytes.len())?;
+        // SAFETY: the mapping has at least so many bytes, and nobody else uses them now.
+        unsafe {
+            self.at
+                .copy_from_nonoverlapping(bytes.as_ptr(), bytes.len())
+        };
+        Ok(())
+    }
+
+    /// Copies bytes out, after the work that wrote them.
+    pub(crate) fn get(&mut self, into: &mut [u8]) -> Result<(), ImportError> {
+        self.fits(into.len())?;
+        // SAFETY: the mapping has at least so many bytes, and nobody else uses them now.
+        unsafe {
+            self.at
+                .copy_to_nonoverlapping(into.as_mut_ptr(), into.len())
+        };
+        Ok(())
+    }
+}

@@ -1,0 +1,440 @@
+//! Work on a queue: its commands, the fences that it waits for, and those that tell of its end.
+
+use std::any::Any;
+use std::fmt;
+use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use ash::vk;
+use peerbuf_core::SyncFile;
+
+use super::device::{Device, Fences};
+use super::memory::{Memory, Staging};
+use crate::buffer::{Access, DmaBuf};
+use crate::error::{BufferError, ImportError, VulkanError};
+
+const SYNC_FD: vk::ExternalSemaphoreHandleTypeFlags = vk::ExternalSemaphoreHandleTypeFlags::SYNC_FD;
+
+/// What commands do with one memory.
+#[derive(Debug, Clone, Copy)]
+pub struct Use<'m> {
+    /// The memory.
+    pub memory: &'m Memory,
+    /// Whether its bytes are read, written, or both.
+    pub access: Access,
+}
+
+/// Work that a queue was given. Dropping it waits until the queue is done.
+///
+/// Others that use the dma-bufs wait for it by themselves where fences go as sync files: disks and other drivers'
+/// devices, and the processor when it begins access.
+#[must_use = "dropping it waits for the queue"]
+pub struct Work {
+    done: bool,
+    fences: Fences,
+    fence: vk::Fence,
+    semaphores: Vec<vk::Semaphore>,
+    pool: vk::CommandPool,
+    descriptors: vk::DescriptorPool,
+    device: Device,
+    /// Last: they are destroyed after the commands.
+    memories: Vec<(Memory, Access)>,
+    /// What the commands use beside them.
+    held: Vec<Arc<dyn Any + Send + Sync>>,
+}
+
+impl fmt::Debug for Work {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Work")
+            .field("done", &self.done)
+            .field("fences", &self.fences)
+            .field("device", &self.device)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Drop for Work {
+    fn drop(&mut self) {
+        let raw = self.device.raw();
+        if !self.done && self.fence != vk::Fence::null() {
+            // A lost device is done, too.
+            // SAFETY: the fence is of this device, and given to the queue.
+            let _ = unsafe { raw.wait_for_fences(&[self.fence], true, u64::MAX) };
+        }
+        // SAFETY: made here of this device, or null; the queue is done with it.
+        unsafe { raw.destroy_fence(self.fence, None) };
+        for &semaphore in &self.semaphores {
+            // SAFETY: as above.
+            unsafe { raw.destroy_semaphore(semaphore, None) };
+        }
+        // SAFETY: as above.
+        unsafe { raw.destroy_command_pool(self.pool, None) };
+        // SAFETY: as above.
+        unsafe { raw.destroy_descriptor_pool(self.descriptors, None) };
+    }
+}
+
+impl Device {
+    /// Has the queue do what `record` records, after those who use the dma-bufs now, and before those who will.
+    ///
+    /// The commands come after the fences that the dma-bufs have (for [`Access::Read`] those of writers, otherwise
+    /// all), and the dma-bufs get the work's own fence; [`Device::fences`] tells how. Before the first command
+    /// each memory is acquired from others that use it, and released to them after the last, with all earlier
+    /// writes seen. The commands and what they use otherwise are the caller's.
+    ///
+    /// `limit` is for waiting by the processor: where fences do not go as sync files, and with lavapipe, whose
+    /// calls return only after the fences that the work waits for. [`Duration::MAX`] is no limit.
+    ///
+    /// ```no_run
+    /// # use std::time::Duration;
+    /// # use peerbuf::Access;
+    /// # use peerbuf::device::vulkan::{Memory, Use};
+    /// # fn fill(memory: &Memory) -> Result<(), peerbuf::error::ImportError> {
+    /// let limit = Duration::from_secs(1);
+    /// let uses = [Use { memory, access: Access::Write }];
+    /// let work = memory.device().submit(&uses, limit, |raw, commands| {
+    ///     // SAFETY: the buffer is of the device, may be transferred to, and has so many bytes.
+    ///     unsafe { raw.cmd_fill_buffer(commands, memory.handle(), 0, memory.size(), 7) };
+    /// })?;
+    /// work.wait(limit)
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// [`BufferError::TimedOut`] where the processor waited, [`ImportError::Vulkan`] for a call of Vulkan's, and
+    /// [`ImportError::Buffer`] for the fences of a dma-buf. No work is under way then.
+    pub fn submit(
+        &self,
+        uses: &[Use<'_>],
+        limit: Duration,
+        record: impl FnOnce(&ash::Device, vk::CommandBuffer),
+    ) -> Result<Work, ImportError> {
+        let work = self.begin(uses)?;
+        self.finish(work, limit, record)
+    }
+
+    /// Work without commands yet.
+    pub(super) fn begin(&self, uses: &[Use<'_>]) -> Result<Work, ImportError> {
+        let mut work = Work {
+            done: true,
+            fences: self.fences(),
+            fence: vk::Fence::null(),
+            semaphores: Vec::new(),
+            pool: vk::CommandPool::null(),
+            descriptors: vk::DescriptorPool::null(),
+            device: self.clone(),
+            memories: Vec::new(),
+            held: Vec::new(),
+        };
+        for used in uses {
+            let memory = used.memory.clone();
+            // A dma-buf has one set of fences, and a buffer one owner.
+            let known = work
+                .memories
+                .iter_mut()
+                .find(|(known, _)| known.handle() == memory.handle());
+            match known {
+                Some((_, access)) if *access != used.access => *access = Access::ReadWrite,
+                Some(_) => {}
+                None => work.memories.push((memory, used.access)),
+            }
+        }
+        Ok(work)
+    }
+
+    /// Copies between a memory and staging memory.
+    pub(crate) fn copy(
+        &self,
+        memory: &Memory,
+        access: Access,
+        staging: &Staging,
+        (offset, length): (u64, u64),
+        limit: Duration,
+    ) -> Result<(), ImportError> {
+        let mut work = self.begin(&[Use { memory, access }])?;
+        work.hold(staging.keep());
+        let (ours, theirs) = (staging.handle(), memory.handle());
+        let region = vk::BufferCopy::default().size(length);
+        let work = self.finish(work, limit, |raw, commands| match access {
+            Access::Read => {
+                let region = region.src_offset(offset);
+                // SAFETY: both buffers are of this device, made for it, and have so many bytes there.
+                unsafe { raw.cmd_copy_buffer(commands, theirs, ours, &[region]) };
+            }
+            Access::Write | Access::ReadWrite => {
+                let region = region.dst_offset(offset);
+                // SAFETY: as above.
+                unsafe { raw.cmd_copy_buffer(commands, ours, theirs, &[region]) };
+            }
+        })?;
+        work.wait(limit)
+    }
+
+    /// Records and submits.
+    pub(super) fn finish(
+        &self,
+        mut work: Work,
+        limit: Duration,
+        record: impl FnOnce(&ash::Device, vk::CommandBuffer),
+    ) -> Result<Work, ImportError> {
+        let begun = Instant::now();
+        let raw = self.raw();
+        let failed = |call| move |result| VulkanError::new(call, self.name(), result);
+
+        let info = vk::CommandPoolCreateInfo::default()
+            .queue_family_index(self.queue_family())
+            .flags(vk::CommandPoolCreateFlags::TRANSIENT);
+        // SAFETY: the family is one of the device's.
+        work.pool = unsafe { raw.create_command_pool(&info, None) }
+            .map_err(failed("vkCreateCommandPool"))?;
+        let info = vk::CommandBufferAllocateInfo::default()
+            .command_pool(work.pool)
+            .level(vk::CommandBufferLevel::PRIMARY)
+            .command_buffer_count(1);
+        // SAFETY: the pool was just made, and nobody else has it.
+        let commands = unsafe { raw.allocate_command_buffers(&info) }
+            .map_err(failed("vkAllocateCommandBuffers"))?;
+        let info = vk::CommandBufferBeginInfo::default()
+            .flags(vk::CommandBufferUsageFlags::ONE_TIME_SUBMIT);
+        // SAFETY: the commands are fresh.
+        unsafe { raw.begin_command_buffer(commands[0], &info) }
+            .map_err(failed("vkBeginCommandBuffer"))?;
+        self.barrier(&work, commands[0], true);
+        record(raw, commands[0]);
+        self.barrier(&work, commands[0], false);
+        // SAFETY: they are being recorded.
+        unsafe { raw.end_command_buffer(commands[0]) }.map_err(failed("vkEndCommandBuffer"))?;
+
+        let waited = self.wait_for_others(&mut work, limit)?;
+        let ends = self.semaphore_for_end(&mut work)?;
+        // SAFETY: nothing is asked for.
+        work.fence = unsafe { raw.create_fence(&Default::default(), None) }
+            .map_err(failed("vkCreateFence"))?;
+        let stages = vec![vk::PipelineStageFlags::ALL_COMMANDS; waited.len()];
+        let submit = vk::SubmitInfo::default()
+            .wait_semaphores(&waited)
+            .wait_dst_stage_mask(&stages)
+            .command_buffers(&commands)
+            .signal_semaphores(&ends);
+        // SAFETY: the handles are of this device and live until the work is done (`Work` holds them); nobody else
+        // uses the queue now, by the lock and by the word of who gave it.
+        unsafe { raw.queue_submit(*self.queue(), &[submit], work.fence) }
+            .map_err(failed("vkQueueSubmit"))?;
+        work.done = false;
+        // From here on the work is under way, and an error waits for its end.
+        match ends.first() {
+            Some(&end) => self.publish(&work, end)?,
+            None => work.wait_here(limit.saturating_sub(begun.elapsed()))?,
+        }
+        Ok(work)
+    }
+
+    /// Takes the memories over from others that use them, or hands them over.
+    fn barrier(&self, work: &Work, commands: vk::CommandBuffer, acquire: bool) {
+        let (ours, others) = (self.queue_family(), self.foreign_family());
+        let all = vk::AccessFlags::MEMORY_READ | vk::AccessFlags::MEMORY_WRITE;
+        let barriers: Vec<_> = work
+            .memories
+            .iter()
+            .map(|(memory, _)| {
+                let barrier = vk::BufferMemoryBarrier::default()
+                    .buffer(memory.handle())
+                    .size(vk::WHOLE_SIZE);
+                match acquire {
+                    true => barrier
+                        .src_queue_family_index(others)
+                        .dst_queue_family_index(ours)
+                        .dst_access_mask(all),
+                    false => barrier
+                        .src_queue_family_index(ours)
+                        .dst_queue_family_index(others)
+                        .src_access_mask(all),
+                }
+            })
+            .collect();
+        let (top, bottom) = (
+            vk::PipelineStageFlags::TOP_OF_PIPE,
+            vk::PipelineStageFlags::BOTTOM_OF_PIPE,
+        );
+        let every = vk::PipelineStageFlags::ALL_COMMANDS;
+        let (from, to) = if acquire {
+            (top, every)
+        } else {
+            (every, bottom)
+        };
+        let none = vk::DependencyFlags::empty();
+        // SAFETY: the commands are being recorded, and the buffers are of this device.
+        unsafe {
+            self.raw()
+                .cmd_pipeline_barrier(commands, from, to, none, &[], &barriers, &[]);
+        }
+    }
+
+    /// Semaphores that are signalled when those who use the dma-bufs now are done; none where the processor has
+    /// waited for that.
+    fn wait_for_others(
+        &self,
+        work: &mut Work,
+        limit: Duration,
+    ) -> Result<Vec<vk::Semaphore>, ImportError> {
+        let begun = Instant::now();
+        let mut waited = Vec::new();
+        let semaphore_fd = self.semaphore_fd();
+        for (memory, access) in &work.memories {
+            let Some(dmabuf) = memory.buffer().dmabuf() else {
+                continue;
+            };
+            let Ok(semaphore_fd) = semaphore_fd else {
+                let left = limit.saturating_sub(begun.elapsed());
+                dmabuf.wait(*access, left)?;
+                continue;
+            };
+            // lavapipe's vkGetSemaphoreFdKHR returns after these fences, however late they are.
+            if self.is_lavapipe() && limit != Duration::MAX {
+                dmabuf.wait(*access, limit.saturating_sub(begun.elapsed()))?;
+            }
+            let failed =
+                |call| move |result| VulkanError::new(call, memory.buffer().name(), result);
+            let fences: OwnedFd = dmabuf.export_sync_file(*access)?.into();
+            let info = vk::SemaphoreCreateInfo::default();
+            // SAFETY: the struct is valid.
+            let semaphore = unsafe { self.raw().create_semaphore(&info, None) }
+                .map_err(failed("vkCreateSemaphore"))?;
+            work.semaphores.push(semaphore);
+            let number = fences.into_raw_fd();
+            let info = vk::ImportSemaphoreFdInfoKHR::default()
+                .semaphore(semaphore)
+                .flags(vk::SemaphoreImportFlags::TEMPORARY)
+                .handle_type(SYNC_FD)
+                .fd(number);
+            // SAFETY: the semaphore is fresh, and the descriptor a sync file, which is the driver's on success.
+            unsafe { semaphore_fd.import_semaphore_fd(&info) }.map_err(|result| {
+                // SAFETY: the driver did not take it, so it is still ours.
+                drop(unsafe { OwnedFd::from_raw_fd(number) });
+                failed("vkImportSemaphoreFdKHR")(result)
+            })?;
+            waited.push(semaphore);
+        }
+        Ok(waited)
+    }
+
+    /// The semaphore that tells of the work's end; none where the processor waits for it.
+    fn semaphore_for_end(&self, work: &mut Work) -> Result<Vec<vk::Semaphore>, VulkanError> {
+        if self.semaphore_fd().is_err() || work.memories.is_empty() {
+            return Ok(Vec::new());
+        }
+        let mut export = vk::ExportSemaphoreCreateInfo::default().handle_types(SYNC_FD);
+        let info = vk::SemaphoreCreateInfo::default().push_next(&mut export);
+        // SAFETY: the structs are valid, and the driver exports this handle type.
+        let semaphore = unsafe { self.raw().create_semaphore(&info, None) }
+            .map_err(|result| VulkanError::new("vkCreateSemaphore", self.name(), result))?;
+        work.semaphores.push(semaphore);
+        Ok(vec![semaphore])
+    }
+
+    /// Puts the work's fence into the dma-bufs.
+    fn publish(&self, work: &Work, end: vk::Semaphore) -> Result<(), ImportError> {
+        let Ok(semaphore_fd) = self.semaphore_fd() else {
+            return Ok(());
+        };
+        let info = vk::SemaphoreGetFdInfoKHR::default()
+            .semaphore(end)
+            .handle_type(SYNC_FD);
+        // SAFETY: the semaphore was made to be exported so, and its signal is submitted.
+        let number = unsafe { semaphore_fd.get_semaphore_fd(&info) }
+            .map_err(|result| VulkanError::new("vkGetSemaphoreFdKHR", self.name(), result))?;
+        // The work is done already.
+        if number == -1 {
+            return Ok(());
+        }
+        // SAFETY: the driver has made this descriptor for us, and nobody else owns it.
+        let fences = SyncFile::from_fd(unsafe { OwnedFd::from_raw_fd(number) })?;
+        for (memory, access) in &work.memories {
+            if let Some(dmabuf) = memory.buffer().dmabuf() {
+                dmabuf.import_sync_file(&fences, *access)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Work {
+    /// How it and the dma-bufs' fences waited for each other.
+    pub fn fences(&self) -> &Fences {
+        &self.fences
+    }
+
+    pub(super) fn hold(&mut self, what: Arc<dyn Any + Send + Sync>) {
+        self.held.push(what);
+    }
+
+    pub(super) fn set_descriptors(&mut self, pool: vk::DescriptorPool) {
+        self.descriptors = pool;
+    }
+
+    /// Waits until the queue is done, but no longer than `limit`; then the bytes are where others find them. The
+    /// work goes on where it is not, and dropping it waits without a limit.
+    ///
+    /// # Errors
+    /// [`BufferError::TimedOut`], or [`ImportError::Vulkan`], with `ERROR_DEVICE_LOST` where the work failed.
+    pub fn wait(mut self, limit: Duration) -> Result<(), ImportError> {
+        self.wait_here(limit)
+    }
+
+    /// Whether the queue is done.
+    ///
+    /// # Errors
+    /// [`ImportError::Vulkan`].
+    pub fn is_done(&self) -> Result<bool, ImportError> {
+        if self.done {
+            return Ok(true);
+        }
+        // SAFETY: the fence is of this device, and given to the queue.
+        let status = unsafe { self.device.raw().get_fence_status(self.fence) };
+        status.map_err(|result| {
+            VulkanError::new("vkGetFenceStatus", self.device.name(), result).into()
+        })
+    }
+
+    fn wait_here(&mut self, limit: Duration) -> Result<(), ImportError> {
+        if self.done {
+            return Ok(());
+        }
+        let begun = Instant::now();
+        let time = u64::try_from(limit.as_nanos()).unwrap_or(u64::MAX);
+        // SAFETY: the fence is of this device, and given to the queue.
+        let waited = unsafe { self.device.raw().wait_for_fences(&[self.fence], true, time) };
+        match waited {
+            Ok(()) => {}
+            Err(vk::Result::TIMEOUT) => {
+                let object = format!("the queue of {}", self.device.name());
+                return Err(BufferError::TimedOut { object, limit }.into());
+            }
+            Err(result) => {
+                let name = self.device.name();
+                return Err(VulkanError::new("vkWaitForFences", name, result).into());
+            }
+        }
+        self.done = true;
+        self.settle(limit.saturating_sub(begun.elapsed()))
+    }
+
+    /// A driver that has the processor do the work does not tell the exporter so (lavapipe makes no
+    /// `DMA_BUF_IOCTL_SYNC`), and what the processor wrote to a BAR may still be on its way.
+    fn settle(&self, limit: Duration) -> Result<(), ImportError> {
+        if !self.device.is_software() {
+            return Ok(());
+        }
+        for (memory, access) in &self.memories {
+            let buffer = memory.buffer();
+            if !access.writes() || buffer.provenance().kind.is_host_memory() {
+                continue;
+            }
+            buffer
+                .dmabuf()
+                .map_or(Ok(()), |dmabuf: &DmaBuf| dmabuf.settle(limit))?;
+        }
+        Ok(())
+    }
+}
