@@ -26,6 +26,9 @@ use crate::{
     session::{self, Done, Session},
 };
 
+/// Holds a Vulkan driver that needs no GPU, so that each demo ends with a compute shader.
+const VULKAN: &str = "mesa-vulkan-drivers";
+
 /// The transfers between the two machines: title, and the command in both.
 const TRANSFERS: [(&str, &str); 3] = [
     (
@@ -92,7 +95,10 @@ struct Two<'scope> {
 pub fn run(cache: &Cache, kernel: &KernelArgs) -> Result<i32> {
     writeln!(io::stdout(), "{}", host::summary())?;
     let project = Project::find()?;
-    let plain = GuestArgs::plain(kernel);
+    let plain = GuestArgs {
+        with: vec![VULKAN.to_owned()],
+        ..GuestArgs::plain(kernel)
+    };
     let (ground, parts) = lab::made(cache, &project, &plain, Want::Command)?;
     // The patched soft-RoCE is put here once it is built, so that the first tables need not wait for it.
     let share = cache.run_dir()?;

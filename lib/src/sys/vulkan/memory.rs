@@ -383,6 +383,8 @@ pub(crate) struct Staging {
 
 // SAFETY: the pointer is used through `&mut self` only.
 unsafe impl Send for Staging {}
+// SAFETY: nothing uses the pointer through `&self`.
+unsafe impl Sync for Staging {}
 
 impl fmt::Debug for Staging {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -84,7 +84,7 @@ impl Device {
     /// writes seen. The commands and what they use otherwise are the caller's.
     ///
     /// `limit` is for waiting by the processor: where fences do not go as sync files, and with lavapipe, whose
-    /// calls return only after the fences that the work waits for. [`Duration::MAX`] is no limit.
+    /// calls return when the work is done. [`Duration::MAX`] is no limit.
     ///
     /// ```no_run
     /// # use std::time::Duration;
@@ -290,7 +290,7 @@ impl Device {
                 dmabuf.wait(*access, left)?;
                 continue;
             };
-            // lavapipe's vkGetSemaphoreFdKHR returns after these fences, however late they are.
+            // lavapipe's vkGetSemaphoreFdKHR returns when the work is done, and so after these fences, however late.
             if self.is_lavapipe() && limit != Duration::MAX {
                 dmabuf.wait(*access, limit.saturating_sub(begun.elapsed()))?;
             }

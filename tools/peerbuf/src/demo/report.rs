@@ -156,11 +156,32 @@ mod tests {
         round_trip("udmabuf", "shared-host-memory", bytes, reasons)
     }
 
+    /// The same round trip once more, with a shader between its two transfers.
+    fn with_shader(bar: &str, mut transfers: Vec<Transfer>) -> Vec<Transfer> {
+        let peer = "the device is software: the processor loads and stores over the bus";
+        let host = "the bytes are in device memory";
+        let bytes = transfers[0].bytes;
+        let account = Account {
+            path: "staged-copy".into(),
+            reasons: vec![
+                reason("peer-to-peer", "not-a-device", peer),
+                reason("shared-host-memory", "not-host-memory", host),
+            ],
+            bytes,
+            host_bytes: bytes,
+        };
+        let shader = Transfer::new(bar, bar, "Vulkan llvmpipe, a shader", account, true);
+        transfers.insert(1, shader);
+        transfers
+    }
+
     /// The lab's topology `switch`.
     fn switch() -> Vec<Transfer> {
         let bar = "0000:04:00.0 BAR 2 at 0x0";
         let mut all = round_trip(bar, "peer-to-peer", 8 << 20, [vec![], vec![]]);
         all.extend(udmabuf(8 << 20));
+        let again = round_trip(bar, "peer-to-peer", 8 << 20, [vec![], vec![]]);
+        all.extend(with_shader(bar, again));
         all
     }
 
@@ -179,8 +200,10 @@ mod tests {
             ]
         });
         let bar = format!("0000:04:00.0 BAR 2 at {offset:#x}");
-        let mut all = round_trip(&bar, "staged-copy", bytes, reasons);
+        let mut all = round_trip(&bar, "staged-copy", bytes, reasons.clone());
         all.extend(udmabuf(bytes));
+        let again = round_trip(&bar, "staged-copy", bytes, reasons);
+        all.extend(with_shader(&bar, again));
         all
     }
 
