@@ -9,6 +9,8 @@
 //!
 //! <https://registry.khronos.org/vulkan/specs/latest/man/html/VK_EXT_external_memory_dma_buf.html>
 
+use ash::vk;
+
 /// The bindings whose types are used here.
 pub use ash;
 
@@ -16,3 +18,10 @@ pub use crate::sys::vulkan::device::{Device, Fences, NEEDED, Raw, USED};
 pub use crate::sys::vulkan::memory::Memory;
 pub use crate::sys::vulkan::shader::{Affine, Formula, Words};
 pub use crate::sys::vulkan::work::{Use, Work};
+
+/// What a `VkBuffer` is for unless something else is asked for: shaders' storage, and transfers.
+pub const USAGE: vk::BufferUsageFlags = vk::BufferUsageFlags::from_raw(
+    vk::BufferUsageFlags::STORAGE_BUFFER.as_raw()
+        | vk::BufferUsageFlags::TRANSFER_SRC.as_raw()
+        | vk::BufferUsageFlags::TRANSFER_DST.as_raw(),
+);

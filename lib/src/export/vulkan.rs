@@ -20,10 +20,8 @@
 use ash::vk;
 
 use super::whole_pages;
-use crate::device::vulkan::{Device, Memory};
+use crate::device::vulkan::{Device, Memory, USAGE};
 use crate::error::{ExportError, Unavailable};
-
-pub use crate::import::vulkan::USAGE;
 
 /// The names of the devices that there are.
 ///
@@ -37,7 +35,7 @@ pub fn probe() -> Result<Vec<String>, Unavailable> {
         .collect())
 }
 
-/// Allocates `length` bytes, a multiple of the page size, with a `VkBuffer` for shaders and transfers over them,
+/// Allocates `length` bytes, a multiple of the page size, with a `VkBuffer` for [`USAGE`] over them,
 /// and exports them. `name` is for people. The bytes are not cleared.
 ///
 /// # Errors

@@ -32,17 +32,10 @@ use ash::vk;
 
 use super::{Attached, Importer, dmabuf_of, impossible};
 use crate::buffer::{Access, BufferRange};
-use crate::device::vulkan::{Device, Memory};
+use crate::device::vulkan::{Device, Memory, USAGE};
 use crate::error::{BufferError, ImportError, Unavailable};
 use crate::plan::{Path, Plan, Reason, ReasonCode};
 use crate::sys::vulkan::memory::{Refused, Staging};
-
-/// What a `VkBuffer` is for unless something else is asked for: shaders' storage, and transfers.
-pub const USAGE: vk::BufferUsageFlags = vk::BufferUsageFlags::from_raw(
-    vk::BufferUsageFlags::STORAGE_BUFFER.as_raw()
-        | vk::BufferUsageFlags::TRANSFER_SRC.as_raw()
-        | vk::BufferUsageFlags::TRANSFER_DST.as_raw(),
-);
 
 /// How long bytes are waited for that go by [`Importer`].
 const LIMIT: Duration = Duration::from_secs(30);

@@ -501,8 +501,26 @@ fn what_does_not_go_together_is_refused_and_leaves_no_descriptor() {
     }
     assert_eq!(descriptors(), before);
 
-    // What is taken is given back, too.
+    // A device's queue works on its own memory, and at offsets that it can.
     let buffer = udmabuf::export("memory", SIZE).unwrap();
+    let (_, shader) = lavapipe();
+    let other = Device::open("llvmpipe").unwrap();
+    let theirs = VulkanImporter::new(&other).attach(&buffer.whole());
+    let theirs = theirs.unwrap();
+    let error = begin(theirs.memory(), theirs.memory()).unwrap_err();
+    assert!(error.to_string().contains("another device"), "{error}");
+    let (memory, offset) = (theirs.memory(), 4);
+    let words = Words { memory, offset };
+    let error = shader.run(words, words, 1, FORMULA, limit()).unwrap_err();
+    assert!(error.to_string().contains("a multiple of 16"), "{error}");
+    let offset = SIZE - 16;
+    let words = Words { memory, offset };
+    let error = shader.run(words, words, 5, FORMULA, limit()).unwrap_err();
+    let outside = matches!(error, ImportError::Buffer(BufferError::OutOfRange { .. }));
+    assert!(outside, "{error}");
+    drop((theirs, other));
+
+    // What is taken is given back, too.
     compute(attach(&buffer).memory(), attach(&buffer).memory());
     let before = descriptors();
     for _ in 0..20 {

@@ -178,13 +178,9 @@ impl Affine {
                 .into());
             }
             let aligned = limits.min_storage_buffer_offset_alignment.max(4);
-            if !offset.is_multiple_of(aligned)
-                || words.memory.device().raw().handle() != device.raw().handle()
-            {
+            if !offset.is_multiple_of(aligned) {
                 let name = words.memory.buffer().name();
-                let hint = format!(
-                    ": the offset, {offset}, is to be a multiple of {aligned}, and the memory of the shader's device"
-                );
+                let hint = format!(": the offset, {offset}, must be a multiple of {aligned}");
                 let result = vk::Result::ERROR_UNKNOWN;
                 let error = VulkanError::new("vkUpdateDescriptorSets", name, result);
                 return Err(error.with_hint(hint).into());

@@ -129,6 +129,12 @@ impl Device {
         };
         for used in uses {
             let memory = used.memory.clone();
+            if memory.device().raw().handle() != self.raw().handle() {
+                let name = memory.buffer().name();
+                let error = VulkanError::new("vkQueueSubmit", name, vk::Result::ERROR_UNKNOWN);
+                let hint = format!(": it is memory of another device than {}", self.name());
+                return Err(error.with_hint(hint).into());
+            }
             // A dma-buf has one set of fences, and a buffer one owner.
             let known = work
                 .memories
