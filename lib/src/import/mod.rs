@@ -119,10 +119,12 @@ fn impossible(importer: &str, buffer: &Buffer, code: ReasonCode, evidence: Strin
 #[cfg(any(feature = "drm", feature = "v4l2"))]
 /// The error for a driver's refusal of a dma-buf.
 fn attach_refused(importer: &str, buffer: &Buffer, cause: &SystemError) -> ImportError {
-    let in_device = !crate::plan::Plan::in_place(buffer)
-        .reasons
-        .iter()
-        .any(|reason| reason.code == ReasonCode::NotDeviceMemory);
+    // Where the bytes are is unknown for foreign buffers, which are not said to be in a device.
+    let in_device = buffer.provenance().kind.is_device_memory()
+        && !crate::plan::Plan::in_place(buffer)
+            .reasons
+            .iter()
+            .any(|reason| reason.code == ReasonCode::NotDeviceMemory);
     let unsupported = matches!(cause.errno, Errno::OPNOTSUPP | Errno::NOTSUPP);
     let (code, why) = if in_device && unsupported {
         (
@@ -144,4 +146,40 @@ fn not_mappable(importer: &str, range: &BufferRange, cause: &SystemError) -> Imp
     let why = "the exporter does not support mmap";
     let evidence = format!("{cause}: {why}");
     impossible(importer, range.buffer(), ReasonCode::NotMappable, evidence)
+}
+
+#[cfg(all(test, feature = "drm"))]
+mod tests {
+    use crate::buffer::{Kind, Provenance};
+
+    use super::*;
+
+    #[test]
+    #[cfg_attr(miri, ignore = "a system call that Miri does not have")]
+    fn a_driver_that_refuses_a_foreign_buffer_is_not_said_to_miss_device_memory() {
+        let device = "ffff:fe:00.0".parse().ok();
+        for (kind, device, code) in [
+            (Kind::Other, None, ReasonCode::AttachRefused),
+            (Kind::Other, device, ReasonCode::AttachRefused),
+            (Kind::Drm, device, ReasonCode::AttachRefused),
+            (Kind::Vfio, device, ReasonCode::ImporterNotPeer),
+        ] {
+            let memory = crate::export::memfd::sealed("a buffer", 4096).unwrap();
+            let provenance = Provenance {
+                kind,
+                device,
+                bar: None,
+                name: "a buffer".into(),
+            };
+            let buffer = Buffer::from_host_memory(memory, None, provenance).unwrap();
+            let cause = SystemError::new("ioctl", "a card", Errno::OPNOTSUPP);
+            let error = attach_refused("a card", &buffer, &cause);
+            let ImportError::Impossible { code: got, .. } = &error else {
+                panic!("{error:?}");
+            };
+            assert_eq!(*got, code, "{kind:?}: {error}");
+            let in_device = error.to_string().contains("in device memory");
+            assert_eq!(in_device, code == ReasonCode::ImporterNotPeer, "{error}");
+        }
+    }
 }
