@@ -29,6 +29,8 @@ pub struct Process {
     control: Channel,
     /// It was stopped at least once, so it may be late.
     pub stopped: bool,
+    /// It was cut off while it lived, so the kernel may have revoked a buffer that it was using.
+    pub cut_off: bool,
     pub joined: bool,
 }
 
@@ -74,6 +76,7 @@ impl Process {
             handle: Arc::new(handle),
             control,
             stopped: false,
+            cut_off: false,
             joined: false,
         })
     }
@@ -151,7 +154,25 @@ impl Drop for Process {
     }
 }
 
-/// True for a process that did what it was told, or was killed by us.
-pub fn is_orderly(status: ExitStatus) -> bool {
-    status.success() || status.signal() == Some(Signal::KILL.as_raw())
+/// True for a process that did what it was told, or was killed by us. After a cut-off, the kernel answers a
+/// process's access to a revoked buffer with SIGBUS.
+pub fn is_orderly(status: ExitStatus, cut_off: bool) -> bool {
+    let ended_by = |signal: Signal| status.signal() == Some(signal.as_raw());
+    status.success() || ended_by(Signal::KILL) || cut_off && ended_by(Signal::BUS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_process_that_was_cut_off_may_end_by_a_revoked_buffer() {
+        let by = |signal: Signal| ExitStatus::from_raw(signal.as_raw());
+        assert!(is_orderly(ExitStatus::from_raw(0), false));
+        assert!(is_orderly(by(Signal::KILL), false));
+        assert!(is_orderly(by(Signal::BUS), true));
+        assert!(!is_orderly(by(Signal::BUS), false));
+        assert!(!is_orderly(by(Signal::SEGV), true));
+        assert!(!is_orderly(ExitStatus::from_raw(1 << 8), true));
+    }
 }

@@ -542,6 +542,7 @@ impl<'a> Storm<'a> {
     fn replace(&mut self, slot: usize, alive: bool) -> Result<(), Failure> {
         let (process, writer) = self.hire(slot)?;
         let mut process = std::mem::replace(&mut self.crew[slot], process);
+        process.cut_off = alive;
         let writer = {
             let writers = &mut lock(&self.shared).ledger.writers;
             std::mem::replace(&mut writers[slot], writer)
@@ -564,7 +565,7 @@ impl<'a> Storm<'a> {
         for report in process.reports()? {
             self.note(process.slot, report);
         }
-        if !crew::is_orderly(status) {
+        if !crew::is_orderly(status, process.cut_off) {
             let failure = format!("process {} ended by itself: {status}", process.slot);
             self.failures.push(failure);
         }
