@@ -102,6 +102,7 @@ fn other_process() {
     match role.as_str() {
         "publish to strangers" => publish_to_strangers(&socket),
         "publish in want" => publish_in_want(&socket),
+        "receive in want" => receive_in_want(),
         "publish to the silent" => publish_to_the_silent(),
         "subscribe and leave a child" => subscribe_and_leave_a_child(),
         "subscribe beside a child" => subscribe_beside_a_child(),
@@ -238,6 +239,26 @@ fn a_publisher_that_ran_out_of_descriptors_listens_again_when_it_has_some() {
     put(&subscriber.buffer_within("b", LONG).unwrap(), 1);
     drop(subscriber);
     publisher.succeeds();
+}
+
+/// The kernel delivers a message without the descriptors for which the process has no room.
+fn receive_in_want() {
+    let (ours, theirs) = Channel::pair().unwrap();
+    let buffer = memfd::export("b", SIZE).unwrap();
+    ours.send_buffer(&buffer.whole()).unwrap();
+    let before = exhaust();
+    let error = theirs.receive_buffer_within(LONG).unwrap_err();
+    setrlimit(Resource::Nofile, before).unwrap();
+    assert!(error.to_string().contains("RLIMIT_NOFILE"), "{error}");
+    ours.send_buffer(&buffer.whole()).unwrap();
+    assert_eq!(theirs.receive_buffer_within(LONG).unwrap().len(), SIZE);
+}
+
+#[test]
+fn descriptors_that_do_not_arrive_are_told_with_the_limit_that_was_reached() {
+    let directory = Directory::new();
+    let socket = directory.socket();
+    start(&[], "receive in want", &socket, Stdio::null()).succeeds();
 }
 
 /// A message that a subscriber greets with.

@@ -1,5 +1,7 @@
 //! Types that can move to another thread (`Send`) or also be shared (`Sync`), checked by compilation.
 
+use std::os::fd::AsFd;
+
 use peerbuf::error::{
     ControlError, ExportError, ImportError, ProbeError, ShareError, TransferError, Unavailable,
 };
@@ -21,6 +23,9 @@ fn devices_and_exporters_go_to_any_thread() {
     any_thread::<export::peerbuf::Device>();
     any_thread::<export::peerbuf::Watch>();
     any_thread::<export::v4l2::Capture>();
+    any_thread::<export::gpu::Exported>();
+    any_thread::<device::vulkan::Device>();
+    any_thread::<device::vulkan::Memory>();
 }
 
 #[test]
@@ -37,6 +42,8 @@ fn importers_and_attachments_go_to_any_thread() {
     any_thread::<import::vfio::Attachment>();
     any_thread::<import::iommufd::Attachment>();
     any_thread::<import::probe::Attachment>();
+    any_thread::<import::vulkan::VulkanImporter>();
+    any_thread::<import::vulkan::Attachment>();
 }
 
 #[test]
@@ -48,12 +55,23 @@ fn an_attachment_owns_what_it_needs() {
     owned::<import::vfio::Attachment>();
     owned::<import::iommufd::Attachment>();
     owned::<import::probe::Attachment>();
+    owned::<import::vulkan::Attachment>();
+}
+
+#[test]
+fn what_a_program_waits_for_shows_a_descriptor() {
+    fn shows_a_descriptor<T: AsFd>() {}
+    shows_a_descriptor::<share::Channel>();
+    shows_a_descriptor::<share::Listener>();
+    shows_a_descriptor::<share::Publisher>();
+    shows_a_descriptor::<export::peerbuf::Watch>();
 }
 
 #[test]
 fn sharing_goes_to_any_thread() {
     any_thread::<share::Channel>();
     any_thread::<share::Subscriber>();
+    any_thread::<share::Listener>();
     any_thread::<share::tokio::Publisher>();
     any_thread::<share::tokio::Subscriber>();
     // One thread at a time serves: its backings belong to it.

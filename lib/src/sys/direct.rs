@@ -12,10 +12,11 @@
 
 use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, BorrowedFd};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard};
 use std::thread;
 
 use nix::libc;
+use peerbuf_core::unpoisoned;
 
 use crate::errno::Errno;
 use crate::error::SystemError;
@@ -158,7 +159,7 @@ struct State<'w> {
 impl<'w> Board<'w> {
     /// Nobody panics with the lock held.
     fn lock(&self) -> MutexGuard<'_, State<'w>> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        unpoisoned(self.state.lock())
     }
 
     fn work(&self) {
@@ -173,10 +174,7 @@ impl<'w> Board<'w> {
             } else if state.closed {
                 return;
             } else {
-                state = self
-                    .posted
-                    .wait(state)
-                    .unwrap_or_else(PoisonError::into_inner);
+                state = unpoisoned(self.posted.wait(state));
             }
         }
     }
@@ -234,7 +232,7 @@ pub(crate) fn threads<'w>(depth: u32, work: &mut dyn Work<'w>, why: SystemError)
                     Some(answer) => break answer,
                     None => {
                         let woken = board.answered.wait(state);
-                        state = woken.unwrap_or_else(PoisonError::into_inner);
+                        state = unpoisoned(woken);
                     }
                 }
             };

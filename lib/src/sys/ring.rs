@@ -5,10 +5,11 @@
 //! it alone.
 
 use std::os::fd::AsRawFd;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
 use io_uring::{IoUring, Probe, opcode, squeue, types};
 use nix::libc;
+use peerbuf_core::unpoisoned;
 
 use super::fork::Process;
 use super::request::{Request, Work};
@@ -64,7 +65,7 @@ impl Rings {
 
 impl Drop for Rings {
     fn drop(&mut self) {
-        let idle = self.idle.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let idle = unpoisoned(self.idle.get_mut());
         for ring in idle.drain(..) {
             if !ring.owner.is_current() {
                 std::mem::forget(ring);

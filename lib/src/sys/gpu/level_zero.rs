@@ -3,7 +3,9 @@
 
 use std::ffi::{c_int, c_void};
 use std::os::fd::OwnedFd;
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Mutex, OnceLock};
+
+use peerbuf_core::unpoisoned;
 
 use super::{Allocated, Failed, functions};
 
@@ -495,7 +497,7 @@ impl Drop for Copier {
     fn drop(&mut self) {
         // SAFETY: `copier` made the list, and no copy is under way: `drop` has the only reference.
         unsafe { (self.context.functions.list_destroy)(handle(self.list)) };
-        let room = self.room.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let room = unpoisoned(self.room.get_mut());
         self.context.free(handle(*room));
     }
 }
@@ -522,7 +524,7 @@ impl Copier {
     /// When they are not all inside.
     pub(crate) fn upload(&self, to: Allocated, offset: u64, from: &[u8]) -> Result<(), Failed> {
         let at = to.address(offset, from.len());
-        let room = self.room.lock().unwrap_or_else(PoisonError::into_inner);
+        let room = unpoisoned(self.room.lock());
         let room = handle(*room);
         for (piece, at) in from.chunks(ROOM).zip((at..).step_by(ROOM)) {
             // SAFETY: the room has ROOM bytes, and the lock keeps other copies out.
@@ -544,7 +546,7 @@ impl Copier {
         into: &mut [u8],
     ) -> Result<(), Failed> {
         let at = from.address(offset, into.len());
-        let room = self.room.lock().unwrap_or_else(PoisonError::into_inner);
+        let room = unpoisoned(self.room.lock());
         let room = handle(*room);
         for (piece, at) in into.chunks_mut(ROOM).zip((at..).step_by(ROOM)) {
             // SAFETY: both addresses are valid for the piece: the room's, and that of memory which stays (`Allocated`).
