@@ -25,6 +25,8 @@ fn every_part_of_the_demo_is_shown_and_all_bytes_arrive() {
         let heading = format!("== {part} ==");
         assert!(out.lines().any(|line| line == heading), "{part}: {out}");
     }
+    // Something to read comes before anything is made: what the host can do.
+    assert!(out.starts_with("This host: Linux "), "{out}");
     let last = out.lines().last().unwrap();
     let all_right = "31 transfers, 248 MiB: every byte arrived, all right";
     assert_eq!(last, all_right, "{out}");

@@ -224,30 +224,51 @@ fn find(program: &str) -> Option<PathBuf> {
         .find(|file| file.is_file())
 }
 
-fn install(packages: &[&str]) -> Result<()> {
-    let by_hand = format!("sudo apt-get install {}", packages.join(" "));
-    if find("apt-get").is_none() {
+/// What the host offers to install packages with.
+#[derive(Debug, Clone, Copy)]
+struct Rights {
+    apt: bool,
+    root: bool,
+    sudo: bool,
+    /// Root of a user namespace has no rights over the host's packages.
+    in_namespace: bool,
+}
+
+/// Whether apt-get is started through sudo; an error that says what to do if it cannot be started.
+fn through_sudo(packages: &[&str], rights: Rights) -> Result<bool> {
+    let names = packages.join(" and ");
+    if !rights.apt {
         bail!(
-            "the lab needs {} on the host, and this host has no apt-get to install it with; \
-             install it with your own package manager and call again",
-            packages.join(" and ")
+            "the lab needs {names} on the host, and this host has no apt-get to install it with; \
+             install it with your own package manager and call again"
         );
     }
-    let root = nix::unistd::geteuid().is_root();
-    if !root && (find("sudo").is_none() || std::env::var_os(IN_USER_NAMESPACE).is_some()) {
+    if !rights.root && (!rights.sudo || rights.in_namespace) {
         bail!(
-            "the lab needs {} on the host and may not install it here; as root, run: apt-get install {}",
-            packages.join(" and "),
+            "the lab needs {names} on the host and may not install it here; as root, run: apt-get install {}",
             packages.join(" ")
         );
     }
+    Ok(!rights.root)
+}
+
+fn install(packages: &[&str]) -> Result<()> {
+    let by_hand = format!("sudo apt-get install {}", packages.join(" "));
+    let sudo = through_sudo(
+        packages,
+        Rights {
+            apt: find("apt-get").is_some(),
+            root: nix::unistd::geteuid().is_root(),
+            sudo: find("sudo").is_some(),
+            in_namespace: std::env::var_os(IN_USER_NAMESPACE).is_some(),
+        },
+    )?;
     let apt = |args: &[&str]| -> Result<std::process::Output> {
-        let mut command = if root {
-            Command::new("apt-get")
-        } else {
-            Command::new("sudo")
+        let mut command = match sudo {
+            true => Command::new("sudo"),
+            false => Command::new("apt-get"),
         };
-        if !root {
+        if sudo {
             command.arg("apt-get");
         }
         let command = command
@@ -380,6 +401,32 @@ fn known_tsc_khz(cpuinfo: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_may_not_install_is_told_what_to_run() {
+        let rights = |apt, root, sudo, in_namespace| Rights {
+            apt,
+            root,
+            sudo,
+            in_namespace,
+        };
+        let tried =
+            |rights| through_sudo(&["mmdebstrap"], rights).map_err(|error| error.to_string());
+        assert_eq!(tried(rights(true, true, false, false)), Ok(false));
+        assert_eq!(tried(rights(true, false, true, false)), Ok(true));
+        let by_root = "the lab needs mmdebstrap on the host and may not install it here; as root, run: \
+                       apt-get install mmdebstrap";
+        assert_eq!(
+            tried(rights(true, false, false, false)),
+            Err(by_root.into())
+        );
+        assert_eq!(tried(rights(true, false, true, true)), Err(by_root.into()));
+        let without_apt = tried(rights(false, true, true, false)).unwrap_err();
+        assert!(
+            without_apt.contains("your own package manager"),
+            "{without_apt}"
+        );
+    }
 
     #[test]
     fn the_counters_speed_is_taken_only_from_who_knows_it() {
