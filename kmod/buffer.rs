@@ -33,6 +33,7 @@ use crate::{
     fences::Fences,
     ffi,
     mapping::Mapping,
+    peers::Peers,
     pieces::{Piece, Pieces},
     pool::Chunk,
     system::{self, System},
@@ -221,6 +222,11 @@ impl Buffer {
     /// The BAR in which the buffer has its places.
     pub(crate) fn bar(&self) -> &Bar {
         &self.device.bars[self.bar]
+    }
+
+    /// The devices known to reach that BAR.
+    pub(crate) fn peers(&self) -> &Peers {
+        &self.device.peers[self.bar]
     }
 
     /// Waits until the next change, at most `ms`. The caller does not hold the reservation lock, so the

@@ -90,7 +90,8 @@ unsafe impl Send for State {}
 pub(crate) struct Device {
     pdev: ARef<pci::Device>,
     pub(crate) bars: [Bar; abi::NUM_BARS],
-    pub(crate) peers: Peers,
+    /// Of each BAR: one may lie below the addresses that a device can send, and another above.
+    pub(crate) peers: [Peers; abi::NUM_BARS],
     /// Another driver owns the device and publishes its memory in a P2PDMA pool; `State::regions` is unused.
     is_provider: bool,
     #[pin]
@@ -177,7 +178,7 @@ impl Device {
             pin_init!(Self {
                 pdev,
                 bars,
-                peers: Peers::new(),
+                peers: [const { Peers::new() }; abi::NUM_BARS],
                 is_provider,
                 state <- new_mutex!(State {
                     closed: 0,

@@ -28,6 +28,7 @@ use crate::{
     ffi::{self, Table},
     mapping::{self, Mapping},
     moves::{self, For, To},
+    peers,
     pieces::Piece,
 };
 
@@ -176,13 +177,15 @@ impl Importer {
     fn is_known_peer(&self, buffer: &Buffer) -> bool {
         // SAFETY: The attachment is valid, by the promise to `of`; an importer keeps its device while it
         // attaches.
-        unsafe {
-            (*self.0).peer2peer && self.revocable() && buffer.device.peers.know((*self.0).dev)
-        }
+        unsafe { (*self.0).peer2peer && self.revocable() && buffer.peers().know((*self.0).dev) }
     }
 
     /// The reason why the importer cannot use the BAR of `buffer`: an `abi::REFUSED_*` and its errno.
-    fn obstacle(&self, buffer: &Buffer) -> Option<(u32, Error)> {
+    ///
+    /// # Safety
+    ///
+    /// The reservation lock is held, and the buffer is not revoked.
+    unsafe fn obstacle(&self, buffer: &Buffer) -> Option<(u32, Error)> {
         // Neither bytes that are never in the BAR nor a driver that copies with the CPU need peer-to-peer
         // DMA.
         if !buffer.has_home || !self.does_dma() {
@@ -195,12 +198,17 @@ impl Importer {
         if !self.revocable() {
             return Some((abi::REFUSED_NOT_REVOCABLE, ffi::errno(bindings::EOPNOTSUPP)));
         }
-        let (peers, provider) = (&buffer.device.peers, buffer.device.pci());
         // SAFETY: The attachment is valid, by the promise to `of`; an importer keeps its device while it
-        // attaches.
-        if !unsafe { peers.reach((*self.0).dev, provider) } {
+        // attaches. The lock is held and the buffer is not revoked, by the caller's promise.
+        let reaches = unsafe {
+            peers::has_route((*self.0).dev, buffer.device.pci())
+                && mapping::is_mappable(self.0, buffer.bar())
+        };
+        if !reaches {
             return Some((abi::REFUSED_NO_ROUTE, ffi::errno(bindings::EREMOTEIO)));
         }
+        // SAFETY: The attachment is valid, by the promise to `of`.
+        buffer.peers().remember(unsafe { (*self.0).dev });
         None
     }
 }
@@ -231,13 +239,13 @@ unsafe extern "C" fn attach(
 /// `object` is the buffer of `dmabuf`, which the caller keeps, and `importer` is being attached to it.
 #[cold]
 unsafe fn attach_new(dmabuf: *mut bindings::dma_buf, object: &Buffer, importer: Importer) -> c_int {
-    let obstacle = importer.obstacle(object);
     // SAFETY: The caller keeps the dma-buf, and the core does not hold the lock here.
     let mut locked = unsafe { Locked::lock(dmabuf) };
     if locked.buffer().revoked() {
         return ENODEV.to_errno();
     }
-    let Some((reason, error)) = obstacle else {
+    // SAFETY: The lock is held, and the buffer is not revoked.
+    let Some((reason, error)) = (unsafe { importer.obstacle(object) }) else {
         return 0;
     };
     if !object.may_move {

@@ -10,6 +10,7 @@ use core::{ptr, slice};
 
 use kernel::{
     bindings,
+    dma::DataDirection,
     error::{from_err_ptr, to_result},
     ffi::*,
     page::PAGE_SIZE,
@@ -161,6 +162,30 @@ impl Mapping {
             }
         }
     }
+}
+
+/// Whether the DMA API gives the importer's device addresses of the BAR: maps the BAR's last page, and unmaps
+/// it. A route is not enough: only PCI devices get such addresses, and those through a host bridge must be ones
+/// that the device can send, on a kernel that does not bounce all DMA (`swiotlb=force`, encrypted guests).
+///
+/// # Safety
+///
+/// The caller holds the reservation lock. `attachment` is one of a buffer in `bar` that is not revoked.
+pub(crate) unsafe fn is_mappable(
+    attachment: *mut bindings::dma_buf_attachment,
+    bar: &Bar,
+) -> bool {
+    let dir = DataDirection::Bidirectional.into();
+    let len = PAGE_SIZE;
+    let paddr = bar.start + bar.size - len as u64;
+    let mut page = bindings::phys_vec { paddr, len };
+    // SAFETY: The lock is held and the buffer is not revoked, by the caller's promise.
+    let mapped = unsafe { map_ranges(attachment, bar, slice::from_mut(&mut page), dir) };
+    if let Ok(sgt) = mapped {
+        // SAFETY: The lock is held, and `map_ranges` made the table for this attachment.
+        unsafe { unmap_device(attachment, sgt, dir) };
+    }
+    mapped.is_ok()
 }
 
 /// Maps the parts in the BAR: one table, or several if one call cannot map all ranges.

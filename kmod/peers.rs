@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A cache of the devices that have a peer-to-peer route to a provider.
+//! A cache of the devices that have a peer-to-peer route to a BAR.
 //!
 //! The query (`pci_p2pdma_distance_many`) walks the bridges and reads their configuration space, which takes
 //! four times as long as the rest of an attach. So a device with a route is cached, by its address. Three
@@ -24,7 +24,7 @@ use kernel::{
 
 use crate::common;
 
-/// The importer devices that one provider is known to reach.
+/// The devices that are known to reach one BAR.
 pub(crate) struct Peers {
     /// The index for the next entry.
     next: Atomic<i32>,
@@ -53,36 +53,28 @@ impl Peers {
             .any(|known| known.load(Relaxed) == importer)
     }
 
-    /// Asks the kernel whether DMA of `importer` has a route to `provider`, the owner of this cache.
-    ///
-    /// # Safety
-    ///
-    /// The caller keeps `importer` until after its driver is unbound.
-    pub(crate) unsafe fn reach(
-        &self,
-        mut importer: *mut bindings::device,
-        provider: &pci::Device,
-    ) -> bool {
-        // The query replaces a device of another bus by the PCI device above it, but such a device gets no
-        // mapping.
-        // SAFETY: The caller keeps the importer's device.
-        if !ptr::eq(
-            unsafe { (*importer).bus },
-            &raw const bindings::pci_bus_type,
-        ) {
-            return false;
-        }
-        // SAFETY: Both devices are kept. The array has one entry.
-        let distance = unsafe {
-            bindings::pci_p2pdma_distance_many(common::raw(provider), &mut importer, 1, false)
-        };
-        if distance < 0 {
-            return false;
-        }
+    /// Adds `importer`, which its caller keeps until after its driver is unbound.
+    pub(crate) fn remember(&self, importer: *mut bindings::device) {
         if !self.know(importer) {
             let next = self.next.fetch_add(1, Relaxed) as usize % self.known.len();
             self.known[next].store(importer, Relaxed);
         }
-        true
     }
+}
+
+/// Asks the kernel whether the bridges let DMA of `importer` through to `provider`. The answer also replaces
+/// that in the kernel's cache, by which it maps.
+///
+/// # Safety
+///
+/// The caller keeps `importer`.
+pub(crate) unsafe fn has_route(
+    mut importer: *mut bindings::device,
+    provider: &pci::Device,
+) -> bool {
+    // SAFETY: Both devices are kept. The array has one entry.
+    let distance = unsafe {
+        bindings::pci_p2pdma_distance_many(common::raw(provider), &mut importer, 1, false)
+    };
+    distance >= 0
 }

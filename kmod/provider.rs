@@ -52,6 +52,7 @@ use crate::{
     ffi::{self, Table},
     misc::{read_struct, write_struct, Fd, Misc},
     node,
+    peers::Peers,
 };
 
 static FOPS: Table<bindings::file_operations> = Table(bindings::file_operations {
@@ -195,7 +196,7 @@ unsafe extern "C" fn device_changes(
     const UNBOUND: c_ulong = bindings::bus_notifier_event_BUS_NOTIFY_UNBOUND_DRIVER as c_ulong;
     const REMOVED: c_ulong = bindings::bus_notifier_event_BUS_NOTIFY_REMOVED_DEVICE as c_ulong;
     match action {
-        UNBOUND | REMOVED => devices::each(|device| device.peers.forget()),
+        UNBOUND | REMOVED => devices::each(|device| device.peers.iter().for_each(Peers::forget)),
         // SAFETY: The notifier is registered on the PCI bus, so `dev` is a PCI device's.
         UNBINDS => unsafe { unbinds(dev.cast()) },
         _ => {}

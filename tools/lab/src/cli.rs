@@ -189,6 +189,9 @@ pub struct GuestArgs {
     /// Gives the guest a port for device events (unplug, plug, link state, disk speed), as the suite's tests use
     #[arg(long)]
     pub events: bool,
+    /// A further word for the kernel's command line, such as swiotlb=force; may be repeated
+    #[arg(long, value_name = "WORD", value_parser = boot_word)]
+    pub boot: Vec<String>,
     /// Builds the program of lib/examples/stranger, which uses RDMA through the crate sideway, and installs
     /// it in the guest
     #[arg(long)]
@@ -222,8 +225,17 @@ impl GuestArgs {
             bar_size: None,
             rdma: Rdma::Stock,
             events: false,
+            boot: Vec::new(),
             stranger: false,
         }
+    }
+}
+
+/// Parses a word of the kernel's command line.
+fn boot_word(text: &str) -> Result<String, String> {
+    match text.is_empty() || text.contains(char::is_whitespace) {
+        true => Err("one word of the kernel's command line, without spaces".into()),
+        false => Ok(text.to_owned()),
     }
 }
 
@@ -262,7 +274,7 @@ mod tests {
     #[test]
     fn run_takes_every_option_and_leaves_the_command_alone() {
         let line = "lab run --topology host-bridge --iommu --kernel 7.2.12+deb13 --icount --share d \
-                    --with a,b --timeout 9 --rdma dmabuf -- prog --topology x -- y";
+                    --with a,b --timeout 9 --rdma dmabuf --boot a --boot b=c -- prog --topology x -- y";
         let (args, command) = guest(line).unwrap();
         assert_eq!(args.topology, Topology::HostBridge);
         assert!(args.iommu && args.icount && !args.bare);
@@ -270,6 +282,7 @@ mod tests {
         assert_eq!(args.with, ["a", "b"]);
         assert_eq!(args.timeout, Some(9));
         assert_eq!(args.rdma, Rdma::Dmabuf);
+        assert_eq!(args.boot, ["a", "b=c"]);
         assert_eq!(command, ["prog", "--topology", "x", "--", "y"]);
     }
 
@@ -300,6 +313,7 @@ mod tests {
             "lab run --topology ring -- x",
             "lab run --rdma iwarp -- x",
             "lab run --timeout 0 -- x",
+            "lab run --boot= -- x",
             "lab kbuild",
             "lab run x",
         ] {

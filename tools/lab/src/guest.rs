@@ -138,6 +138,8 @@ pub struct Machine {
     pub bar_mib: u32,
     /// Whether the guest may request hardware events, such as an unplug.
     pub events: bool,
+    /// Further words for the kernel's command line.
+    pub boot: Vec<String>,
     /// Its end of a network to another guest; `None` connects it to the host.
     pub end: Option<End>,
     /// The frequency of the host's time stamp counter, if known.
@@ -156,6 +158,7 @@ impl Default for Machine {
             shell: false,
             bar_mib: BAR_MIB,
             events: false,
+            boot: Vec::new(),
             end: None,
             tsc_khz: None,
         }
@@ -220,6 +223,7 @@ impl Machine {
             words.push("intel_iommu=on vfio_iommu_type1.allow_unsafe_interrupts=1");
             words.push("iommufd.allow_unsafe_interrupts=1");
         }
+        words.extend(self.boot.iter().map(String::as_str));
         words.join(" ")
     }
 
@@ -482,6 +486,15 @@ mod tests {
             assert!(machine.kernel_command_line().contains("intel_iommu=on"));
         }
         assert!(!line(&machine(Topology::Switch)).contains("intel"));
+    }
+
+    #[test]
+    fn further_words_end_the_kernels_command_line() {
+        let with = Machine {
+            boot: vec!["swiotlb=force".into(), "quiet".into()],
+            ..machine(Topology::Switch)
+        };
+        assert!(with.kernel_command_line().ends_with(" swiotlb=force quiet"));
     }
 
     #[test]

@@ -180,6 +180,7 @@ pub fn job(ground: &Ground, args: &GuestArgs, mut parts: Parts) -> Result<Job> {
         shell: false,
         bar_mib: args.bar_size.unwrap_or(guest::BAR_MIB),
         events: args.events,
+        boot: args.boot.clone(),
         end: None,
         tsc_khz: host::tsc_khz(),
     };
