@@ -808,11 +808,8 @@ unsafe fn insert(
         .find(|(start, piece): &(u64, &Piece)| offset < start + piece.len)
         .ok_or(EFAULT)?;
     let within = offset - start;
-    // Device memory is uncached, as in the kernel's own mapping of it; system memory is cached. Only the
-    // insertion below uses the VMA's page protection: all faults of this VMA hold the reservation lock, and a
-    // holder of the `mmap_lock` for writing excludes faults.
-    // SAFETY: `vma` was set up by `mmap` and a fault on it is being handled, by the caller's promise.
-    unsafe { ffi::peerbuf_vma_set_device(vma, piece.system.is_none()) };
+    // SAFETY: `vma` is valid, and the `mmap_lock`, held for the fault, keeps its flags.
+    let prot = unsafe { page_prot(vma, piece) };
     let page = match (piece.home, &object.bar().pages) {
         _ if piece.system.is_some() => {
             let index = within as usize / PAGE_SIZE;
@@ -824,8 +821,17 @@ unsafe fn insert(
     let address = address as c_ulong;
     match page {
         Some(page) if object.has_pages() => {
-            // SAFETY: The VMA is VM_MIXEDMAP, and the page has a count of at least one.
-            to_result(unsafe { bindings::vm_insert_page(vma, address, page) })
+            // No function of the kernel takes a protection for a page that is counted, so the VMA has the page's
+            // during the call. Nobody else uses it then: all faults of this VMA hold the reservation lock, what
+            // changes present entries (mprotect) keeps their memory type, and fork, mremap and a holder of the
+            // `mmap_lock` for writing exclude faults.
+            // SAFETY: The VMA is valid and VM_MIXEDMAP, and the page has a count of at least one.
+            unsafe {
+                let of_vma = ptr::replace(&raw mut (*vma).vm_page_prot, prot);
+                let inserted = to_result(bindings::vm_insert_page(vma, address, page));
+                (*vma).vm_page_prot = of_vma;
+                inserted
+            }
         }
         _ => {
             let pfn = match page {
@@ -838,11 +844,27 @@ unsafe fn insert(
             };
             // SAFETY: The VMA is VM_PFNMAP, and the frame belongs to the buffer, which zaps it before the
             // memory is reused.
-            match unsafe { bindings::vmf_insert_pfn(vma, address, pfn as c_ulong) } {
+            match unsafe { bindings::vmf_insert_pfn_prot(vma, address, pfn as c_ulong, prot) } {
                 ffi::VM_FAULT_NOPAGE => Ok(()),
                 bindings::vm_fault_reason_VM_FAULT_OOM => Err(ENOMEM),
                 _ => Err(EFAULT),
             }
         }
+    }
+}
+
+/// The protection with which a page of `piece` is mapped: system memory is cached, device memory is uncached, as
+/// in the kernel's own mapping of it.
+///
+/// # Safety
+///
+/// `vma` is valid, and its flags do not change.
+unsafe fn page_prot(vma: *const bindings::vm_area_struct, piece: &Piece) -> bindings::pgprot_t {
+    // SAFETY: `vma` is valid, by the caller's promise.
+    let cached = unsafe { ffi::peerbuf_page_prot((*vma).__bindgen_anon_2.vm_flags) };
+    match piece.system {
+        Some(_) => cached,
+        // SAFETY: The call computes a number.
+        None => unsafe { ffi::peerbuf_uncached(cached) },
     }
 }

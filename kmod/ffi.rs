@@ -92,7 +92,9 @@ extern "C" {
     ) -> *mut bindings::pci_dev;
     pub(crate) fn peerbuf_dma_fence_put(fence: *mut bindings::dma_fence);
     pub(crate) fn peerbuf_dma_fence_is_signaled(fence: *mut bindings::dma_fence) -> bool;
-    pub(crate) fn peerbuf_vma_set_device(vma: *mut bindings::vm_area_struct, device: bool);
+    /// The protection of cached pages in a VMA with these flags.
+    pub(crate) fn peerbuf_page_prot(vm_flags: c_ulong) -> bindings::pgprot_t;
+    pub(crate) fn peerbuf_uncached(prot: bindings::pgprot_t) -> bindings::pgprot_t;
     pub(crate) fn peerbuf_page_address(page: *mut bindings::page) -> *mut c_void;
     pub(crate) fn peerbuf_page_to_pfn(page: *const bindings::page) -> c_ulong;
     pub(crate) fn peerbuf_dma_max_segment(dev: *mut bindings::device) -> c_uint;

@@ -34,7 +34,8 @@ int peerbuf_device_lock(struct device *dev);
 void peerbuf_device_unlock(struct device *dev);
 void peerbuf_dma_fence_put(struct dma_fence *fence);
 bool peerbuf_dma_fence_is_signaled(struct dma_fence *fence);
-void peerbuf_vma_set_device(struct vm_area_struct *vma, bool device);
+pgprot_t peerbuf_page_prot(unsigned long vm_flags);
+pgprot_t peerbuf_uncached(pgprot_t prot);
 void *peerbuf_page_address(struct page *page);
 unsigned long peerbuf_page_to_pfn(const struct page *page);
 unsigned int peerbuf_dma_max_segment(struct device *dev);
@@ -99,11 +100,14 @@ unsigned long peerbuf_pci_resource_flags(struct pci_dev *pdev, int bar)
 	return pci_resource_flags(pdev, bar);
 }
 
-void peerbuf_vma_set_device(struct vm_area_struct *vma, bool device)
+pgprot_t peerbuf_page_prot(unsigned long vm_flags)
 {
-	pgprot_t prot = vm_get_page_prot(vma->vm_flags);
+	return vm_get_page_prot(vm_flags);
+}
 
-	WRITE_ONCE(vma->vm_page_prot, device ? pgprot_decrypted(pgprot_noncached(prot)) : prot);
+pgprot_t peerbuf_uncached(pgprot_t prot)
+{
+	return pgprot_decrypted(pgprot_noncached(prot));
 }
 
 void *peerbuf_page_address(struct page *page)
@@ -128,8 +132,7 @@ void peerbuf_reinit_completion(struct completion *completion)
 
 void *peerbuf_vmap(struct page **pages, unsigned int count, bool device)
 {
-	return vmap(pages, count, VM_MAP,
-		    device ? pgprot_decrypted(pgprot_noncached(PAGE_KERNEL)) : PAGE_KERNEL);
+	return vmap(pages, count, VM_MAP, device ? peerbuf_uncached(PAGE_KERNEL) : PAGE_KERNEL);
 }
 
 struct page *peerbuf_virt_to_page(const void *address)

@@ -12,6 +12,7 @@ pub mod fuzz;
 pub mod importer;
 pub mod machine;
 pub mod memory;
+pub mod memtype;
 pub mod modules;
 pub mod node;
 pub mod pci;
