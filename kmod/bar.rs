@@ -15,6 +15,8 @@ pub(crate) struct Bar {
     pub(crate) start: u64,
     /// Bytes; zero if the device has no such BAR.
     pub(crate) size: u64,
+    /// Bytes that this module allocates; zero if another driver's pool does.
+    pub(crate) own: u64,
     /// `abi::BAR_*`.
     pub(crate) flags: u32,
     /// Null if the BAR cannot be exported. Valid while the device is bound.
@@ -30,6 +32,7 @@ impl Bar {
     pub(crate) const ABSENT: Self = Self {
         start: 0,
         size: 0,
+        own: 0,
         flags: 0,
         provider: ptr::null_mut(),
         pages: None,
@@ -106,6 +109,7 @@ impl Bar {
         // SAFETY: `pdev` is valid.
         let mut this = unsafe { Self::describe(pdev, bar) };
         let (start, size) = (this.start, this.size);
+        this.own = size;
         let page = PAGE_SIZE as u64;
         if this.flags & abi::BAR_MEMORY == 0 || start % page != 0 || size % page != 0 {
             return this;

@@ -85,6 +85,30 @@ pub(crate) struct Part {
 // SAFETY: The pointers are used only with the lock held, as the field says, which any thread can do.
 unsafe impl Send for State {}
 
+/// Where the memory of a device's exports comes from.
+pub(crate) trait Source: Sync {
+    /// Allocates bytes of `bar`, and returns their offset. The caller holds the lock of the device's state, and has
+    /// checked that the device is live. Errors: those of [`Regions::take`].
+    fn take(
+        &self,
+        _device: &Device,
+        _bar: &Bar,
+        (place, len): (Place, u64),
+        regions: &mut Regions,
+        _chunks: &mut KVec<Chunk>,
+    ) -> Result<u64> {
+        regions.take(place, len)
+    }
+
+    /// Announces that the driver of `device` is about to be unbound. The caller holds the device lock.
+    fn unbinds(&self, _device: &Arc<Device>) {}
+}
+
+/// The BARs of a device that is bound to this driver, whose `unbind` removes the device.
+struct Bars;
+
+impl Source for Bars {}
+
 /// A bound PCI device. After its removal the structure lives on, marked gone, while open files refer to it.
 #[pin_data]
 pub(crate) struct Device {
@@ -92,8 +116,7 @@ pub(crate) struct Device {
     pub(crate) bars: [Bar; abi::NUM_BARS],
     /// Of each BAR: one may lie below the addresses that a device can send, and another above.
     pub(crate) peers: [Peers; abi::NUM_BARS],
-    /// Another driver owns the device and publishes its memory in a P2PDMA pool; `State::regions` is unused.
-    is_provider: bool,
+    pub(crate) source: &'static dyn Source,
     #[pin]
     state: Mutex<State>,
     /// For a provider: work that completes the removal.
@@ -138,61 +161,30 @@ impl Device {
             // `Device`, and the caller has promised to call `remove`.
             *bar = unsafe { Bar::probe(pdev, index) };
         }
-        let regions = bars.each_ref().map(|bar| Regions::new(bar.size));
-        Self::new(pdev.into(), bars, regions, false)
+        Self::new(pdev.into(), bars, &Bars)
     }
 
-    /// A device whose own driver has published memory in a P2PDMA pool.
-    ///
-    /// Errors: ENOSPC if the pool is used up, ENOMEM.
-    ///
-    /// # Safety
-    ///
-    /// The device's driver has a pool and is bound. The caller calls `Device::remove` before that driver is
-    /// unbound.
-    pub(crate) unsafe fn provider(pdev: ARef<pci::Device>) -> Result<Arc<Self>> {
-        let raw = raw(&*pdev);
-        // Only an allocation from the pool reveals the pool's address.
-        // SAFETY: The driver is bound and has a pool, by the caller's promise.
-        let chunk = unsafe { Chunk::take(raw, PAGE_SIZE as u64)? };
-        let (paddr, _) = chunk.place();
-        let mut bars = [Bar::ABSENT; abi::NUM_BARS];
-        for (index, bar) in (0..).zip(bars.iter_mut()) {
-            // SAFETY: The device is valid, and `index` is below `NUM_BARS`.
-            *bar = unsafe { Bar::describe(raw, index) };
-            if paddr.wrapping_sub(bar.start) < bar.size {
-                // SAFETY: The driver is bound, and the chunk lies in this BAR.
-                *bar = unsafe { bar.of_provider(raw, index, &chunk) };
-            }
-        }
-        Self::new(pdev, bars, [const { Regions::new(0) }; abi::NUM_BARS], true)
-    }
-
-    fn new(
+    /// A device with memory from `source`.
+    pub(crate) fn new(
         pdev: ARef<pci::Device>,
         bars: [Bar; abi::NUM_BARS],
-        regions: [Regions; abi::NUM_BARS],
-        is_provider: bool,
+        source: &'static dyn Source,
     ) -> Result<Arc<Self>> {
         Arc::pin_init(
             pin_init!(Self {
                 pdev,
                 bars,
                 peers: [const { Peers::new() }; abi::NUM_BARS],
-                is_provider,
+                source,
                 state <- new_mutex!(State {
                     closed: 0,
-                    regions,
+                    regions: bars.each_ref().map(|bar| Regions::new(bar.own)),
                     exports: KVec::new(),
                 }),
                 rest <- new_work!("peerbuf::Device::rest"),
             }),
             GFP_KERNEL,
         )
-    }
-
-    pub(crate) fn is_provider(&self) -> bool {
-        self.is_provider
     }
 
     /// The PCI address, `DDDD:BB:DD.F`.
@@ -231,7 +223,7 @@ impl Device {
                 size: bar.size,
                 free: regions.free(),
                 largest_free: regions.largest_free(),
-                exports: match self.is_provider && bar.flags & abi::BAR_EXPORT != 0 {
+                exports: match bar.own == 0 && bar.flags & abi::BAR_EXPORT != 0 {
                     true => exports.len() as u32,
                     false => regions.count(),
                 },
@@ -262,10 +254,8 @@ impl Device {
             let mut chunks = KVec::new();
             for part in parts.iter_mut() {
                 if let Some(place) = part.place {
-                    part.offset = match self.is_provider {
-                        true => self.borrow(bar, place, part.len, &mut chunks)?,
-                        false => state.regions[index].take(place, part.len)?,
-                    };
+                    let (want, regions) = ((place, part.len), &mut state.regions[index]);
+                    part.offset = self.source.take(self, bar, want, regions, &mut chunks)?;
                 }
                 taken += 1;
             }
@@ -281,25 +271,6 @@ impl Device {
             }
         }
         made
-    }
-
-    /// Allocates `len` bytes from the pool in `bar` and returns their offset in the BAR. The caller holds the
-    /// state's lock and has checked that the device is live, so the provider's driver is bound.
-    ///
-    /// Errors: EINVAL for [`Place::At`], ENOSPC, ENOMEM.
-    fn borrow(&self, bar: &Bar, place: Place, len: u64, chunks: &mut KVec<Chunk>) -> Result<u64> {
-        let Place::Any = place else {
-            return Err(EINVAL);
-        };
-        // SAFETY: The driver is bound, by the caller's check, and has a pool.
-        let chunk = unsafe { Chunk::take(raw(&*self.pdev), len)? };
-        let offset = chunk.place().0.wrapping_sub(bar.start);
-        // A pool may have memory of several BARs.
-        if offset >= bar.size {
-            return Err(ENOSPC);
-        }
-        chunks.push(chunk, GFP_KERNEL)?;
-        Ok(offset)
     }
 
     /// Removes an export whose dma-buf is being released, and frees the ranges of BAR `index` that `each`
@@ -381,14 +352,9 @@ impl Device {
         None
     }
 
-    /// The number of pages in use in the device's BARs; zero for a provider.
+    /// The number of pages in use, without those of a pool, for which its owner waits.
     pub(crate) fn busy_pages(&self) -> usize {
-        if self.is_provider {
-            return 0;
-        }
-        self.bars
-            .iter()
-            .filter_map(|bar| Some(bar.pages.as_ref()?.busy(0, bar.size)))
-            .sum()
+        let busy = |bar: &Bar| Some(bar.pages.as_ref()?.busy(0, bar.own));
+        self.bars.iter().filter_map(busy).sum()
     }
 }

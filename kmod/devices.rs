@@ -62,12 +62,6 @@ pub(crate) fn find(pdev: *mut bindings::pci_dev) -> Option<Arc<Device>> {
     all.iter().find(is_it).cloned()
 }
 
-/// Any one provider.
-pub(crate) fn find_provider() -> Option<Arc<Device>> {
-    let all = ALL.lock();
-    all.iter().find(|device| device.is_provider()).cloned()
-}
-
 /// The device at position `index`; the order is undefined.
 pub(crate) fn nth(index: usize) -> Option<Arc<Device>> {
     ALL.lock().get(index).cloned()

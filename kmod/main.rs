@@ -179,9 +179,10 @@ impl pci::Driver for Driver {
 struct Loaded {
     #[pin]
     _buffers: debugfs::File<()>,
-    _providers: Providers,
     #[pin]
     _driver: kernel::driver::Registration<pci::Adapter<Driver>>,
+    /// After the driver: no device is bound any more, and the list has only providers.
+    _providers: Providers,
 }
 
 impl kernel::InPlaceModule for Loaded {

@@ -33,6 +33,7 @@ use core::ptr;
 use kernel::{
     bindings, container_of,
     ffi::*,
+    page::PAGE_SIZE,
     pci,
     prelude::*,
     sync::{
@@ -46,13 +47,16 @@ use kernel::{
 
 use crate::{
     abi,
+    bar::Bar,
     common::{self, DeviceLock, Listening, OwnQueue},
-    device::Device,
+    device::{Device, Source},
     devices,
     ffi::{self, Table},
     misc::{read_struct, write_struct, Fd, Misc},
     node,
     peers::Peers,
+    pool::Chunk,
+    region::{Place, Regions},
 };
 
 static FOPS: Table<bindings::file_operations> = Table(bindings::file_operations {
@@ -100,8 +104,8 @@ impl Providers {
 
 impl Drop for Providers {
     fn drop(&mut self) {
-        // Removes the providers whose driver was never unbound.
-        while let Some(provider) = devices::find_provider() {
+        // Removes the providers whose driver was never unbound. No device is bound to this driver any more.
+        while let Some(provider) = devices::nth(0) {
             devices::remove(&provider);
         }
     }
@@ -161,13 +165,6 @@ fn open_device(pdev: ARef<pci::Device>) -> Result<Arc<Device>> {
     if unsafe { (*dev).driver.is_null() } {
         return Err(ENODEV);
     }
-    if let Some(known) = devices::find(raw) {
-        return match known.is_provider() {
-            true => Ok(known),
-            // A device bound to this driver has a node of its own.
-            false => Err(ffi::errno(bindings::EOPNOTSUPP)),
-        };
-    }
     // The P2PDMA core has no direct query. But of all devices with published memory, a device is closest to
     // itself.
     let mut client = dev;
@@ -177,11 +174,28 @@ fn open_device(pdev: ARef<pci::Device>) -> Result<Arc<Device>> {
         bindings::pci_dev_put(closest);
         closest
     };
+    // A device that is bound to this driver publishes nothing: it has a node of its own.
     if !ptr::eq(closest, raw) {
         return Err(ffi::errno(bindings::EOPNOTSUPP));
     }
+    if let Some(known) = devices::find(raw) {
+        return Ok(known);
+    }
+    // Only an allocation from the pool reveals the pool's address.
     // SAFETY: The lock keeps the driver bound until this returns, and the driver has published its pool.
-    let provider = unsafe { Device::provider(pdev)? };
+    let chunk = unsafe { Chunk::take(raw, PAGE_SIZE as u64)? };
+    let (paddr, _) = chunk.place();
+    let mut bars = [Bar::ABSENT; abi::NUM_BARS];
+    for (index, bar) in (0..).zip(bars.iter_mut()) {
+        // SAFETY: The device is valid, and `index` is below `NUM_BARS`.
+        *bar = unsafe { Bar::describe(raw, index) };
+        if paddr.wrapping_sub(bar.start) < bar.size {
+            // SAFETY: The driver is bound, and the chunk lies in this BAR.
+            *bar = unsafe { bar.of_provider(raw, index, &chunk) };
+        }
+    }
+    // `unbinds` removes the device before its driver is unbound.
+    let provider = Device::new(pdev, bars, &Pool)?;
     devices::add(&provider)?;
     Ok(provider)
 }
@@ -204,11 +218,7 @@ unsafe extern "C" fn device_changes(
     0 // NOTIFY_DONE
 }
 
-/// Handles the imminent unbind of a device's driver; the caller holds the device lock.
-///
-/// On return no importer can access a provider's memory through this module, with two exceptions: direct I/O,
-/// for which the owner waits, and importers that do not unmap in time. The latter keep their chunks of the
-/// pool, so its owner waits for them, too (`memunmap_pages`), outside the notifier.
+/// Tells the source of a device's memory that the device's driver is about to be unbound.
 ///
 /// # Safety
 ///
@@ -217,15 +227,47 @@ unsafe fn unbinds(dev: *mut bindings::device) {
     // SAFETY: `dev` is part of a `struct pci_dev`, by the caller's promise.
     let pdev = unsafe { container_of!(dev, bindings::pci_dev, dev) };
     if let Some(device) = devices::find(pdev) {
-        if device.is_provider() {
-            if !device.remove_within(NOTIFIER_LIMIT_MS) {
-                // SAFETY: A provider exists, so the queue is valid.
-                let queue = unsafe { Queue::from_raw(QUEUE.load(Relaxed)) };
-                // Cannot fail: a device is removed once, so the work is queued once.
-                let _ = queue.enqueue::<Arc<Device>, 0>(device.clone());
-            }
-            devices::remove(&device);
+        device.source.unbinds(&device);
+    }
+}
+
+/// The P2PDMA pool that the device's own driver has published, as a source of memory.
+struct Pool;
+
+impl Source for Pool {
+    fn take(
+        &self,
+        device: &Device,
+        bar: &Bar,
+        want: (Place, u64),
+        _regions: &mut Regions,
+        chunks: &mut KVec<Chunk>,
+    ) -> Result<u64> {
+        let (Place::Any, len) = want else {
+            return Err(EINVAL);
+        };
+        // SAFETY: The device is live, by the caller's check, so its driver is bound, and has a pool.
+        let chunk = unsafe { Chunk::take(common::raw(device.pci()), len)? };
+        let offset = chunk.place().0.wrapping_sub(bar.start);
+        // A pool may have memory of several BARs.
+        if offset >= bar.size {
+            return Err(ENOSPC);
         }
+        chunks.push(chunk, GFP_KERNEL)?;
+        Ok(offset)
+    }
+
+    /// Removes the device. On return no importer can access its memory through this module, with two exceptions:
+    /// direct I/O, for which the owner waits, and importers that do not unmap in time. The latter keep their
+    /// chunks of the pool, so its owner waits for them, too (`memunmap_pages`), outside the notifier.
+    fn unbinds(&self, device: &Arc<Device>) {
+        if !device.remove_within(NOTIFIER_LIMIT_MS) {
+            // SAFETY: A provider exists, so the queue is valid.
+            let queue = unsafe { Queue::from_raw(QUEUE.load(Relaxed)) };
+            // Cannot fail: a device is removed once, so the work is queued once.
+            let _ = queue.enqueue::<Arc<Device>, 0>(device.clone());
+        }
+        devices::remove(device);
     }
 }
 
