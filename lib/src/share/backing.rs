@@ -28,7 +28,7 @@ pub enum Placement {
 }
 
 impl Placement {
-    /// What a buffer's kind says about it.
+    /// The placement that the buffer's kind implies.
     pub fn of(buffer: &Buffer) -> Placement {
         let provenance = buffer.provenance();
         if provenance.kind.is_host_memory() {
@@ -51,7 +51,7 @@ impl std::fmt::Display for Placement {
     }
 }
 
-/// The task of one call of [`Backing::migrate`].
+/// Arguments of one call of [`Backing::migrate`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Order {
@@ -59,10 +59,11 @@ pub struct Order {
     pub generation: u64,
     /// The requested location of the bytes; `None` leaves it to the backing.
     pub to: Option<Placement>,
-    /// How long it may wait for others, such as importers in the kernel.
+    /// Time limit for waiting on others, such as importers in the kernel.
     pub limit: Duration,
-    /// Somebody who was cut off, or died without giving the old generation back, may still reach
-    /// it. The new one must not be reachable through any descriptor or mapping of the old.
+    /// True if a subscriber that was cut off, or died without returning the old generation, may
+    /// still reach the old generation. The new generation must then be unreachable through
+    /// every descriptor and mapping of the old one.
     pub isolate: bool,
 }
 
@@ -76,17 +77,18 @@ pub trait Backing: Send {
         Placement::of(self.buffer())
     }
 
-    /// False while something in this process besides the backing has a handle on the current
-    /// generation, so that it cannot be given up.
+    /// True if the backing holds the only handle on the current generation in this process. The
+    /// generation cannot be replaced otherwise.
     fn is_idle(&self) -> bool {
         self.buffer().handles() == 1
     }
 
-    /// Makes the next generation, of the same size and with the same bytes, and lets go of the
-    /// current one. Called when no live subscriber uses that any more.
+    /// Makes the next generation, with the same size and the same bytes, and drops the current
+    /// one. The publisher calls this when no live subscriber uses the current generation.
     ///
     /// # Errors
-    /// Why there is no next generation. [`Backing::buffer`] is then still the current one.
+    /// The reason why there is no next generation. [`Backing::buffer`] still returns the
+    /// current one.
     fn migrate(&mut self, order: &Order) -> Result<(), ShareError>;
 }
 
@@ -108,8 +110,8 @@ impl Backing for Box<dyn Backing> {
     }
 }
 
-/// A backing that moves by copying: each generation is a buffer of its own, so nothing that
-/// reaches the old one reaches the new one.
+/// A backing that moves by copying. Each generation is a separate buffer, so a holder of the
+/// old generation cannot reach the new one.
 ///
 /// ```
 /// use peerbuf::export::memfd;
@@ -126,11 +128,11 @@ pub struct Copied<F> {
 }
 
 impl<F: FnMut(&Order) -> Result<Buffer, ExportError>> Copied<F> {
-    /// Has `make` make each generation, the first of which has the number 1. They may be of
-    /// different kinds, but must be of one size.
+    /// Calls `make` once for each generation; the first generation has the number 1. The
+    /// generations may be of different kinds, but must have the same size.
     ///
     /// # Errors
-    /// What `make` returned.
+    /// The error of `make`.
     pub fn new(mut make: F) -> Result<Copied<F>, ExportError> {
         let buffer = make(&Order {
             generation: 1,
@@ -164,13 +166,15 @@ impl<F: FnMut(&Order) -> Result<Buffer, ExportError> + Send> Backing for Copied<
 }
 
 #[cfg(feature = "module")]
-/// A backing in a card's BAR that peerbuf.ko moves to system memory and back, under one dma-buf.
+/// A backing in a card's BAR. peerbuf.ko moves the backing to system memory and back, under one
+/// dma-buf.
 ///
-/// When nobody was cut off the kernel moves the bytes, and the next generation is the same dma-buf.
-/// After a cut-off the next generation is an export of its own: the bytes are copied, and then the
-/// kernel revokes the old one, which ends all access to it in every process. The BAR's room that it
-/// had is free when its last descriptor is closed; until then the new export may have to be made of
-/// system memory alone, and [`Placement::Device`] is refused.
+/// If no subscriber was cut off, the kernel moves the bytes, and the next generation is the
+/// same dma-buf. After a cut-off, the next generation is a new export: the backing copies the
+/// bytes, and the kernel then revokes the old export, which ends all access to the old export
+/// in every process. The old export keeps its room in the BAR until its last descriptor is
+/// closed. Until then the new export may have to consist of system memory alone, and
+/// [`Placement::Device`] is refused.
 #[derive(Debug)]
 pub struct Movable {
     device: Arc<Device>,
@@ -180,7 +184,7 @@ pub struct Movable {
 
 #[cfg(feature = "module")]
 impl Movable {
-    /// Exports `length` bytes of a BAR, for reading and writing, anywhere in it.
+    /// Exports `length` bytes of a BAR for reading and writing, at any free offset.
     ///
     /// # Errors
     /// As [`Device::export_ranges`].
@@ -197,7 +201,7 @@ impl Movable {
         })
     }
 
-    /// As [`Movable::new`], of the device whose node this is.
+    /// Like [`Movable::new`], for the device behind `node`.
     ///
     /// # Errors
     /// As [`Device::open_node`] and [`Movable::new`].
@@ -205,7 +209,7 @@ impl Movable {
         Movable::new(Arc::new(Device::open_node(node)?), bar, length)
     }
 
-    /// The device that it is exported by.
+    /// The device that exports the buffer.
     pub fn device(&self) -> &Arc<Device> {
         &self.device
     }
@@ -216,7 +220,7 @@ impl Movable {
         })
     }
 
-    /// Where the next generation is to be.
+    /// The placement of the next generation.
     fn target(&self, order: &Order) -> MoveTo {
         match (order.to, self.placement()) {
             (Some(Placement::Device), _) => MoveTo::Device,
@@ -226,7 +230,7 @@ impl Movable {
         }
     }
 
-    /// An export that nothing which reaches the old one reaches.
+    /// Makes a new export that no descriptor or mapping of the old one reaches.
     fn anew(&self, order: &Order) -> Result<Buffer, ShareError> {
         let length = self.buffer.size();
         let target = self.target(order);
@@ -237,7 +241,7 @@ impl Movable {
         let buffer = match export(&self.device, self.bar, in_bar) {
             Ok(buffer) => buffer,
             Err(error) if order.to == Some(Placement::Device) => return Err(error.into()),
-            // The BAR's room is still taken by those who were cut off.
+            // Processes that were cut off still hold the room in the BAR.
             Err(_) => export(&self.device, self.bar, RangeRequest::System { length })?,
         };
         copy(&self.buffer, &buffer)?;
@@ -284,8 +288,8 @@ impl Backing for Movable {
             return Ok(());
         }
         let next = self.anew(order)?;
-        // From the call on nobody gets access. Importers that had it may keep the old memory for as
-        // long as they do not let go; it is not the new one.
+        // From this call on, nobody gets new access. Importers that already have access may
+        // keep the old memory until they detach; the new generation is separate memory.
         self.device.revoke(self.dmabuf()?, Duration::ZERO)?;
         self.buffer = next;
         Ok(())
@@ -295,7 +299,8 @@ impl Backing for Movable {
 /// Copies all bytes of one buffer to another of the same size.
 ///
 /// # Errors
-/// [`ShareError::Backing`] when the sizes differ; otherwise what mapping or access failed with.
+/// [`ShareError::Backing`] if the sizes differ; otherwise the error of the mapping or the
+/// access.
 pub fn copy(from: &Buffer, to: &Buffer) -> Result<(), ShareError> {
     if from.size() != to.size() {
         let what = format!(

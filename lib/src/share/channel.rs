@@ -1,4 +1,4 @@
-//! The socket: messages, descriptors, and who is at the other end.
+//! The socket: messages, descriptors, and the credentials of the peer.
 
 use std::fmt;
 use std::io::{IoSlice, IoSliceMut};
@@ -20,13 +20,13 @@ use crate::error::{BufferError, ShareError, SystemError};
 use crate::sys;
 use peerbuf_core::Deadline;
 
-/// How long [`Channel::connect`] waits for a place among those that are to be accepted.
+/// Default time limit of [`Channel::connect`] for a full backlog.
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 
 /// The most descriptors that one message may carry (`SCM_MAX_FD`, include/net/scm.h).
 pub const MAX_DESCRIPTORS: usize = 253;
 
-/// One end of a connection that buffers travel over.
+/// One end of a connection that carries buffers.
 #[derive(Debug)]
 #[doc(alias = "SCM_RIGHTS")]
 #[doc(alias = "SOCK_SEQPACKET")]
@@ -34,17 +34,17 @@ pub struct Channel {
     pub(super) socket: OwnedFd,
 }
 
-/// The process at the other end when the connection was made, as the kernel vouches for it.
+/// Credentials of the peer process at connect time, as reported by the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 #[doc(alias = "SO_PEERCRED")]
 pub struct Peer {
-    /// Process id, as this process's PID namespace counts. `None` for a process that is not in the
-    /// namespace, such as one in a container next door.
+    /// Process id in this process's PID namespace. `None` for a process outside of this
+    /// namespace, such as one in another container.
     pub pid: Option<i32>,
-    /// User id, as this process's user namespace counts.
+    /// User id in this process's user namespace.
     pub uid: u32,
-    /// Group id, likewise.
+    /// Group id in this process's user namespace.
     pub gid: u32,
 }
 
@@ -58,7 +58,7 @@ impl fmt::Display for Peer {
 }
 
 impl Channel {
-    /// Two ends of a new connection, for a process and its child. Both are closed on exec.
+    /// Makes a connected pair, for a process and its child. Both ends are closed on exec.
     ///
     /// # Errors
     /// The call that failed, such as `EMFILE`.
@@ -73,7 +73,7 @@ impl Channel {
         Ok((Channel { socket: one }, Channel { socket: other }))
     }
 
-    /// Takes a connected socket, such as one that was inherited.
+    /// Takes a connected socket, such as an inherited one.
     ///
     /// # Errors
     /// [`ShareError::WrongSocket`] for anything but a unix seqpacket socket.
@@ -86,17 +86,17 @@ impl Channel {
         Ok(Channel { socket })
     }
 
-    /// Connects to a [`Listener`](super::Listener). When too many others wait to be accepted, this
-    /// one waits up to ten seconds for its place.
+    /// Connects to a [`Listener`](super::Listener). Waits up to ten seconds if the listener's
+    /// backlog is full.
     ///
     /// # Errors
-    /// The call that failed: `ENOENT` or `ECONNREFUSED` when nobody listens there.
-    /// [`ShareError::TimedOut`] when whoever listens accepts nobody.
+    /// The call that failed: `ENOENT` or `ECONNREFUSED` if no process listens at `path`.
+    /// [`ShareError::TimedOut`] if the listener does not accept in time.
     pub fn connect(path: impl AsRef<Path>) -> Result<Channel, ShareError> {
         Channel::connect_within(path, CONNECT_LIMIT)
     }
 
-    /// As [`Channel::connect`], with this time limit.
+    /// Like [`Channel::connect`], with this time limit.
     ///
     /// # Errors
     /// As [`Channel::connect`].
@@ -106,7 +106,7 @@ impl Channel {
         let socket = seqpacket()?;
         let address = SocketAddrUnix::new(path).map_err(on("connect", path))?;
         loop {
-            // The kernel takes zero for no limit.
+            // The kernel reads zero as no limit.
             let left = deadline.left().max(Duration::from_millis(1));
             let left = deadline.instant().map(|_| left);
             sockopt::set_socket_timeout(&socket, sockopt::Timeout::Send, left)
@@ -128,7 +128,7 @@ impl Channel {
         Ok(Channel { socket })
     }
 
-    /// The process at the other end (`SO_PEERCRED`).
+    /// The credentials of the peer process (`SO_PEERCRED`).
     ///
     /// # Errors
     /// The call that failed.
@@ -143,12 +143,13 @@ impl Channel {
         })
     }
 
-    /// Hands over a range. The other end can then use it for as long as it likes, whatever
-    /// happens to this one; descriptors give access to the whole buffer, not to the range alone.
-    /// A [`Publisher`](super::Publisher) keeps a hold on what it hands over.
+    /// Gives a range to the peer for good. The peer can use the range after this process has
+    /// exited. The descriptors give access to the whole buffer, not only to the range. Use a
+    /// [`Publisher`](super::Publisher) to keep control of a buffer.
     ///
     /// # Errors
-    /// As [`Channel::send_message`]; [`ShareError::Lent`] for a buffer that a publisher lent to this process.
+    /// As [`Channel::send_message`]; [`ShareError::Lent`] for a buffer that a publisher lent to
+    /// this process.
     pub fn send_buffer(&self, range: &BufferRange) -> Result<(), ShareError> {
         if range.buffer().lease().is_some() {
             let name = range.buffer().to_string();
@@ -161,18 +162,18 @@ impl Channel {
         self.send_message(&message, &descriptors)
     }
 
-    /// Waits for a range to be handed over.
+    /// Waits for the peer to hand over a range.
     ///
     /// # Errors
-    /// [`ShareError::PeerGone`]; [`ShareError::Truncated`] or [`ShareError::Malformed`] for what
-    /// is not an offer; [`ShareError::Buffer`] for descriptors that are not what the offer says;
-    /// [`ShareError::CutOff`] when a [`Publisher`](super::Publisher) is at the other end, which
-    /// lends to subscribers and hands nothing over.
+    /// [`ShareError::PeerGone`]; [`ShareError::Truncated`] or [`ShareError::Malformed`] for a
+    /// message that does not hand over a range; [`ShareError::Buffer`] for descriptors that do
+    /// not match the message; [`ShareError::CutOff`] if the peer is a
+    /// [`Publisher`](super::Publisher), which lends to subscribers and hands nothing over.
     pub fn receive_buffer(&self) -> Result<BufferRange, ShareError> {
         taken(self.receive_message(wire::HAND_OVER_SIZE)?)
     }
 
-    /// As [`Channel::receive_buffer`], with a time limit.
+    /// Like [`Channel::receive_buffer`], with a time limit.
     ///
     /// # Errors
     /// The same, and [`ShareError::TimedOut`].
@@ -180,19 +181,20 @@ impl Channel {
         taken(self.receive_message_within(wire::HAND_OVER_SIZE, limit)?)
     }
 
-    /// Sends a message of the application's own, with descriptors. It must not be empty. Waits for
-    /// room, unless the socket was made not to wait (`O_NONBLOCK`).
+    /// Sends a message of the application, with descriptors. `message` must not be empty. Waits
+    /// for room in the socket unless the socket is non-blocking (`O_NONBLOCK`).
     ///
     /// # Errors
     /// [`ShareError::PeerGone`], or the call that failed: `EMSGSIZE` for a message larger than
-    /// the socket's buffer, `EINVAL` for an empty one or more than [`MAX_DESCRIPTORS`], `EAGAIN`
-    /// when there is no room and the socket does not wait. Nothing was sent then.
+    /// the socket's buffer, `EINVAL` for an empty message or more than [`MAX_DESCRIPTORS`]
+    /// descriptors, `EAGAIN` if a non-blocking socket has no room. Nothing was sent in these
+    /// cases.
     pub fn send_message(
         &self,
         message: &[u8],
         descriptors: &[BorrowedFd<'_>],
     ) -> Result<(), ShareError> {
-        // An empty message looks like the end of the connection at the other end.
+        // The peer would read an empty message as the end of the connection.
         if message.is_empty() {
             return Err(system("sendmsg")(rustix::io::Errno::INVAL).into());
         }
@@ -200,7 +202,7 @@ impl Channel {
             .map(drop)
     }
 
-    /// Sends now or not at all: false when there is no room.
+    /// Sends without waiting; false if the socket has no room.
     pub(super) fn try_send(
         &self,
         message: &[u8],
@@ -241,12 +243,12 @@ impl Channel {
         }
     }
 
-    /// Waits for a message of at most `limit` bytes. Its descriptors are closed on exec, and on
-    /// any error closed.
+    /// Waits for a message of at most `limit` bytes. The received descriptors are closed on
+    /// exec. On an error they are closed at once.
     ///
     /// # Errors
-    /// [`ShareError::PeerGone`], [`ShareError::Truncated`], or the call that failed: `EAGAIN` when
-    /// there is none and the socket was made not to wait.
+    /// [`ShareError::PeerGone`], [`ShareError::Truncated`], or the call that failed: `EAGAIN`
+    /// if a non-blocking socket has no message.
     pub fn receive_message(&self, limit: usize) -> Result<(Vec<u8>, Vec<OwnedFd>), ShareError> {
         let mut message = vec![0; limit];
         let mut descriptors = Vec::new();
@@ -255,7 +257,7 @@ impl Channel {
         Ok((message, descriptors))
     }
 
-    /// As [`Channel::receive_message`], with a time limit.
+    /// Like [`Channel::receive_message`], with a time limit.
     ///
     /// # Errors
     /// The same, and [`ShareError::TimedOut`].
@@ -285,8 +287,8 @@ impl Channel {
         }
     }
 
-    /// Takes a message if one is there, and puts its descriptors behind those in `descriptors`.
-    /// Returns its length.
+    /// Takes a message if one has arrived, and appends its descriptors to `descriptors`.
+    /// Returns the message's length in bytes.
     pub(super) fn try_receive(
         &self,
         message: &mut [u8],
@@ -316,7 +318,7 @@ impl Channel {
                 Err(errno) => return Err(system("recvmsg")(errno).into()),
             }
         };
-        // Owned before anything is checked, so that every way out closes them.
+        // The descriptors have owners before any check, so that every return path closes them.
         let before = descriptors.len();
         for part in control.drain() {
             if let RecvAncillaryMessage::ScmRights(rights) = part {
@@ -325,7 +327,8 @@ impl Channel {
             }
         }
         let error = if received.flags.contains(ReturnFlags::CTRUNC) {
-            // Those that did come are still open, so this one fails as the missing ones did.
+            // The descriptors that arrived are still open, so this call fails for the same
+            // reason as the missing ones did.
             let what = match rustix::io::fcntl_dupfd_cloexec(&self.socket, 0) {
                 Err(rustix::io::Errno::MFILE) => {
                     "descriptors are missing, because this process reached its limit of open files \
@@ -351,9 +354,9 @@ impl Channel {
         Err(error)
     }
 
-    /// Ends the connection for both ends, even where another process holds this end too.
+    /// Ends the connection for both ends, even if another process holds this end too.
     pub(super) fn shut_down(&self) {
-        // It fails only when the other end has gone, which is as good.
+        // The call fails only if the peer has gone.
         let _ = rustix::net::shutdown(&self.socket, rustix::net::Shutdown::Both);
     }
 }
@@ -375,12 +378,12 @@ fn taken((message, descriptors): (Vec<u8>, Vec<OwnedFd>)) -> Result<BufferRange,
     Ok(buffer.range(offset, length)?)
 }
 
-/// A buffer's descriptors, in the order in which they travel.
+/// A buffer's descriptors, in the order of the message.
 pub(super) fn descriptors(buffer: &Buffer) -> [Option<BorrowedFd<'_>>; 2] {
     [buffer.dmabuf().map(AsFd::as_fd), buffer.host_memory()]
 }
 
-/// Makes a buffer of what was announced and of the descriptors that came, after a look at each.
+/// Makes a buffer from its description and its descriptors, after a check of each descriptor.
 pub(super) fn open_buffer(
     what: &wire::Checked<'_>,
     descriptors: &mut impl Iterator<Item = OwnedFd>,

@@ -6,8 +6,8 @@
 pub enum Grant {
     /// No access: the buffer is not offered, and the subscriber does not learn of it.
     Nothing,
-    /// Reading. See [`Grant::ReadOnly`]'s section in [the module](super#read-only) for what the
-    /// kernel enforces; a buffer for which it would enforce nothing is not offered at all.
+    /// Reading. [The module](super#read-only) says what the kernel enforces. A buffer for which
+    /// the kernel would enforce nothing is not offered.
     ReadOnly,
     /// Reading and writing.
     ReadWrite,

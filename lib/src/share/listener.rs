@@ -1,9 +1,9 @@
-//! The place in the filesystem where other processes connect.
+//! The socket file where other processes connect.
 //!
-//! A process that was killed leaves its socket file behind, and `bind` refuses a path that is
-//! taken. Whoever starts next has to remove the file, and two that start together must not remove
-//! each other's. So every [`Listener`] takes a lock beside the path while it looks, removes and
-//! binds, and removes at its end only a file that is its own.
+//! A process that was killed leaves its socket file behind, and `bind` refuses a path that
+//! exists. The next process has to remove the file, and two processes that start together must
+//! not remove each other's file. A [`Listener`] therefore takes a lock file beside the path
+//! while it checks, removes and binds. On drop, it removes only its own file.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -18,20 +18,20 @@ use crate::error::{ShareError, SystemError};
 use crate::sys::fork::Process;
 use peerbuf_core::Deadline;
 
-/// How many may wait to be accepted.
+/// Number of connections that may wait for `accept`.
 const BACKLOG: i32 = 128;
 
-/// How long another process may take to begin or to end listening at the same path.
+/// Time limit for another process to release the lock, on bind.
 const BIND_LIMIT: Duration = Duration::from_secs(5);
 
-/// The same for one that ends: it does without the lock then.
+/// Time limit for the lock on drop. The drop continues without the lock afterwards.
 const UNBIND_LIMIT: Duration = Duration::from_millis(200);
 
-/// A place in the filesystem where other processes connect. When it is dropped it removes its
-/// socket file, if that is still the one at the path.
+/// A socket file where other processes connect. Dropping the listener removes the socket file,
+/// if the file at the path is still the listener's own.
 ///
-/// A child that was forked from this process can accept with it, too; only the process that bound
-/// it removes the file.
+/// A forked child can accept with the listener, too. Only the process that bound the path
+/// removes the file.
 #[derive(Debug)]
 pub struct Listener {
     socket: OwnedFd,
@@ -43,18 +43,19 @@ pub struct Listener {
 impl Listener {
     /// Listens at `path`. Only this user may connect, unless the file's mode is changed.
     ///
-    /// A socket file that a process which died left there is replaced; one that is in use, and
-    /// any other file, is not. When several start together on one path, one of them gets it. They
-    /// see each other by a lock file, `path` with `.lock` behind it, which is there for a moment.
+    /// `bind` replaces a socket file whose process has died. It does not replace a socket file
+    /// in use or a file of another type. If several processes start together on one path, one
+    /// of them gets it. They exclude each other by a lock file, `path` with the suffix `.lock`,
+    /// which exists for a moment.
     ///
     /// # Errors
-    /// The call that failed: `EADDRINUSE` when the path is taken. [`ShareError::TimedOut`] when
-    /// somebody keeps the lock for more than five seconds.
+    /// The call that failed: `EADDRINUSE` if the path is taken. [`ShareError::TimedOut`] if
+    /// another process keeps the lock for more than five seconds.
     pub fn bind(path: impl Into<PathBuf>) -> Result<Listener, ShareError> {
         let path = path.into();
         let address = SocketAddrUnix::new(&path).map_err(on("bind", &path))?;
         let socket = seqpacket()?;
-        // Connecting needs write permission on the file, and it is made with the socket's mode.
+        // Connecting needs write permission on the file, and the file gets the socket's mode.
         let owner = Mode::RUSR | Mode::WUSR;
         rustix::fs::fchmod(&socket, owner).map_err(on("fchmod", &path))?;
         let _alone = Lock::take(&path, BIND_LIMIT)?;
@@ -67,10 +68,10 @@ impl Listener {
         let begun = rustix::net::listen(&socket, BACKLOG).map_err(on("listen", &path));
         let file = begun.and_then(|()| identity(&path).map_err(on("lstat", &path)));
         let file = file.inspect_err(|_| {
-            // Under the lock, so it is the one that was just made.
+            // The lock is held, so this file is the one that `bind` just made.
             let _ = rustix::fs::unlink(&path);
         })?;
-        // The program may change its directory.
+        // The program may change its working directory.
         let path = std::path::absolute(&path).unwrap_or(path);
         Ok(Listener {
             socket,
@@ -83,9 +84,9 @@ impl Listener {
     /// Waits for a process to connect.
     ///
     /// # Errors
-    /// The call that failed; `EINTR` when a signal came. After a
-    /// [shortage](ShareError::is_shortage) of descriptors or memory the newcomer still waits, and
-    /// the next call may get it.
+    /// The call that failed; `EINTR` if a signal arrived. After a
+    /// [shortage](ShareError::is_shortage) of descriptors or memory the peer still waits, and
+    /// the next call may accept it.
     pub fn accept(&self) -> Result<Channel, ShareError> {
         let socket = rustix::net::accept_with(&self.socket, SocketFlags::CLOEXEC);
         Ok(Channel {
@@ -105,17 +106,17 @@ impl Drop for Listener {
         if !self.owner.is_current() {
             return;
         }
-        // Whoever is about to replace the file waits. Where there is no lock to be had, the look at
-        // the file leaves only a moment.
+        // The lock stops a process that is about to replace the file. Without the lock, a short
+        // race between the check and the removal remains.
         let _alone = Lock::take(&self.path, UNBIND_LIMIT);
-        // While the socket is open its file's number is not given to another.
+        // While the socket is open, the kernel gives the inode number to no other file.
         if identity(&self.path) == Ok(self.file) {
             let _ = rustix::fs::unlink(&self.path);
         }
     }
 }
 
-/// Which file it is: device and number.
+/// Identity of a file: device and inode number.
 type Identity = (u64, u64);
 
 fn identity(path: &Path) -> rustix::io::Result<Identity> {
@@ -126,7 +127,7 @@ fn number(file: &Stat) -> Identity {
     (file.st_dev, file.st_ino)
 }
 
-/// The right to begin and to end listening at a path. It goes with the process.
+/// Lock for starting and stopping to listen at a path. The lock ends with the process.
 struct Lock {
     file: OwnedFd,
     path: PathBuf,
@@ -148,7 +149,8 @@ impl Lock {
                     if identity(&path) == Ok(number(&locked)) {
                         return Ok(Lock { file, path });
                     }
-                    // Whoever had it has removed the file; the next one is to be locked.
+                    // The previous holder has removed the file; the next attempt locks a new
+                    // one.
                 }
                 Err(rustix::io::Errno::AGAIN) => std::thread::sleep(Duration::from_millis(2)),
                 Err(rustix::io::Errno::INTR) => {}
@@ -167,14 +169,15 @@ impl Lock {
 
 impl Drop for Lock {
     fn drop(&mut self) {
-        // The file goes first, so that nobody locks one that is about to go. Unlocked by hand: a
-        // child that was forked meanwhile has the descriptor, too.
+        // Remove the file first, so that no process locks a file that is about to vanish.
+        // Unlock explicitly, because a child that was forked meanwhile also holds the
+        // descriptor.
         let _ = rustix::fs::unlink(&self.path);
         let _ = rustix::fs::flock(&self.file, FlockOperation::Unlock);
     }
 }
 
-/// True for a socket file that nobody listens at any more.
+/// True for a socket file at which no process listens any more.
 fn is_abandoned(path: &Path) -> bool {
     let is_socket = rustix::fs::lstat(path)
         .is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Socket);

@@ -1,11 +1,12 @@
-//! Handing buffers to other processes, for good or for as long as they stay where they are.
+//! Handing buffers to other processes: permanently, or as a loan that the owner can take back.
 //!
-//! A [`Channel`] is a unix socket of the seqpacket kind: messages keep their borders, the kernel
-//! says who is at the other end ([`Channel::peer`]), and descriptors travel with the message that
-//! explains them. With it alone a buffer can be given away ([`Channel::send_buffer`]).
+//! A [`Channel`] is a unix socket of type `SOCK_SEQPACKET`. The socket keeps message
+//! boundaries. The kernel reports the credentials of the peer process ([`Channel::peer`]).
+//! Descriptors travel with the message that describes them (`SCM_RIGHTS`).
+//! [`Channel::send_buffer`] gives a buffer away for good and needs nothing but a channel.
 //!
-//! A [`Publisher`] lends: it offers its buffers to any number of [`Subscriber`]s, takes them back,
-//! moves their bytes, and offers them again as the next *generation*.
+//! A [`Publisher`] lends: it offers its buffers to any number of [`Subscriber`]s, takes them
+//! back, moves their bytes, and offers them again as the next *generation*.
 //!
 //! ```
 //! use std::time::Duration;
@@ -40,51 +41,56 @@
 //! # }
 //! ```
 //!
-//! Programs that wait with `async` have the same in `share::tokio` (feature `tokio`).
+//! `share::tokio` (feature `tokio`) is the async version of this module.
 //!
-//! # What is guaranteed
+//! # Guarantees
 //!
 //! 1. **Whole moves.** When [`Publisher::migrate`] returns, no live subscriber uses the old
-//!    generation, and every byte written to it before is in the new one. A subscriber gives a
-//!    generation back when the last [`Lease`], clone, mapping and attachment of it is gone and its
-//!    descriptors are closed; the library sees to it that this is what it says.
-//! 2. **Bounded harm.** A subscriber that is killed, stopped, slow or sends rubbish delays a move by
-//!    no more than the time limit given to it, and the other subscribers by no more than that. One
-//!    that never reads uses up a small part of the descriptors that may be under way. It is
-//!    cut off, and cannot reach the new generation. What it had written before is in the new
-//!    generation; what it writes while the move goes on may be there in whole, in part or not at
-//!    all; what it writes afterwards never is.
-//! 3. **A dead publisher harms nobody.** A subscriber gets [`ShareError::PeerGone`], and what it
-//!    has on lease stays valid memory, as an orphan that nobody moves any more.
-//! 4. **Nothing in flight.** What was begun on a generation is done before it is given up. Importers
-//!    hold the buffer while they work: direct I/O until the call returns, others until their
-//!    attachment is dropped. Work that devices still do then, as a GPU does, is waited for by the
-//!    fences on the dma-buf, also that of a subscriber that was killed. A device that is not done
-//!    within the time limit makes the move fail ([`ShareError::DeviceBusy`]); the bytes stay where they
-//!    are, offered to nobody, until a later move succeeds.
+//!    generation, and the new generation contains every byte that was written to the old one
+//!    before. A subscriber returns a generation when the last [`Lease`], clone, mapping and
+//!    attachment of the generation is dropped and its descriptors are closed. The library
+//!    enforces this order.
+//! 2. **Bounded harm.** A subscriber that is killed, is stopped, is slow or sends malformed
+//!    messages delays a move by at most the time limit of that move. It delays other
+//!    subscribers by at most the same time. A subscriber that never reads uses a small part of
+//!    the descriptors that may be in flight. The publisher cuts such a subscriber off, and the
+//!    subscriber cannot reach the new generation. Bytes that the subscriber wrote before the
+//!    move are in the new generation. Bytes that it writes during the move may be in the new
+//!    generation in whole, in part or not at all. Bytes that it writes after the move never
+//!    are.
+//! 3. **A dead publisher harms nobody.** A subscriber gets [`ShareError::PeerGone`]. Its leases
+//!    stay valid memory that nobody moves any more.
+//! 4. **Nothing in flight.** Work that began on a generation is complete before the generation
+//!    is replaced. Importers hold the buffer while they work: direct I/O holds the buffer until
+//!    the call returns, other importers until their attachment is dropped. The publisher waits
+//!    for the fences on the dma-buf, which cover work that a device (such as a GPU) still does,
+//!    also for a subscriber that was killed. If a device is not done within the time limit, the
+//!    move fails ([`ShareError::DeviceBusy`]). The bytes then stay in place, and the buffer is
+//!    offered to nobody until a later move succeeds.
 //!
-//! What the words cover: a *live* subscriber is one that uses this library and was not cut off. One
-//! that lies, and says that it gave back what it keeps, is harmless where each generation is memory
-//! of its own ([`Copied`]): it works on old pages that are nobody's truth any more. With [`Movable`] the
-//! next generation is the same dma-buf unless somebody was cut off, so such a liar would still reach it:
-//! lend those only to programs that you trust that far. The same holds for a descriptor that a program
-//! has duplicated behind the library's back.
+//! A *live* subscriber uses this library and was not cut off. A subscriber that falsely reports
+//! that it returned a generation is harmless if each generation is separate memory
+//! ([`Copied`]): that subscriber works on old pages that no one reads. With [`Movable`], the
+//! next generation is the same dma-buf unless a subscriber was cut off, so a lying subscriber
+//! would still reach the new generation. Lend a [`Movable`] only to programs that you trust.
+//! The same holds for a descriptor that a program duplicated without the library.
 //!
-//! A connection ends nobody else's and no server: whoever does not greet is cut off
-//! ([`CutOff::Silent`]), and a process that has no descriptors left listens again when it has some.
+//! One connection cannot end another connection or the server. The publisher cuts off a peer
+//! that sends no hello ([`CutOff::Silent`]). A publisher that has run out of descriptors stops
+//! listening and listens again when descriptors are free.
 //!
 //! # fork, PID namespaces, containers
 //!
-//! - A loan belongs to the process that connected. A child that is forked from it inherits none of
-//!   the mappings of lent buffers (`MADV_DONTFORK`), and what it does with a subscriber, a lease or
-//!   a publisher returns [`ShareError::Inherited`] at once. It takes nothing from its parent:
-//!   dropping what it inherited gives nothing back and ends no connection. A child connects by itself. The
-//!   descriptors are inherited all the same, as all are until `exec`. A [`Channel`] that no
-//!   subscriber or publisher has can be used by either.
-//! - A process of another PID namespace has no number here ([`Peer::pid`] is `None`). The policy
-//!   decides by what it has: user, group and name.
-//! - A [`Listener`] takes the place of a socket file that a dead process left, one of those that start
-//!   together gets the path, and each removes only its own file.
+//! - A loan belongs to the process that connected. A forked child inherits no mapping of a lent
+//!   buffer (`MADV_DONTFORK`). Every call that the child makes on a subscriber, a lease or a
+//!   publisher returns [`ShareError::Inherited`] at once. Dropping the inherited objects
+//!   returns no buffer and ends no connection of the parent. The child has to connect by
+//!   itself. The child inherits the descriptors, as it inherits all descriptors until `exec`.
+//!   Parent and child can both use a [`Channel`] that belongs to no subscriber or publisher.
+//! - A process in another PID namespace has no process id here ([`Peer::pid`] is `None`). The
+//!   policy decides by user id, group id and buffer name.
+//! - A [`Listener`] replaces a socket file that a dead process left. If several processes start
+//!   together, one of them gets the path. Each listener removes only its own file.
 //!
 //! [`ShareError::Inherited`]: crate::error::ShareError::Inherited
 //! [`ShareError::DeviceBusy`]: crate::error::ShareError::DeviceBusy
@@ -92,31 +98,34 @@
 //!
 //! # Read-only
 //!
-//! [`Grant::ReadOnly`] means, by the kind of buffer:
+//! The meaning of [`Grant::ReadOnly`] depends on the kind of buffer:
 //!
 //! - System memory ([`Kind::Memfd`](crate::buffer::Kind::Memfd),
-//!   [`Kind::Udmabuf`](crate::buffer::Kind::Udmabuf)): the subscriber gets the memfd opened again
-//!   for reading, without the dma-buf, which is always writable. The kernel refuses writable mappings,
-//!   writes, holes and seals through that descriptor. Two ways around it are left:
-//!   - Whoever may open `/dev/udmabuf` can make a dma-buf of the memfd, and that one is writable:
+//!   [`Kind::Udmabuf`](crate::buffer::Kind::Udmabuf)): the subscriber gets the memfd, opened
+//!   again for reading, and does not get the dma-buf, which is always writable. The kernel
+//!   refuses writable mappings, writes, holes and seals through that descriptor. Two bypasses
+//!   remain:
+//!   - A process that may open `/dev/udmabuf` can make a writable dma-buf of the memfd:
 //!     the kernel looks at the memfd's seals and not at the descriptor's mode
 //!     (`check_memfd_seals` in drivers/dma-buf/udmabuf.c, Linux 7.3).
 //!   - A process of the same user, or root, can open the file for writing through `/proc`. The
-//!     publisher makes the file's mode 0600, so that another user cannot.
+//!     publisher sets the file's mode to 0600, so that other users cannot.
 //!
-//!   So read-only holds against a process of another user that may not open `/dev/udmabuf`. Against
-//!   others it is a guard against mistakes. A copy holds against everybody.
-//! - A dma-buf that was exported for reading: the kernel refuses writable mappings. Devices that
-//!   import it are not held back: the kernel does not tell their drivers.
-//! - Any other dma-buf: all its descriptors are one open file with one mode, so nothing would be
-//!   enforced. It is not offered ([`Event::NotOffered`]).
+//! Read-only is therefore enforced against a process of another user that may not open
+//! `/dev/udmabuf`. Against other processes it only guards against mistakes. A copy of the
+//! buffer is safe against all of them.
+//! - A dma-buf that was exported for reading: the kernel refuses writable mappings. The kernel
+//!   does not tell the drivers of importing devices, so those devices can still write.
+//! - Any other dma-buf: all its descriptors are one open file with one mode, so the kernel
+//!   would enforce nothing. The buffer is not offered ([`Event::NotOffered`]).
 //!
-//! # What arrives is checked
+//! # Checks on received messages
 //!
-//! Nothing that arrives is believed before it was checked: a message's size, magic number, version
-//! and every field when it arrives; the number of descriptors; what each descriptor really is, and
-//! that the range is inside of it, before its first use. A message that fails leaves no descriptor
-//! behind, and ends the connection.
+//! The receiver checks a message before it uses the message. On arrival, the receiver checks
+//! the size, the magic number, the version, every field and the number of descriptors. Before
+//! the first use of a buffer, the receiver checks the type of each descriptor and that the
+//! range is inside the buffer. A message that fails a check leaves no descriptor open and ends
+//! the connection.
 
 mod backing;
 mod channel;

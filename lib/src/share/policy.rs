@@ -4,10 +4,10 @@ use super::channel::Peer;
 pub use super::grant::Grant;
 use crate::buffer::Buffer;
 
-/// Decides who may have which buffer. Asked once for each generation that is offered, so it may
-/// change its mind from one to the next.
+/// Decides the access of each peer to each buffer. The publisher asks once for each generation
+/// that it offers, so the answer may change between generations.
 ///
-/// Any closure of this shape is a policy:
+/// Any closure of this signature is a policy:
 ///
 /// ```
 /// use peerbuf::Buffer;
@@ -25,7 +25,7 @@ use crate::buffer::Buffer;
 /// # }
 /// ```
 pub trait Policy: Send {
-    /// Returns the access of `peer` to the buffer that was published as `name`.
+    /// Returns the access of `peer` to the buffer that is published as `name`.
     fn grant(&mut self, peer: &Peer, name: &str, buffer: &Buffer) -> Grant;
 }
 
@@ -35,8 +35,7 @@ impl<F: FnMut(&Peer, &str, &Buffer) -> Grant + Send> Policy for F {
     }
 }
 
-/// The policy where none is given: processes of this user and of root get everything, others
-/// nothing.
+/// The default policy: processes of this user and of root get everything, others nothing.
 #[derive(Debug, Clone, Copy)]
 pub struct SameUser;
 

@@ -3,14 +3,14 @@
 /// The effect of an accepted message: every value that a receiver acts upon.
 #[derive(Debug, Default)]
 pub struct Said {
-    /// Of each buffer: the range's offset and length, and the buffer's size.
+    /// For each buffer: the range's offset and length, and the buffer's size, in bytes.
     pub ranges: Vec<[u64; 3]>,
-    /// Of each buffer: how many descriptors must come with it.
+    /// For each buffer: the number of descriptors that must come with it.
     pub descriptors: Vec<usize>,
-    /// Of each buffer that has one.
+    /// The BAR number of each buffer that has one.
     pub bars: Vec<u8>,
-    /// Names, which people are shown.
+    /// Names, which are shown to people.
     pub texts: Vec<String>,
-    /// How many words about buffers.
+    /// Number of notes about buffers.
     pub notes: usize,
 }

@@ -1,12 +1,12 @@
-//! The side that is lent buffers.
+//! The side that borrows buffers.
 //!
-//! A thread of its own answers the publisher: a program that is busy or idle still meets the
-//! deadline if it drops its leases. The last handle of a buffer, when it is dropped, gives the
-//! generation back ([`Return`]).
+//! A separate thread answers the publisher, so a program that is busy or idle still meets the
+//! deadline if it drops its leases. Dropping the last handle of a buffer returns the generation
+//! ([`Return`]).
 //!
-//! `fork` copies a subscriber without its thread, and perhaps in the middle of a change. So each way
-//! to a [`Session`]'s state asks first whether this is the process that made it, and a child's
-//! copy is left alone.
+//! `fork` copies a subscriber without its thread, and perhaps in the middle of a change. Every
+//! access to a [`Session`]'s state therefore checks first whether this process made the
+//! session. A forked child's copy is left alone.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
@@ -30,17 +30,18 @@ use crate::sys::fork::Process;
 use peerbuf_core::Deadline;
 use peerbuf_core::unpoisoned;
 
-/// The most messages that are taken before they are answered.
+/// Maximum number of messages that the thread reads before it answers them.
 const TOGETHER: usize = 64;
 
-/// A process's connection to a [`Publisher`](super::Publisher), and what it is lent.
+/// A process's connection to a [`Publisher`](super::Publisher), and the buffers that it
+/// borrows.
 ///
-/// Dropping it gives back what is not on lease, and ends the connection. Leases that are left stay
-/// valid memory, but the publisher does not wait for them any more.
+/// Dropping the subscriber returns the buffers that are not on lease, and ends the connection.
+/// The remaining leases stay valid memory, but the publisher no longer waits for them.
 ///
-/// It works in the process that made it. In a child that was forked from that
-/// ([`ShareError::Inherited`]) it neither answers the publisher nor ends the connection when it is
-/// dropped.
+/// A subscriber works only in the process that made it ([`ShareError::Inherited`]). In a forked
+/// child, the subscriber does not answer the publisher, and dropping it does not end the
+/// connection.
 #[derive(Debug)]
 pub struct Subscriber {
     session: Arc<Session>,
@@ -49,10 +50,10 @@ pub struct Subscriber {
 
 /// One generation of a buffer, for as long as this process uses it.
 ///
-/// It is a [`Buffer`], and like one it can be cloned, mapped and attached; the publisher gets the
-/// generation back when all of that is gone.
+/// A lease dereferences to a [`Buffer`]: it can be cloned, mapped and attached. The publisher
+/// gets the generation back when all clones, mappings and attachments are gone.
 ///
-/// The publisher knows of the process that it lent to, and of no children. A child that is forked
+/// The publisher lends to one process and does not know of its children. A forked child
 /// inherits none of the mappings, and can neither map nor use the buffer
 /// ([`BufferError::Inherited`](crate::error::BufferError::Inherited)).
 #[derive(Debug, Clone)]
@@ -68,7 +69,7 @@ struct Terms {
     generation: u64,
     grant: Grant,
     placement: Placement,
-    /// When it is wanted back, once it is.
+    /// The publisher's deadline for the return, once the publisher has asked for it.
     wanted: OnceLock<Instant>,
 }
 
@@ -76,44 +77,45 @@ struct Terms {
 pub(super) struct Session {
     owner: Process,
     channel: Channel,
-    /// Wakes the thread.
+    /// Eventfd that wakes the thread.
     wake: OwnedFd,
     state: Mutex<State>,
     changed: Condvar,
-    /// How many threads wait for that: telling nobody is a system call, too. Raised with the state
-    /// locked, so whoever has changed the state sees those who saw it before.
+    /// Number of threads that wait on `changed`; notifying nobody would cost a system call. The
+    /// count rises with the state locked, so a thread that has changed the state sees all
+    /// earlier waiters.
     waiting: AtomicUsize,
-    /// The same, for those who wait with `async`.
+    /// Notification for async waiters.
     #[cfg(feature = "tokio")]
     news: tokio::sync::Notify,
 }
 
 #[derive(Debug, Default)]
 struct State {
-    /// Offers as they came, not yet looked at.
+    /// Offers as received, not yet unpacked.
     parcels: Vec<Parcel>,
-    /// How many came, these and earlier ones.
+    /// Number of offers received so far.
     arrived: u64,
-    /// What can be had; a buffer is not in it while it moves.
+    /// The available buffers, by id. A buffer is absent while it moves.
     offers: BTreeMap<u64, Box<Offer>>,
     outbox: VecDeque<(Message, Note)>,
-    /// More is about to come, and goes in one message.
+    /// True while more records are about to follow and should share one message.
     gathering: bool,
     ended: Option<ShareError>,
-    /// The application does not want to hear any more.
+    /// True once the application drops the subscriber.
     closing: bool,
 }
 
-/// The entries of an offer, and their descriptors. Many come at once when a publisher has many buffers;
-/// they are unpacked when the burst is over and somebody wants to know what there is.
+/// The entries of an offer, and their descriptors. A publisher with many buffers sends many
+/// offers at once. The subscriber unpacks them after the burst, when a caller needs the list.
 #[derive(Debug)]
 struct Parcel {
     records: Box<[u8]>,
     descriptors: Vec<OwnedFd>,
 }
 
-/// One generation of a buffer, as it was offered. There may be very many, of which a program uses
-/// few, so each is kept as it came, checked, until it is asked for.
+/// One generation of a buffer, as offered. Most programs use few of very many offers, so each
+/// offer stays as received, with its fields checked, until a caller asks for the buffer.
 #[derive(Debug)]
 struct Offer {
     entry: Entry,
@@ -122,14 +124,14 @@ struct Offer {
 
 #[derive(Debug)]
 enum Content {
-    /// Nobody asked for it yet, and the descriptors were not looked at.
+    /// No caller has asked for the buffer, and the descriptors are unchecked.
     Packed([Option<OwnedFd>; 2]),
     Open(Buffer, Arc<Terms>),
     /// The descriptors do not match the publisher's description.
     Unusable(ShareError),
 }
 
-/// The last handle of a generation: when it goes, the generation is given back.
+/// The last handle of a generation. Dropping it returns the generation.
 #[derive(Debug)]
 struct Return {
     session: Weak<Session>,
@@ -158,7 +160,7 @@ impl LastHandle for Return {
 
 impl Drop for Return {
     fn drop(&mut self) {
-        // A child's copy: the process that borrowed it may still use it.
+        // A forked child's copy: the process that borrowed the generation may still use it.
         if !self.borrower.is_current() {
             return;
         }
@@ -210,18 +212,20 @@ impl Subscriber {
         })
     }
 
-    /// The buffer that is published as `name`. Waits until it is offered: for the first time, or
-    /// again after it was wanted back.
+    /// Borrows the buffer that is published as `name`. Waits until the publisher offers the
+    /// buffer: for the first time, or again after a move.
     ///
     /// # Errors
-    /// [`ShareError::Inherited`]; [`ShareError::PeerGone`] when the publisher has gone, [`ShareError::CutOff`] when it has
-    /// closed the connection, [`ShareError::Malformed`] and [`ShareError::Truncated`] when it was
-    /// not understood; [`ShareError::Buffer`] for an offer that is not what it says.
+    /// [`ShareError::Inherited`]; [`ShareError::PeerGone`] if the publisher has gone;
+    /// [`ShareError::CutOff`] if the publisher has closed the connection;
+    /// [`ShareError::Malformed`] and [`ShareError::Truncated`] if the publisher sent a message
+    /// that breaks the protocol; [`ShareError::Buffer`] if the descriptors do not match the
+    /// offer.
     pub fn buffer(&self, name: &str) -> Result<Lease, ShareError> {
         self.lease(name, None)
     }
 
-    /// As [`Subscriber::buffer`], for so long.
+    /// Like [`Subscriber::buffer`], with a time limit.
     ///
     /// # Errors
     /// The same, and [`ShareError::TimedOut`].
@@ -229,7 +233,7 @@ impl Subscriber {
         self.lease(name, Some(limit))
     }
 
-    /// The names of the buffers that can be had at this moment.
+    /// The names of the buffers that are offered at this moment.
     pub fn names(&self) -> Vec<String> {
         if self.session.check_owner().is_err() {
             return Vec::new();
@@ -239,7 +243,7 @@ impl Subscriber {
         offers.map(|offer| offer.entry.name().to_owned()).collect()
     }
 
-    /// Why the connection ended; `None` while it has not.
+    /// The reason why the connection ended; `None` while it is open.
     pub fn ended(&self) -> Option<ShareError> {
         if let Err(inherited) = self.session.check_owner() {
             return Some(inherited);
@@ -281,7 +285,7 @@ impl Subscriber {
 impl Drop for Subscriber {
     fn drop(&mut self) {
         if self.session.check_owner().is_err() {
-            // The thread is not here, and its state may be in the middle of a change.
+            // The thread does not exist here, and its state may be in the middle of a change.
             std::mem::forget((self.thread.take(), Arc::clone(&self.session)));
             return;
         }
@@ -297,23 +301,23 @@ impl Drop for Subscriber {
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
-        // Leases keep the session, and so the socket.
+        // Leases keep the session alive, and so the socket.
         self.session.channel.shut_down();
     }
 }
 
 impl Lease {
-    /// The number of the generation, which every move raises.
+    /// The number of the generation. Every move raises it.
     pub fn generation(&self) -> u64 {
         self.terms.generation
     }
 
-    /// True when it may be written.
+    /// True if the lease allows writing.
     pub fn is_writable(&self) -> bool {
         self.terms.grant == Grant::ReadWrite && self.buffer.is_writable()
     }
 
-    /// Where its bytes were when it was offered.
+    /// The placement of the bytes when the publisher offered them.
     pub fn placement(&self) -> Placement {
         self.terms.placement
     }
@@ -323,8 +327,9 @@ impl Lease {
         &self.session
     }
 
-    /// The time by which the publisher wants it back, once it does. Work that takes long should
-    /// look now and then. In a child of the process that it was lent to: at once.
+    /// The time by which the publisher wants the generation back; `None` if it has not asked.
+    /// Check it now and then during long work. In a forked child of the borrower the time is
+    /// now.
     pub fn wanted_back(&self) -> Option<Instant> {
         if self.session.check_owner().is_err() {
             return Some(Instant::now());
@@ -332,7 +337,7 @@ impl Lease {
         self.terms.wanted.get().copied()
     }
 
-    /// Waits up to `limit` until it is wanted back, or the publisher is gone.
+    /// Waits up to `limit` until the publisher wants the generation back or has gone.
     pub fn wait_until_wanted(&self, limit: Duration) -> Option<Instant> {
         if self.session.check_owner().is_err() {
             return self.wanted_back();
@@ -376,7 +381,7 @@ impl State {
 }
 
 impl Offer {
-    /// The buffer, after a look at its descriptors the first time.
+    /// The lease. The first call checks the descriptors.
     fn open(&mut self, session: &Arc<Session>) -> Result<Lease, ShareError> {
         if let Content::Packed(descriptors) = &mut self.content {
             let descriptors = std::mem::take(descriptors);
@@ -398,7 +403,8 @@ impl Offer {
         }
     }
 
-    /// Lets go of the session's own handle. Not with the state locked: it may be the last one.
+    /// Drops the session's own handle. The caller must not hold the state's lock: this handle
+    /// may be the last one.
     fn give_back(self, session: &Session) {
         let note = |value| Note::new(self.entry.id, self.entry.generation, value);
         match self.content {
@@ -442,10 +448,10 @@ impl Session {
         self.check_owner().is_err() || self.lock().ended.is_some()
     }
 
-    /// Asks after each change until there is an answer.
+    /// Calls `ask` after each change until it returns an answer.
     pub(super) async fn changed_until<T>(&self, mut ask: impl FnMut() -> Option<T>) -> T {
         loop {
-            // What changes after this line ends the wait.
+            // A change after this line ends the wait.
             let mut changed = std::pin::pin!(self.news.notified());
             changed.as_mut().enable();
             if let Some(answer) = ask() {
@@ -457,7 +463,7 @@ impl Session {
 }
 
 impl Session {
-    /// To be asked before anything else: in a child the state may be locked for ever.
+    /// Must run before any access to the state: in a forked child the lock may be held forever.
     fn check_owner(&self) -> Result<(), ShareError> {
         if self.owner.is_current() {
             return Ok(());
@@ -466,7 +472,7 @@ impl Session {
         Err(ShareError::Inherited { what })
     }
 
-    /// A lease of what is offered as `name`.
+    /// A lease of the offer with this name.
     fn take_lease(
         self: &Arc<Session>,
         state: &mut State,
@@ -493,14 +499,14 @@ impl Session {
         unpoisoned(self.state.lock())
     }
 
-    /// As [`Session::lock`], with all offers unpacked.
+    /// Like [`Session::lock`], with all offers unpacked.
     fn sorted(&self) -> MutexGuard<'_, State> {
         let mut state = self.lock();
         self.unpack(&mut state);
         state
     }
 
-    /// Checks each offer that came. The connection ends at one that makes no sense.
+    /// Checks each received offer. A malformed offer ends the connection.
     fn unpack(&self, state: &mut State) {
         for parcel in std::mem::take(&mut state.parcels) {
             if let Err(error) = state.unpack(parcel) {
@@ -524,11 +530,11 @@ impl Session {
     }
 
     fn wake(&self) {
-        // It can only be full of wake-ups already.
+        // The write fails only if the counter is full of wake-ups already.
         let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
     }
 
-    /// Tells the publisher, at once or as soon as there is room.
+    /// Sends a note to the publisher, at once or when the socket has room.
     fn post(&self, message: Message, note: Note) {
         let mut state = self.lock();
         state.outbox.push_back((message, note));
@@ -537,7 +543,7 @@ impl Session {
         }
     }
 
-    /// Sends what is to be sent; false when not all of it could be.
+    /// Sends the outbox; false if the socket had no room for all of it.
     fn flush(&self, state: &mut State) -> bool {
         while let Some(&(message, _)) = state.outbox.front() {
             let same = state.outbox.iter().take_while(|(kind, _)| *kind == message);
@@ -548,14 +554,14 @@ impl Session {
             match self.channel.try_send(&wire::encode(message, &notes), &[]) {
                 Ok(true) => drop(state.outbox.drain(..notes.len())),
                 Ok(false) => return false,
-                // The thread finds out why; nobody is there to be told.
+                // The thread learns the reason; nobody is left to be told.
                 Err(_) => state.outbox.clear(),
             }
         }
         true
     }
 
-    /// Answers the publisher until one of the two has enough.
+    /// Answers the publisher until either side ends the connection.
     fn serve(self: &Arc<Session>) {
         let mut message = vec![0; wire::MAX_MESSAGE];
         let ended = loop {
@@ -567,9 +573,9 @@ impl Session {
         };
         let mut state = self.lock();
         let said = state.ended.take();
-        // A farewell says more than the end of the connection after it.
+        // A farewell says more than the end of the connection that follows it.
         state.ended = said.or(Some(ended));
-        // What is not on lease is of no use to anybody.
+        // Offers that are not on lease are of no further use.
         let unused = (
             std::mem::take(&mut state.parcels),
             std::mem::take(&mut state.offers),
@@ -580,7 +586,7 @@ impl Session {
         self.tell();
     }
 
-    /// Waits for something to do and does it; false when the application has enough.
+    /// Waits for work and does it; false if the application has dropped the subscriber.
     fn turn(self: &Arc<Session>, message: &mut [u8]) -> Result<bool, ShareError> {
         let mut interest = PollFlags::IN;
         {
@@ -602,10 +608,10 @@ impl Session {
             Err(errno) => return Err(SystemError::new("poll", "a unix socket", errno).into()),
         }
         if !waiting[1].revents().is_empty() {
-            // Only the wake-up counts, not how many there were.
+            // The wake-up counts, not their number.
             let _ = rustix::io::read(&self.wake, &mut [0; 8]);
         }
-        // What has come together is answered together.
+        // Messages that arrived together are answered together.
         for _ in 0..TOGETHER {
             let mut descriptors = Vec::new();
             match self.channel.try_receive(message, &mut descriptors)? {
@@ -655,7 +661,7 @@ impl Session {
                 let notes = wire::notes(records)?;
                 self.lock().gathering = true;
                 let result = notes.into_iter().try_for_each(|note| self.give_back(note));
-                // The next turn sends what has come together.
+                // The next turn sends the gathered notes.
                 self.lock().gathering = false;
                 self.tell();
                 result
@@ -681,7 +687,8 @@ impl Session {
         };
         if let Content::Open(_, terms) = &offer.content {
             let limit = Duration::from_millis(note.value.into());
-            // It is set once for each generation: an offer that is gone cannot be wanted back again.
+            // The deadline is set once for each generation: an absent offer cannot be asked
+            // back again.
             let _ = terms.wanted.set(Instant::now() + limit);
         }
         offer.give_back(self);

@@ -1,14 +1,14 @@
-//! The same for programs that wait with `async` (feature `tokio`).
+//! The async version of [`share`](super) (feature `tokio`).
 //!
-//! A [`Publisher`] here is a handle to a blocking one ([`super::Publisher`]) that a thread of its own
-//! serves from its beginning on, so neither a slow task nor a copy of many gigabytes keeps anybody
-//! else waiting. A [`Subscriber`] lends the same [`Lease`]s; [`Lease::wanted`] waits for the moment
-//! at which one is wanted back.
+//! A [`Publisher`] here is a handle to a blocking publisher ([`super::Publisher`]) that a
+//! separate thread serves from the start. A slow task or a copy of many gigabytes therefore
+//! delays nobody else. A [`Subscriber`] hands out the same [`Lease`]s; [`Lease::wanted`] waits
+//! until the publisher wants a lease back.
 //!
-//! Every future may be dropped at any time: a lease is then not taken; a migration that was begun
-//! goes on to its end. There are no time limits besides those of the protocol:
-//! `tokio::time::timeout` makes one of any of these. [`Subscriber::connect`] needs a tokio runtime,
-//! everything else runs in any.
+//! Every future may be dropped at any time: a dropped request takes no lease, and a migration
+//! that has begun goes on to its end. There are no time limits besides those of the protocol;
+//! wrap a future in `tokio::time::timeout` for one. [`Subscriber::connect`] needs a tokio
+//! runtime. All other functions run in any runtime.
 //!
 //! ```
 //! use std::time::Duration;
@@ -57,18 +57,18 @@ use super::subscriber::Lease;
 use crate::error::{ShareError, SystemError};
 use crate::sys::fork::Process;
 
-/// Something for the thread to do. Gives the publisher up by taking it.
+/// Work for the thread. A command that takes the publisher out of the option ends the thread.
 type Command = Box<dyn FnOnce(&mut Option<super::Publisher>) + Send>;
 
-/// A publisher that a thread of its own serves.
+/// A publisher with its own thread.
 ///
-/// Can be used by many tasks at once; what they ask is done one after the other. Dropping it ends
-/// the thread, and the publisher with it, as soon as a migration that is under way has ended.
+/// Many tasks can use a publisher at once; the thread runs their requests one after the other.
+/// Dropping the handle ends the thread and the publisher, after a migration that is running.
 pub struct Publisher {
-    /// Taken when it is dropped.
+    /// `None` only during drop.
     commands: Option<Sender<Command>>,
     owner: Process,
-    /// Ends the thread's wait.
+    /// Eventfd that ends the thread's wait.
     wake: Arc<OwnedFd>,
     events: Mutex<mpsc::UnboundedReceiver<Result<Event, ShareError>>>,
 }
@@ -80,8 +80,8 @@ impl fmt::Debug for Publisher {
 }
 
 impl Publisher {
-    /// Serves this publisher's subscribers from now on. Its policy and the size of its batches are
-    /// set before.
+    /// Serves this publisher's subscribers from now on. Set the policy and the batch size
+    /// before.
     ///
     /// # Errors
     /// The call that failed, such as `EMFILE`.
@@ -108,11 +108,11 @@ impl Publisher {
         })
     }
 
-    /// Does something with the publisher, in its thread, and waits for the answer.
+    /// Runs `work` with the publisher in its thread, and waits for the result.
     ///
     /// # Errors
-    /// [`ShareError::PeerGone`] when the thread has ended, as [`Publisher::next_event`] explained;
-    /// [`ShareError::Inherited`] in a child that was forked from the process with the thread.
+    /// [`ShareError::PeerGone`] if the thread has ended; [`Publisher::next_event`] returned the
+    /// reason. [`ShareError::Inherited`] in a forked child of the process with the thread.
     pub async fn with<T: Send + 'static>(
         &self,
         work: impl FnOnce(&mut super::Publisher) -> T + Send + 'static,
@@ -121,7 +121,7 @@ impl Publisher {
             .await
     }
 
-    /// Ends the thread and gives the publisher back, with its buffers and subscribers.
+    /// Ends the thread and returns the publisher, with its buffers and subscribers.
     ///
     /// # Errors
     /// As [`Publisher::with`].
@@ -137,7 +137,7 @@ impl Publisher {
         let (answer, answered) = oneshot::channel();
         let command: Command = Box::new(move |publisher| {
             if let Some(done) = work(publisher) {
-                // Whoever asked may have gone.
+                // The caller may have dropped its future.
                 let _ = answer.send(done);
             }
         });
@@ -152,7 +152,7 @@ impl Publisher {
         answered.await.map_err(|_| ShareError::PeerGone)
     }
 
-    /// As [`super::Publisher::add`].
+    /// Async version of [`super::Publisher::add`].
     ///
     /// # Errors
     /// The same, and as [`Publisher::with`].
@@ -160,7 +160,7 @@ impl Publisher {
         self.with(|publisher| publisher.add(channel)).await?
     }
 
-    /// As [`super::Publisher::publish`].
+    /// Async version of [`super::Publisher::publish`].
     ///
     /// # Errors
     /// The same, and as [`Publisher::with`].
@@ -174,7 +174,7 @@ impl Publisher {
             .await?
     }
 
-    /// As [`super::Publisher::publish_all`].
+    /// Async version of [`super::Publisher::publish_all`].
     ///
     /// # Errors
     /// The same, and as [`Publisher::with`].
@@ -189,7 +189,7 @@ impl Publisher {
         .await?
     }
 
-    /// As [`super::Publisher::migrate`].
+    /// Async version of [`super::Publisher::migrate`].
     ///
     /// # Errors
     /// The same, and as [`Publisher::with`].
@@ -202,7 +202,7 @@ impl Publisher {
             .await?
     }
 
-    /// As [`super::Publisher::migrate_to`].
+    /// Async version of [`super::Publisher::migrate_to`].
     ///
     /// # Errors
     /// The same, and as [`Publisher::with`].
@@ -216,10 +216,10 @@ impl Publisher {
             .await?
     }
 
-    /// As [`super::Publisher::migrate_all`].
+    /// Async version of [`super::Publisher::migrate_all`].
     ///
     /// # Errors
-    /// As [`Publisher::with`]; the rest is in the answers.
+    /// As [`Publisher::with`]. The results contain the errors of single buffers.
     pub async fn migrate_all(
         &self,
         ids: &[BufferId],
@@ -230,7 +230,7 @@ impl Publisher {
             .await
     }
 
-    /// As [`super::Publisher::withdraw`].
+    /// Async version of [`super::Publisher::withdraw`].
     ///
     /// # Errors
     /// The same, and as [`Publisher::with`].
@@ -239,7 +239,7 @@ impl Publisher {
             .await?
     }
 
-    /// Waits for something to happen. What happened while nobody waited is kept.
+    /// Waits for the next event. Events that arrive while no task waits are kept.
     ///
     /// # Errors
     /// The call that failed and ended the thread, once; [`ShareError::PeerGone`] afterwards;
@@ -250,7 +250,7 @@ impl Publisher {
         event.unwrap_or(Err(ShareError::PeerGone))
     }
 
-    /// A child has no thread that would answer.
+    /// A forked child has no thread that would answer.
     fn check_owner(&self) -> Result<(), ShareError> {
         if self.owner.is_current() {
             return Ok(());
@@ -264,23 +264,22 @@ impl Drop for Publisher {
     fn drop(&mut self) {
         let commands = self.commands.take();
         if self.check_owner().is_err() {
-            // It may have been copied while somebody sent.
+            // The fork may have copied the sender in the middle of a send.
             std::mem::forget(commands);
             return;
         }
-        // The thread looks whether anybody can still ask for something; that has ended when the
-        // sender goes, so it goes first.
+        // The thread checks whether a sender is left, so the sender must go before the wake-up.
         drop(commands);
         wake(&self.wake);
     }
 }
 
 fn wake(eventfd: &OwnedFd) {
-    // It can only be full of wake-ups already.
+    // The write fails only if the counter is full of wake-ups already.
     let _ = rustix::io::write(eventfd, &1u64.to_ne_bytes());
 }
 
-/// The thread: serves subscribers, does what it is told, and tells what happened.
+/// The thread: serves subscribers, runs commands, and reports events.
 fn serve(
     publisher: super::Publisher,
     wake: &OwnedFd,
@@ -290,7 +289,7 @@ fn serve(
     let mut publisher = Some(publisher);
     loop {
         loop {
-            // Whoever sends a command wakes the next wait; one that comes meanwhile is not lost.
+            // A sender wakes the next wait, so a command that arrives meanwhile is not lost.
             match commands.try_recv() {
                 Ok(command) => command(&mut publisher),
                 Err(TryRecvError::Empty) => break,
@@ -301,7 +300,7 @@ fn serve(
             return;
         };
         for event in publisher.take_events() {
-            // Nobody may be there to be told.
+            // The receiver may be gone.
             let _ = happened.send(Ok(event));
         }
         if let Err(error) = publisher.serve_once() {
@@ -312,14 +311,14 @@ fn serve(
     }
 }
 
-/// As [`super::Subscriber`], for programs that wait with `async`.
+/// Async version of [`super::Subscriber`].
 ///
 /// Dropping it waits for the subscriber's thread, which is idle by then.
 #[derive(Debug)]
 pub struct Subscriber(super::Subscriber);
 
 impl Subscriber {
-    /// As [`super::Subscriber::connect`].
+    /// Async version of [`super::Subscriber::connect`].
     ///
     /// # Errors
     /// The same.
@@ -328,15 +327,15 @@ impl Subscriber {
     /// Outside of a tokio runtime.
     pub async fn connect(path: impl AsRef<Path>) -> Result<Subscriber, ShareError> {
         let path = path.as_ref().to_owned();
-        // Connecting waits while the publisher has many to accept.
+        // Connecting blocks while the publisher has a full backlog.
         let connected = ::tokio::task::spawn_blocking(|| super::Subscriber::connect(path)).await;
-        // It cannot panic, so only a runtime that shuts down drops it.
+        // The closure cannot panic, so only a runtime that shuts down drops it.
         connected
             .unwrap_or(Err(ShareError::PeerGone))
             .map(Subscriber)
     }
 
-    /// As [`super::Subscriber::new`].
+    /// Async version of [`super::Subscriber::new`].
     ///
     /// # Errors
     /// The same.
@@ -344,7 +343,7 @@ impl Subscriber {
         super::Subscriber::new(channel).map(Subscriber)
     }
 
-    /// As [`super::Subscriber::buffer`].
+    /// Async version of [`super::Subscriber::buffer`].
     ///
     /// # Errors
     /// The same.
@@ -355,19 +354,20 @@ impl Subscriber {
             .await
     }
 
-    /// As [`super::Subscriber::names`].
+    /// Async version of [`super::Subscriber::names`].
     pub fn names(&self) -> Vec<String> {
         self.0.names()
     }
 
-    /// As [`super::Subscriber::ended`].
+    /// Async version of [`super::Subscriber::ended`].
     pub fn ended(&self) -> Option<ShareError> {
         self.0.ended()
     }
 }
 
 impl Lease {
-    /// Waits until it is wanted back, and says by when; `None` when the publisher is gone.
+    /// Waits until the publisher wants the lease back, and returns the deadline; `None` if the
+    /// publisher has gone.
     pub async fn wanted(&self) -> Option<Instant> {
         let session = self.session();
         let wanted = || match self.wanted_back() {

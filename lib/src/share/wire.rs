@@ -1,10 +1,11 @@
 //! The messages: fixed layouts, each checked field by field.
 //!
-//! Both ends are on one machine, so numbers are in its byte order. A field that is not used is
-//! zero, and refused otherwise, so that a later version can give it a meaning.
+//! Both ends are on one machine, so numbers have the machine's byte order. An unused field is
+//! zero. The receiver refuses any other value, so that a later version can give the field a
+//! meaning.
 //!
-//! Every message is a [`Header`] and then `count` records of one kind, back to back. Descriptors
-//! come in the order of the records that they belong to.
+//! Every message is a [`Header`] and then `count` records of one kind, back to back.
+//! Descriptors are in the order of their records.
 
 use bytemuck::{Pod, Zeroable};
 
@@ -20,27 +21,28 @@ const VERSION: u32 = 2;
 /// The type of a message, a number in its header.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Message {
-    /// One range, handed over for good ([`Description`]).
+    /// One range, given away for good ([`Description`]).
     HandOver,
-    /// Subscriber to publisher, first of all: no records.
+    /// Subscriber to publisher, the first message: no records.
     Hello,
-    /// Publisher to subscriber: buffers it may use from now on ([`Entry`]).
+    /// Publisher to subscriber: buffers that the subscriber may use from now on ([`Entry`]).
     Offer,
-    /// As `Offer`, or no records; the publisher waits to hear what has arrived.
+    /// Like `Offer`, possibly without records; the publisher asks for an acknowledgement.
     LastOffer,
-    /// Publisher to subscriber: buffers to be given back ([`Note`]; the value is the time limit in
-    /// milliseconds).
+    /// Publisher to subscriber: buffers to be returned ([`Note`]; the value is the time limit
+    /// in milliseconds).
     Invalidate,
-    /// Publisher to subscriber: buffers to be given back, which will not be offered again
-    /// ([`Note`], as for `Invalidate`).
+    /// Publisher to subscriber: buffers to be returned that will not be offered again
+    /// ([`Note`], with the value of `Invalidate`).
     Withdraw,
-    /// Publisher to subscriber, last of all: it was cut off ([`Note`]; the value is a [`Farewell`]).
+    /// Publisher to subscriber, the last message: the subscriber was cut off ([`Note`]; the
+    /// value is a [`Farewell`]).
     Farewell,
-    /// Subscriber to publisher, after a `LastOffer`: so many offers have arrived since the beginning
-    /// ([`Note`]; its id is the number, the rest is zero).
+    /// Subscriber to publisher, after a `LastOffer`: the number of offers that have arrived
+    /// since the start ([`Note`]; its id is the number, the other fields are zero).
     Accepted,
-    /// Subscriber to publisher: nothing of these is used by it any more ([`Note`]; the value is
-    /// zero, or 1 when the offer could not be used at all).
+    /// Subscriber to publisher: buffers that the subscriber no longer uses ([`Note`]; the value
+    /// is zero, or 1 if the offer was unusable).
     Released,
 }
 
@@ -56,29 +58,31 @@ const MESSAGES: [(u32, Message, usize); 9] = [
     (9, Message::LastOffer, size_of::<Entry>()),
 ];
 
-/// The most records in one message: each offer has a descriptor, and the kernel takes 253.
+/// Maximum number of records in one message: each offer has a descriptor, and the kernel takes
+/// 253.
 pub(super) const MAX_RECORDS: usize = 253;
 
 /// The longest message.
 pub(super) const MAX_MESSAGE: usize = size_of::<Header>() + MAX_RECORDS * size_of::<Entry>();
 
-/// A dma-buf's descriptor comes with the message; it is the first of the record's.
+/// The record has a dma-buf descriptor, the first of the record's descriptors.
 const HAS_DMABUF: u32 = 1 << 0;
-/// The descriptor of the memfd that holds the bytes comes with the message, after the dma-buf's.
+/// The record has a descriptor of the memfd that holds the bytes, after the dma-buf's
+/// descriptor.
 const HAS_HOST_MEMORY: u32 = 1 << 1;
 
 const NO_BAR: u32 = u32::MAX;
 
-/// How every message begins, in this version and all later ones.
+/// The start of every message, in this version and all later ones.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Pod, Zeroable)]
 pub(super) struct Header {
     magic: [u8; 8],
     version: u32,
     message: u32,
-    /// The length of the whole message.
+    /// The length of the whole message, in bytes.
     bytes: u32,
-    /// How many records follow.
+    /// Number of records.
     count: u32,
 }
 
@@ -98,7 +102,7 @@ pub(super) struct Description {
     offset: u64,
     length: u64,
     size: u64,
-    /// `DDDD:BB:DD.F`, padded with zeros; all zeros where there is none.
+    /// `DDDD:BB:DD.F`, padded with zeros; all zeros if there is no device.
     device: [u8; 16],
     name: [u8; 96],
 }
@@ -109,7 +113,7 @@ pub(super) struct Description {
 pub(super) struct Entry {
     pub(super) id: u64,
     pub(super) generation: u64,
-    /// 1 for reading only, 2 for both.
+    /// 1 for reading only, 2 for reading and writing.
     access: u32,
     reserved: u32,
     /// The buffer's published name.
@@ -117,10 +121,10 @@ pub(super) struct Entry {
     description: Description,
 }
 
-/// The longest name that a buffer can be published as, in bytes.
+/// The longest published name, in bytes.
 pub(super) const MAX_NAME: usize = 64;
 
-/// A word about one generation of one buffer.
+/// A statement about one generation of one buffer.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
 pub(super) struct Note {
@@ -130,7 +134,7 @@ pub(super) struct Note {
     pub(super) reserved: u32,
 }
 
-/// Why a subscriber was cut off.
+/// The reason why a subscriber was cut off.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Farewell {
     Late = 1,
@@ -140,7 +144,7 @@ pub(super) enum Farewell {
 }
 
 impl Farewell {
-    /// Says it to the subscriber.
+    /// The reason in words for the subscriber.
     pub(super) fn explain(number: u32) -> &'static str {
         match number {
             n if n == Farewell::Late as u32 => "it did not return a buffer in time",
@@ -165,7 +169,7 @@ impl Note {
     }
 }
 
-/// A description whose every field makes sense. Its descriptors are still to be looked at.
+/// A description with all fields checked. Its descriptors are unchecked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Checked<'d> {
     kind: Kind,
@@ -195,7 +199,7 @@ impl Checked<'_> {
     }
 }
 
-/// One buffer of an offer, checked.
+/// One buffer of an offer, with all fields checked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct CheckedEntry<'e> {
     pub(super) id: u64,
@@ -206,7 +210,7 @@ pub(super) struct CheckedEntry<'e> {
 }
 
 impl Entry {
-    /// What it says, if every field makes sense.
+    /// Checks every field.
     pub(super) fn check(&self) -> Result<CheckedEntry<'_>, ShareError> {
         let grant = match self.access {
             1 => Grant::ReadOnly,
@@ -228,8 +232,8 @@ impl Entry {
         })
     }
 
-    /// The same for one that has this grant. For reading only, a buffer in system memory goes without
-    /// its dma-buf, which cannot be made read-only.
+    /// The same entry for a subscriber with this grant. For reading only, a buffer in system
+    /// memory goes without its dma-buf, which cannot be made read-only.
     pub(super) fn granted(&self, grant: Grant) -> Entry {
         let mut entry = *self;
         match grant {
@@ -245,20 +249,20 @@ impl Entry {
         entry
     }
 
-    /// What it is published as; nothing where that is not text.
+    /// The published name; empty if the field is not text.
     pub(super) fn name(&self) -> &str {
         text(&self.name).unwrap_or_default()
     }
 }
 
-/// A message for people and machines: the header and `records`.
+/// Builds a message from the header and `records`.
 pub(super) fn encode<R: Pod>(message: Message, records: &[R]) -> Vec<u8> {
     let mut bytes = Vec::new();
     encode_into(&mut bytes, message, records);
     bytes
 }
 
-/// As [`encode`], into memory that is there already.
+/// Like [`encode`], into an existing vector.
 pub(super) fn encode_into<R: Pod>(bytes: &mut Vec<u8>, message: Message, records: &[R]) {
     let mut writing = begin(bytes);
     for record in records {
@@ -267,13 +271,13 @@ pub(super) fn encode_into<R: Pod>(bytes: &mut Vec<u8>, message: Message, records
     writing.end(message);
 }
 
-/// A message that is being written.
+/// A message under construction.
 pub(super) struct Writing<'b> {
     bytes: &'b mut Vec<u8>,
     count: u32,
 }
 
-/// Begins a message in memory that is there already.
+/// Begins a message in an existing vector.
 pub(super) fn begin(bytes: &mut Vec<u8>) -> Writing<'_> {
     bytes.clear();
     bytes.resize(HEADER_SIZE, 0);
@@ -286,7 +290,7 @@ impl<'b> Writing<'b> {
         self.count += 1;
     }
 
-    /// The whole message.
+    /// Completes the message.
     pub(super) fn end(self, message: Message) -> &'b [u8] {
         let number = MESSAGES.iter().find(|(_, known, _)| *known == message);
         let header = Header {
@@ -305,9 +309,9 @@ fn wrong<T>(what: impl Into<String>) -> Result<T, ShareError> {
     Err(ShareError::Malformed { what: what.into() })
 }
 
-/// Splits a message into what it is and its records, which have the right size and number.
+/// Splits a message into its type and its records, after a check of their size and number.
 pub(super) fn open(message: &[u8]) -> Result<(Message, &[u8]), ShareError> {
-    // The magic number and version come first: they are where every version has them.
+    // Every version has the magic number and the version at the same place.
     if message.get(..8) != Some(&MAGIC[..]) {
         return wrong("it does not begin with peerbuf's magic number");
     }
@@ -359,7 +363,7 @@ pub(super) fn open(message: &[u8]) -> Result<(Message, &[u8]), ShareError> {
     Ok((kind, records))
 }
 
-/// The notes of a message that has some.
+/// The notes in these records.
 pub(super) fn notes(records: &[u8]) -> Result<Vec<Note>, ShareError> {
     let notes = records.chunks_exact(size_of::<Note>());
     let notes = notes.map(bytemuck::pod_read_unaligned::<Note>);
@@ -371,7 +375,7 @@ pub(super) fn notes(records: &[u8]) -> Result<Vec<Note>, ShareError> {
         .collect()
 }
 
-/// How many descriptors go with an offer. The rest of it is still to be looked at.
+/// Number of descriptors of an offer, read before the other fields are checked.
 pub(super) fn announced(records: &[u8]) -> Result<usize, ShareError> {
     const AT: usize =
         std::mem::offset_of!(Entry, description) + std::mem::offset_of!(Description, descriptors);
@@ -388,7 +392,7 @@ pub(super) fn announced(records: &[u8]) -> Result<usize, ShareError> {
     }
 }
 
-/// The entries of an offer, and how many descriptors go with each. Every field of them makes sense.
+/// The entries of an offer with their numbers of descriptors, after a check of every field.
 pub(super) fn entries(records: &[u8]) -> Result<Vec<(Entry, usize)>, ShareError> {
     let entries = records.chunks_exact(size_of::<Entry>());
     entries
@@ -400,11 +404,11 @@ pub(super) fn entries(records: &[u8]) -> Result<Vec<(Entry, usize)>, ShareError>
         .collect()
 }
 
-/// The one range of a [`Message::HandOver`], still to be decoded.
+/// The record of a [`Message::HandOver`], not yet decoded.
 pub(super) fn hand_over(message: &[u8]) -> Result<Description, ShareError> {
     match open(message)? {
         (Message::HandOver, records) => Ok(bytemuck::pod_read_unaligned(records)),
-        // Of a publisher, which lends and hands nothing over.
+        // The peer is a publisher, which lends and hands nothing over.
         (Message::Farewell, records) => {
             let why = notes(records)?.first().map_or(0, |note| note.value);
             let why = Farewell::explain(why);
@@ -414,7 +418,7 @@ pub(super) fn hand_over(message: &[u8]) -> Result<Description, ShareError> {
     }
 }
 
-/// Says what one generation of a buffer is, to one that may write it.
+/// Builds the entry of one generation, for a subscriber that may write.
 pub(super) fn entry(
     id: u64,
     generation: u64,
@@ -535,20 +539,20 @@ pub(super) fn decode(description: &Description) -> Result<Checked<'_>, ShareErro
     })
 }
 
-/// Puts as much of the text as fits, ending between characters.
+/// Copies as much of the text as fits, cut at a character boundary.
 fn put_text(field: &mut [u8], text: &str) {
     let mut end = text.len().min(field.len());
     while !text.is_char_boundary(end) {
         end -= 1;
     }
-    // A NUL would end the text early, and what follows would be refused as padding.
+    // A NUL would end the text early, and the receiver would refuse the rest as padding.
     let text = &text.as_bytes()[..end];
     let end = text.iter().position(|&byte| byte == 0).unwrap_or(end);
     field[..end].copy_from_slice(&text[..end]);
 }
 
-/// The text in a zero-padded field. `None` when it is not UTF-8, holds control characters, which
-/// a terminal would obey, or is followed by something.
+/// The text in a zero-padded field. `None` if the field is not UTF-8, contains control
+/// characters (a terminal would obey them), or has non-zero padding.
 fn text(field: &[u8]) -> Option<&str> {
     let end = field
         .iter()
@@ -556,7 +560,7 @@ fn text(field: &[u8]) -> Option<&str> {
         .unwrap_or(field.len());
     let (text, padding) = field.split_at(end);
     let text = std::str::from_utf8(text).ok()?;
-    // Looking at all of the padding takes fewer instructions than stopping early.
+    // Reading all of the padding takes fewer instructions than stopping early.
     let padded = padding.iter().fold(0, |all, byte| all | byte) == 0;
     (padded && !text.chars().any(char::is_control)).then_some(text)
 }
@@ -622,7 +626,7 @@ pub(crate) fn samples() -> Vec<(&'static str, Vec<u8>)> {
         reserved: 0,
         description,
     };
-    // A buffer is lent as a whole.
+    // A publisher lends a whole buffer.
     let whole = |of: Description| Description {
         offset: 0,
         length: of.size,

@@ -1,33 +1,35 @@
-//! How many descriptors may be under way, so that a subscriber that does not read leaves some for
-//! the others.
+//! Limits on the number of descriptors in flight, so that a subscriber that does not read
+//! leaves some for the others.
 
 use super::super::channel::MAX_DESCRIPTORS;
 
-/// A subscriber is sent no further offers while this many descriptors wait for it, however many
-/// may be under way.
+/// Upper limit of descriptors in flight to one subscriber, whatever the budget. The publisher
+/// sends no further offers to a subscriber at this limit.
 const WINDOW: usize = 3 * MAX_DESCRIPTORS;
 
-/// After so many descriptors a subscriber is asked what has arrived, so that the window moves on
-/// before it is used up.
+/// Number of descriptors after which the publisher asks a subscriber for an acknowledgement, so
+/// that the window moves on before it is full.
 pub(super) const ASK: usize = MAX_DESCRIPTORS;
 
-/// How many descriptors may be under way to all subscribers of a publisher.
+/// Number of descriptors that may be in flight to all subscribers of a publisher.
 ///
-/// The kernel counts what is under way for a user as a whole, and refuses more than the process
-/// may have open (`too_many_unix_fds` in net/core/scm.c). What was sent to a subscriber that does
-/// not read stays under way until that one closes its socket: to cut it off would not help.
+/// The kernel counts descriptors in flight for each user, and refuses more than the process may
+/// have open (`too_many_unix_fds` in net/core/scm.c). Descriptors that were sent to a
+/// subscriber that does not read stay in flight until that subscriber closes its socket.
+/// Cutting the subscriber off would not free them.
 pub(super) fn budget() -> usize {
     let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
     limit.current.map_or(usize::MAX, |limit| limit as usize)
 }
 
-/// How many descriptors may be under way to one subscriber, of a budget of which the others have
-/// left `left`.
+/// Number of descriptors that may be in flight to one subscriber. `left` is the part of
+/// `budget` that the other subscribers leave.
 ///
-/// One that has not shown yet that it reads gets little, and less when many like it have used up
-/// most. One that has shown it gets at most half of what is left, so that something is left
-/// whenever it stops. Each may have one offer under way in any case: the budget is a guess, and
-/// the kernel the one that knows.
+/// A subscriber that has not yet acknowledged an offer gets a small share, and a smaller one
+/// when many such subscribers have used most of the budget. A subscriber that has acknowledged
+/// an offer gets at most half of `left`, so that something remains if the subscriber stops
+/// reading. Every subscriber may have one offer in flight, because the budget is only an
+/// estimate of the kernel's limit.
 pub(super) fn share(budget: usize, left: usize, proven: bool) -> usize {
     let unproven = if left > budget / 2 {
         budget / 16

@@ -1,4 +1,4 @@
-//! One subscriber, as its publisher sees it: what it holds and what it is still to be told.
+//! The publisher's state of one subscriber: its holdings and its pending messages.
 
 use std::collections::VecDeque;
 use std::collections::btree_map::{BTreeMap, Entry};
@@ -7,10 +7,10 @@ use super::super::channel::{Channel, Peer};
 use super::super::wire::{Message, Note};
 use super::id::BufferId;
 
-/// What is between a subscriber and a buffer that it may have to be offered, or holds.
+/// The relation of a subscriber to a buffer that it holds or that waits to be offered.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Standing {
-    /// It waits in the connection's queue.
+    /// The buffer waits in the connection's queue.
     Unseen,
     Held(Holding),
 }
@@ -18,7 +18,7 @@ pub(super) enum Standing {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Holding {
     pub(super) generation: u64,
-    /// The offer that it came with, counted from 1.
+    /// Number of the offer that contained the buffer, counted from 1.
     pub(super) offer: u64,
 }
 
@@ -27,29 +27,29 @@ pub(super) struct Connection {
     pub(super) peer: Peer,
     pub(super) greeted: bool,
     pub(super) standing: BTreeMap<BufferId, Standing>,
-    /// Buffers that it may have to be offered, each once.
+    /// Queue of buffers that the subscriber may have to be offered, each once.
     pub(super) unseen: VecDeque<BufferId>,
-    /// What it is to be told about buffers that it holds.
+    /// Pending messages about buffers that the subscriber holds.
     pub(super) notices: VecDeque<(Message, Note)>,
-    /// How many offers it was sent.
+    /// Number of offers sent.
     pub(super) sent: u64,
-    /// How many descriptors are in each offer that has not arrived yet, and in all of them.
+    /// Number of descriptors in each offer that has not arrived; `under_way` is their sum.
     pub(super) waiting: VecDeque<usize>,
     pub(super) under_way: usize,
-    /// Descriptors that were sent since it was last asked what has arrived.
+    /// Number of descriptors sent since the last request for an acknowledgement.
     pub(super) unasked: usize,
-    /// It has confirmed offers, so it reads what it is sent.
+    /// True once the subscriber has acknowledged an offer, which proves that it reads.
     pub(super) proven: bool,
-    /// Its socket was full; it is waited for.
+    /// True while the socket is full.
     pub(super) full: bool,
-    /// The wait for room is registered.
+    /// True while epoll waits for room in the socket.
     pub(super) awaits_room: bool,
-    /// The kernel took no more descriptors from this user; tried again after a while.
+    /// True if the kernel took no more descriptors of this user; the publisher retries later.
     pub(super) refused: bool,
 }
 
 impl Connection {
-    /// How many offers it says have arrived.
+    /// Number of offers that the subscriber has acknowledged.
     pub(super) fn arrived(&self) -> u64 {
         self.sent - self.waiting.len() as u64
     }
@@ -61,7 +61,7 @@ impl Connection {
         }
     }
 
-    /// Has a buffer offered, if it is neither held nor waiting.
+    /// Queues a buffer, unless the subscriber holds it or it is queued already.
     pub(super) fn queue(&mut self, buffer: BufferId) {
         if let Entry::Vacant(place) = self.standing.entry(buffer) {
             place.insert(Standing::Unseen);
@@ -69,7 +69,7 @@ impl Connection {
         }
     }
 
-    /// The first buffer that waits is not offered.
+    /// Removes the first buffer of the queue without an offer.
     pub(super) fn skip(&mut self) {
         if let Some(buffer) = self.unseen.pop_front() {
             self.standing.remove(&buffer);

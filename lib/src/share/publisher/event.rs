@@ -7,7 +7,7 @@ use super::super::channel::Peer;
 use super::id::{BufferId, SubscriberId};
 use crate::error::ShareError;
 
-/// Why a subscriber was cut off.
+/// The reason why a subscriber was cut off.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum CutOff {
@@ -33,7 +33,7 @@ pub enum CutOff {
     Unreachable(ShareError),
 }
 
-/// Something that happened to a [`Publisher`](crate::share::Publisher).
+/// An event of a [`Publisher`](crate::share::Publisher).
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Event {
@@ -41,7 +41,7 @@ pub enum Event {
     Joined {
         /// The subscriber.
         subscriber: SubscriberId,
-        /// The process, as the kernel vouches for it.
+        /// The peer process, as reported by the kernel.
         peer: Peer,
     },
     /// A subscriber closed its connection, or died.
@@ -55,26 +55,26 @@ pub enum Event {
     CutOff {
         /// The subscriber.
         subscriber: SubscriberId,
-        /// The buffers that it had not given back, and whose current generation it can still
-        /// reach until they move.
+        /// The buffers that the subscriber had not returned. The subscriber can reach their
+        /// current generation until they move.
         held: Vec<BufferId>,
-        /// Why.
+        /// The reason.
         why: CutOff,
     },
-    /// A subscriber did not get a buffer that the policy meant for it, or could not use it.
+    /// A subscriber did not get a buffer that the policy granted, or could not use the buffer.
     NotOffered {
         /// The subscriber.
         subscriber: SubscriberId,
         /// The buffer.
         buffer: BufferId,
-        /// Why.
+        /// The reason.
         why: String,
     },
-    /// A connection attempt failed. After a [shortage](ShareError::is_shortage) of
-    /// descriptors or memory this is told once; newcomers wait, and are tried again until it is
-    /// over.
+    /// The publisher could not accept a connection. For a [shortage](ShareError::is_shortage)
+    /// of descriptors or memory the publisher reports this event once. New connections wait,
+    /// and the publisher retries until the shortage is over.
     NotAccepted {
-        /// Why.
+        /// The reason.
         why: ShareError,
     },
 }
@@ -83,29 +83,30 @@ pub enum Event {
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Migration {
-    /// The generation that it made.
+    /// The number of the new generation.
     pub generation: u64,
-    /// The location of the bytes now.
+    /// The location of the bytes after the migration.
     pub placement: Placement,
-    /// Telling the subscribers.
+    /// Time to send the request to all subscribers.
     pub announce: Duration,
-    /// Until the last of them had given the old generation back or was cut off.
+    /// Time until the last subscriber had returned the old generation or was cut off.
     pub drain: Duration,
-    /// Making the new generation, once the devices that worked on the old one are done: the copy, or
-    /// the kernel's move.
+    /// Time to make the new generation, after the devices finished their work on the old one:
+    /// the copy, or the kernel's move.
     pub transfer: Duration,
-    /// Offering the new generation.
+    /// Time to offer the new generation.
     pub offer: Duration,
     /// Number of subscribers that returned the old generation.
     pub released: usize,
-    /// Subscribers that were cut off by the migration, or left during it.
+    /// The subscribers that the migration cut off, or that left during it.
     pub lost: Vec<SubscriberId>,
-    /// The new generation was made unreachable from the old, because somebody may still have it.
+    /// True if the new generation was made unreachable from the old one, because a process may
+    /// still hold the old one.
     pub isolated: bool,
 }
 
 impl Migration {
-    /// The time from beginning to end.
+    /// The duration of the whole migration.
     pub fn total(&self) -> Duration {
         self.announce + self.drain + self.transfer + self.offer
     }

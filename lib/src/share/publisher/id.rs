@@ -2,23 +2,24 @@
 
 use std::fmt;
 
-/// A buffer that was published. Never used twice.
+/// Identifier of a published buffer. A publisher never reuses one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct BufferId(u64);
 
 impl BufferId {
-    /// Its number in messages.
+    /// The identifier's number in messages.
     pub(super) fn number(self) -> u64 {
         self.0
     }
 
-    /// The buffer that a message means. There may be none: it is only looked up.
+    /// The identifier that a message contains. The buffer may not exist: callers only look it
+    /// up.
     pub(super) fn from_number(number: u64) -> BufferId {
         BufferId(number)
     }
 }
 
-/// A connected subscriber. Never used twice.
+/// Identifier of a connected subscriber. A publisher never reuses one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SubscriberId(pub(super) u64);
 

@@ -1,11 +1,11 @@
-//! The side that owns buffers: offers them, takes them back, moves them.
+//! The side that owns buffers: it offers them, takes them back and moves them.
 //!
-//! One thread does everything: nothing happens but in a call of [`Publisher`]. The state of each
-//! subscriber says what it is still to be told, and [`Publisher::pump`] tells it as far as there
-//! is room in its socket, so that one that does not read holds nobody up.
+//! The publisher works only inside calls of [`Publisher`], in the caller's thread. Each
+//! subscriber's state contains its pending messages. [`Publisher::pump`] sends them as far as
+//! the socket has room, so that a subscriber that does not read delays nobody.
 //!
-//! `owner.rs` has the publisher and what its owner asks of it. `moves.rs` takes buffers back and moves
-//! them, `offer.rs` tells subscribers what they are to know, `serve.rs` turns the loop.
+//! `owner.rs` has the publisher and the interface for its owner. `moves.rs` takes buffers back
+//! and moves them. `offer.rs` sends offers and notices. `serve.rs` runs the event loop.
 
 mod budget;
 mod connection;

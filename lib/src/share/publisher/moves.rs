@@ -1,4 +1,4 @@
-//! Taking buffers back: moves, withdrawals, and the wait for everybody who uses the old generation.
+//! Taking buffers back: moves, withdrawals, and the wait for holders of the old generation.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::OnceLock;
@@ -14,28 +14,29 @@ use crate::buffer::Access;
 use crate::error::{BufferError, ShareError};
 use peerbuf_core::Deadline;
 
-/// How many messages each subscriber may have waiting when its time is up: it accepts and gives
-/// back, of a few buffers.
+/// Number of messages that the publisher still reads from each subscriber after the time limit:
+/// acknowledgements and returns of a few buffers.
 const ROUNDS_AFTER: usize = 8;
 
 impl Publisher {
-    /// Takes back the current generation, makes the next one, and offers that.
+    /// Takes back the current generation, makes the next one, and offers it.
     ///
-    /// When this returns no live subscriber uses the old generation, and every byte that was
-    /// written to it before is in the new one. A subscriber that has not given the old one back
-    /// within `time_limit` is cut off.
+    /// When this call returns, no live subscriber uses the old generation, and the new
+    /// generation contains every byte that was written to the old one before. A subscriber that
+    /// has not returned the old generation within `time_limit` is cut off.
     ///
     /// # Errors
-    /// [`ShareError::Inherited`]; [`ShareError::Unknown`]; [`ShareError::StillInUse`] while this process itself has handles
-    /// on the current generation; [`ShareError::DeviceBusy`]; what [`Backing::migrate`](crate::share::Backing::migrate) failed with.
-    /// After the last of these the old memory is offered again, unless somebody was cut off who may
-    /// still reach it. In that case, and with a busy device, the buffer is withheld, with its bytes,
-    /// until a later call succeeds.
+    /// [`ShareError::Inherited`]; [`ShareError::Unknown`]; [`ShareError::StillInUse`] if this
+    /// process itself has handles on the current generation; [`ShareError::DeviceBusy`]; the
+    /// error of [`Backing::migrate`](crate::share::Backing::migrate). After an error of the
+    /// backing, the publisher offers the old memory again, unless a subscriber that was cut off
+    /// may still reach that memory. In that case, and with a busy device, the publisher
+    /// withholds the buffer and its bytes until a later call succeeds.
     pub fn migrate(&mut self, id: BufferId, time_limit: Duration) -> Result<Migration, ShareError> {
         self.migrate_one(id, None, time_limit)
     }
 
-    /// As [`Publisher::migrate`], to a place that the backing may have to refuse.
+    /// Like [`Publisher::migrate`], to this placement, which the backing may refuse.
     ///
     /// # Errors
     /// As [`Publisher::migrate`].
@@ -61,13 +62,13 @@ impl Publisher {
         })
     }
 
-    /// As [`Publisher::migrate`], for several buffers at once: they are taken back together, within
-    /// one time limit, and offered together. The answers are in the order of `ids`; each says of the
-    /// common parts how long they took for all.
+    /// Like [`Publisher::migrate`], for several buffers at once. The publisher takes the
+    /// buffers back together, within one time limit, and offers them together. The results are
+    /// in the order of `ids`. Durations of common steps are those of the whole group.
     ///
     /// # Errors
-    /// As [`Publisher::migrate`], for each buffer by itself. One that is named twice is refused the
-    /// second time.
+    /// As [`Publisher::migrate`], for each buffer by itself. The second mention of a buffer is
+    /// refused.
     pub fn migrate_all(
         &mut self,
         ids: &[BufferId],
@@ -138,7 +139,7 @@ impl Publisher {
         results
     }
 
-    /// Makes the next generation of a buffer that nobody holds any more.
+    /// Makes the next generation of a buffer that has no holder any more.
     fn replace(
         &mut self,
         id: BufferId,
@@ -182,12 +183,12 @@ impl Publisher {
         })
     }
 
-    /// Takes a buffer back for good. Subscribers that do not give it back within `time_limit` are
-    /// cut off.
+    /// Takes a buffer back for good. A subscriber that does not return the buffer within
+    /// `time_limit` is cut off.
     ///
     /// # Errors
-    /// [`ShareError::Inherited`]; [`ShareError::Unknown`]; [`ShareError::DeviceBusy`], after which it is withheld and may be
-    /// withdrawn again.
+    /// [`ShareError::Inherited`]; [`ShareError::Unknown`]; [`ShareError::DeviceBusy`], after
+    /// which the publisher withholds the buffer, and the caller may withdraw it again.
     pub fn withdraw(&mut self, id: BufferId, time_limit: Duration) -> Result<(), ShareError> {
         self.check_owner()?;
         let begun = Instant::now();
@@ -217,7 +218,7 @@ impl Publisher {
         holders.map(|(subscriber, _)| *subscriber).collect()
     }
 
-    /// Tells everybody who holds these buffers to give them back.
+    /// Tells all holders of these buffers to return them.
     fn take_back(&mut self, ids: &[BufferId], message: Message, time_limit: Duration) {
         let milliseconds = u32::try_from(time_limit.as_millis()).unwrap_or(u32::MAX);
         for id in ids {
@@ -242,7 +243,8 @@ impl Publisher {
         }
     }
 
-    /// Waits until nobody holds the buffers, and cuts off who still does when the time is up.
+    /// Waits until the buffers have no holder, and cuts off the holders that are left at the
+    /// time limit.
     fn drain(
         &mut self,
         ids: &[BufferId],
@@ -255,7 +257,7 @@ impl Publisher {
             let over = deadline.is_over();
             let handled = self.turn(deadline)?;
             if over {
-                // The answers may be there already.
+                // The answers may have arrived already.
                 rounds_after += 1;
                 if handled == 0 {
                     break;
@@ -272,8 +274,8 @@ impl Publisher {
         Ok(())
     }
 
-    /// Waits until devices are done with a buffer: also with what a subscriber that is gone had
-    /// begun.
+    /// Waits until devices have finished their work on a buffer, including work that a former
+    /// subscriber began.
     fn wait_for_devices(
         &mut self,
         id: BufferId,
@@ -293,7 +295,8 @@ impl Publisher {
                 let name = published.name.clone();
                 Err(ShareError::DeviceBusy { name, limit })
             }
-            // An exporter without fences answers with another error; there is nothing to wait for.
+            // An exporter without fences answers with another error, and there is nothing to
+            // wait for.
             _ => Ok(()),
         }
     }

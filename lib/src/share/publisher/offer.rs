@@ -1,4 +1,4 @@
-//! Telling subscribers what they are to know, as far as there is room in their sockets.
+//! Sending offers and notices to subscribers, as far as their sockets have room.
 
 use std::os::fd::BorrowedFd;
 
@@ -16,7 +16,7 @@ use crate::errno::Errno;
 use crate::error::{ShareError, SystemError};
 
 impl Publisher {
-    /// Offers buffers to everybody who may have them.
+    /// Offers buffers to all subscribers that may have them.
     pub(super) fn offer(&mut self, ids: &[BufferId]) {
         let subscribers: Vec<SubscriberId> = self.subscribers.keys().copied().collect();
         for subscriber in subscribers {
@@ -27,12 +27,13 @@ impl Publisher {
         }
     }
 
-    /// Sends a subscriber what it is still to be told, as far as there is room.
+    /// Sends a subscriber its pending messages, as far as its socket has room.
     pub(super) fn pump(&mut self, id: SubscriberId) {
         let sent = self.send_notices(id).and_then(|()| self.send_offers(id));
         match sent {
             Ok(()) => {}
-            // What it sent before it went is still to be read; that finds the end, too.
+            // The publisher still has to read the subscriber's last messages; that read finds
+            // the end, too.
             Err(ShareError::PeerGone) => {}
             Err(error) => self.cut_off(id, CutOff::Unreachable(error)),
         }
@@ -45,7 +46,7 @@ impl Publisher {
                 interest |= epoll::EventFlags::OUT;
             }
             let data = epoll::EventData::new_u64(id.0);
-            // The descriptor is there and registered.
+            // The descriptor exists and is registered.
             let _ = epoll::modify(&self.waiting, &connection.channel, data, interest);
             connection.awaits_room = connection.full;
         }
@@ -144,7 +145,8 @@ impl Publisher {
                 connection.unseen.pop_front();
             }
             let descriptors = fds.len();
-            // Those that were to follow may have gone meanwhile; then the question goes alone.
+            // The buffers that were to follow may have been withdrawn. The request for an
+            // acknowledgement then goes alone.
             if batch.is_empty() && connection.unasked == 0 {
                 return Ok(());
             }
@@ -167,7 +169,7 @@ impl Publisher {
                     connection.full = true;
                     return Ok(());
                 }
-                // Too many descriptors are under way for this user. It will pass.
+                // Too many descriptors of this user are in flight. The condition passes.
                 Err(ShareError::System(SystemError { errno, .. }))
                     if errno == Errno::from(rustix::io::Errno::TOOMANYREFS) =>
                 {
@@ -199,7 +201,8 @@ impl Publisher {
         }
     }
 
-    /// Goes on with those who waited until fewer descriptors are under way, if fewer are.
+    /// Resumes the subscribers that waited for fewer descriptors in flight, if there are fewer
+    /// now.
     pub(super) fn pump_held_back(&mut self) {
         if !std::mem::take(&mut self.fewer_under_way) {
             return;

@@ -1,4 +1,4 @@
-//! A publisher as its owner has it: what it is made with, what it publishes, and who is there.
+//! The publisher as its owner sees it: its settings, its buffers and its subscribers.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt;
@@ -25,17 +25,17 @@ use crate::buffer::Buffer;
 use crate::error::{ShareError, SystemError};
 use crate::sys::fork::Process;
 
-/// The listener's number among what is waited for; subscribers count from 1.
+/// The listener's number in epoll; subscribers count from 1.
 pub(super) const LISTENER: u64 = 0;
 
-/// How long whoever connects has to greet, where the publisher's owner sets no other limit.
+/// Default time limit for a new connection's hello.
 const GREETING_LIMIT: Duration = Duration::from_secs(10);
 
-/// The number of what only ends the wait.
+/// The epoll number of the eventfd that only ends the wait.
 #[cfg(feature = "tokio")]
 const WAKE: u64 = u64::MAX;
 
-/// Ways to break the guarantees on purpose, for tests of what should notice.
+/// Deliberate violations of the guarantees, for tests of the checks that should notice them.
 #[doc(hidden)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fault {
@@ -45,35 +45,38 @@ pub enum Fault {
 
 /// Publishes buffers to any number of processes, and moves them.
 ///
-/// See [the module](super::super) for what is guaranteed. It works in the process that made it: in a
-/// child that was forked from that every call returns [`ShareError::Inherited`].
+/// See [the module](super::super) for the guarantees. A publisher works only in the process
+/// that made it. In a forked child every call returns [`ShareError::Inherited`].
 pub struct Publisher {
     pub(super) owner: Process,
     pub(super) waiting: OwnedFd,
     pub(super) listener: Option<Listener>,
     pub(super) listening: bool,
-    /// While it does not listen for want of descriptors or memory: when it tries again.
+    /// Time of the next attempt to listen, while the publisher does not listen for lack of
+    /// descriptors or memory.
     pub(super) deaf_until: Option<Deadline>,
-    /// Its owner was told of the shortage.
+    /// True once the owner was told of the shortage.
     pub(super) told: bool,
-    /// How long whoever connects has to greet.
+    /// Time limit for a new connection's hello.
     pub(super) greeting_limit: Duration,
-    /// Those who connected, in that order, until they have greeted or gone.
+    /// New connections in order of arrival, until their hello or their end.
     pub(super) ungreeted: VecDeque<(Deadline, SubscriberId)>,
     pub(super) policy: Box<dyn Policy>,
     pub(super) buffers: BTreeMap<BufferId, Published>,
     pub(super) last_buffer: u64,
-    /// What they are published as.
+    /// The published names.
     pub(super) names: BTreeSet<String>,
     pub(super) subscribers: BTreeMap<SubscriberId, Connection>,
     pub(super) last_subscriber: u64,
     pub(super) batch: usize,
-    /// How many descriptors may be under way to all subscribers together, and how many are.
+    /// Number of descriptors that may be in flight to all subscribers together; `under_way` is
+    /// the current number.
     pub(super) budget: usize,
     pub(super) under_way: usize,
-    /// Subscribers that have to wait until fewer are.
+    /// Subscribers that wait for fewer descriptors in flight.
     pub(super) held_back: BTreeSet<SubscriberId>,
-    /// Some have arrived, or their subscriber has gone, since those were last tried.
+    /// True if descriptors arrived, or their subscriber left, since the last attempt to serve
+    /// `held_back`.
     pub(super) fewer_under_way: bool,
     pub(super) events: VecDeque<Event>,
     pub(super) message: Vec<u8>,
@@ -92,7 +95,8 @@ impl fmt::Debug for Publisher {
 }
 
 impl Publisher {
-    /// A publisher that nobody can connect to: subscribers are [added](Publisher::add).
+    /// Makes a publisher without a socket file: its owner [adds](Publisher::add) the
+    /// subscribers.
     ///
     /// # Errors
     /// The call that failed, such as `EMFILE`.
@@ -125,15 +129,16 @@ impl Publisher {
         })
     }
 
-    /// A publisher that processes connect to at `path`: those of this user and root, unless the
-    /// file's mode and the policy are changed.
+    /// Makes a publisher that processes connect to at `path`. Only processes of this user and
+    /// root may connect, unless the file's mode and the policy are changed.
     ///
     /// # Errors
     /// As [`Listener::bind`].
     pub fn bind(path: impl Into<PathBuf>) -> Result<Publisher, ShareError> {
         let mut publisher = Publisher::new()?;
         let listener = Listener::bind(path)?;
-        // A client that has gone again by the time it is accepted must not make this one wait.
+        // A client may disconnect before the publisher accepts it. `accept` must not block
+        // then.
         rustix::io::ioctl_fionbio(&listener, true).map_err(failed("ioctl(FIONBIO)"))?;
         publisher.listener = Some(listener);
         publisher.listen(true)?;
@@ -147,17 +152,18 @@ impl Publisher {
         self
     }
 
-    /// Sends at most so many descriptors with one message; [`MAX_DESCRIPTORS`] otherwise. At
-    /// least one buffer goes with each.
+    /// Sets the maximum number of descriptors in one message. The default is
+    /// [`MAX_DESCRIPTORS`]. A message always contains at least one buffer.
     #[must_use]
     pub fn with_batches_of(mut self, descriptors: usize) -> Publisher {
         self.batch = descriptors.clamp(1, MAX_DESCRIPTORS);
         self
     }
 
-    /// Gives whoever connects so long to greet, as [`Subscriber::connect`](crate::share::Subscriber::connect)
-    /// does at once; ten seconds otherwise. Who does not greet in time is cut off. Subscribers that
-    /// are [added](Publisher::add) have no limit.
+    /// Sets the time limit for a new connection's hello, which
+    /// [`Subscriber::connect`](crate::share::Subscriber::connect) sends at once. The default is
+    /// ten seconds. The publisher cuts off a connection that sends no hello in time.
+    /// [Added](Publisher::add) subscribers have no limit.
     #[must_use]
     pub fn with_greeting_limit(mut self, limit: Duration) -> Publisher {
         self.greeting_limit = limit;
@@ -169,7 +175,7 @@ impl Publisher {
         self.fault = fault;
     }
 
-    /// Adds a subscriber that is connected already, such as a child with one end of
+    /// Adds a subscriber that is already connected, such as a child with one end of
     /// [`Channel::pair`].
     ///
     /// # Errors
@@ -202,12 +208,12 @@ impl Publisher {
         Ok(id)
     }
 
-    /// Publishes a buffer: it is offered to every subscriber that may have it, now and later.
-    /// `name` is what they ask for.
+    /// Publishes a buffer: the publisher offers the buffer to every present and future
+    /// subscriber that may have it. Subscribers ask for the buffer by `name`.
     ///
     /// # Errors
-    /// [`ShareError::Name`] for a name that is taken, empty, longer than 64 bytes or has control
-    /// characters in it; [`ShareError::Inherited`].
+    /// [`ShareError::Name`] for a name that is taken, is empty, is longer than 64 bytes or
+    /// contains control characters; [`ShareError::Inherited`].
     pub fn publish(
         &mut self,
         name: &str,
@@ -217,10 +223,10 @@ impl Publisher {
         Ok(BufferId::from_number(self.last_buffer))
     }
 
-    /// Publishes many buffers at once, which takes fewer messages than one after the other.
+    /// Publishes many buffers at once, with fewer messages than one call for each.
     ///
     /// # Errors
-    /// As [`Publisher::publish`]; none of them is published then.
+    /// As [`Publisher::publish`]. On an error, none of the buffers is published.
     pub fn publish_all<'n>(
         &mut self,
         buffers: impl IntoIterator<Item = (&'n str, Box<dyn Backing>)>,
@@ -268,22 +274,22 @@ impl Publisher {
         Ok(ids)
     }
 
-    /// The current generation of a buffer. Let go of it before the buffer is moved.
+    /// The current generation of a buffer. Drop clones of it before the buffer is moved.
     pub fn buffer(&self, id: BufferId) -> Option<&Buffer> {
         Some(self.buffers.get(&id)?.backing.buffer())
     }
 
-    /// The number of the current generation; the first is 1.
+    /// The number of the current generation. The first is 1.
     pub fn generation(&self, id: BufferId) -> Option<u64> {
         Some(self.buffers.get(&id)?.generation)
     }
 
-    /// How many subscribers hold the current generation or were just offered it.
+    /// Number of subscribers that hold the current generation or were just offered it.
     pub fn holders(&self, id: BufferId) -> usize {
         self.buffers.get(&id).map_or(0, |buffer| buffer.holders)
     }
 
-    /// How many of them have confirmed that it arrived.
+    /// Number of holders that have acknowledged the current generation.
     pub fn accepted(&self, id: BufferId) -> usize {
         let connections = self.subscribers.values();
         let accepted = |connection: &&Connection| {
@@ -293,25 +299,26 @@ impl Publisher {
         connections.filter(accepted).count()
     }
 
-    /// How many descriptors are on their way to subscribers that have not confirmed them.
+    /// Number of descriptors sent to subscribers and not yet acknowledged.
     pub fn unaccepted(&self) -> usize {
         self.under_way
     }
 
-    /// True when somebody who was cut off, or who died, may still be able to write to the current
-    /// generation. Moving the buffer ends that.
+    /// True if a subscriber that was cut off or died may still write to the current generation.
+    /// Moving the buffer ends that.
     pub fn is_tainted(&self, id: BufferId) -> bool {
         self.buffers.get(&id).is_some_and(|buffer| buffer.tainted)
     }
 
-    /// The subscribers that are there, and the processes that the kernel says they are.
+    /// The connected subscribers that sent a hello, with the credentials that the kernel
+    /// reports.
     pub fn subscribers(&self) -> impl Iterator<Item = (SubscriberId, Peer)> + '_ {
         let greeted = self.subscribers.iter().filter(|(_, c)| c.greeted);
         greeted.map(|(id, connection)| (*id, connection.peer))
     }
 
-    /// What happened since the last call; waits up to `timeout` for it, for ever with `None`.
-    /// Subscribers are served only in calls of this kind, so call it often.
+    /// Returns the next event. Waits up to `timeout` for an event, forever with `None`. The
+    /// publisher serves its subscribers only in calls of this kind, so call it often.
     ///
     /// # Errors
     /// The call that failed.
@@ -327,7 +334,7 @@ impl Publisher {
         Ok(self.events.pop_front())
     }
 
-    /// Waits until there is something to do for a subscriber, and does it.
+    /// Waits until a subscriber needs service, and serves it.
     ///
     /// # Errors
     /// The call that failed.
@@ -335,7 +342,8 @@ impl Publisher {
         self.turn(Deadline::NEVER).map(drop)
     }
 
-    /// Serves subscribers for this long. What happened is there for [`Publisher::next_event`].
+    /// Serves subscribers for this long. [`Publisher::next_event`] returns the events
+    /// afterwards.
     ///
     /// # Errors
     /// The call that failed.
@@ -350,8 +358,8 @@ impl Publisher {
         }
     }
 
-    /// A child shares the sockets with the process that it was forked from, and would take what is
-    /// meant for that one.
+    /// A forked child shares the sockets with its parent, and would read messages that are
+    /// meant for the parent.
     pub(super) fn check_owner(&self) -> Result<(), ShareError> {
         if self.owner.is_current() {
             return Ok(());
@@ -360,7 +368,7 @@ impl Publisher {
         Err(ShareError::Inherited { what })
     }
 
-    /// Ends a wait, once, each time that something is written to this eventfd.
+    /// Ends one wait each time that a process writes to this eventfd.
     #[cfg(feature = "tokio")]
     pub(in crate::share) fn wake_by(&self, wake: impl AsFd) -> Result<(), ShareError> {
         let data = epoll::EventData::new_u64(WAKE);
@@ -368,7 +376,7 @@ impl Publisher {
         Ok(epoll::add(&self.waiting, wake, data, once).map_err(failed("epoll_ctl"))?)
     }
 
-    /// What has happened already.
+    /// The events so far.
     #[cfg(feature = "tokio")]
     pub(in crate::share) fn take_events(&mut self) -> impl Iterator<Item = Event> + '_ {
         self.events.drain(..)
@@ -376,8 +384,8 @@ impl Publisher {
 }
 
 impl AsFd for Publisher {
-    /// Readable when [`Publisher::next_event`] has something to do, for programs with a loop of
-    /// their own.
+    /// Readable when [`Publisher::next_event`] has work to do, for programs with their own
+    /// event loop.
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.waiting.as_fd()
     }

@@ -15,31 +15,31 @@ use crate::error::{BufferError, ShareError, SystemError};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum State {
-    /// Offered to everybody who may have it.
+    /// Offered to all subscribers that may have it.
     Live,
-    /// Being taken back; nobody is offered it.
+    /// Being taken back, and offered to nobody.
     Leaving,
-    /// A move failed, and the old memory cannot be offered again. The next one may succeed.
+    /// A move failed, and the old memory cannot be offered again. The next move may succeed.
     Withheld,
 }
 
 pub(super) struct Published {
-    /// What a subscriber that may write is sent, ready to be copied.
+    /// The record for a subscriber that may write, ready to be copied.
     pub(super) entry: wire::Entry,
     pub(super) name: String,
     pub(super) backing: Box<dyn Backing>,
     pub(super) generation: u64,
     pub(super) state: State,
-    /// Subscribers that were sent this generation and have not given it back.
+    /// Number of subscribers that were sent this generation and have not returned it.
     pub(super) holders: usize,
-    /// One that never gave it back may still reach this generation.
+    /// True if a subscriber that never returned this generation may still reach it.
     pub(super) tainted: bool,
-    /// The memory again, open for reading only. Made when it is first needed.
+    /// The same memory, opened for reading only, on first use.
     pub(super) read_only: OnceLock<OwnedFd>,
 }
 
 impl Published {
-    /// Makes ready what is said of the current generation.
+    /// Prepares the record of the current generation.
     pub(super) fn describe(&mut self, id: BufferId) {
         let placement = self.backing.placement();
         let buffer = self.backing.buffer();
@@ -47,7 +47,7 @@ impl Published {
         self.entry = wire::entry(id, self.generation, placement, &self.name, buffer);
     }
 
-    /// The descriptors that go with an offer, in their order.
+    /// The descriptors of an offer, in the order of the message.
     pub(super) fn descriptors<'p>(
         &'p self,
         buffer: &'p Buffer,
@@ -61,7 +61,7 @@ impl Published {
         Ok(channel::descriptors(buffer))
     }
 
-    /// What those get who may only read, where it is not what the others get.
+    /// The descriptor for readers, if it differs from the writers' descriptor.
     pub(super) fn read_only(&self, buffer: &Buffer) -> Result<Option<BorrowedFd<'_>>, ShareError> {
         if let Some(memory) = self.read_only.get() {
             return Ok(Some(memory.as_fd()));
@@ -79,7 +79,8 @@ impl Published {
             let name = self.name.clone();
             move |errno| SystemError::new(call, name, errno)
         };
-        // Whoever gets a descriptor can open the file behind it again, as its mode allows.
+        // A process with a descriptor can open the file behind it again, as far as the mode
+        // allows.
         rustix::fs::fchmod(memory, Mode::RUSR | Mode::WUSR).map_err(failed("fchmod"))?;
         let path = format!("/proc/self/fd/{}", memory.as_raw_fd());
         let flags = OFlags::RDONLY | OFlags::CLOEXEC;

@@ -1,4 +1,4 @@
-//! The turns of the loop: who connects, what arrives, and who is cut off.
+//! The event loop: new connections, received messages, and cut-offs.
 
 use std::time::Duration;
 
@@ -12,14 +12,14 @@ use super::owner::{LISTENER, Publisher, failed};
 use crate::error::ShareError;
 use peerbuf_core::Deadline;
 
-/// How long until the kernel is asked again whether it takes more descriptors.
+/// Interval between attempts to send descriptors after the kernel refused more.
 const RETRY: Duration = Duration::from_millis(10);
 
-/// How long the publisher does not listen when it cannot accept anybody.
+/// Time without listening after the publisher could not accept a connection.
 const PAUSE: Duration = Duration::from_millis(100);
 
 impl Publisher {
-    /// Waits until `until` for something to do, and does it. Returns how much there was.
+    /// Waits until `until` for events and handles them. Returns the number of events.
     pub(super) fn turn(&mut self, until: Deadline) -> Result<usize, ShareError> {
         self.check_owner()?;
         self.pump_held_back();
@@ -59,12 +59,12 @@ impl Publisher {
         Ok(handled)
     }
 
-    /// When the next of the publisher's own limits ends.
+    /// The earliest of the publisher's own deadlines.
     fn next_limit(&mut self) -> Deadline {
         while let Some((_, id)) = self.ungreeted.front() {
             match self.subscribers.get(id) {
                 Some(connection) if !connection.greeted => break,
-                // It has greeted, or gone.
+                // The connection has sent its hello, or has gone.
                 _ => drop(self.ungreeted.pop_front()),
             }
         }
@@ -73,7 +73,7 @@ impl Publisher {
         greeting.earlier(self.deaf_until.unwrap_or(Deadline::NEVER))
     }
 
-    /// Cuts off who connected and has not greeted in time.
+    /// Cuts off connections that sent no hello in time.
     fn cut_off_silent(&mut self) {
         while let Some((deadline, id)) = self.ungreeted.front().copied() {
             if !deadline.is_over() {
@@ -84,7 +84,7 @@ impl Publisher {
                 let connection = publisher.subscribers.get(&id);
                 connection.is_none_or(|connection| connection.greeted)
             };
-            // The greeting may be there already: this publisher may have been the late one.
+            // The hello may have arrived already: the publisher may be the late side.
             if !greeted(self) {
                 self.receive(id);
             }
@@ -103,7 +103,7 @@ impl Publisher {
                     self.told = false;
                     return;
                 }
-                // The newcomer still waits, and would be reported without end.
+                // The connection still waits, and the loop would report it without end.
                 Err(why) => return self.pause(why),
             };
             match self.add(newcomer) {
@@ -112,18 +112,18 @@ impl Publisher {
                     self.ungreeted.push_back((deadline, id));
                 }
                 Err(why) if why.is_shortage() => return self.pause(why),
-                // It concerns this newcomer alone.
+                // The error concerns this connection alone.
                 Err(why) => self.events.push_back(Event::NotAccepted { why }),
             }
         }
     }
 
-    /// Listens no more for a while, since nobody can be accepted.
+    /// Stops listening for a while after a failed accept.
     fn pause(&mut self, why: ShareError) {
         if !std::mem::replace(&mut self.told, true) {
             self.events.push_back(Event::NotAccepted { why });
         }
-        // What fails, fails because of the same shortage, and is tried again.
+        // A failure here has the same cause, and `listen_again` retries.
         let _ = self.listen(false);
         self.deaf_until = Some(Deadline::after(PAUSE));
     }
@@ -153,13 +153,13 @@ impl Publisher {
         Ok(())
     }
 
-    /// Takes one message of a subscriber. If there are more, the next turn finds them: nobody is
-    /// kept waiting by one that sends without end.
+    /// Takes one message of a subscriber. The next turn handles further messages, so a
+    /// subscriber that sends without end delays nobody.
     pub(super) fn receive(&mut self, id: SubscriberId) {
         let Some(connection) = self.subscribers.get_mut(&id) else {
             return;
         };
-        // Subscribers have no descriptors to send. Those that come are closed at once.
+        // Subscribers send no descriptors. Received ones are closed at once.
         let mut descriptors = Vec::new();
         let received = connection
             .channel
@@ -266,7 +266,7 @@ impl Publisher {
                 Message::Farewell,
                 &[Note::new(0, 0, reason as u32)],
             );
-            // It may be gone, or not be reading; it is cut off all the same.
+            // The subscriber may be gone or not reading, and is cut off in any case.
             let _ = connection.channel.try_send(&self.message, &[]);
             connection.channel.shut_down();
             let subscriber = id;
@@ -279,12 +279,13 @@ impl Publisher {
         }
     }
 
-    /// Forgets a subscriber. What it held may still be reachable for whoever has its descriptors.
+    /// Forgets a subscriber. A process with the subscriber's descriptors may still reach its
+    /// buffers.
     pub(super) fn remove(&mut self, id: SubscriberId) -> Vec<BufferId> {
         let Some(connection) = self.subscribers.remove(&id) else {
             return Vec::new();
         };
-        // Another process may hold a copy of our end, so closing it is not enough.
+        // Another process may hold a copy of this end, so closing it is not enough.
         let _ = epoll::delete(&self.waiting, &connection.channel);
         let standing = connection.standing.iter();
         let held = standing.filter(|(_, standing)| matches!(standing, Standing::Held(_)));
@@ -299,7 +300,7 @@ impl Publisher {
         self.held_back.remove(&id);
         self.fewer_under_way = true;
         drop(connection.channel);
-        // There may be room for those who could not be accepted.
+        // There may be room now for connections that could not be accepted.
         if self.deaf_until.is_some() {
             self.deaf_until = Some(Deadline::after(Duration::ZERO));
         }
