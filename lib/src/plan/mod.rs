@@ -1,4 +1,5 @@
-//! Plans: which path the bytes take between a buffer and an importer, and why not a better one.
+//! Plans: the path of the bytes between a buffer and an importer, and the reasons against
+//! better paths.
 
 pub(crate) mod proof;
 mod verdicts;
@@ -16,15 +17,15 @@ pub use verdicts::forget_proofs;
 pub(crate) use verdicts::{Key, Verdict, given_up, void};
 
 impl Plan {
-    /// The plan of an importer that uses the buffer's memory where it is: no byte is copied, and
-    /// only where the memory is makes a difference.
+    /// The plan of an importer that uses the buffer's memory in place. No byte is copied, so
+    /// the plan depends only on the location of the memory.
     pub fn in_place(buffer: &Buffer) -> Plan {
         let Provenance { kind, device, .. } = buffer.provenance();
         let not_peer = |code, evidence: String| Plan {
             path: Path::SharedHostMemory,
             reasons: vec![Reason::new(Path::PeerToPeer, code, evidence)],
         };
-        // Without a device of its own, a graphics driver's buffers can only be in system memory.
+        // A graphics driver without a PCI device has its buffers in system memory.
         if kind.is_host_memory() || (*kind == Kind::Drm && device.is_none()) {
             let what = match kind {
                 Kind::Udmabuf => "a udmabuf",
@@ -53,9 +54,9 @@ impl Plan {
     }
 }
 
-/// Whether all bytes are in device memory now, or all in system memory; `None` where that is not
-/// known, or they are in both. peerbuf.ko may have moved a buffer in a BAR, and says so to whoever may
-/// open its device's node.
+/// True if all bytes are in device memory now, false if all are in system memory. `None` if the
+/// location is unknown or mixed. peerbuf.ko can move a buffer out of its BAR, and reports the
+/// location to processes that may open the device's node.
 fn is_in_device(buffer: &Buffer) -> Option<bool> {
     let Provenance { kind, device, .. } = buffer.provenance();
     match (kind, device, buffer.dmabuf()) {
@@ -79,7 +80,7 @@ fn module_says(kind: Kind, device: PciAddress, dmabuf: &DmaBuf) -> Option<bool> 
     }
 }
 
-/// Without the module's part nobody can be asked.
+/// Without the feature `module` the location is unknown.
 #[cfg(not(feature = "module"))]
 fn module_says(_: Kind, _: PciAddress, _: &DmaBuf) -> Option<bool> {
     None

@@ -1,24 +1,26 @@
 //! Proof that a peer-to-peer path carries bytes.
 //!
-//! The kernel's word is not enough: behind some bridges and IOMMU settings every call reports
-//! success and nothing arrives. So before data takes the path in a direction, a pattern does, and
-//! the other side is looked at by ordinary means:
+//! The kernel's answer is not enough: behind some bridges and with some IOMMU settings every
+//! call reports success and no byte arrives. A proof therefore sends a pattern over the path,
+//! in the direction of the transfer, and checks the other side by ordinary means:
 //!
-//! - *disk to buffer*: bytes that are on the disk already are read into the buffer, which was
-//!   filled with their complement, and compared with what an ordinary direct read gives. Bytes
-//!   that are all zero do not count in a file: they may be a hole, which the CPU fills.
-//! - *buffer to disk*: the buffer's own bytes are written over their complement, in a file
-//!   without a name on the same filesystem or in a range of the disk that the caller gave up,
-//!   and read back into system memory. Random bytes take their place where they could be mistaken: a
-//!   bus that answers with ones cannot be told from a buffer full of ones.
+//! - *disk to buffer*: the proof fills the buffer with the complement of bytes that are already
+//!   on the disk, reads those bytes into the buffer, and compares them with an ordinary direct
+//!   read. A file's bytes that are all zero do not count: they may be a hole, which the CPU
+//!   fills.
+//! - *buffer to disk*: the proof writes the buffer's own bytes over their complement, and reads
+//!   them back into system memory. The target is an unnamed file on the same filesystem, or a
+//!   range of the disk that the caller gave up. The proof uses random bytes if the buffer's own
+//!   bytes are ambiguous: a buffer full of ones looks like a bus that answers with ones.
 //!
-//! The start, the middle and the end of the range are tried. What was there is put back, so a
-//! proof destroys nothing, but nobody else may use the range meanwhile.
+//! The proof tries the start, the middle and the end of the range. Afterwards it restores the
+//! old bytes, so it destroys nothing. Nobody else may use the range meanwhile.
 //!
-//! A process that is killed puts nothing back. So a proof changes as little as it can: before a read, only
-//! bytes that the read overwrites; before a write, none if those of the buffer do. What is left is said where
-//! callers read it ([`Attachment::plan`](crate::import::file::Attachment::plan)), and
-//! [`ProofPolicy::Never`] rules it out.
+//! A process that is killed restores nothing. A proof therefore changes as little as possible.
+//! Before a read, it changes only bytes that the read overwrites. Before a write, it changes no
+//! byte if the buffer's own bytes can serve as the pattern. The documentation of
+//! [`Attachment::plan`](crate::import::file::Attachment::plan) states the remaining risk, and
+//! [`ProofPolicy::Never`] excludes it.
 
 use std::collections::HashSet;
 use std::ops::Range;
@@ -35,39 +37,39 @@ use crate::topology::Sysfs;
 use crate::transfer::engine::host_memory;
 use crate::transfer::file::{Direct, Endpoint, unnamed_file};
 
-/// How many bytes each trial moves, at most: several pages and several blocks of any disk.
+/// Maximum length of a trial in bytes: several pages, and several blocks of any disk.
 const WINDOW: u64 = 64 << 10;
 
-/// How many places of a file are searched for bytes that are not zero.
+/// Number of places in a file that the proof searches for non-zero bytes.
 const SEARCHED: u64 = 16;
 
-/// Where a proof may write.
+/// The place where a proof may write.
 #[derive(Debug, Clone, Default)]
 pub(crate) enum Scratch {
-    /// A file without a name, beside the file itself. Nothing, on a raw device.
+    /// An unnamed file in the directory of the file. No place, for a raw device.
     #[default]
     Beside,
-    /// A file without a name, in this directory, which is on the same filesystem.
+    /// An unnamed file in this directory, which is on the same filesystem.
     Directory(PathBuf),
     /// These bytes of the file or device.
     Range(Range<u64>),
 }
 
-/// What a proof is about, and what it may do.
+/// The path that a proof tests, and the permissions of the proof.
 pub(crate) struct Question<'a> {
     pub(crate) file: &'a Endpoint,
     pub(crate) direct: &'a Direct,
     pub(crate) direction: Direction,
     pub(crate) scratch: &'a Scratch,
     pub(crate) policy: ProofPolicy,
-    /// The bytes of the mapping that the transfer carries directly: where they begin, in memory that direct I/O
-    /// takes, and how many there are. A proof touches no others.
+    /// The start and the length of the mapping's bytes that the transfer carries directly, in
+    /// memory that direct I/O accepts. A proof touches no other bytes.
     pub(crate) start: u64,
     pub(crate) length: u64,
 }
 
-/// Gives the verdict for the buffer's exporter and the file's disk, from memory or by trial. `key` is what it is
-/// kept by.
+/// Returns the verdict for the buffer's exporter and the file's disk, from the cache or by a
+/// trial. `key` is the cache key.
 pub(crate) fn verdict(
     io: &dyn DirectIo,
     question: &Question<'_>,
@@ -96,8 +98,8 @@ pub(crate) fn verdict(
     Ok(verdict)
 }
 
-/// Tries the path. `Err` is for what has nothing to do with the path: no memory, a file that
-/// cannot be read at all.
+/// Tries the path. `Err` is for failures that do not depend on the path, such as no memory, or
+/// a file that cannot be read at all.
 fn prove(
     io: &dyn DirectIo,
     question: &Question<'_>,
@@ -130,7 +132,8 @@ fn prove(
     }
 }
 
-/// The parts of a buffer of `length` bytes to try: offsets and lengths, multiples of `unit`.
+/// The parts of a buffer of `length` bytes to try: offsets and lengths, all multiples of
+/// `unit`.
 fn windows(length: u64, unit: u64) -> Vec<(u64, u64)> {
     let size = length.min(WINDOW.next_multiple_of(unit)) / unit * unit;
     if size == 0 {
@@ -181,15 +184,16 @@ fn describe_pair(file: &Endpoint, range: &BufferRange) -> String {
 
 struct Trial<'a> {
     io: &'a dyn DirectIo,
-    /// The disk, for people.
+    /// The disk's name for messages.
     disk: String,
-    /// The disk and the buffer's device, for people.
+    /// The names of the disk and of the buffer's device for messages.
     pair: String,
-    /// Of a block device that is no disk: its name, what makes it, and whether a disk is below.
+    /// For a block device that is not a disk: its name, its kind, and whether a disk is below
+    /// it.
     layer: Option<(&'a str, &'static str, bool)>,
 }
 
-/// Bytes that are on a disk, and in system memory to compare with.
+/// Bytes on a disk, with a copy in system memory for comparison.
 struct Known<'a> {
     file: Source<'a>,
     offset: u64,
@@ -327,8 +331,8 @@ impl Trial<'_> {
         {
             let size = (bytes.len() as u64).min(room);
             let pattern = &bytes[..size as usize];
-            // The complement goes first, from system memory: that shows that the file takes such
-            // writes at all, and leaves on the disk what no lost write can turn into the pattern.
+            // First write the complement from system memory. That shows that the file accepts
+            // such writes, and a lost write cannot turn the complement into the pattern.
             for (byte, of) in memory.bytes_mut().iter_mut().zip(pattern) {
                 *byte = !of;
             }
@@ -386,7 +390,7 @@ impl Trial<'_> {
         Ok(Verdict::Proved)
     }
 
-    /// Finds bytes on the disk that no hole can be mistaken for, or puts some there.
+    /// Finds bytes on the disk that cannot be mistaken for a hole, or writes some.
     fn known_bytes<'f>(
         &self,
         file: &'f Endpoint,
@@ -507,7 +511,7 @@ impl Trial<'_> {
     }
 }
 
-/// Makes a file without a name on the file's filesystem, or says why not.
+/// Makes an unnamed file on the file's filesystem, or returns the reason why it cannot.
 fn scratch_file(
     file: &Endpoint,
     scratch: &Scratch,
@@ -536,17 +540,17 @@ fn scratch_file(
     Ok(made)
 }
 
-/// What is to be seen on the disk after a write.
+/// The bytes that a proof expects on the disk after its write.
 struct Pattern {
-    /// Where in the range.
+    /// Offset in the range.
     start: u64,
     bytes: Vec<u8>,
-    /// The buffer holds them already.
+    /// True if the buffer already holds the pattern.
     is_own: bool,
 }
 
-/// Places of the range whose own bytes can serve as the pattern: for each window the first of some, from where
-/// the window is on to the next one.
+/// Patterns made of the buffer's own bytes: for each window, the first unambiguous place
+/// between the window and the next one.
 fn own_patterns(
     buffer: &mut LazyMapping,
     windows: &[(u64, u64)],
@@ -576,11 +580,11 @@ fn own_patterns(
     Ok(patterns)
 }
 
-/// How many places between two windows are looked at for bytes that can be told.
+/// Number of places between two windows that are searched for unambiguous bytes.
 const TRIED: u64 = 4;
 
-/// Whether nothing else can be taken for these bytes: neither what a bus answers that lost the request, nor the
-/// same buffer's bytes of another place.
+/// True if these bytes are unambiguous: a bus that lost the request does not answer with them,
+/// and no two pieces of them are equal.
 fn can_be_told(bytes: &[u8]) -> bool {
     const PIECE: usize = 512;
     const DISTINCT: usize = 16;
@@ -597,7 +601,7 @@ fn can_be_told(bytes: &[u8]) -> bool {
         .all(|piece| varies(piece) && pieces.insert(piece))
 }
 
-/// Puts `new` at `offset` and returns what was there.
+/// Writes `new` at `offset` and returns the previous bytes.
 fn exchange(buffer: &mut LazyMapping, offset: u64, new: &[u8]) -> Result<Vec<u8>, BufferError> {
     let mut old = vec![0; new.len()];
     buffer.read_at(offset, &mut old)?;

@@ -1,16 +1,17 @@
-//! What proofs have found, and for how long it is believed.
+//! The results of proofs, and how long they are valid.
 //!
-//! A verdict is about the memory of one exporter, one disk, one direction and one path. Believing it of anything
-//! else, or for ever, makes a plan that lies: a BAR too small for struct pages says nothing of the device's
-//! large one, a path that worked before the card was plugged in again says nothing of it now. So a verdict goes
+//! A verdict is valid for the memory of one exporter, one disk, one direction and one path. A
+//! wider or unlimited use makes wrong plans: a BAR that is too small for struct pages says
+//! nothing about the same device's large BAR, and a path that worked before the card was
+//! replugged may fail afterwards. A verdict is therefore dropped
 //!
 //! - when a transfer on the path fails,
 //! - when one of the devices was removed, came back, or changed its driver,
 //! - ten minutes after the proof,
-//! - with [`forget_proofs`],
-//! - when more are kept than a machine has pairs: the oldest goes.
+//! - by [`forget_proofs`],
+//! - when the cache is full and the verdict is the oldest one.
 //!
-//! What failed for a want that passes, such as memory (`ENOMEM`), is not kept at all.
+//! A failure for a passing reason, such as memory (`ENOMEM`), is not kept.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -24,18 +25,18 @@ use crate::transfer::file::Endpoint;
 use crate::transfer::place::Place;
 use peerbuf_core::unpoisoned;
 
-/// How long a verdict is believed.
+/// Lifetime of a verdict.
 const BELIEVED: Duration = Duration::from_secs(600);
 
-/// How many verdicts are kept. Received buffers have one each, and there may be any number of those.
+/// Maximum number of verdicts. Each received buffer has its own, and their number is unlimited.
 const KEPT: usize = 1024;
 
-/// What a proof found.
+/// The result of a proof.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Verdict {
-    /// Bytes were seen to arrive.
+    /// The proof saw the bytes arrive.
     Proved,
-    /// They were not, and why.
+    /// The bytes did not arrive, with the reason.
     Rejected { code: ReasonCode, evidence: String },
 }
 
@@ -48,14 +49,15 @@ impl Verdict {
     }
 }
 
-/// Whose memory a verdict is about.
+/// The memory that a verdict is valid for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Memory {
-    /// Exports of one BAR, or of what the driver lends (without a BAR), are alike, as far as one exporter made
-    /// them: vfio-pci's have no struct pages.
+    /// All exports of one BAR by one exporter, or all loans of a driver (without a BAR).
+    /// Exporters differ: those of vfio-pci have no struct pages.
     Device(PciAddress, Kind, Option<u8>),
-    /// One buffer, where its device says nothing of where the bytes are (a graphics driver's), or where the
-    /// device is only what another process said: a verdict about the device must not be believed of that.
+    /// One buffer, if its device does not tell the location of the bytes (graphics drivers), or
+    /// if only another process named the device. A claim of another process must not affect
+    /// verdicts about the device.
     Buffer(Identity),
 }
 
@@ -71,18 +73,18 @@ impl Memory {
     }
 }
 
-/// What a verdict is about.
+/// The cache key of a verdict.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Key {
     memory: Memory,
     disk: Place,
     direction: Direction,
-    /// Memory in a BAR may be moved to system memory and back.
+    /// The path is part of the key because memory in a BAR may move to system memory and back.
     path: Path,
 }
 
 impl Key {
-    /// `None` for memory that cannot be told from other memory, of which nothing is kept.
+    /// `None` for memory that cannot be identified. Its verdicts are not kept.
     pub(crate) fn of(
         buffer: &Buffer,
         file: &Endpoint,
@@ -97,7 +99,7 @@ impl Key {
         })
     }
 
-    /// Which devices these are at this moment.
+    /// The present incarnation of each device, which a replug or another driver changes.
     fn stamp(&self, file: &Endpoint) -> Vec<Stamp> {
         let sysfs = Sysfs::default();
         let peer = match self.memory {
@@ -152,10 +154,10 @@ impl Verdicts {
     }
 }
 
-/// Counts the proofs that were given up: plans that are kept elsewhere stand on them.
+/// Number of dropped proofs. Plans that are cached elsewhere depend on these proofs.
 static GIVEN_UP: AtomicU64 = AtomicU64::new(0);
 
-/// A number that is another one after any proof was given up.
+/// A number that changes whenever a proof is dropped.
 pub(crate) fn given_up() -> u64 {
     GIVEN_UP.load(Ordering::Acquire)
 }
@@ -166,13 +168,13 @@ fn verdicts() -> MutexGuard<'static, Verdicts> {
     unpoisoned(VERDICTS.lock())
 }
 
-/// The verdict that is believed of a key.
+/// The valid verdict for a key.
 pub(crate) fn known(key: &Key, file: &Endpoint) -> Option<Verdict> {
     let stamp = key.stamp(file);
     verdicts().get(key, &stamp, Instant::now())
 }
 
-/// Keeps a verdict, if it says something of the devices.
+/// Keeps a verdict, unless its reason passes.
 pub(crate) fn keep(key: Key, file: &Endpoint, verdict: &Verdict) {
     let lasting = match verdict {
         Verdict::Proved => true,
@@ -187,14 +189,15 @@ pub(crate) fn keep(key: Key, file: &Endpoint, verdict: &Verdict) {
     }
 }
 
-/// A transfer on the path failed: what was proved is not so any more.
+/// Drops a verdict after a transfer on the path failed.
 pub(crate) fn void(key: &Key) {
     verdicts().entries.remove(key);
     GIVEN_UP.fetch_add(1, Ordering::Release);
 }
 
-/// Forgets every proof of this process; transfers after that prove their path again. Changes that the kernel
-/// does not show as another device or driver, such as a bridge's or the IOMMU's settings, need it.
+/// Drops every proof of this process, so that later transfers prove their path again. Call this
+/// after a change that the kernel does not report as another device or driver, such as new
+/// settings of a bridge or the IOMMU.
 pub fn forget_proofs() {
     verdicts().entries.clear();
     GIVEN_UP.fetch_add(1, Ordering::Release);
