@@ -5,7 +5,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use crate::errno::Errno;
 
 mod raw {
-    // The number is of a `size_t`, and what the kernel writes is a `u64`.
+    // The ioctl number contains the size of a `size_t`, but the kernel writes a `u64`.
     nix::ioctl_read_bad!(
         blkgetsize64,
         nix::request_code_read!(0x12, 114, size_of::<usize>()),

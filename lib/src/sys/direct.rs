@@ -1,14 +1,15 @@
 //! I/O between a file and mapped memory, many requests at a time.
 //!
-//! The problem: a disk is as fast as it can be only with many requests in flight, and mapped memory must
-//! stay mapped for as long as the kernel has a request for it. So nobody gets a queue to hold: [`DirectIo::run`]
-//! asks a [`Work`] for requests, hands it the answers, and returns when none is in flight. A [`Request`]
-//! borrows its memory and its file for longer than the call, so both outlive it by construction.
+//! A disk reaches its full speed only with many requests in flight, and mapped memory must stay
+//! mapped while the kernel has a request for it. No caller therefore owns a queue:
+//! [`DirectIo::run`] asks a [`Work`] for requests, passes the results back, and returns when no
+//! request is in flight. A [`Request`] borrows its memory and its file for longer than the
+//! call, so both outlive the request by construction.
 //!
-//! The kernel takes requests by io_uring (`ring.rs`). Where that is missing or forbidden, threads make one
-//! call each at a time. [`DirectIo`] is the one funnel, so that tests can put a kernel that refuses or lies in
-//! its place. The wrappers in rustix and nix take slices, and mapped memory must never be one, hence the raw
-//! calls.
+//! The kernel takes requests by io_uring (`ring.rs`). If io_uring is missing or forbidden,
+//! threads make one system call at a time each. All I/O goes through [`DirectIo`], so that
+//! tests can replace the kernel by one that refuses or lies. The wrappers in rustix and nix
+//! take slices, and mapped memory must never be a slice, hence the raw calls.
 
 use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -42,7 +43,8 @@ pub(crate) trait DirectIo: Send + Sync {
         }
     }
 
-    /// Carries out requests, up to `depth` at a time and in any order, until there are no more. Returns how.
+    /// Carries out all requests of `work`, up to `depth` at a time and in any order. Returns
+    /// the kind of queue that it used.
     fn run<'w>(&self, _depth: u32, work: &mut dyn Work<'w>) -> Queue {
         while let Some(request) = work.next() {
             let result = self.one(&request);
@@ -60,7 +62,7 @@ use super::ring::Rings;
 #[derive(Debug, Default)]
 struct Rings;
 
-/// The kernel.
+/// The real kernel.
 #[derive(Debug, Default)]
 pub(crate) struct Kernel {
     rings: Rings,
@@ -104,7 +106,7 @@ impl DirectIo for Kernel {
         while let Some(first) = work.next() {
             let second = (depth > 1).then(|| work.next()).flatten();
             let Some(second) = second else {
-                // One alone is a system call: a queue would only cost.
+                // A single request is a plain system call, which costs less than a queue.
                 work.done(first.token, call(&first));
                 continue;
             };
@@ -118,7 +120,7 @@ impl DirectIo for Kernel {
     }
 }
 
-/// A work of which two requests were taken already: the later one first.
+/// A work whose first two requests were already taken; `taken` has the later one first.
 struct Resumed<'a, 'w> {
     taken: [Option<Request<'w>>; 2],
     work: &'a mut dyn Work<'w>,
@@ -138,10 +140,10 @@ impl<'w> Work<'w> for Resumed<'_, 'w> {
     }
 }
 
-/// How many threads stand in for io_uring, at most. Each has one request in flight.
+/// Maximum number of threads that replace io_uring. Each has one request in flight.
 const THREADS: usize = 16;
 
-/// What the threads share with the one that has the work.
+/// The state that the threads share with the thread that runs the work.
 #[derive(Default)]
 struct Board<'w> {
     state: Mutex<State<'w>>,
@@ -157,7 +159,7 @@ struct State<'w> {
 }
 
 impl<'w> Board<'w> {
-    /// Nobody panics with the lock held.
+    /// No thread panics with the lock held.
     fn lock(&self) -> MutexGuard<'_, State<'w>> {
         unpoisoned(self.state.lock())
     }
@@ -180,7 +182,7 @@ impl<'w> Board<'w> {
     }
 }
 
-/// Has the threads end, also when the work panics: the scope waits for them.
+/// Ends the threads on drop, even if the work panics, because the scope waits for them.
 struct Close<'b, 'w>(&'b Board<'w>);
 
 impl Drop for Close<'_, '_> {
@@ -190,7 +192,7 @@ impl Drop for Close<'_, '_> {
     }
 }
 
-/// The same by threads, which are started as requests come.
+/// Runs the work with threads, which it starts as requests come.
 pub(crate) fn threads<'w>(depth: u32, work: &mut dyn Work<'w>, why: SystemError) -> Queue {
     let most = (depth as usize).min(THREADS);
     let board = Board::default();
@@ -211,7 +213,8 @@ pub(crate) fn threads<'w>(depth: u32, work: &mut dyn Work<'w>, why: SystemError)
                         .stack_size(64 << 10);
                     match thread.spawn_scoped(scope, || board.work()) {
                         Ok(_) => started += 1,
-                        // None more to be had. Those that run take it, or this one does.
+                        // The system starts no more threads. A running thread takes the
+                        // request, or this thread does.
                         Err(_) if started == 0 => {
                             work.done(request.token, call(&request));
                             continue;
@@ -290,7 +293,7 @@ fn retry(mut call: impl FnMut() -> isize) -> Result<usize, Errno> {
         if result >= 0 {
             return Ok(result as usize);
         }
-        // Not nix's or std's enum: numbers that userspace should never see must survive.
+        // Not nix's or std's enum: error numbers that userspace should never see must survive.
         let errno = Errno(std::io::Error::last_os_error().raw_os_error().unwrap_or(0));
         if errno.0 != libc::EINTR {
             return Err(errno);
@@ -298,7 +301,7 @@ fn retry(mut call: impl FnMut() -> isize) -> Result<usize, Errno> {
     }
 }
 
-/// Kernels that refuse, lie or fail, for tests of what is built on [`DirectIo`].
+/// Kernels that refuse, lie or fail, for tests of the users of [`DirectIo`].
 #[cfg(test)]
 pub(crate) mod fake {
     use super::*;
@@ -307,7 +310,7 @@ pub(crate) mod fake {
 
     use crate::path::Direction;
 
-    /// What happens to I/O on device memory. I/O on system memory always works.
+    /// The result of I/O on device memory. I/O on system memory always works.
     #[derive(Debug, Clone, Copy, PartialEq, Eq)]
     pub(crate) enum Behaviour {
         /// It works too.
@@ -316,19 +319,19 @@ pub(crate) mod fake {
         Fails(Errno),
         /// The call reports success and nothing moves.
         Loses(Direction),
-        /// The call reports success, and of each the first bytes, so many of them, arrive.
+        /// The call reports success, and only this many first bytes of each request arrive.
         Cuts(Direction, usize),
-        /// Reads report success, and only those of a hole, which the CPU fills, arrive.
+        /// Reads report success, and only bytes of a hole arrive, which the CPU fills.
         LosesAllButHoles,
-        /// Writes report success and write this byte, as a bus does that answers with ones.
+        /// Writes report success and write this byte, like a bus that answers with ones.
         WritesOnly(u8),
-        /// So many calls work, and those after them fail.
+        /// This many calls work, and later ones fail.
         FailsAfter(u32, Errno),
     }
 
     type AtCall = Box<dyn Fn(Direction) + Send + Sync>;
 
-    /// What a test changes while an importer has the fake.
+    /// A value that a test changes while an importer uses the fake.
     pub(crate) struct Setting<T>(Mutex<T>);
 
     impl<T: Copy> Setting<T> {
@@ -346,10 +349,10 @@ pub(crate) mod fake {
     pub(crate) struct Fake {
         /// May change between calls, as a machine does.
         pub(crate) behaviour: Setting<Behaviour>,
-        /// Called before each call on device memory: a process that is killed in the call leaves what is there
-        /// then.
+        /// Called before each call on device memory, so that a test sees the state that a
+        /// process killed in the call would leave.
         pub(crate) at_call: Setting<Option<AtCall>>,
-        /// Calls on device memory so far.
+        /// Number of calls on device memory so far.
         calls: AtomicU32,
     }
 
@@ -362,7 +365,7 @@ pub(crate) mod fake {
             }
         }
 
-        /// Calls on device memory so far.
+        /// Number of calls on device memory so far.
         pub(crate) fn calls(&self) -> u32 {
             self.calls.load(Ordering::Relaxed)
         }

@@ -1,4 +1,5 @@
-//! How a file's bytes lie on its disk: the ioctls of filesystems (include/uapi/linux/fs.h and fiemap.h).
+//! The layout of a file on its disk: the ioctls of filesystems (include/uapi/linux/fs.h and
+//! fiemap.h).
 
 use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -40,7 +41,7 @@ pub(crate) struct Map {
     extents: [Extent; EXTENTS],
 }
 
-/// The size of a `struct fiemap`, which the ioctl's number has in it.
+/// The size of a `struct fiemap` without extents, which is part of the ioctl's number.
 const HEADER: usize = 32;
 
 mod raw {
@@ -52,7 +53,7 @@ mod raw {
     );
 }
 
-/// Whether the file's bytes are on the realtime device of its XFS (`FS_XFLAG_REALTIME`).
+/// True if the file's bytes are on the realtime device of its XFS (`FS_XFLAG_REALTIME`).
 pub(crate) fn is_realtime(file: BorrowedFd<'_>) -> Result<bool, Errno> {
     let mut attributes = Attributes::default();
     // SAFETY: the kernel writes a struct fsxattr, which lives through the call.
@@ -61,7 +62,7 @@ pub(crate) fn is_realtime(file: BorrowedFd<'_>) -> Result<bool, Errno> {
     Ok(attributes.flags & 1 != 0)
 }
 
-/// Whether some of these bytes have no place on the disk.
+/// True if some of these bytes are in a hole.
 pub(crate) fn has_hole(file: BorrowedFd<'_>, bytes: Range<u64>) -> Result<bool, Errno> {
     let mut at = bytes.start;
     while at < bytes.end {

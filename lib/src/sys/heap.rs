@@ -29,6 +29,7 @@ pub(crate) fn allocate(heap: BorrowedFd<'_>, length: u64) -> Result<OwnedFd, Err
     };
     // SAFETY: the argument is the struct that the ioctl takes.
     unsafe { raw::dma_heap_alloc(heap.as_raw_fd(), &mut argument) }.map_err(super::ioctl_errno)?;
-    // SAFETY: on success the ioctl has opened this descriptor for us, and nobody else owns it.
+    // SAFETY: on success the ioctl has opened this descriptor for the caller, who owns it
+    // alone.
     Ok(unsafe { OwnedFd::from_raw_fd(argument.fd as i32) })
 }

@@ -23,7 +23,7 @@ mod raw {
     nix::ioctl_readwrite_bad!(query, super::IOC_QUERY, super::Query);
 }
 
-/// The ioctls that take an [`Plain`].
+/// The ioctls that take a [`Plain`].
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Step {
     Unmap,
@@ -35,7 +35,8 @@ pub(crate) enum Step {
     Detach,
 }
 
-/// `PEERBUF_PROBE_IOC_ATTACH`. Returns the attachment and the nanoseconds that attaching took.
+/// `PEERBUF_PROBE_IOC_ATTACH`. Returns the attachment, and the duration of attaching in
+/// nanoseconds.
 pub(crate) fn attach(
     importer: BorrowedFd<'_>,
     dmabuf: BorrowedFd<'_>,
@@ -48,24 +49,25 @@ pub(crate) fn attach(
     };
     // SAFETY: the argument is the struct that the ioctl takes, with its size in it.
     unsafe { raw::attach(importer.as_raw_fd(), &mut argument) }.map_err(super::ioctl_errno)?;
-    // SAFETY: on success the ioctl has opened this descriptor for us, and nobody else owns it.
+    // SAFETY: on success the ioctl has opened this descriptor for the caller, who owns it
+    // alone.
     let attachment = unsafe { OwnedFd::from_raw_fd(argument.fd) };
     Ok((attachment, argument.ns))
 }
 
-/// `PEERBUF_PROBE_IOC_MAP`. Returns the nanoseconds that it took.
+/// `PEERBUF_PROBE_IOC_MAP`. Returns its duration in nanoseconds.
 pub(crate) fn map(attachment: BorrowedFd<'_>, direction: u32) -> Result<u64, Errno> {
     let mut argument = Map {
         size: size_of::<Map>() as u32,
         direction,
         ..Map::default()
     };
-    // SAFETY: as in `attach`.
+    // SAFETY: the argument is the struct that the ioctl takes, with its size in it.
     unsafe { raw::map(attachment.as_raw_fd(), &mut argument) }.map_err(super::ioctl_errno)?;
     Ok(argument.ns)
 }
 
-/// One of the ioctls that only do something. Returns the nanoseconds that it took.
+/// One of the ioctls that take a [`Plain`]. Returns its duration in nanoseconds.
 pub(crate) fn step(attachment: BorrowedFd<'_>, step: Step) -> Result<u64, Errno> {
     let mut argument = Plain {
         size: size_of::<Plain>() as u32,
@@ -80,7 +82,7 @@ pub(crate) fn step(attachment: BorrowedFd<'_>, step: Step) -> Result<u64, Errno>
         Step::Vunmap => raw::vunmap,
         Step::Detach => raw::detach,
     };
-    // SAFETY: as in `attach`; all of these take this struct.
+    // SAFETY: each of these ioctls takes this struct, with its size in it.
     unsafe { call(attachment.as_raw_fd(), &mut argument) }.map_err(super::ioctl_errno)?;
     Ok(argument.ns)
 }
@@ -93,7 +95,7 @@ pub(crate) fn fence(attachment: BorrowedFd<'_>, usage: u32, timeout_ms: u32) -> 
         usage,
         timeout_ms,
     };
-    // SAFETY: as in `attach`.
+    // SAFETY: the argument is the struct that the ioctl takes, with its size in it.
     unsafe { raw::fence(attachment.as_raw_fd(), &mut argument) }.map_err(super::ioctl_errno)?;
     Ok(())
 }
@@ -104,7 +106,7 @@ pub(crate) fn query(attachment: BorrowedFd<'_>) -> Result<Query, Errno> {
         size: size_of::<Query>() as u32,
         ..Query::default()
     };
-    // SAFETY: as in `attach`.
+    // SAFETY: the argument is the struct that the ioctl takes, with its size in it.
     unsafe { raw::query(attachment.as_raw_fd(), &mut argument) }.map_err(super::ioctl_errno)?;
     Ok(argument)
 }

@@ -63,7 +63,7 @@ mod raw {
     );
 }
 
-/// `IOMMU_IOAS_ALLOC`; the address space's id.
+/// `IOMMU_IOAS_ALLOC`. Returns the address space's id.
 pub(crate) fn allocate(iommu: BorrowedFd<'_>) -> Result<u32, Errno> {
     let mut argument = IoasAlloc {
         size: size_of::<IoasAlloc>() as u32,
@@ -87,7 +87,7 @@ pub(crate) fn destroy(iommu: BorrowedFd<'_>, id: u32) -> Result<(), Errno> {
         .map_err(super::ioctl_errno)
 }
 
-/// `IOMMU_IOAS_MAP_FILE`: part of a memfd, or of one of the dma-bufs that the kernel takes here.
+/// `IOMMU_IOAS_MAP_FILE`, for part of a memfd or of a dma-buf that the kernel accepts here.
 pub(crate) fn map_file(
     iommu: BorrowedFd<'_>,
     ioas: u32,
@@ -113,7 +113,7 @@ pub(crate) fn map_file(
         .map_err(super::ioctl_errno)
 }
 
-/// `IOMMU_IOAS_UNMAP`; how many bytes were mapped there.
+/// `IOMMU_IOAS_UNMAP`. Returns the number of bytes that were mapped there.
 pub(crate) fn unmap(
     iommu: BorrowedFd<'_>,
     ioas: u32,

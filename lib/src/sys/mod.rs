@@ -1,4 +1,4 @@
-//! The only `unsafe` of the crate: one module per kernel interface, each with a safe face.
+//! The only `unsafe` of the crate: one module per kernel interface, each with a safe interface.
 #![allow(unsafe_code)]
 
 pub(crate) mod block;
@@ -32,8 +32,8 @@ use crate::errno::Errno;
 pub(crate) use peerbuf_core::fork;
 pub(crate) use peerbuf_core::memory;
 
-/// The number behind an ioctl's error. nix has no name for those that the kernel keeps to
-/// itself, so they are read again from the C library.
+/// The error number of an ioctl. nix has no name for the kernel's internal errors, so this
+/// function reads them again from the C library.
 fn ioctl_errno(errno: nix::errno::Errno) -> Errno {
     match errno {
         nix::errno::Errno::UnknownErrno => Errno(nix::errno::Errno::last_raw()),

@@ -1,7 +1,7 @@
 //! The credentials of a unix socket's peer (`SO_PEERCRED`, net/core/sock.c).
 //!
-//! rustix has this call with a type whose process number cannot be 0, and the kernel answers 0
-//! for a process that the caller's PID namespace does not have.
+//! rustix's version of this call returns a process id that cannot be 0. The kernel returns 0
+//! for a process that is not in the caller's PID namespace.
 
 use std::os::fd::{AsRawFd, BorrowedFd};
 
@@ -9,7 +9,7 @@ use nix::libc;
 
 use crate::errno::Errno;
 
-/// Process, user and group. The process is 0 where it cannot be seen from here.
+/// Process id, user id and group id. The process id is 0 if this PID namespace has none.
 pub(crate) fn credentials(socket: BorrowedFd<'_>) -> Result<(i32, u32, u32), Errno> {
     let mut peer = libc::ucred {
         pid: 0,
@@ -17,8 +17,8 @@ pub(crate) fn credentials(socket: BorrowedFd<'_>) -> Result<(i32, u32, u32), Err
         gid: 0,
     };
     let mut length = size_of::<libc::ucred>() as libc::socklen_t;
-    // SAFETY: the kernel writes at most `length` bytes to `peer`, which has as many, and any
-    // bytes make integers.
+    // SAFETY: the kernel writes at most `length` bytes to `peer`, which has that size, and any
+    // bytes make valid integers.
     let result = unsafe {
         libc::getsockopt(
             socket.as_raw_fd(),

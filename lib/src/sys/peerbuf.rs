@@ -41,14 +41,15 @@ pub(crate) fn export(fd: BorrowedFd<'_>, request: Export) -> Result<(u64, OwnedF
         size: size_of::<Export>() as u32,
         ..request
     };
-    // SAFETY: as in `query`.
+    // SAFETY: the argument is the struct that the ioctl takes, with its size in it.
     unsafe { raw::export(fd.as_raw_fd(), &mut argument) }.map_err(super::ioctl_errno)?;
-    // SAFETY: on success the ioctl has opened this descriptor for us, and nobody else owns it.
+    // SAFETY: on success the ioctl has opened this descriptor for the caller, who owns it
+    // alone.
     let dmabuf = unsafe { OwnedFd::from_raw_fd(argument.fd) };
     Ok((argument.offset, dmabuf))
 }
 
-/// `PEERBUF_IOC_EXPORT_RANGES`. Fills the ranges' offsets in, and returns the dma-buf.
+/// `PEERBUF_IOC_EXPORT_RANGES`. Fills in the ranges' offsets and returns the dma-buf.
 pub(crate) fn export_ranges(
     fd: BorrowedFd<'_>,
     argument: &mut ExportRanges,
@@ -57,16 +58,18 @@ pub(crate) fn export_ranges(
     argument.size = size_of::<ExportRanges>() as u32;
     argument.ranges = ranges.as_mut_ptr().expose_provenance() as u64;
     argument.nr_ranges = u32::try_from(ranges.len()).map_err(|_| Errno::INVAL)?;
-    // SAFETY: as in `query`; the list is ours, and as long as it says.
+    // SAFETY: the argument is the struct that the ioctl takes, with its size in it; the list is
+    // valid for as many items as the struct says.
     unsafe { raw::export_ranges(fd.as_raw_fd(), argument) }.map_err(super::ioctl_errno)?;
-    // SAFETY: as in `export`.
+    // SAFETY: on success the ioctl has opened this descriptor for the caller, who owns it
+    // alone.
     Ok(unsafe { OwnedFd::from_raw_fd(argument.fd) })
 }
 
 /// `PEERBUF_IOC_MOVE`
 pub(crate) fn move_buffer(fd: BorrowedFd<'_>, argument: &mut Move) -> Result<(), Errno> {
     argument.size = size_of::<Move>() as u32;
-    // SAFETY: as in `query`.
+    // SAFETY: the argument is the struct that the ioctl takes, with its size in it.
     unsafe { raw::move_buffer(fd.as_raw_fd(), argument) }.map_err(super::ioctl_errno)?;
     Ok(())
 }
@@ -74,7 +77,7 @@ pub(crate) fn move_buffer(fd: BorrowedFd<'_>, argument: &mut Move) -> Result<(),
 /// `PEERBUF_IOC_REVOKE`
 pub(crate) fn revoke(fd: BorrowedFd<'_>, argument: &mut Revoke) -> Result<(), Errno> {
     argument.size = size_of::<Revoke>() as u32;
-    // SAFETY: as in `query`.
+    // SAFETY: the argument is the struct that the ioctl takes, with its size in it.
     unsafe { raw::revoke(fd.as_raw_fd(), argument) }.map_err(super::ioctl_errno)?;
     Ok(())
 }
@@ -82,7 +85,7 @@ pub(crate) fn revoke(fd: BorrowedFd<'_>, argument: &mut Revoke) -> Result<(), Er
 /// `PEERBUF_IOC_RESTORE`
 pub(crate) fn restore(fd: BorrowedFd<'_>, argument: &mut Restore) -> Result<(), Errno> {
     argument.size = size_of::<Restore>() as u32;
-    // SAFETY: as in `query`.
+    // SAFETY: the argument is the struct that the ioctl takes, with its size in it.
     unsafe { raw::restore(fd.as_raw_fd(), argument) }.map_err(super::ioctl_errno)?;
     Ok(())
 }
@@ -90,12 +93,12 @@ pub(crate) fn restore(fd: BorrowedFd<'_>, argument: &mut Restore) -> Result<(), 
 /// `PEERBUF_IOC_WATCH`
 pub(crate) fn watch(fd: BorrowedFd<'_>, argument: &mut Watch) -> Result<(), Errno> {
     argument.size = size_of::<Watch>() as u32;
-    // SAFETY: as in `query`.
+    // SAFETY: the argument is the struct that the ioctl takes, with its size in it.
     unsafe { raw::watch(fd.as_raw_fd(), argument) }.map_err(super::ioctl_errno)?;
     Ok(())
 }
 
-/// `PEERBUF_IOC_BUFFER`. Fills in as much of the lists as they have room for.
+/// `PEERBUF_IOC_BUFFER`. Fills the lists up to their capacity.
 pub(crate) fn buffer(
     fd: BorrowedFd<'_>,
     argument: &mut BufferQuery,
@@ -107,7 +110,8 @@ pub(crate) fn buffer(
     argument.nr_attachments = u32::try_from(attachments.len()).map_err(|_| Errno::INVAL)?;
     argument.pieces = pieces.as_mut_ptr().expose_provenance() as u64;
     argument.nr_pieces = u32::try_from(pieces.len()).map_err(|_| Errno::INVAL)?;
-    // SAFETY: as in `query`; the lists are ours, and as long as they say.
+    // SAFETY: the argument is the struct that the ioctl takes, with its size in it; the lists
+    // are valid for as many items as the struct says.
     unsafe { raw::buffer(fd.as_raw_fd(), argument) }.map_err(super::ioctl_errno)?;
     Ok(())
 }
@@ -121,8 +125,9 @@ pub(crate) fn open_provider(fd: BorrowedFd<'_>, bdf: &str) -> Result<OwnedFd, Er
     };
     let text = argument.bdf.get_mut(..bdf.len()).ok_or(Errno::INVAL)?;
     text.copy_from_slice(bdf.as_bytes());
-    // SAFETY: as in `query`.
+    // SAFETY: the argument is the struct that the ioctl takes, with its size in it.
     unsafe { raw::open_provider(fd.as_raw_fd(), &mut argument) }.map_err(super::ioctl_errno)?;
-    // SAFETY: as in `export`.
+    // SAFETY: on success the ioctl has opened this descriptor for the caller, who owns it
+    // alone.
     Ok(unsafe { OwnedFd::from_raw_fd(argument.fd) })
 }

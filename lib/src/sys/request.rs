@@ -1,4 +1,4 @@
-//! Requests between a file and mapped memory, and the work that they come from.
+//! Requests between a file and mapped memory, and the trait of their source.
 
 use std::os::fd::BorrowedFd;
 
@@ -6,10 +6,10 @@ use crate::errno::Errno;
 use crate::path::Direction;
 use crate::sys::memory::Window;
 
-/// One request: bytes between a file and memory.
+/// One request: a transfer between a file and memory.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Request<'w> {
-    /// Identifies the answer; unique among the requests in flight.
+    /// Identifies the result; unique among the requests in flight.
     pub(crate) token: u32,
     pub(crate) file: BorrowedFd<'w>,
     pub(crate) window: Window<'w>,
@@ -18,10 +18,11 @@ pub(crate) struct Request<'w> {
     pub(crate) direction: Direction,
 }
 
-/// A source of requests, and where their answers go.
+/// A source of requests and a receiver of their results.
 pub(crate) trait Work<'w> {
-    /// The next request; `None` where there is none before another answer has come, or none at all.
+    /// The next request. `None` if there is none before another result arrives, or none at all.
     fn next(&mut self) -> Option<Request<'w>>;
-    /// The result of a request: the bytes moved; 0 at the end of a file that was read.
+    /// Receives the result of a request: the number of bytes moved; 0 for a read at the end of
+    /// a file.
     fn done(&mut self, token: u32, result: Result<usize, Errno>);
 }

@@ -1,8 +1,8 @@
-//! io_uring: many requests in flight by one thread (io_uring(7)), by the crate `io-uring`.
+//! io_uring with the crate `io-uring`: many requests in flight from one thread (io_uring(7)).
 //!
-//! A ring has no request in flight while nobody runs it, so that it can be kept for the next transfer. It
-//! belongs to the process that made it: a child that was forked shares its memory with the parent, and leaves
-//! it alone.
+//! A ring has no request in flight outside of [`Ring::run`], so a ring can be kept for the next
+//! transfer. A ring belongs to the process that made it. A forked child shares the ring's
+//! memory with its parent, and leaves the ring alone.
 
 use std::os::fd::AsRawFd;
 use std::sync::Mutex;
@@ -17,11 +17,13 @@ use crate::errno::Errno;
 use crate::error::SystemError;
 use crate::path::Direction;
 
-/// The most bytes that one system call carries (`MAX_RW_COUNT` in include/linux/fs.h, for pages of 4 KiB).
+/// Maximum number of bytes of one system call (`MAX_RW_COUNT` in include/linux/fs.h, for 4 KiB
+/// pages).
 const LARGEST: usize = 0x7fff_f000;
 
-/// Bytes after which requests go to the kernel at once, and not with the next wait: the thread may copy as
-/// much for the next one, and the disk should not wait for that.
+/// Number of queued bytes after which requests go to the kernel at once instead of with the
+/// next wait. The thread may copy as many bytes for the next request, and the disk should not
+/// wait for that copy.
 const BATCH: usize = 256 << 10;
 
 /// Rings that are not in use.
@@ -37,19 +39,20 @@ impl std::fmt::Debug for Rings {
 }
 
 impl Rings {
-    /// A ring for so many requests at a time.
+    /// A ring for `depth` requests at a time.
     ///
     /// # Errors
-    /// Why there is none: `ENOSYS` or `EPERM` where io_uring is missing or forbidden.
+    /// The reason why there is none: `ENOSYS` or `EPERM` if io_uring is missing or forbidden.
     pub(crate) fn take(&self, depth: u32) -> Result<Ring, SystemError> {
-        // Somebody may hold the lock, in a forked child for ever.
+        // Another thread may hold the lock, in a forked child forever.
         if let Ok(mut idle) = self.idle.try_lock()
             && let Some(ring) = idle.pop()
         {
             match ring.owner.is_current() {
                 true if ring.depth >= depth => return Ok(ring),
                 true => drop(ring),
-                // Its memory is not mapped here, and something else may be there.
+                // The ring's memory is not mapped in this process, and something else may be at
+                // its address.
                 false => std::mem::forget(ring),
             }
         }
@@ -75,12 +78,13 @@ impl Drop for Rings {
 }
 
 /// # Invariants
-/// `in_flight` requests were pushed and their answers were not taken. It is 0 outside of [`Ring::run`].
+/// `in_flight` is the number of requests that were pushed and whose results were not taken. It
+/// is 0 outside of [`Ring::run`].
 pub(crate) struct Ring {
     ring: IoUring,
     depth: u32,
     in_flight: u32,
-    /// Bytes of requests that the kernel has not been told of.
+    /// Bytes of requests that were not yet submitted to the kernel.
     unsent: usize,
     owner: Process,
 }
@@ -90,7 +94,7 @@ impl Ring {
         let failed = |call: &'static str| {
             move |error: std::io::Error| SystemError::new(call, "io_uring", &error)
         };
-        // Answers are handed over when this thread waits for them anyway (since Linux 5.19).
+        // The kernel posts results when this thread waits for them anyway (since Linux 5.19).
         let mut builder = IoUring::builder();
         builder.dontfork().setup_clamp().setup_coop_taskrun();
         let made = builder.build(depth);
@@ -112,9 +116,9 @@ impl Ring {
                 Errno::OPNOTSUPP,
             ));
         }
-        // A sandbox may allow the set-up and forbid the use. A request that is never taken would be waited for
-        // without end, so one that does nothing goes first.
-        // SAFETY: it has no memory and no file.
+        // A sandbox may allow the set-up of a ring and forbid its use. A request that the
+        // kernel never takes would make `run` wait forever, so a no-op goes first.
+        // SAFETY: the request has no memory and no file.
         let pushed = unsafe { ring.submission().push(&opcode::Nop::new().build()) };
         pushed.map_err(|_| SystemError::new("io_uring_enter", "io_uring", Errno::BUSY))?;
         while let Err(error) = ring.submit_and_wait(1) {
@@ -136,10 +140,11 @@ impl Ring {
         })
     }
 
-    /// As [`DirectIo::run`](super::direct::DirectIo::run).
+    /// Implements [`DirectIo::run`](super::direct::DirectIo::run).
     pub(crate) fn run<'w>(&mut self, depth: u32, work: &mut dyn Work<'w>) {
         let depth = depth.min(self.depth);
-        // Also when the work panics nothing returns while the kernel has memory of `'w`.
+        // Even if the work panics, this function does not return while the kernel has memory of
+        // `'w`.
         let drained = Drained(self);
         let ring = &mut *drained.0;
         loop {
@@ -163,7 +168,7 @@ impl Ring {
             return Err(Errno::FAULT);
         }
         let file = types::Fd(request.file.as_raw_fd());
-        // `first` has seen to it that it fits.
+        // `first` ensures that the length fits.
         let length = window.length() as u32;
         let entry = match request.direction {
             Direction::DiskToBuffer => opcode::Read::new(file, window.address(), length)
@@ -174,45 +179,45 @@ impl Ring {
                 .build(),
         };
         let entry: squeue::Entry = entry.user_data(u64::from(request.token));
-        // SAFETY: the window and the file live for `'w`, which outlives `run`, and `run` does not return
-        // before the answer was taken.
+        // SAFETY: the window and the file live for `'w`, which outlives `run`, and `run` does
+        // not return before the result was taken.
         let pushed = unsafe { self.ring.submission().push(&entry) };
-        // No more are in flight than the ring has room for.
+        // The ring has room for all requests in flight.
         pushed.map_err(|_| Errno::BUSY)?;
-        // INVARIANT: one more was pushed.
+        // INVARIANT: one more request was pushed.
         self.in_flight += 1;
         self.unsent += window.length();
         if self.unsent >= BATCH {
-            // What the kernel does not take now goes with the next wait.
+            // The next wait submits the requests that the kernel does not take now.
             let _ = self.ring.submit();
             self.unsent = 0;
         }
         Ok(())
     }
 
-    /// Waits for an answer; there is a request in flight.
+    /// Waits for a result. The caller ensures that a request is in flight.
     fn pop(&mut self) -> (u32, Result<usize, Errno>) {
         loop {
             if let Some(answer) = self.ring.completion().next() {
-                // INVARIANT: the answer of one was taken.
+                // INVARIANT: one result was taken.
                 self.in_flight -= 1;
                 let result = usize::try_from(answer.result()).map_err(|_| Errno(-answer.result()));
-                // The token that was given.
+                // The token of the request.
                 return (answer.user_data() as u32, result);
             }
             self.unsent = 0;
             if let Err(error) = self.ring.submit_and_wait(1)
                 && error.raw_os_error() != Some(libc::EINTR)
             {
-                // No memory for a request, say. What is in flight is answered all the same, and then there
-                // is room.
+                // The kernel may lack memory for a request, for example. The requests in flight
+                // still complete and free some.
                 std::thread::yield_now();
             }
         }
     }
 }
 
-/// Waits for all that is in flight when it is dropped.
+/// Waits for all requests in flight when it is dropped.
 struct Drained<'r>(&'r mut Ring);
 
 impl Drop for Drained<'_> {

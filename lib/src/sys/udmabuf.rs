@@ -28,7 +28,7 @@ mod raw {
     nix::ioctl_write_ptr!(udmabuf_create_list, b'u', 0x43, super::UdmabufCreateList);
 }
 
-/// Part of a sealed memfd; offset and size in bytes.
+/// Part of a sealed memfd. Offset and size are in bytes.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Piece<'f> {
     pub(crate) memfd: BorrowedFd<'f>,
@@ -36,7 +36,7 @@ pub(crate) struct Piece<'f> {
     pub(crate) size: u64,
 }
 
-/// Makes a dma-buf of part of a sealed memfd.
+/// Makes a dma-buf from part of a sealed memfd.
 pub(crate) fn create(udmabuf: BorrowedFd<'_>, piece: Piece<'_>) -> Result<OwnedFd, Errno> {
     let argument = UdmabufCreate {
         memfd: piece.memfd.as_raw_fd() as u32,
@@ -47,11 +47,11 @@ pub(crate) fn create(udmabuf: BorrowedFd<'_>, piece: Piece<'_>) -> Result<OwnedF
     // SAFETY: the argument is what the ioctl reads, and lives through the call.
     let fd = unsafe { raw::udmabuf_create(udmabuf.as_raw_fd(), &argument) }
         .map_err(super::ioctl_errno)?;
-    // SAFETY: on success the ioctl returns a descriptor that it has opened for us.
+    // SAFETY: on success the ioctl returns a descriptor that it has opened for the caller.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Makes a dma-buf of pieces, one after the other.
+/// Makes a dma-buf from pieces, in this order.
 pub(crate) fn create_list(udmabuf: BorrowedFd<'_>, pieces: &[Piece<'_>]) -> Result<OwnedFd, Errno> {
     let count = u32::try_from(pieces.len()).map_err(|_| Errno::INVAL)?;
     // The head, and three words per item: memfd and padding, offset, size.
@@ -64,6 +64,6 @@ pub(crate) fn create_list(udmabuf: BorrowedFd<'_>, pieces: &[Piece<'_>]) -> Resu
     // through the call.
     let fd = unsafe { raw::udmabuf_create_list(udmabuf.as_raw_fd(), words.as_ptr().cast()) }
         .map_err(super::ioctl_errno)?;
-    // SAFETY: on success the ioctl returns a descriptor that it has opened for us.
+    // SAFETY: on success the ioctl returns a descriptor that it has opened for the caller.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }

@@ -1,7 +1,7 @@
 //! The part of V4L2 that buffers need (include/uapi/linux/videodev2.h): single-planar capture.
 //!
-//! No crate serves: `v4l` knows neither `VIDIOC_EXPBUF` nor dma-buf memory, and `v4l2r` needs
-//! libclang and the headers of each machine that builds it.
+//! No crate fits: `v4l` supports neither `VIDIOC_EXPBUF` nor dma-buf memory, and `v4l2r` needs
+//! libclang and the kernel headers of the build machine.
 
 use std::ffi::c_int;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -27,7 +27,7 @@ pub(crate) const BUF_ERROR: u32 = 0x40;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
 pub(crate) enum Memory {
-    /// The driver's, `V4L2_MEMORY_MMAP`.
+    /// The driver's memory, `V4L2_MEMORY_MMAP`.
     Own = 1,
     /// A dma-buf, `V4L2_MEMORY_DMABUF`.
     DmaBuf = 4,
@@ -64,7 +64,7 @@ pub struct PixFormat {
     xfer_func: u32,
 }
 
-/// `struct v4l2_format`: the union holds pointers for other types, hence its alignment.
+/// `struct v4l2_format`. The union contains pointers for other types, hence its alignment.
 #[repr(C)]
 pub struct Format {
     kind: u32,
@@ -103,7 +103,7 @@ pub struct Buffer {
     pub(crate) sequence: u32,
     memory: u32,
     fd: i32,
-    /// The union is as wide as a pointer.
+    /// Padding: the union has the width of a pointer.
     pad: u32,
     pub(crate) length: u32,
     reserved2: u32,
@@ -129,7 +129,7 @@ pub struct Control {
     value: i32,
 }
 
-// Their sizes are in the ioctls' numbers, on 64-bit machines.
+// The ioctl numbers contain these sizes, for 64-bit machines.
 const _: () = {
     assert!(size_of::<Capability>() == 104);
     assert!(size_of::<PixFormat>() == 48);
@@ -200,7 +200,7 @@ pub(crate) fn format(device: BorrowedFd<'_>) -> Result<PixFormat, Errno> {
     Ok(argument.union.pix)
 }
 
-/// `VIDIOC_S_FMT`; what the driver made of it.
+/// `VIDIOC_S_FMT`. Returns the format that the driver chose.
 pub(crate) fn set_format(
     device: BorrowedFd<'_>,
     width: u32,
@@ -218,7 +218,8 @@ pub(crate) fn set_format(
     Ok(argument.union.pix)
 }
 
-/// `VIDIOC_REQBUFS`; the number and capabilities that came. No buffers frees those there are.
+/// `VIDIOC_REQBUFS`. Returns the number and the capabilities of the new buffers. A count of 0
+/// frees the existing ones.
 pub(crate) fn request_buffers(
     device: BorrowedFd<'_>,
     count: u32,
@@ -235,7 +236,7 @@ pub(crate) fn request_buffers(
     Ok(argument)
 }
 
-/// `VIDIOC_QBUF` of the driver's own buffer, or with a dma-buf for the buffer's memory.
+/// `VIDIOC_QBUF` for the driver's own buffer, or with a dma-buf as the buffer's memory.
 pub(crate) fn queue(
     device: BorrowedFd<'_>,
     index: u32,
@@ -249,17 +250,18 @@ pub(crate) fn queue(
             ..buffer(index, Memory::DmaBuf)
         },
     };
-    // SAFETY: the argument is the struct that the ioctl takes; single-planar, so that it points
-    // to no planes. The kernel takes a reference of its own to the dma-buf.
+    // SAFETY: the argument is the struct that the ioctl takes; single-planar, so that it
+    // contains no pointer to planes. The kernel takes its own reference to the dma-buf.
     unsafe { raw::qbuf(device.as_raw_fd(), &mut argument) }
         .map(drop)
         .map_err(super::ioctl_errno)
 }
 
-/// `VIDIOC_DQBUF`; `EAGAIN` when none is done, for a descriptor opened so.
+/// `VIDIOC_DQBUF`. `EAGAIN` if no buffer is done and the descriptor is non-blocking.
 pub(crate) fn dequeue(device: BorrowedFd<'_>, memory: Memory) -> Result<Buffer, Errno> {
     let mut argument = buffer(0, memory);
-    // SAFETY: as in `queue`.
+    // SAFETY: the argument is the struct that the ioctl takes; single-planar, so that it
+    // contains no pointer to planes.
     unsafe { raw::dqbuf(device.as_raw_fd(), &mut argument) }.map_err(super::ioctl_errno)?;
     Ok(argument)
 }
@@ -278,7 +280,8 @@ pub(crate) fn export(
     };
     // SAFETY: the argument is the struct that the ioctl takes.
     unsafe { raw::expbuf(device.as_raw_fd(), &mut argument) }.map_err(super::ioctl_errno)?;
-    // SAFETY: on success the ioctl has opened this descriptor for us, and nobody else owns it.
+    // SAFETY: on success the ioctl has opened this descriptor for the caller, who owns it
+    // alone.
     Ok(unsafe { OwnedFd::from_raw_fd(argument.fd) })
 }
 

@@ -73,7 +73,7 @@ pub struct FeatureDmaBuf {
     length: u64,
 }
 
-/// `_IO(';', 100 + n)`: VFIO's numbers carry no sizes.
+/// `_IO(';', 100 + n)`: VFIO's ioctl numbers contain no sizes.
 macro_rules! number {
     ($n:expr) => {
         nix::request_code_none!(b';', 100 + $n)
@@ -115,7 +115,7 @@ pub(crate) fn set_iommu(container: BorrowedFd<'_>, kind: c_ulong) -> Result<(), 
         .map_err(super::ioctl_errno)
 }
 
-/// `VFIO_GROUP_GET_STATUS`; the flags.
+/// `VFIO_GROUP_GET_STATUS`. Returns the flags.
 pub(crate) fn group_flags(group: BorrowedFd<'_>) -> Result<u32, Errno> {
     let mut status = GroupStatus {
         argsz: size_of::<GroupStatus>() as u32,
@@ -134,16 +134,16 @@ pub(crate) fn set_container(group: BorrowedFd<'_>, container: BorrowedFd<'_>) ->
         .map_err(super::ioctl_errno)
 }
 
-/// `VFIO_GROUP_GET_DEVICE_FD`; the name is the device's address.
+/// `VFIO_GROUP_GET_DEVICE_FD`. The name is the device's PCI address.
 pub(crate) fn device_fd(group: BorrowedFd<'_>, name: &CStr) -> Result<OwnedFd, Errno> {
     // SAFETY: the kernel reads up to the NUL, and the text lives through the call.
     let fd = unsafe { raw::group_get_device_fd(group.as_raw_fd(), name.as_ptr()) }
         .map_err(super::ioctl_errno)?;
-    // SAFETY: on success the ioctl returns a descriptor that it has opened for us.
+    // SAFETY: on success the ioctl returns a descriptor that it has opened for the caller.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// `VFIO_DEVICE_GET_REGION_INFO`; for a PCI device regions 0 to 5 are its BARs, 7 is its
+/// `VFIO_DEVICE_GET_REGION_INFO`. Regions 0 to 5 of a PCI device are its BARs, region 7 is its
 /// configuration space.
 pub(crate) fn region_info(device: BorrowedFd<'_>, index: u32) -> Result<RegionInfo, Errno> {
     let mut info = RegionInfo {
@@ -157,7 +157,7 @@ pub(crate) fn region_info(device: BorrowedFd<'_>, index: u32) -> Result<RegionIn
     Ok(info)
 }
 
-/// `VFIO_DEVICE_FEATURE_DMA_BUF`: a dma-buf of part of a BAR.
+/// `VFIO_DEVICE_FEATURE_DMA_BUF`: exports part of a BAR as a dma-buf.
 pub(crate) fn export_dma_buf(
     device: BorrowedFd<'_>,
     bar: u32,
@@ -178,14 +178,14 @@ pub(crate) fn export_dma_buf(
     // SAFETY: the argument is the struct that the feature takes, with its size in it.
     let fd = unsafe { raw::device_feature(device.as_raw_fd(), &argument) }
         .map_err(super::ioctl_errno)?;
-    // SAFETY: on success the ioctl returns a descriptor that it has opened for us.
+    // SAFETY: on success the ioctl returns a descriptor that it has opened for the caller.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// `VFIO_IOMMU_MAP_DMA`: lets the container's devices reach the window at `iova`.
+/// `VFIO_IOMMU_MAP_DMA`: maps the window for the container's devices at `iova`.
 ///
-/// The kernel holds the pages themselves, so that the window's mapping may go before the
-/// device's does.
+/// The kernel pins the pages, so the window's mapping may be removed before the device's
+/// mapping.
 pub(crate) fn map_dma(
     container: BorrowedFd<'_>,
     window: Window<'_>,
@@ -202,14 +202,14 @@ pub(crate) fn map_dma(
         iova,
         size: window.length() as u64,
     };
-    // SAFETY: the window's bytes are mapped, writable where we say so, and nobody has a reference
-    // to them (invariant); they are shared memory that others change anyway.
+    // SAFETY: the window's bytes are mapped, are writable if the flags say so, and no reference
+    // to them exists (invariant); they are shared memory that others change anyway.
     unsafe { raw::iommu_map_dma(container.as_raw_fd(), &argument) }
         .map(drop)
         .map_err(super::ioctl_errno)
 }
 
-/// `VFIO_IOMMU_UNMAP_DMA`; how many bytes were mapped there.
+/// `VFIO_IOMMU_UNMAP_DMA`. Returns the number of bytes that were mapped there.
 pub(crate) fn unmap_dma(container: BorrowedFd<'_>, iova: u64, size: u64) -> Result<u64, Errno> {
     let mut argument = DmaUnmap {
         argsz: size_of::<DmaUnmap>() as u32,

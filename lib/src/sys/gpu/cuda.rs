@@ -1,4 +1,4 @@
-//! `libcuda.so.1`: the driver's interface, as `cuda.h` of CUDA 12.9 has it
+//! `libcuda.so.1`: the driver API, as declared in `cuda.h` of CUDA 12.9
 //! (<https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__MEM.html>).
 
 use std::ffi::{c_char, c_int, c_uint, c_ulonglong, c_void};
@@ -42,7 +42,7 @@ functions! {
 
 pub(crate) const INVALID_VALUE: i32 = 1;
 pub(crate) const NOT_SUPPORTED: i32 = 801;
-/// A number of our own: the driver's library lacks the function.
+/// A number of this crate: the driver's library lacks the function.
 pub(crate) const NO_SUCH_FUNCTION: i32 = -1;
 
 /// `CU_MEM_RANGE_FLAG_DMA_BUF_MAPPING_TYPE_PCIE`
@@ -60,27 +60,27 @@ const CONTEXT_SYNC_MEMOPS: c_uint = 0x80;
 const FLUSH_TARGET_CURRENT_CONTEXT: c_int = 0;
 const FLUSH_TO_OWNER: c_int = 100;
 
-/// The driver, initialised.
+/// The initialised driver.
 #[derive(Clone, Copy)]
 pub(crate) struct Cuda(&'static Functions);
 
-/// The memory that has an address.
+/// The memory at an address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Memory {
     /// The device's number, which `cuDeviceGet` takes.
     pub(crate) ordinal: i32,
-    /// In a GPU's memory, and nowhere else: neither the host's nor managed.
+    /// True for memory of a GPU that is neither host memory nor managed memory.
     pub(crate) device: bool,
     pub(crate) managed: bool,
-    /// The context that it was allocated in, as a number; 0 for memory that has none.
+    /// The context of the allocation, as a number; 0 for memory without a context.
     context: usize,
 }
 
 impl Cuda {
-    /// Opens the library and initialises the driver, which does nothing the second time.
+    /// Opens the library and initialises the driver. Further calls do nothing.
     ///
     /// # Errors
-    /// The answer of the loader or of the driver.
+    /// The error of the loader or of the driver.
     pub(crate) fn open() -> Result<Cuda, String> {
         static FUNCTIONS: OnceLock<Functions> = OnceLock::new();
         let cuda = Cuda(super::kept(&FUNCTIONS, Functions::load)?);
@@ -157,27 +157,27 @@ impl Cuda {
         Ok(value)
     }
 
-    /// The memory that has an address; `None` where CUDA has none.
+    /// The memory at an address; `None` if CUDA has none there.
     pub(crate) fn memory(self, pointer: u64) -> Result<Option<Memory>, Failed> {
         let kind = match self.attribute::<c_uint>(POINTER_ATTRIBUTE_MEMORY_TYPE, pointer) {
             Ok(kind) => kind,
             Err(Failed { code, .. }) if code == INVALID_VALUE => return Ok(None),
             Err(failed) => return Err(failed),
         };
-        // Drivers write one byte, or four.
+        // Some drivers write one byte, others four.
         let managed = self.attribute::<c_uint>(POINTER_ATTRIBUTE_IS_MANAGED, pointer)? != 0;
         Ok(Some(Memory {
             ordinal: self.attribute(POINTER_ATTRIBUTE_DEVICE_ORDINAL, pointer)?,
             device: kind == MEMORYTYPE_DEVICE && !managed,
             managed,
-            // Memory of the virtual memory management, and of pools, belongs to no context.
+            // Memory of the virtual memory management and memory of pools belong to no context.
             context: self
                 .attribute(POINTER_ATTRIBUTE_CONTEXT, pointer)
                 .unwrap_or(0),
         }))
     }
 
-    /// The context of a memory, or the device's primary one for memory without.
+    /// The memory's context, or the device's primary context for memory without one.
     pub(crate) fn context_of(self, memory: Memory) -> Result<Context, Failed> {
         match memory.context {
             0 => self.primary(memory.ordinal),
@@ -204,10 +204,11 @@ impl Cuda {
     }
 }
 
-/// A context, which may be used by any thread.
+/// A context. Any thread may use it.
 ///
 /// # Invariants
-/// `raw` is a context of the driver's: one that is retained, or that of memory which stays (`Allocated`).
+/// `raw` is a context of the driver: retained by this value, or the context of memory that
+/// stays allocated (`Allocated`).
 pub(crate) struct Context {
     cuda: Cuda,
     raw: usize,
@@ -224,7 +225,7 @@ impl Drop for Context {
 }
 
 impl Context {
-    /// Does something while it is this thread's current context.
+    /// Runs `what` while the context is this thread's current one.
     fn within<T>(&self, what: impl FnOnce(&Functions) -> Result<T, Failed>) -> Result<T, Failed> {
         let functions = self.cuda.0;
         let raw = std::ptr::with_exposed_provenance_mut(self.raw);
@@ -233,14 +234,14 @@ impl Context {
         self.cuda.check("cuCtxPushCurrent", answer)?;
         let done = what(functions);
         let mut popped = std::ptr::null_mut();
-        // SAFETY: the function stores a pointer; the context on top is the one pushed before.
+        // SAFETY: the function stores a pointer; the context on top is the one pushed above.
         unsafe { (functions.context_pop)(&mut popped) };
         done
     }
 
-    /// Lets synchronous copies of this memory end before they return, for those who read it by DMA
-    /// (`CU_POINTER_ATTRIBUTE_SYNC_MEMOPS`). Memory that has no such attribute gets it by the context, from CUDA 12.1
-    /// on.
+    /// Makes synchronous copies of this memory complete before they return, for devices that
+    /// read the memory by DMA (`CU_POINTER_ATTRIBUTE_SYNC_MEMOPS`). Memory without this
+    /// attribute gets the setting from the context, since CUDA 12.1.
     pub(crate) fn order_copies(&self, pointer: u64) -> Result<(), Failed> {
         let one: c_uint = 1;
         let attribute = POINTER_ATTRIBUTE_SYNC_MEMOPS;
@@ -260,7 +261,7 @@ impl Context {
             // SAFETY: the function stores a number.
             let answer = unsafe { (functions.context_flags)(&mut flags) };
             self.cuda.check("cuCtxGetFlags", answer)?;
-            // Setting waits for the context's lock, which a kernel that is being launched may hold.
+            // Setting the flags waits for the context's lock, which a kernel launch may hold.
             if flags & CONTEXT_SYNC_MEMOPS != 0 {
                 return Ok(());
             }
@@ -270,7 +271,7 @@ impl Context {
         })
     }
 
-    /// `cuMemGetHandleForAddressRange`: a dma-buf of whole pages.
+    /// `cuMemGetHandleForAddressRange`: exports whole pages as a dma-buf.
     pub(crate) fn export(&self, pages: Allocated, flags: u64) -> Result<OwnedFd, Failed> {
         const CALL: &str = "cuMemGetHandleForAddressRange";
         self.within(|functions| {
@@ -291,8 +292,8 @@ impl Context {
         })
     }
 
-    /// `cuMemGetAddressRange`: where the allocation, or the mapped segment, that has this address begins, and its
-    /// length.
+    /// `cuMemGetAddressRange`: the start and the length of the allocation, or mapped segment,
+    /// at this address.
     pub(crate) fn segment(&self, pointer: u64) -> Result<(u64, u64), Failed> {
         self.within(|functions| {
             let (mut base, mut size) = (0, 0);
@@ -303,17 +304,18 @@ impl Context {
         })
     }
 
-    /// Copies bytes into memory. They are there when it returns.
+    /// Copies bytes into memory. The copy is complete on return.
     ///
     /// # Panics
-    /// When they are not all inside.
+    /// If the range exceeds the memory.
     pub(crate) fn upload(&self, to: Allocated, offset: u64, from: &[u8]) -> Result<(), Failed> {
         let at = to.address(offset, from.len());
         self.within(|functions| {
             // SAFETY: the slice is valid for the read, and the memory stays (`Allocated`).
             let answer = unsafe { (functions.copy_in)(at, from.as_ptr().cast(), from.len()) };
             self.cuda.check("cuMemcpyHtoD", answer)?;
-            // A copy of memory that is not pinned may return before its bytes have left the driver's own buffer.
+            // A copy from pageable memory may return before the bytes have left the driver's
+            // own buffer.
             // SAFETY: null is the default stream.
             let answer = unsafe { (functions.stream_synchronize)(std::ptr::null_mut()) };
             self.cuda.check("cuStreamSynchronize", answer)
@@ -323,7 +325,7 @@ impl Context {
     /// Copies bytes out of memory.
     ///
     /// # Panics
-    /// When they are not all inside.
+    /// If the range exceeds the memory.
     pub(crate) fn download(
         &self,
         from: Allocated,
@@ -338,8 +340,8 @@ impl Context {
         })
     }
 
-    /// Waits until the GPU itself sees what other devices wrote into its memory. A driver that lacks the call, or
-    /// does not support it, has nothing to wait for.
+    /// Waits until the GPU itself sees the writes of other devices to its memory. A driver
+    /// without or without support for the call has nothing to wait for.
     pub(crate) fn flush(&self) -> Result<(), Failed> {
         self.within(|functions| {
             let Some(flush) = functions.flush else {
@@ -371,7 +373,8 @@ impl Context {
     }
 }
 
-/// Memory that was allocated here, and is freed when this is dropped: after everything that is made of it.
+/// Memory allocated here. Dropping it frees the memory, so everything made from it must go
+/// first.
 pub(crate) struct Block {
     memory: Allocated,
     context: Context,
@@ -391,7 +394,7 @@ impl Drop for Block {
             let answer = unsafe { (functions.free)(pointer) };
             self.context.cuda.check("cuMemFree", answer)
         });
-        // An error of work that the program gave the GPU comes out here, too, and is told where it is waited for.
+        // The call also returns errors of the program's own GPU work, which other calls report.
         let _ = freed;
     }
 }

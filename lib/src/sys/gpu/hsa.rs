@@ -1,4 +1,4 @@
-//! `libhsa-runtime64.so.1`: ROCm's runtime, as `hsa.h` and `hsa_ext_amd.h` have it.
+//! `libhsa-runtime64.so.1`: ROCm's runtime, as declared in `hsa.h` and `hsa_ext_amd.h`.
 
 use std::ffi::{c_char, c_int, c_void};
 use std::os::fd::OwnedFd;
@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 
 use super::{Allocated, Failed, functions};
 
-/// `hsa_amd_pointer_info_t`, which only grows; the library fills in as much as `size` says.
+/// `hsa_amd_pointer_info_t`. Versions only append fields; the library fills in `size` bytes.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, bytemuck::Zeroable)]
 struct PointerInfo {
@@ -43,7 +43,7 @@ functions! {
 }
 
 const NOT_INITIALIZED: i32 = 0x100b;
-/// Not HSA's: the library lacks the function.
+/// A number of this crate: the library lacks the function.
 pub(crate) const NO_SUCH_FUNCTION: i32 = -1;
 
 /// `HSA_AMD_DMABUF_MAPPING_TYPE_PCIE`
@@ -56,18 +56,18 @@ const AGENT_INFO_BDFID: c_int = 0xa006;
 const AGENT_INFO_DOMAIN: c_int = 0xa00f;
 const DEVICE_GPU: u32 = 1;
 
-/// The allocation that has an address.
+/// The allocation at an address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Memory {
-    /// Where the allocation begins, and its length.
+    /// The start and the length of the allocation, in bytes.
     pub(crate) base: u64,
     pub(crate) length: u64,
-    /// True for memory of the host that is locked for a GPU, which is no allocation of the runtime's.
+    /// True for host memory that is locked for a GPU, which the runtime did not allocate.
     pub(crate) locked: bool,
     owner: u64,
 }
 
-/// The runtime, which is initialised for as long as this lives: it counts.
+/// A reference to the initialised runtime, which counts its references.
 pub(crate) struct Hsa(&'static Functions);
 
 impl Drop for Hsa {
@@ -91,15 +91,16 @@ fn check(functions: &Functions, call: &'static str, code: c_int) -> Result<(), F
     unsafe { (functions.status_string)(code, &mut text) };
     // SAFETY: the pointer is null or a static string.
     let text = unsafe { super::text(text) };
-    // The name, a colon, and a sentence.
+    // The text is a name, a colon and a sentence.
     let name = text.split(':').next().unwrap_or_default().trim().to_owned();
     Err(Failed { call, code, name })
 }
 
-/// The allocation that has an address; `None` without one, and in a program that has not initialised HSA.
+/// The allocation at an address; `None` without one, and in a program that has not initialised
+/// HSA.
 ///
 /// # Errors
-/// The answer of the loader or of the runtime.
+/// The error of the loader or of the runtime.
 pub(crate) fn memory(pointer: u64) -> Result<Option<Memory>, String> {
     let functions = functions()?;
     let mut info: PointerInfo = bytemuck::Zeroable::zeroed();
@@ -123,10 +124,10 @@ pub(crate) fn memory(pointer: u64) -> Result<Option<Memory>, String> {
 }
 
 impl Hsa {
-    /// Initialises the runtime, or counts once more.
+    /// Initialises the runtime, or adds a reference.
     ///
     /// # Errors
-    /// The answer of the loader or of the runtime.
+    /// The error of the loader or of the runtime.
     pub(crate) fn open() -> Result<Hsa, String> {
         let functions = functions()?;
         // SAFETY: the function has no arguments.
@@ -135,7 +136,7 @@ impl Hsa {
         Ok(Hsa(functions))
     }
 
-    /// How many GPUs there are.
+    /// Number of GPUs.
     pub(crate) fn devices(&self) -> Result<u32, Failed> {
         unsafe extern "C" fn each(agent: u64, list: *mut c_void) -> c_int {
             // SAFETY: `list` is the vector below, borrowed by this call alone.
@@ -150,7 +151,7 @@ impl Hsa {
         Ok(agents.iter().filter(is_gpu).count() as u32)
     }
 
-    /// An agent's attribute of 32 bits.
+    /// A 32-bit attribute of an agent.
     fn info(&self, agent: u64, attribute: c_int) -> Option<u32> {
         let mut value = 0u32;
         // SAFETY: each attribute named in this file has 32 bits.
@@ -158,7 +159,7 @@ impl Hsa {
         (answer == 0).then_some(value)
     }
 
-    /// Domain, bus, device and function of the GPU that a memory is of.
+    /// Domain, and bus, device and function of the memory's GPU.
     pub(crate) fn address(&self, memory: Memory) -> Option<(u32, u32)> {
         if self.info(memory.owner, AGENT_INFO_DEVICE)? != DEVICE_GPU {
             return None;
@@ -167,8 +168,8 @@ impl Hsa {
         Some((self.info(memory.owner, AGENT_INFO_DOMAIN)?, at))
     }
 
-    /// The dma-buf of the whole memory that has the range, and where in it that begins. `None` asks for the mapping by
-    /// the call that older versions have.
+    /// The dma-buf of the whole allocation around the range, and the range's offset in it.
+    /// `None` uses the call of older versions.
     pub(crate) fn export(
         &self,
         range: Allocated,
@@ -199,7 +200,8 @@ impl Hsa {
             }
         };
         check(self.0, call, answer)?;
-        // SAFETY: the runtime opened the descriptor for the caller. `close` is all that hsa_amd_portable_close_dmabuf does.
+        // SAFETY: the runtime opened the descriptor for the caller. `close` does all that
+        // hsa_amd_portable_close_dmabuf does.
         let fd = unsafe { super::descriptor(fd) };
         let fd = fd.ok_or(Failed {
             call,
@@ -209,10 +211,10 @@ impl Hsa {
         Ok((fd, offset))
     }
 
-    /// Copies bytes into memory. They are there when it returns.
+    /// Copies bytes into memory. The copy is complete on return.
     ///
     /// # Panics
-    /// When they are not all inside.
+    /// If the range exceeds the memory.
     pub(crate) fn upload(&self, to: Allocated, offset: u64, from: &[u8]) -> Result<(), Failed> {
         let at = to.address(offset, from.len());
         let at = std::ptr::with_exposed_provenance_mut(at as usize);
@@ -224,7 +226,7 @@ impl Hsa {
     /// Copies bytes out of memory.
     ///
     /// # Panics
-    /// When they are not all inside.
+    /// If the range exceeds the memory.
     pub(crate) fn download(
         &self,
         from: Allocated,

@@ -1,4 +1,4 @@
-//! `libze_loader.so.1`: Level Zero, as `ze_api.h` of its version 1.8 has it
+//! `libze_loader.so.1`: Level Zero, as declared in `ze_api.h` of version 1.8
 //! (<https://oneapi-src.github.io/level-zero-spec/level-zero/latest/core/PROG.html>).
 
 use std::ffi::{c_int, c_void};
@@ -12,7 +12,7 @@ use super::{Allocated, Failed, functions};
 /// A handle of a driver, a device, a context or a command list.
 type Handle = *mut c_void;
 
-/// The beginning of each struct: which it is, and the next one.
+/// The start of each struct: its type, and a pointer to the next struct.
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct Head {
@@ -148,14 +148,14 @@ const QUEUE_SYNCHRONOUS: u32 = 1;
 pub(crate) enum Kind {
     Device,
     Host,
-    /// Moves between device and host.
+    /// Migrates between device and host.
     Shared,
 }
 
-/// A context that was made here.
+/// A context made by this crate.
 ///
 /// # Invariants
-/// `raw` is a context, and `device` a device of its driver, which stay.
+/// `raw` is a context, and `device` a device of its driver; both stay valid.
 pub(crate) struct Context {
     functions: &'static Functions,
     raw: usize,
@@ -163,17 +163,18 @@ pub(crate) struct Context {
 
 impl Drop for Context {
     fn drop(&mut self) {
-        // SAFETY: `context` made the handle; owners of memory in a context own the context, too.
+        // SAFETY: `context` made the handle; owners of memory in a context also own the
+        // context.
         unsafe { (self.functions.context_destroy)(handle(self.raw)) };
     }
 }
 
-/// Memory, in a context.
+/// An allocation and its context.
 pub(crate) struct Memory {
     pub(crate) context: Context,
     pub(crate) kind: Kind,
     device: usize,
-    /// Where the allocation begins, and its length.
+    /// The start and the length of the allocation, in bytes.
     pub(crate) base: u64,
     pub(crate) length: u64,
 }
@@ -209,7 +210,7 @@ fn functions() -> Result<&'static Functions, String> {
     Ok(functions)
 }
 
-/// The handles that `get` lists: first it counts, then it fills in as many.
+/// The handles that `get` lists. The first call counts them, the second fills in the list.
 fn listed(
     call: &'static str,
     get: impl Fn(*mut u32, *mut Handle) -> c_int,
@@ -250,7 +251,7 @@ fn context(functions: &'static Functions, driver: Handle) -> Result<Context, Fai
     Ok(Context { functions, raw })
 }
 
-/// How many devices there are.
+/// Number of devices.
 pub(crate) fn devices() -> Result<u32, String> {
     let functions = functions()?;
     let told = |failed: Failed| format!("{}: {failed}", failed.call);
@@ -261,13 +262,13 @@ pub(crate) fn devices() -> Result<u32, String> {
     Ok(count)
 }
 
-/// The allocation that has an address; `None` where no driver knows the address.
+/// The allocation at an address; `None` if no driver knows the address.
 ///
-/// A pointer belongs to a context, and there is no way to ask for which. Each driver is asked in a context that is
-/// made here: drivers keep the memory of all their contexts in one list.
+/// A pointer belongs to a context, and the API cannot tell which. This function asks each
+/// driver in a new context, because drivers keep the memory of all their contexts in one list.
 ///
 /// # Errors
-/// The answer of the loader or of a driver.
+/// The error of the loader or of a driver.
 pub(crate) fn memory(pointer: u64) -> Result<Option<Memory>, String> {
     let functions = functions()?;
     let told = |failed: Failed| format!("{}: {failed}", failed.call);
@@ -280,7 +281,8 @@ pub(crate) fn memory(pointer: u64) -> Result<Option<Memory>, String> {
     Ok(None)
 }
 
-/// Allocates memory that may be exported as a dma-buf, on a device of this number among all drivers'.
+/// Allocates memory that can be exported as a dma-buf. `device` counts the devices of all
+/// drivers.
 pub(crate) fn allocate(device: u32, length: u64) -> Result<Block, Failed> {
     let unavailable = |name| Failed {
         call: "zeInit",
@@ -376,7 +378,8 @@ impl Context {
     }
 }
 
-/// Memory that was allocated here, and is freed when this is dropped: after everything that is made of it.
+/// Memory allocated here. Dropping it frees the memory, so everything made from it must go
+/// first.
 pub(crate) struct Block {
     memory: Allocated,
     context: Context,
@@ -395,7 +398,7 @@ impl Drop for Block {
 }
 
 impl Memory {
-    /// Whether the device exports dma-bufs at all (`zeDeviceGetExternalMemoryProperties`).
+    /// True if the device exports dma-bufs (`zeDeviceGetExternalMemoryProperties`).
     pub(crate) fn exports_dmabufs(&self) -> Result<bool, Failed> {
         let mut external = External {
             head: Head::of(DEVICE_EXTERNAL_MEMORY_PROPERTIES),
@@ -411,7 +414,7 @@ impl Memory {
         Ok(external.memory_export & DMA_BUF != 0)
     }
 
-    /// Domain, bus, device and function.
+    /// PCI domain, bus, device and function.
     pub(crate) fn address(&self) -> Option<[u32; 4]> {
         let ask = self.context.functions.pci?;
         let mut pci = Pci {
@@ -429,7 +432,8 @@ impl Memory {
         (answer == 0).then_some([pci.domain, pci.bus, pci.device, pci.function])
     }
 
-    /// A dma-buf of the whole allocation; each call gives another descriptor. `None` where the driver gives none.
+    /// A dma-buf of the whole allocation. Each call returns a new descriptor; `None` if the
+    /// driver returns none.
     pub(crate) fn export(&self) -> Result<Option<OwnedFd>, Failed> {
         let mut export = ExportFd {
             head: Head::of(EXTERNAL_MEMORY_EXPORT_FD),
@@ -481,21 +485,22 @@ impl Memory {
     }
 }
 
-/// How many bytes are copied at a time.
+/// Maximum number of bytes of one copy.
 const ROOM: usize = 1 << 20;
 
-/// Copies bytes by a command list, by way of memory of the host that every device reaches: the specification promises
-/// no copy of memory that the runtime did not allocate.
+/// Copies bytes with a command list through host memory that every device reaches. The
+/// specification guarantees no copy of memory that the runtime did not allocate.
 pub(crate) struct Copier {
     context: Context,
     list: usize,
-    /// The address of the host's memory. Room and list serve one copy at a time.
+    /// The address of the host memory. The lock admits one copy at a time to the memory and the
+    /// list.
     room: Mutex<usize>,
 }
 
 impl Drop for Copier {
     fn drop(&mut self) {
-        // SAFETY: `copier` made the list, and no copy is under way: `drop` has the only reference.
+        // SAFETY: `copier` made the list, and no copy runs: `drop` has the only reference.
         unsafe { (self.context.functions.list_destroy)(handle(self.list)) };
         let room = unpoisoned(self.room.get_mut());
         self.context.free(handle(*room));
@@ -504,7 +509,7 @@ impl Drop for Copier {
 
 impl Copier {
     /// # Safety
-    /// Both have so many bytes, which stay until it returns.
+    /// Both addresses are valid for `length` bytes until the function returns.
     unsafe fn copy(
         &self,
         to: *mut c_void,
@@ -513,23 +518,25 @@ impl Copier {
     ) -> Result<(), Failed> {
         let (none, list) = (std::ptr::null_mut(), handle(self.list));
         let append = self.context.functions.append_copy;
-        // SAFETY: the synchronous list finishes the copy before the call returns; the addresses are valid (caller's word).
+        // SAFETY: the synchronous list finishes the copy before the call returns; the caller
+        // guarantees valid addresses.
         let answer = unsafe { append(list, to, from, length, none, 0, std::ptr::null_mut()) };
         check("zeCommandListAppendMemoryCopy", answer)
     }
 
-    /// Copies bytes into memory. They are there when it returns.
+    /// Copies bytes into memory. The copy is complete on return.
     ///
     /// # Panics
-    /// When they are not all inside.
+    /// If the range exceeds the memory.
     pub(crate) fn upload(&self, to: Allocated, offset: u64, from: &[u8]) -> Result<(), Failed> {
         let at = to.address(offset, from.len());
         let room = unpoisoned(self.room.lock());
         let room = handle(*room);
         for (piece, at) in from.chunks(ROOM).zip((at..).step_by(ROOM)) {
-            // SAFETY: the room has ROOM bytes, and the lock keeps other copies out.
+            // SAFETY: the host memory has ROOM bytes, and the lock excludes other copies.
             unsafe { std::ptr::copy_nonoverlapping(piece.as_ptr(), room.cast(), piece.len()) };
-            // SAFETY: both addresses are valid for the piece: the room's, and that of memory which stays (`Allocated`).
+            // SAFETY: both addresses are valid for the piece: the host memory's, and the
+            // address of memory that stays allocated (`Allocated`).
             unsafe { self.copy(handle(at as usize), room, piece.len()) }?;
         }
         Ok(())
@@ -538,7 +545,7 @@ impl Copier {
     /// Copies bytes out of memory.
     ///
     /// # Panics
-    /// When they are not all inside.
+    /// If the range exceeds the memory.
     pub(crate) fn download(
         &self,
         from: Allocated,
@@ -549,9 +556,10 @@ impl Copier {
         let room = unpoisoned(self.room.lock());
         let room = handle(*room);
         for (piece, at) in into.chunks_mut(ROOM).zip((at..).step_by(ROOM)) {
-            // SAFETY: both addresses are valid for the piece: the room's, and that of memory which stays (`Allocated`).
+            // SAFETY: both addresses are valid for the piece: the host memory's, and the
+            // address of memory that stays allocated (`Allocated`).
             unsafe { self.copy(room, handle(at as usize), piece.len()) }?;
-            // SAFETY: the room has ROOM bytes, and the lock keeps other copies out.
+            // SAFETY: the host memory has ROOM bytes, and the lock excludes other copies.
             unsafe { std::ptr::copy_nonoverlapping(room.cast(), piece.as_mut_ptr(), piece.len()) };
         }
         Ok(())

@@ -1,7 +1,8 @@
-//! The libraries of GPU runtimes: opened at run time, never linked, and never closed, since they have threads and
-//! handlers of their own.
+//! The libraries of GPU runtimes. They are opened at run time, never linked, and never closed,
+//! because they start threads and register handlers.
 //!
-//! Each runtime has an error type of numbers. A call that fails becomes a [`Failed`] with the function's name.
+//! Each runtime has its own error numbers. A failed call becomes a [`Failed`] with the
+//! function's name.
 
 pub(crate) mod cuda;
 pub(crate) mod hsa;
@@ -12,13 +13,13 @@ use std::fmt;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::sync::OnceLock;
 
-/// A function of a runtime that failed.
+/// A failed function of a runtime.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Failed {
     pub(crate) call: &'static str,
-    /// The runtime's number.
+    /// The runtime's error number.
     pub(crate) code: i32,
-    /// Its name, where the runtime has one.
+    /// The number's name, if the runtime has one.
     pub(crate) name: String,
 }
 
@@ -33,10 +34,10 @@ impl fmt::Display for Failed {
 
 impl std::error::Error for Failed {}
 
-/// Memory of a GPU that somebody vouched for.
+/// GPU memory whose lifetime a caller guarantees.
 ///
 /// # Invariants
-/// The allocation that has these bytes stays until this value and its clones are dropped.
+/// The allocation that contains these bytes stays until this value and its copies are dropped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Allocated {
     pub(crate) pointer: u64,
@@ -45,30 +46,32 @@ pub(crate) struct Allocated {
 
 impl Allocated {
     /// # Safety
-    /// If `pointer` is an address of one of the runtimes, the allocation that has `length` bytes from there on stays
-    /// until the value, its clones, and everything that is made of them are dropped.
+    /// If `pointer` is an address of one of the runtimes, the allocation with `length` bytes at
+    /// this address stays until the value, its copies, and everything made from them are
+    /// dropped.
     pub(crate) unsafe fn at(pointer: u64, length: u64) -> Allocated {
-        // INVARIANT: the caller's word.
+        // INVARIANT: the caller guarantees that the allocation stays.
         Allocated { pointer, length }
     }
 
-    /// The same memory with neighbouring bytes: runtimes map, and export, whole pages or allocations.
+    /// The same memory with neighbouring bytes: runtimes map and export whole pages or
+    /// allocations.
     pub(crate) fn widened(self, before: u64, after: u64) -> Allocated {
-        // INVARIANT: pages of an allocation stay as long as it.
+        // INVARIANT: the pages of an allocation stay as long as the allocation.
         Allocated {
             pointer: self.pointer - before,
             length: self.length + before + after,
         }
     }
 
-    /// A part of it.
+    /// A part of the memory.
     ///
     /// # Panics
-    /// When it is not all inside.
+    /// If the part exceeds the memory.
     pub(crate) fn part(self, offset: u64, length: u64) -> Allocated {
         let end = offset.checked_add(length);
         assert!(end.is_some_and(|end| end <= self.length), "outside");
-        // INVARIANT: what it is part of stays.
+        // INVARIANT: the whole memory stays, and so does its part.
         Allocated {
             pointer: self.pointer + offset,
             length,
@@ -78,7 +81,7 @@ impl Allocated {
     /// The address of `length` bytes at `offset`.
     ///
     /// # Panics
-    /// When they are not all inside.
+    /// If the range exceeds the memory.
     fn address(self, offset: u64, length: usize) -> u64 {
         let end = offset.checked_add(length as u64);
         assert!(end.is_some_and(|end| end <= self.length), "outside");
@@ -86,17 +89,18 @@ impl Allocated {
     }
 }
 
-/// Declares the functions that are taken from a library: those that each version has, and those that older ones lack.
+/// Declares the functions of a library: required ones, and optional ones that older versions
+/// lack.
 macro_rules! functions {
     (
         $file:literal
         { $($name:ident = $symbol:literal ($($argument:ty),*);)* }
         { $($newer:ident = $newer_symbol:literal ($($newer_argument:ty),*);)* }
     ) => {
-        /// The library's file.
+        /// The library's file name.
         pub(crate) const NAME: &str = $file;
 
-        /// The library's functions, each with the type that its header gives it.
+        /// The library's functions, with the types of the header.
         struct Functions {
             $($name: unsafe extern "C" fn($($argument),*) -> std::ffi::c_int,)*
             $($newer: Option<unsafe extern "C" fn($($newer_argument),*) -> std::ffi::c_int>,)*
@@ -125,12 +129,13 @@ use functions;
 
 /// Opens a library for the rest of the process.
 fn open(name: &str) -> Result<&'static libloading::Library, String> {
-    // SAFETY: the runtimes' initialisers prepare their own state, as in any program that links the library.
+    // SAFETY: the runtimes' initialisers prepare their own state, as in any program that links
+    // them.
     let library = unsafe { libloading::Library::new(name) }.map_err(|error| error.to_string())?;
     Ok(Box::leak(Box::new(library)))
 }
 
-/// Loads the functions once. A failure is not kept: the program may load the library later.
+/// Loads the functions once. A failure is not cached, because the library may load later.
 fn kept<F>(
     cell: &'static OnceLock<F>,
     load: fn() -> Result<F, String>,
@@ -144,24 +149,24 @@ fn kept<F>(
     }
 }
 
-/// A name that a library has for a number; empty without one.
+/// The library's name for a number; empty without one.
 ///
 /// # Safety
-/// `text` is null or a string that stays for ever.
+/// `text` is null or points to a string that is never freed.
 unsafe fn text(text: *const std::ffi::c_char) -> String {
     if text.is_null() {
         return String::new();
     }
-    // SAFETY: `text` is a string (caller's word).
+    // SAFETY: the caller guarantees that `text` points to a string.
     let text = unsafe { CStr::from_ptr(text) };
     text.to_string_lossy().into_owned()
 }
 
-/// The descriptor that a runtime gave, which is the caller's from now on; `None` for a number that is none.
+/// Takes ownership of a descriptor that a runtime returned; `None` for a negative number.
 ///
 /// # Safety
-/// A number that is not negative is a descriptor that the runtime has opened for the caller.
+/// A non-negative number is a descriptor that the runtime has opened for the caller.
 unsafe fn descriptor(number: RawFd) -> Option<OwnedFd> {
-    // SAFETY: the descriptor is the caller's (caller's word).
+    // SAFETY: the caller guarantees that the descriptor belongs to the caller.
     (number >= 0).then(|| unsafe { OwnedFd::from_raw_fd(number) })
 }

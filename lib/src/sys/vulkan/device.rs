@@ -1,4 +1,4 @@
-//! A logical device, opened here or the caller's own.
+//! A logical device: opened here, or the caller's own.
 
 use std::ffi::{CStr, c_char};
 use std::fmt;
@@ -13,84 +13,85 @@ use crate::topology::PciAddress;
 const WHAT: &str = "Vulkan";
 const LOADER: &str = "libvulkan.so.1";
 
-/// Extensions that a device must be made with to take and give dma-bufs.
+/// The extensions that a device must have been created with to import and export dma-bufs.
 pub const NEEDED: [&CStr; 2] = [
     khr::external_memory_fd::NAME,
     ext::external_memory_dma_buf::NAME,
 ];
 
-/// Extensions that are used where a device was made with them: fences as sync files, and memory that other
-/// drivers use, too.
+/// Optional extensions: fences as sync files, and ownership transfer to other drivers.
 pub const USED: [&CStr; 2] = [
     khr::external_semaphore_fd::NAME,
     ext::queue_family_foreign::NAME,
 ];
 
-/// A Vulkan device of the caller's, for [`Device::from_raw`].
+/// A Vulkan device of the caller, for [`Device::from_raw`].
 #[derive(Clone)]
 pub struct Raw<'a> {
-    /// What loaded the functions.
+    /// The loader's entry point.
     pub entry: ash::Entry,
-    /// Made for Vulkan 1.1 or later.
+    /// The instance, created for Vulkan 1.1 or later.
     pub instance: ash::Instance,
-    /// What the device was made of.
+    /// The physical device behind `device`.
     pub physical: vk::PhysicalDevice,
     /// The device.
     pub device: ash::Device,
-    /// The family of a queue of the device that can compute or transfer.
+    /// The family of a queue of the device that supports compute or transfer.
     pub queue_family: u32,
-    /// The queue's number in its family.
+    /// The queue's index in its family.
     pub queue: u32,
-    /// All extensions that the device was made with: [`NEEDED`], and of [`USED`] what there is.
+    /// All extensions that the device was created with: every one of [`NEEDED`], and any of
+    /// [`USED`].
     pub extensions: &'a [&'a CStr],
 }
 
-/// A Vulkan device that gives and takes dma-bufs. Clones are the same device.
+/// A Vulkan device that imports and exports dma-bufs. Clones refer to the same device.
 ///
-/// A process that was forked from the one that opened it cannot use it.
+/// A forked child of the process that opened the device cannot use it.
 #[derive(Clone)]
 pub struct Device {
     inner: Arc<Inner>,
 }
 
-/// Whether devices' fences go between dma-bufs and Vulkan's queues as sync files, or are waited for by the
-/// processor.
+/// How Vulkan's queues and the fences of dma-bufs wait for each other.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Fences {
-    /// As sync files (`VK_KHR_external_semaphore_fd`): a queue waits for the fences of a dma-buf, and the dma-buf
-    /// has a fence until the queue's work is done. The processor waits for nothing.
+    /// As sync files (`VK_KHR_external_semaphore_fd`): a queue waits for the fences of a
+    /// dma-buf, and the dma-buf has a fence until the queue's work is done. The CPU waits for
+    /// nothing.
     SyncFiles,
-    /// The processor waits: before work begins for the dma-buf's fences, and then for the work itself.
+    /// By the CPU: it waits for the dma-buf's fences before the work, and then for the work
+    /// itself.
     Host {
-        /// Why.
+        /// The reason why sync files are not used.
         why: String,
     },
 }
 
 struct Inner {
     raw: ash::Device,
-    /// Whether it is to be destroyed with this.
+    /// True if dropping this value destroys the device.
     owned: bool,
     physical: vk::PhysicalDevice,
     memory_fd: khr::external_memory_fd::Device,
     semaphore_fd: Result<khr::external_semaphore_fd::Device, String>,
-    /// The family that stands for whoever else uses a dma-buf.
+    /// The queue family that stands for all other users of a dma-buf.
     others: u32,
     family: u32,
     queue: Mutex<vk::Queue>,
     facts: Facts,
-    /// Last: the device is destroyed before its instance.
+    /// Last field: the device is destroyed before its instance.
     instance: Arc<Instance>,
 }
 
-/// What the driver says of a physical device.
+/// The properties of a physical device.
 struct Facts {
     name: String,
-    /// Its name alone.
+    /// The driver's name without its version.
     driver_name: String,
     driver: String,
     lavapipe: bool,
-    /// The processor does the work.
+    /// True if the CPU does the work.
     software: bool,
     pci: Option<PciAddress>,
     limits: vk::PhysicalDeviceLimits,
@@ -100,14 +101,15 @@ struct Facts {
 struct Instance {
     raw: ash::Instance,
     owned: bool,
-    /// Holds the library in which all functions are.
+    /// Keeps the library of all functions loaded.
     entry: ash::Entry,
 }
 
 impl Drop for Instance {
     fn drop(&mut self) {
         if self.owned {
-            // SAFETY: it was made here, and every device of it holds this value, so all are destroyed.
+            // SAFETY: this crate created the instance, and each of its devices holds this
+            // value, so all of them are destroyed.
             unsafe { self.raw.destroy_instance(None) };
         }
     }
@@ -116,7 +118,8 @@ impl Drop for Instance {
 impl Drop for Inner {
     fn drop(&mut self) {
         if self.owned {
-            // SAFETY: it was made here, and whatever was made of it holds this value and waited for its work.
+            // SAFETY: this crate created the device, and everything made from it holds this
+            // value and waited for its work.
             unsafe { self.raw.destroy_device(None) };
         }
     }
@@ -149,13 +152,14 @@ fn unavailable(call: &'static str, object: impl Into<String>, remedy: String) ->
 }
 
 impl Device {
-    /// Opens every device here that gives or takes dma-bufs, each with one queue for compute work.
+    /// Opens every local device that imports or exports dma-bufs, each with one compute queue.
     ///
     /// # Errors
-    /// [`Unavailable`] without the loader, without a driver, or where no device has the extensions; it says what
-    /// each lacks.
+    /// [`Unavailable`] without the loader, without a driver, or if no device has the
+    /// extensions. The error says what each device lacks.
     pub fn all() -> Result<Vec<Device>, Unavailable> {
-        // SAFETY: the system's Vulkan loader, whose initialisers a process that wants Vulkan runs.
+        // SAFETY: the library is the system's Vulkan loader, whose initialisers are made for
+        // any process.
         let entry = unsafe { ash::Entry::load() }.map_err(|error| {
             let cause = SystemError::new("dlopen", LOADER, rustix::io::Errno::NOENT);
             let remedy = format!(
@@ -166,7 +170,7 @@ impl Device {
         })?;
         let application = vk::ApplicationInfo::default().api_version(vk::API_VERSION_1_1);
         let info = vk::InstanceCreateInfo::default().application_info(&application);
-        // SAFETY: the structs are valid; the entry is held beside the instance.
+        // SAFETY: the structs are valid; the entry point is stored beside the instance.
         let raw = unsafe { entry.create_instance(&info, None) }.map_err(|result| {
             let remedy = format!(
                 "{result:?}: install a driver for Vulkan 1.1; mesa-vulkan-drivers has one that needs no GPU"
@@ -201,10 +205,11 @@ impl Device {
         Ok(devices)
     }
 
-    /// Opens the first device of [`Device::all`] in whose name `which` is, or whose PCI address it is.
+    /// Opens the first device of [`Device::all`] whose name contains `which`, or whose PCI
+    /// address is `which`.
     ///
     /// # Errors
-    /// As [`Device::all`], and where none is called so; it says which there are.
+    /// As [`Device::all`], and if no device matches. The error lists the devices.
     pub fn open(which: &str) -> Result<Device, Unavailable> {
         let mut all = Device::all()?;
         let is_it = |device: &Device| {
@@ -221,25 +226,30 @@ impl Device {
         }
     }
 
-    /// Takes a device that the program has. It stays the program's, which destroys it.
+    /// Takes a device that the program created. The program keeps the ownership and destroys
+    /// it.
     ///
     /// # Errors
-    /// [`VulkanError`] where the device was made without one of [`NEEDED`], or the instance for Vulkan 1.0.
+    /// [`VulkanError`] if the device was created without one of [`NEEDED`], or the instance for
+    /// Vulkan 1.0.
     ///
     /// # Safety
-    /// - The parts belong together: the device was made of the physical device, of the instance, by the entry; it
-    ///   has the queue; and the extensions are those that it was made with.
-    /// - They are live until this value, its clones, and whatever was made of it are gone.
-    /// - The queue is used by nobody else while a call of this value uses it ([`Device::submit`]). A program that
-    ///   has another queue gives that.
+    /// - The parts belong together: the device was created from the physical device, the
+    ///   physical device belongs to the instance, and the entry point made the instance. The
+    ///   queue belongs to the device, and the extensions are those that the device was created
+    ///   with.
+    /// - The parts are live until this value, its clones, and everything made from them are
+    ///   dropped.
+    /// - Nobody else uses the queue while a call of this value uses it ([`Device::submit`]). A
+    ///   program with several queues passes one that it does not use itself.
     pub unsafe fn from_raw(raw: Raw<'_>) -> Result<Device, VulkanError> {
         let instance = Arc::new(Instance {
             raw: raw.instance,
             owned: false,
             entry: raw.entry,
         });
-        // SAFETY: the caller's word: the physical device is one of the instance's, the device of that, and the
-        // extensions and the queue are the device's.
+        // SAFETY: the caller guarantees that the physical device belongs to the instance, the
+        // device to the physical device, and the extensions and the queue to the device.
         unsafe {
             let call = c"vkGetPhysicalDeviceExternalBufferProperties";
             let handle = instance.raw.handle();
@@ -283,7 +293,7 @@ impl Device {
         let memory_fd = khr::external_memory_fd::Device::new(&instance.raw, &raw);
         let semaphore_fd = khr::external_semaphore_fd::Device::new(&instance.raw, &raw);
         let has = |name: &CStr| extensions.contains(&name);
-        // SAFETY: the caller's word: the queue is the device's.
+        // SAFETY: the caller guarantees that the queue belongs to the device.
         let queue = unsafe { raw.get_device_queue(family, number) };
         let mut inner = Inner {
             raw,
@@ -300,7 +310,7 @@ impl Device {
             facts,
             instance,
         };
-        // What the extension's functions are when it is not there would panic.
+        // ash panics in the functions of a missing extension.
         for needed in NEEDED {
             if !has(needed) {
                 let name = inner.facts.name.clone();
@@ -321,27 +331,28 @@ impl Device {
         &self.inner.facts.name
     }
 
-    /// The driver's name, such as `radv` or `llvmpipe` (lavapipe's); empty where it does not say one.
+    /// The driver's name, such as `radv` or `llvmpipe` (lavapipe); empty if the driver has
+    /// none.
     pub fn driver_name(&self) -> &str {
         &self.inner.facts.driver_name
     }
 
-    /// The driver's name and version, as it says them.
+    /// The driver's name and version, as the driver reports them.
     pub fn driver(&self) -> &str {
         &self.inner.facts.driver
     }
 
-    /// The PCI function that it is, where the driver says so.
+    /// The device's PCI address, if the driver reports one.
     pub fn pci(&self) -> Option<PciAddress> {
         self.inner.facts.pci
     }
 
-    /// True where the processor does the device's work.
+    /// True if the CPU does the device's work.
     pub fn is_software(&self) -> bool {
         self.inner.facts.software
     }
 
-    /// How its work and the fences of dma-bufs wait for each other.
+    /// How the device's work and the fences of dma-bufs wait for each other.
     pub fn fences(&self) -> Fences {
         match &self.inner.semaphore_fd {
             Ok(_) => Fences::SyncFiles,
@@ -349,12 +360,12 @@ impl Device {
         }
     }
 
-    /// The functions of the device, and its handle. Both are valid as long as this value, or a clone.
+    /// The device's functions and its handle. Both are valid as long as this value or a clone.
     pub fn raw(&self) -> &ash::Device {
         &self.inner.raw
     }
 
-    /// The instance that it is of.
+    /// The device's instance.
     pub fn instance(&self) -> &ash::Instance {
         &self.inner.instance.raw
     }
@@ -364,13 +375,13 @@ impl Device {
         self.inner.physical
     }
 
-    /// The family of its queue.
+    /// The family of the device's queue.
     pub fn queue_family(&self) -> u32 {
         self.inner.family
     }
 
-    /// The family from which dma-bufs are acquired and to which they are released:
-    /// `VK_QUEUE_FAMILY_FOREIGN_EXT`, or `VK_QUEUE_FAMILY_EXTERNAL` for a device without that extension.
+    /// The queue family for acquiring and releasing dma-bufs: `VK_QUEUE_FAMILY_FOREIGN_EXT`, or
+    /// `VK_QUEUE_FAMILY_EXTERNAL` for a device without that extension.
     pub fn foreign_family(&self) -> u32 {
         self.inner.others
     }
@@ -395,7 +406,8 @@ impl Device {
         self.inner.facts.lavapipe
     }
 
-    /// The first memory type of those in `bits` that has all of `wanted`, or the first of all.
+    /// The first memory type of `bits` that has all flags of `wanted`, or else the first type
+    /// of `bits`.
     pub(super) fn memory_type(&self, bits: u32, wanted: vk::MemoryPropertyFlags) -> Option<u32> {
         let types = self.inner.facts.memory.memory_types_as_slice();
         let mut allowed = (0..).zip(types).filter(|(n, _)| bits >> n & 1 == 1);
@@ -404,7 +416,7 @@ impl Device {
         best.or(first).map(|(n, _)| n)
     }
 
-    /// Of memory type `n`.
+    /// The flags of memory type `n`.
     pub(super) fn memory_flags(&self, n: u32) -> vk::MemoryPropertyFlags {
         let types = self.inner.facts.memory.memory_types_as_slice();
         types
@@ -414,7 +426,7 @@ impl Device {
 }
 
 impl Inner {
-    /// Whether semaphores go as sync files, in both directions.
+    /// Checks that semaphores can be imported and exported as sync files.
     fn sync_files(&self, enabled: bool) -> Result<(), String> {
         if !enabled {
             return Err("the device has no VK_KHR_external_semaphore_fd".into());
@@ -422,7 +434,7 @@ impl Inner {
         let info = vk::PhysicalDeviceExternalSemaphoreInfo::default()
             .handle_type(vk::ExternalSemaphoreHandleTypeFlags::SYNC_FD);
         let mut answer = vk::ExternalSemaphoreProperties::default();
-        // SAFETY: the physical device is one of the instance's, which has Vulkan 1.1.
+        // SAFETY: the physical device belongs to the instance, which has Vulkan 1.1.
         unsafe {
             self.instance
                 .raw
@@ -447,17 +459,17 @@ impl Inner {
 
 impl Facts {
     /// # Safety
-    /// The physical device is one of the instance's, which has Vulkan 1.1.
+    /// The physical device belongs to the instance, which has Vulkan 1.1.
     unsafe fn ask(instance: &ash::Instance, physical: vk::PhysicalDevice) -> Facts {
         let extensions =
-            // SAFETY: the caller's word.
+            // SAFETY: the caller guarantees that the physical device belongs to the instance.
             unsafe { instance.enumerate_device_extension_properties(physical) }.unwrap_or_default();
         let has = |name| {
             extensions
                 .iter()
                 .any(|extension| text(&extension.extension_name) == text_of(name))
         };
-        // SAFETY: the caller's word.
+        // SAFETY: the caller guarantees that the physical device belongs to the instance.
         let version = unsafe { instance.get_physical_device_properties(physical) }.api_version;
         let mut driver = vk::PhysicalDeviceDriverProperties::default();
         let mut bus = vk::PhysicalDevicePCIBusInfoPropertiesEXT::default();
@@ -469,10 +481,11 @@ impl Facts {
         if has_bus {
             properties = properties.push_next(&mut bus);
         }
-        // SAFETY: the caller's word; only structs of extensions that the driver lists are in the chain.
+        // SAFETY: the caller guarantees that the physical device belongs to the instance; only
+        // structs of extensions that the driver lists are in the chain.
         unsafe { instance.get_physical_device_properties2(physical, &mut properties) };
         let properties = properties.properties;
-        // SAFETY: the caller's word.
+        // SAFETY: the caller guarantees that the physical device belongs to the instance.
         let memory = unsafe { instance.get_physical_device_memory_properties(physical) };
         let address = format!(
             "{:04x}:{:02x}:{:02x}.{:x}",
@@ -496,7 +509,7 @@ impl Facts {
     }
 }
 
-/// A text of the driver's, as far as it is one.
+/// The driver's text, up to its NUL, with invalid UTF-8 replaced.
 fn text(chars: &[c_char]) -> String {
     let bytes: Vec<u8> = chars
         .iter()
@@ -510,18 +523,18 @@ fn text_of(name: &CStr) -> String {
     name.to_string_lossy().into_owned()
 }
 
-/// Makes a device of a physical one, with a queue that computes; or says why that is not possible.
+/// Creates a device with a compute queue, or returns the reason why it cannot.
 fn open(instance: &Arc<Instance>, physical: vk::PhysicalDevice) -> Result<Device, String> {
-    // SAFETY: the physical device is one of the instance's, which was made for Vulkan 1.1.
+    // SAFETY: the physical device belongs to the instance, which was created for Vulkan 1.1.
     let facts = unsafe { Facts::ask(&instance.raw, physical) };
     let name = facts.name.clone();
     let failed = |call: &str, result: vk::Result| format!("{name}: {call}: {result:?}");
-    // SAFETY: as above.
+    // SAFETY: the physical device belongs to the instance.
     let properties = unsafe { instance.raw.get_physical_device_properties(physical) };
     if properties.api_version < vk::API_VERSION_1_1 {
         return Err(format!("{name}: its driver has Vulkan 1.0"));
     }
-    // SAFETY: as above.
+    // SAFETY: the physical device belongs to the instance.
     let listed = unsafe { instance.raw.enumerate_device_extension_properties(physical) };
     let listed: Vec<String> = listed
         .map_err(|result| failed("vkEnumerateDeviceExtensionProperties", result))?
@@ -537,7 +550,7 @@ fn open(instance: &Arc<Instance>, physical: vk::PhysicalDevice) -> Result<Device
         .chain(USED.into_iter().filter(|used| has(used)))
         .collect();
     let families =
-        // SAFETY: as above.
+        // SAFETY: the physical device belongs to the instance.
         unsafe { instance.raw.get_physical_device_queue_family_properties(physical) };
     let computes = |family: &vk::QueueFamilyProperties| {
         family.queue_flags.contains(vk::QueueFlags::COMPUTE) && family.queue_count > 0
@@ -548,18 +561,18 @@ fn open(instance: &Arc<Instance>, physical: vk::PhysicalDevice) -> Result<Device
         .queue_family_index(family)
         .queue_priorities(&[1.0])];
     let names: Vec<*const c_char> = extensions.iter().map(|name| name.as_ptr()).collect();
-    // Where a shader's bug lets it reach beyond a buffer, it reaches nothing.
+    // A faulty shader that accesses memory beyond a buffer reaches nothing.
     let features = vk::PhysicalDeviceFeatures::default().robust_buffer_access(true);
     let info = vk::DeviceCreateInfo::default()
         .queue_create_infos(&queues)
         .enabled_extension_names(&names)
         .enabled_features(&features);
-    // SAFETY: the structs are valid; the extensions, the queue and the feature (which every driver has) are those
-    // that the driver lists.
+    // SAFETY: the structs are valid; the driver lists the extensions and the queue, and every
+    // driver has the feature.
     let raw = unsafe { instance.raw.create_device(physical, &info, None) }
         .map_err(|result| failed("vkCreateDevice", result))?;
     let instance = Arc::clone(instance);
-    // SAFETY: the device was just made, of these.
+    // SAFETY: the device was just created from these parts.
     unsafe {
         Device::of(
             instance,

@@ -15,8 +15,8 @@ use crate::error::{BufferError, ExportError, ImportError, SystemError, VulkanErr
 
 const DMA_BUF: vk::ExternalMemoryHandleTypeFlags = vk::ExternalMemoryHandleTypeFlags::DMA_BUF_EXT;
 
-/// A `VkBuffer` whose memory has a dma-buf. Clones are the same; the last one destroys both handles, and is to be
-/// dropped after the work that uses them is done.
+/// A `VkBuffer` whose memory is a dma-buf. Clones refer to the same buffer. Dropping the last
+/// clone destroys both handles, so the work that uses them must be done before.
 #[derive(Clone)]
 pub struct Memory {
     inner: Arc<Inner>,
@@ -27,7 +27,7 @@ struct Inner {
     buffer: Buffer,
 }
 
-/// The two handles.
+/// The buffer and its memory.
 struct Bound {
     handle: vk::Buffer,
     memory: vk::DeviceMemory,
@@ -38,9 +38,11 @@ struct Bound {
 impl Drop for Bound {
     fn drop(&mut self) {
         let raw = self.device.raw();
-        // SAFETY: the handle was made here of this device, or is null; `Work` holds what its commands use.
+        // SAFETY: this crate made the handle on this device, or the handle is null; `Work`
+        // holds everything that its commands use.
         unsafe { raw.destroy_buffer(self.handle, None) };
-        // SAFETY: as above, and nothing is bound to the memory any more.
+        // SAFETY: this crate allocated the memory on this device, or the handle is null; no
+        // buffer is bound to the memory any more.
         unsafe { raw.free_memory(self.memory, None) };
     }
 }
@@ -55,11 +57,11 @@ impl fmt::Debug for Memory {
     }
 }
 
-/// Why memory was not imported.
+/// The reason why memory was not imported.
 pub(crate) enum Refused {
-    /// The driver does not take this dma-buf.
+    /// The driver does not accept this dma-buf.
     Driver(String),
-    /// Something else.
+    /// Another error.
     Failed(ImportError),
 }
 
@@ -70,12 +72,12 @@ impl<E: Into<ImportError>> From<E> for Refused {
 }
 
 impl Memory {
-    /// The `VkBuffer`. It is of the whole dma-buf.
+    /// The `VkBuffer`, over the whole dma-buf.
     pub fn handle(&self) -> vk::Buffer {
         self.inner.bound.handle
     }
 
-    /// The memory that is bound to it, at offset 0.
+    /// The memory that is bound to the buffer, at offset 0.
     pub fn memory(&self) -> vk::DeviceMemory {
         self.inner.bound.memory
     }
@@ -95,7 +97,7 @@ impl Memory {
         &self.inner.bound.device
     }
 
-    /// Allocates memory of at least `size` bytes, and exports it.
+    /// Allocates memory of at least `size` bytes and exports it.
     pub(crate) fn export(
         device: &Device,
         name: &str,
@@ -135,7 +137,7 @@ impl Memory {
         bound.memory = memory
             .map_err(|result| failed("vkAllocateMemory", result).with_hint(no_udmabuf(device)))?;
         bound.bind(name)?;
-        // SAFETY: the memory was made of this device, to be exported so.
+        // SAFETY: the memory was allocated on this device for export as a dma-buf.
         let buffer = unsafe { dmabuf_of(device, bound.memory, name) }?;
         if buffer.size() < size {
             let what = "the size of the driver's dma-buf";
@@ -147,7 +149,7 @@ impl Memory {
         Ok(Memory { inner })
     }
 
-    /// Brings a dma-buf and a device together.
+    /// Imports a dma-buf into a device.
     pub(crate) fn import(
         device: &Device,
         buffer: &Buffer,
@@ -173,7 +175,8 @@ impl Memory {
         }
         let mut properties = vk::MemoryFdPropertiesKHR::default();
         let copy = duplicate(dmabuf)?;
-        // SAFETY: the descriptor is a dma-buf, and the device has the extension. It stays ours.
+        // SAFETY: the descriptor is a dma-buf, and the device has the extension. The call does
+        // not consume it.
         let asked = unsafe {
             let number = std::os::fd::AsRawFd::as_raw_fd(&copy);
             device
@@ -222,20 +225,21 @@ impl Memory {
 }
 
 impl Device {
-    /// Exports memory that the program allocated, and that stays the program's. `name` is for people.
+    /// Exports memory that the program allocated and still owns. `name` is for messages.
     ///
     /// # Errors
-    /// [`ExportError::Vulkan`], or [`ExportError::Buffer`] for what is no dma-buf.
+    /// [`ExportError::Vulkan`], or [`ExportError::Buffer`] for a descriptor that is not a
+    /// dma-buf.
     ///
     /// # Safety
-    /// The memory is of this device, live, and was allocated to be exported as a dma-buf
+    /// The memory belongs to this device, is live, and was allocated for export as a dma-buf
     /// (`VkExportMemoryAllocateInfo`).
     pub unsafe fn export_memory(
         &self,
         memory: vk::DeviceMemory,
         name: &str,
     ) -> Result<Buffer, ExportError> {
-        // SAFETY: the caller's word.
+        // SAFETY: the caller guarantees the conditions of `dmabuf_of`, which are the same.
         unsafe { dmabuf_of(self, memory, name) }
     }
 }
@@ -250,10 +254,11 @@ unsafe fn dmabuf_of(
     let info = vk::MemoryGetFdInfoKHR::default()
         .memory(memory)
         .handle_type(DMA_BUF);
-    // SAFETY: the caller's word, and the device has the extension.
+    // SAFETY: the caller guarantees that the memory can be exported, and the device has the
+    // extension.
     let fd = unsafe { device.memory_fd().get_memory_fd(&info) }
         .map_err(|result| VulkanError::new("vkGetMemoryFdKHR", name, result))?;
-    // SAFETY: the driver has made this descriptor for us, and nobody else owns it.
+    // SAFETY: the driver has opened this descriptor for the caller, who owns it alone.
     let fd = unsafe { OwnedFd::from_raw_fd(fd) };
     let imported = Buffer::import(fd)?;
     let mut provenance = imported.provenance().clone();
@@ -265,17 +270,17 @@ unsafe fn dmabuf_of(
         return Ok(imported);
     };
     let dmabuf = dmabuf.try_clone()?;
-    // The driver may have put it anywhere.
+    // The driver may have allocated the memory anywhere.
     Ok(Buffer::from_dmabuf(dmabuf, provenance).without_voucher())
 }
 
-/// What the driver says of dma-bufs behind buffers of this usage.
+/// The driver's support for dma-bufs behind buffers of this usage.
 fn external(device: &Device, usage: vk::BufferUsageFlags) -> vk::ExternalMemoryProperties {
     let info = vk::PhysicalDeviceExternalBufferInfo::default()
         .usage(usage)
         .handle_type(DMA_BUF);
     let mut answer = vk::ExternalBufferProperties::default();
-    // SAFETY: the physical device is one of the instance's, which has Vulkan 1.1.
+    // SAFETY: the physical device belongs to the instance, which has Vulkan 1.1.
     unsafe {
         device
             .instance()
@@ -284,7 +289,7 @@ fn external(device: &Device, usage: vk::BufferUsageFlags) -> vk::ExternalMemoryP
     answer.external_memory_properties
 }
 
-/// Why lavapipe, which lists the extension all the same, cannot export.
+/// The reason why lavapipe cannot export although it lists the extension.
 fn no_udmabuf(device: &Device) -> String {
     const NODE: &str = "/dev/udmabuf";
     if !device.is_lavapipe() {
@@ -309,23 +314,24 @@ fn duplicate(dmabuf: &DmaBuf) -> Result<OwnedFd, SystemError> {
         .map_err(|error| SystemError::new("fcntl(F_DUPFD_CLOEXEC)", "a dma-buf", &error))
 }
 
-/// Gives the driver a copy of a dma-buf's descriptor, which is the driver's once it has taken it. Where it refuses,
-/// the copy is still ours; but lavapipe 25.0 closes it then, and 26.1 does not. So it is closed here if it still is
-/// that dma-buf.
+/// Passes a copy of a dma-buf's descriptor to the driver, which owns the copy on success. On
+/// failure the copy still belongs to the caller, but lavapipe 25.0 closes it then, and 26.1
+/// does not. This function therefore closes the copy only if its number still refers to that
+/// dma-buf.
 fn give<T>(copy: OwnedFd, dmabuf: &DmaBuf, take: impl FnOnce(i32) -> VkResult<T>) -> VkResult<T> {
     let number = copy.into_raw_fd();
     take(number).inspect_err(|_| {
-        // SAFETY: the number is asked about only, and may be of nothing.
+        // SAFETY: the number is only passed to `fstat`, which accepts a closed one.
         let stat = rustix::fs::fstat(unsafe { BorrowedFd::borrow_raw(number) });
         if stat.is_ok_and(|stat| stat.st_ino == dmabuf.identity().inode()) {
-            // SAFETY: it still is the copy that the driver was given and did not take.
+            // SAFETY: the number is still the copy that the driver was given and did not take.
             drop(unsafe { OwnedFd::from_raw_fd(number) });
         }
     })
 }
 
 impl Bound {
-    /// A buffer without memory.
+    /// Creates a buffer without memory.
     fn new(
         device: &Device,
         name: &str,
@@ -341,7 +347,7 @@ impl Bound {
         if !external.is_empty() {
             info = info.push_next(&mut types);
         }
-        // SAFETY: the structs are valid; a size that is not possible is an error.
+        // SAFETY: the structs are valid; the driver refuses an impossible size with an error.
         let handle = unsafe { device.raw().create_buffer(&info, None) }
             .map_err(|result| VulkanError::new("vkCreateBuffer", name, result))?;
         Ok(Bound {
@@ -352,13 +358,13 @@ impl Bound {
         })
     }
 
-    /// What memory it needs, and whether that is to be its alone.
+    /// The buffer's memory requirements, and whether it needs a dedicated allocation.
     fn requirements(&self) -> (vk::MemoryRequirements, bool) {
         let info = vk::BufferMemoryRequirementsInfo2::default().buffer(self.handle);
         let mut dedicated = vk::MemoryDedicatedRequirements::default();
         let mut answer = vk::MemoryRequirements2::default().push_next(&mut dedicated);
         let raw = self.device.raw();
-        // SAFETY: the buffer is of this device, which has Vulkan 1.1.
+        // SAFETY: the buffer belongs to this device, which has Vulkan 1.1.
         unsafe { raw.get_buffer_memory_requirements2(&info, &mut answer) };
         let requirements = answer.memory_requirements;
         let own = dedicated.requires_dedicated_allocation == vk::TRUE
@@ -368,16 +374,17 @@ impl Bound {
 
     fn bind(&self, name: &str) -> Result<(), VulkanError> {
         let raw = self.device.raw();
-        // SAFETY: both are of this device and fresh, and the memory is as the buffer requires.
+        // SAFETY: buffer and memory belong to this device and are unbound, and the memory meets
+        // the requirements of the buffer.
         unsafe { raw.bind_buffer_memory(self.handle, self.memory, 0) }
             .map_err(|result| VulkanError::new("vkBindBufferMemory", name, result))
     }
 }
 
-/// Memory that the processor reads and writes, from which a queue copies and to which it does.
+/// Host-visible memory that a queue copies from and to.
 pub(crate) struct Staging {
     bound: Arc<Bound>,
-    /// Where it is mapped, all of it, until it is freed.
+    /// The address of the whole mapping, which lasts until the memory is freed.
     at: *mut u8,
 }
 
@@ -415,7 +422,8 @@ impl Staging {
         bound.memory = memory.map_err(|result| failed("vkAllocateMemory", result))?;
         bound.bind(NAME)?;
         let (whole, flags) = (vk::WHOLE_SIZE, vk::MemoryMapFlags::empty());
-        // SAFETY: the memory is the processor's to see, not mapped yet, and mapped until it is freed.
+        // SAFETY: the memory is host-visible and not mapped yet, and the mapping lasts until
+        // the memory is freed.
         let at = unsafe { device.raw().map_memory(bound.memory, 0, whole, flags) }
             .map_err(|result| failed("vkMapMemory", result))?;
         Ok(Staging {
@@ -428,7 +436,7 @@ impl Staging {
         self.bound.handle
     }
 
-    /// What work that uses it must hold.
+    /// The value that work with this memory must hold.
     pub(super) fn keep(&self) -> Arc<dyn Any + Send + Sync> {
         Arc::clone(&self.bound) as _
     }
@@ -449,10 +457,10 @@ impl Staging {
         .into())
     }
 
-    /// Copies bytes in, while no work uses it.
+    /// Copies bytes in, while no work uses the memory.
     pub(crate) fn put(&mut self, bytes: &[u8]) -> Result<(), ImportError> {
         self.fits(bytes.len())?;
-        // SAFETY: the mapping has at least so many bytes, and nobody else uses them now.
+        // SAFETY: the mapping has at least this many bytes, and nobody else uses them now.
         unsafe {
             self.at
                 .copy_from_nonoverlapping(bytes.as_ptr(), bytes.len())
@@ -463,7 +471,7 @@ impl Staging {
     /// Copies bytes out, after the work that wrote them.
     pub(crate) fn get(&mut self, into: &mut [u8]) -> Result<(), ImportError> {
         self.fits(into.len())?;
-        // SAFETY: the mapping has at least so many bytes, and nobody else uses them now.
+        // SAFETY: the mapping has at least this many bytes, and nobody else uses them now.
         unsafe {
             self.at
                 .copy_to_nonoverlapping(into.as_mut_ptr(), into.len())

@@ -1,7 +1,8 @@
-//! Vulkan's calls, by the crate `ash`, which opens the loader (`libvulkan.so.1`) when it is asked for.
+//! Vulkan's calls with the crate `ash`, which loads `libvulkan.so.1` on first use.
 //!
-//! A handle here is destroyed with the value that holds it, and what it depends on is held beside it. Numbers and
-//! flags that go to the driver come from the driver's own answers, or are checked against them.
+//! Each handle is destroyed with the value that holds it, and that value also holds everything
+//! that the handle depends on. Numbers and flags for the driver come from the driver's own
+//! answers, or are checked against them.
 
 pub(crate) mod device;
 pub(crate) mod memory;

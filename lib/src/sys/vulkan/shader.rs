@@ -13,8 +13,9 @@ use super::work::{Use, Work};
 use crate::buffer::Access;
 use crate::error::{BufferError, ImportError, VulkanError};
 
-/// A compute shader of the crate's own: of each 32-bit word of one memory a [`Formula`] makes one of another. For tests and demonstrations, which show by it that a device computes on the bytes of a dma-buf. Clones are the
-/// same shader.
+/// A compute shader of this crate, for tests and demonstrations. It applies a [`Formula`] to
+/// each 32-bit word of one memory and writes the results to another memory, which shows that a
+/// device computes on the bytes of a dma-buf. Clones refer to the same shader.
 #[derive(Clone)]
 pub struct Affine {
     inner: Arc<Inner>,
@@ -39,37 +40,41 @@ impl fmt::Debug for Affine {
 impl Drop for Inner {
     fn drop(&mut self) {
         let raw = self.device.raw();
-        // SAFETY: made here of this device, or null; work that uses it holds this value until it is done.
+        // SAFETY: this crate made the pipeline on this device, or the handle is null; work that
+        // uses it holds this value until the work is done.
         unsafe { raw.destroy_pipeline(self.pipeline, None) };
-        // SAFETY: as above.
+        // SAFETY: this crate made the layout on this device, or the handle is null; the
+        // pipeline that used it is destroyed.
         unsafe { raw.destroy_pipeline_layout(self.layout, None) };
-        // SAFETY: as above.
+        // SAFETY: this crate made the set layout on this device, or the handle is null; the
+        // layout that used it is destroyed.
         unsafe { raw.destroy_descriptor_set_layout(self.set, None) };
-        // SAFETY: as above.
+        // SAFETY: this crate made the module on this device, or the handle is null; the
+        // pipeline that used it is destroyed.
         unsafe { raw.destroy_shader_module(self.module, None) };
     }
 }
 
-/// What becomes of word number `i`: `word * factor + i * step + base`, without the carry.
+/// The result for word number `i`: `word * factor + i * step + base`, modulo 2^32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Formula {
-    /// What the word is multiplied by.
+    /// Factor of the word.
     pub factor: u32,
-    /// What its number is multiplied by.
+    /// Factor of the word's number.
     pub step: u32,
-    /// What is added to all.
+    /// Summand for all words.
     pub base: u32,
 }
 
 impl Formula {
-    /// Each bit becomes the other one.
+    /// Inverts each bit.
     pub const COMPLEMENT: Formula = Formula {
         factor: u32::MAX,
         step: 0,
         base: u32::MAX,
     };
 
-    /// What becomes of this word, by the processor.
+    /// Computes the result for one word on the CPU.
     pub fn of(self, word: u32, i: u32) -> u32 {
         let product = word.wrapping_mul(self.factor);
         let sum = product.wrapping_add(i.wrapping_mul(self.step));
@@ -77,13 +82,13 @@ impl Formula {
     }
 }
 
-/// Words of a memory, from a byte on.
+/// The words of a memory from an offset on.
 #[derive(Debug, Clone, Copy)]
 pub struct Words<'m> {
     /// The memory.
     pub memory: &'m Memory,
-    /// Where the first word begins, in bytes: a multiple of the device's `minStorageBufferOffsetAlignment` (64 for
-    /// lavapipe, at most 256).
+    /// The offset of the first word in bytes: a multiple of the device's
+    /// `minStorageBufferOffsetAlignment` (64 for lavapipe, at most 256).
     pub offset: u64,
 }
 
@@ -104,7 +109,8 @@ impl Affine {
         };
         let words = spirv::words();
         let info = vk::ShaderModuleCreateInfo::default().code(&words);
-        // SAFETY: the words are a valid module, which uses what every device with Vulkan 1.1 has.
+        // SAFETY: the words are a valid module that uses only features of every Vulkan 1.1
+        // device.
         inner.module = unsafe { raw.create_shader_module(&info, None) }
             .map_err(failed("vkCreateShaderModule"))?;
         let binding = |number| {
@@ -126,7 +132,7 @@ impl Affine {
         let info = vk::PipelineLayoutCreateInfo::default()
             .set_layouts(&sets)
             .push_constant_ranges(&constants);
-        // SAFETY: the structs are valid; every device has so many push constants.
+        // SAFETY: the structs are valid; every device supports this size of push constants.
         inner.layout = unsafe { raw.create_pipeline_layout(&info, None) }
             .map_err(failed("vkCreatePipelineLayout"))?;
         let stage = vk::PipelineShaderStageCreateInfo::default()
@@ -137,7 +143,7 @@ impl Affine {
             .stage(stage)
             .layout(inner.layout);
         let none = vk::PipelineCache::null();
-        // SAFETY: the module has this entry point, and the layout is what it uses.
+        // SAFETY: the module has this entry point, and the layout matches the module.
         let made = unsafe { raw.create_compute_pipelines(none, &[info], None) };
         let made = made.map_err(|(_, result)| failed("vkCreateComputePipelines")(result))?;
         inner.pipeline = made.first().copied().unwrap_or_default();
@@ -145,12 +151,13 @@ impl Affine {
         Ok(Affine { inner })
     }
 
-    /// Gives the queue the work of computing `count` words. `limit` is for waiting by the processor, as in
+    /// Submits the computation of `count` words. `limit` limits waits of the CPU, as in
     /// [`Device::submit`]. `from` and `to` may be the same words.
     ///
     /// # Errors
-    /// [`BufferError::OutOfRange`] for words that are not there or more than the device takes at once,
-    /// [`ImportError::Vulkan`] for an offset that the device does not take, and those of [`Device::submit`].
+    /// [`BufferError::OutOfRange`] for words outside of a memory, or more words than the device
+    /// takes at once; [`ImportError::Vulkan`] for an offset that the device does not take; the
+    /// errors of [`Device::submit`].
     pub fn run(
         &self,
         from: Words<'_>,
@@ -207,18 +214,18 @@ impl Affine {
         let inner = &self.inner;
         device.finish(work, limit, |raw, commands| {
             let point = vk::PipelineBindPoint::COMPUTE;
-            // SAFETY: the commands are being recorded, and the pipeline is of this device.
+            // SAFETY: the commands are being recorded, and the pipeline belongs to this device.
             unsafe { raw.cmd_bind_pipeline(commands, point, inner.pipeline) };
-            // SAFETY: the set is of the pipeline's layout.
+            // SAFETY: the set has the pipeline's layout.
             unsafe {
                 raw.cmd_bind_descriptor_sets(commands, point, inner.layout, 0, &[set], &[]);
             }
             let stage = vk::ShaderStageFlags::COMPUTE;
             let bytes = bytemuck::cast_slice(&constants);
-            // SAFETY: the layout has so many bytes of constants.
+            // SAFETY: the layout has this size of constants.
             unsafe { raw.cmd_push_constants(commands, inner.layout, stage, 0, bytes) };
-            // SAFETY: everything is bound; words beyond the count are not touched. A buffer that a device takes at
-            // once has fewer groups than fit.
+            // SAFETY: everything is bound, and the shader ignores words beyond the count. A
+            // buffer that a device accepts has fewer groups than the device's limit.
             unsafe { raw.cmd_dispatch(commands, across, groups.div_ceil(across), 1) };
         })
     }
@@ -247,7 +254,7 @@ impl Affine {
         let info = vk::DescriptorSetAllocateInfo::default()
             .descriptor_pool(pool)
             .set_layouts(&layouts);
-        // SAFETY: the pool is fresh and has room for it.
+        // SAFETY: the pool is new and has room for the set.
         let sets = unsafe { raw.allocate_descriptor_sets(&info) }
             .map_err(failed("vkAllocateDescriptorSets"))?;
         let buffers = words.map(|words| {
@@ -264,7 +271,8 @@ impl Affine {
                 .buffer_info(buffer)
         };
         let writes = [write(0, &buffers[0]), write(1, &buffers[1])];
-        // SAFETY: the set is fresh, and the buffers hold the ranges, by the checks in `run`.
+        // SAFETY: the set is new, and the checks in `run` ensure that the buffers contain the
+        // ranges.
         unsafe { raw.update_descriptor_sets(&writes, &[]) };
         Ok(sets[0])
     }

@@ -1,5 +1,5 @@
-//! The crate's own shader, as SPIR-V 1.3, assembled here: so neither building nor running needs a compiler, and the
-//! text is what is run. In GLSL:
+//! The crate's own shader, as SPIR-V 1.3. This module assembles the shader, so neither the
+//! build nor the run needs a compiler, and the source shows exactly what runs. In GLSL:
 //!
 //! ```glsl
 //! layout(local_size_x = 64) in;
@@ -15,9 +15,9 @@
 //!
 //! <https://registry.khronos.org/SPIR-V/specs/unified1/SPIRV.html>
 
-/// Invocations in a group, along x.
+/// Number of invocations in a group, along x.
 pub(super) const GROUP: u32 = 64;
-/// `count`, `row`, `factor`, `step` and `base`.
+/// Number of push constants: `count`, `row`, `factor`, `step` and `base`.
 pub(super) const CONSTANTS: u32 = 5;
 
 /// The module's words.
@@ -107,7 +107,7 @@ pub(super) fn words() -> Vec<u32> {
     words
 }
 
-/// Instructions, and how many names they have.
+/// Instructions, and the number of ids in use.
 #[derive(Default)]
 struct Module {
     words: Vec<u32>,
@@ -128,14 +128,14 @@ impl Module {
         self.words.extend(operands);
     }
 
-    /// An instruction with a result of this type: its name.
+    /// Adds an instruction with a result of this type, and returns the result's id.
     fn result(&mut self, code: u32, kind: u32, operands: &[u32]) -> u32 {
         let [name] = self.names();
         self.op(code, &[&[kind, name], operands].concat());
         name
     }
 
-    /// The value at a place: OpAccessChain, OpLoad.
+    /// Loads the value at a place: OpAccessChain, OpLoad.
     fn load(&mut self, kind: u32, pointer: u32, place: &[u32]) -> u32 {
         let place = self.result(65, pointer, place);
         self.result(61, kind, &[place])

@@ -1,4 +1,5 @@
-//! Work on a queue: its commands, the fences that it waits for, and those that tell of its end.
+//! Work on a queue: its commands, the fences that it waits for, and the fences that signal its
+//! end.
 
 use std::any::Any;
 use std::fmt;
@@ -16,19 +17,19 @@ use crate::error::{BufferError, ImportError, VulkanError};
 
 const SYNC_FD: vk::ExternalSemaphoreHandleTypeFlags = vk::ExternalSemaphoreHandleTypeFlags::SYNC_FD;
 
-/// What commands do with one memory.
+/// The use of one memory by commands.
 #[derive(Debug, Clone, Copy)]
 pub struct Use<'m> {
     /// The memory.
     pub memory: &'m Memory,
-    /// Whether its bytes are read, written, or both.
+    /// Whether the commands read its bytes, write them, or both.
     pub access: Access,
 }
 
-/// Work that a queue was given. Dropping it waits until the queue is done.
+/// Work that was submitted to a queue. Dropping it waits until the queue is done.
 ///
-/// Others that use the dma-bufs wait for it by themselves where fences go as sync files: disks and other drivers'
-/// devices, and the processor when it begins access.
+/// With sync files, other users of the dma-bufs wait for the work on their own: disks, devices
+/// of other drivers, and the CPU when it begins access.
 #[must_use = "dropping it waits for the queue"]
 pub struct Work {
     done: bool,
@@ -38,9 +39,9 @@ pub struct Work {
     pool: vk::CommandPool,
     descriptors: vk::DescriptorPool,
     device: Device,
-    /// Last: they are destroyed after the commands.
+    /// Last fields: the memories are destroyed after the commands.
     memories: Vec<(Memory, Access)>,
-    /// What the commands use beside them.
+    /// Other objects that the commands use.
     held: Vec<Arc<dyn Any + Send + Sync>>,
 }
 
@@ -59,32 +60,39 @@ impl Drop for Work {
         let raw = self.device.raw();
         if !self.done && self.fence != vk::Fence::null() {
             // A lost device is done, too.
-            // SAFETY: the fence is of this device, and given to the queue.
+            // SAFETY: the fence belongs to this device, and was submitted to the queue.
             let _ = unsafe { raw.wait_for_fences(&[self.fence], true, u64::MAX) };
         }
-        // SAFETY: made here of this device, or null; the queue is done with it.
+        // SAFETY: this crate made the fence on this device, or the handle is null; the queue is
+        // done with it.
         unsafe { raw.destroy_fence(self.fence, None) };
         for &semaphore in &self.semaphores {
-            // SAFETY: as above.
+            // SAFETY: this crate made the semaphore on this device, and the queue is done with
+            // it.
             unsafe { raw.destroy_semaphore(semaphore, None) };
         }
-        // SAFETY: as above.
+        // SAFETY: this crate made the pool on this device, or the handle is null; the queue is
+        // done with its commands.
         unsafe { raw.destroy_command_pool(self.pool, None) };
-        // SAFETY: as above.
+        // SAFETY: this crate made the pool on this device, or the handle is null; the queue is
+        // done with its sets.
         unsafe { raw.destroy_descriptor_pool(self.descriptors, None) };
     }
 }
 
 impl Device {
-    /// Has the queue do what `record` records, after those who use the dma-bufs now, and before those who will.
+    /// Submits the commands that `record` records, ordered after the present users of the
+    /// dma-bufs and before the future ones.
     ///
-    /// The commands come after the fences that the dma-bufs have (for [`Access::Read`] those of writers, otherwise
-    /// all), and the dma-bufs get the work's own fence; [`Device::fences`] tells how. Before the first command
-    /// each memory is acquired from others that use it, and released to them after the last, with all earlier
-    /// writes seen. The commands and what they use otherwise are the caller's.
+    /// The commands wait for the fences of the dma-bufs: the fences of writers for
+    /// [`Access::Read`], all fences otherwise. The dma-bufs get the work's own fence.
+    /// [`Device::fences`] tells how. Before the first command, each memory is acquired from its
+    /// other users. After the last command, each memory is released to them. All earlier writes
+    /// are visible. The caller is responsible for the commands and for everything else that
+    /// they use.
     ///
-    /// `limit` is for waiting by the processor: where fences do not go as sync files, and with lavapipe, whose
-    /// calls return when the work is done. [`Duration::MAX`] is no limit.
+    /// `limit` limits waits of the CPU, which happen without sync files, and with lavapipe,
+    /// whose calls return when the work is done. [`Duration::MAX`] is no limit.
     ///
     /// ```no_run
     /// # use std::time::Duration;
@@ -102,8 +110,9 @@ impl Device {
     /// ```
     ///
     /// # Errors
-    /// [`BufferError::TimedOut`] where the processor waited, [`ImportError::Vulkan`] for a call of Vulkan's, and
-    /// [`ImportError::Buffer`] for the fences of a dma-buf. No work is under way then.
+    /// [`BufferError::TimedOut`] if a wait of the CPU exceeded `limit`; [`ImportError::Vulkan`]
+    /// for a failed Vulkan call; [`ImportError::Buffer`] for the fences of a dma-buf. No work
+    /// is running in these cases.
     pub fn submit(
         &self,
         uses: &[Use<'_>],
@@ -114,7 +123,7 @@ impl Device {
         self.finish(work, limit, record)
     }
 
-    /// Work without commands yet.
+    /// Work without commands.
     pub(super) fn begin(&self, uses: &[Use<'_>]) -> Result<Work, ImportError> {
         let mut work = Work {
             done: true,
@@ -135,7 +144,7 @@ impl Device {
                 let hint = format!(": it is memory of another device than {}", self.name());
                 return Err(error.with_hint(hint).into());
             }
-            // A dma-buf has one set of fences, and a buffer one owner.
+            // A dma-buf has one set of fences, and a buffer has one owner.
             let known = work
                 .memories
                 .iter_mut()
@@ -165,19 +174,21 @@ impl Device {
         let work = self.finish(work, limit, |raw, commands| match access {
             Access::Read => {
                 let region = region.src_offset(offset);
-                // SAFETY: both buffers are of this device, made for it, and have so many bytes there.
+                // SAFETY: both buffers belong to this device, allow transfers, and have this
+                // many bytes at the offsets.
                 unsafe { raw.cmd_copy_buffer(commands, theirs, ours, &[region]) };
             }
             Access::Write | Access::ReadWrite => {
                 let region = region.dst_offset(offset);
-                // SAFETY: as above.
+                // SAFETY: both buffers belong to this device, allow transfers, and have this
+                // many bytes at the offsets.
                 unsafe { raw.cmd_copy_buffer(commands, ours, theirs, &[region]) };
             }
         })?;
         work.wait(limit)
     }
 
-    /// Records and submits.
+    /// Records the commands and submits them.
     pub(super) fn finish(
         &self,
         mut work: Work,
@@ -198,23 +209,23 @@ impl Device {
             .command_pool(work.pool)
             .level(vk::CommandBufferLevel::PRIMARY)
             .command_buffer_count(1);
-        // SAFETY: the pool was just made, and nobody else has it.
+        // SAFETY: the pool is new, and nobody else has it.
         let commands = unsafe { raw.allocate_command_buffers(&info) }
             .map_err(failed("vkAllocateCommandBuffers"))?;
         let info = vk::CommandBufferBeginInfo::default()
             .flags(vk::CommandBufferUsageFlags::ONE_TIME_SUBMIT);
-        // SAFETY: the commands are fresh.
+        // SAFETY: the command buffer is new.
         unsafe { raw.begin_command_buffer(commands[0], &info) }
             .map_err(failed("vkBeginCommandBuffer"))?;
         self.barrier(&work, commands[0], true);
         record(raw, commands[0]);
         self.barrier(&work, commands[0], false);
-        // SAFETY: they are being recorded.
+        // SAFETY: the commands are being recorded.
         unsafe { raw.end_command_buffer(commands[0]) }.map_err(failed("vkEndCommandBuffer"))?;
 
         let waited = self.wait_for_others(&mut work, limit)?;
         let ends = self.semaphore_for_end(&mut work)?;
-        // SAFETY: nothing is asked for.
+        // SAFETY: the default struct asks for no options.
         work.fence = unsafe { raw.create_fence(&Default::default(), None) }
             .map_err(failed("vkCreateFence"))?;
         let stages = vec![vk::PipelineStageFlags::ALL_COMMANDS; waited.len()];
@@ -223,12 +234,13 @@ impl Device {
             .wait_dst_stage_mask(&stages)
             .command_buffers(&commands)
             .signal_semaphores(&ends);
-        // SAFETY: the handles are of this device and live until the work is done (`Work` holds them); nobody else
-        // uses the queue now, by the lock and by the word of who gave it.
+        // SAFETY: the handles belong to this device and live until the work is done (`Work`
+        // holds them). Nobody else uses the queue now: the lock excludes this crate's calls,
+        // and the owner of the queue guarantees the rest.
         unsafe { raw.queue_submit(*self.queue(), &[submit], work.fence) }
             .map_err(failed("vkQueueSubmit"))?;
         work.done = false;
-        // From here on the work is under way, and an error waits for its end.
+        // The work runs from here on, and an error waits for its end.
         match ends.first() {
             Some(&end) => self.publish(&work, end)?,
             None => work.wait_here(limit.saturating_sub(begun.elapsed()))?,
@@ -236,7 +248,7 @@ impl Device {
         Ok(work)
     }
 
-    /// Takes the memories over from others that use them, or hands them over.
+    /// Acquires the memories from their other users, or releases them.
     fn barrier(&self, work: &Work, commands: vk::CommandBuffer, acquire: bool) {
         let (ours, others) = (self.queue_family(), self.foreign_family());
         let all = vk::AccessFlags::MEMORY_READ | vk::AccessFlags::MEMORY_WRITE;
@@ -270,15 +282,15 @@ impl Device {
             (every, bottom)
         };
         let none = vk::DependencyFlags::empty();
-        // SAFETY: the commands are being recorded, and the buffers are of this device.
+        // SAFETY: the commands are being recorded, and the buffers belong to this device.
         unsafe {
             self.raw()
                 .cmd_pipeline_barrier(commands, from, to, none, &[], &barriers, &[]);
         }
     }
 
-    /// Semaphores that are signalled when those who use the dma-bufs now are done; none where the processor has
-    /// waited for that.
+    /// Makes semaphores that signal when the present users of the dma-bufs are done. Returns
+    /// none if the CPU has waited for these users.
     fn wait_for_others(
         &self,
         work: &mut Work,
@@ -296,7 +308,8 @@ impl Device {
                 dmabuf.wait(*access, left)?;
                 continue;
             };
-            // lavapipe's vkGetSemaphoreFdKHR returns when the work is done, and so after these fences, however late.
+            // lavapipe's vkGetSemaphoreFdKHR returns when the work is done, and so after these
+            // fences, however late.
             if self.is_lavapipe() && limit != Duration::MAX {
                 dmabuf.wait(*access, limit.saturating_sub(begun.elapsed()))?;
             }
@@ -314,9 +327,10 @@ impl Device {
                 .flags(vk::SemaphoreImportFlags::TEMPORARY)
                 .handle_type(SYNC_FD)
                 .fd(number);
-            // SAFETY: the semaphore is fresh, and the descriptor a sync file, which is the driver's on success.
+            // SAFETY: the semaphore is new, and the descriptor is a sync file that the driver
+            // owns on success.
             unsafe { semaphore_fd.import_semaphore_fd(&info) }.map_err(|result| {
-                // SAFETY: the driver did not take it, so it is still ours.
+                // SAFETY: the driver did not take the descriptor, so the caller still owns it.
                 drop(unsafe { OwnedFd::from_raw_fd(number) });
                 failed("vkImportSemaphoreFdKHR")(result)
             })?;
@@ -325,7 +339,8 @@ impl Device {
         Ok(waited)
     }
 
-    /// The semaphore that tells of the work's end; none where the processor waits for it.
+    /// Makes the semaphore that signals the work's end. Returns none if the CPU waits for the
+    /// end.
     fn semaphore_for_end(&self, work: &mut Work) -> Result<Vec<vk::Semaphore>, VulkanError> {
         if self.semaphore_fd().is_err() || work.memories.is_empty() {
             return Ok(Vec::new());
@@ -339,7 +354,7 @@ impl Device {
         Ok(vec![semaphore])
     }
 
-    /// Puts the work's fence into the dma-bufs.
+    /// Adds the work's fence to the dma-bufs.
     fn publish(&self, work: &Work, end: vk::Semaphore) -> Result<(), ImportError> {
         let Ok(semaphore_fd) = self.semaphore_fd() else {
             return Ok(());
@@ -347,14 +362,14 @@ impl Device {
         let info = vk::SemaphoreGetFdInfoKHR::default()
             .semaphore(end)
             .handle_type(SYNC_FD);
-        // SAFETY: the semaphore was made to be exported so, and its signal is submitted.
+        // SAFETY: the semaphore was made for this export, and its signal is submitted.
         let number = unsafe { semaphore_fd.get_semaphore_fd(&info) }
             .map_err(|result| VulkanError::new("vkGetSemaphoreFdKHR", self.name(), result))?;
-        // The work is done already.
+        // A descriptor of -1 means that the work is done.
         if number == -1 {
             return Ok(());
         }
-        // SAFETY: the driver has made this descriptor for us, and nobody else owns it.
+        // SAFETY: the driver has opened this descriptor for the caller, who owns it alone.
         let fences = SyncFile::from_fd(unsafe { OwnedFd::from_raw_fd(number) })?;
         for (memory, access) in &work.memories {
             if let Some(dmabuf) = memory.buffer().dmabuf() {
@@ -366,7 +381,7 @@ impl Device {
 }
 
 impl Work {
-    /// How it and the dma-bufs' fences waited for each other.
+    /// How the work and the dma-bufs' fences waited for each other.
     pub fn fences(&self) -> &Fences {
         &self.fences
     }
@@ -379,16 +394,17 @@ impl Work {
         self.descriptors = pool;
     }
 
-    /// Waits until the queue is done, but no longer than `limit`; then the bytes are where others find them. The
-    /// work goes on where it is not, and dropping it waits without a limit.
+    /// Waits until the queue is done, at most for `limit`. Afterwards other users see the
+    /// bytes. If the limit passes, the work goes on, and dropping it waits without a limit.
     ///
     /// # Errors
-    /// [`BufferError::TimedOut`], or [`ImportError::Vulkan`], with `ERROR_DEVICE_LOST` where the work failed.
+    /// [`BufferError::TimedOut`], or [`ImportError::Vulkan`], with `ERROR_DEVICE_LOST` if the
+    /// work failed.
     pub fn wait(mut self, limit: Duration) -> Result<(), ImportError> {
         self.wait_here(limit)
     }
 
-    /// Whether the queue is done.
+    /// True if the queue is done.
     ///
     /// # Errors
     /// [`ImportError::Vulkan`].
@@ -396,7 +412,7 @@ impl Work {
         if self.done {
             return Ok(true);
         }
-        // SAFETY: the fence is of this device, and given to the queue.
+        // SAFETY: the fence belongs to this device, and was submitted to the queue.
         let status = unsafe { self.device.raw().get_fence_status(self.fence) };
         status.map_err(|result| {
             VulkanError::new("vkGetFenceStatus", self.device.name(), result).into()
@@ -409,7 +425,7 @@ impl Work {
         }
         let begun = Instant::now();
         let time = u64::try_from(limit.as_nanos()).unwrap_or(u64::MAX);
-        // SAFETY: the fence is of this device, and given to the queue.
+        // SAFETY: the fence belongs to this device, and was submitted to the queue.
         let waited = unsafe { self.device.raw().wait_for_fences(&[self.fence], true, time) };
         match waited {
             Ok(()) => {}
@@ -426,8 +442,9 @@ impl Work {
         self.settle(limit.saturating_sub(begun.elapsed()))
     }
 
-    /// A driver that has the processor do the work does not tell the exporter so (lavapipe makes no
-    /// `DMA_BUF_IOCTL_SYNC`), and what the processor wrote to a BAR may still be on its way.
+    /// Makes the CPU's writes arrive. A driver that works on the CPU does not tell the exporter
+    /// (lavapipe calls no `DMA_BUF_IOCTL_SYNC`), and writes of the CPU to a BAR may still be in
+    /// flight.
     fn settle(&self, limit: Duration) -> Result<(), ImportError> {
         if !self.device.is_software() {
             return Ok(());
