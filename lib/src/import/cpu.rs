@@ -1,6 +1,6 @@
-//! The processor: it maps a buffer and copies bytes in and out.
+//! The CPU: it maps a buffer and copies bytes in and out.
 //!
-//! [`BufferRange::map`] does the same; what this adds is the plan, as every importer has one.
+//! [`BufferRange::map`] does the same. This importer adds a plan, which every importer has.
 //!
 //! ```
 //! use peerbuf::{Access, export::memfd, import::cpu, plan::Path};
@@ -23,7 +23,7 @@ use crate::plan::{Path, Plan, Reason, ReasonCode};
 
 const NAME: &str = "the processor";
 
-/// Maps a range for the processor.
+/// Maps a range for the CPU.
 ///
 /// # Errors
 /// [`ImportError::Impossible`] with [`ReasonCode::NotMappable`], or [`ImportError::Buffer`] for
@@ -38,15 +38,15 @@ pub fn attach(range: &BufferRange, access: Access) -> Result<Attachment, ImportE
     Ok(Attachment { mapping })
 }
 
-/// A range and the processor, brought together.
+/// A range attached to the CPU.
 #[derive(Debug)]
 pub struct Attachment {
     mapping: Mapping,
 }
 
 impl Attachment {
-    /// How the processor gets at the bytes. Of device memory it gets copies, made over the bus by
-    /// its own loads and stores.
+    /// The path of the CPU's accesses. For device memory the path is a staged copy: the CPU's
+    /// own loads and stores copy the bytes over the bus.
     pub fn plan(&self) -> Plan {
         let mut plan = Plan::in_place(self.mapping.range().buffer());
         if plan.path == Path::PeerToPeer {
@@ -69,7 +69,7 @@ impl Attachment {
     }
 }
 
-/// The processor as an [`Importer`] like others.
+/// The CPU as an [`Importer`].
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Processor;
 

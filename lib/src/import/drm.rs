@@ -1,8 +1,7 @@
 //! DRM: a GPU or display uses a buffer (PRIME).
 //!
-//! The driver attaches the dma-buf and gives a GEM handle for it. What is done with the handle is
-//! each driver's own interface; a display shows it by `ADDFB2`, a GPU takes it into its command
-//! lists.
+//! The driver attaches the dma-buf and returns a GEM handle. Each driver has its own interface
+//! for the handle: a display shows it by `ADDFB2`, and a GPU takes it into its command lists.
 //!
 //! ```no_run
 //! use peerbuf::{device::drm::Card, export::udmabuf, import::drm::DrmImporter};
@@ -28,36 +27,36 @@ use crate::errno::Errno;
 use crate::error::{ImportError, SystemError, Unavailable};
 use crate::plan::Plan;
 
-/// The card nodes that there are.
+/// The card nodes of this machine.
 ///
 /// # Errors
-/// [`Unavailable`] where there is none.
+/// [`Unavailable`] if there is none.
 pub fn probe() -> Result<Vec<PathBuf>, Unavailable> {
     cards()
 }
 
-/// A card that buffers can be attached to.
+/// A card as an importer.
 #[derive(Debug, Clone)]
 pub struct DrmImporter {
     card: Card,
 }
 
 impl DrmImporter {
-    /// Takes a card.
+    /// Makes an importer from a card.
     pub fn new(card: &Card) -> DrmImporter {
         DrmImporter { card: card.clone() }
     }
 
-    /// For people: the node and its driver.
+    /// Display name: the node and its driver.
     pub fn name(&self) -> String {
         self.card.name()
     }
 
-    /// Attaches the buffer that the range is part of. GEM knows whole buffers: what uses the
-    /// handle must be given the range's offset too.
+    /// Attaches the buffer that contains the range. GEM handles refer to whole buffers, so
+    /// users of the handle also need the range's offset.
     ///
     /// # Errors
-    /// [`ImportError::Impossible`] where exporter and driver do not go together.
+    /// [`ImportError::Impossible`] if the driver cannot use the exporter's buffer.
     #[doc(alias = "DRM_IOCTL_PRIME_FD_TO_HANDLE")]
     #[doc(alias = "drmPrimeFDToHandle")]
     pub fn attach(&self, range: &BufferRange) -> Result<Attachment, ImportError> {
@@ -70,8 +69,8 @@ impl DrmImporter {
     }
 }
 
-/// A range and a card, brought together. The handle is closed when the last attachment of its
-/// buffer to its card is dropped.
+/// A range attached to a card. The handle is closed when the last attachment of the buffer to
+/// the card is dropped.
 #[derive(Debug)]
 pub struct Attachment {
     gem: Gem,
@@ -89,19 +88,20 @@ impl Attachment {
         &self.range
     }
 
-    /// How the driver gets at the bytes. A driver that cannot reach device memory may have made
-    /// the exporter move them: what is said here was true before.
+    /// The path of the driver's accesses. For a driver that cannot reach device memory, the
+    /// exporter may have moved the buffer during the attach. The plan describes the placement
+    /// before that.
     pub fn plan(&self) -> Plan {
         Plan::in_place(self.range.buffer())
     }
 
-    /// Maps the range through the handle, to see what the driver sees: by the driver's own mapping
-    /// where there is one. The kernel gives imported buffers none (`EINVAL` from
-    /// `DRM_IOCTL_MODE_MAP_DUMB`); then by a dma-buf that the driver makes of the handle, which
-    /// must be the one that was attached.
+    /// Maps the range through the handle, and so shows the bytes that the driver sees. The
+    /// first choice is the driver's own mapping. The kernel refuses this mapping for imported
+    /// buffers (`EINVAL` from `DRM_IOCTL_MODE_MAP_DUMB`). The second choice is a dma-buf that
+    /// the driver exports for the handle, which must be the attached one.
     ///
     /// # Errors
-    /// The call that failed; `EXDEV` when the handle is of another buffer.
+    /// The call that failed; `EXDEV` if the handle refers to another buffer.
     pub fn map(&self, access: Access) -> Result<Mapping, ImportError> {
         let buffer = self.range.buffer();
         let exported = DmaBuf::from_fd(self.gem.card().export(self.gem.handle())?)?;
@@ -122,7 +122,7 @@ impl Attachment {
             Err(cause) if cause.errno == Errno::INVAL => Buffer::from_dmabuf(exported, provenance),
             Err(cause) => return Err(cause.into()),
         };
-        // The mapping is a use of the buffer, as much as any other.
+        // The mapping counts as a use of the buffer.
         let seen = seen.with_last_handle(Box::new(self.range.clone()));
         Ok(seen
             .range(self.range.offset(), self.range.len())?
@@ -140,7 +140,8 @@ impl Importer for DrmImporter {
     }
 }
 
-/// Bytes go by the mapping of the handle, so that they are what the driver sees.
+/// Copies bytes through the mapping of the handle, so that they are the bytes that the driver
+/// sees.
 impl Attached for Attachment {
     fn plan(&self) -> Plan {
         Attachment::plan(self)

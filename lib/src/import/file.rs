@@ -1,8 +1,9 @@
-//! Files and block devices: reading from a disk into a buffer, and writing from a buffer to it.
+//! Files and block devices: reading from a disk into a buffer, and writing from a buffer to a
+//! disk.
 //!
-//! A disk's own DMA engine moves the bytes wherever the buffer's memory and the file allow
-//! `O_DIRECT` between them. For device memory that is peer-to-peer DMA, and it is used only once
-//! it was seen to work; see [`crate::plan`].
+//! A disk's DMA engine moves the bytes if the buffer's memory and the file allow `O_DIRECT`
+//! between them. For device memory this is peer-to-peer DMA, which needs a proof first; see
+//! [`crate::plan`].
 
 use std::fs::File;
 use std::ops::Range;
@@ -26,7 +27,7 @@ use crate::transfer::{Merged, Piece, Receipt, Watch};
 
 pub use crate::transfer::file::unnamed_file;
 
-/// An open file or block device that buffers can be attached to. Clones are the same open file.
+/// An open file or block device as an importer. Clones refer to the same open file.
 #[derive(Clone)]
 #[doc(alias = "O_DIRECT")]
 pub struct FileImporter {
@@ -55,10 +56,11 @@ impl FileImporter {
         FileImporter::open_for(path, Access::Read)
     }
 
-    /// Opens an existing regular file or block device for what will be done with it, and nothing more.
+    /// Opens an existing regular file or block device for this access only.
     ///
-    /// Opening for writing has consequences by itself: an overlay (the root of a container) copies the whole
-    /// file, a program that runs refuses (`ETXTBSY`), and udev looks at a disk again when it is closed.
+    /// Opening a file for writing has side effects: an overlay filesystem (the root of a
+    /// container) copies the whole file, and udev rescans a disk when the descriptor is closed.
+    /// The kernel refuses the file of a running program (`ETXTBSY`).
     ///
     /// # Errors
     /// Those of [`FileImporter::open`].
@@ -69,12 +71,13 @@ impl FileImporter {
         Ok(FileImporter::new(Endpoint::open(path.as_ref(), access)?))
     }
 
-    /// Takes an open file, which need not have a name in any directory. `name` is for people.
+    /// Takes an open file, which may be unnamed. `name` is for messages.
     ///
-    /// The descriptor is used as it is: its access mode decides what can be done, and neither its position nor
-    /// its flags are changed, which others may share. For direct I/O it is opened a second time, by way of
-    /// `/proc`. A process that has no right to do so gives a descriptor that is open with `O_DIRECT`, by which
-    /// whole blocks are moved without another one.
+    /// The importer uses the descriptor as it is. The descriptor's access mode limits the
+    /// operations. The importer changes neither the position nor the flags, because other
+    /// descriptors may share them. For direct I/O the importer opens the file a second time
+    /// through `/proc`. A process without the permission for that passes a descriptor that is
+    /// open with `O_DIRECT`, which serves whole blocks.
     ///
     /// # Errors
     /// Those of [`FileImporter::open`].
@@ -99,50 +102,50 @@ impl FileImporter {
         self
     }
 
-    /// Lets proofs make a file without a name in `directory`, which must be on the same
-    /// filesystem. Without this they use the file's own directory.
+    /// Lets proofs make an unnamed file in `directory`, which must be on the same filesystem.
+    /// The default is the file's own directory.
     #[must_use]
     pub fn with_scratch_directory(mut self, directory: impl Into<PathBuf>) -> FileImporter {
         self.scratch = ScratchSpace::Directory(directory.into());
         self
     }
 
-    /// Gives up these bytes of the file or device: proofs overwrite them. On a raw device it is
-    /// the only way to prove, and so to use, peer-to-peer writes.
+    /// Gives these bytes of the file or device to proofs, which overwrite them. On a raw
+    /// device, peer-to-peer writes need this: no other proof is possible there.
     #[must_use]
     pub fn with_scratch_range(mut self, bytes: Range<u64>) -> FileImporter {
         self.scratch = ScratchSpace::Range(bytes);
         self
     }
 
-    /// Says when proofs may be made, which touch bytes of the range ([`Attachment::plan`]).
+    /// Sets when proofs run. A proof modifies bytes of the range ([`Attachment::plan`]).
     ///
-    /// A program that knows when nobody uses a buffer proves then, with [`Attachment::plan`], and transfers with
-    /// [`ProofPolicy::Never`].
+    /// A program that knows when nobody uses a buffer can prove the path then, with
+    /// [`Attachment::plan`], and transfer with [`ProofPolicy::Never`].
     #[must_use]
     pub fn with_proofs(mut self, policy: ProofPolicy) -> FileImporter {
         self.policy = policy;
         self
     }
 
-    /// Keeps up to so many requests in flight in each transfer, instead of 32.
+    /// Sets the maximum number of requests in flight in each transfer. The default is 32.
     ///
-    /// A request has one piece of a transfer, or as much of it as is worth one: some 100 KiB.
+    /// A request carries one piece of a transfer, or about 100 KiB of a larger piece.
     #[must_use]
     pub fn with_depth(mut self, requests: u32) -> FileImporter {
         self.depth = requests.clamp(1, engine::DEEPEST);
         self
     }
 
-    /// Lets each attachment use up to so much memory for staged copies, instead of 32 MiB. There is no request in
-    /// flight without 256 KiB of it.
+    /// Sets the maximum size of the bounce buffers of each attachment in bytes. The default is
+    /// 32 MiB. Each request in flight needs 256 KiB.
     #[must_use]
     pub fn with_staging_memory(mut self, bytes: u64) -> FileImporter {
         self.staging = bytes;
         self
     }
 
-    /// The size in bytes at this moment.
+    /// The current size in bytes.
     ///
     /// # Errors
     /// The call that failed.
@@ -150,12 +153,12 @@ impl FileImporter {
         self.endpoint.size()
     }
 
-    /// Its name.
+    /// The file's name.
     pub fn name(&self) -> &str {
         &self.endpoint.name
     }
 
-    /// The PCI functions of the disk that holds it; empty where there is no such disk.
+    /// The PCI functions of the disk under the file; empty if there is no such disk.
     pub fn disk_functions(&self) -> &[PciAddress] {
         self.endpoint
             .disk
@@ -163,8 +166,8 @@ impl FileImporter {
             .map_or(&[], |disk| &disk.functions)
     }
 
-    /// What direct I/O on it needs: the alignment of memory and of offsets, in bytes. `None`
-    /// where there is no direct I/O.
+    /// The requirements of direct I/O on the file: the alignment of memory and of offsets, in
+    /// bytes. `None` if the file has no direct I/O.
     pub fn alignment(&self) -> Option<(u32, u32)> {
         self.endpoint
             .direct()
@@ -172,10 +175,10 @@ impl FileImporter {
             .map(|direct| (direct.memory_align, direct.block))
     }
 
-    /// Makes what was written durable (`fdatasync`).
+    /// Makes the written bytes durable (`fdatasync`).
     ///
     /// # Errors
-    /// The call's error, which is how a disk reports a write that it lost.
+    /// The call's error, by which a disk reports a lost write.
     pub fn sync(&self) -> Result<(), TransferError> {
         let failed = |errno| SystemError::new("fdatasync", &self.endpoint.name, errno);
         Ok(rustix::fs::fdatasync(self.endpoint.staged()).map_err(failed)?)
@@ -183,10 +186,10 @@ impl FileImporter {
 
     /// Attaches the range to the file, without a mapping, a proof or a transfer.
     ///
-    /// The attachment keeps the file open, and the importer may be dropped before it.
+    /// The attachment keeps the file open. The importer may be dropped first.
     ///
     /// # Errors
-    /// [`BufferError::Inherited`] for a buffer that was lent to a process from which this one was forked.
+    /// [`BufferError::Inherited`] for a buffer that was lent to a parent process.
     pub fn attach(&self, range: &BufferRange) -> Result<Attachment, TransferError> {
         Ok(Attachment {
             importer: self.clone(),
@@ -198,10 +201,11 @@ impl FileImporter {
     }
 }
 
-/// A file and a buffer's range, brought together.
+/// A range attached to a file.
 ///
-/// The range is mapped when a path first needs it: for direct I/O, and for copies of a buffer without a
-/// [`Stage`](crate::buffer::Stage). A buffer that cannot be mapped and has a stage goes by staged copies.
+/// The range is mapped when a path first needs the mapping: direct I/O, and copies of a buffer
+/// without a [`Stage`](crate::buffer::Stage). A buffer that cannot be mapped and has a stage
+/// uses staged copies.
 #[derive(Debug)]
 pub struct Attachment {
     importer: FileImporter,
@@ -212,14 +216,14 @@ pub struct Attachment {
 }
 
 impl Attachment {
-    /// Refuses transfers on a path worse than this one, instead of falling back.
+    /// Makes transfers fail on a path worse than this one, instead of a fallback.
     #[must_use]
     pub fn require(mut self, path: Path) -> Self {
         self.require = path;
         self
     }
 
-    /// Shows how far its transfers are, and lets them be cancelled.
+    /// Lets `watch` show the progress of the transfers and cancel them.
     #[must_use]
     pub fn watched_by(mut self, watch: &Watch) -> Self {
         self.watch = Some(watch.clone());
@@ -231,7 +235,7 @@ impl Attachment {
         self.buffer.range()
     }
 
-    /// The mapping, made now if there is none yet, for the CPU to look at between transfers.
+    /// The mapping, for the CPU's accesses between transfers. The first call makes it.
     ///
     /// # Errors
     /// [`BufferError::NotMappable`], or the call that failed.
@@ -239,21 +243,25 @@ impl Attachment {
         self.buffer.mapping()
     }
 
-    /// Chooses the path that a transfer of the whole range to or from `file_offset` would take.
+    /// Chooses the path for a transfer of the whole range to or from `file_offset`.
     ///
-    /// The first time for a pair of devices and a direction (see [`ProofPolicy`]) this proves the peer-to-peer
-    /// path, as [`Attachment::read`] and [`Attachment::write`] do. Nobody else may use the range meanwhile:
+    /// The first call for a pair of devices and a direction (see [`ProofPolicy`]) proves the
+    /// peer-to-peer path. [`Attachment::read`] and [`Attachment::write`] do the same. Nobody
+    /// else may use the range during a proof:
     ///
-    /// - from disk to buffer, up to 192 KiB of the range are overwritten with bytes of the file, and put back;
-    /// - from buffer to disk, the range's own bytes are written to scratch space. Only if they are too much
-    ///   alike to be told from a failure, random bytes take their place, likewise.
+    /// - from disk to buffer, the proof overwrites up to 192 KiB of the range with bytes of the
+    ///   file, and then restores them;
+    /// - from buffer to disk, the proof writes the range's own bytes to scratch space. If those
+    ///   bytes are ambiguous, the proof puts random bytes into the range instead, and then
+    ///   restores the old ones.
     ///
-    /// A process that is killed in the middle puts nothing back: up to 64 KiB, in one place, are then not what
-    /// they were. In a [`read`](Attachment::read) they are bytes that it was to overwrite.
+    /// A process that is killed during a proof restores nothing: up to 64 KiB in one place then
+    /// have other contents. During a [`read`](Attachment::read) these are bytes that the read
+    /// would overwrite.
     ///
     /// # Errors
-    /// [`TransferError`] for what has nothing to do with the path, such as a file that cannot be
-    /// read at all, or a range that may not be written.
+    /// [`TransferError`] for failures that do not depend on the path, such as a file that
+    /// cannot be read at all, or a range that may not be written.
     pub fn plan(&mut self, direction: Direction, file_offset: u64) -> Result<Plan, TransferError> {
         let piece = self.all(file_offset, self.buffer.len());
         let (plan, _) = self.choose(direction, &[piece])?;
@@ -263,11 +271,11 @@ impl Attachment {
         Ok(plan)
     }
 
-    /// Fills the range with the file's bytes from `file_offset` on, or with as many as there
-    /// are: [`Receipt::bytes`] says, and what comes after them is untouched.
+    /// Fills the range with the file's bytes from `file_offset` on, as far as the file goes.
+    /// [`Receipt::bytes`] is the number of bytes read. The rest of the range is unchanged.
     ///
     /// # Errors
-    /// The call that failed. An unknown part of the range has then been overwritten.
+    /// The call that failed. An unknown part of the range is overwritten in that case.
     pub fn read(&mut self, file_offset: u64) -> Result<Receipt, TransferError> {
         let size = self.may_read()?;
         let left = size.saturating_sub(file_offset);
@@ -275,12 +283,12 @@ impl Attachment {
         self.carry(Direction::DiskToBuffer, &[piece])
     }
 
-    /// Fills parts of the range with parts of the file, as one transfer: one choice of the path, one proof, one
-    /// queue. The parts of the range must not overlap.
+    /// Fills parts of the range with parts of the file, as one transfer: one choice of the
+    /// path, one proof, one queue. The parts of the range must not overlap.
     ///
     /// # Errors
-    /// [`BufferError::OutOfRange`], with nothing done; [`TransferError::ShortRead`] where the file became
-    /// shorter meanwhile; otherwise as [`Attachment::read`].
+    /// [`BufferError::OutOfRange`], with nothing done; [`TransferError::ShortRead`] if the file
+    /// shrank during the transfer; otherwise as [`Attachment::read`].
     pub fn read_many(&mut self, pieces: &[Piece]) -> Result<Receipt, TransferError> {
         let size = self.may_read()?;
         self.check(pieces)?;
@@ -304,19 +312,20 @@ impl Attachment {
         Ok(receipt)
     }
 
-    /// Writes all of the range to the file, from `file_offset` on. The bytes are durable after
+    /// Writes the whole range to the file, from `file_offset` on. The bytes are durable after
     /// [`FileImporter::sync`].
     ///
     /// # Errors
-    /// [`TransferError::ReadOnly`], [`TransferError::Appending`] or [`TransferError::WholeBlocksOnly`], with
-    /// nothing written; [`TransferError::ShortWrite`], or the call that failed: an unknown part of the file's
-    /// range has then been overwritten.
+    /// [`TransferError::ReadOnly`], [`TransferError::Appending`] or
+    /// [`TransferError::WholeBlocksOnly`], with nothing written; [`TransferError::ShortWrite`],
+    /// or the call that failed, after which an unknown part of the file's range is overwritten.
     pub fn write(&mut self, file_offset: u64) -> Result<Receipt, TransferError> {
         let piece = self.all(file_offset, self.buffer.len());
         self.write_many(&[piece])
     }
 
-    /// Writes parts of the range to parts of the file, as one transfer. The parts of the file must not overlap.
+    /// Writes parts of the range to parts of the file, as one transfer. The parts of the file
+    /// must not overlap.
     ///
     /// # Errors
     /// [`BufferError::OutOfRange`], with nothing done; otherwise as [`Attachment::write`].
@@ -334,7 +343,7 @@ impl Attachment {
         }
     }
 
-    /// The file's size, if there may be a read.
+    /// The file's size, after a check that the buffer and the file allow a read.
     fn may_read(&self) -> Result<u64, TransferError> {
         self.importer.endpoint.may_read()?;
         if !self.buffer.range().buffer().is_writable() {
@@ -393,8 +402,8 @@ impl Attachment {
             Path::PeerToPeer | Path::StagedCopy => 0,
         };
         if let Some(errno) = carried.broken {
-            // The path worked when it was proved and has stopped working. The rest went the
-            // way that always works; if the disk is what failed, that has said so.
+            // The proved path has stopped working. The rest used the fallback. If the disk
+            // itself had failed, the fallback would have returned an error.
             if let Some(key) = &key {
                 plan::void(key);
             }
@@ -431,9 +440,9 @@ impl Attachment {
         pieces: &[Piece],
     ) -> Result<(Plan, Option<Key>), TransferError> {
         let buffer = self.buffer.range().buffer().clone();
-        // The best path that the buffer's memory can have, and why not a better one. A memfd has
-        // pages that the kernel can pin; whether a dma-buf's own mapping has them is seen by trial,
-        // as is whether device memory can be reached.
+        // The best path that the buffer's memory allows, and the reasons against better ones. A
+        // memfd has pages that the kernel can pin. A trial shows whether a dma-buf's own
+        // mapping has such pages, and whether the disk reaches device memory.
         let Plan { mut reasons, .. } = Plan::in_place(&buffer);
         reasons.retain(|reason| reason.code == ReasonCode::NotDeviceMemory);
         let best = if reasons.is_empty() {
@@ -448,7 +457,7 @@ impl Attachment {
         let fitting = direct_io(&file, &mut self.buffer, how, pieces)?;
         let rejected = match fitting {
             Err((code, evidence)) => Some((code, evidence)),
-            // Those that do not fit are copied, which is for the caller to say.
+            // The transfer would copy the pieces that do not fit, and the caller excluded copies.
             Ok(Fitting {
                 misfit: Some(evidence),
                 ..
@@ -507,7 +516,7 @@ impl Attachment {
             reasons.push(Reason::new(Path::SharedHostMemory, code, evidence));
         }
         if pieces.iter().any(|piece| piece.length > 0) {
-            // A plan that nothing could carry out is none.
+            // A plan is valid only if some way to the bytes exists.
             self.buffer.reach()?;
         }
         let plan = Plan {
@@ -518,15 +527,15 @@ impl Attachment {
     }
 }
 
-/// Files of a directory, as an [`Importer`] like others: bytes go into a range, and out of it, by way of a file
-/// without a name, as a disk moves them.
+/// Temporary files of a directory as an [`Importer`]. Bytes go into a range and out of it
+/// through an unnamed file, by the path of a disk transfer.
 #[derive(Debug, Clone)]
 pub struct Scratch {
     directory: PathBuf,
 }
 
 impl Scratch {
-    /// The directory for temporary files, which are removed afterwards.
+    /// Uses this directory for temporary files, which are removed afterwards.
     pub fn new(directory: impl Into<PathBuf>) -> Scratch {
         let directory = directory.into();
         Scratch { directory }
@@ -599,7 +608,7 @@ impl Attached for Through {
     }
 }
 
-/// Refuses what is not in `size` bytes.
+/// Refuses a range that exceeds `size` bytes.
 fn inside(object: &str, offset: u64, length: u64, size: u64) -> Result<(), BufferError> {
     if offset.checked_add(length).is_some_and(|end| end <= size) {
         return Ok(());
@@ -612,17 +621,17 @@ fn inside(object: &str, offset: u64, length: u64, size: u64) -> Result<(), Buffe
     })
 }
 
-/// The part of a transfer that direct I/O can carry, by alignment and by the file.
+/// The part of a transfer that direct I/O can carry, given the alignment and the file.
 struct Fitting<'f> {
     direct: &'f Direct,
-    /// The longest part of the mapping that fits.
+    /// The start and the length of the longest part of the mapping that fits.
     start: u64,
     length: u64,
-    /// Pieces of a block or more that do not fit, if there are such.
+    /// The evidence of misaligned pieces of a block or more, if there are any.
     misfit: Option<String>,
 }
 
-/// `Err` for a buffer whose bytes cannot be reached at all.
+/// `Err` for a buffer whose bytes no one can reach.
 fn direct_io<'f>(
     file: &'f Endpoint,
     buffer: &mut LazyMapping,
@@ -637,7 +646,8 @@ fn direct_io<'f>(
         }
     };
     let (block, align) = (u64::from(direct.block), direct.memory_align);
-    // Of a piece: where its first whole block is in the range, and how many bytes they have.
+    // For a piece: the offset of its first whole block in the range, and the bytes of its whole
+    // blocks.
     let blocks = |piece: &Piece| {
         let lead = (block - piece.file_offset % block) % block;
         let length = piece.length.saturating_sub(lead) / block * block;

@@ -1,9 +1,9 @@
 //! iommufd: an I/O address space that files are mapped into.
 //!
-//! It maps memfds, and dma-bufs that `vfio-pci` made of one range of a BAR; the kernel takes no others
-//! (drivers/iommu/iommufd/pages.c). It attaches and pins a dma-buf before it finds that out, so a
-//! buffer that moves for importers which do not reach it may have moved when it is refused. That
-//! devices use the address space is VFIO's or another driver's business, by the id that is given here.
+//! iommufd maps memfds, and dma-bufs that `vfio-pci` made of one range of a BAR. The kernel
+//! refuses all other dma-bufs (drivers/iommu/iommufd/pages.c), but it attaches and pins a
+//! dma-buf before it checks. A movable buffer may therefore have moved when the kernel refuses
+//! it. VFIO or another driver attaches devices to the address space by its id.
 //!
 //! ```no_run
 //! use peerbuf::{export::udmabuf, import::iommufd::AddressSpace};
@@ -36,7 +36,7 @@ const WHAT: &str = "iommufd";
 /// Tries to open `/dev/iommu`.
 ///
 /// # Errors
-/// [`Unavailable`], with what would help.
+/// [`Unavailable`], with the remedy.
 pub fn probe() -> Result<(), Unavailable> {
     open().map(drop)
 }
@@ -56,7 +56,7 @@ fn open() -> Result<OwnedFd, Unavailable> {
     })
 }
 
-/// An I/O address space. Clones are the same.
+/// An I/O address space. Clones refer to the same one.
 #[derive(Debug, Clone)]
 #[doc(alias = "IOAS")]
 pub struct AddressSpace {
@@ -71,13 +71,14 @@ struct Inner {
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        // The kernel fails this only while a device uses it, and then keeps it until its end.
+        // The kernel fails this only while a device uses the address space, which then lives
+        // until that use ends.
         let _ = sys::iommufd::destroy(self.iommu.as_fd(), self.id);
     }
 }
 
 impl AddressSpace {
-    /// Makes one (`IOMMU_IOAS_ALLOC`).
+    /// Makes an address space (`IOMMU_IOAS_ALLOC`).
     ///
     /// # Errors
     /// [`ImportError::Unavailable`], or the ioctl's error.
@@ -89,20 +90,20 @@ impl AddressSpace {
         Ok(AddressSpace { inner })
     }
 
-    /// Its id, for those who attach devices to it on the same descriptor.
+    /// The id of the address space, for attaching devices to it on the same descriptor.
     pub fn id(&self) -> u32 {
         self.inner.id
     }
 
-    /// Maps the range at `iova` (`IOMMU_IOAS_MAP_FILE`), for writing too where the buffer allows
-    /// it: by the memfd where there is one, otherwise by the dma-buf. The range and the address
-    /// begin and end at pages.
+    /// Maps the range at `iova` (`IOMMU_IOAS_MAP_FILE`), writable if the buffer is writable.
+    /// Maps the memfd if there is one, otherwise the dma-buf. The range and the address must be
+    /// page-aligned.
     ///
     /// # Errors
     /// [`ImportError::Impossible`] with [`ReasonCode::AttachRefused`] for a dma-buf that the
-    /// kernel does not take here, [`ReasonCode::NotPinnable`] above the limit on locked memory, or
-    /// [`ReasonCode::Misaligned`]; `EEXIST` or `EADDRINUSE` where
-    /// something is mapped at the address already, `ENOTTY` from a kernel before 6.13.
+    /// kernel does not accept here, [`ReasonCode::NotPinnable`] above the limit on locked
+    /// memory, or [`ReasonCode::Misaligned`]; `EEXIST` or `EADDRINUSE` if the address is
+    /// already mapped, `ENOTTY` from a kernel before 6.13.
     #[doc(alias = "IOMMU_IOAS_MAP_FILE")]
     pub fn attach(&self, range: &BufferRange, iova: u64) -> Result<Attachment, ImportError> {
         let buffer = range.buffer();
@@ -155,7 +156,7 @@ impl AsFd for AddressSpace {
     }
 }
 
-/// A range in an address space. When it is dropped it is unmapped.
+/// A range in an address space. Dropping it unmaps the range.
 #[derive(Debug)]
 pub struct Attachment {
     space: AddressSpace,
@@ -174,7 +175,7 @@ impl Attachment {
         &self.range
     }
 
-    /// How devices of the address space get at the bytes.
+    /// The path of accesses by the address space's devices.
     pub fn plan(&self) -> Plan {
         Plan::in_place(self.range.buffer())
     }
@@ -183,20 +184,20 @@ impl Attachment {
 impl Drop for Attachment {
     fn drop(&mut self) {
         let space = &self.space.inner;
-        // The kernel fails this only for what is not mapped.
+        // The kernel fails this only for an unmapped address.
         let length = self.range.len();
         let _ = sys::iommufd::unmap(space.iommu.as_fd(), space.id, self.iova, length);
     }
 }
 
-/// An address space that finds the range at an address of its own choice, and no device in it: nothing moves bytes.
+/// Maps the range at a fixed address, without a device in the address space: no byte moves.
 impl Importer for AddressSpace {
     fn name(&self) -> String {
         WHAT.into()
     }
 
     fn attach(&self, range: &BufferRange) -> Result<Box<dyn Attached>, ImportError> {
-        /// Above what devices reserve for themselves (interrupts, the first pages).
+        /// An address above the ranges that devices reserve (interrupts, the first pages).
         const IOVA: u64 = 1 << 20;
         Ok(Box::new(AddressSpace::attach(self, range, IOVA)?))
     }

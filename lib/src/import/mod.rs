@@ -1,23 +1,24 @@
-//! Importers: what uses buffers. One file per kind, with the same verbs in each: `probe` says
-//! what there is, `open` takes what is to use buffers, and `attach` brings the two together. The
-//! attachment names the path of the bytes in its plan.
+//! Importers use buffers. Each kind has its own file, with the same functions: `probe` lists
+//! what this machine has, `open` opens the importer, and `attach` attaches a buffer to it. The
+//! attachment's plan names the path of the bytes.
 //!
-//! | module | who uses the buffer | takes |
+//! | module | importer | accepts |
 //! |---|---|---|
-//! | [`cpu`] | the processor | what can be mapped |
-//! | [`file`](mod@file) | an NVMe disk, any file | anything that can be mapped, by the best path |
+//! | [`cpu`] | the CPU | buffers that can be mapped |
+//! | [`file`](mod@file) | an NVMe disk, any file | all buffers that can be mapped, by the best path |
 //! | [`drm`] | a GPU or display (PRIME) | dma-bufs that its driver can reach |
 //! | [`vulkan`] | a GPU, by Vulkan | dma-bufs that its driver can reach |
-//! | [`v4l2`] | a video device captures into it | whole dma-bufs |
-//! | [`vfio`] | a device that this process drives | what can be mapped and pinned |
-//! | [`iommufd`] | the same, by the newer interface | memfds, and dma-bufs of vfio-pci |
-//! | [`mod@probe`] | nobody: asks the kernel what it would give a device's driver | dma-bufs |
+//! | [`v4l2`] | a video device captures into the buffer | whole dma-bufs |
+//! | [`vfio`] | a device that this process drives | buffers that can be mapped and pinned |
+//! | [`iommufd`] | a device that this process drives, by the newer interface | memfds, and dma-bufs of vfio-pci |
+//! | [`mod@probe`] | none: asks the kernel for the mapping that a driver would get | dma-bufs |
 //!
-//! RDMA cards, and engines on libfabric, are importers of the crate `peerbuf-rdma`.
+//! The crate `peerbuf-rdma` has importers for RDMA cards and libfabric engines.
 //!
-//! Each has its own functions, since each needs something else: an address, a direction, a list of buffers. What
-//! they have in common is [`Importer`]: a range is attached, has a plan, and bytes go into it and out of it in the
-//! importer's own way. Programs that bring buffers to importers of any kind, their own among them, use that.
+//! Each importer has its own functions, because each needs other parameters: an address, a
+//! direction, a list of buffers. [`Importer`] is the common part: a program attaches a range,
+//! reads its plan, and moves bytes into the range and out of it. Use [`Importer`] in programs
+//! that support several kinds of importers, including their own.
 
 pub mod cpu;
 #[cfg(feature = "drm")]
@@ -42,7 +43,7 @@ use crate::errno::Errno;
 use crate::error::{ImportError, SystemError};
 use crate::plan::{Plan, ReasonCode};
 
-/// Anything that uses buffers.
+/// A user of buffers.
 ///
 /// ```
 /// use peerbuf::buffer::BufferRange;
@@ -67,31 +68,31 @@ use crate::plan::{Plan, ReasonCode};
 /// # }
 /// ```
 pub trait Importer: Send + Sync {
-    /// Its name, for people.
+    /// Display name.
     fn name(&self) -> String;
 
-    /// Brings it and a range together, until what is returned is dropped.
+    /// Attaches a range until the returned value is dropped.
     ///
     /// # Errors
-    /// [`ImportError::Impossible`] where the two do not go together; the call that failed.
+    /// [`ImportError::Impossible`] if the importer cannot use the buffer; the call that failed.
     fn attach(&self, range: &BufferRange) -> Result<Box<dyn Attached>, ImportError>;
 }
 
-/// A range and an importer, brought together.
+/// A range attached to an importer.
 pub trait Attached: Send {
-    /// How the importer gets at the bytes, as far as it is known before some have moved.
+    /// The path of the importer's accesses, as far as it is known before a transfer.
     fn plan(&self) -> Plan;
 
-    /// Puts bytes into the beginning of the range, in the importer's own way: by the disk's DMA, the graphics
-    /// driver's mapping, and so on. Returns the path that they took; `None`, with nothing done, for an importer
-    /// that moves no bytes by itself.
+    /// Writes bytes to the start of the range by the importer's own means: the disk's DMA, the
+    /// graphics driver's mapping, and so on. Returns the path of the bytes; `None`, with
+    /// nothing done, for an importer that moves no bytes by itself.
     ///
     /// # Errors
-    /// [`BufferError::OutOfRange`](crate::error::BufferError::OutOfRange) for more bytes than the range has; what
-    /// the transfer failed with.
+    /// [`BufferError::OutOfRange`](crate::error::BufferError::OutOfRange) if the range is
+    /// shorter; the error of the transfer.
     fn write(&mut self, bytes: &[u8]) -> Result<Option<Plan>, ImportError>;
 
-    /// Gets bytes from the beginning of the range, likewise.
+    /// Reads bytes from the start of the range, by the same means.
     ///
     /// # Errors
     /// As [`Attached::write`].
@@ -99,7 +100,7 @@ pub trait Attached: Send {
 }
 
 #[cfg(any(feature = "drm", feature = "v4l2", feature = "vulkan"))]
-/// The dma-buf, for an importer that takes nothing else.
+/// The dma-buf, for an importer that accepts nothing else.
 fn dmabuf_of<'b>(buffer: &'b Buffer, importer: &str) -> Result<&'b DmaBuf, ImportError> {
     buffer.dmabuf().ok_or_else(|| {
         let evidence = "the buffer is host memory without a dma-buf".into();
@@ -119,7 +120,7 @@ fn impossible(importer: &str, buffer: &Buffer, code: ReasonCode, evidence: Strin
 #[cfg(any(feature = "drm", feature = "v4l2"))]
 /// The error for a driver's refusal of a dma-buf.
 fn attach_refused(importer: &str, buffer: &Buffer, cause: &SystemError) -> ImportError {
-    // Where the bytes are is unknown for foreign buffers, which are not said to be in a device.
+    // The location of a foreign buffer is unknown, so the error must not say that it is in a device.
     let in_device = buffer.provenance().kind.is_device_memory()
         && !crate::plan::Plan::in_place(buffer)
             .reasons

@@ -1,11 +1,12 @@
-//! The importer of peerbuf_probe.ko: asks the kernel what it would give a driver.
+//! The importer of peerbuf_probe.ko, which asks the kernel for the mapping that a driver would
+//! get.
 //!
-//! A [`Probe`] attaches any dma-buf on behalf of a PCI device and maps it, as the device's driver
-//! would, and says where the addresses lead. No DMA is started and no byte looked at. What it says is
-//! the kernel's answer, which is not yet proof that bytes arrive: see [`crate::plan`].
+//! A [`Probe`] attaches any dma-buf on behalf of a PCI device and maps it, as the device's
+//! driver would, and reports the route of the addresses. It starts no DMA and reads no byte.
+//! The report is the kernel's answer, which is no proof that bytes arrive: see [`crate::plan`].
 //!
-//! It can also play a driver that misbehaves, for tests of an exporter: [`OnInvalidate::Hold`],
-//! [`Options::linger`], [`Attachment::fence`].
+//! For tests of exporters, the importer can also emulate a driver that misbehaves:
+//! [`OnInvalidate::Hold`], [`Options::linger`], [`Attachment::fence`].
 //!
 //! ```no_run
 //! use peerbuf::export::peerbuf::{Device, Request};
@@ -38,10 +39,10 @@ use crate::plan::{Path, Plan, ReasonCode};
 use crate::sys::importer::{self as ioctl, Step};
 use crate::topology::PciAddress;
 
-/// The importer's node; it is there while peerbuf_probe.ko is loaded.
+/// The importer's node, which exists while peerbuf_probe.ko is loaded.
 pub const NODE: &str = "/dev/peerbuf/importer";
 
-/// The longest time that an attachment can be told to misbehave.
+/// Maximum duration for a misbehaving attachment.
 pub const LONGEST: Duration = Duration::from_millis(abi::MAX_MS as u64);
 
 /// The open importer.
@@ -54,14 +55,14 @@ pub struct Probe {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Kind {
-    /// Can be told that a mapping is stale, and takes peer memory.
+    /// Accepts invalidations and peer memory.
     #[default]
     Peer,
-    /// Can be told that a mapping is stale, but takes system memory only.
+    /// Accepts invalidations, and system memory only.
     System,
-    /// Takes peer memory, but cannot be told; pins before it maps. Most RDMA drivers.
+    /// Accepts peer memory but no invalidations, and pins before it maps. Most RDMA drivers.
     Pinning,
-    /// Attaches in the old way: system memory that stays while it is mapped.
+    /// Static attachment: system memory that stays in place while it is mapped.
     Static,
 }
 
@@ -74,29 +75,29 @@ pub enum OnInvalidate {
     Unmap,
     /// Unmap at once, and map again soon after.
     Remap,
-    /// Misbehave: keep it for a time, or with `None` until [`Attachment::unmap`].
+    /// Misbehave: keep the mapping for a time, or with `None` until [`Attachment::unmap`].
     Hold(Option<Duration>),
 }
 
-/// How to attach.
+/// The parameters of an attachment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Options {
     /// The kind of importer to emulate.
     pub kind: Kind,
-    /// Only for a kind that can be told ([`Kind::Peer`], [`Kind::System`]).
+    /// Only for kinds that accept invalidations ([`Kind::Peer`], [`Kind::System`]).
     pub on_invalidate: OnInvalidate,
-    /// How long the attachment stays after its descriptor was closed.
+    /// Time that the attachment stays after its descriptor was closed.
     pub linger: Duration,
 }
 
-/// What the device may do with the bytes.
+/// The device's access to the bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Direction {
-    /// Read and write them.
+    /// Read and write.
     Bidirectional,
-    /// Read them (`DMA_TO_DEVICE`).
+    /// Read (`DMA_TO_DEVICE`).
     ToDevice,
-    /// Write them (`DMA_FROM_DEVICE`).
+    /// Write (`DMA_FROM_DEVICE`).
     FromDevice,
 }
 
@@ -104,13 +105,13 @@ pub enum Direction {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Usage {
-    /// Memory management, such as a move: everybody waits for it.
+    /// Memory management, such as a move: all users wait for it.
     Kernel,
     /// A write.
     Write,
     /// A read.
     Read,
-    /// Something that only memory management waits for.
+    /// Other work, for which only memory management waits.
     Bookkeep,
 }
 
@@ -118,9 +119,9 @@ pub enum Usage {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Route {
-    /// There is no peer memory in it.
+    /// System memory only.
     System,
-    /// Bus addresses, which the switch between the devices routes.
+    /// Peer memory by bus addresses, which the switch between the devices routes.
     BusAddress,
     /// Peer memory, through the host bridge.
     HostBridge,
@@ -136,7 +137,7 @@ pub enum Route {
 pub struct Mapping {
     /// DMA segments.
     pub segments: u32,
-    /// Bytes in all.
+    /// Total number of bytes.
     pub bytes: u64,
     /// Bytes in system memory.
     pub system_bytes: u64,
@@ -148,7 +149,7 @@ pub struct Mapping {
     pub other_bytes: u64,
     /// The device whose BAR the first peer segment is in.
     pub provider: Option<PciAddress>,
-    /// How long the kernel took to make it.
+    /// Time that the kernel took to make the mapping.
     pub took: Duration,
 }
 
@@ -169,7 +170,7 @@ impl Mapping {
         }
     }
 
-    /// True when any of its bytes are in another device.
+    /// True if any of the mapping's bytes are in another device.
     pub fn has_peer_memory(&self) -> bool {
         self.bus_bytes + self.bridge_bytes != 0
     }
@@ -179,7 +180,7 @@ impl Mapping {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Report {
-    /// The mapping there is, or the last there was; `None` before the first.
+    /// The current mapping, or the last one; `None` before the first.
     pub mapping: Option<Mapping>,
     /// The attachment is mapped.
     pub mapped: bool,
@@ -187,22 +188,21 @@ pub struct Report {
     pub stale: bool,
     /// The attachment has pinned the buffer.
     pub pinned: bool,
-    /// It has mapped the buffer into the kernel's address space; `Some(true)` where that is device
-    /// memory.
+    /// Mapped into the kernel's address space; `Some(true)` if the memory is device memory.
     pub vmapped: Option<bool>,
-    /// A fence that it left has not signalled.
+    /// A fence of the attachment has not signalled.
     pub fenced: bool,
     /// The attachment is detached from the buffer.
     pub detached: bool,
     /// The attachment was detached because the device's driver unbound.
     pub device_gone: bool,
-    /// How often it was told that its mapping is stale.
+    /// Number of invalidations that the attachment received.
     pub invalidations: u64,
-    /// Mappings made.
+    /// Number of mappings made.
     pub maps: u64,
     /// Number of these mappings made on an invalidation, by [`OnInvalidate::Remap`].
     pub remaps: u64,
-    /// Why the last attempt to map again by itself failed.
+    /// The error of the last automatic remap.
     pub remap_error: Option<Errno>,
 }
 
@@ -210,7 +210,8 @@ impl Probe {
     /// Opens [`NODE`].
     ///
     /// # Errors
-    /// [`ProbeError::Unavailable`] where peerbuf_probe.ko is not loaded or the node may not be opened.
+    /// [`ProbeError::Unavailable`] if peerbuf_probe.ko is not loaded or the node may not be
+    /// opened.
     pub fn open() -> Result<Probe, ProbeError> {
         let opened = rustix::fs::open(NODE, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty());
         let fd = opened.map_err(|errno| ProbeError::Unavailable {
@@ -226,14 +227,14 @@ impl Probe {
         Ok(Probe { fd })
     }
 
-    /// Attaches a dma-buf on behalf of a PCI device, whose driver must be one that does DMA by way
-    /// of the kernel. Until the attachment is dropped the buffer stays, and so does the device's
-    /// hold on it; the device's driver can be unbound all the same, which ends the attachment.
+    /// Attaches a dma-buf on behalf of a PCI device, whose driver must do DMA through the
+    /// kernel. The attachment keeps the buffer and the device alive until it is dropped. The
+    /// device's driver can still be unbound, which ends the attachment.
     ///
     /// # Errors
-    /// [`ProbeError::System`] with the answer of the module (`ENXIO`: no such device; `EUNATCH`: no
-    /// driver that does DMA; `EINVAL`: a time above [`LONGEST`], or for a kind that cannot be told)
-    /// or of the exporter (`EOPNOTSUPP` and others).
+    /// [`ProbeError::System`] with the answer of the module (`ENXIO`: no such device;
+    /// `EUNATCH`: no driver that does DMA; `EINVAL`: a time above [`LONGEST`], or a time for a
+    /// kind without invalidations) or of the exporter (`EOPNOTSUPP` and others).
     pub fn attach(
         &self,
         dmabuf: &DmaBuf,
@@ -259,8 +260,8 @@ impl Probe {
             ..abi::Attach::default()
         };
         let name = device.to_string();
-        // An address has at most 16 digits and signs, in the longest of domains; the module wants
-        // a NUL after it.
+        // A PCI address has at most 16 characters, even with the longest domain. The module
+        // requires a NUL after them.
         let object = format!("{} for {name}", dmabuf.exporter());
         let Some(place) = request
             .bdf
@@ -284,12 +285,12 @@ impl Probe {
     }
 }
 
-/// Milliseconds, rounded up; what does not fit is above [`LONGEST`] in any case.
+/// Milliseconds, rounded up. A value that does not fit is above [`LONGEST`] in any case.
 fn millis(time: Duration) -> u32 {
     u32::try_from(time.as_nanos().div_ceil(1_000_000)).unwrap_or(u32::MAX)
 }
 
-/// A dma-buf that is attached on behalf of a device. Dropping it ends that, after
+/// A dma-buf attached on behalf of a device. Dropping it detaches the dma-buf after
 /// [`Options::linger`].
 #[derive(Debug)]
 pub struct Attachment {
@@ -299,7 +300,7 @@ pub struct Attachment {
 }
 
 impl Attachment {
-    /// How long the kernel took to attach.
+    /// Time that the kernel took to attach.
     pub fn took(&self) -> Duration {
         self.took
     }
@@ -307,9 +308,10 @@ impl Attachment {
     /// Maps the buffer for the device, and waits until its bytes are in place.
     ///
     /// # Errors
-    /// [`ProbeError::System`]: `EBUSY` (it is mapped), `EINVAL` (the kernel has no route, or a
-    /// [`Kind::Pinning`] has not pinned), `ENODEV` (revoked), `ENOTCONN` (detached), `ETIMEDOUT`
-    /// (the bytes were not in place after half a minute), or what else the exporter answers.
+    /// [`ProbeError::System`]: `EBUSY` (already mapped), `EINVAL` (the kernel has no route, or a
+    /// [`Kind::Pinning`] has not pinned), `ENODEV` (revoked), `ENOTCONN` (detached),
+    /// `ETIMEDOUT` (the bytes were not in place after 30 seconds), or another error of the
+    /// exporter.
     pub fn map(&self, direction: Direction) -> Result<Mapping, ProbeError> {
         let direction = match direction {
             Direction::Bidirectional => abi::BIDIRECTIONAL,
@@ -321,24 +323,25 @@ impl Attachment {
         Ok(mapping(&self.raw_query()?))
     }
 
-    /// Unmaps it, and returns how long the kernel took.
+    /// Unmaps the buffer, and returns the time that the kernel took.
     ///
     /// # Errors
-    /// [`ProbeError::System`]: `ENOENT` where it is not mapped, perhaps since an invalidation.
+    /// [`ProbeError::System`]: `ENOENT` if the buffer is not mapped, such as after an
+    /// invalidation.
     pub fn unmap(&self) -> Result<Duration, ProbeError> {
         self.step(Step::Unmap, "ioctl(PEERBUF_PROBE_IOC_UNMAP)")
     }
 
-    /// Asks the exporter to keep the buffer where it is.
+    /// Pins the buffer: asks the exporter to keep it in place.
     ///
     /// # Errors
     /// [`ProbeError::System`]: `EINVAL` (a [`Kind::Static`]), `EBUSY` (pinned already), `ENOTCONN`
-    /// (detached), or what the exporter answers.
+    /// (detached), or another error of the exporter.
     pub fn pin(&self) -> Result<Duration, ProbeError> {
         self.step(Step::Pin, "ioctl(PEERBUF_PROBE_IOC_PIN)")
     }
 
-    /// Ends that.
+    /// Unpins the buffer.
     ///
     /// # Errors
     /// [`ProbeError::System`]: `ENOENT` (not pinned), `EBUSY` (mapped, and a [`Kind::Pinning`]),
@@ -347,11 +350,11 @@ impl Attachment {
         self.step(Step::Unpin, "ioctl(PEERBUF_PROBE_IOC_UNPIN)")
     }
 
-    /// Leaves a fence on the buffer, which signals by itself after `limit`.
+    /// Adds a fence to the buffer, which signals by itself after `limit`.
     ///
     /// # Errors
-    /// [`ProbeError::System`]: `EBUSY` (the last one has not signalled), `EINVAL` (no time, or one
-    /// above [`LONGEST`]), `ENOTCONN` (detached).
+    /// [`ProbeError::System`]: `EBUSY` (the previous fence has not signalled), `EINVAL` (a time
+    /// of zero, or above [`LONGEST`]), `ENOTCONN` (detached).
     pub fn fence(&self, usage: Usage, limit: Duration) -> Result<(), ProbeError> {
         let usage = match usage {
             Usage::Kernel => abi::FENCE_KERNEL,
@@ -366,33 +369,33 @@ impl Attachment {
     /// Signals the fence.
     ///
     /// # Errors
-    /// [`ProbeError::System`]: `ENOENT` where there is none any more.
+    /// [`ProbeError::System`]: `ENOENT` if there is no fence any more.
     pub fn signal(&self) -> Result<Duration, ProbeError> {
         self.step(Step::Signal, "ioctl(PEERBUF_PROBE_IOC_SIGNAL)")
     }
 
-    /// Maps the buffer into the kernel's address space, and does not look at it.
+    /// Maps the buffer into the kernel's address space, without an access to its bytes.
     ///
     /// # Errors
-    /// [`ProbeError::System`]: `EBUSY` (done already), `EINVAL` (the exporter has no such mappings),
-    /// `ENOTCONN` (detached), or what the exporter answers.
+    /// [`ProbeError::System`]: `EBUSY` (already mapped), `EINVAL` (the exporter has no such
+    /// mappings), `ENOTCONN` (detached), or another error of the exporter.
     pub fn vmap(&self) -> Result<Duration, ProbeError> {
         self.step(Step::Vmap, "ioctl(PEERBUF_PROBE_IOC_VMAP)")
     }
 
-    /// Takes that mapping away.
+    /// Removes the mapping in the kernel's address space.
     ///
     /// # Errors
-    /// [`ProbeError::System`]: `ENOENT` where there is none.
+    /// [`ProbeError::System`]: `ENOENT` if there is none.
     pub fn vunmap(&self) -> Result<Duration, ProbeError> {
         self.step(Step::Vunmap, "ioctl(PEERBUF_PROBE_IOC_VUNMAP)")
     }
 
-    /// Lets go of the buffer, at once and whatever it was told to hold, and returns how long the
-    /// kernel took to detach. The report can still be had.
+    /// Detaches at once, even if the attachment was told to hold its mapping. Returns the time
+    /// that the kernel took. The report remains available.
     ///
     /// # Errors
-    /// [`ProbeError::System`]: `ENOTCONN` where it has let go before.
+    /// [`ProbeError::System`]: `ENOTCONN` if the attachment is already detached.
     pub fn detach(&self) -> Result<Duration, ProbeError> {
         self.step(Step::Detach, "ioctl(PEERBUF_PROBE_IOC_DETACH)")
     }
@@ -400,7 +403,7 @@ impl Attachment {
     /// Returns the attachment's state. Does not wait for the buffer.
     ///
     /// # Errors
-    /// [`ProbeError::System`] where the descriptor is none of the module's.
+    /// [`ProbeError::System`] if the descriptor does not belong to the module.
     pub fn report(&self) -> Result<Report, ProbeError> {
         let query = self.raw_query()?;
         let is = |flag| query.state & flag != 0;
@@ -432,7 +435,7 @@ impl Attachment {
     }
 }
 
-/// The importer as the driver of one device: an [`Importer`] like others, that moves no bytes.
+/// The importer as the driver of one device: an [`Importer`] that moves no bytes.
 #[derive(Debug)]
 pub struct OnBehalf {
     probe: Probe,
@@ -441,7 +444,7 @@ pub struct OnBehalf {
 }
 
 impl OnBehalf {
-    /// For this device.
+    /// Makes an importer on behalf of this device.
     pub fn new(probe: Probe, device: PciAddress, options: Options) -> OnBehalf {
         OnBehalf {
             probe,
@@ -453,8 +456,8 @@ impl OnBehalf {
     /// Attaches a buffer and maps it, for both directions.
     ///
     /// # Errors
-    /// [`ImportError::Impossible`] with [`ReasonCode::NoDmaBuf`], or with [`ReasonCode::KernelRefused`] and the
-    /// kernel's answer.
+    /// [`ImportError::Impossible`] with [`ReasonCode::NoDmaBuf`], or with
+    /// [`ReasonCode::KernelRefused`] and the kernel's answer.
     pub fn map(&self, buffer: &Buffer) -> Result<(Attachment, Mapping), ImportError> {
         let name = self.device.to_string();
         let Some(dmabuf) = buffer.dmabuf() else {
@@ -495,9 +498,9 @@ impl Importer for OnBehalf {
     }
 }
 
-/// A mapping of the kernel's that nobody uses.
+/// A mapping in the kernel that no device uses.
 struct Asked {
-    /// Keeps the mapping.
+    /// Keeps the mapping alive.
     _attachment: Attachment,
     path: Path,
 }

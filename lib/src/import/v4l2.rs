@@ -28,23 +28,23 @@ use crate::error::{BufferError, ImportError, Unavailable};
 use crate::plan::{Plan, ReasonCode};
 use crate::sys::v4l2::Memory;
 
-/// The nodes of devices that capture into buffers of one plane.
+/// The nodes of single-planar capture devices.
 ///
 /// # Errors
-/// [`Unavailable`] where there is none that this process may open.
+/// [`Unavailable`] if there is none that this process may open.
 pub fn probe() -> Result<Vec<PathBuf>, Unavailable> {
     devices()
 }
 
-/// Brings a device and the buffers that it is to capture into together. The driver looks at each
-/// only when it is given to the device, so that its refusal comes from there.
+/// Attaches buffers to a capture device. The driver checks each buffer only in
+/// [`Attachment::give`], which therefore returns the driver's refusal.
 ///
 /// # Errors
-/// [`ImportError::Impossible`] with [`ReasonCode::NotWhole`] for a range that does not begin where
-/// its buffer does (the interface has no place for an offset), [`ReasonCode::TooSmall`] for one
-/// that a picture of the present format does not fit in, or [`ReasonCode::NoDmaBuf`];
-/// [`ImportError::Buffer`] for one that may not be written; the call that failed: `EBUSY` while the device has
-/// other buffers.
+/// [`ImportError::Impossible`] with [`ReasonCode::NotWhole`] for a range with an offset in its
+/// buffer (the interface has no offsets), [`ReasonCode::TooSmall`] for a range that is too
+/// small for a picture of the present format, or [`ReasonCode::NoDmaBuf`];
+/// [`ImportError::Buffer`] for a buffer that may not be written; the call that failed: `EBUSY`
+/// while the device has other buffers.
 #[doc(alias = "V4L2_MEMORY_DMABUF")]
 pub fn attach(device: &VideoDevice, ranges: &[BufferRange]) -> Result<Attachment, ImportError> {
     let name = device.name();
@@ -81,7 +81,7 @@ pub fn attach(device: &VideoDevice, ranges: &[BufferRange]) -> Result<Attachment
     })
 }
 
-/// Buffers and a video device, brought together.
+/// Buffers attached to a video device.
 #[derive(Debug)]
 pub struct Attachment {
     queue: Queue,
@@ -94,17 +94,18 @@ impl Attachment {
         &self.ranges
     }
 
-    /// How the pictures' bytes get into the buffer at this place in the list.
+    /// The path of the pictures' bytes into the buffer with this index.
     pub fn plan(&self, index: usize) -> Option<Plan> {
         Some(Plan::in_place(self.ranges.get(index)?.buffer()))
     }
 
-    /// Gives the device a buffer by its place in the list, to capture a picture into. Nobody else
-    /// may use it until [`Attachment::next`] gives it back, or [`Attachment::stop`] all.
+    /// Gives the device the buffer with this index, to capture a picture into. Nobody else may
+    /// use the buffer until [`Attachment::next`] returns it, or [`Attachment::stop`] returns
+    /// all buffers.
     ///
     /// # Errors
-    /// [`ImportError::Impossible`] where the driver cannot use the buffer; `EINVAL` for a place
-    /// that is not there or a buffer that the device has already.
+    /// [`ImportError::Impossible`] if the driver cannot use the buffer; `EINVAL` for an index
+    /// out of range, or a buffer that the device already has.
     #[doc(alias = "VIDIOC_QBUF")]
     pub fn give(&self, index: usize) -> Result<(), ImportError> {
         let range = self.ranges.get(index);
@@ -116,7 +117,7 @@ impl Attachment {
         })
     }
 
-    /// Starts capturing into what was given.
+    /// Starts capturing into the given buffers.
     ///
     /// # Errors
     /// The ioctl's error.
@@ -124,17 +125,18 @@ impl Attachment {
         Ok(self.queue.start()?)
     }
 
-    /// Waits for the next picture. The buffer that it is in is the caller's again.
+    /// Waits for the next picture, and returns its buffer to the caller.
     ///
     /// # Errors
-    /// The call that failed: `ETIME` when none came within `limit`, `EIO` for one that the device
-    /// calls spoilt.
+    /// The call that failed: `ETIME` if no picture came within `limit`, `EIO` for a picture
+    /// that the device marks as corrupted.
     #[doc(alias = "VIDIOC_DQBUF")]
     pub fn next(&self, limit: Duration) -> Result<Picture, ImportError> {
         Ok(self.queue.next(limit)?)
     }
 
-    /// Stops capturing. Every buffer is the caller's again, and the device has stopped writing.
+    /// Stops capturing and returns every buffer to the caller. The device writes no more on
+    /// return.
     ///
     /// # Errors
     /// The ioctl's error.
@@ -145,7 +147,8 @@ impl Attachment {
     /// Captures one picture into one of the buffers, and stops.
     ///
     /// # Errors
-    /// As the steps that it takes.
+    /// The errors of [`Attachment::give`], [`Attachment::start`], [`Attachment::next`] and
+    /// [`Attachment::stop`].
     pub fn one(&self, limit: Duration) -> Result<Picture, ImportError> {
         for index in 0..self.ranges.len() {
             self.give(index)?;
@@ -157,8 +160,8 @@ impl Attachment {
     }
 }
 
-/// Readable when a picture is there ([`Attachment::next`] with a limit of zero), for programs that wait for other
-/// things, too.
+/// Readable if a picture is ready ([`Attachment::next`] with a limit of zero), for programs
+/// with an event loop.
 impl AsFd for Attachment {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.queue.device().as_fd()

@@ -1,7 +1,8 @@
-//! VFIO: a device that this process drives reaches a buffer, at an address of its own.
+//! VFIO: a device that this process drives reaches a buffer at an I/O virtual address.
 //!
-//! The type 1 IOMMU maps what the process has mapped: memory that can be pinned, and BARs without
-//! struct pages. A dma-buf's own mapping is neither, so a udmabuf goes by the memfd behind it.
+//! The type 1 IOMMU maps memory that the process has mapped: pages that can be pinned, and BARs
+//! without struct pages. A dma-buf's own mapping is neither, so a udmabuf uses the memfd behind
+//! it.
 //!
 //! ```no_run
 //! use peerbuf::{device::vfio::VfioDevice, export::udmabuf, import::vfio::VfioImporter};
@@ -27,39 +28,39 @@ use crate::sys;
 use crate::topology::PciAddress;
 use peerbuf_core::limits::on_pinning;
 
-/// The devices that `vfio-pci` has.
+/// The devices bound to `vfio-pci`.
 ///
 /// # Errors
-/// [`Unavailable`] where it has none.
+/// [`Unavailable`] if there is none.
 pub fn probe() -> Result<Vec<PciAddress>, Unavailable> {
     crate::device::vfio::devices()
 }
 
-/// A device that buffers can be attached to.
+/// A device as an importer.
 #[derive(Debug, Clone)]
 pub struct VfioImporter {
     device: VfioDevice,
 }
 
 impl VfioImporter {
-    /// Takes a device.
+    /// Makes an importer from a device.
     pub fn new(device: &VfioDevice) -> VfioImporter {
         let device = device.clone();
         VfioImporter { device }
     }
 
-    /// For people: the device.
+    /// Display name: the device.
     pub fn name(&self) -> String {
         format!("{} (vfio-pci)", self.device.address())
     }
 
-    /// Lets the device reach the range at `iova` (`VFIO_IOMMU_MAP_DMA`), for writing too where the
-    /// buffer allows it. The range and the address begin and end at pages.
+    /// Maps the range for the device at `iova` (`VFIO_IOMMU_MAP_DMA`), writable if the buffer
+    /// is writable. The range and the address must be page-aligned.
     ///
     /// # Errors
-    /// [`ImportError::Impossible`] with [`ReasonCode::NotMappable`], [`ReasonCode::NotPinnable`],
-    /// above the limit on locked memory, too, or [`ReasonCode::Misaligned`]; `EEXIST` where something is
-    /// mapped at the address already.
+    /// [`ImportError::Impossible`] with [`ReasonCode::NotMappable`],
+    /// [`ReasonCode::NotPinnable`] (also above the limit on locked memory), or
+    /// [`ReasonCode::Misaligned`]; `EEXIST` if the address is already mapped.
     #[doc(alias = "VFIO_IOMMU_MAP_DMA")]
     pub fn attach(&self, range: &BufferRange, iova: u64) -> Result<Attachment, ImportError> {
         let page = rustix::param::page_size() as u64;
@@ -89,7 +90,7 @@ impl VfioImporter {
         let mapped = sys::vfio::map_dma(self.device.container(), window, iova);
         mapped.map_err(|errno| {
             let cause = self.device.failed("ioctl(VFIO_IOMMU_MAP_DMA)")(errno);
-            // Pages of a peer, and pages behind a mapping that has none, for the kernel.
+            // The kernel's errors for pages of a peer, and for a mapping without struct pages.
             if matches!(errno, Errno::FAULT | Errno::REMOTEIO | Errno::OPNOTSUPP) {
                 let evidence = format!("{cause}: the kernel does not pin this memory");
                 let (buffer, code) = (range.buffer(), ReasonCode::NotPinnable);
@@ -110,8 +111,7 @@ impl VfioImporter {
     }
 }
 
-/// A range and a device, brought together. When it is dropped the device reaches the range no
-/// more.
+/// A range attached to a device. Dropping it ends the device's access to the range.
 #[derive(Debug)]
 pub struct Attachment {
     device: VfioDevice,
@@ -125,13 +125,13 @@ impl Attachment {
         self.iova
     }
 
-    /// How the device gets at the bytes. That the IOMMU maps a BAR for a peer does not mean that
-    /// the bridges between the two pass bytes: see what arrives before you rely on it.
+    /// The path of the device's accesses. An IOMMU mapping of a peer's BAR does not mean that
+    /// the bridges between the two devices pass bytes: verify a transfer before you rely on it.
     pub fn plan(&self) -> Plan {
         Plan::in_place(self.mapping.range().buffer())
     }
 
-    /// The mapping, for the processor.
+    /// The mapping for the CPU.
     pub fn mapping(&mut self) -> &mut Mapping {
         &mut self.mapping
     }
@@ -139,7 +139,7 @@ impl Attachment {
 
 impl Drop for Attachment {
     fn drop(&mut self) {
-        // The kernel fails this only for what is not mapped.
+        // The kernel fails this only for an unmapped address.
         let length = self.mapping.len();
         let _ = sys::vfio::unmap_dma(self.device.container(), self.iova, length);
     }

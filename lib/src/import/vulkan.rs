@@ -1,8 +1,8 @@
 //! Vulkan: a GPU uses a buffer as a `VkBuffer`.
 //!
-//! The `VkBuffer` is of the whole dma-buf: what uses it must be given the range's offset, too. The driver gets a
-//! copy of the descriptor. A memory of its own (`VkMemoryDedicatedAllocateInfo`) is made where the driver wants
-//! that. Images are not imported.
+//! The `VkBuffer` covers the whole dma-buf, so users of it also need the range's offset. The
+//! driver gets a copy of the descriptor. The import makes a dedicated allocation
+//! (`VkMemoryDedicatedAllocateInfo`) if the driver requires one. Images are not supported.
 //!
 //! ```no_run
 //! use std::time::Duration;
@@ -37,10 +37,10 @@ use crate::error::{BufferError, ImportError, Unavailable};
 use crate::plan::{Path, Plan, Reason, ReasonCode};
 use crate::sys::vulkan::memory::{Refused, Staging};
 
-/// How long bytes are waited for that go by [`Importer`].
+/// Time limit for transfers through [`Importer`].
 const LIMIT: Duration = Duration::from_secs(30);
 
-/// The names of the devices that there are.
+/// The names of the Vulkan devices of this machine.
 ///
 /// # Errors
 /// As [`Device::all`].
@@ -52,7 +52,7 @@ pub fn probe() -> Result<Vec<String>, Unavailable> {
         .collect())
 }
 
-/// A device that buffers can be attached to.
+/// A device as an importer.
 #[derive(Clone)]
 pub struct VulkanImporter {
     device: Device,
@@ -69,7 +69,7 @@ impl fmt::Debug for VulkanImporter {
 }
 
 impl VulkanImporter {
-    /// Takes a device.
+    /// Makes an importer from a device.
     pub fn new(device: &Device) -> VulkanImporter {
         VulkanImporter {
             device: device.clone(),
@@ -77,14 +77,14 @@ impl VulkanImporter {
         }
     }
 
-    /// For other usages of the `VkBuffer`s.
+    /// Sets the usage of the `VkBuffer`s.
     #[must_use]
     pub fn for_usage(mut self, usage: vk::BufferUsageFlags) -> VulkanImporter {
         self.usage = usage;
         self
     }
 
-    /// For people: the driver's name, or the device's where it has none.
+    /// Display name: the driver's name, or else the device's name.
     pub fn name(&self) -> String {
         match self.device.driver_name() {
             "" => format!("Vulkan {}", self.device.name()),
@@ -92,12 +92,12 @@ impl VulkanImporter {
         }
     }
 
-    /// Attaches the buffer that the range is part of.
+    /// Attaches the buffer that contains the range.
     ///
     /// # Errors
-    /// [`ImportError::Impossible`] where exporter and driver do not go together, and
-    /// [`BufferError::Access`] for a buffer that may only be read: Vulkan has no import for that, and devices would
-    /// write through it.
+    /// [`ImportError::Impossible`] if the driver cannot use the exporter's buffer;
+    /// [`BufferError::Access`] for a read-only buffer: Vulkan has no read-only import, and
+    /// devices would write through it.
     #[doc(alias = "VkImportMemoryFdInfoKHR")]
     pub fn attach(&self, range: &BufferRange) -> Result<Attachment, ImportError> {
         let buffer = range.buffer();
@@ -122,12 +122,12 @@ impl VulkanImporter {
     }
 }
 
-/// A range and a device, brought together. What uses the handle is to be done before this is dropped.
+/// A range attached to a device. Work that uses the handle must be done before the drop.
 #[derive(Debug)]
 pub struct Attachment {
     memory: Memory,
     range: BufferRange,
-    /// For bytes that go by [`Attached`], once some have.
+    /// The bounce buffer of [`Attached`], made on first use.
     staging: Option<Staging>,
 }
 
@@ -137,12 +137,13 @@ impl Attachment {
         &self.memory
     }
 
-    /// What was attached.
+    /// The attached range.
     pub fn range(&self) -> &BufferRange {
         &self.range
     }
 
-    /// How the device gets at the bytes. A device that is software has the processor load and store them.
+    /// The path of the device's accesses. For a software device the CPU loads and stores the
+    /// bytes.
     pub fn plan(&self) -> Plan {
         let plan = Plan::in_place(self.range.buffer());
         if plan.path != Path::PeerToPeer || !self.memory.device().is_software() {
@@ -157,7 +158,8 @@ impl Attachment {
         Plan::new(Path::StagedCopy, reasons)
     }
 
-    /// The bytes' place in the dma-buf, and memory of the driver's as large as the range.
+    /// The offset and the length of the bytes in the dma-buf, and a bounce buffer for the
+    /// range.
     fn prepare(&mut self, length: usize) -> Result<((u64, u64), &mut Staging), ImportError> {
         let part = self.range.slice(0, length as u64)?;
         let staging = match self.staging.take() {
@@ -178,7 +180,7 @@ impl Importer for VulkanImporter {
     }
 }
 
-/// Bytes go by the device's queue, from memory of the driver's and to it.
+/// Copies bytes through the device's queue and a bounce buffer of the driver.
 impl Attached for Attachment {
     fn plan(&self) -> Plan {
         Attachment::plan(self)

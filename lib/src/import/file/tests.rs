@@ -1,6 +1,6 @@
-//! What a transfer promises, on memory that plays a device's, under kernels that refuse and lie.
+//! Tests of transfers on emulated device memory, with fake kernels that refuse and lie.
 //!
-//! They need a directory with direct I/O, and say so where the one they are built in has none.
+//! The tests need a directory with direct I/O, and say so if the build directory has none.
 
 use crate::buffer::Kind;
 use std::error::Error;
@@ -48,7 +48,8 @@ fn importer(file: &File, behaviour: Behaviour) -> (FileImporter, Arc<Fake>) {
     (importer, fake)
 }
 
-/// Memory that says it is a BAR of a device that no other test uses, so that no proof is shared.
+/// Memory that claims to be a BAR of a device that no other test uses, so that no proof is
+/// shared.
 fn device_memory(length: u64) -> Buffer {
     static NEXT: AtomicU8 = AtomicU8::new(0);
     let bus = NEXT.fetch_add(1, Ordering::Relaxed);
@@ -99,7 +100,7 @@ fn codes(plan: &Plan) -> Vec<(Path, ReasonCode)> {
         .collect()
 }
 
-/// Around blocks, pages, requests and chunks.
+/// Sizes around those of blocks, pages, requests and chunks.
 const SIZES: &[usize] = &[
     0,
     1,
@@ -129,7 +130,7 @@ fn every_size_arrives_whole_on_every_path_and_touches_nothing_else() {
             (device_memory((size + 8192) as u64), refused),
             (host, Behaviour::Works),
         ] {
-            // More room than the file has bytes, and a guard behind it.
+            // The range is larger than the file, and a guard follows it.
             put(&buffer.whole(), &vec![0xaa; size + 8192]);
             let (importer, _) = importer(&source, behaviour);
             let block = u64::from(importer.alignment().unwrap().1);
@@ -260,7 +261,7 @@ fn bytes_that_do_not_arrive_are_caught_in_the_direction_that_loses_them() {
                 };
                 assert!(plan.reasons[0].evidence.contains(first), "{plan}");
             }
-            // And the data still arrive.
+            // The data still arrive.
             let receipt = attachment.read(0).unwrap();
             assert_eq!(receipt.bytes, 200_000);
             assert!(get(&buffer.whole()) == bytes);
@@ -276,7 +277,7 @@ fn a_bus_that_answers_with_a_constant_proves_nothing() {
     };
     for byte in [0, 0xff] {
         let buffer = device_memory(65536);
-        // What the buffer holds must not make the answer look right.
+        // The buffer's contents must not make the answer look right.
         put(&buffer.whole(), &[byte; 65536]);
         let (importer, _) = importer(&file, Behaviour::WritesOnly(byte));
         let plan = importer
@@ -358,7 +359,7 @@ fn a_device_named_by_another_process_gets_no_credit_for_what_was_proved_of_it() 
     );
 }
 
-/// The plan for a buffer of the file, and how many calls on device memory it took.
+/// The plan for a buffer of the file, and the number of calls on device memory that it took.
 fn planned(
     importer: &FileImporter,
     fake: &Fake,
@@ -392,7 +393,7 @@ fn a_refusal_of_one_bar_or_exporter_says_nothing_of_another() {
         let (plan, _) = planned(&importer, &fake, &other, direction);
         assert_eq!(plan.path, Path::PeerToPeer, "{kind:?} {bar:?}: {plan}");
     }
-    // And the refusal stays one of what was refused.
+    // The refusal still holds for the refused memory.
     let (plan, calls) = planned(&importer, &fake, &small, direction);
     assert_eq!((plan.path, calls), (Path::StagedCopy, 0));
 }
@@ -465,7 +466,7 @@ fn a_transfer_that_fails_makes_the_proof_void() {
         fake.behaviour.set(Behaviour::Works);
         let mut attachment = importer.attach(&buffer.whole()).unwrap();
         attachment.plan(direction, 0).unwrap();
-        // The path breaks: first by an error, then without one.
+        // The path breaks: first with an error, then without one.
         fake.behaviour.set(Behaviour::Fails(Errno::REMOTEIO));
         let receipt = match direction {
             Direction::DiskToBuffer => attachment.read(0).unwrap(),
@@ -497,20 +498,20 @@ fn the_caller_says_when_paths_are_proved() {
             let (importer, fake) = importer(&file, Behaviour::Works);
             (importer.with_proofs(policy), fake)
         };
-        // Nothing is touched, and what is not proved is not used.
+        // A policy of never touches nothing and does not use an unproved path.
         let (never, fake) = policy(ProofPolicy::Never);
         let (plan, calls) = planned(&never, &fake, &buffer, direction);
         assert_eq!((plan.path, calls), (Path::StagedCopy, 0));
         let unproved = [ReasonCode::ReadUnproved, ReasonCode::WriteUnproved];
         assert!(unproved.contains(&plan.reasons[0].code), "{plan}");
         assert!(plan.reasons[0].evidence.contains("Never"), "{plan}");
-        // What another one proved is used.
+        // This policy uses a proof that another importer made.
         let (first, fake) = policy(ProofPolicy::First);
         assert_eq!(planned(&first, &fake, &buffer, direction).1, 1);
         assert_eq!(planned(&first, &fake, &buffer, direction).1, 0);
         let (plan, _) = planned(&never, &fake, &buffer, direction);
         assert_eq!(plan.path, Path::PeerToPeer);
-        // A path that breaks without an error is noticed.
+        // This policy notices a path that breaks without an error.
         let (every, fake) = policy(ProofPolicy::Every);
         assert_eq!(planned(&every, &fake, &buffer, direction).1, 1);
         fake.behaviour.set(Behaviour::Loses(direction));
@@ -526,7 +527,7 @@ fn a_process_that_is_killed_in_a_proof_leaves_a_source_as_it_was() {
         return;
     };
     let buffer = device_memory(400_000);
-    // Part of it is all zeros, as buffers are.
+    // Part of the buffer is zero, as usual for buffers.
     let mut held = random(400_000);
     held[150_000..250_000].fill(0);
     put(&buffer.whole(), &held);
@@ -591,7 +592,7 @@ fn a_process_that_is_killed_in_a_read_has_touched_only_what_the_read_overwrites(
 #[test]
 #[cfg_attr(miri, ignore = "takes Miri minutes")]
 fn holes_and_zeros_do_not_count_as_bytes_that_arrived() {
-    // A hole is filled by the CPU, so a path that loses everything would seem to work.
+    // The CPU fills a hole, so a path that loses everything would seem to work.
     let Some(file) = file_with(&[]) else { return };
     file.set_len(1 << 20).unwrap();
     let buffer = device_memory(65536);
@@ -619,7 +620,7 @@ fn a_path_that_stops_working_is_left_and_the_bytes_arrive_all_the_same() {
         return;
     };
     let buffer = device_memory(9 << 20);
-    // Three calls prove it, one carries a request's bytes, the next one fails.
+    // Three calls prove the path, one carries a request, and the next one fails.
     let (importer, _) = importer(&file, Behaviour::FailsAfter(4, Errno::REMOTEIO));
     let receipt = importer.attach(&buffer.whole()).unwrap().read(0).unwrap();
     assert_eq!(receipt.plan.path, Path::StagedCopy);
@@ -760,7 +761,7 @@ fn what_is_no_file_is_refused() {
     );
 }
 
-/// Memory that only its owner's copies reach.
+/// Memory that only the copies of its owner reach.
 struct Theirs(Arc<Mutex<Vec<u8>>>);
 
 impl Stage for Theirs {
@@ -775,7 +776,7 @@ impl Stage for Theirs {
     }
 }
 
-/// A buffer that cannot be mapped as a whole: no address space has as much room.
+/// A buffer that cannot be mapped as a whole, because it exceeds every address space.
 fn unmappable() -> Buffer {
     let provenance = device_memory(4096).provenance().clone();
     let memory = memfd::sealed("their memory", 1 << 50).unwrap();
@@ -792,7 +793,7 @@ fn a_buffer_that_cannot_be_mapped_goes_by_its_owners_copies() {
     };
     let (bare, theirs) = (unmappable(), Arc::new(Mutex::new(vec![0; SIZE])));
     let (importer, _) = importer(&file, Behaviour::Works);
-    // It is attached all the same, and what cannot be done says what would help.
+    // The attach succeeds, and the plan's error names the remedy.
     let mut attachment = importer.attach(&bare.whole()).unwrap();
     let error = attachment.plan(Direction::DiskToBuffer, 0).unwrap_err();
     assert!(error.to_string().contains("mmap"), "{error}");
@@ -822,7 +823,8 @@ fn a_proof_looks_at_the_bytes_by_the_owners_copies() {
     };
     let buffer = device_memory(65536);
     let (importer, fake) = importer(&file, Behaviour::Works);
-    // The mapping leads to other memory than the owner's copies: nothing that was read arrives where they look.
+    // The mapping leads to other memory than the owner's copies, so those copies see none of
+    // the bytes that the disk wrote.
     let theirs = Arc::new(Mutex::new(vec![0; 65536]));
     let elsewhere = buffer.clone().with_stage(Theirs(theirs.clone()));
     let (plan, calls) = planned(&importer, &fake, &elsewhere, Direction::DiskToBuffer);

@@ -1,23 +1,25 @@
-//! File I/O for programs that wait with `async` (feature `tokio`).
+//! Async file I/O (feature `tokio`).
 //!
-//! A transfer goes in pieces, each by one of the runtime's threads for what blocks. Dropping a future cancels its
-//! transfer: the piece under way is finished, since a disk cannot be told to stop, and no other is begun. Until then
-//! the piece keeps file and buffer in use by handles of its own.
+//! A transfer runs in pieces, each on one of the runtime's threads for blocking work. Dropping
+//! a future cancels its transfer: the running piece completes, because a disk cannot be told to
+//! stop, and no further piece begins. The running piece keeps the file and the buffer in use.
 
 use super::FileImporter;
 use crate::buffer::BufferRange;
 use crate::error::{SystemError, TransferError};
 use crate::transfer::Receipt;
 
-/// How many bytes may still move after a transfer was cancelled.
+/// Maximum number of bytes that still move after a cancel.
 pub const PIECE: u64 = 8 << 20;
 
 impl FileImporter {
-    /// As [`Attachment::read`](super::Attachment::read), without holding up the thread. Cancelled when the future is
-    /// dropped: at most one more [`PIECE`] of the range is overwritten then, where the transfer was.
+    /// Async version of [`Attachment::read`](super::Attachment::read). Dropping the future
+    /// cancels the transfer. At most one more [`PIECE`] of the range is overwritten in that
+    /// case.
     ///
     /// # Errors
-    /// Those of that function. After an error an unknown part of the range is overwritten.
+    /// As [`Attachment::read`](super::Attachment::read). After an error an unknown part of the
+    /// range is overwritten.
     ///
     /// # Panics
     /// Outside of a tokio runtime.
@@ -34,10 +36,12 @@ impl FileImporter {
         .await
     }
 
-    /// As [`Attachment::write`](super::Attachment::write), likewise.
+    /// Async version of [`Attachment::write`](super::Attachment::write). Dropping the future
+    /// cancels the transfer.
     ///
     /// # Errors
-    /// Those of that function. After an error an unknown part of the file's range is overwritten.
+    /// As [`Attachment::write`](super::Attachment::write). After an error an unknown part of
+    /// the file's range is overwritten.
     ///
     /// # Panics
     /// Outside of a tokio runtime.
@@ -71,7 +75,7 @@ impl FileImporter {
             let receipt = match done {
                 Ok(receipt) => receipt?,
                 Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
-                // The runtime ends.
+                // The runtime is shutting down.
                 Err(_) => {
                     let errno = rustix::io::Errno::CANCELED;
                     return Err(SystemError::new("a transfer", self.name(), errno).into());
