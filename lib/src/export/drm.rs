@@ -20,24 +20,25 @@ use crate::buffer::{Buffer, DmaBuf, Kind, Provenance};
 use crate::device::drm::{Card, cards};
 use crate::error::{ExportError, Unavailable};
 
-/// The card nodes that there are. Opening one, and its driver, may still refuse.
+/// The card nodes of this machine. Opening a node, or its driver, may still fail.
 ///
 /// # Errors
-/// [`Unavailable`] where there is none.
+/// [`Unavailable`] if there is none.
 pub fn probe() -> Result<Vec<PathBuf>, Unavailable> {
     cards()
 }
 
-/// Makes a buffer of `length` zero bytes, a multiple of the page size: a dumb buffer, which every
-/// driver with a display has, and exports it. The dma-buf alone keeps it. `name` is for people.
+/// Makes and exports a dumb buffer of `length` zero bytes, a multiple of the page size. Every
+/// driver with a display has dumb buffers. The dma-buf alone keeps the buffer alive. `name` is
+/// for messages.
 ///
 /// # Errors
-/// [`ExportError::Unsuitable`] for a length of zero or off a page, and the ioctls' own errors:
-/// `EOPNOTSUPP` or `ENOSYS` from a driver without dumb buffers, `EACCES` on a render node, where
-/// there are none.
+/// [`ExportError::Unsuitable`] for a length that is zero or not page-aligned, and the ioctls'
+/// own errors: `EOPNOTSUPP` or `ENOSYS` from a driver without dumb buffers, `EACCES` on a
+/// render node, which has none.
 pub fn export(card: &Card, name: &str, length: u64) -> Result<Buffer, ExportError> {
     whole_pages(length)?;
-    // The rows of a dumb buffer are 4096 bytes here, which divides every page size.
+    // The rows of this dumb buffer have 4096 bytes, which divides every page size.
     let rows = u32::try_from(length / 4096).map_err(|_| ExportError::Unsuitable {
         what: "the length",
         value: length,
@@ -45,7 +46,7 @@ pub fn export(card: &Card, name: &str, length: u64) -> Result<Buffer, ExportErro
     })?;
     let gem = card.allocate(rows).map_err(plain)?;
     let buffer = wrap(card, gem.handle().into(), name)?;
-    // The driver may round a row up, and a buffer is as large as was asked for.
+    // The driver may round up a row, and the buffer must have the requested size.
     if buffer.size() != length {
         return Err(ExportError::Unsuitable {
             what: "the length",
@@ -56,11 +57,12 @@ pub fn export(card: &Card, name: &str, length: u64) -> Result<Buffer, ExportErro
     Ok(buffer)
 }
 
-/// Exports the GEM buffer of a handle that the caller made on this card by the driver's own
-/// interface. The handle stays the caller's. `name` is for people.
+/// Exports the GEM buffer of a handle that the caller made on this card through the driver's
+/// own interface. The caller keeps the handle. `name` is for messages.
 ///
 /// # Errors
-/// The ioctl's error: `ENOENT` for what is no handle here, `ENOSYS` from a driver without PRIME.
+/// The ioctl's error: `ENOENT` for a handle that is not valid here, `ENOSYS` from a driver
+/// without PRIME.
 #[doc(alias = "DRM_IOCTL_PRIME_HANDLE_TO_FD")]
 #[doc(alias = "drmPrimeHandleToFD")]
 pub fn export_handle(card: &Card, handle: NonZeroU32, name: &str) -> Result<Buffer, ExportError> {

@@ -1,4 +1,5 @@
-//! `/dev/dma_heap`: dma-bufs of system memory, or of what a platform sets aside for devices.
+//! `/dev/dma_heap`: dma-bufs of system memory, or of memory that a platform reserves for
+//! devices.
 //!
 //! ```no_run
 //! use peerbuf::export::heap;
@@ -26,10 +27,10 @@ use crate::sys;
 const HEAPS: &str = "/dev/dma_heap";
 const WHAT: &str = "dma-heap";
 
-/// The heaps that this process may use, in order of name; `system` is there on most machines.
+/// The heaps that this process may use, in order of name. Most machines have `system`.
 ///
 /// # Errors
-/// [`Unavailable`] where there is none.
+/// [`Unavailable`] if there is none.
 pub fn probe() -> Result<Vec<Heap>, Unavailable> {
     let none = |errno| Unavailable {
         what: WHAT,
@@ -66,7 +67,7 @@ impl Heap {
     /// Opens the heap of this name, such as `system`.
     ///
     /// # Errors
-    /// [`Unavailable`] when there is none, or it may not be opened.
+    /// [`Unavailable`] if the heap does not exist or may not be opened.
     pub fn open(name: &str) -> Result<Heap, Unavailable> {
         Heap::open_node(&Path::new(HEAPS).join(name))
     }
@@ -89,18 +90,18 @@ impl Heap {
         Ok(Heap { fd, name })
     }
 
-    /// Its name.
+    /// The heap's name.
     pub fn name(&self) -> &str {
         &self.name
     }
 
     /// Makes a buffer of `length` zero bytes, a multiple of the page size
-    /// (`DMA_HEAP_IOCTL_ALLOC`). `name` is for people, and the kernel gets as much of it as it
-    /// takes.
+    /// (`DMA_HEAP_IOCTL_ALLOC`). `name` is for messages. The kernel gets the name, too, unless
+    /// it is too long.
     ///
     /// # Errors
-    /// [`ExportError::Unsuitable`] for a length of zero or off a page, and the ioctl's own error:
-    /// `ENOMEM` for more than the heap has.
+    /// [`ExportError::Unsuitable`] for a length that is zero or not page-aligned, and the
+    /// ioctl's own error: `ENOMEM` if the heap has too little memory.
     #[doc(alias = "DMA_HEAP_IOCTL_ALLOC")]
     pub fn export(&self, name: &str, length: u64) -> Result<Buffer, ExportError> {
         whole_pages(length)?;
@@ -114,7 +115,7 @@ impl Heap {
             ))
         })?;
         let dmabuf = DmaBuf::from_fd(fd)?;
-        // A name that is too long for the kernel is still good for people.
+        // A name that is too long for the kernel still serves in messages.
         let _ = dmabuf.set_name(name);
         let provenance = Provenance {
             kind: Kind::Heap,

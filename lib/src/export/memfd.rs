@@ -1,7 +1,7 @@
-//! Plain sealed memory: the stand-in for an exporter on a machine that has none.
+//! Plain sealed memory, for machines without an exporter.
 //!
-//! Files and the CPU can use such a buffer like any other. There is no dma-buf, so it cannot be
-//! attached to a device.
+//! Files and the CPU can use such a buffer. The buffer has no dma-buf, so no device can attach
+//! it.
 
 use std::os::fd::OwnedFd;
 
@@ -10,7 +10,7 @@ use crate::error::{BufferError, ExportError};
 
 pub use peerbuf_core::memfd::HugePages;
 
-/// Makes a buffer of `length` zero bytes of system memory. `name` is for people.
+/// Makes a buffer of `length` zero bytes of system memory. `name` is for messages.
 ///
 /// # Errors
 /// The call that failed: `ENOMEM` or `EFBIG` for a length that the machine cannot hold, `EMFILE`.
@@ -21,13 +21,13 @@ pub fn export(name: &str, length: u64) -> Result<Buffer, ExportError> {
     })
 }
 
-/// A memfd of `length` bytes that keeps that size for ever, so that no holder of it can make the
-/// others' mappings fault.
+/// A memfd with a sealed size of `length` bytes, so that no holder can make the mappings of
+/// others fault.
 pub(crate) fn sealed(name: &str, length: u64) -> Result<OwnedFd, ExportError> {
     peerbuf_core::memfd::sealed(name, length, None).map_err(super::plain)
 }
 
-/// The same of huge pages.
+/// Like [`sealed`], with huge pages.
 pub(crate) fn sealed_huge(
     name: &str,
     length: u64,

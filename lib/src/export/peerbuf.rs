@@ -26,10 +26,10 @@ pub use request::{RangeRequest, RangesRequest};
 /// The directory with the module's node for each bound device.
 pub const NODES: &str = "/dev/peerbuf";
 
-/// The nodes that there are, in order of address. Opening one may still be refused.
+/// The existing nodes, in order of address. Opening a node may still fail.
 ///
 /// # Errors
-/// [`Unavailable`] where the module is not loaded or has no device.
+/// [`Unavailable`] if the module is not loaded or has no device.
 pub fn probe() -> Result<Vec<PathBuf>, Unavailable> {
     let unavailable = |errno| Unavailable {
         what: "peerbuf.ko",
@@ -40,7 +40,7 @@ pub fn probe() -> Result<Vec<PathBuf>, Unavailable> {
         ),
     };
     let entries = std::fs::read_dir(NODES).map_err(|error| unavailable(Errno::from(&error)))?;
-    // The provider's and the importer's nodes are there too, with or without devices.
+    // The directory also has the provider's and the importer's node.
     let is_device = |entry: &std::fs::DirEntry| {
         let name = entry.file_name();
         name.to_str()
@@ -89,7 +89,7 @@ pub struct Device {
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct DeviceInfo {
-    /// Its PCI address.
+    /// The device's PCI address.
     pub address: PciAddress,
     /// PCI vendor id.
     pub vendor: u16,
@@ -97,12 +97,12 @@ pub struct DeviceInfo {
     pub device: u16,
     /// Offsets and lengths of exports are multiples of this many bytes.
     pub page_size: u32,
-    /// The memory BARs that it has, by rising index.
+    /// The device's memory BARs, by rising index.
     pub bars: Vec<BarInfo>,
 }
 
 impl DeviceInfo {
-    /// The first BAR of which parts can be exported; of a provider, the only one.
+    /// The first BAR that can be exported in part; for a provider, its only BAR.
     pub fn exportable(&self) -> Option<&BarInfo> {
         self.bars.iter().find(|bar| bar.exportable)
     }
@@ -112,23 +112,23 @@ impl DeviceInfo {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct BarInfo {
-    /// Its index, 0 to 5.
+    /// The BAR's index, 0 to 5.
     pub index: u8,
-    /// Its size; of a provider's BAR, that of the pool which is in it.
+    /// The BAR's size; for a provider, the size of the pool in the BAR.
     pub size: u64,
-    /// Bytes in no export.
+    /// Bytes that no export uses.
     pub free: u64,
-    /// The largest export possible now; of a provider, at most that.
+    /// The largest export possible now; for a provider, an upper bound.
     pub largest_free: u64,
-    /// Exports whose range is taken.
+    /// Number of exports that hold a range.
     pub exports: u32,
     /// Reads have no side effects.
     pub prefetchable: bool,
     /// The address register is 64 bits wide.
     pub is_64bit: bool,
-    /// Parts of it can be exported.
+    /// True if parts of the BAR can be exported.
     pub exportable: bool,
-    /// CPU mappings of exports have struct pages, without which a disk cannot reach them.
+    /// CPU mappings of exports have struct pages, which disks need for direct I/O.
     pub pages: bool,
 }
 
@@ -157,7 +157,7 @@ impl Device {
     /// Opens a node.
     ///
     /// # Errors
-    /// [`ExportError::Unavailable`] when there is no such node or it may not be opened, and
+    /// [`ExportError::Unavailable`] if the node does not exist or may not be opened, and
     /// [`ExportError::Version`].
     pub fn open_node(path: impl Into<PathBuf>) -> Result<Device, ExportError> {
         let path = path.into();
@@ -177,7 +177,7 @@ impl Device {
         Device::opened(fd, path, None)
     }
 
-    /// With a descriptor that takes the ioctls of a node.
+    /// Makes a device from a descriptor that accepts the ioctls of a node.
     pub(super) fn opened(
         fd: OwnedFd,
         path: PathBuf,
@@ -212,10 +212,10 @@ impl Device {
         })
     }
 
-    /// Asks what the device is and what is free in it (`PEERBUF_IOC_QUERY`).
+    /// Queries the device and the free space of its BARs (`PEERBUF_IOC_QUERY`).
     ///
     /// # Errors
-    /// The ioctl's error; `ENODEV` once the device was unbound.
+    /// The ioctl's error; `ENODEV` if the device was unbound.
     pub fn query(&self) -> Result<DeviceInfo, ExportError> {
         let query = self.raw_query()?;
         let text = query
@@ -273,12 +273,12 @@ impl Device {
     }
 
     /// Exports part of a BAR (`PEERBUF_IOC_EXPORT`). The range is taken until the last
-    /// descriptor and mapping of the dma-buf are gone, in whichever process.
+    /// descriptor and mapping of the dma-buf are gone, in all processes.
     ///
     /// # Errors
-    /// [`ExportError::System`] with the module's answer: `EINVAL` (off a page, outside the BAR, no
-    /// memory BAR), `EBUSY` (part of it is exported), `ENOSPC` (no room), `EOPNOTSUPP` (not
-    /// exportable), `ENODEV` (the device is gone).
+    /// [`ExportError::System`] with the module's answer: `EINVAL` (not page-aligned, outside
+    /// the BAR, not a memory BAR), `EBUSY` (part of the range is exported), `ENOSPC` (no room),
+    /// `EOPNOTSUPP` (not exportable), `ENODEV` (the device is gone).
     pub fn export(&self, request: Request) -> Result<Buffer, ExportError> {
         let info = self.query()?;
         let writes = if request.access.writes() {
@@ -315,7 +315,7 @@ impl Device {
         self.exported(fd, &info, request.bar, name)
     }
 
-    /// The buffer behind a descriptor that the module has just given.
+    /// The buffer behind a descriptor that the module has just returned.
     fn exported(
         &self,
         fd: OwnedFd,
@@ -419,7 +419,7 @@ mod tests {
             let hint = explain(errno, &info, index, ranges);
             assert!(hint.contains(said), "{hint:?} does not say {said:?}");
         }
-        // No limit applies to system memory here: only the kernel can refuse it.
+        // No limit applies to system memory here: only the kernel can refuse the size.
         assert_eq!(explain(invalid, &info, 2, &[good, system(1 << 40)]), "");
     }
 

@@ -1,9 +1,9 @@
-//! peerbuf.ko: a dma-buf of memory that another driver lends to peers, such as the controller memory
-//! buffer of an NVMe disk that its own driver keeps.
+//! peerbuf.ko: a dma-buf of memory that another driver lends to peers, such as the controller
+//! memory buffer of an NVMe disk that stays with its own driver.
 //!
-//! An open provider is a [`Device`], and its buffers support the same operations as those of a BAR, with two
-//! differences: the driver's pool chooses the offset of an export, and other users in the kernel allocate
-//! from the pool, too.
+//! An open provider is a [`Device`], and its buffers support the same operations as buffers in
+//! a BAR, with two differences: the driver's pool chooses the offset of an export, and other
+//! users in the kernel also allocate from the pool.
 
 use std::path::Path;
 
@@ -18,10 +18,11 @@ use crate::topology::{PciAddress, Pool, Sysfs};
 /// The node through which providers are opened.
 pub const NODE: &str = "/dev/peerbuf/provider";
 
-/// The devices whose drivers lend memory, in order of address, after a look that it can be asked for.
+/// The devices whose drivers lend memory, in order of address, after a check that this process
+/// may ask for it.
 ///
 /// # Errors
-/// [`Unavailable`] where the module is not loaded, its node may not be opened, or no driver lends
+/// [`Unavailable`] if the module is not loaded, its node may not be opened, or no driver lends
 /// memory.
 pub fn probe() -> Result<Vec<PciAddress>, Unavailable> {
     open_node()?;
@@ -64,9 +65,10 @@ fn open_node() -> Result<std::os::fd::OwnedFd, Unavailable> {
 /// Opens the provider at `address` (`PEERBUF_IOC_PROVIDER_OPEN`).
 ///
 /// # Errors
-/// [`ExportError::Unavailable`] when the module's node may not be opened; [`ExportError::System`] with
-/// the module's answer: `ENXIO` (no such device), `ENODEV` (it has no driver), `EOPNOTSUPP` (that
-/// lends no memory), `ENOSPC` (all of it is taken); [`ExportError::Version`].
+/// [`ExportError::Unavailable`] if the module's node may not be opened; [`ExportError::System`]
+/// with the module's answer: `ENXIO` (no such device), `ENODEV` (the device has no driver),
+/// `EOPNOTSUPP` (the driver lends no memory), `ENOSPC` (all memory is taken);
+/// [`ExportError::Version`].
 pub fn open(address: PciAddress) -> Result<Device, ExportError> {
     let node = open_node()?;
     let opened = sys::peerbuf::open_provider(std::os::fd::AsFd::as_fd(&node), &address.to_string());

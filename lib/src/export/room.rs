@@ -1,24 +1,25 @@
-//! How much memory the machine can still give, for exporters whose kernel driver takes all that it is
-//! asked for: udmabuf since Linux 7.3, whose `size_limit_mb` is no limit any more by default. Pages of a
-//! dma-buf are pinned, so what is asked for beyond that ends in the OOM killer, and not in an error.
+//! The memory that the machine can still give, for exporters whose kernel driver has no limit:
+//! udmabuf since Linux 7.3, where `size_limit_mb` is unlimited by default. Pages of a dma-buf
+//! are pinned, so a request beyond the available memory ends in the OOM killer instead of an
+//! error.
 //!
-//! An answer is as old as the look: others may take the memory meanwhile.
+//! The result is a snapshot: other processes may take the memory afterwards.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::error::ExportError;
 
-/// Refuses `bytes` more of pinned memory where the machine, or a cgroup of this process, cannot give
-/// them. A limit that cannot be read is ignored.
+/// Refuses `bytes` of pinned memory if the machine, or a cgroup of this process, has less
+/// available. A limit that cannot be read is ignored.
 ///
 /// # Errors
-/// [`ExportError::Unsuitable`], with what there is and who says so.
+/// [`ExportError::Unsuitable`], with the available memory and its source.
 pub(super) fn check(bytes: u64) -> Result<(), ExportError> {
     check_in(Path::new("/"), bytes)
 }
 
-/// [`check`] of the machine whose `/proc` and cgroups are below `root`.
+/// [`check`] for a machine whose `/proc` and cgroups are below `root`.
 fn check_in(root: &Path, bytes: u64) -> Result<(), ExportError> {
     let machine = available(root).map(|room| {
         let whose = "the memory that is free on this machine (MemAvailable in /proc/meminfo)";
@@ -38,7 +39,7 @@ fn check_in(root: &Path, bytes: u64) -> Result<(), ExportError> {
     }
 }
 
-/// `MemAvailable`, in bytes. Swap does not count: pinned pages stay.
+/// `MemAvailable` in bytes. Swap does not count, because pinned pages cannot be swapped out.
 fn available(root: &Path) -> Option<u64> {
     let text = fs::read_to_string(root.join("proc/meminfo")).ok()?;
     let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
@@ -46,8 +47,8 @@ fn available(root: &Path) -> Option<u64> {
     kib.checked_mul(1024)
 }
 
-/// The bytes that each cgroup (version 2) of this process may still use, from its own to the topmost visible
-/// one, each with a description.
+/// The bytes that each cgroup (version 2) of this process may still use, from the process's own
+/// cgroup up to the topmost visible one, each with a description.
 fn cgroups(root: &Path) -> Vec<(u64, String)> {
     let Some(own) = own_cgroup(root) else {
         return Vec::new();
@@ -67,20 +68,20 @@ fn cgroups(root: &Path) -> Vec<(u64, String)> {
     rooms
 }
 
-/// The cgroup of this process, relative to the mount of all.
+/// The cgroup of this process, relative to the cgroup mount.
 fn own_cgroup(root: &Path) -> Option<PathBuf> {
     let text = fs::read_to_string(root.join("proc/self/cgroup")).ok()?;
     let path = text.lines().find_map(|line| line.strip_prefix("0::/"))?;
     Some(PathBuf::from(path))
 }
 
-/// Limit less use. Cached files are given up before the limit is felt.
+/// The limit minus the usage. Cached files do not count, because the kernel reclaims them.
 fn cgroup_room(directory: &Path) -> Option<u64> {
     let number = |file: &str| -> Option<u64> {
         let text = fs::read_to_string(directory.join(file)).ok()?;
         text.trim().parse().ok()
     };
-    // Without a limit the file says `max`.
+    // Without a limit the file contains `max`.
     let limit = number("memory.max")?;
     let used = number("memory.current")?;
     let statistics = fs::read_to_string(directory.join("memory.stat")).unwrap_or_default();

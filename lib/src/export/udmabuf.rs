@@ -1,7 +1,7 @@
 //! `/dev/udmabuf`: a dma-buf over memory that a process owns.
 //!
-//! The buffer carries the memfd too: importers that cannot take a dma-buf, such as files, use the
-//! same pages through it.
+//! The buffer also carries the memfd. Importers that do not accept a dma-buf, such as files,
+//! use the same pages through the memfd.
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
@@ -23,17 +23,17 @@ const NODE: &str = "/dev/udmabuf";
 /// Tries to open `/dev/udmabuf`.
 ///
 /// # Errors
-/// The error of `open`, with what would help.
+/// The error of `open`, with the remedy.
 pub fn probe() -> Result<(), Unavailable> {
     open().map(drop)
 }
 
-/// Makes a udmabuf of `length` zero bytes, a multiple of the page size. `name` is for people.
+/// Makes a udmabuf of `length` zero bytes, a multiple of the page size. `name` is for messages.
 ///
 /// # Errors
-/// [`ExportError::Unavailable`] without `/dev/udmabuf`, [`ExportError::Unsuitable`] for a length
-/// of zero or off a page, or above the memory that the machine or the process's cgroup has left, and
-/// the ioctl's own error.
+/// [`ExportError::Unavailable`] without `/dev/udmabuf`, [`ExportError::Unsuitable`] for a
+/// length that is zero, not page-aligned, or above the memory that the machine or the process's
+/// cgroup has left, and the ioctl's own error.
 #[doc(alias = "UDMABUF_CREATE")]
 pub fn export(name: &str, length: u64) -> Result<Buffer, ExportError> {
     whole_pages(length)?;
@@ -41,11 +41,11 @@ pub fn export(name: &str, length: u64) -> Result<Buffer, ExportError> {
     over(name, memfd::sealed(name, length)?, length)
 }
 
-/// Makes a udmabuf of huge pages, which the administrator has set aside
-/// (`/sys/kernel/mm/hugepages`). `length` is a multiple of their size.
+/// Makes a udmabuf of huge pages, which the administrator has reserved
+/// (`/sys/kernel/mm/hugepages`). `length` is a multiple of their size in bytes.
 ///
 /// # Errors
-/// Those of [`export`], and `ENOMEM` if too few huge pages were set aside.
+/// As [`export`], and `ENOMEM` if too few huge pages are reserved.
 pub fn export_huge(name: &str, length: u64, pages: HugePages) -> Result<Buffer, ExportError> {
     if length == 0 || !length.is_multiple_of(pages.size()) {
         return Err(ExportError::Unsuitable {
@@ -60,9 +60,8 @@ pub fn export_huge(name: &str, length: u64, pages: HugePages) -> Result<Buffer, 
     over(name, memfd::sealed_huge(name, length, pages)?, length)
 }
 
-/// Makes one udmabuf of pieces of memory that are anywhere, one after the other. Each piece is a
-/// range of a buffer with a memfd behind it, in whole pages. The pieces stay what they are: both
-/// see the same bytes.
+/// Makes one udmabuf from pieces of memory, in this order. Each piece is a page-aligned range
+/// of a buffer with a memfd. The udmabuf and the original buffers share the same bytes.
 ///
 /// ```no_run
 /// # use peerbuf::export::{memfd, udmabuf};
@@ -75,10 +74,11 @@ pub fn export_huge(name: &str, length: u64, pages: HugePages) -> Result<Buffer, 
 /// ```
 ///
 /// # Errors
-/// [`ExportError::Unavailable`] without `/dev/udmabuf`, [`ExportError::Unsuitable`] for no piece, for one
-/// off a page or without a memfd, or where the pieces have more holes than there is memory left to
-/// fill them with, and the ioctl's own error: `EINVAL` for more pieces or bytes than the limits in
-/// `/sys/module/udmabuf/parameters`, or a memfd that is not sealed as the kernel wants it.
+/// [`ExportError::Unavailable`] without `/dev/udmabuf`; [`ExportError::Unsuitable`] for an
+/// empty list, a piece that is not page-aligned or has no memfd, or pieces whose holes exceed
+/// the available memory; the ioctl's own error: `EINVAL` for more pieces or bytes than the
+/// limits in `/sys/module/udmabuf/parameters`, or a memfd without the seals that the kernel
+/// requires.
 #[doc(alias = "UDMABUF_CREATE_LIST")]
 pub fn export_list(name: &str, pieces: &[BufferRange]) -> Result<Buffer, ExportError> {
     if pieces.is_empty() {
@@ -120,10 +120,10 @@ pub fn export_list(name: &str, pieces: &[BufferRange]) -> Result<Buffer, ExportE
     Ok(Buffer::from_dmabuf(dmabuf, provenance(name)))
 }
 
-/// The bytes that the kernel has to add to the memfds of `pieces` at most, to have all of the pieces:
-/// a memfd has no memory where nobody has written.
+/// The maximum number of bytes that the kernel has to allocate for the holes of `pieces`: a
+/// memfd has no memory where nobody has written.
 fn holes(pieces: &[Piece<'_>]) -> Result<u64, SystemError> {
-    // By inode: what the pieces of the memfd ask for, and what it lacks.
+    // By inode: the bytes of the memfd's pieces, and the bytes that the memfd lacks.
     let mut memfds: BTreeMap<u64, (u64, u64)> = BTreeMap::new();
     for piece in pieces {
         let status = rustix::fs::fstat(piece.memfd)
@@ -138,7 +138,7 @@ fn holes(pieces: &[Piece<'_>]) -> Result<u64, SystemError> {
     Ok(lacks.fold(0, u64::saturating_add))
 }
 
-/// A dma-buf over all of a memfd.
+/// A dma-buf over a whole memfd.
 fn over(name: &str, memory: OwnedFd, length: u64) -> Result<Buffer, ExportError> {
     let udmabuf = open()?;
     let piece = Piece {
@@ -179,8 +179,9 @@ fn refusal(call: &'static str, name: &str, pieces: &[Piece<'_>], errno: Errno) -
     ExportError::System { cause, hint }
 }
 
-/// Which of the kernel's rules the pieces break, all of which it answers with EINVAL (`udmabuf_create` and
-/// `check_memfd_seals` in drivers/dma-buf/udmabuf.c). `size_mib` and `list` are the driver's parameters.
+/// The kernel's rule that the pieces break. The kernel returns EINVAL for all of its rules
+/// (`udmabuf_create` and `check_memfd_seals` in drivers/dma-buf/udmabuf.c). `size_mib` and
+/// `list` are the driver's parameters.
 fn why_invalid(pieces: &[Piece<'_>], size_mib: Option<i32>, list: Option<i32>) -> String {
     let refused = SealFlags::WRITE | SealFlags::FUTURE_WRITE;
     for (index, piece) in pieces.iter().enumerate() {
@@ -217,7 +218,7 @@ fn why_invalid(pieces: &[Piece<'_>], size_mib: Option<i32>, list: Option<i32>) -
 
 /// The limits in the driver's parameters, as a hint; empty if no limit is known.
 fn limits(size_mib: Option<i32>, pieces: Option<i32>) -> String {
-    // Since Linux 7.3 the size is without a limit unless somebody sets one.
+    // Since Linux 7.3 the size is unlimited unless the administrator sets a limit.
     let size = size_mib.filter(|&mib| mib != i32::MAX);
     let (what, files) = match (size, pieces) {
         (Some(size), Some(list)) => (
@@ -343,7 +344,7 @@ mod tests {
         };
         assert_eq!(piece(&fill(0), 0, 1 << 20), 1 << 20);
         assert_eq!(piece(&fill(1 << 20), 0, 1 << 20), 0);
-        // Twice the same piece, and one of another.
+        // The same piece twice, and a piece of another memfd.
         let (first, second) = (fill(0), fill(0));
         let whole = |memory| Piece {
             memfd: memory,

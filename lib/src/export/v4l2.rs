@@ -24,28 +24,28 @@ use crate::device::v4l2::{Picture, Queue, VideoDevice, devices};
 use crate::error::{ExportError, SystemError, Unavailable};
 use crate::sys::v4l2::Memory;
 
-/// The nodes of devices that capture into buffers of one plane.
+/// The nodes of single-planar capture devices.
 ///
 /// # Errors
-/// [`Unavailable`] where there is none that this process may open.
+/// [`Unavailable`] if there is none that this process may open.
 pub fn probe() -> Result<Vec<PathBuf>, Unavailable> {
     devices()
 }
 
-/// A device's own buffers, exported, and the device that fills them. The buffers live on after
-/// it.
+/// A device's own buffers, exported, and the device that fills them. The buffers outlive this
+/// value.
 #[derive(Debug)]
 pub struct Capture {
     queue: Queue,
     buffers: Vec<Buffer>,
 }
 
-/// Lets the device make `count` buffers for its present format (it may make more), and exports
-/// each.
+/// Lets the device make `count` buffers for its present format, and exports each. The device
+/// may make more buffers.
 ///
 /// # Errors
-/// The call that failed: `EBUSY` when somebody else captures, `ENOTTY` or `EINVAL` from a driver
-/// that cannot export.
+/// The call that failed: `EBUSY` if another process captures, `ENOTTY` or `EINVAL` from a
+/// driver that cannot export.
 #[doc(alias = "VIDIOC_EXPBUF")]
 pub fn export(device: &VideoDevice, count: u32) -> Result<Capture, ExportError> {
     let name = device.name();
@@ -74,8 +74,8 @@ impl Capture {
     /// Captures one picture into one of the buffers, and stops.
     ///
     /// # Errors
-    /// The call that failed: `ETIME` when no picture came within `limit`, `EIO` for one that the
-    /// device calls spoilt.
+    /// The call that failed: `ETIME` if no picture came within `limit`, `EIO` for a picture
+    /// that the device marks as corrupted.
     pub fn one(&self, limit: Duration) -> Result<Picture, SystemError> {
         for index in 0..self.queue.count() {
             self.queue.give(index, None)?;

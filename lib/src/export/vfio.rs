@@ -1,8 +1,8 @@
-//! VFIO: a dma-buf of part of a BAR, of a device that this process drives itself.
+//! VFIO: a dma-buf of part of a BAR of a device that this process drives.
 //!
-//! The kernel gives such a dma-buf no mapping for the processor. The device's own descriptor has
-//! one, so a buffer that was made here can be mapped, and one that another process received
-//! cannot.
+//! The kernel supports no CPU mapping of such a dma-buf. The device's own descriptor can be
+//! mapped, so a buffer can be mapped in the process that exported it, and not in a process that
+//! received it.
 
 use super::plain;
 use crate::Errno;
@@ -14,11 +14,11 @@ use crate::topology::PciAddress;
 
 use rustix::fs::OFlags;
 
-/// The devices that `vfio-pci` has. Opening one may still be refused, and a kernel without
+/// The devices bound to `vfio-pci`. Opening a device may still fail, and a kernel without
 /// `CONFIG_VFIO_PCI_DMABUF` exports nothing.
 ///
 /// # Errors
-/// [`Unavailable`] where it has none.
+/// [`Unavailable`] if there is none.
 pub fn probe() -> Result<Vec<PciAddress>, Unavailable> {
     devices()
 }
@@ -36,13 +36,13 @@ pub struct Request {
     pub access: Access,
 }
 
-/// Exports part of a BAR (`VFIO_DEVICE_FEATURE_DMA_BUF`). Resetting the device, and switching
-/// its memory decoding off, takes the memory away from importers.
+/// Exports part of a BAR (`VFIO_DEVICE_FEATURE_DMA_BUF`). A reset of the device, or switching
+/// off its memory decoding, revokes the memory from importers.
 ///
 /// # Errors
-/// [`ExportError::Unavailable`] from a kernel without the feature. Otherwise the ioctl's error: `EINVAL`
-/// for what is off a page or outside the BAR, `ENODEV` for a BAR that is not there, `EOPNOTSUPP` from a
-/// device whose driver does not offer it.
+/// [`ExportError::Unavailable`] from a kernel without the feature. Otherwise the ioctl's error:
+/// `EINVAL` for a range that is not page-aligned or outside the BAR, `ENODEV` for a BAR that
+/// does not exist, `EOPNOTSUPP` if the device's driver does not support the feature.
 #[doc(alias = "VFIO_DEVICE_FEATURE_DMA_BUF")]
 pub fn export(device: &VfioDevice, request: Request) -> Result<Buffer, ExportError> {
     let writes = if request.access.writes() {

@@ -1,10 +1,10 @@
 //! Vulkan: memory that a driver allocates, as a dma-buf.
 //!
-//! The handle type is named when memory is allocated (`VkExportMemoryAllocateInfo`): memory that was allocated
-//! without it cannot be exported later. Where the bytes are is the driver's choice.
+//! An allocation names its handle type (`VkExportMemoryAllocateInfo`). Memory allocated without
+//! it cannot be exported later. The driver chooses the location of the bytes.
 //!
-//! lavapipe, which needs no GPU, exports a udmabuf. It lists the extension without `/dev/udmabuf`, too, and then
-//! only imports.
+//! lavapipe needs no GPU and exports a udmabuf. Without `/dev/udmabuf` it still lists the
+//! extension, but only imports.
 //!
 //! ```no_run
 //! use peerbuf::{device::vulkan::Device, export::vulkan};
@@ -23,7 +23,7 @@ use super::whole_pages;
 use crate::device::vulkan::{Device, Memory, USAGE};
 use crate::error::{ExportError, Unavailable};
 
-/// The names of the devices that there are.
+/// The names of the Vulkan devices of this machine.
 ///
 /// # Errors
 /// As [`Device::all`].
@@ -35,17 +35,17 @@ pub fn probe() -> Result<Vec<String>, Unavailable> {
         .collect())
 }
 
-/// Allocates `length` bytes, a multiple of the page size, with a `VkBuffer` for [`USAGE`] over them,
-/// and exports them. `name` is for people. The bytes are not cleared.
+/// Allocates `length` bytes, a multiple of the page size, with a `VkBuffer` for [`USAGE`] over
+/// them, and exports them. `name` is for messages. The bytes are not cleared.
 ///
 /// # Errors
-/// [`ExportError::Unsuitable`] for a length of zero or off a page, [`ExportError::Vulkan`] where the driver does
-/// not export or has no memory left.
+/// [`ExportError::Unsuitable`] for a length that is zero or not page-aligned,
+/// [`ExportError::Vulkan`] if the driver does not export or has no memory left.
 pub fn export(device: &Device, name: &str, length: u64) -> Result<Memory, ExportError> {
     export_for(device, name, length, USAGE)
 }
 
-/// The same for other usages of the `VkBuffer`.
+/// Like [`export`], for another usage of the `VkBuffer`.
 ///
 /// # Errors
 /// As [`export`].

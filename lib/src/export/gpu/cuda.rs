@@ -1,4 +1,4 @@
-//! CUDA: exports by the driver's interface (`cuMemGetHandleForAddressRange` in `cuda.h`).
+//! CUDA: exports through the driver API (`cuMemGetHandleForAddressRange` in `cuda.h`).
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use crate::sys::gpu::{Allocated, Failed};
 struct Pages {
     context: Context,
     pages: Allocated,
-    /// Their allocation, if it was made here.
+    /// The pages' allocation, if this crate made it.
     _block: Option<Block>,
 }
 
@@ -32,7 +32,7 @@ impl Copies for Pages {
     }
 }
 
-/// How many GPUs there are.
+/// Number of GPUs.
 pub(super) fn devices() -> Result<u32, String> {
     let count = Cuda::open()?.devices();
     count
@@ -40,10 +40,11 @@ pub(super) fn devices() -> Result<u32, String> {
         .map_err(|failed| format!("{}: {failed}", failed.call))
 }
 
-/// Exports what is at an address.
+/// Exports the memory at an address.
 ///
 /// # Errors
-/// Outside: why it is not CUDA's. Inside: why CUDA's memory could not be exported.
+/// The outer error: why the memory is not CUDA's. The inner error: why CUDA's memory could not
+/// be exported.
 pub(super) fn find(memory: Allocated) -> Result<Result<Descriptors, ExportError>, String> {
     let cuda = Cuda::open()?;
     match cuda.memory(memory.pointer) {
@@ -69,7 +70,7 @@ pub(super) fn allocate(device: u32, length: u64) -> Result<Descriptors, ExportEr
         let context = cuda.primary(ordinal)?;
         context.allocate(length)
     };
-    // The driver promises no page, though large allocations begin at one.
+    // The driver does not guarantee page alignment, though large allocations have it.
     let page = rustix::param::page_size() as u64;
     let mut made = block(length).map_err(failed)?;
     if !made.memory().pointer.is_multiple_of(page) {
@@ -110,7 +111,7 @@ fn export(
         });
     }
     let bus_id = cuda.bus_id(found.ordinal).map_err(plainly)?;
-    // Devices of one machine may differ.
+    // The devices of one machine may differ.
     if !cuda.exports_dmabufs(found.ordinal).map_err(plainly)? {
         return Err(ExportError::Runtime {
             call: "cuDeviceGetAttribute(DMA_BUF_SUPPORTED)",
@@ -164,8 +165,9 @@ fn export(
 
 type Got = (Mapping, OwnedFd, Option<OwnedFd>);
 
-/// A descriptor mapped by PCIe and one as the driver chooses, if there are both. Drivers before 570.86.15 do not know
-/// the flag, and answer INVALID_VALUE; with one kind alone, a machine answers NOT_SUPPORTED.
+/// A descriptor with the PCIe mapping and one with the driver's choice, as far as both exist.
+/// Drivers before 570.86.15 refuse the flag with INVALID_VALUE. A machine with only one mapping
+/// returns NOT_SUPPORTED.
 fn by_best_mapping(
     context: &Context,
     pages: Allocated,
@@ -227,10 +229,10 @@ fn why(context: &Context, memory: Allocated, failed: &Failed, notes: &[String]) 
     hint
 }
 
-/// The segments that a range goes through, and the first address in it that has none. Memory of one cuMemAlloc is one
-/// segment.
+/// The segments that a range crosses, and the first address in the range without a segment. The
+/// memory of one cuMemAlloc is one segment.
 fn segments(context: &Context, memory: Allocated) -> (Vec<(u64, u64)>, Option<u64>) {
-    /// More than this many help nobody.
+    /// A longer list does not help a reader.
     const MOST: usize = 16;
     let mut segments = Vec::new();
     let (mut at, end) = (memory.pointer, memory.pointer + memory.length);

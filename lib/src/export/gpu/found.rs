@@ -17,19 +17,19 @@ use crate::topology::PciAddress;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Runtime {
-    /// NVIDIA's driver interface, on which CUDA programs and PyTorch build.
+    /// NVIDIA's driver API, the base of CUDA programs and PyTorch.
     Cuda,
-    /// ROCm's runtime, below HIP.
+    /// ROCm's runtime, the base of HIP.
     Hsa,
-    /// Intel's, below SYCL.
+    /// Intel's runtime, the base of SYCL.
     LevelZero,
 }
 
 impl Runtime {
-    /// All of them, in the order in which they are asked.
+    /// All runtimes, in the order in which they are tried.
     pub const ALL: [Runtime; 3] = [Runtime::Cuda, Runtime::Hsa, Runtime::LevelZero];
 
-    /// The file that is opened, which the dynamic loader looks for.
+    /// The file name of the library, for the dynamic loader.
     pub fn library(self) -> &'static str {
         match self {
             Runtime::Cuda => crate::sys::gpu::cuda::NAME,
@@ -49,14 +49,14 @@ impl fmt::Display for Runtime {
     }
 }
 
-/// By which way an importer reaches the memory, as it was asked for.
+/// The requested route of an importer to the memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Mapping {
-    /// By PCIe, through the device's BAR: for NICs and disks on PCIe.
+    /// Over PCIe, through the device's BAR: for NICs and disks on PCIe.
     Pcie,
-    /// As the driver chooses: by PCIe on most machines, by the coherent link where the processor has one (GB200), which
-    /// a NIC on PCIe cannot reach.
+    /// The driver's choice: PCIe on most machines, the coherent link on machines whose CPU has
+    /// one (GB200). A NIC on PCIe cannot use that link.
     Driver,
 }
 
@@ -69,26 +69,28 @@ impl fmt::Display for Mapping {
     }
 }
 
-/// The properties of an export, and the refusals on the way.
+/// The properties of an export, and the calls that failed on the way.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Receipt {
-    /// Whose memory it is.
+    /// The runtime that owns the memory.
     pub runtime: Runtime,
-    /// The GPU; `None` where the runtime does not say.
+    /// The GPU; `None` if the runtime does not tell.
     pub device: Option<PciAddress>,
     /// The mapping of the first descriptor.
     pub mapping: Mapping,
-    /// True when there is a descriptor of each mapping: [`Mapping::Pcie`] first, [`Mapping::Driver`] as the other.
+    /// True if both mappings have a descriptor: [`Mapping::Pcie`] is the first,
+    /// [`Mapping::Driver`] the other.
     pub both: bool,
-    /// Bytes that the dma-buf has before the range: the runtime exports whole pages, or whole allocations.
+    /// Number of bytes in the dma-buf before the range. A runtime exports whole pages or whole
+    /// allocations.
     pub added_before: u64,
-    /// Bytes that the dma-buf has after the range.
+    /// Number of bytes in the dma-buf after the range.
     pub added_after: u64,
-    /// True when the runtime promised that its synchronous copies into this memory have ended when they return, so
-    /// that a device which reads it by DMA finds them.
+    /// True if the runtime guarantees that its synchronous copies into this memory are complete
+    /// when they return, so that a device that reads the memory by DMA sees them.
     pub ordered: bool,
-    /// Calls that were refused or missing, with their answers. The export did without.
+    /// Calls that failed or are missing, with their answers. The export worked without them.
     pub notes: Vec<String>,
 }
 
@@ -107,7 +109,7 @@ impl fmt::Display for Receipt {
     }
 }
 
-/// A range of a GPU's memory, to copy from and to without a mapping.
+/// A range of GPU memory with copies that need no mapping.
 pub(super) trait Copies: Send + Sync {
     fn upload(&self, offset: u64, from: &[u8]) -> Result<(), Failed>;
     fn download(&self, offset: u64, into: &mut [u8]) -> Result<(), Failed>;
@@ -115,7 +117,7 @@ pub(super) trait Copies: Send + Sync {
     fn flush(&self) -> Result<(), Failed>;
 }
 
-/// The [`Stage`] of a GPU's memory: the copies of its runtime.
+/// The [`Stage`] of GPU memory: the copies of its runtime.
 struct ByRuntime(Arc<dyn Copies>);
 
 impl Stage for ByRuntime {
@@ -124,7 +126,7 @@ impl Stage for ByRuntime {
     }
 
     fn download(&self, offset: u64, into: &mut [u8]) -> Result<(), Box<dyn Error + Send + Sync>> {
-        // The bytes include what another device wrote before.
+        // The bytes must include earlier writes of other devices.
         self.0.flush().map_err(told)?;
         self.0.download(offset, into).map_err(told)
     }
@@ -134,18 +136,19 @@ fn told(failed: Failed) -> Box<dyn Error + Send + Sync> {
     format!("{}: {failed}", failed.call).into()
 }
 
-/// A GPU's memory as descriptors, for a program that brings them to a library of its own (`ibv_reg_dmabuf_mr`).
+/// GPU memory as descriptors, for programs that pass them to another library
+/// (`ibv_reg_dmabuf_mr`).
 ///
 /// [`Descriptors::into_buffer`] makes a [`Buffer`] of them.
 #[non_exhaustive]
 pub struct Descriptors {
-    /// A dma-buf that has the range's bytes, the best kind that there is. Closed when a program is executed.
+    /// A dma-buf with the range's bytes, with the best available mapping. Closed on exec.
     pub fd: OwnedFd,
-    /// Where in the dma-buf the range begins, in bytes.
+    /// Offset of the range in the dma-buf, in bytes.
     pub offset: u64,
     /// The range's length in bytes.
     pub length: u64,
-    /// The same bytes at the same offset, with the other mapping, if there is one.
+    /// The same bytes at the same offset with the other mapping, if there is one.
     pub other: Option<OwnedFd>,
     /// The properties of the export.
     pub receipt: Receipt,
@@ -167,11 +170,12 @@ impl fmt::Debug for Descriptors {
 }
 
 impl Descriptors {
-    /// Checks the descriptors that a runtime gave, and sets close-on-exec. `memory` copies from the dma-buf's beginning
-    /// on; the receipt has the bytes beside the range.
+    /// Checks the descriptors of a runtime, and sets close-on-exec. `memory` copies to and from
+    /// the dma-buf, with offsets from the dma-buf's start. The receipt has the bytes around the
+    /// range.
     ///
     /// # Errors
-    /// [`BufferError::OutOfRange`] where a dma-buf has less than that.
+    /// [`BufferError::OutOfRange`] if a dma-buf is smaller than the range and these bytes.
     pub(super) fn checked(
         of: Allocated,
         fd: OwnedFd,
@@ -207,28 +211,31 @@ impl Descriptors {
         })
     }
 
-    /// The copies of the runtime, for a [`Buffer`] that is made of the descriptor elsewhere. Offsets count from the
-    /// dma-buf's beginning.
+    /// The copies of the runtime, for a [`Buffer`] that another library makes of the
+    /// descriptor. Offsets count from the dma-buf's start.
     pub fn stage(&self) -> impl Stage + use<> {
         ByRuntime(self.memory.clone())
     }
 
-    /// The range as a buffer's, whose bytes the processor copies by the runtime.
+    /// Makes a buffer's range, whose bytes the CPU copies through the runtime.
     ///
     /// # Errors
-    /// [`BufferError::NotADmaBuf`], or the call that failed. The descriptors are closed then.
+    /// [`BufferError::NotADmaBuf`], or the call that failed. The descriptors are closed in both
+    /// cases.
     pub fn into_buffer(self) -> Result<Exported, ExportError> {
         let (name, device, memory) = (self.name, self.receipt.device, self.memory);
         let (offset, length) = (self.offset, self.length);
         let range = |fd: OwnedFd| -> Result<BufferRange, BufferError> {
             let provenance = Provenance {
-                // Where the bytes are is found out by whoever attaches it: drivers have exported memory of the system.
+                // The importer finds out the location of the bytes: drivers have exported
+                // system memory.
                 kind: Kind::Other,
                 device,
                 bar: None,
                 name: name.clone(),
             };
-            // One GPU's memory need not be alike: nothing that was proved of other buffers is believed of this one.
+            // Memory of one GPU can differ, so proofs about other buffers must not apply to
+            // this one.
             let buffer = Buffer::from_dmabuf(DmaBuf::from_fd(fd)?, provenance).without_voucher();
             let buffer = buffer.with_stage(ByRuntime(memory.clone()));
             buffer.range(offset, length)
@@ -248,12 +255,13 @@ fn close_on_exec(fd: impl AsFd) -> rustix::io::Result<()> {
     fcntl_setfd(fd, flags | FdFlags::CLOEXEC)
 }
 
-/// A GPU's memory as a buffer.
+/// GPU memory as a buffer.
 #[non_exhaustive]
 pub struct Exported {
-    /// The memory that was asked for, at its exact offset in the dma-buf.
+    /// The requested memory, at its exact offset in the dma-buf.
     pub range: BufferRange,
-    /// The same bytes, with the other mapping, if there is one: for an importer that refuses the first.
+    /// The same bytes with the other mapping, if there is one, for importers that refuse the
+    /// first.
     pub other: Option<BufferRange>,
     /// The properties of the export.
     pub receipt: Receipt,
@@ -272,15 +280,16 @@ impl fmt::Debug for Exported {
 }
 
 impl Exported {
-    /// The range's address, as the runtime has it: what a kernel is given.
+    /// The range's address in the runtime, for kernel launches.
     pub fn pointer(&self) -> u64 {
         self.pointer
     }
 
-    /// Waits until the GPU itself sees what other devices wrote into its memory (`cuFlushGPUDirectRDMAWrites`). Call it
-    /// between a device's write and the launch of a kernel that reads.
+    /// Waits until the GPU itself sees the writes of other devices to its memory
+    /// (`cuFlushGPUDirectRDMAWrites`). Call this between a device's write and the launch of a
+    /// kernel that reads.
     ///
-    /// Copies of the range by the processor do so themselves.
+    /// Copies of the range by the CPU include this wait.
     ///
     /// # Errors
     /// [`ExportError::Runtime`].
@@ -292,13 +301,13 @@ impl Exported {
     }
 }
 
-/// How many bytes a dma-buf has. `object` is what it is of.
+/// The size of a dma-buf in bytes. `object` names the buffer in errors.
 pub(super) fn size_of(fd: &OwnedFd, object: &str) -> Result<u64, ExportError> {
     rustix::fs::seek(fd, rustix::fs::SeekFrom::End(0))
         .map_err(|errno| plain(SystemError::new("lseek", object, errno)))
 }
 
-/// A runtime's refusal.
+/// The error for a runtime's refusal.
 pub(super) fn refused(failed: &Failed, object: String, hint: String) -> ExportError {
     ExportError::Runtime {
         call: failed.call,
@@ -308,7 +317,8 @@ pub(super) fn refused(failed: &Failed, object: String, hint: String) -> ExportEr
     }
 }
 
-/// The bytes before and after a range that complete its first and last page; `None` past the end of all addresses.
+/// The number of bytes before and after a range that complete its first and last page; `None`
+/// if the end exceeds the address space.
 pub(super) fn to_pages(pointer: u64, length: u64, page: u64) -> Option<(u64, u64)> {
     let before = pointer % page;
     let end = pointer.checked_add(length)?;

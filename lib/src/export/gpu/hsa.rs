@@ -1,4 +1,4 @@
-//! ROCm: exports by its runtime, HSA (`hsa_ext_amd.h`).
+//! ROCm: exports through its runtime, HSA (`hsa_ext_amd.h`).
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -25,21 +25,22 @@ impl Copies for Whole {
     }
 
     fn flush(&self) -> Result<(), Failed> {
-        // The runtime has no such call: its copies and kernels acquire what devices wrote.
+        // The runtime has no such call: its copies and kernels acquire the writes of devices.
         Ok(())
     }
 }
 
-/// How many GPUs there are.
+/// Number of GPUs.
 pub(super) fn devices() -> Result<u32, String> {
     let count = Hsa::open()?.devices();
     count.map_err(|failed| format!("{}: {failed}", failed.call))
 }
 
-/// Exports what is at an address.
+/// Exports the memory at an address.
 ///
 /// # Errors
-/// Outside: why it is not HSA's. Inside: why HSA's memory could not be exported.
+/// The outer error: why the memory is not HSA's. The inner error: why HSA's memory could not be
+/// exported.
 pub(super) fn find(memory: Allocated) -> Result<Result<Descriptors, ExportError>, String> {
     match hsa::memory(memory.pointer)? {
         None => Err("no memory of its".to_owned()),
@@ -89,7 +90,7 @@ fn export(hsa: Hsa, range: Allocated, found: Memory) -> Result<Descriptors, Expo
         refused(&failed, object.clone(), hint)
     })?;
     let size = size_of(&fd, &object)?;
-    // The descriptor is of the whole memory that the allocation was taken from, which may begin before it.
+    // The descriptor covers the whole memory around the allocation, which may begin before it.
     let after = offset
         .checked_add(range.length)
         .and_then(|end| size.checked_sub(end));
@@ -108,7 +109,7 @@ fn export(hsa: Hsa, range: Allocated, found: Memory) -> Result<Descriptors, Expo
         both: false,
         added_before: offset,
         added_after: after,
-        // hsa_memory_copy returns when the bytes are there.
+        // hsa_memory_copy returns when the copy is complete.
         ordered: true,
         notes,
     };
@@ -119,8 +120,9 @@ fn export(hsa: Hsa, range: Allocated, found: Memory) -> Result<Descriptors, Expo
 
 type Got = (Mapping, OwnedFd, u64);
 
-/// By PCIe, then as the driver chooses, then by the call that versions before ROCm 7.1 have. The flag gives no other
-/// descriptor: it is refused where the GPU's memory is not all in its BAR.
+/// Tries the PCIe mapping, then the driver's choice, then the call of versions before ROCm 7.1.
+/// The flag returns no other descriptor. The runtime refuses the flag if the GPU's memory is
+/// not all in its BAR.
 fn by_best_mapping(hsa: &Hsa, range: Allocated, notes: &mut Vec<String>) -> Result<Got, Failed> {
     for (mapping, flags) in [(Mapping::Pcie, MAPPING_PCIE), (Mapping::Driver, 0)] {
         match hsa.export(range, Some(flags)) {
@@ -137,7 +139,7 @@ fn by_best_mapping(hsa: &Hsa, range: Allocated, notes: &mut Vec<String>) -> Resu
     Ok((Mapping::Driver, fd, offset))
 }
 
-/// The address of a domain, and of bus, device and function in 16 bits.
+/// The PCI address, from a domain, and a bus, device and function packed into 16 bits.
 fn address((domain, at): (u32, u32)) -> Option<PciAddress> {
     let (bus, device, function) = (at >> 8 & 0xff, at >> 3 & 0x1f, at & 7);
     let text = format!("{domain:04x}:{bus:02x}:{device:02x}.{function}");

@@ -1,4 +1,4 @@
-//! Level Zero: exports by `zeMemGetAllocProperties` (`ze_api.h`).
+//! Level Zero: exports through `zeMemGetAllocProperties` (`ze_api.h`).
 
 use std::sync::Arc;
 
@@ -12,7 +12,7 @@ use crate::topology::PciAddress;
 struct Whole {
     copier: Copier,
     memory: Allocated,
-    /// The allocation, if it was made here.
+    /// The allocation, if this crate made it.
     _block: Option<Block>,
 }
 
@@ -26,20 +26,22 @@ impl Copies for Whole {
     }
 
     fn flush(&self) -> Result<(), Failed> {
-        // There is no such call: a command list begins with what devices wrote.
+        // The API has no such call: a command list begins with an acquire of the devices'
+        // writes.
         Ok(())
     }
 }
 
-/// How many devices there are.
+/// Number of devices.
 pub(super) fn devices() -> Result<u32, String> {
     level_zero::devices()
 }
 
-/// Exports what is at an address.
+/// Exports the memory at an address.
 ///
 /// # Errors
-/// Outside: why it is not Level Zero's. Inside: why its memory could not be exported.
+/// The outer error: why the memory is not Level Zero's. The inner error: why its memory could
+/// not be exported.
 pub(super) fn find(memory: Allocated) -> Result<Result<Descriptors, ExportError>, String> {
     let found = level_zero::memory(memory.pointer)?;
     let found = found.ok_or_else(|| "no memory of its".to_owned())?;
@@ -124,7 +126,8 @@ fn export(
         let call = "zeMemGetAllocProperties(EXTERNAL_MEMORY_EXPORT_FD)";
         not_this(call, "success, and no descriptor", NAMED)
     })?;
-    // Memory whose type was not named may give a descriptor of something else, which shows in its size at best.
+    // Memory that was not allocated for export may return a descriptor of something else. At
+    // best its size reveals that.
     let size = size_of(&fd, &object)?;
     if size < allocation {
         let call = "zeMemGetAllocProperties(EXTERNAL_MEMORY_EXPORT_FD)";
@@ -138,7 +141,7 @@ fn export(
         both: false,
         added_before: offset,
         added_after: after,
-        // The list of copies is synchronous.
+        // The command list for copies is synchronous.
         ordered: true,
         notes: Vec::new(),
     };

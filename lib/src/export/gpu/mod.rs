@@ -1,21 +1,25 @@
-//! Memory that a GPU program has: a pointer of `cuMemAlloc`, `cudaMalloc`, a PyTorch tensor.
+//! Memory of a GPU program: a pointer of `cuMemAlloc`, `cudaMalloc`, or a PyTorch tensor.
 //!
-//! The program says where its memory is, and peerbuf asks each runtime that can be opened whose it is
-//! ([`Runtime::ALL`]), exports it as a dma-buf, and gives a buffer's range with the exact offset ([`buffer_of`]).
-//! The rules of an export differ by runtime, driver and machine; [`Receipt`] says which mapping was got.
+//! The program passes an address, and [`buffer_of`] asks each runtime that can be opened
+//! whether it owns the address ([`Runtime::ALL`]). The owner exports the memory as a dma-buf,
+//! and [`buffer_of`] returns a range of a buffer with the exact offset. The rules of an export
+//! differ by runtime, driver and machine. [`Receipt`] names the mapping.
 //!
-//! - The runtimes are opened when they are needed, and never linked: a machine without one lacks that one only.
-//! - CUDA's memory is exported by whole pages of the machine; the range keeps the remainder as its offset. The mapping
-//!   by PCIe comes first, and a descriptor of the driver's own choice is kept beside it where there are both.
-//! - ROCm and Level Zero export whole allocations; the range has its offset in that. Level Zero exports only what was
-//!   allocated for it.
-//! - Few of these buffers can be mapped. The runtime's own copies are the buffer's [`Stage`](crate::buffer::Stage), so
-//!   that staged transfers and proofs work without a mapping.
-//! - A driver may say yes and put the bytes into system memory. A transfer's plan says which path was proved;
-//!   `import::probe` says which addresses an importer gets.
+//! - The runtimes are opened on first use and never linked. A machine without one lacks only
+//!   that one.
+//! - CUDA exports whole pages of the machine. The range has the remainder as its offset. The
+//!   PCIe mapping comes first, and the driver's choice is kept as a second descriptor if both
+//!   exist.
+//! - ROCm and Level Zero export whole allocations. The range has its offset in the allocation.
+//!   Level Zero exports only memory that was allocated for export.
+//! - Few of these buffers can be mapped. The runtime's own copies are the buffer's
+//!   [`Stage`](crate::buffer::Stage), so staged transfers and proofs work without a mapping.
+//! - A driver may report success and put the bytes into system memory. A transfer's plan names
+//!   the proved path. `import::probe` reports the addresses that an importer gets.
 //!
-//! No machine with a GPU has run this yet. The tests run it against *stand-ins*, libraries of the runtimes' names that
-//! answer as the runtimes are documented and reported to. `docs/gpu.md` says which rule has which test.
+//! No machine with a GPU has run this module yet. The tests use *stand-ins*: libraries with the
+//! names of the runtimes that behave as the runtimes are documented and reported to.
+//! `docs/gpu.md` lists the test of each rule.
 //!
 //! ```no_run
 //! use peerbuf::export::gpu;
@@ -44,9 +48,9 @@ pub use found::{Descriptors, Exported, Mapping, Receipt, Runtime};
 
 type Find = fn(Allocated) -> Result<Result<Descriptors, ExportError>, String>;
 
-/// Exports the memory that a GPU program has at an address, as a buffer.
+/// Exports the memory at an address of a GPU program, as a buffer.
 ///
-/// `pointer` is an address as the runtime gives it, at any place within an allocation; `length` is in bytes.
+/// `pointer` is an address of the runtime, anywhere in an allocation. `length` is in bytes.
 ///
 /// ```no_run
 /// # fn example(tensor: u64) -> Result<(), Box<dyn std::error::Error>> {
@@ -59,29 +63,31 @@ type Find = fn(Allocated) -> Result<Result<Descriptors, ExportError>, String>;
 /// ```
 ///
 /// # Errors
-/// [`ExportError::NotGpuMemory`], which names each library that was tried; [`ExportError::Runtime`] with what the
-/// runtime said, what usually causes it, and what to do; [`ExportError::Unsuitable`] for a length of 0;
-/// [`ExportError::Buffer`] where what the runtime gave is no dma-buf, or smaller than the range.
+/// [`ExportError::NotGpuMemory`], which names each library that was tried;
+/// [`ExportError::Runtime`] with the runtime's answer, its usual cause and the remedy;
+/// [`ExportError::Unsuitable`] for a length of 0; [`ExportError::Buffer`] if the runtime's
+/// descriptor is not a dma-buf, or smaller than the range.
 ///
 /// # Safety
-/// If it is a runtime's memory, the allocation that has these bytes is freed after the buffer, and all that is made of
-/// it, is dropped: copies by the runtime take addresses on trust. That the program's own work on the memory is in
-/// order with the devices' is no question of safety, but of the bytes.
+/// If a runtime owns the memory, the allocation must stay until the buffer and everything made
+/// from it are dropped, because the runtime's copies do not check addresses. Unordered work of
+/// the program and of devices on the memory is safe, but makes the bytes undefined.
 #[doc(alias = "cuMemGetHandleForAddressRange")]
-// Nothing unsafe is done here: the caller's word is passed on.
+// This function does nothing unsafe itself: it passes on the caller's guarantee.
 #[allow(unsafe_code)]
 pub unsafe fn buffer_of(pointer: u64, length: u64) -> Result<Exported, ExportError> {
-    // SAFETY: the caller's word.
+    // SAFETY: the caller guarantees the lifetime of the allocation.
     unsafe { descriptors_of(pointer, length) }?.into_buffer()
 }
 
-/// Exports the memory that a GPU program has at an address, as bare descriptors, for a library that takes those.
+/// Exports the memory at an address of a GPU program, as bare descriptors for another library.
 ///
 /// # Errors
-/// As [`buffer_of`], but whether they are dma-bufs is not looked at.
+/// As [`buffer_of`], without a check that the descriptors are dma-bufs.
 ///
 /// # Safety
-/// As [`buffer_of`], for what [`Descriptors::stage`] makes. The dma-bufs themselves keep their memory.
+/// As [`buffer_of`], for the values that [`Descriptors::stage`] returns. The dma-bufs
+/// themselves keep their memory alive.
 #[allow(unsafe_code)]
 pub unsafe fn descriptors_of(pointer: u64, length: u64) -> Result<Descriptors, ExportError> {
     if length == 0 || pointer.checked_add(length).is_none() {
@@ -91,7 +97,7 @@ pub unsafe fn descriptors_of(pointer: u64, length: u64) -> Result<Descriptors, E
             must: format!("at least 1, and the range from {pointer:#x} on end at an address"),
         });
     }
-    // SAFETY: the caller's word.
+    // SAFETY: the caller guarantees the lifetime of the allocation.
     let memory = unsafe { Allocated::at(pointer, length) };
     let mut asked = Vec::new();
     for runtime in Runtime::ALL {
@@ -108,14 +114,14 @@ pub unsafe fn descriptors_of(pointer: u64, length: u64) -> Result<Descriptors, E
     Err(ExportError::NotGpuMemory { pointer, asked })
 }
 
-/// Allocates `length` bytes on a GPU and exports them: for a program that has no GPU memory of its own. `device` is the
-/// runtime's number, from 0 on. The range begins at the buffer's beginning, and the memory is freed when the last handle
-/// of the buffer is dropped.
+/// Allocates `length` bytes on a GPU and exports them, for programs without GPU memory.
+/// `device` is the runtime's index, from 0. The range begins at the start of the buffer.
+/// Dropping the last handle of the buffer frees the memory.
 ///
 /// # Errors
-/// As [`buffer_of`]; [`ExportError::Runtime`] for a runtime that cannot be opened, a device that is not there, and
-/// memory that it does not have; [`ExportError::Unsuitable`] for ROCm, on which programs allocate from pools of their
-/// choice.
+/// As [`buffer_of`]; [`ExportError::Runtime`] for a runtime that cannot be opened, a device
+/// that does not exist, or too little memory; [`ExportError::Unsuitable`] for ROCm, whose
+/// programs choose a memory pool themselves.
 pub fn allocate(runtime: Runtime, device: u32, length: u64) -> Result<Exported, ExportError> {
     let allocated = match runtime {
         Runtime::Cuda => cuda::allocate(device, length),
@@ -130,7 +136,7 @@ pub fn allocate(runtime: Runtime, device: u32, length: u64) -> Result<Exported, 
     allocated?.into_buffer()
 }
 
-/// Each runtime with the number of its devices, or why it cannot be used.
+/// Each runtime with the number of its devices, or the reason why it cannot be used.
 ///
 /// The call initialises the runtimes that can be opened. Some take a second.
 pub fn probe() -> Vec<(Runtime, Result<u32, String>)> {

@@ -23,7 +23,7 @@ pub enum Placement {
     Device,
     /// In system memory.
     System,
-    /// Some ranges here, some there.
+    /// Some ranges in the BAR, others in system memory.
     Mixed,
 }
 
@@ -61,45 +61,45 @@ pub enum MoveTo {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Moved {
-    /// The generation that the buffer has now; the one it had, if nothing had to move.
+    /// The buffer's generation; unchanged if nothing had to move.
     pub generation: u64,
-    /// Bytes that were copied.
+    /// Number of bytes copied.
     pub copied: u64,
 }
 
-/// How a revoke ended. From the call on, nobody gets new access.
+/// The result of a revoke. From the call on, nobody gets new access.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Revoked {
-    /// The generation that the buffer has now.
+    /// The buffer's generation after the revoke.
     pub generation: u64,
-    /// Mappings that importers still have.
+    /// Number of mappings that importers still have.
     pub mappings: u32,
-    /// Whether a fence is not signalled.
+    /// True if a fence has not signalled.
     pub fences: bool,
-    /// Pages that direct I/O still uses.
+    /// Number of pages that direct I/O still uses.
     pub pages: u64,
-    /// The importers that still hold a mapping; empty when nobody does.
+    /// The importers that still hold a mapping; empty if there are none.
     pub holders: Vec<Attachment>,
 }
 
 impl Revoked {
-    /// Whether nobody can reach the memory any more. If not, the time ran out; revoking again
-    /// waits again.
+    /// True if nobody can reach the memory any more. Otherwise the time limit has passed, and
+    /// another revoke waits again.
     pub fn is_complete(&self) -> bool {
         self.mappings == 0 && !self.fences && self.pages == 0
     }
 }
 
-/// Whether a buffer can be used.
+/// The state of a buffer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum State {
-    /// Yes.
+    /// The buffer can be used.
     Live,
-    /// Access was taken away, and can be given again.
+    /// Access was revoked and can be restored.
     Revoked,
-    /// Its device is gone.
+    /// The buffer's device is gone.
     Gone,
 }
 
@@ -107,7 +107,7 @@ pub enum State {
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Attachment {
-    /// Its device's name; a PCI address for PCI devices.
+    /// The name of the importer's device: a PCI address for PCI devices.
     pub device: String,
     /// The importer is dynamic: it has importer operations (`struct dma_buf_attach_ops`).
     pub dynamic: bool,
@@ -119,33 +119,33 @@ pub struct Attachment {
     pub needs_system: bool,
     /// The importer still has a mapping from before the last move or revoke.
     pub stale: bool,
-    /// Number of its mappings.
+    /// Number of the importer's mappings.
     pub mapped: u32,
-    /// Number of its pins.
+    /// Number of the importer's pins.
     pub pinned: u32,
-    /// The generation of its oldest mapping.
+    /// The generation of the importer's oldest mapping.
     pub generation: Option<u64>,
 }
 
-/// A run of a buffer's bytes in one place.
+/// A contiguous run of a buffer's bytes with one placement.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Piece {
-    /// Bytes.
+    /// Length in bytes.
     pub length: u64,
-    /// Its place in the BAR in bytes, kept also while the bytes are elsewhere.
+    /// The run's offset in the BAR in bytes, kept while the bytes are elsewhere.
     pub home: Option<u64>,
     /// The location of the bytes.
     pub placement: Placement,
 }
 
-/// The importer that was refused last.
+/// The last refused importer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Refusal {
-    /// Its device's name.
+    /// The name of the importer's device.
     pub device: String,
-    /// Why, in words.
+    /// The reason, in words.
     pub reason: &'static str,
     /// The error that the importer got.
     pub errno: Errno,
@@ -157,19 +157,19 @@ pub struct Refusal {
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Status {
-    /// Whether it can be used.
+    /// Whether the buffer can be used.
     pub state: State,
     /// The location of the bytes.
     pub placement: Placement,
-    /// Begins at 1 and rises with each move, revoke and restore.
+    /// The generation: starts at 1 and rises with each move, revoke and restore.
     pub generation: u64,
-    /// Its importers.
+    /// The buffer's importers.
     pub attachments: Vec<Attachment>,
-    /// Its parts, in order.
+    /// The buffer's runs, in order.
     pub pieces: Vec<Piece>,
-    /// Pins of all importers.
+    /// Number of pins of all importers.
     pub pins: u32,
-    /// The kernel has the buffer mapped.
+    /// The kernel has a mapping of the buffer.
     pub kernel_mapped: bool,
     /// Number of pages in use by processes' mappings or direct I/O.
     pub busy_pages: u64,
@@ -195,8 +195,8 @@ pub struct Watch {
 }
 
 impl Watch {
-    /// Waits for a change, at most `limit`. Returns how many there were since the last call; zero
-    /// if none came in time.
+    /// Waits for a change, at most `limit`. Returns the number of changes since the last call;
+    /// zero if none came in time.
     ///
     /// # Errors
     /// The error of `poll` or `read` on the eventfd.
@@ -229,16 +229,16 @@ impl AsFd for Watch {
     }
 }
 
-/// The most attachments or pieces that are asked for.
+/// Maximum number of attachments or pieces that a query asks for.
 const LIST: usize = 1 << 16;
 
 impl Device {
-    /// Exports several ranges as one buffer (`PEERBUF_IOC_EXPORT_RANGES`). The first range's place
-    /// is in the buffer's name.
+    /// Exports several ranges as one buffer (`PEERBUF_IOC_EXPORT_RANGES`). The buffer's name
+    /// contains the offset of the first range.
     ///
     /// # Errors
-    /// [`ExportError::System`] with the module's answer: as [`Device::export`], `EBUSY` also for
-    /// ranges that overlap, `ENOMEM` without enough system memory.
+    /// [`ExportError::System`] with the module's answer: as [`Device::export`], `EBUSY` also
+    /// for ranges that overlap, `ENOMEM` without enough system memory.
     pub fn export_ranges(&self, request: &RangesRequest) -> Result<Buffer, ExportError> {
         let info = self.query()?;
         let mut ranges: Vec<abi::Range> = request.ranges.iter().map(raw_range).collect();
@@ -272,14 +272,14 @@ impl Device {
         self.exported(fd, &info, request.bar, name)
     }
 
-    /// Moves a buffer that this device has exported (`PEERBUF_IOC_MOVE`). When it returns, every
-    /// byte is in the new place, and importers were told.
+    /// Moves a buffer of this device (`PEERBUF_IOC_MOVE`). On return every byte is in the new
+    /// place, and importers were notified.
     ///
     /// # Errors
-    /// The module's answer: `EBUSY` (pinned, mapped by the kernel, an importer needs it where it
-    /// is, or fences or direct I/O did not end within `limit`; the error names the importers),
-    /// `ENODEV` (revoked, or the device is gone), `ENOMEM`, `EINVAL` (not this device's buffer).
-    /// On error nothing has moved.
+    /// The module's answer: `EBUSY` (pinned, mapped by the kernel, required in place by an
+    /// importer, or fences or direct I/O did not end within `limit`; the error names the
+    /// importers), `ENODEV` (revoked, or the device is gone), `ENOMEM`, `EINVAL` (not a buffer
+    /// of this device). Nothing has moved on an error.
     pub fn move_buffer(
         &self,
         buffer: &DmaBuf,
@@ -289,11 +289,12 @@ impl Device {
         self.move_part(buffer, 0..buffer.size(), to, limit)
     }
 
-    /// Does the same as [`Device::move_buffer`] for a page-aligned part of the buffer; `part` is in bytes.
+    /// Like [`Device::move_buffer`], for a page-aligned part of the buffer. `part` is in bytes.
     ///
     /// # Errors
-    /// Those of [`Device::move_buffer`]; `EINVAL` also for a part that is empty, off a page or not
-    /// inside, `EOPNOTSUPP` for a move to the BAR of a range without a place there.
+    /// As [`Device::move_buffer`]; `EINVAL` also for a part that is empty, not page-aligned or
+    /// outside the buffer, `EOPNOTSUPP` for a move to the BAR of a range without a place in the
+    /// BAR.
     pub fn move_part(
         &self,
         buffer: &DmaBuf,
@@ -303,7 +304,7 @@ impl Device {
     ) -> Result<Moved, ControlError> {
         let length = part.end.saturating_sub(part.start);
         if length == 0 {
-            // The module takes zero for all that follows.
+            // The module reads a length of zero as the rest of the buffer.
             return Err(self.failed("ioctl(PEERBUF_IOC_MOVE)", buffer, Errno::INVAL));
         }
         let mut argument = abi::Move {
@@ -325,11 +326,11 @@ impl Device {
         })
     }
 
-    /// Takes access to a buffer away (`PEERBUF_IOC_REVOKE`): processes get `SIGBUS`, importers
-    /// `ENODEV`. Waits at most `limit` for those who have access.
+    /// Revokes access to a buffer (`PEERBUF_IOC_REVOKE`): processes get `SIGBUS`, importers get
+    /// `ENODEV`. Waits at most `limit` for the holders of access.
     ///
     /// # Errors
-    /// The module's answer, such as `EINVAL` for a buffer that is not this device's.
+    /// The module's answer, such as `EINVAL` for a buffer of another device.
     pub fn revoke(&self, buffer: &DmaBuf, limit: Duration) -> Result<Revoked, ControlError> {
         let mut argument = abi::Revoke {
             fd: buffer.as_fd().as_raw_fd(),
@@ -352,11 +353,12 @@ impl Device {
         })
     }
 
-    /// Gives access to a revoked buffer again (`PEERBUF_IOC_RESTORE`). Returns its generation.
+    /// Restores access to a revoked buffer (`PEERBUF_IOC_RESTORE`). Returns the buffer's
+    /// generation.
     ///
     /// # Errors
-    /// The module's answer: `EBUSY` (somebody still has access from before), `EALREADY` (it is not
-    /// revoked), `ENODEV` (the device is gone), `EINVAL`.
+    /// The module's answer: `EBUSY` (a holder still has access from before the revoke),
+    /// `EALREADY` (the buffer is not revoked), `ENODEV` (the device is gone), `EINVAL`.
     pub fn restore(&self, buffer: &DmaBuf) -> Result<u64, ControlError> {
         let mut argument = abi::Restore {
             fd: buffer.as_fd().as_raw_fd(),
@@ -388,7 +390,7 @@ impl Device {
     /// Queries a buffer's location, users and history (`PEERBUF_IOC_BUFFER`).
     ///
     /// # Errors
-    /// The module's answer, such as `EINVAL` for a buffer that is not this device's.
+    /// The module's answer, such as `EINVAL` for a buffer of another device.
     pub fn status(&self, buffer: &DmaBuf) -> Result<Status, ControlError> {
         let (mut attachments, mut pieces) = (Vec::new(), Vec::new());
         let query = loop {
@@ -404,7 +406,7 @@ impl Device {
                 pieces.truncate(has.1);
                 break query;
             }
-            // Some room for those that come meanwhile.
+            // Extra room for attachments that arrive meanwhile.
             attachments.resize(has.0 + 8, abi::Attachment::zeroed());
             pieces.resize(has.1 + 8, abi::Piece::zeroed());
         };
@@ -435,7 +437,7 @@ impl Device {
         })
     }
 
-    /// An error with what is known about its reason.
+    /// An error with a hint about its reason.
     fn failed(&self, call: &'static str, buffer: &DmaBuf, errno: Errno) -> ControlError {
         let object = format!("{} through {}", buffer.exporter(), self.path.display());
         let hint = if errno == Errno::BUSY {
@@ -451,7 +453,8 @@ impl Device {
         }
     }
 
-    /// Lists the importers that may have blocked the call. The list is read afterwards and may have changed.
+    /// Lists the importers that may have blocked the call. The list comes from a later query,
+    /// so it may have changed.
     fn who_is_busy(&self, buffer: &DmaBuf) -> String {
         let Ok(status) = self.status(buffer) else {
             return String::new();
@@ -491,7 +494,7 @@ impl Device {
 }
 
 fn milliseconds(limit: Duration) -> u32 {
-    // Rounded up, so that a limit above zero is never none.
+    // Rounded up, so that a limit above zero never becomes zero.
     u32::try_from(limit.as_nanos().div_ceil(1_000_000)).unwrap_or(u32::MAX)
 }
 

@@ -9,12 +9,12 @@ pub enum RangeRequest {
     Bar {
         /// Offset in bytes; `None` lets the module choose.
         offset: Option<u64>,
-        /// Bytes.
+        /// Length in bytes.
         length: u64,
     },
     /// In system memory, with no place in the BAR.
     System {
-        /// Bytes.
+        /// Length in bytes.
         length: u64,
     },
 }
@@ -26,11 +26,12 @@ pub struct RangesRequest {
     pub bar: u8,
     /// The ranges, in the buffer's order.
     pub ranges: Vec<RangeRequest>,
-    /// The buffer moves to system memory for importers that cannot use the BAR, instead of
-    /// refusing them.
+    /// True if the buffer moves to system memory for importers that cannot use the BAR.
+    /// Otherwise such importers are refused.
     pub may_move: bool,
-    /// Devices may only read the bytes: a mapping by which one could write is refused (`EACCES`). RDMA cards
-    /// and graphics drivers always map in both directions, so they cannot use such a buffer.
+    /// True if devices may only read the bytes. The module then refuses mappings for writing
+    /// (`EACCES`). RDMA cards and graphics drivers always map in both directions, so they
+    /// cannot use such a buffer.
     pub devices_read: bool,
     /// The access that the descriptor allows.
     pub access: Access,
