@@ -1,8 +1,8 @@
 //! Errors, one type per operation.
 //!
-//! Each names the call that failed and the object it failed on, and keeps the error number, which
-//! `errno()` gives. All may grow variants. Each becomes a [`std::io::Error`] with `?`, as those of
-//! [`peerbuf_core::error`] do.
+//! Each error names the failed call and the object of the call, and keeps the error number,
+//! which `errno()` returns. All errors may get further variants. `?` converts each into a
+//! [`std::io::Error`], like the errors of [`peerbuf_core::error`].
 
 use std::io::ErrorKind;
 use std::time::Duration;
@@ -13,14 +13,14 @@ use peerbuf_core::into_io_error;
 
 pub use peerbuf_core::error::{BufferError, SystemError};
 
-/// Why an exported buffer could not be moved, revoked, restored, watched or asked about.
+/// The error of moving, revoking, restoring, watching or querying an exported buffer.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{cause}{hint}")]
 #[non_exhaustive]
 pub struct ControlError {
     /// The call that failed.
     pub cause: SystemError,
-    /// A hint about the cause, such as the buffer's users; empty, or it begins with a colon.
+    /// A hint about the cause, such as the buffer's users. Empty, or starts with a colon.
     pub hint: String,
 }
 
@@ -33,12 +33,12 @@ impl ControlError {
 
 into_io_error!(ControlError, |_| ErrorKind::Other);
 
-/// Something that this machine lacks: what was tried, what came back, and what would help.
+/// A requirement that this machine lacks: the failed call, its error, and the remedy.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{what}: {cause}; {remedy}")]
 #[non_exhaustive]
 pub struct Unavailable {
-    /// The exporter or importer that cannot be used, such as `udmabuf`.
+    /// The exporter or importer that is unavailable, such as `udmabuf`.
     pub what: &'static str,
     /// The call that failed, its object, and the error.
     pub cause: SystemError,
@@ -47,7 +47,8 @@ pub struct Unavailable {
 }
 
 impl Unavailable {
-    /// `what` cannot be used, because of `cause`; `remedy` would change that.
+    /// Makes an error: `what` is unavailable because of `cause`, and `remedy` would change
+    /// that.
     pub fn new(what: &'static str, cause: SystemError, remedy: impl Into<String>) -> Unavailable {
         Unavailable {
             what,
@@ -64,7 +65,7 @@ impl Unavailable {
 
 into_io_error!(Unavailable, |_| ErrorKind::Other);
 
-/// A call of Vulkan's that failed: which one, on what, and how.
+/// A failed Vulkan call, with its object and its result.
 #[cfg(feature = "vulkan")]
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{call} on {object}: {result:?}{hint}")]
@@ -72,11 +73,11 @@ into_io_error!(Unavailable, |_| ErrorKind::Other);
 pub struct VulkanError {
     /// The call, such as `vkAllocateMemory`.
     pub call: &'static str,
-    /// What it was called for: a buffer's or a device's name.
+    /// The object of the call: a buffer's or a device's name.
     pub object: String,
-    /// What the driver answered.
+    /// The driver's result.
     pub result: ash::vk::Result,
-    /// What is known about why; empty, or it begins with a colon.
+    /// A hint about the cause. Empty, or starts with a colon.
     pub hint: String,
 }
 
@@ -100,7 +101,7 @@ impl VulkanError {
         self
     }
 
-    /// Vulkan's answers are no error numbers.
+    /// Always `None`: Vulkan's results are not error numbers.
     pub fn errno(&self) -> Option<Errno> {
         None
     }
@@ -109,25 +110,25 @@ impl VulkanError {
 #[cfg(feature = "vulkan")]
 into_io_error!(VulkanError, |_| ErrorKind::Other);
 
-/// Why a buffer could not be exported.
+/// The error of exporting a buffer.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ExportError {
-    /// The machine lacks what this exporter needs.
+    /// The machine lacks a requirement of this exporter.
     #[error(transparent)]
     Unavailable(#[from] Unavailable),
-    /// A call failed. `hint` says what usually causes it, and may be empty.
+    /// A call failed. `hint` names the usual cause and may be empty.
     #[error("{cause}{hint}")]
     System {
         /// The call that failed.
         cause: SystemError,
-        /// Starts with `: ` where it says something.
+        /// Empty, or starts with `: `.
         hint: String,
     },
-    /// A length or offset that the exporter cannot serve.
+    /// A length or an offset that the exporter does not support.
     #[error("{what} is {value}, but must be {must}")]
     Unsuitable {
-        /// Which value.
+        /// The name of the value.
         what: &'static str,
         /// The value.
         value: u64,
@@ -146,19 +147,19 @@ pub enum ExportError {
         /// The library's version.
         known: u32,
     },
-    /// A GPU's runtime refused, which has error codes of its own.
+    /// A GPU's runtime refused, with its own error code.
     #[error("{call} on {object}: {answer}{hint}")]
     Runtime {
         /// The runtime's function.
         call: &'static str,
-        /// What it was called on: an address and a length, or a device.
+        /// The object of the call: an address and a length, or a device.
         object: String,
         /// The code's name and number.
         answer: String,
-        /// What usually causes it, and what to do. Starts with `: ` where it says something.
+        /// The usual cause and the remedy. Empty, or starts with `: `.
         hint: String,
     },
-    /// An address that is in no memory of a GPU's runtime that could be asked.
+    /// An address that belongs to no memory of the available GPU runtimes.
     #[error(
         "{pointer:#x} is in no memory of a GPU's runtime that is here; asked: {}",
         asked.join("; ")
@@ -166,13 +167,13 @@ pub enum ExportError {
     NotGpuMemory {
         /// The address.
         pointer: u64,
-        /// Each runtime, its library, and the answer.
+        /// Each runtime with its library and its answer.
         asked: Vec<String>,
     },
     /// The exported buffer could not be used.
     #[error(transparent)]
     Buffer(#[from] BufferError),
-    /// A call of Vulkan's failed.
+    /// A Vulkan call failed.
     #[cfg(feature = "vulkan")]
     #[error(transparent)]
     Vulkan(#[from] VulkanError),
@@ -201,11 +202,11 @@ into_io_error!(ExportError, |error| match error {
     _ => ErrorKind::Other,
 });
 
-/// Why the kernel could not be asked what it would give an importer, or what it answered.
+/// The error of asking the kernel for an importer's mapping.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ProbeError {
-    /// There is no importer that may be used.
+    /// The importer is unavailable.
     #[error("peerbuf_probe.ko: {cause}; {remedy}")]
     Unavailable {
         /// The call that failed.
@@ -213,12 +214,12 @@ pub enum ProbeError {
         /// The remedy.
         remedy: &'static str,
     },
-    /// A call failed. `hint` says what the number means here, and may be empty.
+    /// A call failed. `hint` explains the error number here and may be empty.
     #[error("{cause}{hint}")]
     System {
         /// The call that failed.
         cause: SystemError,
-        /// Starts with `: ` where it says something.
+        /// Empty, or starts with `: `.
         hint: &'static str,
     },
 }
@@ -236,17 +237,17 @@ impl ProbeError {
 
 into_io_error!(ProbeError, |_| ErrorKind::Other);
 
-/// Why a buffer could not be handed over or taken.
+/// The error of sharing a buffer with another process.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ShareError {
     /// A system call failed.
     #[error(transparent)]
     System(#[from] SystemError),
-    /// The other end closed the socket or died.
+    /// The peer closed the socket or died.
     #[error("the peer has gone")]
     PeerGone,
-    /// The kernel cut the message: it, or the descriptors in it, did not fit.
+    /// The kernel truncated the message: the message or its descriptors did not fit.
     #[error("a message was truncated: {what}")]
     Truncated {
         /// The truncated part.
@@ -255,7 +256,7 @@ pub enum ShareError {
     /// A message that breaks the protocol. Its descriptors have been closed.
     #[error("a malformed message: {what}")]
     Malformed {
-        /// The rule it breaks.
+        /// The rule that the message breaks.
         what: String,
     },
     /// The socket is of the wrong kind.
@@ -269,10 +270,10 @@ pub enum ShareError {
         /// The object, such as `a subscriber`.
         what: &'static str,
     },
-    /// The publisher closed the connection, and said why.
+    /// The publisher closed the connection and sent a reason.
     #[error("the publisher cut this subscriber off: {why}")]
     CutOff {
-        /// Why, such as `it did not return a buffer in time`.
+        /// The reason, such as `it did not return a buffer in time`.
         why: &'static str,
     },
     /// A wait timed out.
@@ -280,16 +281,16 @@ pub enum ShareError {
     TimedOut {
         /// The awaited event.
         what: String,
-        /// How long.
+        /// The time limit.
         limit: Duration,
     },
-    /// There is no such buffer, or not any more.
+    /// There is no such buffer, or no longer.
     #[error("no buffer is published as {name}")]
     Unknown {
         /// The requested name.
         name: String,
     },
-    /// A buffer cannot be published as this.
+    /// The name is not valid for publishing.
     #[error("{name:?} cannot be published: {why}")]
     Name {
         /// The name.
@@ -297,7 +298,7 @@ pub enum ShareError {
         /// The rule that it breaks.
         why: &'static str,
     },
-    /// The buffer is lent to this process, so it is not this process' to hand over.
+    /// The buffer is lent to this process, which therefore may not pass it on.
     #[error(
         "{name} is lent to this process and cannot be passed on, because its publisher could not revoke it: \
          subscribe in the other process, too, or copy the bytes"
@@ -306,7 +307,7 @@ pub enum ShareError {
         /// The buffer.
         name: String,
     },
-    /// The publisher itself still uses the generation that is to be given up.
+    /// The publisher itself still uses the generation that is to be replaced.
     #[error("{name} cannot move: this process still holds clones or mappings of it")]
     StillInUse {
         /// The buffer's published name.
@@ -317,7 +318,7 @@ pub enum ShareError {
     DeviceBusy {
         /// The buffer's published name.
         name: String,
-        /// How long it was waited for.
+        /// The time limit.
         limit: Duration,
     },
     /// A backing could not make the next generation.
@@ -329,10 +330,10 @@ pub enum ShareError {
     /// The next generation could not be exported.
     #[error(transparent)]
     Export(#[from] ExportError),
-    /// The kernel could not move a buffer, or take it back.
+    /// The kernel could not move or revoke a buffer.
     #[error(transparent)]
     Control(#[from] ControlError),
-    /// The buffer in the message could not be used, or the one to be sent cannot be.
+    /// The buffer of the message is unusable, or the buffer to be sent is.
     #[error(transparent)]
     Buffer(#[from] BufferError),
 }
@@ -349,8 +350,8 @@ impl ShareError {
         }
     }
 
-    /// True when the process, its user or the machine had no descriptors or memory left. The same
-    /// call may work after a while.
+    /// True if the process, its user or the machine ran out of descriptors or memory. The same
+    /// call may succeed later.
     pub fn is_shortage(&self) -> bool {
         use rustix::io::Errno as Number;
         let short = [
@@ -369,7 +370,7 @@ impl ShareError {
         }
     }
 
-    /// True when a call on a socket that does not wait would have had to.
+    /// True if a call on a non-blocking socket would have had to wait.
     #[cfg(feature = "share")]
     pub(crate) fn would_wait(&self) -> bool {
         matches!(self, ShareError::System(SystemError { errno, .. }) if *errno == Errno::AGAIN)
@@ -386,11 +387,11 @@ into_io_error!(ShareError, |error| match error {
     _ => ErrorKind::Other,
 });
 
-/// Why an importer did not take a buffer.
+/// The error of attaching a buffer to an importer.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ImportError {
-    /// The machine lacks what this importer needs.
+    /// The machine lacks a requirement of this importer.
     #[error(transparent)]
     Unavailable(#[from] Unavailable),
     /// A system call failed.
@@ -399,13 +400,13 @@ pub enum ImportError {
     /// The buffer could not be mapped or accessed.
     #[error(transparent)]
     Buffer(#[from] BufferError),
-    /// Bytes did not get from a file to the buffer or back.
+    /// A transfer between a file and the buffer failed.
     #[error(transparent)]
     Transfer(#[from] TransferError),
-    /// The kernel could not be asked, or said no.
+    /// The kernel could not be asked, or refused.
     #[error(transparent)]
     Probe(#[from] ProbeError),
-    /// A call of Vulkan's failed.
+    /// A Vulkan call failed.
     #[cfg(feature = "vulkan")]
     #[error(transparent)]
     Vulkan(#[from] VulkanError),
@@ -416,7 +417,7 @@ pub enum ImportError {
         importer: String,
         /// The buffer's name.
         buffer: String,
-        /// Which kind of reason, for programs.
+        /// The kind of reason, for programs.
         code: ReasonCode,
         /// The evidence, for people.
         evidence: String,
@@ -441,7 +442,7 @@ impl ImportError {
 
 into_io_error!(ImportError, |_| ErrorKind::Unsupported);
 
-/// Why bytes did not get from a file to a buffer or back.
+/// The error of a transfer between a file and a buffer.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum TransferError {
@@ -451,7 +452,7 @@ pub enum TransferError {
     /// The buffer could not be mapped or accessed.
     #[error(transparent)]
     Buffer(#[from] BufferError),
-    /// The file is not one that data can be moved to and from.
+    /// The object does not support data transfers.
     #[error("{object} is neither a regular file nor a block device")]
     NotAFile {
         /// The rejected object.
@@ -469,7 +470,8 @@ pub enum TransferError {
         /// The file.
         object: String,
     },
-    /// The file is open for appending: the kernel ignores the offset of a write through that descriptor.
+    /// The file is open for appending: the kernel ignores the offset of a write through that
+    /// descriptor.
     #[error(
         "{object} is open for appending (O_APPEND), so the kernel would put each write at its end: \
          open it without, or clear the flag (fcntl(F_SETFL))"
@@ -478,8 +480,8 @@ pub enum TransferError {
         /// The file.
         object: String,
     },
-    /// The file is open with `O_DIRECT` and cannot be opened again without it, so a part of a block cannot be
-    /// written.
+    /// The file is open with `O_DIRECT` and cannot be reopened without it, so part of a block
+    /// cannot be written.
     #[error(
         "{object} is open with O_DIRECT, which writes whole blocks of {block} bytes, but {length} bytes at offset \
          {offset} are only part of a block, and opening it without O_DIRECT failed: {cause}"
@@ -487,27 +489,27 @@ pub enum TransferError {
     WholeBlocksOnly {
         /// The file.
         object: String,
-        /// The size of a block in bytes.
+        /// The block size in bytes.
         block: u64,
         /// Offset of the first byte in the file.
         offset: u64,
-        /// Their number.
+        /// Number of bytes.
         length: u64,
-        /// Why there is no descriptor without `O_DIRECT`.
+        /// The reason why there is no descriptor without `O_DIRECT`.
         cause: SystemError,
     },
-    /// The file took fewer bytes than it was given, without an error.
+    /// The file accepted fewer bytes than requested, without an error.
     #[error(
         "wrote {written} of {wanted} bytes to {object}: a write at offset {offset} wrote nothing"
     )]
     ShortWrite {
         /// The file.
         object: String,
-        /// Offset in the file of the write that wrote nothing.
+        /// File offset of the write that wrote nothing.
         offset: u64,
-        /// Bytes that it took.
+        /// Number of bytes written.
         written: u64,
-        /// Bytes that it was given.
+        /// Number of bytes requested.
         wanted: u64,
     },
     /// A request failed on every remaining path. The other requests in flight have completed.
@@ -519,12 +521,12 @@ pub enum TransferError {
         offset: u64,
         /// The request's length in bytes.
         length: u64,
-        /// Bytes that have arrived, wherever.
+        /// Number of bytes that have arrived, in any place.
         arrived: u64,
-        /// Bytes that were to arrive.
+        /// Number of bytes requested.
         wanted: u64,
-        /// Bytes that have arrived without a gap from the beginning of the transfer: from here on it is taken
-        /// up again.
+        /// Number of bytes that have arrived without a gap from the start of the transfer. A
+        /// retry can resume here.
         prefix: u64,
     },
     /// The transfer was cancelled ([`Watch::cancel`](crate::transfer::Watch::cancel)).
@@ -532,24 +534,24 @@ pub enum TransferError {
     Cancelled {
         /// The file.
         object: String,
-        /// Bytes that have arrived, wherever.
+        /// Number of bytes that have arrived, in any place.
         arrived: u64,
-        /// Bytes that were to arrive.
+        /// Number of bytes requested.
         wanted: u64,
-        /// Bytes that have arrived without a gap from the beginning of the transfer.
+        /// Number of bytes that have arrived without a gap from the start of the transfer.
         prefix: u64,
     },
-    /// The file ended before as many bytes were read as were to be: it became shorter meanwhile.
+    /// The file ended early, because it shrank during the transfer.
     #[error("read {read} of {wanted} bytes from {object}, which became shorter")]
     ShortRead {
         /// The file.
         object: String,
-        /// Bytes that it gave.
+        /// Number of bytes read.
         read: u64,
-        /// Bytes that it was to give.
+        /// Number of bytes requested.
         wanted: u64,
     },
-    /// The caller insisted on a better path than there is.
+    /// The caller required a better path than the possible ones.
     #[error("only {} is possible: {plan}", plan.path)]
     PathTooPoor {
         /// The best possible path, and the reasons against better ones.

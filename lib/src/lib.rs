@@ -1,19 +1,20 @@
-//! Share one buffer between devices through dma-buf, and know how its bytes travel.
+//! Share one buffer between devices through dma-buf, and know the path of its bytes.
 //!
-//! A [`Buffer`] comes from an exporter ([`export`]), may be handed to another process
+//! A [`Buffer`] comes from an exporter ([`export`]), may be passed to another process
 //! ([`share`]), and is used by an importer ([`import`]). Between one exporter and one importer
-//! there is a [`plan::Path`], the best of three that really works:
+//! there is a [`plan::Path`], the best of three that is proved to work:
 //!
 //! 1. *peer to peer*: the importing device reads and writes the exporter's memory itself;
 //! 2. *shared host memory*: both devices use the same pages of system memory;
-//! 3. *staged copy*: the CPU carries the bytes through memory of its own.
+//! 3. *staged copy*: the CPU copies the bytes through a bounce buffer.
 //!
-//! The crate [`peerbuf_core`] has the dma-buf and the CPU's access to it, and is useful on its own. The crate
-//! `peerbuf-rdma` builds on this one and has importers for RDMA cards.
+//! The crate [`peerbuf_core`] has the dma-buf and the CPU's access to it, and is useful on its
+//! own. The crate `peerbuf-rdma` builds on this crate and has importers for RDMA cards.
 //!
-//! On some machines the kernel and the devices report success and no byte arrives. So peer-to-peer transfer
-//! carries data only after a proof: bytes were seen to arrive in the needed direction. The [`plan::Plan`] and
-//! the [`transfer::Receipt`] of every transfer name the path and the reasons against each better one.
+//! On some machines the kernel and the devices report success and no byte arrives. A
+//! peer-to-peer transfer therefore carries data only after a proof that bytes arrive in the
+//! needed direction. The [`plan::Plan`] and the [`transfer::Receipt`] of every transfer name
+//! the path and the reasons against each better one.
 //!
 //! ```
 //! use peerbuf::export::memfd;

@@ -1,9 +1,10 @@
-//! Paths, and plans as values: which path the bytes take, and the reasons against each better one.
-//! How a plan is made is in [`plan`](crate::plan).
+//! Paths and plans as values: the path of the bytes, and the reasons against each better one.
+//! [`plan`](crate::plan) makes plans.
 
 use std::fmt;
 
-/// How bytes travel between an exporter's memory and an importer. Better paths compare greater.
+/// The path of bytes between an exporter's memory and an importer. Better paths compare
+/// greater.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Path {
     /// The CPU copies the bytes through a bounce buffer in system memory. Always possible.
@@ -12,8 +13,8 @@ pub enum Path {
     StagedCopy,
     /// Exporter and importer use the same pages of system memory, without a copy.
     SharedHostMemory,
-    /// The importing device reads and writes the exporter's memory itself, without a copy and without
-    /// system memory.
+    /// The importing device reads and writes the exporter's memory itself, without a copy and
+    /// without system memory.
     PeerToPeer,
 }
 
@@ -34,8 +35,8 @@ impl fmt::Display for Path {
     }
 }
 
-/// Which way bytes go. A path is proved for each by itself: some machines pass peer writes and
-/// not peer reads.
+/// The direction of a transfer. Each direction needs its own proof: some machines pass peer
+/// writes and not peer reads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Direction {
     /// From the file or disk into the buffer.
@@ -53,33 +54,34 @@ impl fmt::Display for Direction {
     }
 }
 
-/// When a path is proved, and so when a proof may touch the bytes of a range.
+/// When a path is proved, and so when a proof may modify bytes of a range.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 #[non_exhaustive]
 pub enum ProofPolicy {
-    /// Before the first transfer between a card and a disk in a direction, and again when what was found cannot
-    /// be believed any more: after a transfer that failed, a change of a device or its driver, or ten minutes.
+    /// Before the first transfer between a card and a disk in a direction, and again once the
+    /// verdict has expired: after a failed transfer, after a change of a device or its driver,
+    /// or after ten minutes.
     #[default]
     First,
     /// Before each transfer.
     Every,
-    /// Not at all. A path that was proved in this process, and is still believed, is used; without that the
-    /// processor carries the bytes.
+    /// Never. A transfer uses a path with a valid proof of this process. Otherwise the CPU
+    /// copies the bytes.
     Never,
 }
 
-/// The path chosen, and for each better one the reasons against it.
+/// The chosen path, and the reasons against each better one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Plan {
     /// The path.
     pub path: Path,
-    /// Why not a better one; best path first. Empty for peer to peer.
+    /// The reasons against better paths, best path first. Empty for peer to peer.
     pub reasons: Vec<Reason>,
 }
 
 impl Plan {
-    /// `reasons` are those against each better path, best path first.
+    /// Makes a plan. `reasons` are the reasons against each better path, best path first.
     pub fn new(path: Path, reasons: Vec<Reason>) -> Plan {
         Plan { path, reasons }
     }
@@ -99,16 +101,17 @@ impl fmt::Display for Plan {
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Reason {
-    /// The path that is not possible.
+    /// The rejected path.
     pub path: Path,
-    /// Which kind of reason, for programs.
+    /// The kind of reason, for programs.
     pub code: ReasonCode,
     /// The evidence, for people: the call and its error, the devices, the bytes.
     pub evidence: String,
 }
 
 impl Reason {
-    /// `evidence` is for people: the call and its error, the devices, the bytes.
+    /// Makes a reason. `evidence` is for people: the call and its error, the devices, the
+    /// bytes.
     pub fn new(path: Path, code: ReasonCode, evidence: impl Into<String>) -> Reason {
         Reason {
             path,
@@ -118,17 +121,17 @@ impl Reason {
     }
 }
 
-/// The kinds of reasons. Their names never change; new ones may come.
+/// The kinds of reasons. Their names never change; later versions may add some.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ReasonCode {
     /// The kernel refuses transfers between the two devices.
     KernelRefused,
-    /// The kernel and the devices reported success, and the bytes did not arrive.
+    /// The kernel and the devices reported success, but the bytes did not arrive.
     ProofFailed,
-    /// The device or the kernel failed while the path was being proved or used.
+    /// The device or the kernel failed during the proof or a transfer.
     DeviceError,
-    /// The file's blocks are spread over several disks, and a proof is about one.
+    /// The file's blocks are spread over several disks, and a proof covers only one.
     SeveralDisks,
     /// No data was available to read that would prove that bytes arrive.
     ReadUnproved,
@@ -136,38 +139,38 @@ pub enum ReasonCode {
     WriteUnproved,
     /// The buffer is in system memory, so peer-to-peer transfer does not apply.
     NotDeviceMemory,
-    /// The buffer is in device memory, so that there are no pages of the host to share.
+    /// The buffer is in device memory, so there are no host pages to share.
     NotHostMemory,
     /// The buffer's mapping has no struct pages, which file I/O needs.
     NoStructPages,
-    /// The file cannot be read and written around the page cache.
+    /// The file does not support direct I/O, which bypasses the page cache.
     NoDirectIo,
-    /// An offset that is not a multiple of what direct I/O needs.
+    /// An offset is not a multiple of the alignment of direct I/O.
     Misaligned,
     /// The transfer is shorter than one block of the disk.
     BelowBlockSize,
-    /// The importer is the processor, or software: it has no DMA engine that could be a peer.
+    /// The importer is the CPU or software, without a DMA engine that could be a peer.
     NotADevice,
     /// The library does not know whether the buffer is in device memory.
     PlacementUnknown,
-    /// The buffer has no dma-buf, which is what the importer takes.
+    /// The buffer has no dma-buf, which the importer requires.
     NoDmaBuf,
     /// The exporter does not support mmap of the dma-buf.
     NotMappable,
-    /// The buffer is in device memory, and the importer cannot take that.
+    /// The buffer is in device memory, which the importer does not accept.
     ImporterNotPeer,
-    /// The exporter or the importer's driver refused to bring the two together.
+    /// The exporter or the importer's driver refused the attachment.
     AttachRefused,
     /// The kernel does not pin the buffer's pages for the importer.
     NotPinnable,
-    /// The importer takes whole buffers from their beginning, and this is another part.
+    /// The importer accepts only ranges that begin at the start of their buffer.
     NotWhole,
-    /// The range has too few bytes for what the importer writes.
+    /// The range is too small for the importer's writes.
     TooSmall,
 }
 
 impl ReasonCode {
-    /// All of this version.
+    /// All kinds of this version.
     pub const ALL: [ReasonCode; 21] = [
         ReasonCode::KernelRefused,
         ReasonCode::ProofFailed,
@@ -219,7 +222,7 @@ impl ReasonCode {
         }
     }
 
-    /// What would change it, in a sentence. `docs/reasons/` has more of each.
+    /// The remedy, in a sentence. `docs/reasons/` has the details.
     pub fn remedy(self) -> &'static str {
         match self {
             ReasonCode::KernelRefused => {

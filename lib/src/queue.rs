@@ -11,11 +11,11 @@ pub enum Queue {
     /// One system call after another, because no requests could run concurrently.
     #[default]
     Calls,
-    /// Many at a time, by io_uring.
+    /// Many requests at a time, by io_uring.
     IoUring,
-    /// Several at a time, by threads that make one system call each.
+    /// Several requests at a time, by threads that make one system call each.
     Threads {
-        /// Why not by io_uring.
+        /// The reason why io_uring was not used.
         why: SystemError,
     },
 }

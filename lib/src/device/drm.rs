@@ -18,10 +18,10 @@ use peerbuf_core::unpoisoned;
 const NODES: &str = "/dev/dri";
 const WHAT: &str = "DRM";
 
-/// The card nodes (`/dev/dri/card*`) that there are. Opening one may still be refused.
+/// The card nodes (`/dev/dri/card*`) of this machine. Opening a node may still fail.
 ///
 /// # Errors
-/// [`Unavailable`] where there is none.
+/// [`Unavailable`] if there is none.
 pub fn cards() -> Result<Vec<PathBuf>, Unavailable> {
     let unavailable = |errno| Unavailable {
         what: WHAT,
@@ -42,7 +42,7 @@ pub fn cards() -> Result<Vec<PathBuf>, Unavailable> {
     Ok(cards)
 }
 
-/// An open card. Clones are the same card.
+/// An open card. Clones refer to the same card.
 #[derive(Debug, Clone)]
 pub struct Card {
     inner: Arc<Inner>,
@@ -54,8 +54,8 @@ struct Inner {
     path: PathBuf,
     driver: String,
     device: Option<PciAddress>,
-    /// How many hold each handle. The kernel gives one handle for one buffer however often it is
-    /// imported, and closes it at the first close.
+    /// Number of holders of each handle. The kernel returns the same handle for each import of
+    /// a buffer, and the first close closes the handle.
     handles: Mutex<HashMap<Handle, usize>>,
 }
 
@@ -72,7 +72,7 @@ impl Card {
     /// Opens a node.
     ///
     /// # Errors
-    /// [`Unavailable`] when there is no such node, it may not be opened, or is no DRM node.
+    /// [`Unavailable`] if the node does not exist, may not be opened, or is not a DRM node.
     pub fn open(path: impl AsRef<Path>) -> Result<Card, Unavailable> {
         let path = path.as_ref();
         let unavailable = |call, errno: Errno, remedy: &str| Unavailable {
@@ -118,19 +118,19 @@ impl Card {
         &self.inner.driver
     }
 
-    /// The PCI device behind it; `None` for one that is virtual or on another bus.
+    /// The card's PCI device; `None` for a card that is virtual or on another bus.
     pub fn device(&self) -> Option<PciAddress> {
         self.inner.device
     }
 
-    /// For people: the node and its driver.
+    /// Display name: the node and its driver.
     pub(crate) fn name(&self) -> String {
         format!("{} ({})", self.path().display(), self.driver())
     }
 
     /// Allocates a dumb buffer of at least `rows` times 4096 bytes.
     pub(crate) fn allocate(&self, rows: u32) -> Result<Gem, SystemError> {
-        // A dumb buffer has a width and a height: rows of 1024 pixels of 32 bits.
+        // A dumb buffer has a width and a height: here rows of 1024 pixels of 32 bits.
         let format = drm::buffer::DrmFourcc::Xrgb8888;
         let mut handles = self.handles();
         let made = self.inner.create_dumb_buffer((1024, rows), format, 32);
@@ -146,7 +146,7 @@ impl Card {
         Ok(self.hold(&mut handles, handle))
     }
 
-    /// A dma-buf of the buffer that somebody else's `handle` on this descriptor is of.
+    /// Exports the buffer of a handle that the caller made on this descriptor, as a dma-buf.
     pub(crate) fn export(&self, handle: Handle) -> Result<OwnedFd, SystemError> {
         let flags = (OFlags::CLOEXEC | OFlags::RDWR).bits();
         let exported = self.inner.buffer_to_prime_fd(handle, flags);
@@ -176,7 +176,7 @@ impl AsFd for Card {
     }
 }
 
-/// A GEM handle that is held.
+/// A GEM handle that is counted in its card.
 #[derive(Debug)]
 pub(crate) struct Gem {
     card: Card,
@@ -192,7 +192,7 @@ impl Gem {
         self.handle
     }
 
-    /// The offset of the buffer's mapping in the card's descriptor, for `mmap`.
+    /// The offset for `mmap` of the buffer on the card's descriptor.
     pub(crate) fn map_offset(&self) -> Result<u64, SystemError> {
         let mapped = drm_ffi::mode::dumbbuffer::map(self.card.as_fd(), self.handle.into(), 0, 0);
         let mapped = mapped.map_err(self.card.failed("ioctl(DRM_IOCTL_MODE_MAP_DUMB)"))?;
@@ -209,7 +209,7 @@ impl Drop for Gem {
         *holders -= 1;
         if *holders == 0 {
             handles.remove(&self.handle);
-            // The kernel fails this only for a handle that is not there.
+            // The kernel fails this only for a handle that does not exist.
             let _ = self.card.inner.close_buffer(self.handle);
         }
     }

@@ -1,8 +1,8 @@
 //! QEMU's `edu` device, driven through VFIO: the smallest device with a DMA engine.
 //!
-//! The device proves by DMA that an attachment of [`import::vfio`](crate::import::vfio) works, on any
-//! machine that can run a virtual one. One command copies up to 4096 bytes between the device's own buffer
-//! and an address below 256 MiB (QEMU, docs/specs/edu.rst).
+//! The device proves by DMA that an attachment of [`import::vfio`](crate::import::vfio) works,
+//! on any machine that can run a virtual machine. One command copies up to 4096 bytes between
+//! the device's own buffer and an address below 256 MiB (QEMU, docs/specs/edu.rst).
 
 use std::time::{Duration, Instant};
 
@@ -11,11 +11,11 @@ use crate::errno::Errno;
 use crate::error::{BufferError, SystemError, Unavailable};
 use crate::topology::{PciAddress, Sysfs};
 
-/// Its PCI vendor and device id.
+/// The device's PCI vendor and device id.
 pub const ID: (u16, u16) = (0x1234, 0x11e8);
-/// How much it copies at once, in bytes.
+/// Maximum number of bytes of one DMA command.
 pub const CHUNK: u64 = 4096;
-/// The end of the addresses that it reaches.
+/// The end of the addresses that the device reaches.
 pub const REACH: u64 = 1 << 28;
 
 const BUFFER: u64 = 0x40000;
@@ -26,10 +26,10 @@ const COMMAND: u64 = 0x98;
 const START: u64 = 1;
 const FROM_DEVICE: u64 = 2;
 
-/// The first such device that `vfio-pci` has.
+/// The first such device bound to `vfio-pci`.
 ///
 /// # Errors
-/// [`Unavailable`] where there is none.
+/// [`Unavailable`] if there is none.
 pub fn probe() -> Result<PciAddress, Unavailable> {
     let sysfs = Sysfs::default();
     let found = devices()?
@@ -50,10 +50,10 @@ pub struct Edu {
 }
 
 impl Edu {
-    /// Opens it, and switches its DMA on.
+    /// Opens the device and enables its DMA.
     ///
     /// # Errors
-    /// [`Unavailable`], with what is in the way.
+    /// [`Unavailable`], with the obstacle.
     pub fn open(address: PciAddress) -> Result<Edu, Unavailable> {
         let unavailable = |cause| Unavailable {
             what: "VFIO",
@@ -74,12 +74,13 @@ impl Edu {
         Ok(Edu { device, registers })
     }
 
-    /// The device, to attach buffers to.
+    /// The device, for attaching buffers.
     pub fn device(&self) -> &VfioDevice {
         &self.device
     }
 
-    /// Has the device read [`CHUNK`] bytes at one of its addresses, and write them to another.
+    /// Makes the device read [`CHUNK`] bytes at one I/O virtual address and write them to
+    /// another.
     ///
     /// Success does not prove that the bytes arrived: the device gets no error for an unmapped address.
     ///
@@ -91,8 +92,8 @@ impl Edu {
     }
 
     fn dma(&mut self, source: u64, target: u64, direction: u64) -> Result<(), BufferError> {
-        // Outside of its own buffer QEMU would give up the whole machine, and above its address
-        // lines it reaches something else.
+        // QEMU aborts the whole machine for an address outside of the device's own buffer. An
+        // address above the device's address lines reaches other memory.
         let memory = if direction == 0 { source } else { target };
         if memory.checked_add(CHUNK).is_none_or(|end| end > REACH) {
             return Err(BufferError::OutOfRange {

@@ -1,5 +1,5 @@
-//! Devices that both make buffers and use them: one open device serves [`export`](crate::export)
-//! and [`import`](crate::import) alike.
+//! Devices that both make and use buffers: one open device serves [`export`](crate::export) and
+//! [`import`](crate::import).
 
 #[cfg(feature = "drm")]
 pub mod drm;

@@ -17,10 +17,10 @@ use crate::topology::{PciAddress, Sysfs};
 
 const WHAT: &str = "V4L2";
 
-/// The nodes (`/dev/video*`) of devices that capture into buffers, one plane each.
+/// The nodes (`/dev/video*`) of single-planar capture devices.
 ///
 /// # Errors
-/// [`Unavailable`] where there is none that this process may open.
+/// [`Unavailable`] if there is none that this process may open.
 pub fn devices() -> Result<Vec<PathBuf>, Unavailable> {
     let mut refused = Unavailable {
         what: WHAT,
@@ -52,15 +52,15 @@ pub fn devices() -> Result<Vec<PathBuf>, Unavailable> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Format {
-    /// Pixels in a line.
+    /// Width in pixels.
     pub width: u32,
-    /// Lines.
+    /// Height in lines.
     pub height: u32,
     /// The pixel format's four characters, such as `RGB3`.
     pub fourcc: [u8; 4],
-    /// Bytes from one line to the next; 0 where the format has no lines.
+    /// Number of bytes from one line to the next; 0 for formats without lines.
     pub bytes_per_line: u32,
-    /// Bytes of a whole picture, which a buffer must have room for.
+    /// Number of bytes of a whole picture, the minimum size of a buffer.
     pub size: u32,
 }
 
@@ -76,19 +76,19 @@ impl From<sys::PixFormat> for Format {
     }
 }
 
-/// A picture that was captured.
+/// A captured picture.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Picture {
-    /// The buffer that it is in, by its place in the list that was given.
+    /// The index of the picture's buffer in the list of buffers.
     pub index: usize,
-    /// How many bytes of the buffer it has.
+    /// Number of bytes of the picture.
     pub bytes: u32,
-    /// The device's count of pictures; a gap means that some were lost.
+    /// The device's picture counter. A gap means lost pictures.
     pub sequence: u32,
 }
 
-/// An open capture device. Clones are the same.
+/// An open capture device. Clones refer to the same device.
 #[derive(Debug, Clone)]
 pub struct VideoDevice {
     inner: Arc<Inner>,
@@ -101,7 +101,7 @@ struct Inner {
     driver: String,
     card: String,
     device: Option<PciAddress>,
-    /// There is one queue of buffers at a time: an end of one is the end of all.
+    /// True while a queue exists. A device has one queue, and stopping it ends all uses of it.
     has_queue: AtomicBool,
 }
 
@@ -109,7 +109,7 @@ impl VideoDevice {
     /// Opens a node.
     ///
     /// # Errors
-    /// [`Unavailable`] when there is no such node, it may not be opened, or is no device that
+    /// [`Unavailable`] if the node does not exist, may not be opened, or is not a device that
     /// captures into buffers.
     pub fn open(path: impl AsRef<Path>) -> Result<VideoDevice, Unavailable> {
         let path = path.as_ref();
@@ -131,7 +131,7 @@ impl VideoDevice {
         let query = "ioctl(VIDIOC_QUERYCAP)";
         let capability = sys::capability(fd.as_fd())
             .map_err(|errno| unavailable(query, errno, "it is not a video device"))?;
-        // A driver may have several nodes, each for a part of what the whole can do.
+        // A driver may have several nodes, each with a part of the driver's capabilities.
         let can = if capability.capabilities & sys::CAP_DEVICE_CAPS != 0 {
             capability.device_caps
         } else {
@@ -167,17 +167,17 @@ impl VideoDevice {
         &self.inner.driver
     }
 
-    /// The device's name for itself.
+    /// The device's own name.
     pub fn card(&self) -> &str {
         &self.inner.card
     }
 
-    /// The PCI device behind it; `None` for one that is virtual or on another bus.
+    /// The video device's PCI device; `None` for a device that is virtual or on another bus.
     pub fn device(&self) -> Option<PciAddress> {
         self.inner.device
     }
 
-    /// For people: the node and its driver.
+    /// Display name: the node and its driver.
     pub(crate) fn name(&self) -> String {
         format!("{} ({})", self.inner.path.display(), self.inner.driver)
     }
@@ -191,8 +191,8 @@ impl VideoDevice {
         Ok(format.map_err(self.failed("ioctl(VIDIOC_G_FMT)"))?.into())
     }
 
-    /// Asks for a size and a pixel format (`VIDIOC_S_FMT`). The driver answers with what comes
-    /// closest of what it can do.
+    /// Requests a size and a pixel format (`VIDIOC_S_FMT`). Returns the closest format that the
+    /// driver supports.
     ///
     /// # Errors
     /// The ioctl's error.
@@ -210,19 +210,20 @@ impl VideoDevice {
     /// Sets a control by its number (`VIDIOC_S_CTRL`).
     ///
     /// # Errors
-    /// The ioctl's error: `EINVAL` for a control that it has not, `ERANGE` for the value.
+    /// The ioctl's error: `EINVAL` for an unsupported control, `ERANGE` for an invalid value.
     pub fn set_control(&self, id: u32, value: i32) -> Result<(), SystemError> {
         let set = sys::set_control(self.inner.fd.as_fd(), id, value);
         set.map_err(self.failed("ioctl(VIDIOC_S_CTRL)"))
     }
 
-    /// A queue of `count` buffers; the driver may make more of its own. `EBUSY` while there is another.
+    /// Makes a queue of `count` buffers. The driver may add its own. `EBUSY` while another
+    /// queue exists.
     pub(crate) fn queue(&self, count: u32, memory: Memory) -> Result<Queue, SystemError> {
         let call = "ioctl(VIDIOC_REQBUFS)";
         if self.inner.has_queue.swap(true, Ordering::AcqRel) {
             return Err(self.failed(call)(Errno::BUSY));
         }
-        // From here on dropping it lets another be made.
+        // From here on, dropping the queue clears `has_queue`.
         let mut queue = Queue {
             device: self.clone(),
             memory,
@@ -231,7 +232,7 @@ impl VideoDevice {
         let made = sys::request_buffers(self.inner.fd.as_fd(), count, memory);
         let made = made.map_err(self.failed(call))?;
         queue.count = made.count;
-        // An old driver does not say what it can do.
+        // An old driver does not report its capabilities.
         let capabilities = made.capabilities;
         if memory == Memory::DmaBuf && capabilities != 0 && capabilities & sys::BUF_CAP_DMABUF == 0
         {
@@ -252,7 +253,7 @@ impl AsFd for VideoDevice {
     }
 }
 
-/// The device's queue of buffers. There is one at a time.
+/// The device's queue of buffers. A device has at most one.
 #[derive(Debug)]
 pub(crate) struct Queue {
     device: VideoDevice,
@@ -269,17 +270,18 @@ impl Queue {
         self.count
     }
 
-    /// A dma-buf of one of the driver's own buffers.
+    /// Exports one of the driver's own buffers as a dma-buf.
     pub(crate) fn export(&self, index: u32) -> Result<OwnedFd, SystemError> {
         let flags = (OFlags::RDWR | OFlags::CLOEXEC).bits();
         let exported = sys::export(self.device.as_fd(), index, flags);
         exported.map_err(self.device.failed("ioctl(VIDIOC_EXPBUF)"))
     }
 
-    /// Gives a buffer to the device, to capture the next picture into.
+    /// Gives a buffer to the device for the next picture.
     pub(crate) fn give(&self, index: u32, dmabuf: Option<&DmaBuf>) -> Result<(), SystemError> {
         let memory = dmabuf.map(|dmabuf| {
-            // 0 means the whole buffer, which is all that larger ones can have.
+            // A length of 0 means the whole buffer, the only choice for buffers of 4 GiB and
+            // more.
             let length = u32::try_from(dmabuf.size()).unwrap_or(0);
             (dmabuf.as_fd(), length)
         });
@@ -298,7 +300,8 @@ impl Queue {
         stopped.map_err(self.device.failed("ioctl(VIDIOC_STREAMOFF)"))
     }
 
-    /// The next picture. `ETIME` when none came within the limit, `EIO` for a spoilt one.
+    /// Waits for the next picture. `ETIME` if none came within the limit, `EIO` for a corrupted
+    /// picture.
     pub(crate) fn next(&self, limit: Duration) -> Result<Picture, SystemError> {
         let failed = self.device.failed("ioctl(VIDIOC_DQBUF)");
         let begun = Instant::now();
@@ -331,7 +334,7 @@ impl Queue {
 
 impl Drop for Queue {
     fn drop(&mut self) {
-        // Buffers that were exported live on; a failure has nobody to tell.
+        // Exported buffers live on. Nobody is left to receive an error.
         let _ = sys::stream(self.device.as_fd(), false);
         let _ = sys::request_buffers(self.device.as_fd(), 0, self.memory);
         self.device.inner.has_queue.store(false, Ordering::Release);

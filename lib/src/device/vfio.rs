@@ -1,7 +1,7 @@
-//! Devices that this process drives itself, through `vfio-pci`.
+//! Devices that this process drives, through `vfio-pci`.
 //!
-//! A device is opened by its IOMMU group, in a container of its own with the type 1 IOMMU. Every kernel
-//! with VFIO has this interface; many kernels lack the newer one of iommufd.
+//! A device is opened through its IOMMU group, in its own container with the type 1 IOMMU.
+//! Every kernel with VFIO has this interface. Many kernels lack the newer interface of iommufd.
 
 use std::ffi::CString;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -20,16 +20,16 @@ use crate::topology::PciAddress;
 const WHAT: &str = "VFIO";
 const CONTAINER: &str = "/dev/vfio/vfio";
 
-/// The configuration space's region, and in it the command register.
+/// The region of the configuration space, and the offset of the command register in it.
 const CONFIGURATION: u32 = 7;
 const COMMAND: u64 = 4;
 const COMMAND_MEMORY: u16 = 1 << 1;
 const COMMAND_MASTER: u16 = 1 << 2;
 
-/// The devices that `vfio-pci` has, in order of address.
+/// The devices bound to `vfio-pci`, in order of address.
 ///
 /// # Errors
-/// [`Unavailable`] where it has none.
+/// [`Unavailable`] if there is none.
 pub fn devices() -> Result<Vec<PciAddress>, Unavailable> {
     const DRIVER: &str = "/sys/bus/pci/drivers/vfio-pci";
     let unavailable = |errno| Unavailable {
@@ -55,7 +55,7 @@ pub fn devices() -> Result<Vec<PciAddress>, Unavailable> {
     Ok(found)
 }
 
-/// An open device. Clones are the same device.
+/// An open device. Clones refer to the same device.
 #[derive(Debug, Clone)]
 pub struct VfioDevice {
     inner: Arc<Inner>,
@@ -63,14 +63,15 @@ pub struct VfioDevice {
 
 #[derive(Debug)]
 struct Inner {
-    // In this order they are closed: the kernel lets go of the group only without a device.
+    // Field order is close order: the kernel releases the group only after the device is
+    // closed.
     device: OwnedFd,
     _group: OwnedFd,
     container: OwnedFd,
     address: PciAddress,
 }
 
-/// The device's file, for what VFIO offers beyond this crate.
+/// The device's file, for features of VFIO that this crate does not have.
 impl AsFd for VfioDevice {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.device()
@@ -78,10 +79,10 @@ impl AsFd for VfioDevice {
 }
 
 impl VfioDevice {
-    /// Opens the device at `address`. Its group must not be open anywhere.
+    /// Opens the device at `address`. No process may have its group open.
     ///
     /// # Errors
-    /// [`Unavailable`], with what is in the way.
+    /// [`Unavailable`], with the obstacle.
     pub fn open(address: PciAddress) -> Result<VfioDevice, Unavailable> {
         let unavailable = |call, object: String, errno: Errno, remedy: &str| Unavailable {
             what: WHAT,
@@ -145,7 +146,7 @@ impl VfioDevice {
         Ok(VfioDevice { inner })
     }
 
-    /// Its PCI address.
+    /// The device's PCI address.
     pub fn address(&self) -> PciAddress {
         self.inner.address
     }
@@ -158,7 +159,7 @@ impl VfioDevice {
         self.inner.container.as_fd()
     }
 
-    /// Another descriptor of the device, for mappings of it.
+    /// Duplicates the device's descriptor, for mappings of the device.
     pub(crate) fn another_descriptor(&self) -> Result<OwnedFd, SystemError> {
         let cloned = self.inner.device.try_clone();
         cloned.map_err(|error| self.failed("fcntl(F_DUPFD_CLOEXEC)")((&error).into()))
@@ -169,7 +170,7 @@ impl VfioDevice {
         info.map_err(self.failed("ioctl(VFIO_DEVICE_GET_REGION_INFO)"))
     }
 
-    /// The size of a BAR in bytes; 0 for one that the device has not.
+    /// The size of a BAR in bytes; 0 for a BAR that the device does not have.
     ///
     /// # Errors
     /// The ioctl's error: `EINVAL` for an index above 5.
@@ -182,10 +183,10 @@ impl VfioDevice {
         Ok(self.region(bar.into())?.size)
     }
 
-    /// Lets the device answer at its BARs and do DMA (memory decoding and bus mastering).
+    /// Enables the device's BARs and its DMA (memory decoding and bus mastering).
     ///
     /// # Errors
-    /// Reading or writing its configuration space failed.
+    /// The error of reading or writing the configuration space.
     pub fn enable(&self) -> Result<(), SystemError> {
         let at = self.region(CONFIGURATION)?.offset + COMMAND;
         let mut command = [0; 2];
@@ -205,10 +206,10 @@ impl VfioDevice {
             .map_err(|errno| self.failed("pwrite of the configuration space")(errno.into()))
     }
 
-    /// Maps a BAR, to talk to the device.
+    /// Maps a BAR, for access to the device's registers.
     ///
     /// # Errors
-    /// The call that failed; `EINVAL` for a BAR that is not there or cannot be mapped.
+    /// The call that failed; `EINVAL` for a BAR that does not exist or cannot be mapped.
     pub fn registers(&self, bar: u8) -> Result<Registers, SystemError> {
         let region = self.region(bar.into())?;
         if bar > 5 || region.size == 0 || region.flags & sys::REGION_MMAP == 0 {
@@ -238,10 +239,10 @@ fn open(path: &Path, remedy: &str) -> Result<OwnedFd, Unavailable> {
     })
 }
 
-/// A mapped BAR. An aligned value of 1, 2, 4 or 8 bytes crosses the bus in one access.
+/// A mapped BAR. An access to an aligned value of 1, 2, 4 or 8 bytes is a single bus access.
 ///
-/// After the device was reset or unplugged, or its memory decoding switched off, an access raises
-/// `SIGBUS`.
+/// After a reset or an unplug of the device, or after its memory decoding was disabled, an
+/// access raises `SIGBUS`.
 #[derive(Debug)]
 pub struct Registers {
     map: Map,

@@ -1,8 +1,8 @@
-//! A plan that is kept beside its buffer, so that it is made once and looked up often, from any thread.
+//! A cached plan of a buffer, which any thread can look up.
 //!
-//! A plan is stale when the buffer has another generation (it moved, or was revoked), and when a proof was given
-//! up: a transfer failed on a path that had been proved, or [`forget_proofs`](crate::plan::forget_proofs) was called.
-//! A stale plan is never returned.
+//! A plan is stale if the buffer has another generation (the buffer moved or was revoked), or
+//! if a proof was dropped: by a failed transfer on a proved path, or by
+//! [`forget_proofs`](crate::plan::forget_proofs). The cache never returns a stale plan.
 
 use std::sync::{Arc, RwLock};
 
@@ -11,10 +11,11 @@ use crate::error::ImportError;
 use crate::plan::given_up;
 use peerbuf_core::unpoisoned;
 
-/// A place for the plan of one buffer with one set of sinks. Clones are the same place.
+/// A cache for the plan of one buffer with one set of sinks. Clones share the same cache.
 ///
-/// The program says which generation the buffer has: peerbuf.ko's, the publisher's of a lent buffer, or a number of
-/// its own that it raises when the buffer or the sinks change.
+/// The program passes the buffer's generation: the generation of peerbuf.ko, the publisher's
+/// generation of a lent buffer, or the program's own number, which it raises when the buffer or
+/// the sinks change.
 #[derive(Debug, Clone, Default)]
 pub struct KeptPlan {
     kept: Arc<RwLock<Option<Tagged>>>,
@@ -28,12 +29,13 @@ struct Tagged {
 }
 
 impl KeptPlan {
-    /// A place without a plan.
+    /// An empty cache.
     pub fn new() -> KeptPlan {
         KeptPlan::default()
     }
 
-    /// The plan, if there is one of this generation. Takes no memory, and waits only for a plan that is being put.
+    /// The plan of this generation, if there is one. Allocates nothing, and waits only for a
+    /// thread that is storing a plan.
     pub fn get(&self, generation: u64) -> Option<Arc<JointPlan>> {
         let kept = unpoisoned(self.kept.read());
         let kept = kept.as_ref()?;
@@ -41,10 +43,11 @@ impl KeptPlan {
         is_fresh.then(|| Arc::clone(&kept.plan))
     }
 
-    /// The plan, made now if there is none of this generation. Of two threads that make it, one's is kept.
+    /// The plan of this generation, made now if there is none. If two threads make it, the
+    /// cache keeps one.
     ///
     /// # Errors
-    /// What `make` fails with. Nothing is kept then.
+    /// The error of `make`. The cache stays unchanged in that case.
     pub fn get_or_make(
         &self,
         generation: u64,
@@ -53,12 +56,12 @@ impl KeptPlan {
         if let Some(plan) = self.get(generation) {
             return Ok(plan);
         }
-        // Before the plan is made: what is given up meanwhile makes it stale.
+        // Read before the plan is made, so that a proof dropped meanwhile makes the plan stale.
         let before = given_up();
         let plan = Arc::new(make()?);
         let mut kept = unpoisoned(self.kept.write());
         let is_newer = |kept: &Tagged| kept.generation > generation;
-        // A thread that was slow does not put an old plan over a new one.
+        // A slow thread must not replace a newer plan by an older one.
         if !kept.as_ref().is_some_and(is_newer) {
             *kept = Some(Tagged {
                 generation,

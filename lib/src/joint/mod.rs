@@ -1,8 +1,9 @@
-//! Plans for several importers at once: one buffer that a disk fills, a graphics card draws and the processor reads.
+//! Plans for several importers at once: for example, one buffer that a disk fills, a GPU draws
+//! and the CPU reads.
 //!
-//! Each sink has a path of its own to the buffer's bytes. If all take the same path, all use the same bytes. If
-//! not, the weakest decides how far that is so: the plan is split, those on the best path stay on it, and the bytes
-//! are copied for each of the others, each time that it uses them.
+//! Each sink has its own path to the buffer's bytes. If all sinks take the same path, all use
+//! the same bytes. Otherwise the plan is split: the sinks on the best path keep it, and the
+//! bytes are copied for each of the others, on each use.
 
 mod kept;
 
@@ -16,16 +17,16 @@ use crate::plan::{Direction, Path, Plan, Reason};
 
 pub use kept::KeptPlan;
 
-/// Whatever can say how it would get at a buffer's bytes: every [`Importer`], and a file with a direction
+/// A user of a buffer that can plan its path: every [`Importer`], and a file with a direction
 /// ([`FileImporter::in_direction`]).
 pub trait Sink {
-    /// Its name, for people.
+    /// Display name.
     fn name(&self) -> String;
 
-    /// The path that it would take.
+    /// The path that the sink would take.
     ///
     /// # Errors
-    /// What has nothing to do with a path. That a sink cannot use the buffer is
+    /// Failures that do not depend on the path. A sink that cannot use the buffer returns
     /// [`ImportError::Impossible`].
     fn plan(&self, source: &BufferRange) -> Result<Plan, ImportError>;
 }
@@ -40,7 +41,7 @@ impl<T: Importer + ?Sized> Sink for T {
     }
 }
 
-/// A file or disk, and which way bytes go between it and the buffer.
+/// A file or disk, and the direction of its transfers.
 #[derive(Debug, Clone)]
 pub struct Directed {
     file: FileImporter,
@@ -48,8 +49,9 @@ pub struct Directed {
 }
 
 impl FileImporter {
-    /// This file as a sink of a plan for several ([`plan`]). Its path is proved as
-    /// [`Attachment::plan`](crate::import::file::Attachment::plan) says.
+    /// This file as a sink of a joint plan ([`plan`]).
+    /// [`Attachment::plan`](crate::import::file::Attachment::plan) describes the proof of its
+    /// path.
     pub fn in_direction(&self, direction: Direction) -> Directed {
         Directed {
             file: self.clone(),
@@ -74,39 +76,39 @@ impl Sink for Directed {
 pub struct Part {
     /// The sink's name.
     pub sink: String,
-    /// Its path, and why not a better one.
+    /// The sink's path, and the reasons against better ones.
     pub plan: Plan,
 }
 
-/// How several sinks get at one buffer.
+/// The paths of several sinks to one buffer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct JointPlan {
-    /// The path that every sink can take: the weakest of all. [`Path::StagedCopy`] without sinks.
+    /// The weakest path of all sinks. [`Path::StagedCopy`] without sinks.
     pub path: Path,
-    /// The sinks, in the order in which they were given.
+    /// The sinks, in the order of the call.
     pub parts: Vec<Part>,
-    /// Where they do not all take the same path: what that costs.
+    /// The costs, if the sinks take different paths.
     pub split: Option<Split>,
 }
 
-/// What it costs that sinks take different paths.
+/// The costs of different paths.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Split {
-    /// The best path that some take.
+    /// The best path that at least one sink takes.
     pub best: Path,
-    /// How many sinks take it. The others take worse ones.
+    /// Number of sinks on the best path. The others take worse paths.
     pub on_best: usize,
-    /// How many sinks have the bytes copied for them.
+    /// Number of sinks that need copies of the bytes.
     pub copies: usize,
-    /// How many bytes the processor copies each time that all sinks have used the range once.
+    /// Number of bytes that the CPU copies for one use of the range by every sink.
     pub copied: u64,
 }
 
-/// Chooses the path of each sink to the source, and says what they have in common.
+/// Chooses the path of each sink to the source, and their common path.
 ///
-/// A sink that cannot use the buffer itself gets a staged copy, with its reason.
+/// A sink that cannot use the buffer itself gets a staged copy, with the reason.
 ///
 /// ```
 /// use peerbuf::export::memfd;
@@ -123,7 +125,7 @@ pub struct Split {
 /// ```
 ///
 /// # Errors
-/// As [`Sink::plan`] of any of them, but for [`ImportError::Impossible`].
+/// As [`Sink::plan`] of any sink, except [`ImportError::Impossible`].
 pub fn plan(source: &BufferRange, sinks: &[&dyn Sink]) -> Result<JointPlan, ImportError> {
     let mut parts = Vec::with_capacity(sinks.len());
     for sink in sinks {
@@ -180,7 +182,7 @@ mod tests {
     use crate::export::memfd;
     use crate::plan::ReasonCode;
 
-    /// A sink whose path is given; `None` for one that takes no such buffer.
+    /// A sink with a given path; `None` refuses the buffer.
     struct Given(Option<Path>);
 
     impl Sink for Given {
@@ -228,7 +230,7 @@ mod tests {
                 .to_string()
                 .contains("16384 bytes are copied for 2 others")
         );
-        // Both are without a copy, and yet not the same bytes' path.
+        // Neither path copies, and yet the sinks take different paths.
         let host = joint(&[Some(PeerToPeer), Some(SharedHostMemory)]);
         assert_eq!(host.path, SharedHostMemory);
         assert_eq!(host.split.unwrap().copied, 0);
