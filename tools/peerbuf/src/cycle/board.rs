@@ -1,35 +1,37 @@
-//! A worker's board: memory that the worker and the first process share, so that the worker reports without
-//! messages. A board outlives its worker, so the progress of a killed worker is known.
+//! A worker's board: memory that the worker shares with the first process, so that the worker
+//! reports without messages. A board outlives its worker, so the progress of a killed worker is
+//! known.
 
 use peerbuf::buffer::Mapping;
 use peerbuf::error::BufferError;
 use peerbuf::{Access, Buffer};
 
-/// Numbers that a worker counts.
+/// The counters of a worker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u64)]
 pub enum Counter {
-    /// Bytes that it compared.
+    /// Number of bytes compared.
     Verified,
-    /// Jobs done, by importer; the importer's index is added.
+    /// Number of jobs done, by importer: add the importer's index.
     Jobs,
-    /// Jobs that went peer to peer, through shared host memory, and by a staged copy: three
+    /// Number of jobs by path: peer to peer, shared host memory, and staged copy. Three
     /// counters.
     Paths = Self::Jobs as u64 + IMPORTERS as u64,
-    /// Writes to memory of which it knew that it is not the truth any more.
+    /// Number of writes to memory of a generation that the worker had lost.
     LateWrites = Self::Paths as u64 + 3,
 }
 
-/// Room for so many kinds of importer.
+/// Maximum number of kinds of importer.
 pub const IMPORTERS: usize = 8;
 const COUNTERS: u64 = Counter::LateWrites as u64 + 1;
 
 /// A worker's progress on one buffer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Progress {
-    /// The write that it is at, or has done last.
+    /// The number of the current or the last write.
     pub begun: u64,
-    /// The last write that it has done. Everything in its lane is of it when the two are equal.
+    /// The number of the last completed write. If it equals `begun`, the whole lane is of this
+    /// write.
     pub done: u64,
 }
 

@@ -1,4 +1,4 @@
-//! The workers as the first process sees them: started, stopped, killed, heard, buried.
+//! The workers' processes: the first process starts, stops, kills, reads and reaps them.
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, OwnedFd};
@@ -24,24 +24,24 @@ pub struct Process {
     pub slot: usize,
     pub subscriber: SubscriberId,
     child: Child,
-    /// Names the process even after its number was given to another.
+    /// Identifies the process even after the kernel has reused its process id.
     handle: Arc<OwnedFd>,
     control: Channel,
-    /// It was stopped at least once, so it may be late.
+    /// True if the process was stopped at least once, so that it may be late.
     pub stopped: bool,
-    /// It was cut off while it lived, so the kernel may have revoked a buffer that it was using.
+    /// True if the process was cut off alive, so the kernel may have revoked a buffer in use.
     pub cut_off: bool,
     pub joined: bool,
 }
 
-/// What a process that was started comes with.
+/// The parts of a new process.
 pub struct Started {
     pub child: Child,
     pub control: Channel,
     pub board: Board,
 }
 
-/// Starts a worker. `theirs` is its end of the connection to the publisher.
+/// Starts a worker. `theirs` is the worker's end of the connection to the publisher.
 pub fn start(theirs: Channel, orders: &Orders) -> Result<Started, Failure> {
     let (control, their_control) = Channel::pair()?;
     let memory = memfd::export("board", board::size(orders.buffers))?;
@@ -81,12 +81,13 @@ impl Process {
         })
     }
 
-    /// Kills or stops it a little later, and lets a stopped one go on after its time.
+    /// Kills or stops the process after the fault's delay, and continues a stopped one after
+    /// its time.
     pub fn strike(&mut self, fault: Fault) -> JoinHandle<()> {
         self.stopped |= fault.stopped_for.is_some();
         let handle = Arc::clone(&self.handle);
         std::thread::spawn(move || {
-            // It may be gone by then, which is as good.
+            // The process may have ended by then.
             let send = |signal| {
                 let _ = pidfd_send_signal(&*handle, signal);
             };
@@ -102,7 +103,7 @@ impl Process {
         })
     }
 
-    /// Takes what it reported.
+    /// Takes the reports that have arrived.
     pub fn reports(&self) -> Result<VecDeque<Report>, Failure> {
         let mut reports = VecDeque::new();
         loop {
@@ -122,17 +123,17 @@ impl Process {
         }
     }
 
-    /// How it ended, if it has.
+    /// The exit status, if the process has ended.
     pub fn ended(&mut self) -> Result<Option<ExitStatus>, Failure> {
         Ok(self.child.try_wait()?)
     }
 
-    /// Waits for its end, and kills it when that takes too long.
+    /// Waits for the process to end, and kills it after `limit`.
     pub fn end(&mut self, limit: Duration) -> Result<ExitStatus, Failure> {
         let timeout = Timespec::try_from(limit)?;
         let begun = Instant::now();
         loop {
-            // Readable when the process has ended.
+            // The pidfd is readable when the process has ended.
             let mut waiting = [PollFd::from_borrowed_fd(self.handle.as_fd(), PollFlags::IN)];
             match poll(&mut waiting, Some(&timeout)) {
                 Ok(0) => break,
@@ -154,8 +155,8 @@ impl Drop for Process {
     }
 }
 
-/// True for a process that did what it was told, or was killed by us. After a cut-off, the kernel answers a
-/// process's access to a revoked buffer with SIGBUS.
+/// True for a process that followed its orders, or that the first process killed. After a cut-off, a process's
+/// access to a revoked buffer may also end it by SIGBUS.
 pub fn is_orderly(status: ExitStatus, cut_off: bool) -> bool {
     let ended_by = |signal: Signal| status.signal() == Some(signal.as_raw());
     status.success() || ended_by(Signal::KILL) || cut_off && ended_by(Signal::BUS)

@@ -1,5 +1,5 @@
-//! What works on the buffers: each importer writes bytes into a range, and reads them from it,
-//! in its own way.
+//! The importers of the storm: each writes bytes into a range and reads them from it, by its
+//! own means.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -46,7 +46,7 @@ impl Kind {
     }
 }
 
-/// Opens an importer. `scratch` is where files may be made.
+/// Opens an importer. `scratch` is a directory for temporary files.
 pub fn open(kind: Kind, scratch: &Path) -> Result<Box<dyn Importer>, Failure> {
     Ok(match kind {
         Kind::Cpu => Box::new(Processor),
@@ -56,9 +56,9 @@ pub fn open(kind: Kind, scratch: &Path) -> Result<Box<dyn Importer>, Failure> {
     })
 }
 
-/// A driver's mapping, for the disk that has the scratch directory, while the processor copies. It
-/// must not be told that it is stale while the buffer is lent, unless the kernel moves the buffer
-/// by itself.
+/// A driver's mapping on behalf of the disk with the scratch directory, while the CPU copies.
+/// The mapping must get no invalidation while the buffer is lent, unless the kernel moves the
+/// buffer.
 struct Prober {
     driver: OnBehalf,
 }
@@ -102,7 +102,7 @@ struct Watched {
 }
 
 impl Watched {
-    /// The mapping was good all the time.
+    /// Checks that the mapping was valid all the time.
     fn check(&self) -> Result<(), ImportError> {
         let report = self.attachment.report()?;
         let buffer = self.range.buffer();
@@ -137,7 +137,7 @@ impl Attached for Watched {
     }
 }
 
-/// Leaves only those importers that exist here and can use what the sources make, and says why
+/// Keeps only the importers that exist here and can use the sources' buffers, and reports why
 /// the others cannot.
 pub fn usable(
     kinds: &[Kind],

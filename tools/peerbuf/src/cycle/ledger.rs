@@ -1,20 +1,20 @@
-//! What must be in the buffers, kept by the first process, and the check of each generation
-//! against it.
+//! The expected contents of the buffers, kept by the first process, and the check of each
+//! generation against them.
 //!
-//! Each worker has a lane in every buffer, that only it writes. Its board says which write it has
-//! done and which it is at. So of each lane it is known, to the byte, what a move must have
-//! brought along; only where a worker was killed or cut off in the middle of a write, either of two
-//! writes may be there, or a mixture.
+//! Each worker has a lane in every buffer, which only this worker writes. The worker's board
+//! has the numbers of its last and its current write. The ledger therefore knows, to the byte,
+//! what a move must preserve of each lane. If a worker was killed or cut off during a write,
+//! the lane may contain either of two writes, or a mixture.
 
 use peerbuf::error::BufferError;
 
 use super::board::{Board, Progress};
 use super::pattern::{self, CELL, Cell, Loss};
 
-/// How a buffer is divided among the workers.
+/// The division of a buffer among the workers.
 #[derive(Debug, Clone, Copy)]
 pub struct Lanes {
-    /// Bytes in one.
+    /// Length of a lane in bytes.
     pub length: usize,
     pub count: usize,
 }
@@ -25,29 +25,29 @@ impl Lanes {
     }
 }
 
-/// The worker that has a slot now.
+/// The current worker of a slot.
 #[derive(Debug)]
 pub struct Writer {
     pub number: u32,
     pub board: Board,
-    /// What was in its lane of each buffer when it began.
+    /// The contents of the worker's lane in each buffer when the worker began.
     pub found: Vec<Vec<u8>>,
 }
 
-/// The books.
+/// The records of all workers.
 #[derive(Debug)]
 pub struct Ledger {
     pub lanes: Lanes,
     pub key: u64,
-    /// By slot.
+    /// The workers, by slot.
     pub writers: Vec<Writer>,
     pub losses: Vec<Loss>,
-    /// Bytes compared.
+    /// Number of bytes compared.
     pub verified: u64,
 }
 
 impl Ledger {
-    /// Each worker's progress on a buffer.
+    /// The progress of each worker on a buffer.
     pub fn progress(&mut self, buffer: usize) -> Result<Vec<Progress>, BufferError> {
         let writers = self.writers.iter_mut();
         writers
@@ -55,8 +55,8 @@ impl Ledger {
             .collect()
     }
 
-    /// Compares a new generation's bytes. `before` is where the workers stood before they were
-    /// copied, `after` where they stood afterwards.
+    /// Compares the bytes of a new generation. `before` is the workers' progress before the
+    /// copy, `after` their progress afterwards.
     pub fn check(
         &mut self,
         buffer: usize,

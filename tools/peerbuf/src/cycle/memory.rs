@@ -1,4 +1,5 @@
-//! Where generations come from, and the moves between them, each checked against the ledger.
+//! The sources of generations, and the moves between generations, each checked against the
+//! ledger.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -15,7 +16,7 @@ use super::Break;
 use super::ledger::Ledger;
 use crate::size;
 
-/// Something that buffers can be made of.
+/// A source of buffers.
 #[derive(Debug)]
 pub enum Source {
     Memfd,
@@ -38,7 +39,7 @@ impl Source {
         }
     }
 
-    /// Names it in the summary.
+    /// The source's name in the summary.
     pub fn describe(&self) -> String {
         match self {
             Source::Memfd => "memfd".into(),
@@ -50,12 +51,12 @@ impl Source {
     }
 }
 
-/// Device memory to move buffers in and out of.
+/// Device memory that buffers move into and out of.
 #[derive(Debug, Clone)]
 pub struct Bar {
     pub device: Arc<Device>,
     pub index: u8,
-    /// Names it in the summary.
+    /// The memory's name in the summary.
     pub what: &'static str,
 }
 
@@ -64,7 +65,7 @@ pub struct Bar {
 pub struct Shared {
     pub ledger: Ledger,
     pub sources: Vec<Source>,
-    /// Which of them the next generation of each buffer comes from.
+    /// The index of the source for the next generation of each buffer.
     pub next: Vec<usize>,
     /// The dma-buf of each buffer that the kernel can move.
     pub movable: Vec<Option<DmaBuf>>,
@@ -79,9 +80,9 @@ pub struct Moving {
 }
 
 enum Memory {
-    /// Each generation is a buffer of its own.
+    /// Each generation is a separate buffer.
     Made(Buffer),
-    /// The kernel moves it.
+    /// The kernel moves the buffer.
     InBar(Movable),
 }
 
@@ -117,7 +118,7 @@ impl Moving {
         Ok(moving)
     }
 
-    /// Tells what the kernel can move without asking anybody.
+    /// Publishes the dma-buf that the kernel can move without a message to its users.
     fn tell(&self, shared: &mut Shared) -> Result<(), ShareError> {
         let movable = match &self.memory {
             Memory::InBar(movable) => movable.buffer().dmabuf().map(DmaBuf::try_clone),
@@ -173,7 +174,7 @@ impl Backing for Moving {
     }
 }
 
-/// Undoes a few bytes of a copy.
+/// Reverts a few bytes of a copy.
 fn tear(buffer: &Buffer) -> Result<(), ShareError> {
     let middle = buffer.range(buffer.size() / 2 - 16, 32)?;
     let mut mapping = middle.map(Access::ReadWrite)?;

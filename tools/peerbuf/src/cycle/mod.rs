@@ -1,8 +1,8 @@
-//! `peerbuf cycle`: buffers move, again and again, while other processes work on them and are
-//! stopped and killed, and every byte is checked.
+//! `peerbuf cycle`: buffers move repeatedly while other processes use them and are stopped and
+//! killed, and every byte is checked.
 //!
-//! This is the first process: it publishes the buffers, moves them, and keeps the books
-//! ([`ledger`]). The others ([`worker`]) do the work.
+//! This module is the first process: it publishes the buffers, moves them, and keeps the
+//! expected contents ([`ledger`]). The other processes ([`worker`]) do the work.
 
 mod board;
 mod crew;
@@ -198,9 +198,9 @@ struct Storm<'a> {
     shared: Arc<Mutex<Shared>>,
     publisher: Publisher,
     ids: Vec<BufferId>,
-    /// By slot.
+    /// The workers' processes, by slot.
     crew: Vec<Process>,
-    /// Cut off, but still alive.
+    /// Workers that were cut off and are still alive.
     outcasts: Vec<(Process, Writer)>,
     strikes: Vec<JoinHandle<()>>,
     writers: u32,
@@ -212,7 +212,7 @@ struct Storm<'a> {
     totals: Totals,
 }
 
-/// What the boards of workers that are gone said.
+/// The sums over the boards of former workers.
 #[derive(Default)]
 struct Totals {
     verified: u64,
@@ -244,7 +244,7 @@ impl<'a> Storm<'a> {
         if arguments.size == 0 || !arguments.size.is_multiple_of(page) {
             return Err(format!("--size must be a multiple of the page size, {page}").into());
         }
-        // Direct I/O works on whole blocks, and pages do for every disk.
+        // Direct I/O needs whole blocks, and a page is a multiple of every disk's block.
         let length = arguments.size / u64::from(arguments.processes) / page * page;
         if length == 0 {
             let least = size::show(page * u64::from(arguments.processes));
@@ -362,8 +362,8 @@ impl<'a> Storm<'a> {
         Ok(storm)
     }
 
-    /// Starts a worker for a slot. What is in its lanes at this moment it found there: nobody
-    /// writes them.
+    /// Starts a worker for a slot. The present contents of the slot's lanes are its starting
+    /// point, because nobody writes them.
     fn hire(&mut self, slot: usize) -> Result<(Process, Writer), Failure> {
         self.writers += 1;
         let lane = self.lanes.start(slot);
@@ -416,7 +416,7 @@ impl<'a> Storm<'a> {
             (None, seconds) => (seconds.unwrap_or(0), "s"),
         };
         let template = format!("{{bar:30}} {{pos}} of {{len}} {unit}, {{msg}}");
-        // Nothing is drawn where standard error is not a terminal.
+        // indicatif draws nothing if standard error is not a terminal.
         let bar = ProgressBar::new(length);
         match ProgressStyle::with_template(&template) {
             Ok(style) => bar.with_style(style),
@@ -431,7 +431,7 @@ impl<'a> Storm<'a> {
         }
     }
 
-    /// The cycles of one step.
+    /// Runs the cycles of one step.
     fn step(&mut self) -> Result<(), Failure> {
         let step = self.schedule.next();
         for fault in &step.faults {
@@ -459,7 +459,7 @@ impl<'a> Storm<'a> {
         self.tend()
     }
 
-    /// Lets the kernel move a buffer while everybody works on it, without a word to anybody.
+    /// Lets the kernel move a buffer while workers use it, without a message to them.
     fn move_underneath(&mut self, buffer: usize, to: MoveTo) -> Result<(), Failure> {
         let shared = lock(&self.shared);
         let (Some(bar), Some(dmabuf)) = (&self.bar, &shared.movable[buffer]) else {
@@ -468,7 +468,7 @@ impl<'a> Storm<'a> {
         match bar.device.move_buffer(dmabuf, to, self.time_limit) {
             Ok(moved) if moved.copied > 0 => self.moves.underneath += 1,
             Ok(_) => {}
-            // Importers use it where it is.
+            // Importers need the buffer in place.
             Err(error) if error.cause.errno == Errno::BUSY => self.moves.underneath_refused += 1,
             Err(error) => return Err(error.into()),
         }
@@ -489,7 +489,7 @@ impl<'a> Storm<'a> {
         Ok(())
     }
 
-    /// Hears the workers, and replaces those that are gone.
+    /// Reads the workers' reports, and replaces the workers that are gone.
     fn tend(&mut self) -> Result<(), Failure> {
         self.hear()?;
         loop {
@@ -526,7 +526,8 @@ impl<'a> Storm<'a> {
                     Some(why) => self.failures.push(why.to_string()),
                 }
             }
-            // Whoever was cut off alive can still reach the other buffers as they are now.
+            // A worker that was cut off alive can still reach the present generation of the
+            // other buffers.
             if slots.iter().any(|(_, alive)| *alive) {
                 let mut reachable: Vec<usize> = (0..self.ids.len()).collect();
                 reachable.retain(|buffer| self.publisher.is_tainted(self.ids[*buffer]));
@@ -554,7 +555,7 @@ impl<'a> Storm<'a> {
         self.bury(&mut process, writer, Duration::from_secs(5))
     }
 
-    /// Waits for a process's end, hears its last words, and adds up what it did.
+    /// Waits for a process to end, reads its last reports, and adds up its counters.
     fn bury(
         &mut self,
         process: &mut Process,
@@ -572,7 +573,7 @@ impl<'a> Storm<'a> {
         self.totals.add(&mut writer)
     }
 
-    /// Takes what workers report.
+    /// Takes the workers' reports.
     fn hear(&mut self) -> Result<(), Failure> {
         let mut heard = Vec::new();
         let outcasts = self.outcasts.iter().map(|(process, _)| process);
@@ -603,7 +604,7 @@ impl<'a> Storm<'a> {
         }
     }
 
-    /// Moves everything once more, ends the workers, and adds up.
+    /// Moves every buffer once more, ends the workers, and adds up.
     fn finish(mut self, interrupted: bool) -> Result<Summary, Failure> {
         for strike in std::mem::take(&mut self.strikes) {
             let _ = strike.join();
@@ -665,14 +666,14 @@ impl<'a> Storm<'a> {
     }
 }
 
-/// How long workers rest, so that on average they leave half of the processors to the moves: a
-/// storm in which nothing moves is none.
+/// The workers' rest, as a multiple of their work, so that on average they leave half of the
+/// CPUs to the moves. The storm needs moves to be a test.
 fn rest(processes: usize) -> f64 {
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
     4.0 * processes as f64 / processors as f64
 }
 
-/// A BAR that files can reach, with the most room.
+/// The BAR with the most room that files can reach.
 fn find_bar(size: u64) -> Result<Bar, Failure> {
     let mut best = None;
     for node in peerbuf_ko::probe()? {
@@ -701,7 +702,7 @@ fn find_bar(size: u64) -> Result<Bar, Failure> {
     Ok(bar)
 }
 
-/// A provider's memory, with the most room.
+/// The provider with the most room.
 fn find_lent(size: u64) -> Result<Bar, Failure> {
     let mut best = None;
     for address in provider::probe()? {
@@ -727,7 +728,7 @@ fn find_lent(size: u64) -> Result<Bar, Failure> {
     Ok(bar)
 }
 
-/// What generations are made of, each tried.
+/// The sources of generations, each tried.
 fn sources(
     backing: Backing,
     size: u64,

@@ -1,29 +1,29 @@
-//! What is written into the buffers: cells that say who wrote them, where and when, so that a
-//! byte which is not where it belongs tells where it came from.
+//! The contents of the buffers: cells that name their writer, their place and their time, so
+//! that a misplaced byte tells its origin.
 
 use serde::{Deserialize, Serialize};
 
-/// Bytes in a cell: two words of marks, its place, and a checksum over these.
+/// Bytes of a cell: two words of the mark, its place, and a checksum over these.
 pub const CELL: usize = 32;
 
 /// The writer of a cell and the time of the write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Mark {
-    /// The process: each that is started has a number of its own.
+    /// The number of the process. Each process has its own.
     pub writer: u32,
     pub buffer: u32,
-    /// The generation that it was written to.
+    /// The generation that the cell was written to.
     pub generation: u32,
-    /// The writer's count of its writes to the buffer, from 1 on.
+    /// The number of the write among the writer's writes to the buffer, from 1.
     pub count: u32,
 }
 
 /// The content of a cell.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Cell {
-    /// Zeros: nobody wrote here.
+    /// Zeros: no process wrote here.
     Empty,
-    /// Its words do not belong together.
+    /// The words of the cell do not belong together.
     Torn,
     Whole {
         mark: Mark,
@@ -32,14 +32,14 @@ pub enum Cell {
     },
 }
 
-/// Bytes that are not what they must be, and where they came from.
+/// Wrong bytes, and their origin.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Loss {
-    /// Who noticed.
+    /// The process that noticed.
     pub seen_by: String,
     pub buffer: u32,
     pub generation: u64,
-    /// In bytes from the beginning of the buffer.
+    /// Offset in the buffer, in bytes.
     pub offset: u64,
     pub bytes: u64,
     /// `torn`, `stale`, `lost` or `misplaced`.
@@ -87,8 +87,8 @@ impl std::fmt::Display for Cell {
     }
 }
 
-/// Fills whole cells. `place` is where the first is in the buffer; `key` tells this run's cells
-/// from those of others that may lie on the same disk.
+/// Fills whole cells. `place` is the offset of the first cell in the buffer. `key`
+/// distinguishes this run's cells from older ones on the same disk.
 pub fn fill(bytes: &mut [u8], mark: Mark, place: u64, key: u64) {
     for (index, cell) in bytes.chunks_exact_mut(CELL).enumerate() {
         let place = place + (index * CELL) as u64;
@@ -130,7 +130,7 @@ fn words(mark: Mark, place: u64) -> [u64; 3] {
     ]
 }
 
-/// Mixes the words so that each bit of each counts. It guards against accidents, not forgers.
+/// Mixes the words so that each bit of each counts. Detects accidents, not forgeries.
 fn checksum(words: [u64; 3], key: u64) -> u64 {
     words.into_iter().fold(key | 1, |sum, word| {
         let mixed = (sum ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15);
@@ -138,8 +138,8 @@ fn checksum(words: [u64; 3], key: u64) -> u64 {
     })
 }
 
-/// Looks at every cell of `bytes`, the first of which is at `place`. `expected` says of each what
-/// should be there if it is wrong. Neighbours that are wrong in the same way are one loss.
+/// Checks every cell of `bytes`; the first cell is at offset `place`. `expected` returns the
+/// expected contents of a wrong cell. Neighbouring cells with the same fault count as one loss.
 pub fn check(
     bytes: &[u8],
     place: u64,

@@ -10,21 +10,21 @@ use serde::Serialize;
 use super::pattern::Loss;
 use crate::size;
 
-/// The losses that a summary lists; the others it only counts.
+/// Number of losses that a summary lists. Further losses are only counted.
 const LISTED: usize = 10;
 
-/// Everything that a run has to say.
+/// The results of a run.
 #[derive(Debug, Serialize)]
 pub struct Summary {
     pub backing: String,
-    /// Substitutes for things that the machine lacks.
+    /// Substitutes for exporters and importers that the machine lacks.
     pub missing: Vec<String>,
     pub importers: Vec<String>,
     pub processes: usize,
     pub buffers: usize,
     pub size: u64,
     pub seed: u64,
-    /// A number over everything that was drawn: the same for the same seed, options and cycles.
+    /// A digest of the schedule: equal for equal seed, options and cycles.
     pub schedule: String,
     pub interrupted: bool,
     pub seconds: f64,
@@ -33,7 +33,7 @@ pub struct Summary {
     pub work: Vec<Work>,
     pub verified_bytes: u64,
     pub faults: Faults,
-    /// In microseconds.
+    /// Latencies in microseconds.
     pub latency: Latency,
     pub failures: Vec<String>,
     pub lost_bytes: u64,
@@ -43,13 +43,14 @@ pub struct Summary {
 #[derive(Debug, Default, Serialize)]
 pub struct Moves {
     pub all: u64,
-    /// Of these, those that took a buffer away from a process that was cut off.
+    /// Number of these moves that took a buffer away from a process that was cut off.
     pub evictions: u64,
-    /// Moves besides these, by the kernel, of buffers in use.
+    /// Number of additional moves, by the kernel, of buffers in use.
     pub underneath: u64,
-    /// Such moves that the kernel refused (`EBUSY`), because importers used the buffer where it was.
+    /// Number of such moves that the kernel refused (`EBUSY`), because importers needed the
+    /// buffer in place.
     pub underneath_refused: u64,
-    /// Generations that were asked back, from one process each.
+    /// Number of generations that were asked back, counted once per process.
     pub invalidations: u64,
     pub given_back: u64,
     pub not_given_back: u64,
@@ -59,7 +60,7 @@ pub struct Moves {
 pub struct Work {
     pub importer: String,
     pub jobs: u64,
-    /// How often it took each path; empty for an importer that has only one.
+    /// Number of jobs by path; all zero for an importer that has only one.
     pub peer_to_peer: u64,
     pub shared_host_memory: u64,
     pub staged_copy: u64,
@@ -69,12 +70,12 @@ pub struct Work {
 pub struct Faults {
     pub killed: u64,
     pub stopped: u64,
-    /// Processes that were cut off after they had been stopped.
+    /// Number of processes that were cut off after they had been stopped.
     pub cut_off: u64,
-    /// Processes that were cut off though nobody had stopped them: the machine is too slow for
-    /// the time limit.
+    /// Number of processes that were cut off although nobody had stopped them: the machine is
+    /// too slow for the time limit.
     pub late: u64,
-    /// Writes by processes that had been cut off, to memory that they still had.
+    /// Number of writes, by processes that had been cut off, to memory that they still had.
     pub late_writes: u64,
 }
 
@@ -95,7 +96,7 @@ pub struct Part {
     pub max: u64,
 }
 
-/// How long moves took.
+/// The durations of moves.
 pub struct Latencies {
     parts: [Histogram<u64>; 5],
 }

@@ -1,8 +1,8 @@
-//! What happens in each cycle, drawn from the seed and from nothing else: the same seed and
-//! options give the same schedule, whatever the machine does with it.
+//! The events of each cycle, drawn from the seed alone: the same seed and options give the same
+//! schedule, whatever the machine does.
 //!
-//! A cycle is the move of one buffer. Some go together, as they do where a device's memory is
-//! cleared: a step is one such group.
+//! A cycle is the move of one buffer. A step is a group of cycles that run together, as they do
+//! if a device's memory is vacated.
 
 use std::time::Duration;
 
@@ -15,9 +15,9 @@ use rand::{RngExt, SeedableRng};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Fault {
     pub slot: usize,
-    /// How long after the beginning of the cycle.
+    /// Delay after the beginning of the cycle.
     pub after: Duration,
-    /// How long it is stopped; `None` when it is killed.
+    /// Duration of the stop; `None` kills the worker.
     pub stopped_for: Option<Duration>,
 }
 
@@ -25,41 +25,42 @@ pub struct Fault {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Cycle {
     pub buffer: usize,
-    /// Which of the sources of memory the next generation comes from.
+    /// The index of the source of the next generation.
     pub source: usize,
 }
 
-/// Cycles that go together.
+/// The cycles of one step.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Step {
     pub cycles: Vec<Cycle>,
-    /// Buffers that the kernel moves before, and where to, while they are in use.
+    /// Buffers that the kernel moves before the cycles, while they are in use, with their
+    /// targets.
     pub underneath: Vec<(usize, MoveTo)>,
-    /// How long the workers are left alone before.
+    /// Time that the workers run undisturbed before the cycles.
     pub pause: Duration,
     pub faults: Vec<Fault>,
 }
 
-/// The most cycles that go together.
+/// Maximum number of cycles in a step.
 const TOGETHER: usize = 8;
 
-/// What is drawn from.
+/// The parameters of the draw.
 #[derive(Debug, Clone, Copy)]
 pub struct Odds {
     pub buffers: usize,
     pub processes: usize,
     pub sources: usize,
-    /// There are buffers that the kernel can move.
+    /// True if the kernel can move some of the buffers.
     pub underneath: bool,
     /// Probability that a worker is killed in a cycle.
     pub kill: f64,
     /// Probability that a worker is stopped in a cycle.
     pub stall: f64,
-    /// How long workers have to give a buffer back. Stalls last up to twice as long.
+    /// Time limit for workers to return a buffer. Stalls last up to twice as long.
     pub time_limit: Duration,
 }
 
-/// The cycles, one after the other.
+/// The sequence of steps.
 #[derive(Debug)]
 pub struct Schedule {
     random: StdRng,
@@ -67,7 +68,7 @@ pub struct Schedule {
     digest: u64,
 }
 
-/// Pauses are shorter than this.
+/// Upper limit of a pause.
 const PAUSE: Duration = Duration::from_millis(2);
 
 impl Schedule {
@@ -79,7 +80,7 @@ impl Schedule {
         }
     }
 
-    /// Tells one schedule from another: a number over all steps so far.
+    /// A digest of all steps so far, which distinguishes schedules.
     pub fn digest(&self) -> u64 {
         self.digest
     }
@@ -95,7 +96,7 @@ impl Schedule {
             time_limit,
         } = self.odds;
         let random = &mut self.random;
-        // Everything is drawn every time, so that one answer does not shift the next.
+        // Everything is drawn every time, so that one result does not shift the next.
         let pause = PAUSE.mul_f64(random.random());
         let together = random.random_range(1..=buffers.min(TOGETHER));
         let which = sample(random, buffers, together);

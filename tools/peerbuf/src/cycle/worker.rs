@@ -1,8 +1,8 @@
-//! A worker: a process that is lent the buffers, works on its lane of each with every importer,
-//! and checks that what it wrote stays.
+//! A worker: a process that borrows the buffers, works on its lane of each buffer with every
+//! importer, and checks that its bytes stay.
 //!
-//! Standard input is its connection to the publisher, standard output the one over which it gets
-//! its orders and reports.
+//! Standard input is the worker's connection to the publisher. Standard output is its
+//! connection for orders and reports.
 
 use std::os::fd::AsFd;
 use std::path::PathBuf;
@@ -39,26 +39,26 @@ pub struct Orders {
     pub lane_length: usize,
     pub importers: Vec<Kind>,
     pub scratch: PathBuf,
-    /// How long it rests after a job, at most, in times of what the job took.
+    /// Upper limit of the rest after a job, as a multiple of the job's duration.
     pub rest: f64,
 }
 
-/// What it says.
+/// A message of a worker.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Report {
-    /// Bytes are not what they must be.
+    /// Bytes are wrong.
     Lost(Loss),
-    /// An importer failed, and is not used any more.
+    /// An importer failed, and the worker no longer uses it.
     Failed { importer: Kind, why: String },
 }
 
-/// How long it waits for a buffer before it takes another.
+/// Time that a worker waits for a buffer before it takes another.
 const PATIENCE: Duration = Duration::from_millis(20);
 
-/// How long the word that it was cut off may take, after an importer has failed.
+/// Time limit for the news of a cut-off, after an importer has failed.
 const NEWS: Duration = Duration::from_millis(500);
 
-/// How often it goes on writing to memory after it was cut off.
+/// Number of writes after a cut-off.
 const LATE_WRITES: u64 = 20;
 
 struct Worker {
@@ -66,15 +66,15 @@ struct Worker {
     control: Channel,
     board: Board,
     random: StdRng,
-    /// The last write to each buffer that is done, and the generation that it went to.
+    /// The last completed write to each buffer, with its generation.
     written: Vec<Option<Mark>>,
     importers: Vec<(Kind, Box<dyn Importer>)>,
     bytes: Vec<u8>,
 }
 
-/// Serves the first process until it has enough.
+/// Serves the first process until it ends the connection.
 pub fn run() -> Result<ExitCode, Failure> {
-    // Even while it is stopped.
+    // The signal arrives even while the worker is stopped.
     set_parent_process_death_signal(Some(Signal::KILL))?;
     let by_hand = "`cycle-worker` is started by `peerbuf cycle`, not by hand";
     let publisher = std::io::stdin().as_fd().try_clone_to_owned()?;
@@ -107,7 +107,8 @@ pub fn run() -> Result<ExitCode, Failure> {
     }
     let subscriber = Subscriber::new(publisher).map_err(Failure::from);
     match subscriber.and_then(|subscriber| worker.work(&subscriber)) {
-        // The first process has enough, maybe before this one began, or had enough of this one.
+        // The first process ended the connection, perhaps before this worker began, or cut this
+        // worker off.
         Err(error) if is_end(&error) => Ok(ExitCode::SUCCESS),
         Err(error) => Err(error),
         Ok(()) => Ok(ExitCode::SUCCESS),
@@ -121,7 +122,7 @@ fn is_end(error: &Failure) -> bool {
     )
 }
 
-/// Why the connection ended, if it does within `limit`.
+/// The reason why the connection ended, if it ends within `limit`.
 fn end_within(subscriber: &Subscriber, limit: Duration) -> Option<ShareError> {
     let begun = Instant::now();
     loop {
@@ -152,12 +153,12 @@ impl Worker {
             };
             let ended = match &result {
                 Ok(_) => subscriber.ended(),
-                // The kernel may have taken the memory before the word of it is here.
+                // The kernel may revoke the memory before the message arrives.
                 Err(_) => end_within(subscriber, NEWS),
             };
             if let Some(ended) = ended {
-                // It was cut off, maybe in the middle: what it does to this memory now must not
-                // reach anybody.
+                // The publisher cut this worker off, perhaps during the job. Later writes of
+                // this worker to this memory must not reach anybody.
                 if matches!(ended, ShareError::CutOff { .. }) {
                     self.write_late(buffer, &lease)?;
                 }
@@ -165,7 +166,7 @@ impl Worker {
             }
             match result {
                 Ok(None) => {}
-                // Of the others there is one way.
+                // All other importers have one path.
                 Ok(Some(_)) if self.importers[which].0 != Kind::Nvme => {}
                 Ok(Some(plan)) => {
                     let which = match plan.path {
@@ -179,7 +180,7 @@ impl Worker {
                     let importer = self.importers.remove(which).0;
                     let why = format!("{lease}: {error}");
                     self.report(&Report::Failed { importer, why })?;
-                    // What it left is not known, and must not be taken for lost.
+                    // The failed write left unknown bytes, which must not count as lost.
                     self.written[buffer] = None;
                     if self.importers.is_empty() {
                         return Ok(());
@@ -242,7 +243,7 @@ impl Worker {
             return Ok(None);
         };
         let range = lease.range(self.orders.lane, self.orders.lane_length as u64)?;
-        // A proof of a path changes bytes and puts them back, so they are in doubt meanwhile.
+        // A proof of a path changes bytes and restores them, so they are in doubt meanwhile.
         let settled = self.board.progress(buffer)?;
         let in_doubt = Progress {
             begun: settled.begun + 1,
@@ -277,7 +278,7 @@ impl Worker {
             (*cell != right).then(|| mark.to_string())
         });
         if !losses.is_empty() {
-            // Told once, and not again for every look at it.
+            // Reports a loss once, not at every later check.
             self.written[buffer] = None;
         }
         for loss in losses {
@@ -288,7 +289,7 @@ impl Worker {
         Ok(done)
     }
 
-    /// Does what it must not, as a program would that did not notice.
+    /// Writes after the cut-off, like a program that did not notice it.
     fn write_late(&mut self, buffer: usize, lease: &Lease) -> Result<(), Failure> {
         let range = lease.range(self.orders.lane, self.orders.lane_length as u64)?;
         for late in 1..=LATE_WRITES {
@@ -298,7 +299,7 @@ impl Worker {
             pattern::fill(&mut self.bytes, mark, self.orders.lane, self.orders.key);
             self.board.set_progress(buffer, progress)?;
             if range.write_bytes(&self.bytes).is_err() {
-                // The kernel took the memory away, which is as good.
+                // The kernel revoked the memory.
                 return Ok(());
             }
             self.board.count(Counter::LateWrites, 0, 1)?;
