@@ -1,5 +1,5 @@
-//! How fast bytes go into the other end's buffer, and out of it: requests of one length, so many in
-//! flight, from the first one posted until the last one is done.
+//! Throughput of writes to the peer's buffer and of reads from it: requests of one length, a
+//! given number in flight, from the first post to the last completion.
 
 use std::process::ExitCode;
 use std::time::Instant;
@@ -51,16 +51,16 @@ struct Report {
     here: Receipt,
     there: Receipt,
     depth: u32,
-    /// After each row's last write and read both buffers had the same bytes.
+    /// True if both buffers had the same bytes after each row's last write and read.
     verified: bool,
     rows: Vec<Row>,
 }
 
 #[derive(Serialize)]
 struct Row {
-    /// Of one request.
+    /// Length of a request in bytes.
     bytes: u64,
-    /// For each figure.
+    /// Number of requests for each figure.
     requests: u64,
     write_mib_per_second: f64,
     read_mib_per_second: f64,
@@ -72,19 +72,18 @@ enum Direction {
     Read,
 }
 
-/// Requests of one length that follow each other through the buffers, from their beginning to their
-/// end and again.
+/// Requests of one length in sequence through the buffers, from the start to the end and again.
 #[derive(Clone, Copy)]
 struct Flow {
     direction: Direction,
     length: u64,
     count: u64,
-    /// How many fit into both buffers.
+    /// Number of requests that fit into both buffers.
     places: u64,
 }
 
 impl Flow {
-    /// Does all of them, and returns how many MiB that was in a second.
+    /// Runs all requests and returns the throughput in MiB per second.
     fn run(self, link: &mut Link, registration: &Registration) -> Result<f64, RdmaError> {
         let connection = &mut link.connection;
         let begun = Instant::now();
@@ -107,7 +106,7 @@ impl Flow {
         Ok(bytes / f64::from(1 << 20) / begun.elapsed().as_secs_f64())
     }
 
-    /// The median of so many.
+    /// The median of this many runs.
     fn median(
         self,
         link: &mut Link,
@@ -122,7 +121,7 @@ impl Flow {
         Ok(figures[figures.len() / 2])
     }
 
-    /// How many bytes of the buffers it has been over.
+    /// Number of bytes of the buffers that the flow has covered.
     fn covered(self) -> u64 {
         self.places.min(self.count) * self.length
     }

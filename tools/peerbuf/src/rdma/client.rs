@@ -1,4 +1,4 @@
-//! The end that writes into, or reads out of, the other's buffer.
+//! The client: it writes into the peer's buffer, or reads from it.
 
 use std::fs::File;
 use std::net::TcpStream;
@@ -64,10 +64,10 @@ pub struct Arguments {
     file: PathBuf,
 }
 
-/// How often a transfer is begun anew before it is given up.
+/// Maximum number of attempts of a transfer.
 const TRIES: u32 = 100;
 
-/// Connects to the other end, which may not be there yet.
+/// Connects to the peer, which may not be listening yet.
 fn reach(ends: &Ends) -> Result<TcpStream, Failure> {
     let deadline = Deadline::after(Duration::from_secs(ends.wait));
     loop {
@@ -81,27 +81,28 @@ fn reach(ends: &Ends) -> Result<TcpStream, Failure> {
     }
 }
 
-/// The other end.
+/// The peer.
 pub struct There {
     pub stream: TcpStream,
     card: Card,
-    /// How many requests a connection has in flight, at most.
+    /// Maximum number of requests in flight on a connection.
     pub depth: u32,
-    /// How large its buffer is.
+    /// The size of the peer's buffer in bytes.
     pub size: u64,
     pub receipt: Receipt,
-    /// How often a connection took the place of one whose work was cut off.
+    /// Number of connections that replaced one whose work was cut off.
     retries: u32,
 }
 
-/// This end's buffer.
+/// The local buffer.
 pub struct Here {
     pub lent: Lent,
     receipt: Receipt,
 }
 
 impl Here {
-    /// The beginning of the buffer, for the shortest time: it does not move meanwhile.
+    /// The start of the buffer. The caller holds it briefly, because the buffer does not move
+    /// meanwhile.
     fn range(&mut self, length: u64) -> Result<BufferRange, Failure> {
         let registration = self.lent.registration()?;
         self.receipt.follow(receipt(&registration));
@@ -109,7 +110,7 @@ impl Here {
     }
 }
 
-/// Reaches the other end and makes this end's buffer, which moves as often.
+/// Connects to the peer and makes the local buffer, which moves at the interval `every`.
 pub fn begin(ends: &Ends, every: Option<Every>) -> Result<(Here, There), Failure> {
     let mut stream = reach(ends)?;
     stream.set_read_timeout(Some(PATIENCE))?;
@@ -145,7 +146,7 @@ impl There {
         }
     }
 
-    /// Asks for something that is done, or to be begun again.
+    /// Sends a request whose work is either done or has to be repeated (`None`).
     pub fn account(&mut self, request: &Request) -> Result<Option<Account>, Failure> {
         match self.ask(request)? {
             Response::Done(account) => {
@@ -159,7 +160,7 @@ impl There {
         }
     }
 
-    /// The other end's buffer as it is now, over a connection that there is.
+    /// Asks for the peer's present buffer; `connect` makes a new connection.
     fn show(&mut self, connect: Option<&Address>) -> Result<(Option<Address>, Remote), Failure> {
         let connect = connect.map(Address::to_bytes);
         match self.ask(&Request::Begin { connect })? {
@@ -172,7 +173,7 @@ impl There {
         }
     }
 
-    /// A connection, to the buffer as it is now.
+    /// Connects to the peer's present buffer.
     pub fn connect(&mut self) -> Result<Link, Failure> {
         let end = self.card.endpoint(self.depth)?;
         let (theirs, remote) = self.show(Some(&end.address()))?;
@@ -184,7 +185,7 @@ impl There {
         })
     }
 
-    /// A new connection in place of one whose work was cut off; for nothing else.
+    /// Replaces a connection whose work was cut off. Other errors are returned.
     fn again(&mut self, why: RdmaError) -> Result<Link, Failure> {
         let moved = match &why {
             RdmaError::Work(error) => {
@@ -197,18 +198,18 @@ impl There {
         if !moved || self.retries > TRIES {
             return Err(why.into());
         }
-        // Where the other end has gone, what the card said is the reason.
+        // If the peer has gone, the card's error is the reason.
         self.connect()
             .map_err(|error| format!("{why}; nor over another connection: {error}").into())
     }
 
-    /// Begins a bufferful over the connection that there is.
+    /// Begins a bufferful over the existing connection.
     pub fn ready(&mut self, link: &mut Link) -> Result<(), Failure> {
         link.remote = self.show(None)?.1;
         Ok(())
     }
 
-    /// Has so many bytes of the buffer made ready to be read.
+    /// Asks the peer to prepare this many bytes of its buffer for reading.
     pub fn prepare(&mut self, link: &mut Link, at: u64, length: u64) -> Result<Account, Failure> {
         for _ in 0..TRIES {
             if let Some(account) = self.account(&Request::Read { at, length })? {
@@ -221,7 +222,8 @@ impl There {
     }
 }
 
-/// One bufferful to the other end, and into its file: what it says of it, and the bytes copied here.
+/// Writes one bufferful to the peer and its file. Returns the peer's account and the bytes
+/// copied here.
 fn write(
     here: &Here,
     there: &mut There,
@@ -252,7 +254,7 @@ fn write(
     }
 }
 
-/// One bufferful of the other end: what it says of it, and the bytes copied here.
+/// Reads one bufferful from the peer. Returns the peer's account and the bytes copied here.
 fn read(
     here: &Here,
     there: &mut There,
@@ -316,7 +318,7 @@ pub fn get(arguments: &Arguments) -> Result<ExitCode, Failure> {
     if length > there.size {
         return Err(format!("the server's buffer has only {} bytes", there.size).into());
     }
-    // Made here: there may be none.
+    // The file may not exist yet.
     File::create(&arguments.file)
         .map_err(|error| format!("{}: {error}", arguments.file.display()))?;
     let file = FileImporter::open_for(&arguments.file, Access::Write)?;

@@ -1,4 +1,5 @@
-//! An end's buffer: lent by this process to itself, so that it can move while the card has it.
+//! An end's buffer, which this process lends to itself, so that it can move while the card uses
+//! it.
 
 use std::str::FromStr;
 use std::sync::Arc;
@@ -14,15 +15,15 @@ use peerbuf_rdma::{Card, Follower, Registration};
 use super::place::Place;
 use crate::Failure;
 
-/// How long one request, one move, or the other end may take.
+/// Time limit for one request, one move, or the peer.
 pub const PATIENCE: Duration = Duration::from_secs(120);
-/// How long a move waits for the card's work before that is cut off.
+/// Time limit for the card's work before a move cuts it off.
 const DRAIN: Duration = Duration::from_secs(10);
-/// How long the publisher serves before it looks whether anything else is to be done.
+/// Time that the publisher serves before it checks for other work.
 const SLICE: Duration = Duration::from_millis(5);
 const NAME: &str = "the buffer";
 
-/// Times between moves, in milliseconds: none, or at random up to twice this.
+/// Interval between moves in milliseconds: no moves, or a random interval up to twice this.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Every(u32);
 
@@ -37,20 +38,20 @@ impl FromStr for Every {
     }
 }
 
-/// The buffer, and what moves it.
+/// The buffer, and the thread that moves it.
 pub struct Lent {
     follower: Follower,
     moves: Arc<AtomicU64>,
     stop: Arc<AtomicBool>,
     publisher: Option<JoinHandle<Result<(), ShareError>>>,
-    /// Its size in bytes.
+    /// The buffer's size in bytes.
     pub size: u64,
-    /// Its name and place.
+    /// The buffer's name and place.
     pub what: String,
 }
 
 impl Lent {
-    /// Makes it, and has it registered; `remote` is what the other end may do with it.
+    /// Makes and registers the buffer. `remote` is the peer's access.
     pub fn new(
         card: &Card,
         place: &Place,
@@ -83,7 +84,8 @@ impl Lent {
                     }
                     match publisher.migrate(id, DRAIN) {
                         Ok(_) => counted.fetch_add(1, Ordering::Relaxed),
-                        // A disk still works on it; it stays where it is, for the next time.
+                        // A disk still works on the buffer, which stays in place until the next
+                        // time.
                         Err(ShareError::DeviceBusy { .. }) => continue,
                         Err(error) => return Err(error),
                     };
@@ -100,22 +102,22 @@ impl Lent {
         })
     }
 
-    /// What registers it anew when it has moved.
+    /// The follower, which registers the buffer again after a move.
     pub fn follower(&self) -> &Follower {
         &self.follower
     }
 
-    /// As it is now.
+    /// The present registration.
     pub fn registration(&self) -> Result<Registration, Failure> {
         Ok(self.follower.registration(PATIENCE)?)
     }
 
-    /// How often it has moved.
+    /// Number of moves.
     pub fn moves(&self) -> u64 {
         self.moves.load(Ordering::Relaxed)
     }
 
-    /// Ends the moves; why they ended before, if they did.
+    /// Ends the moves. Returns the error that ended them before, if any.
     pub fn end(mut self) -> Result<(), Failure> {
         self.stop.store(true, Ordering::Relaxed);
         match self.publisher.take().map(JoinHandle::join) {

@@ -1,12 +1,13 @@
-//! `peerbuf rdma`: one machine shows a buffer, another writes a file's bytes into it or reads them
-//! out of it.
+//! `peerbuf rdma`: a server exposes a buffer, and a client writes a file's bytes into it or
+//! reads them from it.
 //!
-//! Bytes go by RDMA and by nothing else; what the ends have to tell each other goes over TCP. The
-//! client moves at most a bufferful at a time: file to its buffer, buffer to buffer, and, where the
-//! server was given a file, buffer to file. Both ends take a checksum of what is in their buffer.
+//! Data goes only by RDMA. Control messages go over TCP. The client moves at most one bufferful
+//! at a time: from the file to its buffer, from buffer to buffer, and, if the server has a
+//! file, from the server's buffer to that file. Both ends compute a checksum of their buffer's
+//! bytes.
 //!
-//! Each end lends its buffer to itself, and can so move it meanwhile (`--move-every`). What was cut
-//! off by a move, of either end, is done again over a new connection.
+//! Each end lends its buffer to itself, so the buffer can move during a transfer
+//! (`--move-every`). Work that a move of either end cuts off is repeated over a new connection.
 
 mod bench;
 mod client;
@@ -97,13 +98,13 @@ impl Which {
     }
 }
 
-/// How many requests an end has in flight.
+/// Number of requests that an end has in flight.
 const DEPTH: u32 = 16;
 
 fn receipt(registration: &Registration) -> Receipt {
     let plan = registration.plan();
-    // Of a card that is software the plan says that the processor carries the bytes. It does so from
-    // the buffer's own memory, and nothing is copied on the way to the packets.
+    // The plan for a software card says that the CPU carries the bytes. The CPU takes them from
+    // the buffer's own memory, without a copy on the way to the packets.
     let by_processor = registration.rung().is_dma_buf() && plan.path == Path::StagedCopy;
     Receipt {
         card: registration.domain().name().into(),

@@ -1,4 +1,4 @@
-//! The buffers that `peerbuf rdma` can make, and bytes between one and a file.
+//! The kinds of buffers of `peerbuf rdma`, and transfers between a buffer and a file.
 
 use std::str::FromStr;
 use std::sync::Arc;
@@ -13,7 +13,7 @@ use sha2::{Digest, Sha256};
 
 use crate::{Failure, size};
 
-/// Which buffer.
+/// A kind of buffer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Place {
     /// `udmabuf`
@@ -44,8 +44,8 @@ impl FromStr for Place {
 }
 
 impl Place {
-    /// Makes it, of whole pages, of the kind that moves: one in a BAR to system memory and back, any
-    /// other to new memory of its kind.
+    /// Makes a movable buffer of whole pages: one in a BAR moves to system memory and back, any
+    /// other moves to new memory of its kind.
     pub fn make(&self, bytes: u64) -> Result<Box<dyn Backing>, Failure> {
         let page = rustix::param::page_size() as u64;
         let length = bytes
@@ -66,7 +66,7 @@ impl Place {
     }
 }
 
-/// SHA-256 of what the processor sees in a range; `all` gets the same bytes.
+/// SHA-256 of the CPU's view of a range; `all` gets the same bytes.
 pub fn checksum(range: &BufferRange, all: &mut Sha256) -> Result<[u8; 32], BufferError> {
     let mut sum = Sha256::new();
     let mut mapping = range.map(Access::Read)?;

@@ -14,23 +14,23 @@ use crate::table::{Notes, Table, first_that_fits, paragraph};
 #[derive(Serialize)]
 pub struct Summary {
     bytes: u64,
-    /// Of all bytes, as they were in this end's buffer.
+    /// SHA-256 of all bytes, as they were in this end's buffer.
     sha256: String,
-    /// Each bufferful had the same checksum in both buffers.
+    /// True if each bufferful had the same checksum in both buffers.
     pub verified: bool,
     seconds: f64,
     here: Receipt,
     there: Receipt,
-    /// Bytes that the processor copied between the buffer and memory of the card's own.
+    /// Number of bytes that the CPU copied between the buffer and a bounce buffer of the card.
     copied_here: u64,
     copied_there: u64,
-    /// How often each buffer moved meanwhile.
+    /// Number of moves of each buffer during the transfer.
     moves_here: u64,
     moves_there: u64,
-    /// How often work was cut off by that, and done again over a new connection.
+    /// Number of times that a move cut off work, which was repeated over a new connection.
     retries: u32,
     file_here: FileAccount,
-    /// Of what the other end wrote to its file.
+    /// The peer's account of its file.
     file_there: Option<FileAccount>,
 }
 
@@ -62,12 +62,12 @@ impl Tally {
         }
     }
 
-    /// Takes all bytes, in their order.
+    /// The digest that takes all bytes, in their order.
     pub fn sum(&mut self) -> &mut Sha256 {
         &mut self.sum
     }
 
-    /// Adds one bufferful: its checksum on this end, and what the other end says of it.
+    /// Adds one bufferful: its checksum on this end, and the peer's account.
     pub fn add(&mut self, length: u64, ours: [u8; 32], theirs: Account, copied: u64) {
         self.bytes += length;
         self.verified &= ours == theirs.checksum;
@@ -81,7 +81,7 @@ impl Tally {
         }
     }
 
-    /// Adds what went between the file and the buffer on this end.
+    /// Adds a transfer between the file and the buffer on this end.
     pub fn file(&mut self, receipt: &FileReceipt) {
         wire::add(&mut self.file_here.path, receipt.plan.path.as_str());
         self.file_here.host_bytes += receipt.host_bytes;
@@ -112,10 +112,10 @@ const BETWEEN: usize = 1;
 const PATH: usize = 2;
 
 impl Summary {
-    /// Each hop with its path, and below it what better ways failed with. `file` is this end's.
+    /// Each hop with its path, and below it the errors of better ways. `file` is this end's.
     pub fn table(&self, file: &str, width: usize) -> String {
         let mut notes = Notes::default();
-        // A name should not wrap, if the failed ways can be told below instead.
+        // A name should not wrap if the failed ways can go below the table instead.
         let forms = [(true, true), (false, true), (true, false), (false, false)];
         let forms = forms.map(|(ways, names)| {
             let hops = self.hops(file, ways, &mut notes);
@@ -140,8 +140,8 @@ impl Summary {
         text
     }
 
-    /// A line for each hop. With `ways` the better ways that failed are named beside the path, else
-    /// only numbers lead to the notes.
+    /// A row for each hop. With `ways`, the path's cell names the better ways that failed;
+    /// otherwise only the numbers of the notes do.
     fn hops(&self, file: &str, ways: bool, notes: &mut Notes) -> Table {
         let path = match ways {
             true => "path used, and why not a better one",
@@ -156,7 +156,7 @@ impl Summary {
             let (all, host) = (size::show(self.bytes), size::show(host_bytes));
             hops.row([end.to_owned(), between, path, all, host]);
         };
-        // A buffer that moved has several.
+        // A buffer that moved has several paths.
         let lines = |paths: &str| paths.replace(", ", "\n");
         let FileAccount { path, host_bytes } = &self.file_here;
         let between = format!("{file} and\n{}", self.here.buffer);
@@ -240,7 +240,7 @@ mod tests {
     const NO_LIBRARY: &str = "dma-buf-by-library: ibv_reg_dmabuf_mr on 0000:04:00.0 BAR 2 at 0x0: \
                               EOPNOTSUPP (Operation not supported) (the card's part of libibverbs)";
 
-    /// The lab's soft-RoCE that takes dma-bufs.
+    /// The lab's soft-RoCE with dma-buf support.
     fn by_kernel() -> Summary {
         let receipt = receipt(
             BAR,
@@ -251,7 +251,7 @@ mod tests {
         summary(receipt, 10.48)
     }
 
-    /// The kernel's own.
+    /// The kernel's own soft-RoCE.
     fn staged() -> Summary {
         let attempts = [
             "dma-buf-by-library: ibv_reg_dmabuf_mr on 0000:04:00.0 BAR 2 at 0x0: EOPNOTSUPP \
@@ -279,7 +279,7 @@ mod tests {
         summary
     }
 
-    /// The page's example by hand.
+    /// The example of the page by hand.
     fn by_hand() -> Summary {
         let attempts = [
             "dma-buf-by-library: ibv_reg_dmabuf_mr on udmabuf: EOPNOTSUPP (Operation not supported) \

@@ -1,4 +1,4 @@
-//! The end that shows a buffer.
+//! The server, which exposes a buffer.
 
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
@@ -96,17 +96,18 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     }
 }
 
-/// For reading and writing, since clients may do both; a file that may only be read serves those who read.
+/// Opens a file for reading and writing, because clients may do both. A read-only file serves
+/// clients that read.
 fn open(path: &Path) -> Result<FileImporter, TransferError> {
     FileImporter::open_for(path, Access::ReadWrite)
         .or_else(|refused| FileImporter::open(path).map_err(|_| refused))
 }
 
-/// What one client has of the buffer.
+/// One client's use of the buffer.
 struct Served {
-    /// Before the registration: the card has stopped when that goes.
+    /// First field: dropping the connection stops the card before the registration goes.
     connection: Option<Connection>,
-    /// While the client uses it. Its key is of no use without the connection.
+    /// The registration while the client uses it. Its key is useless without the connection.
     shown: Option<Registration>,
     moves: u64,
 }
@@ -147,7 +148,7 @@ impl Server {
     fn begin(&self, served: &mut Served, connect: Option<[u8; 32]>) -> Result<Response, Failure> {
         let mut ours = None;
         if let Some(theirs) = connect {
-            // What it had goes first: with the connection the key is of no use to it.
+            // The old connection goes first: without it the client's key is useless.
             served.connection = None;
             served.shown = None;
             let theirs = Address::from_bytes(&theirs)?;
@@ -159,7 +160,7 @@ impl Server {
         let connection = served.connection.as_ref();
         let connection = connection.ok_or("malformed: it has not connected")?;
         let registration = self.lent.registration()?;
-        // All that is done on this end is to be there: the client writes and reads.
+        // All earlier work of this end must be complete, because the client writes and reads.
         connection.shows(&registration);
         let shown = Shown::new(
             ours.as_ref(),
@@ -170,12 +171,13 @@ impl Server {
         Ok(Response::Ready(shown))
     }
 
-    /// The client has written the beginning of the buffer; those bytes belong at `at` of the file.
+    /// Handles a client's write to the start of the buffer. The bytes belong at `at` in the
+    /// file.
     fn written(&self, served: &mut Served, at: u64, length: u64) -> Result<Response, Failure> {
         let shown = served.shown.take().ok_or("malformed: it has not begun")?;
         let copied = match shown.deliver(0, length) {
             Ok(copied) => copied,
-            // What had arrived was in the buffer, and has moved with it.
+            // The arrived bytes were in the buffer, and moved with it.
             Err(RdmaError::Stale { .. }) if shown.rung() != Rung::Staged => 0,
             Err(RdmaError::Stale { .. }) => return Ok(Response::Again),
             Err(error) => return Err(error.into()),
@@ -200,7 +202,7 @@ impl Server {
         Ok(Response::Done(account))
     }
 
-    /// The client is about to read.
+    /// Prepares the buffer for a client's read.
     fn prepare(&self, served: &Served, at: u64, length: u64) -> Result<Response, Failure> {
         let shown = served.shown.as_ref().ok_or("malformed: it has not begun")?;
         let prepared = || -> Result<Account, RdmaError> {

@@ -12,10 +12,10 @@ use crate::Failure;
 
 /// The longest message.
 const LIMIT: u32 = 64 << 10;
-/// Of this protocol; the first thing that either end says.
+/// The version of this protocol, in the first message of each end.
 const VERSION: u32 = 2;
 
-/// How one end's card has its buffer.
+/// An end's registration of its buffer.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Receipt {
@@ -23,17 +23,17 @@ pub struct Receipt {
     pub card: String,
     /// The buffer's name.
     pub buffer: String,
-    /// How the card was given the buffer.
+    /// The kind of registration.
     pub registration: String,
-    /// The error of each better way.
+    /// The errors of better kinds of registration.
     pub attempts: Vec<String>,
     /// The path between the buffer and the card.
     pub path: String,
 }
 
 impl Receipt {
-    /// Takes the place of an earlier one, whose paths are kept beside the new: a buffer that moves has
-    /// several.
+    /// Adds the receipt of a later registration and keeps the earlier paths: a buffer that
+    /// moves has several.
     pub fn follow(&mut self, later: Receipt) {
         let mut path = std::mem::take(&mut self.path);
         add(&mut path, &later.path);
@@ -46,7 +46,7 @@ impl Receipt {
         };
     }
 
-    /// Checked: it is the other end's, and is going to be printed.
+    /// Checks the texts, which come from the peer and are going to be printed.
     fn checked(self) -> Result<Receipt, Failure> {
         let Receipt {
             card,
@@ -68,7 +68,7 @@ impl Receipt {
 #[serde(deny_unknown_fields)]
 pub struct Hello {
     version: u32,
-    /// How large the buffer is.
+    /// The size of the buffer in bytes.
     size: u64,
 }
 
@@ -78,7 +78,7 @@ impl Hello {
         Hello { version, size }
     }
 
-    /// The size of the buffer there, checked.
+    /// The size of the peer's buffer in bytes, after a check of the message.
     pub fn open(self) -> Result<u64, Failure> {
         if self.version != VERSION {
             return Err(format!(
@@ -95,14 +95,15 @@ impl Hello {
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub enum Request {
-    /// It wants to use the buffer. With an address it connects to there, and gives up the connection
-    /// it had.
+    /// The client wants to use the buffer. With an address, it makes a new connection to it and
+    /// gives up the old one.
     Begin { connect: Option<[u8; 32]> },
-    /// It has written the first `length` bytes of the buffer; they belong at `at` in the file.
+    /// The client has written the first `length` bytes of the buffer, which belong at `at` in
+    /// the file.
     Written { at: u64, length: u64 },
-    /// It is going to read so many bytes of the buffer.
+    /// The client is going to read this many bytes of the buffer.
     Read { at: u64, length: u64 },
-    /// All was moved.
+    /// The transfer is complete.
     End,
 }
 
@@ -110,21 +111,22 @@ pub enum Request {
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub enum Response {
-    /// The buffer is there until the next request but `Read`, or until it has to move.
+    /// The buffer stays in place until the next request other than `Read`, or until it has to
+    /// move.
     Ready(Shown),
-    /// Done, or can be done now.
+    /// The work is done, or can be done now.
     Done(Account),
-    /// The buffer had to move before the bytes were in it: they are to be written again.
+    /// The buffer had to move before the bytes arrived, so the client must write them again.
     Again,
-    /// Not done.
+    /// The server refused, with this reason.
     Refused(String),
 }
 
-/// The buffer as it is now.
+/// The present buffer.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Shown {
-    /// Of the new connection's end.
+    /// The address of the new connection's end.
     connect: Option<[u8; 32]>,
     remote: [u8; 24],
     receipt: Receipt,
@@ -139,7 +141,7 @@ impl Shown {
         }
     }
 
-    /// What it says, checked.
+    /// The contents, after a check.
     pub fn open(self) -> Result<(Option<Address>, Remote, Receipt), Failure> {
         let connect = self.connect.as_ref().map(Address::from_bytes).transpose()?;
         let remote = Remote::from_bytes(&self.remote)?;
@@ -153,15 +155,16 @@ impl Shown {
 pub struct Account {
     /// SHA-256 of the bytes in the buffer.
     pub checksum: [u8; 32],
-    /// Bytes that the processor copied between the card's memory and the buffer.
+    /// Number of bytes that the CPU copied between the card's bounce buffer and the buffer.
     pub copied: u64,
-    /// How often the buffer has moved since this client came.
+    /// Number of moves of the buffer since this client connected.
     pub moves: u64,
-    /// Of the bytes written to a file: the path, and how many were in system memory.
+    /// For bytes written to a file: the path, and the number of bytes that went through system
+    /// memory.
     pub file: Option<FileAccount>,
 }
 
-/// One end's file.
+/// The account of one end's file.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct FileAccount {
@@ -169,7 +172,7 @@ pub struct FileAccount {
     pub host_bytes: u64,
 }
 
-/// Adds to a list of different things, but for one that is on it.
+/// Adds an item to a list, unless the list contains it.
 pub fn add(list: &mut String, thing: &str) {
     if list.is_empty() {
         *list = thing.to_owned();
@@ -179,7 +182,7 @@ pub fn add(list: &mut String, thing: &str) {
     }
 }
 
-/// Text of the other end's that is going to be printed, unless a terminal would obey it.
+/// Checks that a text of the peer has no control characters, which a terminal would obey.
 pub fn plain(text: &str) -> Result<&str, Failure> {
     if text.chars().any(char::is_control) {
         return Err("malformed: control characters in a text".into());
@@ -197,7 +200,7 @@ pub fn send(stream: &mut TcpStream, message: &impl Serialize) -> Result<(), Fail
     Ok(())
 }
 
-/// Waits for one message; `None` when the other end has closed the connection between two.
+/// Waits for one message; `None` if the peer closed the connection between two messages.
 pub fn receive<T: DeserializeOwned>(stream: &mut TcpStream) -> Result<Option<T>, Failure> {
     let mut length = [0; 4];
     match stream.read(&mut length[..1]) {
