@@ -1,5 +1,5 @@
-//! Asks the kernel (peerbuf_probe.ko) about two devices: exports some memory of the one and attaches it on behalf of the
-//! other, as its driver would. No DMA is started.
+//! Asks the kernel (peerbuf_probe.ko) about two devices: exports memory of one device and
+//! attaches it on behalf of the other, as that device's driver would. No DMA is started.
 
 use peerbuf::error::{ExportError, ProbeError};
 use peerbuf::export::peerbuf::{Device, Request};
@@ -22,7 +22,7 @@ pub enum Answer {
     NotAsked(String),
 }
 
-/// As much as one page of any machine's.
+/// At least one page on every machine.
 const LENGTH: u64 = 64 << 10;
 
 /// Whether the driver of `client` would get the memory of `provider`.
@@ -49,7 +49,7 @@ pub fn kernel(client: PciAddress, provider: PciAddress) -> Answer {
             Route::BusAddress => Answer::Yes(Map::BusAddress),
             Route::HostBridge => Answer::Yes(Map::HostBridge),
             Route::System => Answer::No("the exporter moved the bytes to system memory".into()),
-            // Some of this and some of that, or addresses that lead nowhere known.
+            // A mixture of routes, or addresses that lead to no known memory.
             other => Answer::No(format!(
                 "the exporter mapped it in an unexpected way: {other:?}"
             )),
@@ -62,8 +62,8 @@ pub fn kernel(client: PciAddress, provider: PciAddress) -> Answer {
     }
 }
 
-/// Some memory of a device that peerbuf.ko has, or whose own driver lends it: as much as can be had at once, and at
-/// most `most` bytes.
+/// Exports memory of a device that is bound to peerbuf.ko, or whose own driver lends memory: as
+/// much as is available in one piece, and at most `most` bytes.
 pub fn lend(device: PciAddress, most: u64) -> Result<Buffer, String> {
     let (opened, share) = match Device::open(device) {
         Ok(opened) => (opened, 1),
@@ -71,7 +71,7 @@ pub fn lend(device: PciAddress, most: u64) -> Result<Buffer, String> {
             let lender = provider::open(device).map_err(|lender| {
                 format!("{device} provides no memory to peers, neither through peerbuf.ko ({error}) nor by its own driver ({lender})")
             })?;
-            // Others in the kernel live from the pool, too.
+            // Other users in the kernel need the pool, too.
             (lender, 2)
         }
     };
@@ -90,7 +90,7 @@ pub fn lend(device: PciAddress, most: u64) -> Result<Buffer, String> {
         };
         match opened.export(request) {
             Ok(buffer) => return Ok(buffer),
-            // What a driver's pool has free need not be in one piece.
+            // The free bytes of a driver's pool may be in several pieces.
             Err(ExportError::System { cause, .. })
                 if cause.errno == Errno::NOSPC && length > page =>
             {

@@ -24,9 +24,9 @@ pub struct Arguments {
     json: bool,
 }
 
-/// Rows of the table of pairs; JSON has them all.
+/// Maximum number of rows in the table of pairs. JSON has all pairs.
 const MOST: usize = 24;
-/// Pairs of more devices are for `why`: to list them all helps nobody.
+/// Maximum number of devices whose pairs are examined. For more devices, use `why`.
 const MOST_DEVICES: usize = 64;
 
 #[derive(Serialize)]
@@ -34,12 +34,12 @@ struct Mount {
     at: String,
     filesystem: String,
     disk: String,
-    /// What a transfer between a file there and a peer's memory meets.
+    /// The verdict for a transfer between a file on this mount and a peer's memory.
     verdict: String,
     good: bool,
 }
 
-/// Something in the way, and what helps.
+/// A problem and its remedies.
 #[derive(Serialize)]
 struct Finding {
     what: String,
@@ -48,7 +48,7 @@ struct Finding {
 
 pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     let live = arguments.source.is_live();
-    // A container without /sys still has what needs no device.
+    // A container without /sys still supports everything that needs no device.
     let machine = match arguments.source.read() {
         Ok(machine) => machine,
         Err(error) if live => {
@@ -122,7 +122,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     Ok(code)
 }
 
-/// Each device that could do DMA with each that could lend memory.
+/// Each pair of a device that can do DMA and a device that can lend memory.
 fn ways(rules: &Rules<'_>, ask: bool) -> Vec<Way> {
     let machine = rules.machine();
     let mut devices = machine.devices_that_matter();
@@ -141,7 +141,7 @@ fn ways(rules: &Rules<'_>, ask: bool) -> Vec<Way> {
             }
         }
     }
-    // What is in the way first, and of that the disks.
+    // Problems first, and disks first among them.
     ways.sort_by_key(|way| {
         let verdict = match way.verdict() {
             Verdict::No => 0,
@@ -164,7 +164,7 @@ fn both<'m>(rules: &Rules<'m>, way: &Way) -> (&'m Function, &'m Function) {
     )
 }
 
-/// What is in the way. Bytes that were seen to arrive settle what was in doubt.
+/// The codes of the problems. Proved bytes settle what was in doubt.
 fn codes(way: &Way) -> Vec<&str> {
     let failed = way.failed().and_then(|seen| seen.code.as_deref());
     let matters = way.argument.reasons.iter().filter(|reason| {
@@ -190,7 +190,7 @@ fn pair(rules: &Rules<'_>, way: &Way) -> Value {
 }
 
 fn pairs_table(rules: &Rules<'_>, ways: &[Way]) -> Table {
-    // A column that says nothing takes the room of others.
+    // An empty column would take the room of others.
     let tried = ways.iter().any(|way| way.proof.is_some());
     let headings = [
         "device",
@@ -229,7 +229,7 @@ fn pairs_table(rules: &Rules<'_>, ways: &[Way]) -> Table {
     table
 }
 
-/// Filesystems on disks, each disk once, and whether their files can be read around the page cache.
+/// Filesystems on disks, one for each disk, and whether their files support direct I/O.
 fn mounts() -> Vec<Mount> {
     let mut seen = Vec::new();
     let mut mounts = Vec::new();
@@ -294,7 +294,7 @@ fn findings(
     info: Option<&info::Info>,
 ) -> Vec<Finding> {
     let mut findings: Vec<Finding> = Vec::new();
-    // Everybody says yes, and the bytes were seen not to arrive: nothing matters more.
+    // The kernel allows these pairs and the bytes did not arrive, so these findings come first.
     let surprising = |way: &&Way| way.argument.verdict != Verdict::No;
     for way in ways.iter().filter(surprising) {
         let Some(seen) = way.failed() else {
@@ -319,7 +319,7 @@ fn findings(
         });
     }
     let proved = findings.len();
-    // One for each kind of reason, with the pairs that it stops.
+    // One finding for each kind of reason, with the pairs that it affects.
     for code in Code::ALL {
         let stops = |way: &&Way| codes(way).contains(&code.as_str());
         let stopped: Vec<&Way> = ways.iter().filter(stops).collect();
@@ -347,7 +347,7 @@ fn findings(
         });
     }
     let lying = |finding: &Finding| finding.what.contains(Code::IommuInGuest.as_str());
-    // What loses bytes comes before what is refused.
+    // Pairs that lose bytes come before pairs that are refused.
     findings[proved..].sort_by_key(|finding| !lying(finding));
     for missing in info.into_iter().flat_map(info::Info::missing) {
         findings.push(Finding {

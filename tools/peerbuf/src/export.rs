@@ -94,7 +94,7 @@ struct Exported {
     socket: Option<PathBuf>,
 }
 
-/// Exports and holds.
+/// Exports the buffer and holds it.
 pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     let access = if arguments.read_only {
         Access::Read
@@ -112,7 +112,8 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
         }
         return run_command(program, rest, &buffer);
     }
-    // Before anything can be seen of the export, so that no Ctrl-C leaves the socket behind.
+    // The signals are blocked before the export is visible, so that no Ctrl-C leaves the socket
+    // behind.
     let signals = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP]);
     signals.thread_block()?;
     let signals = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC)?;
@@ -122,7 +123,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Memory of a BAR, or that a driver lends.
+/// Exports memory of a BAR, or memory that a driver lends.
 fn of_device(arguments: &Arguments, device: PciAddress, access: Access) -> Result<Buffer, Failure> {
     let (device, bar) = match arguments.bar {
         Some(bar) => (Device::open(device)?, bar),
@@ -165,7 +166,7 @@ fn announce(arguments: &Arguments, buffer: &Buffer) -> Result<(), Failure> {
 
 fn run_command(program: &str, rest: &[String], buffer: &Buffer) -> Result<ExitCode, Failure> {
     let dmabuf = buffer.dmabuf().ok_or("the buffer has no dma-buf")?;
-    // A copy that survives exec, unlike the original.
+    // This copy survives exec, unlike the original.
     let inherited = rustix::io::dup(dmabuf)?;
     let status = Command::new(program)
         .args(rest)
@@ -181,11 +182,11 @@ fn run_command(program: &str, rest: &[String], buffer: &Buffer) -> Result<ExitCo
     Ok(ExitCode::from(code as u8))
 }
 
-/// How long nobody is accepted after the process ran out of descriptors or memory.
+/// Time without `accept` after the process ran out of descriptors or memory.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// Gives the buffer to everybody who connects and may have it, until a signal comes. Nothing that
-/// one of them does, and no shortage, is a reason to stop serving the others.
+/// Serves the buffer to every process that connects and may have it, until a signal arrives. No
+/// behaviour of a client and no shortage stops the service for the others.
 fn serve(listener: Option<&Listener>, signals: impl AsFd, buffer: &Buffer) -> Result<(), Failure> {
     let mut pause: Option<Deadline> = None;
     let mut told = false;
@@ -214,7 +215,7 @@ fn serve(listener: Option<&Listener>, signals: impl AsFd, buffer: &Buffer) -> Re
                     say::remark(why);
                 }
             }
-            // The newcomer waits, and would be found again without end.
+            // The client still waits, and the loop would find it again without end.
             Err(error) => {
                 if !std::mem::replace(&mut told, true) {
                     say::remark(format_args!(
@@ -227,7 +228,7 @@ fn serve(listener: Option<&Listener>, signals: impl AsFd, buffer: &Buffer) -> Re
     }
 }
 
-/// Hands the buffer over to a process of this user or of root.
+/// Gives the buffer to a process of this user or of root.
 fn give(channel: &Channel, buffer: &Buffer) -> Result<(), String> {
     let peer = channel.peer().map_err(|error| error.to_string())?;
     let ours = rustix::process::geteuid().as_raw();
@@ -251,10 +252,10 @@ mod tests {
 
     use super::*;
 
-    /// How long anything may take that is to happen.
+    /// Time limit for every expected event.
     const LONG: Duration = Duration::from_secs(20);
 
-    /// A process that is killed when the test is over.
+    /// A process that is killed at the end of the test.
     struct Process(Child);
 
     impl Drop for Process {
@@ -290,7 +291,8 @@ mod tests {
         let (never, _held) = std::io::pipe().unwrap();
         let listener = Listener::bind(socket).unwrap();
         if role == "short" {
-            // Not one more, until the first newcomer has waited for a while.
+            // The limit leaves no descriptor for a client until the first client has waited for
+            // a while.
             let before = getrlimit(Resource::Nofile);
             let next = rustix::io::dup(&never).unwrap().as_raw_fd() as u64;
             let current = Some(next);
@@ -316,7 +318,7 @@ mod tests {
 
     fn all_get_the_buffer(mut process: Process, socket: &Path) {
         for _ in 0..3 {
-            // One that goes at once, and one that stays.
+            // One client leaves at once, and one stays.
             drop(connect(socket));
             let buffer = connect(socket).receive_buffer_within(LONG).unwrap();
             assert_eq!(buffer.buffer().name(), "exported");
@@ -348,7 +350,7 @@ mod tests {
             done.is_ok_and(|done| done.status.success())
         };
         let Some(way) = ways.iter().find(works) else {
-            // Not by a macro, whose words nobody sees.
+            // Not by a macro, because the test harness captures its output.
             let words = "not tested: processes_of_another_pid_namespace_get_the_buffer: no \
                          `unshare --pid` here, not even with `--user`\n";
             std::io::stderr().write_all(words.as_bytes()).unwrap();

@@ -23,7 +23,7 @@ pub struct Arguments {
 #[derive(Serialize)]
 pub struct Info {
     kernel: String,
-    /// The version of the peerbuf.ko that is loaded.
+    /// The version of the loaded peerbuf.ko.
     module: Option<String>,
     devices: Vec<Device>,
     providers: Vec<Provider>,
@@ -63,7 +63,8 @@ struct Provider {
     available: u64,
 }
 
-/// A runtime of GPUs: which its library is, and how many devices it has, or why it cannot be used.
+/// A GPU runtime: its library, and the number of its devices or the reason why it cannot be
+/// used.
 #[derive(Serialize)]
 struct GpuRuntime {
     name: String,
@@ -95,7 +96,7 @@ struct Missing {
     remedy: String,
 }
 
-/// Shows it. A machine that lacks everything is no failure.
+/// Shows the report. A machine that lacks everything is not an error.
 pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     let info = collect();
     if arguments.json {
@@ -204,7 +205,8 @@ fn gpu_runtimes() -> Vec<GpuRuntime> {
     gpu::probe().into_iter().map(describe).collect()
 }
 
-/// The version of a module that is loaded, as far as it is told. Without sysfs its nodes tell that it is.
+/// The version of a loaded module, as far as it is known. Without sysfs, the module's nodes
+/// prove that it is loaded.
 fn module_version(in_sysfs: bool, version: Option<String>, answers: bool) -> Option<String> {
     match (version, in_sysfs || answers) {
         (Some(version), _) => Some(version),
@@ -246,7 +248,7 @@ fn describe_disks(devices: &[PciAddress]) -> Vec<Disk> {
     let mounts = places::mounts();
     let disks = sysfs.block_devices();
     let describe = |disk: &peerbuf::plan::topology::BlockDevice| {
-        // A partition's name begins with its disk's.
+        // A partition's name begins with the name of its disk.
         let is_on = |mount: &&places::Mount| {
             mount
                 .disk
@@ -279,7 +281,7 @@ fn describe_disks(devices: &[PciAddress]) -> Vec<Disk> {
     disks.iter().map(describe).collect()
 }
 
-/// As tables, without what is missing.
+/// The tables, without the missing requirements.
 pub fn show(info: &Info, width: usize) -> String {
     let module = match &info.module {
         Some(version) => format!("peerbuf.ko {version}"),

@@ -1,7 +1,7 @@
 //! `peerbuf ls`: the dma-bufs of this machine, as far as the caller may see them.
 //!
-//! `/proc` names each descriptor and mapping of a process that the caller may look at. A buffer that only the
-//! kernel holds (a display's, say) is in debugfs, for root.
+//! `/proc` lists the descriptors and mappings of each process that the caller may inspect.
+//! debugfs lists buffers that only the kernel holds (such as a display's), for root.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -30,7 +30,7 @@ struct Buffer {
     exporter: Option<String>,
     name: Option<String>,
     holders: Vec<Holder>,
-    /// Devices that are attached; only root may know.
+    /// The attached devices; `None` unless the caller is root.
     importers: Option<Vec<String>>,
 }
 
@@ -110,7 +110,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// By inode; and how many processes could not be looked at.
+/// The buffers by inode, and the number of processes that could not be inspected.
 fn by_process(proc: &Path) -> (BTreeMap<u64, Buffer>, usize) {
     let mut buffers: BTreeMap<u64, Buffer> = BTreeMap::new();
     let mut hidden = 0;
@@ -124,11 +124,11 @@ fn by_process(proc: &Path) -> (BTreeMap<u64, Buffer>, usize) {
         };
         let directory = entry.path();
         let Ok(descriptors) = fs::read_dir(directory.join("fd")) else {
-            // A process that has ended meanwhile is not counted as hidden.
+            // A process that ended meanwhile does not count as hidden.
             hidden += usize::from(directory.exists());
             continue;
         };
-        // How often this process has each.
+        // Number of descriptors and mappings of each buffer in this process.
         let mut held: BTreeMap<u64, (usize, usize)> = BTreeMap::new();
         for descriptor in descriptors.flatten() {
             if !is_dmabuf(&fs::read_link(descriptor.path()).unwrap_or_default()) {
@@ -146,7 +146,8 @@ fn by_process(proc: &Path) -> (BTreeMap<u64, Buffer>, usize) {
             mappings(&fs::read_to_string(directory.join("maps")).unwrap_or_default())
         {
             let buffer = buffers.entry(inode).or_default();
-            // A part may be mapped; the whole is no smaller.
+            // A mapping may cover only part of the buffer, so its length is a lower bound of
+            // the size.
             buffer.size = buffer.size.max(Some(bytes));
             held.entry(inode).or_default().1 += 1;
         }
@@ -165,14 +166,14 @@ fn by_process(proc: &Path) -> (BTreeMap<u64, Buffer>, usize) {
     (buffers, hidden)
 }
 
-/// `/dmabuf:` and the buffer's name, in the kernel's own filesystem.
+/// True for `/dmabuf:` and a buffer's name, in the kernel's own filesystem.
 fn is_dmabuf(target: &Path) -> bool {
     target
         .to_str()
         .is_some_and(|target| target.starts_with("/dmabuf:"))
 }
 
-/// `fdinfo`: a line each for `size`, `exp_name` and, where it has one, `name`.
+/// Parses `fdinfo`: a line each for `size`, `exp_name` and, if present, `name`.
 fn describe(fdinfo: &str, buffer: &mut Buffer) {
     for (key, value) in fdinfo.lines().filter_map(|line| line.split_once(':')) {
         let value = value.trim();
@@ -185,7 +186,7 @@ fn describe(fdinfo: &str, buffer: &mut Buffer) {
     }
 }
 
-/// Inode and length of each mapping of a dma-buf.
+/// Inode and length in bytes of each mapping of a dma-buf.
 fn mappings(maps: &str) -> Vec<(u64, u64)> {
     let mapping = |line: &str| {
         let mut fields = line.split_whitespace();
@@ -201,7 +202,8 @@ fn mappings(maps: &str) -> Vec<(u64, u64)> {
     maps.lines().filter_map(mapping).collect()
 }
 
-/// `bufinfo`: a line for each buffer (size, flags, mode, count, exporter, inode, name), and below it the devices.
+/// Parses `bufinfo`: a line for each buffer (size, flags, mode, count, exporter, inode, name),
+/// followed by its devices.
 fn add_importers(bufinfo: &str, buffers: &mut BTreeMap<u64, Buffer>) {
     let mut current: Option<u64> = None;
     for line in bufinfo.lines() {
@@ -226,7 +228,7 @@ fn add_importers(bufinfo: &str, buffers: &mut BTreeMap<u64, Buffer>) {
             && let Some(importers) =
                 current.and_then(|inode| buffers.get_mut(&inode)?.importers.as_mut())
         {
-            // The heading and the sum are no devices.
+            // The heading and the total are not devices.
             let is_device =
                 !device.is_empty() && !device.ends_with(':') && !device.starts_with("Total");
             importers.extend(is_device.then(|| plain(device)));
@@ -234,7 +236,7 @@ fn add_importers(bufinfo: &str, buffers: &mut BTreeMap<u64, Buffer>) {
     }
 }
 
-/// Names are given by whoever likes; a terminal must not obey them.
+/// Replaces control characters: any process can set a name, and a terminal would obey it.
 fn plain(text: &str) -> String {
     text.trim()
         .chars()

@@ -125,5 +125,5 @@ fn main() -> ExitCode {
     }
 }
 
-/// Any error, for `main` to print: each says what failed and on what.
+/// Any error, for `main` to print. Each says what failed and on what.
 type Failure = Box<dyn std::error::Error>;

@@ -1,5 +1,5 @@
-//! What a package installs beside the command, made from its own description of its arguments: completions for
-//! shells and manual pages. And what `peerbuf --version` says.
+//! Files that a package installs beside the command, made from the command's own arguments:
+//! shell completions and manual pages. Also the text of `peerbuf --version`.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -26,7 +26,7 @@ pub struct Manual {
 }
 
 pub fn completions(arguments: &Completions, command: &Command) -> Result<ExitCode, Failure> {
-    // bash would be offered hidden commands, too.
+    // bash would also offer hidden commands.
     let shown = command.get_subcommands().filter(|one| !one.is_hide_set());
     let mut command = Command::new("peerbuf")
         .version("")
@@ -45,7 +45,8 @@ pub fn manual(arguments: &Manual, command: Command) -> Result<ExitCode, Failure>
     Ok(ExitCode::SUCCESS)
 }
 
-/// Library and command, which are of one release, the module's interface, the kernel, and the module if it is there.
+/// The release of library and command, the module's interface version, the kernel, and the
+/// loaded module.
 pub fn version() -> &'static str {
     static VERSION: LazyLock<String> = LazyLock::new(|| {
         let release = env!("CARGO_PKG_VERSION");

@@ -53,7 +53,8 @@ fn parse_line(line: &[u8]) -> Option<Line> {
     })
 }
 
-/// The kernel writes a space, a tab, a newline and a backslash as `\` and three octal digits.
+/// Decodes the kernel's escapes: a space, a tab, a newline and a backslash are `\` and three
+/// octal digits.
 fn unescape(text: &[u8]) -> Vec<u8> {
     let mut plain = Vec::with_capacity(text.len());
     let mut rest = text;
@@ -78,7 +79,7 @@ fn unescape(text: &[u8]) -> Vec<u8> {
     plain
 }
 
-/// The filesystem that a directory is on.
+/// The filesystem of a directory.
 pub fn mount_of(directory: &Path) -> Option<Mount> {
     let directory = directory.canonicalize().ok()?;
     let holds = |mount: &Mount| directory.starts_with(&mount.at);
@@ -89,7 +90,8 @@ pub fn mount_of(directory: &Path) -> Option<Mount> {
         .max_by_key(|mount| mount.at.as_os_str().len())
 }
 
-/// The mount's path, filesystem type and disk, for people: `/mnt (ext4 on nvme0n1, 0000:01:00.0)`.
+/// The mount's path, filesystem type and disk, for messages: `/mnt (ext4 on nvme0n1,
+/// 0000:01:00.0)`.
 pub fn describe(directory: &Path) -> String {
     let path = directory.display();
     let Some(mount) = mount_of(directory) else {
@@ -108,8 +110,8 @@ pub fn describe(directory: &Path) -> String {
     }
 }
 
-/// A directory for the demo's files: on an NVMe disk if one can be written, else where direct
-/// I/O works, else the directory for temporary files.
+/// A directory for the demo's files: on a writable NVMe disk, else one with direct I/O, else
+/// the directory for temporary files.
 pub fn working_directory() -> PathBuf {
     let temporary = std::env::temp_dir();
     let mut usual = vec![temporary.clone(), PathBuf::from("/var/tmp")];

@@ -6,10 +6,10 @@ use std::time::Duration;
 
 use indicatif::ProgressBar;
 
-/// How long work may take before anything is shown.
+/// Time before a progress line appears.
 const QUIET: Duration = Duration::from_secs(2);
 
-/// Shows what is going on, on standard error, where that is a terminal. Gone when dropped.
+/// Shows the current work on standard error, if that is a terminal, until it is dropped.
 pub struct Progress {
     // Dropping the sender ends the thread.
     done: Option<Sender<()>>,
@@ -22,7 +22,7 @@ impl Progress {
         let (done, ended) = channel();
         let thread = std::thread::spawn(move || {
             if ended.recv_timeout(QUIET) == Err(RecvTimeoutError::Timeout) {
-                // A spinner draws nothing where standard error is not a terminal.
+                // A spinner draws nothing if standard error is not a terminal.
                 let line = ProgressBar::new_spinner().with_message(what);
                 line.enable_steady_tick(Duration::from_millis(100));
                 let _ = ended.recv();

@@ -1,13 +1,15 @@
-//! What `peerbuf prove` has found, kept in files.
+//! The verdicts of `peerbuf prove`, kept in files.
 //!
-//! A verdict of bytes that is kept is shown, with its age, by `why` and `doctor`. No transfer stands on it: a process
-//! proves its own paths. A proof is believed as long as nothing has changed that it stands on ([`Ground`]): the
-//! devices, the BAR, the bridges between them, the drivers' and the kernel's versions. One that does not fit any
-//! more is removed by the next proof of the pair, and not shown before.
+//! `why` and `doctor` show a kept verdict with its age. No transfer relies on it, because each
+//! process proves its own paths. A proof is valid while its preconditions are unchanged
+//! ([`Ground`]): the devices, the BAR, the bridges between them, and the versions of the
+//! drivers and the kernel. An invalid proof is not shown, and the next proof of the pair
+//! removes it.
 //!
-//! Each pair has a file, in `$XDG_CACHE_HOME/peerbuf/proofs/MACHINE` (`~/.cache` without that), where MACHINE keeps
-//! machines apart that share a home. An administrator who makes [`SHARED`] lets all that may write it share theirs: it
-//! must be root's, and not everybody's to write.
+//! Each pair has a file in `$XDG_CACHE_HOME/peerbuf/proofs/MACHINE` (default `~/.cache`).
+//! MACHINE separates machines that share a home directory. An administrator can create
+//! [`SHARED`], in which all users with write permission share their proofs. That folder must
+//! belong to root and must not be writable for everybody.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -20,45 +22,45 @@ use peerbuf_topo::machine::{Acs, Driver, Function, Index, Iommu, Machine};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-/// Where an administrator may have a folder for all users.
+/// The folder that an administrator can create for all users.
 pub const SHARED: &str = "/var/cache/peerbuf/proofs";
 
-/// No proof is larger.
+/// Maximum size of a proof in bytes.
 const LARGEST: u64 = 64 << 10;
 
-/// Which way bytes went.
+/// The direction of the bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Way {
-    /// The device wrote into the other's memory.
+    /// The device wrote to the memory.
     In,
-    /// It read from it.
+    /// The device read from the memory.
     Out,
 }
 
-/// What one device's use of another's memory was seen to do.
+/// The observed results of one device's use of another device's memory.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Proof {
     ground: Ground,
-    /// The device writes into the memory.
+    /// The device writes to the memory.
     into: Option<Seen>,
-    /// It reads from it.
+    /// The device reads from the memory.
     out_of: Option<Seen>,
 }
 
-/// What was seen in one direction.
+/// The observed result in one direction.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Seen {
     /// Seconds since 1970.
     at: u64,
-    /// Bytes arrived.
+    /// True if the bytes arrived.
     pub arrived: bool,
-    /// Of bytes that did not: the code of the reason.
+    /// The reason code, if the bytes did not arrive.
     pub code: Option<String>,
-    /// For people.
+    /// The evidence, for people.
     pub evidence: String,
 }
 
-/// What a proof stands on.
+/// The preconditions of a proof.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Ground {
     client: Device,
@@ -69,7 +71,7 @@ struct Ground {
     bridges: [Vec<Bridge>; 2],
     /// The kernel: `uname -r` and `uname -v`.
     kernel: [String; 2],
-    /// Words of its command line that decide about DMA.
+    /// The options of the kernel's command line that affect DMA.
     options: Option<Vec<String>>,
     /// The version of peerbuf.ko, which exports the memory.
     module: Option<String>,
@@ -80,9 +82,9 @@ struct Device {
     address: String,
     id: Option<(u16, u16)>,
     driver: Option<Driver>,
-    /// What the driver's module says of itself: its version, or a checksum of its source.
+    /// The version of the driver's module, or a checksum of the module's source.
     version: Option<String>,
-    /// The type of its IOMMU domain.
+    /// The type of the device's IOMMU domain.
     iommu: Option<String>,
 }
 
@@ -90,12 +92,12 @@ struct Device {
 struct Bridge {
     address: String,
     id: Option<(u16, u16)>,
-    /// Unknown where it was read without root's rights.
+    /// `None` if the reader had no root privileges.
     acs: Option<Acs>,
 }
 
 impl Proof {
-    /// One without a verdict yet, on what is so now.
+    /// A proof without a verdict, on the present preconditions.
     pub fn now(machine: &Machine, client: Index, provider: Index) -> Proof {
         Proof {
             ground: Ground::now(machine, client, provider),
@@ -104,7 +106,7 @@ impl Proof {
         }
     }
 
-    /// What was seen of a direction.
+    /// The result in one direction.
     pub fn seen(&self, way: Way) -> Option<&Seen> {
         match way {
             Way::In => self.into.as_ref(),
@@ -112,7 +114,7 @@ impl Proof {
         }
     }
 
-    /// Adds what was seen of a direction.
+    /// Adds the result in one direction.
     pub fn add(&mut self, way: Way, seen: Seen) {
         match way {
             Way::In => self.into = Some(seen),
@@ -120,13 +122,13 @@ impl Proof {
         }
     }
 
-    /// The direction, if there is one, in which bytes did not arrive.
+    /// A direction in which bytes did not arrive, if there is one.
     pub fn failed(&self) -> Option<&Seen> {
         let both = [&self.into, &self.out_of].into_iter().flatten();
         both.clone().find(|seen| !seen.arrived)
     }
 
-    /// Bytes arrived both ways.
+    /// True if bytes arrived in both directions.
     pub fn is_whole(&self) -> bool {
         let arrived = |seen: &Option<Seen>| seen.as_ref().is_some_and(|seen| seen.arrived);
         arrived(&self.into) && arrived(&self.out_of)
@@ -136,7 +138,7 @@ impl Proof {
         self.into.is_none() && self.out_of.is_none()
     }
 
-    /// Takes over what the other has seen later, or has alone.
+    /// Merges the other proof: the later result of each direction wins.
     fn merge(&mut self, other: Proof) {
         for (mine, theirs) in [
             (&mut self.into, other.into),
@@ -148,7 +150,8 @@ impl Proof {
         }
     }
 
-    /// A file may say anything; a terminal shows only what is plain.
+    /// False if a text has control characters, which a terminal would obey. A file may contain
+    /// anything.
     fn is_plain(&self) -> bool {
         let seen = [&self.into, &self.out_of].into_iter().flatten();
         let mut texts = seen.flat_map(|seen| [Some(&seen.evidence), seen.code.as_ref()]);
@@ -157,7 +160,7 @@ impl Proof {
 }
 
 impl Seen {
-    /// Bytes were seen to arrive just now.
+    /// The result for bytes that have just arrived.
     pub fn arrived(evidence: String) -> Seen {
         Seen {
             at: seconds(SystemTime::now()),
@@ -167,7 +170,7 @@ impl Seen {
         }
     }
 
-    /// They were seen not to.
+    /// The result for bytes that have just not arrived.
     pub fn failed(code: &str, evidence: String) -> Seen {
         Seen {
             at: seconds(SystemTime::now()),
@@ -177,7 +180,7 @@ impl Seen {
         }
     }
 
-    /// How long ago, for people.
+    /// The age, for people.
     pub fn age(&self) -> String {
         let now = seconds(SystemTime::now());
         match now.checked_sub(self.at) {
@@ -186,7 +189,7 @@ impl Seen {
         }
     }
 
-    /// In seconds; `None` for a time that has not come.
+    /// The age in seconds; `None` for a time in the future.
     pub fn age_seconds(&self) -> Option<u64> {
         seconds(SystemTime::now()).checked_sub(self.at)
     }
@@ -240,7 +243,8 @@ impl Ground {
         }
     }
 
-    /// Whether nothing has changed. ACS bits that one of both could not read are no change.
+    /// True if nothing has changed. ACS bits that one of the two could not read do not count as
+    /// a change.
     fn holds(&self, now: &Ground) -> bool {
         let mut then = self.clone();
         for (old, new) in then
@@ -278,7 +282,8 @@ impl Device {
     }
 }
 
-/// What a driver's module says of itself. A driver that is part of the kernel goes with the kernel's version.
+/// The version of a driver's module. The kernel's version covers a driver that is built into
+/// the kernel.
 fn version_of(driver: &str) -> Option<String> {
     let module = Path::new("/sys/module").join(driver.replace('-', "_"));
     ["version", "srcversion"]
@@ -287,10 +292,10 @@ fn version_of(driver: &str) -> Option<String> {
         .map(|text| text.trim().to_owned())
 }
 
-/// The folders, the user's first.
+/// The folders, the user's own first.
 pub struct Folders(Vec<PathBuf>);
 
-/// This user's folder, and the administrator's where there is one to be trusted.
+/// This user's folder, and the administrator's folder if it can be trusted.
 pub static FOLDERS: LazyLock<Folders> = LazyLock::new(Folders::of_this_user);
 
 impl Folders {
@@ -312,7 +317,7 @@ impl Folders {
         )
     }
 
-    /// What is known of a pair, on the ground that is there now.
+    /// The proof of a pair that is valid for the present preconditions.
     pub fn find(&self, machine: &Machine, client: Index, provider: Index) -> Option<Proof> {
         let name = file_name([client, provider].map(|index| machine.function(index)));
         let kept: Vec<Proof> = self
@@ -332,7 +337,8 @@ impl Folders {
         (!known.is_empty()).then_some(known)
     }
 
-    /// Keeps a proof where that can be done; the files, and why not others.
+    /// Keeps a proof in each folder that permits it. Returns the files, and the errors of the
+    /// other folders.
     pub fn keep(
         &self,
         machine: &Machine,
@@ -362,12 +368,13 @@ impl Folders {
     }
 }
 
-/// One for each pair, so that what does not hold any more goes when the pair is proved again.
+/// One name for each pair, so that the pair's next proof replaces an outdated one.
 fn file_name([client, provider]: [&Function; 2]) -> String {
     format!("{}-uses-{}.json", client.address, provider.address)
 }
 
-/// Tells machines apart that share a home, without showing the machine's id.
+/// A name for this machine, which separates machines that share a home directory without
+/// revealing the machine's id.
 fn machine() -> String {
     let known = ["/etc/machine-id", "/proc/sys/kernel/random/boot_id"]
         .iter()
@@ -386,7 +393,7 @@ fn machine() -> String {
         .collect()
 }
 
-/// An administrator made it, and said who may write there.
+/// True if an administrator made the folder and limits the writers.
 fn is_trusted(folder: &Path) -> bool {
     let metadata = fs::symlink_metadata(folder);
     metadata.is_ok_and(|folder| folder.is_dir() && is_administrators(folder.uid(), folder.mode()))
@@ -396,9 +403,9 @@ fn is_administrators(owner: u32, mode: u32) -> bool {
     owner == 0 && mode & 0o002 == 0
 }
 
-/// A proof that a file has; `None` for any other file.
+/// The proof in a file; `None` for any other file.
 fn read(path: &Path) -> Option<Proof> {
-    // Not a pipe that somebody put there.
+    // Not a pipe that another user put there.
     if !fs::symlink_metadata(path).ok()?.is_file() {
         return None;
     }
@@ -409,7 +416,7 @@ fn read(path: &Path) -> Option<Proof> {
     proof.is_plain().then_some(proof)
 }
 
-/// Readers see the old file or the new one, whole.
+/// Replaces the file atomically: readers see the old file or the new one.
 fn write(folder: &Path, file: &Path, proof: &Proof) -> std::io::Result<()> {
     fs::create_dir_all(folder)?;
     let new = folder.join(format!(".{:016x}", rand::random::<u64>()));
@@ -505,7 +512,7 @@ mod tests {
         other.ground.kernel[0] += "-other";
         folders.keep(&machine, DISK, CARD, &other);
         assert_eq!(folders.find(&machine, DISK, CARD), None, "the kernel");
-        // A user who may not read ACS sees root's proof.
+        // A user who may not read ACS bits still sees root's proof.
         folders.keep(&machine, DISK, CARD, &proved(&machine));
         let mut mine = machine.clone();
         mine.functions[0].acs = None;

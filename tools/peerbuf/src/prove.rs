@@ -1,13 +1,15 @@
-//! `peerbuf prove`: moves bytes between two devices, each way, and sees whether they arrive.
+//! `peerbuf prove`: moves bytes between two devices, in both directions, and checks whether
+//! they arrive.
 //!
-//! The proof is the library's ([`FileImporter`], `Attachment::plan`): what a transfer makes before it believes a path.
-//! It touches nothing that anybody uses:
+//! The proof is the library's ([`FileImporter`], `Attachment::plan`), which a transfer makes
+//! before it uses a path. It touches nothing that is in use:
 //!
-//! - the memory is exported for it, so that nobody else has it, and gets its bytes back;
-//! - it writes to a file without a name on the disk's filesystem, which is gone afterwards, or to the range of a raw
-//!   disk that the user gives up; never to a file that the user names, which is only read.
+//! - the memory is exported for the proof, so nobody else has it, and the proof restores its
+//!   bytes;
+//! - the proof writes to an unnamed file on the disk's filesystem, or to a range of a raw disk
+//!   that the user gives up. It only reads a file that the user names.
 //!
-//! A platform that loses bytes may log faults, and stop a device that it finds at fault.
+//! A platform that loses bytes may log faults and stop a device that it blames.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -51,29 +53,29 @@ fn range(text: &str) -> Result<(u64, u64), String> {
     Ok((size::parse(start)?, size::parse(length)?))
 }
 
-/// Bytes that each trial moves.
+/// Number of bytes of each trial.
 const LENGTH: u64 = 64 << 10;
 
-/// A file or disk that a device moves bytes to and from.
+/// The file or disk side of the transfers.
 struct Medium {
     importer: FileImporter,
-    /// For people: what is read and written.
+    /// Display name of the file or disk.
     about: String,
 }
 
-/// A pair on which bytes were tried, or why they were not.
+/// A pair with the trial, or the reason why there was none.
 struct Trial {
     way: Way,
     tried: Result<About, String>,
 }
 
-/// How it was tried, and where the verdict is kept.
+/// The details of a trial, and the files of its verdict.
 struct About {
     medium: String,
     memory: String,
     kept: Vec<PathBuf>,
     not_kept: Option<String>,
-    /// Directions in which nothing could be shown, and why.
+    /// Directions without a result, with the reasons.
     unproved: Vec<String>,
 }
 
@@ -106,7 +108,8 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
         })
         .collect();
     let tried: Vec<&Trial> = trials.iter().filter(|trial| trial.tried.is_ok()).collect();
-    // A pair is two devices, of which one is the disk: that the other way round there is nothing to try is no fault.
+    // A pair has two devices, and one of them is the disk. The other way round there is nothing
+    // to try, which is not a failure.
     let good = !tried.is_empty() && tried.iter().all(|trial| trial.way.is_proved());
     if arguments.json {
         let all: Vec<Value> = trials.iter().map(|trial| to_json(&rules, trial)).collect();
@@ -138,7 +141,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     })
 }
 
-/// Tries one device's use of another's memory, both ways, and keeps what was seen.
+/// Tries one device's use of another device's memory in both directions, and keeps the results.
 fn attempt(
     rules: &Rules<'_>,
     client: Index,
@@ -199,12 +202,12 @@ fn attempt(
     }
 }
 
-/// Moves bytes in one direction at the first, the last and another place of the buffer. `Err` says why nothing could be
-/// shown.
+/// Moves bytes in one direction at the first, the last and another place of the buffer. `Err`
+/// is the reason why there is no result.
 fn prove(medium: &Medium, buffer: &Buffer, direction: Direction) -> Result<Seen, String> {
     let length = LENGTH.min(buffer.size());
     let places = places_of(buffer.size(), length, rand::random());
-    // What was found of one place says nothing of the next.
+    // The result of one place says nothing about the next.
     let importer = medium.importer.clone().with_proofs(ProofPolicy::Every);
     for place in &places {
         let plan = buffer
@@ -238,7 +241,7 @@ fn prove(medium: &Medium, buffer: &Buffer, direction: Direction) -> Result<Seen,
     )))
 }
 
-/// The first, one between, and the last place of `length` bytes, each once.
+/// The first place of `length` bytes, one in the middle, and the last, each once.
 fn places_of(size: u64, length: u64, random: u64) -> Vec<u64> {
     let last = size.saturating_sub(length);
     let between = random % (last / length.max(1) + 1) * length;
@@ -248,7 +251,8 @@ fn places_of(size: u64, length: u64, random: u64) -> Vec<u64> {
     places
 }
 
-/// What this device moves bytes to and from: what the user named, else a filesystem on it, else the raw disk.
+/// The file or disk for the device's transfers: the one that the user named, else a filesystem
+/// on the device, else the raw disk.
 fn medium(
     rules: &Rules<'_>,
     client: Index,
@@ -297,7 +301,7 @@ fn unnamed_in(directory: &Path) -> Result<Medium, String> {
     })
 }
 
-/// The disk itself, which is read, and written only in the range that is given up.
+/// The raw disk. The proof writes only to the range that the user gives up.
 fn raw(
     function: &peerbuf_topo::machine::Function,
     named: &Path,

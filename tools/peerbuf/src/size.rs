@@ -22,7 +22,7 @@ pub fn parse(text: &str) -> Result<u64, String> {
         .ok_or_else(|| format!("`{text}` is too large"))
 }
 
-/// Writes a number of bytes so that it can be read, and exactly.
+/// Formats a number of bytes exactly, with the largest unit that divides it.
 pub fn show(bytes: u64) -> String {
     for (shift, unit) in [(40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")] {
         if bytes >> shift > 0 && bytes.is_multiple_of(1 << shift) {

@@ -1,22 +1,22 @@
 //! Tables for people, and the numbered details below them. No line is wider than the terminal.
 //!
-//! A column shrinks down to its longest word; then its cells wrap. A table that is still too wide
-//! becomes several ([`Table::pieces`]) or a list, with a line for each cell ([`Table::list`]).
-//! Nothing is cut off: a word breaks only where it alone is too long, as a file's path may be.
+//! A column shrinks down to its longest word; then its cells wrap. A table that is still too
+//! wide becomes several tables ([`Table::pieces`]) or a list, with a line for each cell
+//! ([`Table::list`]). Nothing is cut off: a word breaks only if it is too long by itself, such
+//! as a file's path.
 
 use std::ops::Range;
 
 use unicode_width::{UnicodeWidthChar, UnicodeWidthStr};
 
-/// Lines are no longer on a wider terminal: nobody reads them easily.
+/// Maximum width of lines, because longer lines are hard to read.
 const MOST: usize = 100;
-/// Lines are no shorter on a narrower terminal, which breaks them itself.
+/// Minimum width of lines. A narrower terminal breaks them itself.
 const LEAST: usize = 24;
 /// The longest word that a column makes room for. Reason codes and PCI addresses are shorter.
 const WORD: usize = 24;
 
-/// How many columns there are on standard output: the terminal's, or else those of `$COLUMNS`, and
-/// never more than 100.
+/// The width of standard output: the terminal's, or else `$COLUMNS`, and at most 100.
 pub fn width() -> usize {
     let terminal = rustix::termios::tcgetwinsize(std::io::stdout());
     let columns = std::env::var("COLUMNS").ok();
@@ -26,7 +26,7 @@ pub fn width() -> usize {
 fn usable(terminal: Option<u16>, columns: Option<&str>) -> usize {
     let terminal = terminal.map(usize::from);
     let columns = columns.and_then(|columns| columns.parse().ok());
-    // A serial console does not know its width, and says 0.
+    // A serial console does not know its width and reports 0.
     let known = |width: &usize| *width > 0;
     terminal
         .filter(known)
@@ -35,7 +35,7 @@ fn usable(terminal: Option<u16>, columns: Option<&str>) -> usize {
         .clamp(LEAST, MOST)
 }
 
-/// Headings, and rows of as many cells. A line break in a cell stays one.
+/// Headings and rows. A line break in a cell stays one.
 #[derive(Debug, Default)]
 pub struct Table {
     headings: Vec<String>,
@@ -49,11 +49,11 @@ struct Frame {
     left: &'static str,
     between: &'static str,
     right: &'static str,
-    /// The same in the line below the headings, and what fills it.
+    /// The borders of the line below the headings, and the character that fills it.
     rule: (&'static str, &'static str, &'static str, &'static str),
 }
 
-/// Without an outer frame, which takes room and breaks first.
+/// A frame without an outer border, which takes room and breaks first.
 const TERMINAL: Frame = Frame {
     left: "",
     between: " ┆ ",
@@ -76,33 +76,34 @@ impl Table {
         }
     }
 
-    /// A column whose lines do not wrap: the table is too wide where one of them is.
+    /// Makes a column whose lines do not wrap. If one of its lines is too long, the table is
+    /// too wide.
     pub fn whole(mut self, column: usize) -> Table {
         self.whole.push(column);
         self
     }
 
-    /// Adds a row. Cells that it lacks are empty; those beyond the headings are left out.
+    /// Adds a row. Missing cells are empty; cells beyond the headings are dropped.
     pub fn row<T: Into<String>>(&mut self, cells: impl IntoIterator<Item = T>) {
         let mut row: Vec<String> = cells.into_iter().map(Into::into).collect();
         row.resize(self.headings.len(), String::new());
         self.rows.push(row);
     }
 
-    /// The table, or the list where there is no room for it.
+    /// The table, or the list if the table is too wide.
     pub fn show(&self, width: usize) -> String {
         self.fit(width).unwrap_or_else(|| self.list(width))
     }
 
-    /// The table, if it has room. Ends without a line break, as the other forms do.
+    /// The table, if it fits. Ends without a line break, like the other forms.
     pub fn fit(&self, width: usize) -> Option<String> {
         let columns = 0..self.headings.len();
         let least = columns.clone().map(|column| self.least(column));
         let mut widths: Vec<usize> = least.collect();
         let between = TERMINAL.between.width() * widths.len().saturating_sub(1);
         let mut left = width.checked_sub(between + widths.iter().sum::<usize>())?;
-        // The narrowest column whose cells wrap gets each place that is left, and after these the
-        // narrowest whose heading does.
+        // The narrowest column with wrapping cells gets the remaining room first, and then the
+        // narrowest column with a wrapping heading.
         let cells = columns.clone().map(|column| self.longest_cell(column));
         let all = columns.map(|column| self.most(column));
         for most in [cells.collect::<Vec<_>>(), all.collect()] {
@@ -119,7 +120,7 @@ impl Table {
         Some(self.draw(&TERMINAL, &widths))
     }
 
-    /// The table, or as few tables of some columns each as it takes. Each has the first column.
+    /// The table, split into as few tables as necessary. Each has the first column.
     pub fn pieces(&self, width: usize) -> Option<String> {
         let columns = self.headings.len().saturating_sub(1);
         (1..=columns.max(1)).find_map(|pieces| {
@@ -132,7 +133,7 @@ impl Table {
         })
     }
 
-    /// The first column and some others.
+    /// The first column and the given columns.
     fn part(&self, columns: Range<usize>) -> Table {
         let take = |row: &Vec<String>| {
             let first = row.first().into_iter();
@@ -170,14 +171,14 @@ impl Table {
         rows.join("\n").trim_end().to_owned()
     }
 
-    /// The table as Markdown, in which nothing wraps.
+    /// The table in Markdown, in which nothing wraps.
     pub fn markdown(&self) -> String {
         let columns = 0..self.headings.len();
         let widths: Vec<usize> = columns.map(|column| self.most(column)).collect();
         self.draw(&MARKDOWN, &widths)
     }
 
-    /// The narrowest that a column can be.
+    /// The minimum width of a column.
     fn least(&self, column: usize) -> usize {
         let words = |text: &str| {
             let words = text.split('\n').flat_map(|line| {
@@ -195,7 +196,7 @@ impl Table {
         cells.max().unwrap_or(0).max(words(&self.headings[column]))
     }
 
-    /// As wide as a column can use.
+    /// The maximum width that a column can use.
     fn most(&self, column: usize) -> usize {
         longest_line(&self.headings[column]).max(self.longest_cell(column))
     }
@@ -212,7 +213,8 @@ impl Table {
         };
         let mut rows: Vec<Vec<Vec<String>>> = vec![wrap_row(&self.headings)];
         rows.extend(self.rows.iter().map(wrap_row));
-        // Wrapping leaves room at the end of lines: a column need not be wider than its longest.
+        // Wrapping leaves room at the end of lines, so a column needs only the width of its
+        // longest line.
         let widths: Vec<usize> = (0..widths.len())
             .map(|column| {
                 let lines = rows.iter().flat_map(|row| &row[column]);
@@ -245,13 +247,14 @@ impl Table {
     }
 }
 
-/// The first form that has room as a table. Where none has, the first one as a list: it says most.
+/// The first form that fits as a table. If none fits, the first form as a list, which has the
+/// most text.
 pub fn first_that_fits<const N: usize>(forms: [Table; N], width: usize) -> String {
     let fitting = forms.iter().find_map(|form| form.fit(width));
     fitting.unwrap_or_else(|| forms[0].list(width))
 }
 
-/// Details for which a table has no room, numbered; each is told once.
+/// Numbered details for which a table has no room. Each appears once.
 #[derive(Debug, Default)]
 pub struct Notes(Vec<String>);
 
@@ -267,14 +270,14 @@ impl Notes {
         format!("[{}]", number + 1)
     }
 
-    /// Each with its number, in a line or more.
+    /// Each detail with its number, wrapped.
     pub fn show(&self, width: usize) -> String {
         self.numbered()
             .map(|note| paragraph(&note, width))
             .collect()
     }
 
-    /// As list items of Markdown, a line each.
+    /// The details as list items of Markdown, one line each.
     pub fn markdown(&self) -> String {
         self.numbered().map(|note| format!("- {note}\n")).collect()
     }
@@ -285,13 +288,13 @@ impl Notes {
     }
 }
 
-/// A text in lines of this width; those after the first are indented.
+/// A text wrapped to this width, with a hanging indent.
 pub fn paragraph(text: &str, width: usize) -> String {
     let lines = wrap_hanging(text, width, 4);
     lines.iter().map(|line| format!("{line}\n")).collect()
 }
 
-/// A text beside its label; lines after the first stand below the text.
+/// A text beside its label. Further lines are aligned with the text.
 pub fn labelled(label: &str, text: &str, width: usize) -> String {
     let indent = label.width().min(width / 2);
     let lines = wrap_hanging(text, width.saturating_sub(indent + 1), 0);
@@ -317,18 +320,18 @@ pub fn missing(what: &str, remedy: &str, width: usize) -> String {
     text
 }
 
-/// The lines of a text, none wider than this. A line that wraps keeps its indentation.
+/// The lines of a text, none wider than `width`. A wrapped line keeps its indentation.
 fn wrap(text: &str, width: usize) -> Vec<String> {
     wrap_hanging(text, width, 0)
 }
 
-/// The same, and all lines but the first are indented further.
+/// Like [`wrap`], with a hanging indent of `hang`.
 pub fn wrap_hanging(text: &str, width: usize, hang: usize) -> Vec<String> {
     let mut lines = Vec::new();
     for line in text.split('\n') {
         let own = line.len() - line.trim_start_matches(' ').len();
         let hang = |lines: &Vec<String>| if lines.is_empty() { 0 } else { hang };
-        // Room for at least one wide letter stays.
+        // Room for at least one wide letter remains.
         let indent = |lines: &Vec<String>| (own + hang(lines)).min(width.saturating_sub(2));
         let mut current = " ".repeat(indent(&lines));
         let mut is_empty = true;
@@ -355,7 +358,7 @@ pub fn wrap_hanging(text: &str, width: usize, hang: usize) -> Vec<String> {
     lines
 }
 
-/// A word's letters that have room, at least one, and those that have not.
+/// Splits a word into the letters that fit, at least one, and the rest.
 fn split_at(word: &str, room: usize) -> (&str, &str) {
     let mut used = 0;
     let too_far = word.char_indices().skip(1).find(|(at, letter)| {
@@ -378,7 +381,7 @@ fn longest_line(text: &str) -> usize {
 pub mod check {
     use super::*;
 
-    /// Panics where a line is wider, or ends in blanks.
+    /// Panics if a line is too wide or ends in blanks.
     pub fn fits(text: &str, width: usize) {
         for line in text.lines() {
             let wide = line.width();
@@ -390,14 +393,14 @@ pub mod check {
         }
     }
 
-    /// Panics where this is not there; it may be wrapped anywhere.
+    /// Panics if the text does not contain `words`, which may be wrapped anywhere.
     pub fn tells(text: &str, words: &str) {
         let joined = |text: &str| text.split_whitespace().collect::<String>();
         let is_there = joined(text).contains(&joined(words));
         assert!(is_there, "no {words:?} in\n{text}");
     }
 
-    /// Panics where one of these words is not there. A cell of a table may have them in several
+    /// Panics if one of these words is missing. A cell of a table may have them in several
     /// lines, with other cells between them.
     pub fn names(text: &str, words: &str) {
         words.split_whitespace().for_each(|word| tells(text, word));
@@ -433,7 +436,7 @@ mod tests {
     #[test]
     fn a_word_breaks_only_where_it_is_longer_than_a_line() {
         assert_eq!(wrap("a /mnt/nvme/file", 6), ["a", "/mnt/n", "vme/fi", "le"]);
-        // Letters that are two columns wide, and of which no half is shown.
+        // Letters of width two, which must not be split.
         assert_eq!(wrap("メモリ", 5), ["メモ", "リ"]);
         assert_eq!(wrap("メ", 0)[0], "メ");
         assert_eq!(wrap("   メモ", 2), ["メ", "モ"]);

@@ -1,4 +1,4 @@
-//! `peerbuf why`: the whole argument about two devices, each way.
+//! `peerbuf why`: the whole argument about two devices, in both directions.
 
 use std::process::ExitCode;
 
@@ -30,7 +30,8 @@ pub struct Arguments {
     json: bool,
 }
 
-/// One device's use of the other's memory: what is predicted, what the kernel said, and what bytes did.
+/// One device's use of the other device's memory: the prediction, the kernel's answer, and the
+/// proof.
 pub struct Way {
     pub argument: Argument,
     pub answer: Answer,
@@ -38,7 +39,7 @@ pub struct Way {
 }
 
 impl Way {
-    /// Predicts, and asks where the prediction is not about what the devices lack.
+    /// Predicts, and asks the kernel unless the devices themselves rule the use out.
     pub fn of(rules: &Rules<'_>, client: Index, provider: Index, ask: bool) -> Way {
         let mut argument = argue(rules, client, provider);
         let at = |index| rules.machine().function(index).address;
@@ -59,7 +60,8 @@ impl Way {
         }
     }
 
-    /// What bytes did, where some were tried; else the kernel's answer, else the prediction.
+    /// The verdict: from the proof if there is one, else the kernel's answer, else the
+    /// prediction.
     pub fn verdict(&self) -> Verdict {
         match self.answer {
             _ if unable(&self.argument) => Verdict::No,
@@ -71,22 +73,22 @@ impl Way {
         }
     }
 
-    /// Bytes arrived both ways.
+    /// True if bytes arrived in both directions.
     pub fn is_proved(&self) -> bool {
         self.proof.as_ref().is_some_and(Proof::is_whole)
     }
 
-    /// Of a way on which bytes were seen not to arrive: what was seen.
+    /// The result of the direction in which bytes did not arrive.
     pub fn failed(&self) -> Option<&Seen> {
         self.proof.as_ref().and_then(Proof::failed)
     }
 
-    /// The devices themselves rule it out, whatever is between them.
+    /// True if the devices themselves rule the use out, whatever is between them.
     pub fn is_unable(&self) -> bool {
         unable(&self.argument)
     }
 
-    /// What the kernel said.
+    /// The kernel's answer.
     pub fn answer_text(&self) -> String {
         match &self.answer {
             Answer::Yes(map) => format!("yes, {}", map.name()),
@@ -95,7 +97,7 @@ impl Way {
         }
     }
 
-    /// The same in a word or two.
+    /// The kernel's answer in one or two words.
     pub fn answer_word(&self) -> &'static str {
         match self.answer {
             Answer::Yes(_) => "yes",
@@ -104,7 +106,7 @@ impl Way {
         }
     }
 
-    /// It works, and by the shortest way that there is.
+    /// True if the use works, by the shortest route.
     pub fn is_as_good_as_it_gets(&self) -> bool {
         let slowed = self
             .argument
@@ -115,7 +117,7 @@ impl Way {
     }
 }
 
-/// Whether the devices themselves rule it out, whatever is between them.
+/// True if the devices themselves rule the use out, whatever is between them.
 fn unable(argument: &Argument) -> bool {
     let lacks = |reason: &Reason| {
         reason.effect == Effect::Blocks && matches!(reason.code, Code::NoDmaEngine | Code::NoMemory)
@@ -123,8 +125,8 @@ fn unable(argument: &Argument) -> bool {
     argument.reasons.iter().any(lacks)
 }
 
-/// The kernel works its answer out once, and keeps it. If the present settings would give another one, they were
-/// changed since.
+/// The kernel computes its answer once and keeps it. If the present settings predict another
+/// answer, the settings have changed since.
 fn kept_answer(
     rules: &Rules<'_>,
     argument: &Argument,
@@ -201,7 +203,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     })
 }
 
-/// Something that no PCI function carries.
+/// The report for a file or device without a PCI function.
 fn off_the_bus(arguments: &Arguments, targets: &[&Target], width: usize) -> String {
     let reasons = targets.iter().flat_map(|target| &target.reasons);
     if arguments.json {
@@ -279,9 +281,9 @@ fn show(rules: &Rules<'_>, ways: &[Way; 2], layers: &[&Reason], width: usize) ->
     text.trim_end().to_owned()
 }
 
-/// Each reason once, with whether it is one of the first way's and of the second's.
+/// Each reason once, with whether it belongs to the first way and to the second.
 fn merged(ways: &[Way; 2]) -> Vec<(&Reason, [bool; 2])> {
-    // Of devices that cannot, only why.
+    // For devices that rule the use out, only their reasons count.
     let matters = |way: &Way, reason: &Reason| {
         reason.effect == Effect::Blocks || !way.is_unable() || ways.iter().all(Way::is_unable)
     };
@@ -351,7 +353,7 @@ pub fn heading(
         None => way.answer_text(),
     };
     let mut text = table::paragraph(&title, width);
-    // What is between devices that cannot says nothing.
+    // The path between devices that rule the use out is irrelevant.
     if way.is_unable() {
         return text;
     }
@@ -370,7 +372,8 @@ pub fn heading(
     text
 }
 
-/// What bytes did in each direction, and when. Of two failures alike, the evidence of one.
+/// The result of the proof in each direction, with its age. Two equal failures show one
+/// evidence.
 fn bytes_texts(way: &Way, proof: &Proof) -> [String; 2] {
     let [into, out_of] = [proofs::Way::In, proofs::Way::Out].map(|way| proof.seen(way));
     let alike = matches!((into, out_of), (Some(a), Some(b)) if !a.arrived && a.code == b.code);
@@ -394,7 +397,7 @@ fn bytes_texts(way: &Way, proof: &Proof) -> [String; 2] {
     ]
 }
 
-/// What bytes did, for programs.
+/// The proof, for programs.
 pub fn proof_json(proof: Option<&Proof>) -> Value {
     let one = |way| {
         proof.and_then(|proof| proof.seen(way)).map(|seen| {
@@ -409,7 +412,7 @@ pub fn proof_json(proof: Option<&Proof>) -> Value {
     json!({ "into": one(proofs::Way::In), "out_of": one(proofs::Way::Out) })
 }
 
-/// The rule that a prediction stands on, in a few words.
+/// The rule behind a prediction, in a few words.
 fn rule_text(rule: Rule) -> &'static str {
     match rule {
         Rule::SameFunction => "the same function",

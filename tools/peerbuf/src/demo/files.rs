@@ -20,19 +20,19 @@ const CHUNK: u64 = 1 << 20;
 
 type Checksum = [u8; 32];
 
-/// A file of random bytes, which can be made again from the seed: what is checked never comes
-/// from the disk that is being checked.
+/// A file of random bytes, which the seed can reproduce, so that the expected bytes never come
+/// from the disk under test.
 pub struct RandomFile {
     file: File,
     seed: [u8; 32],
     length: u64,
-    /// Of the bytes, and of the bytes after the change.
+    /// Checksums of the bytes, and of the bytes after the change.
     checksum: Checksum,
     changed: Checksum,
 }
 
 impl RandomFile {
-    /// Makes one without a name in `directory`.
+    /// Makes an unnamed file in `directory`.
     pub fn make(directory: &Path, length: u64) -> Result<RandomFile, Failure> {
         let mut file = unnamed_file(directory)?;
         let mut seed = [0; 32];
@@ -56,7 +56,8 @@ impl RandomFile {
         })
     }
 
-    /// Compares the mapping with what the file was made of, byte by byte, and changes each if asked to.
+    /// Compares the mapping with the file's bytes, and changes each byte if `and_change` is
+    /// set.
     pub fn check(&self, mapping: &mut Mapping, and_change: bool) -> Result<bool, Failure> {
         let mut right = true;
         let mut bytes = Bytes::new(self.seed, self.length);
@@ -77,12 +78,12 @@ impl RandomFile {
         Ok(right)
     }
 
-    /// Reads the file ordinarily: are these the bytes that it was made of?
+    /// Reads the file through the page cache: true if it has the original bytes.
     pub fn is_unchanged(&self) -> Result<bool, Failure> {
         Ok(checksum(&self.file, self.length)? == self.checksum)
     }
 
-    /// Reads another file ordinarily: are these the changed bytes, and no others?
+    /// Reads another file through the page cache: true if it has exactly the changed bytes.
     pub fn is_changed_copy(&self, other: &File) -> Result<bool, Failure> {
         let same_length = other.metadata()?.len() == self.length;
         Ok(same_length && checksum(other, self.length)? == self.changed)
@@ -95,14 +96,15 @@ impl AsFd for RandomFile {
     }
 }
 
-/// The change that the first process makes, or a shader (`Formula::COMPLEMENT`): no byte stays what it was.
+/// The change that the first process or a shader (`Formula::COMPLEMENT`) makes: every byte
+/// changes.
 fn change(bytes: &mut [u8]) {
     for byte in bytes {
         *byte = !*byte;
     }
 }
 
-/// Random bytes in chunks, the same ones for the same seed.
+/// Random bytes in chunks, reproducible from the seed.
 struct Bytes {
     random: StdRng,
     chunk: Vec<u8>,
@@ -129,7 +131,7 @@ impl Bytes {
 }
 
 fn checksum(file: &File, length: u64) -> Result<Checksum, Failure> {
-    // Away with the page cache, so that the disk is asked.
+    // Drops the page cache, so that the bytes come from the disk.
     rustix::fs::fadvise(file, 0, None, Advice::DontNeed)?;
     let mut sum = Sha256::new();
     let mut chunk = vec![0; CHUNK as usize];

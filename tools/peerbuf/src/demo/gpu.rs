@@ -1,4 +1,5 @@
-//! A compute shader on a Vulkan device, which changes a buffer's bytes as the first process does otherwise.
+//! A compute shader on a Vulkan device, which changes a buffer's bytes instead of the first
+//! process.
 
 use std::time::Duration;
 
@@ -10,19 +11,19 @@ use peerbuf::plan::Path;
 use super::protocol::{Account, Reason};
 use crate::Failure;
 
-/// Software takes seconds for a large buffer.
+/// A software device takes seconds for a large buffer.
 const LIMIT: Duration = Duration::from_secs(300);
 
-/// The first device.
+/// The first Vulkan device.
 pub struct Gpu {
     importer: VulkanImporter,
     shader: Affine,
-    /// For people.
+    /// Display name.
     pub name: String,
 }
 
 impl Gpu {
-    /// Opens it, and compiles the shader.
+    /// Opens the device and compiles the shader.
     pub fn open() -> Result<Gpu, Failure> {
         let devices = Device::all()?;
         let device = devices.first().ok_or("no Vulkan device")?;
@@ -34,13 +35,13 @@ impl Gpu {
         })
     }
 
-    /// Complements each byte of a range that begins with its buffer.
+    /// Complements each byte of a range at the start of its buffer.
     pub fn change(&self, range: &BufferRange) -> Result<Account, Failure> {
         let attachment = self.importer.attach(range)?;
         let memory = attachment.memory();
         let offset = 0;
         let words = Words { memory, offset };
-        // The last word may be one in part; a buffer has whole pages.
+        // The last word may be partial, but a buffer has whole pages.
         let count = u32::try_from(range.len().div_ceil(4))?;
         let work = self
             .shader

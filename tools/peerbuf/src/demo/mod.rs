@@ -1,8 +1,10 @@
-//! `peerbuf demo`: a file's bytes go from the disk into a buffer and back, between two processes.
+//! `peerbuf demo`: a file's bytes go from the disk into a buffer and back, between two
+//! processes.
 //!
-//! This is the first process. It exports the buffers, hands them over, and checks; it moves no
-//! data. The second ([`worker`]) moves the data; it exports nothing. No file has a name, and every
-//! buffer ends with its last descriptor, so nothing is left however either of them ends.
+//! This module is the first process. It exports the buffers, passes them on, and checks the
+//! bytes. It moves no data. The second process ([`worker`]) moves the data and exports nothing.
+//! The files are unnamed, and every buffer ends with its last descriptor, so nothing remains,
+//! however either process ends.
 
 mod files;
 mod gpu;
@@ -114,13 +116,13 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The two buffers, or what stands in for them.
+/// The two buffers, or their substitutes.
 fn export_buffers(arguments: &Arguments) -> Result<[Buffer; 2], Failure> {
     let page = rustix::param::page_size() as u64;
     let length = arguments.size.max(1).next_multiple_of(page);
     let bar = match export_bar(arguments.device, length) {
         Ok(buffer) => buffer,
-        // A device that was asked for by name has no stand-in.
+        // A device that the user named has no substitute.
         Err(error) if arguments.device.is_some() => return Err(error.into()),
         Err(error) => stand_in("a BAR", length, error)?,
     };
@@ -131,8 +133,8 @@ fn export_buffers(arguments: &Arguments) -> Result<[Buffer; 2], Failure> {
     Ok([bar, host])
 }
 
-/// Memory instead of an exporter that the machine lacks. An exporter that is there and fails is
-/// an error.
+/// System memory instead of an exporter that the machine lacks. A failure of an available
+/// exporter is an error.
 fn stand_in(for_what: &str, length: u64, error: ExportError) -> Result<Buffer, ExportError> {
     if !matches!(error, ExportError::Unavailable(_)) {
         return Err(error);
@@ -155,11 +157,12 @@ fn export_bar(device: Option<PciAddress>, length: u64) -> Result<Buffer, ExportE
             .filter(|bar| bar.exportable);
         candidates.extend(bars.map(|bar| (device, bar)));
     }
-    // One that files can reach, and of those the one with the most room; of equals the first.
+    // A BAR that files can reach, and of those the one with the most room, and of equal ones
+    // the first.
     candidates.sort_by_key(|(_, bar)| std::cmp::Reverse((bar.pages, bar.largest_free)));
     let (device, bar) = match candidates.first() {
         Some((device, bar)) => (*device, bar.index),
-        // The module says why nothing can be exported.
+        // The module's error says why nothing can be exported.
         None => (&devices[0], 0),
     };
     device.export(module::Request {
@@ -170,7 +173,7 @@ fn export_bar(device: Option<PciAddress>, length: u64) -> Result<Buffer, ExportE
     })
 }
 
-/// Every device that this user may open; the first refusal when there is none. Never empty.
+/// Every device that this user may open, never an empty list; the first error if there is none.
 fn open_devices() -> Result<Vec<module::Device>, ExportError> {
     let mut devices = Vec::new();
     let mut refusal = None;
@@ -234,14 +237,14 @@ fn round_trip(
     let write_is_right = full(&written) && sink_is_right;
     let mut transfers = vec![Transfer::new(name, &source, name, read, read_is_right)];
     if let (Some(gpu), Some(account)) = (gpu, computed) {
-        // What it computed is what the second file has.
+        // The second file has the shader's results.
         transfers.push(Transfer::new(name, name, &gpu.name, account, sink_is_right));
     }
     transfers.push(Transfer::new(name, name, &sink, written, write_is_right));
     Ok(transfers)
 }
 
-/// The second process, and the socket to it. It is killed when this is dropped.
+/// The second process, and the socket to it. Dropping this value kills the process.
 struct Worker {
     channel: Channel,
     child: Child,
@@ -250,8 +253,8 @@ struct Worker {
 impl Worker {
     fn start() -> Result<Worker, Failure> {
         let (channel, theirs) = Channel::pair()?;
-        // The socket becomes its standard input: the one descriptor that needs no agreement on
-        // a number.
+        // The socket becomes the worker's standard input, the one descriptor with a fixed
+        // number.
         let child = Command::new(std::env::current_exe()?)
             .arg("demo-worker")
             .stdin(Stdio::from(OwnedFd::from(theirs)))
@@ -298,7 +301,7 @@ impl Worker {
         Ok(())
     }
 
-    /// Says how the second process ended, when it has.
+    /// Adds the exit status of the second process to the error, if the process has ended.
     fn explain(&mut self, error: ShareError) -> Failure {
         if error != ShareError::PeerGone {
             return error.into();
@@ -312,7 +315,7 @@ impl Worker {
 
 impl Drop for Worker {
     fn drop(&mut self) {
-        // Both fail only for a process that has ended and been waited for.
+        // Both calls fail only for a process that has ended and was reaped.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }

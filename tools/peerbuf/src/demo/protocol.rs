@@ -1,4 +1,4 @@
-//! What the two processes say to each other: JSON, one message each, with descriptors beside it.
+//! The messages between the two processes: JSON, one message each, with descriptors beside it.
 
 use peerbuf::transfer::Receipt;
 use serde::{Deserialize, Serialize};
@@ -6,35 +6,36 @@ use serde::{Deserialize, Serialize};
 /// The longest message. Evidence is a few hundred bytes.
 pub const MAX_MESSAGE: usize = 64 << 10;
 
-/// First process to second.
+/// A message from the first process to the second.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Request {
-    /// A buffer comes next, in a message of its own.
+    /// A buffer follows in a separate message.
     TakeBuffer,
-    /// Read the file, whose descriptor comes with this, into the buffer.
+    /// Read the file, whose descriptor is in this message, into the buffer.
     Read {
-        /// The file's name, for people.
+        /// The file's name, for messages.
         name: String,
     },
-    /// Write the buffer to the file, whose descriptor comes with this.
+    /// Write the buffer to the file, whose descriptor is in this message.
     Write {
-        /// The file's name, for people.
+        /// The file's name, for messages.
         name: String,
     },
-    /// All is done. A socket that closes without it means that the first process died.
+    /// All work is done. A socket that closes without this message means that the first process
+    /// died.
     Finish,
 }
 
-/// Second process to first.
+/// A message from the second process to the first.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Response {
-    /// The transfer is over.
+    /// The transfer is complete.
     Done(Account),
-    /// It failed.
+    /// The transfer failed.
     Failed(String),
 }
 
-/// A receipt, in a form that travels.
+/// A receipt in a serializable form.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Account {
     pub path: String,
@@ -43,7 +44,7 @@ pub struct Account {
     pub host_bytes: u64,
 }
 
-/// Why not a better path.
+/// A reason against a better path.
 #[derive(Debug, Clone, Serialize, Deserialize, PartialEq, Eq)]
 pub struct Reason {
     pub path: String,

@@ -1,4 +1,4 @@
-//! What the demo tells: a table for people, objects for programs.
+//! The demo's report: a table for people, objects for programs.
 
 use serde::Serialize;
 
@@ -16,7 +16,7 @@ pub struct Transfer {
     reasons: Vec<Reason>,
     bytes: u64,
     host_bytes: u64,
-    /// Every byte was compared and right.
+    /// True if every byte was compared and correct.
     pub verified: bool,
 }
 
@@ -41,7 +41,7 @@ impl Transfer {
     }
 }
 
-/// The last line: how much was moved. All of it was checked; `cargo lab demo` adds such lines up.
+/// The last line: the number of verified bytes. `cargo lab demo` adds these lines up.
 pub fn summary(transfers: &[Transfer]) -> String {
     let bytes: u64 = transfers.iter().map(|transfer| transfer.bytes).sum();
     format!(
@@ -50,7 +50,7 @@ pub fn summary(transfers: &[Transfer]) -> String {
     )
 }
 
-/// The table, with the evidence below it: there it has room. `place` is where the files are.
+/// The table, with the evidence below it. `place` is the directory of the files.
 pub fn table(transfers: &[Transfer], place: &str, width: usize) -> String {
     let mut notes = Notes::default();
     let forms = [true, false].map(|codes| rows(transfers, place, codes, &mut notes));
@@ -59,7 +59,8 @@ pub fn table(transfers: &[Transfer], place: &str, width: usize) -> String {
     text + "\n" + &notes.show(width)
 }
 
-/// A line for each transfer. Without codes only numbers lead to the reasons, which are in the notes.
+/// A row for each transfer. Without `codes`, a row has only the numbers of the notes with the
+/// reasons.
 fn rows(transfers: &[Transfer], place: &str, codes: bool, notes: &mut Notes) -> Table {
     const PATH: usize = 2;
     let path = match codes {
@@ -77,7 +78,7 @@ fn rows(transfers: &[Transfer], place: &str, codes: bool, notes: &mut Notes) -> 
     if codes {
         table = table.whole(PATH);
     }
-    // Every row would repeat where the files are.
+    // Every row would repeat the place of the files.
     let suffix = format!(" in {place}");
     let end = |name: &str| match name.strip_suffix(&suffix) {
         Some(file) => file.to_owned(),
@@ -127,7 +128,7 @@ mod tests {
         }
     }
 
-    /// The demo's transfers of so many bytes: a file into the buffer, and the buffer into another.
+    /// The two transfers of the demo: a file into the buffer, and the buffer into another file.
     fn round_trip(
         buffer: &str,
         path: &str,
@@ -156,7 +157,7 @@ mod tests {
         round_trip("udmabuf", "shared-host-memory", bytes, reasons)
     }
 
-    /// The same round trip once more, with a shader between its two transfers.
+    /// The same round trip, with a shader between its two transfers.
     fn with_shader(bar: &str, mut transfers: Vec<Transfer>) -> Vec<Transfer> {
         let peer = "the device is software: the processor loads and stores over the bus";
         let host = "the bytes are in device memory";

@@ -1,4 +1,4 @@
-//! The second process: it takes buffers and files, and moves the bytes.
+//! The second process: it receives buffers and files, and moves the bytes.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::ExitCode;
@@ -66,7 +66,8 @@ fn carry(
 fn leave_with_the_first_process(socket: OwnedFd) {
     std::thread::spawn(move || {
         loop {
-            // No events are asked for: a hang-up is reported all the same, messages are not.
+            // The poll asks for no events: the kernel reports a hang-up in any case, and no
+            // messages.
             let mut sockets = [PollFd::new(&socket, PollFlags::empty())];
             let polled = rustix::event::poll(&mut sockets, None);
             if polled.is_ok() && sockets[0].revents().contains(PollFlags::HUP) {

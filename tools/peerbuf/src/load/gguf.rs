@@ -1,10 +1,11 @@
-//! The header of a GGUF file: which tensors there are, and where.
+//! The header of a GGUF file: the tensors and their places.
 //!
-//! The file is `GGUF`, a version, the number of tensors and of metadata, the metadata, what each tensor is, and
-//! the tensors' bytes. Each begins at the first multiple of the alignment after the one before it
-//! (<https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>). Numbers are little-endian. The metadata is
-//! passed over, but for `general.alignment`. A header that breaks a rule is refused, with the name of the field:
-//! whoever made it says where this process reads and writes.
+//! The file consists of `GGUF`, a version, the numbers of tensors and of metadata pairs, the
+//! metadata, the description of each tensor, and the bytes of the tensors. Each tensor begins
+//! at the first multiple of the alignment after the previous one
+//! (<https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>). Numbers are little-endian.
+//! This parser skips the metadata, except `general.alignment`. It refuses a header that breaks
+//! a rule and names the field, because the header decides where this process reads and writes.
 
 use std::collections::HashSet;
 use std::fmt::Display;
@@ -12,11 +13,11 @@ use std::io::{BufReader, Read, Seek};
 
 use super::Tensor;
 
-/// The first bytes of such a file.
+/// The first bytes of a GGUF file.
 pub const MAGIC: &[u8; 4] = b"GGUF";
 
-/// Types of elements: the number, the name, and how many elements are a block of how many bytes. The numbers that
-/// are missing were given up.
+/// Types of elements: the number, the name, the elements of a block, and the bytes of a block.
+/// The missing numbers were withdrawn.
 const TYPES: [(u32, &str, u64, u64); 34] = [
     (0, "F32", 1, 4),
     (1, "F16", 1, 2),
@@ -54,7 +55,7 @@ const TYPES: [(u32, &str, u64, u64); 34] = [
     (41, "Q1_0", 128, 18),
 ];
 
-/// Bytes of a value of metadata, by the number of its type.
+/// Number of bytes of a metadata value, by the number of its type.
 fn value_bytes(kind: u32) -> Option<u64> {
     match kind {
         0 | 1 | 7 => Some(1),
@@ -73,7 +74,8 @@ const LONGEST_KEY: u64 = 65535;
 const LONGEST_NAME: u64 = 64;
 const MOST_DIMENSIONS: u32 = 4;
 
-/// The tensors of a file of `size` bytes, in the order of their bytes, with their offsets in the file.
+/// The tensors of a file of `size` bytes, in the order of their bytes, with their offsets in
+/// the file.
 pub fn tensors(file: impl Read + Seek, size: u64) -> Result<Vec<Tensor>, String> {
     let mut header = Header {
         file: BufReader::new(file),
@@ -110,7 +112,7 @@ pub fn tensors(file: impl Read + Seek, size: u64) -> Result<Vec<Tensor>, String>
     place(all, begin.unwrap_or(u64::MAX), alignment, size)
 }
 
-/// Makes offsets into those of the file, and sees that they are what the format says.
+/// Converts offsets into file offsets, and checks the format's rules for them.
 fn place(
     mut tensors: Vec<Tensor>,
     begin: u64,
@@ -143,7 +145,7 @@ fn place(
     Ok(tensors)
 }
 
-/// A file that is read from its beginning.
+/// A file that is read from the start.
 struct Header<R> {
     file: BufReader<R>,
     at: u64,
@@ -151,7 +153,7 @@ struct Header<R> {
 }
 
 impl<R: Read + Seek> Header<R> {
-    /// Sees that there are so many bytes more.
+    /// Checks that the file has this many bytes left.
     fn room(&self, bytes: u64, what: &dyn Display) -> Result<(), String> {
         let left = self.size.saturating_sub(self.at);
         if bytes <= left {
@@ -197,18 +199,18 @@ impl<R: Read + Seek> Header<R> {
         String::from_utf8(bytes).map_err(|_| format!("its {what} is not UTF-8"))
     }
 
-    /// Passes over bytes.
+    /// Skips bytes.
     fn skip(&mut self, bytes: Option<u64>, what: &dyn Display) -> Result<(), String> {
         let bytes = bytes.unwrap_or(u64::MAX);
         self.room(bytes, what)?;
-        // No file is larger.
+        // No file is larger than `i64::MAX`.
         let skipped = self.file.seek_relative(bytes as i64);
         skipped.map_err(|error| format!("its {what}, at byte {}: {error}", self.at))?;
         self.at += bytes;
         Ok(())
     }
 
-    /// Passes over the metadata; the alignment of tensors.
+    /// Skips the metadata. Returns the alignment of tensors.
     fn metadata(&mut self, pairs: u64) -> Result<u64, String> {
         let mut alignment = 32;
         let mut keys = HashSet::new();
@@ -262,7 +264,7 @@ impl<R: Read + Seek> Header<R> {
         self.skip(count.checked_mul(bytes), what)
     }
 
-    /// What one tensor is; the offset is as the file has it.
+    /// Reads the description of one tensor, with the offset as the file has it.
     fn tensor(&mut self, index: u64) -> Result<Tensor, String> {
         let name = self.string(LONGEST_NAME, &format_args!("name of tensor {index}"))?;
         let of = |what: &str| format!("{what} of tensor {name:?}");
@@ -272,7 +274,7 @@ impl<R: Read + Seek> Header<R> {
                 "its tensor {name:?} has {dimensions} dimensions: at most {MOST_DIMENSIONS} are allowed"
             ));
         }
-        // The file has the innermost one first.
+        // The file has the innermost dimension first.
         let mut shape = vec![0; dimensions as usize];
         for length in shape.iter_mut().rev() {
             *length = self.u64(&of("shape"))?;
@@ -315,7 +317,7 @@ mod tests {
 
     use super::*;
 
-    /// A file as it is written.
+    /// A file under construction.
     #[derive(Default)]
     struct Bytes(Vec<u8>);
 
@@ -340,7 +342,7 @@ mod tests {
             Bytes(MAGIC.to_vec()).u32(3).u64(tensors).u64(pairs)
         }
 
-        /// The innermost dimension first.
+        /// `shape` has the innermost dimension first.
         fn tensor(self, name: &str, shape: &[u64], kind: u32, offset: u64) -> Bytes {
             let named = self.text(name).u32(shape.len() as u32);
             let shaped = shape.iter().fold(named, |all, one| all.u64(*one));
@@ -362,7 +364,8 @@ mod tests {
         tensors(Cursor::new(bytes), bytes.len() as u64)
     }
 
-    /// One of each kind of metadata, and three tensors; and where their bytes begin.
+    /// One value of each kind of metadata, and three tensors. Returns the offset of their
+    /// bytes, too.
     fn good() -> (Vec<u8>, u64) {
         let mut head = Bytes::head(3, 5)
             .text("general.name")

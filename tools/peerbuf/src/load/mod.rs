@@ -1,4 +1,4 @@
-//! `peerbuf load`: the tensors of a model file into one buffer, and the buffer to whoever may have it.
+//! `peerbuf load`: loads the tensors of a model file into one buffer, and lends the buffer.
 
 mod gguf;
 mod safetensors;
@@ -57,27 +57,27 @@ shape has the innermost dimension last, the type is the one of the file's format
   peerbuf load model.safetensors --to bar:0000:03:00.0/2 --share /run/model
   peerbuf load model.gguf --to heap:system --check";
 
-/// What was loaded, and where each tensor is.
+/// The loaded model, and the place of each tensor.
 #[derive(Serialize)]
 struct Loaded {
     model: String,
     buffer: String,
     seconds: f64,
-    /// Of every tensor, read from the file again; `null` if nobody asked.
+    /// The result of comparing every tensor with the file; `null` without `--check`.
     checked: Option<bool>,
     receipt: Leg,
     tensors: Vec<Tensor>,
 }
 
-/// One tensor, as programs are told of it.
+/// One tensor, for programs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Tensor {
     pub name: String,
-    /// By the format's own name.
+    /// The format's own name of the type.
     pub dtype: String,
-    /// The innermost dimension last, whatever the format's own order.
+    /// The shape, innermost dimension last, in both formats.
     pub shape: Vec<u64>,
-    /// Where it begins, in bytes.
+    /// Offset in bytes.
     pub offset: u64,
     pub length: u64,
 }
@@ -86,7 +86,7 @@ pub struct Tensor {
 fn tensors(file: &File) -> Result<Vec<Tensor>, String> {
     let mut magic = [0; gguf::MAGIC.len()];
     match file.read_exact_at(&mut magic, 0) {
-        // As the length of a header of safetensors it would be too much.
+        // As the header length of a safetensors file, the magic number would be too large.
         Ok(()) if magic == *gguf::MAGIC => {
             let size = file.metadata().map_err(|error| error.to_string())?.len();
             gguf::tensors(file, size)
@@ -95,7 +95,7 @@ fn tensors(file: &File) -> Result<Vec<Tensor>, String> {
     }
 }
 
-/// Loads, and lends.
+/// Loads the model, and lends the buffer.
 pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     let model = arguments.model.display().to_string();
     let opened = File::open(&arguments.model).map_err(|error| format!("{model}: {error}"))?;
@@ -105,7 +105,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
         .last()
         .map_or(0, |tensor| tensor.offset + tensor.length);
     let length: u64 = in_file.iter().map(|tensor| tensor.length).sum();
-    // Where a page of the file begins, a page of the buffer does.
+    // A page of the buffer begins where a page of the file begins.
     let lead = begin % rustix::param::page_size() as u64;
     let buffer = arguments.to.memory(Some(lead + end - begin))?;
     let mut file = FileImporter::from_fd(opened.try_clone()?.into(), model.clone())?;
@@ -162,7 +162,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Whether the buffer has the bytes of the file.
+/// True if the buffer has the bytes of the file.
 fn is_there(file: &FileImporter, buffer: &Buffer, pieces: &[Piece]) -> Result<bool, Failure> {
     for piece in pieces {
         if piece.length == 0 {
@@ -182,7 +182,7 @@ fn is_there(file: &FileImporter, buffer: &Buffer, pieces: &[Piece]) -> Result<bo
     Ok(true)
 }
 
-/// Lends the buffer and the list of its tensors until the process is ended.
+/// Lends the buffer and the list of its tensors until the process ends.
 fn lend(
     socket: &PathBuf,
     buffer: Buffer,
@@ -196,7 +196,7 @@ fn lend(
     let again = |first: Buffer, place: Place| {
         let size = first.size();
         let mut first = Some(first);
-        // The next generation, if somebody moves it, is of the same kind.
+        // If the publisher moves the buffer, the next generation has the same kind.
         move |_: &_| match first.take() {
             Some(buffer) => Ok(buffer),
             None => match place.memory(Some(size)) {

@@ -1,8 +1,9 @@
-//! The header of a safetensors file: which tensors there are, and where.
+//! The header of a safetensors file: the tensors and their places.
 //!
-//! The file is eight bytes with the header's length, the header, a JSON object, and the tensors' bytes, which it
-//! covers without a gap and without an overlap (<https://github.com/huggingface/safetensors#format>). A header
-//! that breaks a rule is refused: whoever made it says where this process reads and writes.
+//! The file consists of the header's length in eight bytes, the header (a JSON object), and the
+//! bytes of the tensors, without gaps and overlaps
+//! (<https://github.com/huggingface/safetensors#format>). This parser refuses a header that
+//! breaks a rule, because the header decides where this process reads and writes.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -12,7 +13,7 @@ use serde::Deserialize;
 
 use super::Tensor;
 
-/// What the format's own reader takes.
+/// Maximum length of a header, the limit of the format's own reader.
 const LONGEST: u64 = 100_000_000;
 
 /// Bits of an element, by type.
@@ -72,7 +73,7 @@ pub fn tensors(file: &File) -> Result<Vec<Tensor>, String> {
     })
 }
 
-/// The tensors of a header, before `room` bytes of them.
+/// The tensors of a header, which is followed by `room` bytes.
 fn parse(header: &[u8], room: u64) -> Result<Vec<Tensor>, String> {
     let said = |error: serde_json::Error| format!("its header: {error}");
     let mut entries: BTreeMap<String, serde_json::Value> =
@@ -108,7 +109,8 @@ fn parse(header: &[u8], room: u64) -> Result<Vec<Tensor>, String> {
                 tensor.name, tensor.offset
             ));
         }
-        // Their lengths, in bits, fit into 64: one beyond the room does not make the sum overflow.
+        // Each length in bits fits into 64 bits, so one length beyond the room does not
+        // overflow the sum.
         next += tensor.length;
         if next > room {
             break;
@@ -174,7 +176,8 @@ mod tests {
                 17,
                 "begins at 9",
             ),
-            // Of two of one name the later one is meant, and the other one's bytes are nobody's.
+            // Of two tensors with one name the later one counts, and the other one's bytes
+            // belong to none.
             (
                 all(&[good.clone(), entry("a", "U8", "[8]", 8, 16)]),
                 16,

@@ -1,4 +1,4 @@
-//! The rows: everything on this machine that makes buffers.
+//! The rows: every exporter on this machine.
 
 use std::rc::Rc;
 
@@ -38,7 +38,7 @@ impl Exporter {
 /// The rows of one kind.
 type Found = Result<Vec<Exporter>, Unavailable>;
 
-/// All that there are, for buffers of `size` bytes.
+/// All exporters, for buffers of `size` bytes.
 pub fn all(size: u64, missing: &mut Vec<Missing>) -> Vec<Exporter> {
     let kinds: [fn(u64) -> Found; 9] = [
         bars,
@@ -65,7 +65,7 @@ pub fn all(size: u64, missing: &mut Vec<Missing>) -> Vec<Exporter> {
     rows
 }
 
-/// Of peerbuf.ko's BARs one that files can reach, and one that they cannot.
+/// Of peerbuf.ko's BARs, one that files can reach, and one that they cannot.
 fn bars(size: u64) -> Found {
     let nodes = module::probe()?;
     let mut rows = Vec::new();
@@ -107,13 +107,13 @@ fn bars(size: u64) -> Found {
     Ok(rows)
 }
 
-/// What the first provider lends.
+/// Memory of the first provider.
 fn providers(size: u64) -> Found {
     let mut rows = Vec::new();
     if let Some(&address) = provider::probe()?.first() {
         for (name, may_move) in [("provider's memory", false), ("provider's, may move", true)] {
             rows.push(Exporter::new(name, move || {
-                // Opened anew: its driver may have been bound anew since.
+                // Opened again, because the driver may have been rebound.
                 let device = provider::open(address)?;
                 let bar = device.query()?.exportable().map_or(0, |bar| bar.index);
                 let offset = None;
@@ -131,7 +131,7 @@ fn providers(size: u64) -> Found {
     Ok(rows)
 }
 
-/// A prefetchable BAR of vfio-pci's devices, but not of the one that only does DMA.
+/// A prefetchable BAR of the devices of vfio-pci, except the device that only does DMA.
 fn vfio_bars(size: u64) -> Found {
     let sysfs = Sysfs::default();
     let mut refused = None;
@@ -159,7 +159,7 @@ fn vfio_bars(size: u64) -> Found {
             length: size,
             access: Access::ReadWrite,
         };
-        // A kernel may have vfio-pci and export nothing of it.
+        // A kernel may have vfio-pci without the export of dma-bufs.
         if let Err(ExportError::Unavailable(error)) = vfio::export(&device, request) {
             return Err(error);
         }
@@ -175,7 +175,7 @@ fn udmabufs(size: u64) -> Found {
     let mut rows = vec![
         Exporter::new("udmabuf", move || Ok(udmabuf::export("udmabuf", size)?)),
         Exporter::new("udmabuf of pieces", move || {
-            // The pieces in the wrong order, so that no two are neighbours by chance.
+            // The pieces are in reverse order, so that no two are neighbours by chance.
             let memory = memfd::export("pieces", size)?;
             let half = (size / 2).next_multiple_of(rustix::param::page_size() as u64);
             let pieces = [memory.range(half, size - half)?, memory.range(0, half)?];
@@ -204,7 +204,7 @@ fn graphics(size: u64) -> Found {
     for node in drm::probe()? {
         let card = Card::open(node)?;
         let name = format!("DRM {}", card.driver());
-        // Not every driver has dumb buffers.
+        // Some drivers have no dumb buffers.
         if matches!(
             drm::export(&card, &name, size),
             Err(ExportError::System { .. })
@@ -218,7 +218,7 @@ fn graphics(size: u64) -> Found {
     Ok(rows)
 }
 
-/// Memory that Vulkan's drivers allocate, of those that export.
+/// Memory of the Vulkan drivers that can export.
 fn gpus(size: u64) -> Found {
     let mut rows = Vec::new();
     for device in Device::all()? {
@@ -227,14 +227,14 @@ fn gpus(size: u64) -> Found {
             continue;
         }
         rows.push(Exporter::new(name.clone(), move || {
-            // The dma-buf keeps the bytes.
+            // The dma-buf keeps the bytes alive.
             Ok(vulkan::export(&device, &name, size)?.buffer().clone())
         }));
     }
     Ok(rows)
 }
 
-/// A picture's own memory.
+/// Picture buffers of a video device.
 fn video(_: u64) -> Found {
     open_vivid()?;
     let make = || {

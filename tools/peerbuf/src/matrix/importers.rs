@@ -1,4 +1,4 @@
-//! The columns: everything on this machine that uses buffers, and how its bytes are checked.
+//! The columns: every importer on this machine, and the check of its bytes.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -34,11 +34,11 @@ pub struct Column {
     by: By,
 }
 
-/// How bytes are exchanged with what is in a column.
+/// How the test exchanges bytes with an importer.
 enum By {
-    /// At most so many.
+    /// By reads and writes of at most this many bytes.
     Importer(Box<dyn Importer>, u64),
-    /// A device that writes what it sees, and not what it is given.
+    /// A device that writes its own pictures, not given bytes.
     Camera,
 }
 
@@ -50,7 +50,7 @@ impl Column {
         }
     }
 
-    /// Lets it use a buffer.
+    /// Lets the importer use a buffer.
     pub fn meet(&self, buffer: &Buffer) -> Result<Met, Refusal> {
         match &self.by {
             By::Importer(importer, longest) => exchange(&**importer, *longest, buffer),
@@ -59,14 +59,14 @@ impl Column {
     }
 }
 
-/// The two go together.
+/// The importer can use the buffer.
 pub struct Met {
     pub plan: Plan,
-    /// Whether the bytes were right; `None` when none could be moved.
+    /// True if the bytes were correct; `None` if no bytes could be moved.
     pub bytes: Option<bool>,
 }
 
-/// They do not, or something else is wrong.
+/// The importer cannot use the buffer, or failed.
 pub enum Refusal {
     Impossible(ReasonCode, String),
     Failed(String),
@@ -93,7 +93,7 @@ macro_rules! fails {
 
 fails!(BufferError, SystemError);
 
-/// All that there are. Files are made in `directory`.
+/// All importers. Temporary files are made in `directory`.
 pub fn all(directory: &Path, missing: &mut Vec<Missing>) -> Vec<Column> {
     let mut columns = vec![
         Column::new("CPU", Processor),
@@ -146,7 +146,7 @@ fn random(length: u64) -> Vec<u8> {
     bytes
 }
 
-/// Bytes into the buffer and out of it, and none beside them.
+/// Writes bytes into the buffer, reads them back, and checks that no other bytes changed.
 fn exchange(importer: &dyn Importer, longest: u64, buffer: &Buffer) -> Result<Met, Refusal> {
     let length = buffer.size().min(longest);
     let (range, rest) = (
@@ -170,7 +170,7 @@ fn exchange(importer: &dyn Importer, longest: u64, buffer: &Buffer) -> Result<Me
     let mut found = vec![0; bytes.len()];
     let read = attached.read(&mut found)?;
     right &= found == bytes;
-    // The worse of the two, which is the same almost everywhere.
+    // The worse of the two paths. They are almost always the same.
     let plan = match read {
         Some(read) if read.path < written.path => read,
         _ => written,
@@ -199,11 +199,11 @@ fn vulkan() -> Found {
         .collect())
 }
 
-/// vivid's controls (drivers/media/test-drivers/vivid/vivid-ctrls.c): the test pattern, of which 1
-/// is the colour bar, and the text over it, of which 2 is none.
+/// vivid's controls (drivers/media/test-drivers/vivid/vivid-ctrls.c): the test pattern (1 is
+/// the colour bar) and the text over it (2 is none).
 const VIVID_CONTROLS: [(u32, i32); 2] = [(0x00f0_f000, 1), (0x00f0_f001, 2)];
 
-/// vivid's capture device, set to a picture that is always the same.
+/// vivid's capture device, set to a constant picture.
 pub fn open_vivid() -> Result<VideoDevice, Unavailable> {
     let found: Vec<PathBuf> = video::devices()?;
     let mut devices = found.iter().filter_map(|node| VideoDevice::open(node).ok());
@@ -224,7 +224,8 @@ pub fn open_vivid() -> Result<VideoDevice, Unavailable> {
     Ok(device)
 }
 
-/// The device captures into the buffer what it also captures into memory of its own.
+/// Captures the same picture into the buffer and into the device's own memory, and compares
+/// them.
 fn camera(buffer: &Buffer) -> Result<Met, Refusal> {
     const LIMIT: Duration = Duration::from_secs(5);
     const FILL: u8 = 0xaa;
@@ -291,7 +292,7 @@ impl Driving {
     }
 }
 
-/// Whole chunks, of which there is one.
+/// The device copies whole chunks; the range is one chunk.
 impl Attached for Driving {
     fn plan(&self) -> Plan {
         self.range.plan()
@@ -316,7 +317,7 @@ fn lacking(what: &'static str, object: &str, remedy: &str) -> Unavailable {
 
 const ASKED: &str = "peerbuf_probe.ko";
 
-/// The kernel is asked what it would give the driver of the first NVMe disk.
+/// Asks the kernel for the mapping that the driver of the first NVMe disk would get.
 fn disk_driver() -> Found {
     let probe = Probe::open().map_err(|error| match error {
         ProbeError::Unavailable { cause, remedy } => Unavailable::new(ASKED, cause, remedy),

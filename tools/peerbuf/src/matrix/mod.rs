@@ -1,4 +1,4 @@
-//! `peerbuf matrix`: each exporter meets each importer, with bytes that are checked.
+//! `peerbuf matrix`: tries each exporter with each importer, and checks the bytes.
 
 mod exporters;
 mod importers;
@@ -49,7 +49,7 @@ JSON: cells (exporter, importer, outcome, path, reasons, code, evidence) and mis
 Outcomes: bytes-checked, mapped (the importer has no way to move bytes by itself), impossible,
 wrong-bytes, failed. The last two are failures of the command too.";
 
-/// What came of one meeting.
+/// The result for one pair.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Outcome {
@@ -60,19 +60,19 @@ pub enum Outcome {
     Failed,
 }
 
-/// One meeting, with the fields of `--json`.
+/// One pair, with the fields of `--json`.
 #[derive(Debug, Serialize)]
 pub struct Cell {
     exporter: String,
     importer: String,
     outcome: Outcome,
-    /// The path, if the two go together.
+    /// The path, if the importer can use the buffer.
     path: Option<&'static str>,
-    /// Why not a better path.
+    /// The reasons against better paths.
     reasons: Vec<Reason>,
-    /// The reason code, if they do not.
+    /// The reason code, if the importer cannot use the buffer.
     code: Option<&'static str>,
-    /// What was seen then.
+    /// The evidence for this reason.
     evidence: Option<String>,
 }
 
@@ -83,7 +83,7 @@ struct Reason {
     evidence: String,
 }
 
-/// What the machine lacks.
+/// A requirement that the machine lacks.
 #[derive(Debug, Serialize)]
 struct Missing {
     what: String,
@@ -99,28 +99,28 @@ impl From<Unavailable> for Missing {
     }
 }
 
-/// The whole, with the fields of `--json`.
+/// The whole matrix, with the fields of `--json`.
 #[derive(Debug, Serialize)]
 pub struct Matrix {
     cells: Vec<Cell>,
     missing: Vec<Missing>,
 }
 
-/// Makes the matrix. `Err` when bytes were wrong, or a meeting failed for no known reason.
+/// Makes the matrix. `Err` if bytes were wrong, or a pair failed for an unknown reason.
 pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     let directory = match &arguments.dir {
         Some(directory) => directory.clone(),
         None => places::working_directory(),
     };
     let page = rustix::param::page_size() as u64;
-    // What moves at once, and the picture of the video device, must fit.
+    // The bytes of one exchange, and the picture of the video device, must fit.
     let size = arguments.size.max(1 << 18).next_multiple_of(page);
     let mut missing = Vec::new();
     let mut exporters = exporters::all(size, &mut missing);
     let mut importers = importers::all(&directory, &mut missing);
     distinguish(exporters.iter_mut().map(|exporter| &mut exporter.name));
     distinguish(importers.iter_mut().map(|importer| &mut importer.name));
-    // An exporter and an importer may lack the same.
+    // An exporter and an importer may lack the same requirement.
     let mut seen = std::collections::HashSet::new();
     missing.retain(|missing: &Missing| seen.insert(missing.what.clone()));
 
@@ -146,8 +146,8 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     }
 }
 
-/// Numbers further devices of one name, such as a second card of the same driver: each has a row, or a
-/// column, of its own.
+/// Numbers further devices of one name, such as a second card of the same driver, so that each
+/// has its own row or column.
 fn distinguish<'n>(names: impl Iterator<Item = &'n mut String>) {
     let mut seen = std::collections::HashMap::new();
     for name in names {
@@ -169,7 +169,7 @@ fn meet(exporter: &exporters::Exporter, importer: &importers::Column) -> Cell {
         code: None,
         evidence: None,
     };
-    // A new buffer each time: what one meeting leaves behind must not help the next.
+    // A new buffer each time: the remains of one exchange must not help the next.
     let met = match (exporter.make)() {
         Ok(buffer) => importer.meet(&buffer),
         Err(error) => Err(importers::Refusal::Failed(error.to_string())),

@@ -1,21 +1,21 @@
-//! What the matrix tells: a table for people, on a terminal or in Markdown, and below it the
-//! evidence, which has no room in a cell.
+//! The report of the matrix: a table for people, on a terminal or in Markdown, with the
+//! evidence below it.
 
 use super::{Cell, Matrix, Outcome};
 use crate::table::{self, Notes, Table, paragraph};
 
-/// How much a cell says.
+/// The amount of text in a cell.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Form {
     /// Path and reason codes.
     Full,
-    /// The same, in one line; the notes need not repeat it.
+    /// The same in one line. The notes need not repeat it.
     Markdown,
     /// Abbreviations, and the numbers of the notes.
     Short,
 }
 
-/// What the abbreviations mean, and what the table's other forms say in words.
+/// The meaning of the abbreviations. The other forms of the table use words.
 const LEGEND: [&str; 4] = [
     "P2P: peer-to-peer, shared: shared-host-memory, staged: staged-copy",
     "(in parentheses): the kernel was asked, and no byte was moved",
@@ -23,7 +23,7 @@ const LEGEND: [&str; 4] = [
     "[number]: why not, or why not by a better path",
 ];
 
-/// The table for a terminal of this width.
+/// The table for a terminal of `width` columns.
 pub fn table(matrix: &Matrix, width: usize) -> String {
     let mut notes = Notes::default();
     let [full, short] = [Form::Full, Form::Short].map(|form| rows(matrix, form, &mut notes));
@@ -40,7 +40,7 @@ pub fn table(matrix: &Matrix, width: usize) -> String {
     text
 }
 
-/// The same in Markdown.
+/// The table in Markdown.
 pub fn markdown(matrix: &Matrix) -> String {
     let mut notes = Notes::default();
     let table = rows(matrix, Form::Markdown, &mut notes).markdown();
@@ -54,7 +54,7 @@ pub fn markdown(matrix: &Matrix) -> String {
     text.trim_end().to_owned()
 }
 
-/// The importers as headings, and a line for each exporter.
+/// The importers as headings, and a row for each exporter.
 fn rows(matrix: &Matrix, form: Form, notes: &mut Notes) -> Table {
     let mut exporters: Vec<&str> = Vec::new();
     let mut importers: Vec<&str> = vec![""];
@@ -82,7 +82,7 @@ fn rows(matrix: &Matrix, form: Form, notes: &mut Notes) -> Table {
 }
 
 fn describe(cell: &Cell, form: Form, notes: &mut Notes) -> String {
-    // The code stands in the cell, but for the short form.
+    // The cell has the code, except in the short form.
     let mut note = |path: Option<&str>, code: Option<&str>, evidence: &str| {
         let code = code.filter(|_| form != Form::Markdown);
         notes.number(match (path, code) {
@@ -103,7 +103,7 @@ fn describe(cell: &Cell, form: Form, notes: &mut Notes) -> String {
                 (_, true) => format!("{path} (asked)"),
                 (_, false) => path.to_owned(),
             };
-            // That system memory is no peer goes without saying.
+            // It is obvious that system memory is not peer memory.
             let reasons = cell.reasons.iter().filter(|reason| {
                 !(reason.code == "not-device-memory" || reason.code == "not-host-memory")
             });
@@ -134,7 +134,7 @@ fn describe(cell: &Cell, form: Form, notes: &mut Notes) -> String {
     }
 }
 
-/// A path's abbreviation; the legend has them.
+/// A path's abbreviation, as in the legend.
 fn short(path: &str) -> &str {
     match path {
         "peer-to-peer" => "P2P",
@@ -156,7 +156,7 @@ mod tests {
         String::leak(text.to_owned())
     }
 
-    /// What the page says of one pair.
+    /// A cell of the page.
     fn cell(exporter: &str, importer: &str, text: &str, notes: &[&str]) -> Cell {
         let (text, note) = match text
             .strip_suffix(']')
@@ -229,7 +229,7 @@ mod tests {
         matrices.collect()
     }
 
-    /// A machine of today: three graphics cards, and devices that failed.
+    /// A large machine: three graphics cards, and devices that failed.
     fn large() -> Matrix {
         let mut matrix = matrices().pop().unwrap();
         let cells: Vec<Cell> = std::mem::take(&mut matrix.cells);

@@ -1,10 +1,10 @@
-//! The matrix of pairs: what the kernel will say, and how near they are in nvidia-smi's words.
+//! The matrix of pairs: the kernel's predicted answer, and the distance in nvidia-smi's words.
 
 use peerbuf_topo::Rules;
 use peerbuf_topo::machine::Index;
 use peerbuf_topo::rules::{Map, Possible, Route};
 
-/// Our word for what the kernel will say.
+/// The word for the kernel's predicted answer.
 pub fn word(possible: Possible) -> &'static str {
     match (possible.known(), possible.allowed()) {
         (Some(Map::BusAddress), _) => "bus",
@@ -15,7 +15,7 @@ pub fn word(possible: Possible) -> &'static str {
     }
 }
 
-/// nvidia-smi's word.
+/// nvidia-smi's word for the distance.
 pub fn near(route: &Route) -> &'static str {
     route.near.map_or("?", |near| near.word())
 }
@@ -26,8 +26,8 @@ bridge; yes = one of these; no = refused; ? = a fact is missing (`peerbuf why A 
 right of it, in nvidia-smi's words: PIX = at most one PCIe switch; PXB = several; PHB = a host bridge; NODE = two
 of one NUMA node; SYS = the link between NUMA nodes";
 
-/// Below the diagonal the kernel's answer, above it how near they are. Both are the same the other way round.
-/// A matrix that is too wide becomes several.
+/// The kernel's answer below the diagonal, the distance above it. Both are symmetric. A matrix
+/// that is too wide becomes several.
 pub fn show(rules: &Rules<'_>, labels: &[(Index, String)], width: usize) -> String {
     let cell = labels
         .iter()

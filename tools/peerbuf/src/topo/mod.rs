@@ -1,4 +1,5 @@
-//! `peerbuf topo`: the tree of a machine's devices, and what the kernel will say to each pair of them.
+//! `peerbuf topo`: the tree of a machine's devices, and the kernel's predicted answer for each
+//! pair.
 
 mod matrix;
 pub mod source;
@@ -35,9 +36,9 @@ pub struct Arguments {
     json: bool,
 }
 
-/// The pairs of more devices are not printed or drawn.
+/// Maximum number of devices whose pairs are printed or drawn.
 const MOST: usize = 64;
-/// Nor are those of more in JSON: they would be millions.
+/// Maximum number of devices whose pairs are in JSON. More would give millions of pairs.
 const MOST_IN_JSON: usize = 1024;
 
 pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {

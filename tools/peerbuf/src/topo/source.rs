@@ -27,7 +27,7 @@ fn version(text: &str) -> Result<Kernel, String> {
 }
 
 impl Source {
-    /// This machine, by its own kernel.
+    /// This machine, with its own kernel.
     pub fn live() -> Source {
         Source {
             from: None,
@@ -35,7 +35,7 @@ impl Source {
         }
     }
 
-    /// Whether it is this machine, which can be asked.
+    /// True for this machine, whose kernel can be asked.
     pub fn is_live(&self) -> bool {
         self.from.is_none()
     }
@@ -47,7 +47,7 @@ impl Source {
         })
     }
 
-    /// The device that a user means: by address, by name, by its node, or by a file on it.
+    /// The device that a user named: by address, by name, by node, or by a file on it.
     pub fn find(&self, machine: &Machine, text: &str) -> Result<Target, NotFound> {
         if let Some(address) = address(text) {
             let index = machine.find(address);
@@ -87,11 +87,12 @@ impl Source {
 #[derive(Debug)]
 pub struct NotFound(pub String);
 
-/// What a user named.
+/// The device or file that a user named.
 pub struct Target {
-    /// The functions that carry it: several of a disk over several, none of something that is not on PCI.
+    /// The functions behind it: several for a disk over several, none for something that is not
+    /// on PCI.
     pub functions: Vec<Index>,
-    /// What layers above them do.
+    /// The reasons of the layers above the functions.
     pub reasons: Vec<Reason>,
 }
 
@@ -110,7 +111,7 @@ fn address(text: &str) -> Option<PciAddress> {
     text.parse().ok().or_else(short)
 }
 
-/// A name, or that of a disk's partition.
+/// A device's name, or the name of a disk's partition.
 fn named(machine: &Machine, name: &str) -> Option<Index> {
     let disk = || {
         let (disk, number) = name.rsplit_once('p')?;
@@ -139,7 +140,8 @@ fn by_path(machine: &Machine, text: &str) -> Option<Target> {
             let (major, minor) = numbers(metadata.rdev());
             sysfs.block_device(major, minor)
         } else {
-            // Some filesystems invent a device number; the mount's own is then no better.
+            // Some filesystems invent a device number. The mount's own number is no better for
+            // them.
             let (major, minor) = numbers(metadata.dev());
             let directory = path.ancestors().find(|path| path.is_dir());
             let mounted = || places::mount_of(directory?)?.disk;

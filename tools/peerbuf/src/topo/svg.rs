@@ -11,11 +11,11 @@ use super::tree::Line;
 const ROW: usize = 20;
 const STEP: usize = 18;
 const MARGIN: usize = 16;
-/// The width of a letter, about.
+/// The approximate width of a letter.
 const LETTER: usize = 7;
 const CELL: usize = 46;
 
-/// Colours that differ in brightness, too; each cell has its word.
+/// Colours that also differ in brightness. Each cell contains its word.
 fn colour(word: &str) -> &'static str {
     match word {
         "bus" => "#9ad1a8",
@@ -32,7 +32,7 @@ const LEGEND: [&str; 2] = [
     "above it: nvidia-smi's words",
 ];
 
-/// The matrix is left out where there are more than `most` devices.
+/// Draws the picture, without the matrix for more than `most` devices.
 pub fn draw(rules: &Rules<'_>, lines: &[Line], labels: &[(Index, String)], most: usize) -> String {
     let labels = if labels.len() > most { &[] } else { labels };
     let machine = rules.machine();
@@ -74,7 +74,7 @@ pub fn draw(rules: &Rules<'_>, lines: &[Line], labels: &[(Index, String)], most:
     for (row, (line, text)) in lines.iter().zip(&texts).enumerate() {
         let (x, y) = (MARGIN + line.depth * STEP, middle(row));
         if line.depth > 0 {
-            // To the line above it that it hangs from.
+            // The line to the entry above that this entry hangs from.
             let above = lines[..row]
                 .iter()
                 .rposition(|above| above.depth < line.depth)
@@ -152,7 +152,7 @@ pub fn draw(rules: &Rules<'_>, lines: &[Line], labels: &[(Index, String)], most:
     svg
 }
 
-/// Names come from files that others wrote.
+/// Escapes a name, which may come from another user's file.
 fn escape(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
     for letter in text.chars() {

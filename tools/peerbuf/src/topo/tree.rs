@@ -1,4 +1,4 @@
-//! The tree of a machine, with the devices that matter marked.
+//! The tree of a machine, with the relevant devices marked.
 
 use std::collections::BTreeSet;
 
@@ -8,7 +8,7 @@ use peerbuf_topo::reasons::short_name;
 
 use crate::size;
 
-/// Each device that matters, with the label it has in the tree and the matrix: `GPU0`, `NVMe1`.
+/// Each relevant device with its label in the tree and the matrix: `GPU0`, `NVMe1`.
 pub fn labels(machine: &Machine) -> Vec<(Index, String)> {
     let mut counts = std::collections::BTreeMap::new();
     let devices = machine.devices_that_matter();
@@ -31,19 +31,20 @@ pub fn labels(machine: &Machine) -> Vec<(Index, String)> {
 
 /// A line of the tree.
 pub struct Line {
-    /// How deep below its host bridge.
+    /// Depth below the host bridge.
     pub depth: usize,
     /// The function; `None` for a host bridge.
     pub function: Option<Index>,
-    /// What it is.
+    /// The line's description.
     pub text: String,
-    /// Whether a line of the same depth follows below the same bridge.
+    /// True if a line of the same depth follows below the same bridge.
     pub has_next: bool,
     /// The device's label.
     pub label: Option<String>,
 }
 
-/// Host bridges, and below them the devices that matter with the bridges above them; with `all`, everything.
+/// The host bridges, and below them the relevant devices with their bridges; with `all`, every
+/// function.
 pub fn lines(rules: &Rules<'_>, labels: &[(Index, String)], all: bool) -> Vec<Line> {
     let machine = rules.machine();
     let mut shown = BTreeSet::new();
@@ -106,7 +107,7 @@ fn host_text(rules: &Rules<'_>, host: u32, name: &str) -> String {
     format!("{name}{id}, {trust}")
 }
 
-/// What a line says of a function, after its address.
+/// The description of a function, after its address.
 pub fn describe(function: &Function) -> String {
     let mut parts = Vec::new();
     let bridge = function.kind() == Kind::Bridge;
@@ -162,7 +163,7 @@ pub fn describe(function: &Function) -> String {
 /// The tree as text.
 pub fn show(machine: &Machine, lines: &[Line], width: usize) -> String {
     let mut text = String::new();
-    // Whether a rail goes on at each depth.
+    // For each depth, whether a rail continues.
     let mut rails: Vec<bool> = Vec::new();
     for line in lines {
         let (Some(index), Some(above)) = (line.function, line.depth.checked_sub(1)) else {
