@@ -1,4 +1,5 @@
-//! No descriptor is leaked, whatever goes wrong. Alone in its process, so that it can count.
+//! Descriptors are closed on every error. The only test of its process, so that it can count
+//! descriptors.
 
 use std::os::fd::{AsFd, BorrowedFd};
 
@@ -35,7 +36,8 @@ fn descriptors_are_closed_on_success_and_on_every_error() {
         ours.send_buffer(&buffer.range(4096, 8192).unwrap())
             .unwrap();
         drop(theirs.receive_buffer().unwrap());
-        // Not an offer, too long, too few, too many, the wrong kind, in the wrong order.
+        // A message that is no offer, one that is too long, and too few, too many, wrong and
+        // misordered descriptors.
         refused(b"nonsense", &[memory; 16]);
         refused(&[&offer[..], &[0]].concat(), &[memory]);
         refused(&offer, &[]);

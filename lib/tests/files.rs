@@ -1,7 +1,8 @@
-//! Files and descriptors that others opened: what is asked for is done, and nothing of theirs is changed.
+//! Files and descriptors of other owners: a transfer does what the descriptor allows, and
+//! changes nothing else of the owner's.
 //!
-//! Some tests need a feature that a machine may lack: a mount namespace, an overlay, direct I/O. They
-//! say so by name on standard error, which the test harness does not capture.
+//! Some tests need a feature that a machine may lack: a mount namespace, an overlay, direct
+//! I/O. They report their name on standard error, which the test harness does not capture.
 
 use std::fs::{File, OpenOptions, Permissions};
 use std::io::{Seek, SeekFrom, Write};
@@ -20,11 +21,11 @@ use peerbuf::plan::{self, ReasonCode};
 use peerbuf::{Access, Buffer};
 use rustix::fs::OFlags;
 
-/// Tells a test's second process from its first one.
+/// The variable that marks a test's second process.
 const INSIDE: &str = "PEERBUF_TEST_INSIDE";
 
 fn not_run(test: &str, why: impl std::fmt::Display) {
-    // Not a macro that prints, whose output is shown only when a test fails.
+    // Not a printing macro, whose output the harness shows only for a failed test.
     let _ = writeln!(std::io::stderr(), "test {test} ... NOT RUN: {why}");
 }
 
@@ -40,7 +41,7 @@ fn memory(bytes: &[u8]) -> Buffer {
     buffer
 }
 
-/// A directory beside the test's own program, where there is most likely direct I/O.
+/// A directory beside the test program, where direct I/O most likely works.
 fn directory() -> tempfile::TempDir {
     let program = std::env::current_exe().unwrap();
     tempfile::tempdir_in(program.parent().unwrap()).unwrap()
@@ -56,12 +57,13 @@ fn has_direct_io(path: &Path) -> bool {
     FileImporter::open(path).unwrap().alignment().is_some()
 }
 
-/// Runs the test `name` once more, in a process of its own that has a mount namespace. True in that process.
+/// Runs the test `name` again in a separate process with a mount namespace. Returns true in
+/// that process.
 fn in_a_mount_namespace(name: &str) -> bool {
     if std::env::var_os(INSIDE).is_some() {
         return true;
     }
-    // Without root a user namespace gives the right to mount.
+    // A user without root privileges may mount in a user namespace.
     let root = rustix::process::geteuid().is_root();
     let options = if root { "-m" } else { "-Urm" };
     match Command::new("unshare").args([options, "true"]).output() {
@@ -189,7 +191,7 @@ fn reading_copies_no_file_into_an_overlay() {
     }
     let scratch = directory();
     let at = scratch.path().display().to_string();
-    // Less room than the file has bytes.
+    // The filesystem has less room than the file has bytes.
     mount(&["-t", "tmpfs", "-o", "size=256k", "none", &at]).unwrap();
     for name in ["upper", "work", "merged"] {
         std::fs::create_dir(scratch.path().join(name)).unwrap();
@@ -216,7 +218,7 @@ fn reading_copies_no_file_into_an_overlay() {
         .unwrap()
         .count();
     assert_eq!(copied, 0, "{} was copied", held.display());
-    // Opening it for writing does copy it, for which there is no room: the error says so.
+    // Opening the file for writing copies it, for which there is no room. The error says so.
     let refused = FileImporter::open_for(&seen, Access::ReadWrite).unwrap_err();
     assert!(refused.to_string().contains("ENOSPC"), "{refused}");
 }
@@ -232,8 +234,9 @@ fn a_program_that_runs_can_be_read() {
         not_run("a_program_that_runs_can_be_read", "no program `sleep`");
         return;
     };
-    // Another process copies it: a descriptor for writing in this one could be in a child that another
-    // test forks at that moment, and starting the program would fail.
+    // Another process makes the copy. A descriptor for writing in this process could be
+    // inherited by a child that another test forks at this moment, and then starting the
+    // program would fail.
     let copied = Command::new("cp").arg(sleep).arg(&program).status();
     assert!(copied.unwrap().success());
     let mut running = Command::new(&program).arg("60").spawn().unwrap();
@@ -273,8 +276,8 @@ fn a_descriptor_does_what_it_was_opened_for_and_says_what_it_was_not() {
     );
 }
 
-/// Runs the test `name` once more as a user who may not open `file`, which is its standard input. True in that
-/// process.
+/// Runs the test `name` again as a user who may not open `file`, which becomes standard input.
+/// Returns true in that process.
 fn without_rights(name: &str, file: OwnedFd) -> bool {
     let mut command = Command::new("/proc/self/exe");
     command
@@ -336,7 +339,7 @@ fn a_descriptor_without_the_right_to_open_the_file_again_reads_and_writes() {
     let file = FileImporter::from_fd(given(), "the file").unwrap();
     assert_eq!(file.size().unwrap(), 20_000);
     let bytes = bytes_of(20_000);
-    // Whole blocks, edges of blocks, the end of the file.
+    // Whole blocks, edges of blocks, and the end of the file.
     for (offset, length) in [(8192, 8192), (5, 3), (4095, 9000), (16_384, 9000)] {
         let buffer = memory(&vec![0xaa; length]);
         let receipt = file.attach(&buffer.whole()).unwrap().read(offset).unwrap();
@@ -356,7 +359,7 @@ fn a_descriptor_without_the_right_to_open_the_file_again_reads_and_writes() {
     let receipt = file.attach(&buffer.whole()).unwrap().write(0).unwrap();
     if direct && file.alignment().is_some() {
         assert_eq!(receipt.plan.path, plan::Path::SharedHostMemory);
-        // Part of a block cannot be written, and nothing is.
+        // The file cannot be written in parts of a block, and no byte changes.
         let buffer = memory(&random(5000));
         let refused = file.attach(&buffer.whole()).unwrap().write(0).unwrap_err();
         assert!(
@@ -428,10 +431,10 @@ fn a_full_filesystem_is_told_with_what_was_written() {
         prefix <= arrived && arrived <= 600 << 10,
         "{prefix} {arrived}"
     );
-    // What is said to be there is.
+    // The bytes that the error reports as written are there.
     let written = std::fs::read(&path).unwrap();
     assert!(written[..prefix as usize] == bytes[..prefix as usize]);
-    // With room again the rest completes it.
+    // A second write completes the rest once there is room.
     mount(&["-o", "remount,size=2m", &at]).unwrap();
     let rest = buffer.range(prefix, (1 << 20) - prefix).unwrap();
     file.attach(&rest).unwrap().write(prefix).unwrap();

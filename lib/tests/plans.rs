@@ -1,4 +1,5 @@
-//! A plan for several importers that is kept: looked up without memory, from any thread, and never a stale one.
+//! A cached joint plan: a lookup allocates nothing, works from any thread, and never returns a
+//! stale plan.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
@@ -20,16 +21,16 @@ thread_local! {
 
 struct Counting;
 
-// SAFETY: Everything is the system's; the count is a plain number of this thread's.
+// SAFETY: all calls go to the system's allocator; the count is a plain number of this thread.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         ALLOCATIONS.set(ALLOCATIONS.get() + 1);
-        // SAFETY: The caller's promise about `layout` is passed on.
+        // SAFETY: the caller guarantees a valid `layout`.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
-        // SAFETY: `at` came from `alloc` with this layout, by the caller's promise.
+        // SAFETY: the caller guarantees that `at` came from `alloc` with this layout.
         unsafe { System.dealloc(at, layout) }
     }
 }
@@ -37,7 +38,7 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static COUNTING: Counting = Counting;
 
-/// The processor, by the name of a generation.
+/// The CPU, with a generation as its name.
 struct Named(u64);
 
 impl Sink for Named {
@@ -66,10 +67,10 @@ fn a_lookup_takes_no_memory_and_a_plan_of_another_generation_is_not_there() {
         assert_eq!(kept.get_or_make(1, || panic!("it is there")).unwrap(), plan);
     }
     assert_eq!(ALLOCATIONS.get(), before, "a lookup allocates");
-    // Nothing stands on a proof that was given up.
+    // A plan is stale after its proof was dropped.
     forget_proofs();
     assert!(kept.get(1).is_none());
-    // A thread that was slow does not put an old plan over a new one.
+    // A slow thread does not replace a newer plan by an older one.
     kept.get_or_make(3, || made(&buffer, 3)).unwrap();
     kept.get_or_make(2, || made(&buffer, 2)).unwrap();
     assert!(kept.get(2).is_none());

@@ -1,6 +1,6 @@
-//! Sharing across `fork`, PID namespaces, and with too few descriptors.
+//! Sharing across `fork`, across PID namespaces, and with too few descriptors.
 //!
-//! The other processes are this program again, as the test `other_process`.
+//! The other processes run this program again, as the test `other_process`.
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -19,9 +19,9 @@ use peerbuf::{Access, Buffer, Deadline};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 const SIZE: u64 = 64 << 10;
-/// How long anything may take that is to happen.
+/// Time limit for expected events.
 const LONG: Duration = Duration::from_secs(20);
-/// For what is not to happen.
+/// Waiting time for events that must not happen.
 const SHORT: Duration = Duration::from_millis(100);
 
 fn memory() -> impl Backing + 'static {
@@ -39,11 +39,11 @@ fn get(buffer: &Buffer) -> u64 {
     u64::from_ne_bytes(word)
 }
 
-/// A process that is killed when the test is over.
+/// A process that is killed at the end of the test.
 struct Process(Child);
 
 impl Process {
-    /// The lines of `ours:` that it and its children print.
+    /// The lines with `ours:` that the process and its children print.
     fn said(&mut self) -> impl Iterator<Item = String> + use<> {
         let out: ChildStdout = self.0.stdout.take().unwrap();
         let lines = BufReader::new(out).lines().map_while(Result::ok);
@@ -69,7 +69,7 @@ impl Drop for Process {
     }
 }
 
-/// A process's message to the test that started it.
+/// Sends a line from this process to the test that started it.
 fn say(words: &str) {
     let mut out = std::io::stdout().lock();
     out.write_all(format!("\nours: {words}\n").as_bytes())
@@ -77,7 +77,7 @@ fn say(words: &str) {
     out.flush().unwrap();
 }
 
-/// Starts this program again, through `prefix`, as `role`.
+/// Starts this program again, through `prefix`, in the role `role`.
 fn start(prefix: &[&str], role: &str, socket: &Path, stdin: Stdio) -> Process {
     let exe = std::env::current_exe().unwrap();
     let arguments = ["other_process", "--exact", "--ignored", "--nocapture"];
@@ -93,7 +93,7 @@ fn start(prefix: &[&str], role: &str, socket: &Path, stdin: Stdio) -> Process {
     Process(child.unwrap())
 }
 
-/// The role of another process, which the tests start.
+/// The other process, in one of its roles. The tests start it.
 #[test]
 #[ignore = "the other process of the tests in this file, which start it"]
 fn other_process() {
@@ -124,7 +124,7 @@ impl Directory {
     }
 }
 
-/// A subscriber of a publisher that may not be there yet.
+/// Connects a subscriber to a publisher that may not listen yet.
 fn connect(socket: &Path) -> Subscriber {
     let deadline = Deadline::after(LONG);
     loop {
@@ -136,8 +136,8 @@ fn connect(socket: &Path) -> Subscriber {
     }
 }
 
-/// How to start a program in a PID namespace of its own, as root or in a user namespace. Where
-/// neither works, `test` is named on standard error.
+/// The command that starts a program in a new PID namespace, as root or in a user namespace. If
+/// neither works, names `test` on standard error.
 fn new_pid_namespace(test: &str) -> Option<&'static [&'static str]> {
     let ways: [&[&str]; 2] = [
         &["unshare", "--pid", "--fork", "--kill-child"],
@@ -156,7 +156,7 @@ fn new_pid_namespace(test: &str) -> Option<&'static [&'static str]> {
     };
     let way = ways.iter().find(works).copied();
     if way.is_none() {
-        // Not by a macro, whose words nobody sees.
+        // Not by a macro, because the test harness captures its output.
         let words =
             format!("not tested: {test}: no `unshare --pid` here, not even with `--user`\n");
         std::io::stderr().write_all(words.as_bytes()).unwrap();
@@ -188,7 +188,7 @@ fn a_subscriber_of_another_pid_namespace_is_served_as_the_policy_says() {
     let socket = directory.socket();
     let mut publisher = start(prefix, "publish to strangers", &socket, Stdio::null());
     for _ in 0..2 {
-        // One that goes at once is nobody's business.
+        // A client that disconnects at once disturbs nobody.
         drop(connect(&socket));
         let subscriber = connect(&socket);
         put(&subscriber.buffer_within("for all", LONG).unwrap(), 1);
@@ -198,7 +198,7 @@ fn a_subscriber_of_another_pid_namespace_is_served_as_the_policy_says() {
     assert!(words.contains("in another PID namespace"), "{words}");
 }
 
-/// Sets the limit so that no descriptor can be opened any more. Returns the limit before.
+/// Sets the limit so that no further descriptor can be opened. Returns the previous limit.
 fn exhaust() -> Rlimit {
     let before = getrlimit(Resource::Nofile);
     let next = rustix::io::dup(std::io::stdout()).unwrap().as_raw_fd();
@@ -261,17 +261,18 @@ fn descriptors_that_do_not_arrive_are_told_with_the_limit_that_was_reached() {
     start(&[], "receive in want", &socket, Stdio::null()).succeeds();
 }
 
-/// A message that a subscriber greets with.
+/// The hello message of a subscriber.
 fn greeting() -> Vec<u8> {
     let (ours, theirs) = Channel::pair().unwrap();
     let _subscriber = Subscriber::new(theirs).unwrap();
     ours.receive_message(4096).unwrap().0
 }
 
-/// The kernel limits what is under way for a user, except for who may change limits.
+/// The kernel limits the descriptors in flight of a user, except for processes that may change
+/// limits.
 fn publish_to_the_silent() {
     use rustix::thread::CapabilitySet;
-    // Of this thread, which is the one that sends.
+    // The capabilities of this thread, which sends the messages.
     let mut own = rustix::thread::capabilities(None).unwrap();
     own.effective -= CapabilitySet::SYS_RESOURCE | CapabilitySet::SYS_ADMIN;
     rustix::thread::set_capabilities(None, own).unwrap();
@@ -320,10 +321,11 @@ fn subscribers_that_never_read_leave_descriptors_for_those_that_do() {
     publisher.succeeds();
 }
 
-/// Forks. The child does `work`, reports how it went, and ends without dropping anything else. The
-/// parent gets its number.
+/// Forks. The child runs `work`, reports its result, and exits without dropping anything else.
+/// Returns the child's process id in the parent.
 fn fork(work: impl FnOnce()) -> libc::pid_t {
-    // SAFETY: the C library's memory is whole in its child, which ends by `_exit`.
+    // SAFETY: the C library keeps its memory consistent across fork, and the child ends by
+    // `_exit`.
     match unsafe { libc::fork() } {
         0 => {
             let done = catch_unwind(AssertUnwindSafe(work));
@@ -335,7 +337,7 @@ fn fork(work: impl FnOnce()) -> libc::pid_t {
                     None => "a panic".into(),
                 });
             say(why.as_deref().unwrap_or("the child is fine"));
-            // SAFETY: ends the process and nothing else.
+            // SAFETY: the call ends the process and has no other effect.
             unsafe { libc::_exit(i32::from(why.is_some())) }
         }
         child => child,
@@ -344,7 +346,7 @@ fn fork(work: impl FnOnce()) -> libc::pid_t {
 
 fn wait(child: libc::pid_t) {
     let mut status = 0;
-    // SAFETY: `status` is there for the call.
+    // SAFETY: `status` is valid during the call.
     let ended = unsafe { libc::waitpid(child, &raw mut status, 0) };
     assert_eq!((ended, status), (child, 0), "the child failed");
 }
@@ -368,7 +370,7 @@ fn subscribe_and_leave_a_child() {
     mapping.write_bytes(&7u64.to_ne_bytes()).unwrap();
     let parent = std::process::id();
     fork(|| {
-        // The parent ends, and the publisher hears nothing of it.
+        // The parent ends, and the publisher does not notice.
         while std::os::unix::process::parent_id() == parent {
             std::thread::sleep(Duration::from_millis(1));
         }
@@ -391,17 +393,17 @@ fn subscribe_and_leave_a_child() {
         );
         let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
         assert!(!maps.contains("generation 1"), "{maps}");
-        // Something else may be where the mapping was, and stays there.
+        // Another mapping may be at the old address, and must stay.
         drop(mapping);
         drop(lease);
         drop(subscriber);
         assert!(begun.elapsed() < LONG / 2, "{:?}", begun.elapsed());
     });
-    // SAFETY: ends the process and nothing else, as a crash would.
+    // SAFETY: the call ends the process, as a crash would, and has no other effect.
     unsafe { libc::_exit(0) }
 }
 
-/// A publisher with one subscriber in the process that plays `role`.
+/// Makes a publisher with one subscriber in a process with this role.
 fn publish_to(role: &str) -> (Publisher, peerbuf::share::BufferId, Process) {
     let (ours, theirs) = Channel::pair().unwrap();
     let mut publisher = Publisher::new().unwrap();
@@ -412,7 +414,7 @@ fn publish_to(role: &str) -> (Publisher, peerbuf::share::BufferId, Process) {
     (publisher, id, process)
 }
 
-/// Serves until the process or its child says something.
+/// Serves until the process or its child prints a line.
 fn hear<S>(publisher: &mut Publisher, mut said: S) -> (String, S)
 where
     S: Iterator<Item = String> + Send + 'static,
@@ -440,7 +442,7 @@ fn subscribe_beside_a_child() {
     let subscriber = of_stdin();
     let lease = subscriber.buffer("b").unwrap();
     let mapping = lease.whole().map(Access::ReadWrite).unwrap();
-    // Everything is dropped in this child.
+    // The child drops everything.
     let mut all = Some((mapping, lease, subscriber));
     let child = fork(|| drop(all.take()));
     wait(child);

@@ -1,7 +1,7 @@
 //! The guarantees of publishing (`peerbuf::share`), with real processes.
 //!
-//! The other processes are this program again, as the test `other_process`; their end of the
-//! connection is standard input.
+//! The other processes run this program again, as the test `other_process`. Standard input is
+//! their end of the connection.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::{Child, Command, Stdio};
@@ -20,7 +20,7 @@ use rustix::process::{Pid, Signal};
 
 const SIZE: u64 = 64 << 10;
 const LIMIT: Duration = Duration::from_millis(1500);
-/// How long anything may take that is not to happen at all.
+/// Time limit that must not be reached.
 const LONG: Duration = Duration::from_secs(20);
 
 fn put(buffer: &Buffer, at: u64, word: u64) {
@@ -38,7 +38,7 @@ fn all(buffer: &Buffer) -> Vec<u8> {
     buffer.whole().to_vec().unwrap()
 }
 
-/// A process that is killed when the test is over.
+/// A process that is killed at the end of the test.
 struct Process(Child);
 
 impl Process {
@@ -54,7 +54,7 @@ impl Drop for Process {
     }
 }
 
-/// Starts a process that plays `role`, connected to the publisher.
+/// Starts a process with this role, connected to the publisher.
 fn start(publisher: &mut Publisher, role: &str) -> Process {
     let (ours, theirs) = Channel::pair().unwrap();
     publisher.add(ours).unwrap();
@@ -69,7 +69,7 @@ fn start(publisher: &mut Publisher, role: &str) -> Process {
     Process(child)
 }
 
-/// Serves until `done`.
+/// Serves until `done` returns true.
 fn serve(publisher: &mut Publisher, mut done: impl FnMut(&mut Publisher) -> bool) {
     let begun = Instant::now();
     while !done(publisher) {
@@ -86,10 +86,10 @@ fn events(publisher: &mut Publisher) -> Vec<Event> {
     events
 }
 
-/// The memory of each generation, reachable after it was given up.
+/// The memory of each generation, which stays reachable after the generation ended.
 type Old = Arc<Mutex<Vec<Buffer>>>;
 
-/// A buffer of which every generation can be looked at later, through descriptors of its own.
+/// A backing whose generations stay reachable through separate descriptors.
 fn watched() -> (impl Backing + 'static, Old) {
     let old = Old::default();
     let kept = Arc::clone(&old);
@@ -109,14 +109,14 @@ fn watched() -> (impl Backing + 'static, Old) {
     (backing.unwrap(), old)
 }
 
-/// What the processes write: how often each has written, at its own place, and the generation
-/// that it wrote to beside it.
+/// The words that the processes write: each counts its writes at its own place, with the
+/// generation of the last write beside the count.
 const STOP: u64 = 0;
 fn place(writer: u64) -> u64 {
     4096 * (1 + writer)
 }
 
-/// The role of another process, which the tests start.
+/// The other process, in one of its roles. The tests start it.
 #[test]
 #[ignore = "the other process of the tests in this file, which start it"]
 fn other_process() {
@@ -126,7 +126,7 @@ fn other_process() {
     let (role, number) = role.split_once(' ').unwrap();
     let at = place(number.parse().unwrap());
     match role {
-        // Writes as fast as it can, and checks that nothing that it wrote is ever lost.
+        // Writes as fast as possible, and checks that none of its writes is lost.
         "write" => {
             let mut count = 0;
             loop {
@@ -142,7 +142,7 @@ fn other_process() {
                 }
             }
         }
-        // Writes and never gives back.
+        // Writes and never returns the buffer.
         "keep" => {
             let lease = subscriber.buffer("b").unwrap();
             let mut mapping = lease.range(at, 8).unwrap().map(Access::ReadWrite).unwrap();
@@ -155,7 +155,7 @@ fn other_process() {
     }
 }
 
-/// Waits until so many processes write.
+/// Waits until this many processes write.
 fn wait_for_writers(publisher: &mut Publisher, id: BufferId, writers: u64) {
     serve(publisher, |publisher| {
         let buffer = publisher.buffer(id).unwrap();
@@ -191,7 +191,7 @@ fn a_move_ends_all_use_of_the_old_generation_and_keeps_every_byte() {
         assert_eq!((moved.released, moved.lost.len()), (2, 0), "{moved:?}");
         let last = old.lock().unwrap()[generation as usize - 2].clone();
         let given_up = all(&last);
-        // Each writes to each generation, so that none of the moves is an idle one.
+        // Each process writes to each generation, so that none of the moves is idle.
         for writer in 0..2 {
             assert_eq!(get(&last, place(writer) + 8), generation - 1);
         }
@@ -215,8 +215,8 @@ fn a_move_ends_all_use_of_the_old_generation_and_keeps_every_byte() {
     );
 }
 
-/// A subscriber that misbehaves beside two that do not: it is cut off, in time, and what it
-/// writes does not reach the next generation.
+/// One subscriber misbehaves beside two that do not. The publisher cuts this subscriber off in
+/// time, and its writes do not reach the next generation.
 fn is_cut_off(misbehave: impl FnOnce(&mut Publisher, &Process) -> bool) {
     let (backing, old) = watched();
     let mut publisher = Publisher::new().unwrap();
@@ -238,7 +238,7 @@ fn is_cut_off(misbehave: impl FnOnce(&mut Publisher, &Process) -> bool) {
     assert!(moved.isolated);
     assert!(!publisher.is_tainted(id));
 
-    // Its old memory is its own: it goes on writing there, and nowhere else.
+    // The old memory is separate: the subscriber continues to write there, and nowhere else.
     bad.signal(Signal::CONT);
     let first = old.lock().unwrap()[0].clone();
     let at = place(2);
@@ -295,8 +295,8 @@ fn a_subscriber_that_is_killed_delays_nobody() {
     });
 }
 
-/// The messages that wait on a connection that nobody else reads, each as the number of its kind and of its
-/// records.
+/// The messages that wait on a connection that nobody else reads, each as the numbers of its
+/// type and of its records.
 fn waiting(channel: &Channel) -> Vec<[u32; 2]> {
     use rustix::event::{PollFd, PollFlags, Timespec, poll};
     let mut found = Vec::new();
@@ -312,7 +312,7 @@ fn waiting(channel: &Channel) -> Vec<[u32; 2]> {
     found
 }
 
-/// The message of a subscriber that so many offers have arrived, made of its greeting.
+/// The acknowledgement of this many offers, made from the subscriber's hello.
 fn accepted(hello: &[u8], offers: u64) -> Vec<u8> {
     let mut message = hello.to_vec();
     message[12] = 7;
@@ -350,7 +350,7 @@ fn a_subscriber_is_asked_what_arrived_also_when_what_was_to_follow_is_gone() {
     theirs.send_message(&accepted(&hello, 1), &[]).unwrap();
     serve(&mut publisher, |publisher| publisher.accepted(first) == 1);
     let ids = publisher.publish_all(all).unwrap();
-    // Until its socket is full: it does not read.
+    // Fills the subscriber's socket, because it does not read.
     publisher.serve_for(Duration::from_millis(50)).unwrap();
     let sent = publisher.unaccepted();
     assert!(sent > 0 && sent < ids.len(), "{sent} of {}", ids.len());
@@ -378,7 +378,7 @@ fn a_subscriber_that_sends_rubbish_is_cut_off_at_once() {
         start(&mut publisher, "write 1"),
     ];
     wait_for_writers(&mut publisher, id, 2);
-    // A message of each kind as a real subscriber and publisher send them, to send it back.
+    // A message of each type from a real subscriber and a real publisher, to be sent back.
     let hello = {
         let (ours, theirs) = Channel::pair().unwrap();
         let _subscriber = Subscriber::new(theirs).unwrap();
@@ -463,7 +463,7 @@ fn a_subscriber_that_reads_nothing_holds_up_neither_others_nor_new_buffers() {
         ids.push(publisher.publish(&format!("b{number}"), backing).unwrap());
     }
     serve(&mut publisher, |publisher| {
-        // The silent one has as many under way as it may have, and no more.
+        // The silent subscriber has all descriptors in flight that it may have, and no more.
         ids.iter()
             .filter(|id| publisher.accepted(**id) == 1)
             .count()
@@ -483,8 +483,8 @@ fn greeting() -> Vec<u8> {
 
 #[test]
 fn a_publisher_that_is_killed_leaves_a_clear_error_and_valid_memory() {
-    // The publisher is the other process here, so roles are swapped: it is this program again,
-    // as the test `publishing_process`.
+    // The publisher is the other process here: this program runs again, as the test
+    // `publishing_process`.
     let path = std::env::temp_dir().join(format!("peerbuf-orphan-{}", std::process::id()));
     let child = Command::new(std::env::current_exe().unwrap())
         .args(["publishing_process", "--exact", "--ignored", "--nocapture"])
@@ -512,7 +512,7 @@ fn a_publisher_that_is_killed_leaves_a_clear_error_and_valid_memory() {
     drop(process);
     put(&lease, 8, 6);
     assert_eq!((get(&lease, 0), get(&lease, 8)), (5, 6));
-    // The socket file stays behind, and the next publisher takes its place.
+    // The socket file stays behind, and the next publisher replaces it.
     drop(Listener::bind(&path).unwrap());
 }
 
@@ -578,7 +578,7 @@ fn a_lent_buffer_is_not_the_borrowers_to_hand_over() {
         let refused = ours.send_buffer(&range).unwrap_err();
         assert!(matches!(refused, ShareError::Lent { .. }), "{refused}");
     }
-    // The owner may, and nothing of the refused ones has arrived.
+    // The owner may send the buffer. The refused calls have sent nothing.
     let owned = publisher.buffer(id).unwrap().range(16, 8).unwrap();
     ours.send_buffer(&owned).unwrap();
     assert_eq!(theirs.receive_buffer_within(LONG).unwrap().offset(), 16);
@@ -677,7 +677,7 @@ fn the_policy_decides_who_gets_what_and_read_only_is_enforced() {
     let refused = shown.whole().map(Access::ReadWrite).unwrap_err();
     assert!(matches!(refused, BufferError::Access { .. }), "{refused}");
     assert_eq!(get(&shown, 0), 0);
-    // Not the library's word alone: the kernel refuses what goes around it.
+    // Read-only does not rely on the library: the kernel refuses direct writes.
     let memory = shown.host_memory().unwrap();
     assert!(rustix::io::pwrite(memory, &[1], 0).is_err());
     let mode = rustix::fs::fstat(memory).unwrap().st_mode & 0o777;
@@ -771,10 +771,10 @@ fn who_connects_and_does_not_greet_is_cut_off() {
     let limit = Duration::from_millis(50);
     let mut publisher = Publisher::bind(&path).unwrap().with_greeting_limit(limit);
     publisher.publish("b", watched().0).unwrap();
-    // A publisher that was given a channel has no such limit.
+    // An added channel has no such limit.
     let (ours, _theirs) = Channel::pair().unwrap();
     publisher.add(ours).unwrap();
-    // A program that expects a buffer to be handed over: it learns what is wrong.
+    // A program that expects a hand-over gets an error with the reason.
     let confused = Channel::connect(&path).unwrap();
     let mut cut = Vec::new();
     serve(&mut publisher, |publisher| {
@@ -785,7 +785,7 @@ fn who_connects_and_does_not_greet_is_cut_off() {
     let error = confused.receive_buffer_within(LONG).unwrap_err();
     assert!(matches!(error, ShareError::CutOff { .. }), "{error}");
     assert!(error.to_string().contains("Subscriber::connect"), "{error}");
-    // A hello in time counts, however late the publisher reads it.
+    // A hello in time counts, even if the publisher reads it late.
     let late = Channel::connect(&path).unwrap();
     publisher.serve_for(Duration::from_millis(5)).unwrap();
     late.send_message(&greeting(), &[]).unwrap();
@@ -809,7 +809,7 @@ fn no_time_limit_is_too_long() {
         let limit = lease.wait_until_wanted(Duration::MAX).unwrap() - Instant::now();
         assert!(limit > Duration::from_secs(24 * 3600));
         drop(lease);
-        // For the second and the last time.
+        // The second and last lease.
         let lease = subscriber.buffer_within("b", Duration::MAX).unwrap();
         tell.send(()).unwrap();
         assert_eq!(lease.wait_until_wanted(Duration::MAX), None);
@@ -817,7 +817,8 @@ fn no_time_limit_is_too_long() {
     let joined = publisher.next_event(Some(Duration::MAX)).unwrap();
     assert!(matches!(joined, Some(Event::Joined { .. })), "{joined:?}");
     serve(&mut publisher, |publisher| publisher.accepted(id) == 1);
-    // The connection has it; the subscriber's program may not have asked yet.
+    // The connection has the offer, but the subscriber's program may not have asked for the
+    // buffer yet.
     told.recv().unwrap();
     assert_eq!(publisher.migrate(id, Duration::MAX).unwrap().released, 1);
     serve(&mut publisher, |publisher| publisher.accepted(id) == 1);

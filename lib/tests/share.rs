@@ -1,4 +1,5 @@
-//! Handing buffers over a socket: what arrives, and what is refused.
+//! Handing buffers over a socket: the arrival of valid messages, and the refusal of invalid
+//! ones.
 
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -16,7 +17,7 @@ fn get(range: &BufferRange) -> Vec<u8> {
     range.to_vec().unwrap()
 }
 
-/// The bytes and descriptors of a real offer, to be spoilt.
+/// The bytes and descriptors of a real offer, for tests that modify them.
 fn offer(range: &BufferRange) -> (Vec<u8>, Vec<OwnedFd>) {
     let (ours, theirs) = Channel::pair().unwrap();
     ours.send_buffer(range).unwrap();
@@ -60,7 +61,7 @@ fn a_peer_that_has_gone_is_reported_as_gone() {
     drop(theirs);
     assert_eq!(ours.send_buffer(&buffer.whole()), Err(ShareError::PeerGone));
     assert_eq!(ours.receive_buffer().unwrap_err(), ShareError::PeerGone);
-    // With something unread at its end, the kernel reports it otherwise.
+    // With unread data at the peer's end, the kernel reports the close differently.
     let (ours, theirs) = Channel::pair().unwrap();
     ours.send_buffer(&buffer.whole()).unwrap();
     drop(theirs);
@@ -239,7 +240,7 @@ fn a_message_is_waited_for_until_the_limit_and_not_longer() {
         std::thread::sleep(limit);
         ours.send_buffer(&memfd::export("weights", 4096).unwrap().whole())
     });
-    // No limit is too long.
+    // `Duration::MAX` is a valid limit.
     let received = theirs.receive_buffer_within(Duration::MAX).unwrap();
     assert_eq!(received.len(), 4096);
     sender.join().unwrap().unwrap();
@@ -247,7 +248,7 @@ fn a_message_is_waited_for_until_the_limit_and_not_longer() {
     assert_eq!(gone.unwrap_err(), ShareError::PeerGone);
 }
 
-/// A socket file that nobody listens at, as a process that was killed leaves it behind.
+/// A socket file without a listener, as a killed process leaves it.
 fn leave_behind(path: &std::path::Path) {
     drop(std::os::unix::net::UnixListener::bind(path).unwrap());
 }
@@ -313,7 +314,7 @@ fn connecting_to_one_that_accepts_nobody_has_a_limit() {
     assert!(matches!(refused, ShareError::TimedOut { .. }), "{refused}");
     assert!(took >= limit && took < Duration::from_secs(10), "{took:?}");
     assert!(refused.to_string().contains("socket"), "{refused}");
-    // A place that becomes free is taken, however long the limit.
+    // A free place in the backlog is taken, however long the limit.
     let accepting = std::thread::spawn(move || {
         std::thread::sleep(limit);
         listener.accept().map(|_| listener)

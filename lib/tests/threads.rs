@@ -74,7 +74,7 @@ fn sharing_goes_to_any_thread() {
     any_thread::<share::Listener>();
     any_thread::<share::tokio::Publisher>();
     any_thread::<share::tokio::Subscriber>();
-    // One thread at a time serves: its backings belong to it.
+    // One thread at a time serves a publisher, whose backings belong to that thread.
     fn moves<T: Send>() {}
     moves::<share::Publisher>();
 }

@@ -1,5 +1,5 @@
-//! Publishing with `async` (`peerbuf::share::tokio`): the same guarantees, and nobody is kept
-//! waiting by somebody else's wait. And files (`peerbuf::import::file::tokio`).
+//! Async publishing (`peerbuf::share::tokio`): the same guarantees, and no task waits for
+//! another task's wait. Also async files (`peerbuf::import::file::tokio`).
 
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
@@ -14,9 +14,9 @@ use peerbuf::share::{Backing, BufferId, Channel, Copied, CutOff, Event, Lease};
 use tokio::time::{sleep, timeout};
 
 const SIZE: u64 = 64 << 10;
-/// For what happens.
+/// Time limit for expected events.
 const LONG: Duration = Duration::from_secs(20);
-/// For what does not.
+/// Waiting time for events that must not happen.
 const SHORT: Duration = Duration::from_millis(50);
 
 fn memory() -> impl Backing + 'static {
@@ -65,7 +65,7 @@ async fn a_move_waits_for_tasks_and_keeps_their_bytes() {
                     return;
                 }
                 held.wanted().await.expect("the publisher is there");
-                // Work that goes on for a moment, in which others run.
+                // A short piece of work, during which other tasks run.
                 sleep(Duration::from_millis(1)).await;
                 put(&held, get(&held).max(expected));
                 drop(held);
@@ -73,7 +73,7 @@ async fn a_move_waits_for_tasks_and_keeps_their_bytes() {
         }));
     }
     for generation in 2..=5 {
-        // Every task has its lease by then, or is told while it asks for one.
+        // Every task has its lease by then, or gets the notice while it asks for one.
         while publisher.with(move |p| p.accepted(id)).await.unwrap() < 8 {
             sleep(Duration::from_millis(1)).await;
         }
@@ -89,8 +89,8 @@ async fn a_move_waits_for_tasks_and_keeps_their_bytes() {
     assert_eq!(word.unwrap(), 4);
 }
 
-/// The subscriber that does not give back is cut off, and meanwhile the only thread of the runtime
-/// does other things.
+/// The publisher cuts off a subscriber that does not return the buffer. Meanwhile the runtime's
+/// only thread does other work.
 #[tokio::test(flavor = "current_thread")]
 async fn a_move_keeps_no_other_task_waiting() {
     let (publisher, id) = publish().await;
@@ -132,11 +132,11 @@ async fn a_move_keeps_no_other_task_waiting() {
 async fn dropped_futures_lose_nothing() {
     let (publisher, id) = publish().await;
     let subscriber = subscribe(&publisher).await;
-    // Nothing of this name: waiting ends with the future, and holds nothing up.
+    // No buffer has this name: the wait ends with the future and delays nobody.
     assert!(timeout(SHORT, subscriber.buffer("other")).await.is_err());
     let held = lease(&subscriber).await;
     assert!(timeout(SHORT, held.wanted()).await.is_err());
-    // The migration goes on without the one who asked for it.
+    // The migration goes on after its caller dropped the future.
     let asked = publisher.migrate(id, LONG);
     assert!(timeout(SHORT, asked).await.is_err());
     assert!(held.wanted_back().is_some());
@@ -198,12 +198,12 @@ async fn a_publisher_is_given_back_or_goes() {
     assert_eq!(wanted.expect("the publisher has gone"), None);
     let gone = subscriber.buffer("b").await;
     assert!(matches!(gone, Err(ShareError::PeerGone)), "{gone:?}");
-    // Nobody's any more, and still memory.
+    // The buffer has no publisher any more, and is still memory.
     put(&held, 1);
     assert_eq!(get(&held), 1);
 }
 
-/// A file of so many bytes that tell where they are, and its importer.
+/// A file of `length` bytes that encode their place, and its importer.
 fn a_file(length: u64) -> (std::fs::File, FileImporter, Vec<u8>) {
     let directory = std::env::current_exe().unwrap();
     let file = unnamed_file(directory.parent().unwrap()).unwrap();
@@ -233,7 +233,7 @@ async fn a_file_is_read_and_written_while_others_go_on() {
     let mut found = vec![0; part.len() as usize];
     file.read_exact_at(&mut found, 4096).unwrap();
     assert!(found == bytes[1..][..found.len()]);
-    // Nothing is nothing, and an error is one.
+    // An empty read succeeds, and an error is returned.
     let nothing = buffer.range(0, 0).unwrap();
     assert_eq!(importer.read_into(&nothing, 0).await.unwrap().bytes, 0);
     let closed = FileImporter::open("/proc/self/exe").unwrap();
@@ -253,7 +253,7 @@ fn a_transfer_whose_future_is_dropped_begins_no_other_piece() {
             () = async {} => {}
         }
     });
-    // Waits for the piece that was begun, if it was.
+    // Waits for the piece that has begun, if any.
     drop(runtime);
     let all = range.to_vec().unwrap();
     let (first, second) = all.split_at(PIECE as usize);

@@ -1,5 +1,5 @@
-//! `docs/wire.md` is true: its bytes are what the library writes, and a program that was written from
-//! it alone talks with the library.
+//! `docs/wire.md` is true: its bytes are the bytes that the library writes, and a program
+//! written from the page alone can talk to the library.
 
 mod common;
 
@@ -15,7 +15,7 @@ use peerbuf::share::{Channel, Copied, CutOff, Event, Grant, Publisher, Subscribe
 
 use common::not_run;
 
-/// How long anything may take that is to happen.
+/// Time limit for expected events.
 const LONG: Duration = Duration::from_secs(20);
 
 fn page() -> String {
@@ -23,8 +23,8 @@ fn page() -> String {
     std::fs::read_to_string(path).unwrap()
 }
 
-/// Lines of 16 bytes: where they are, their values, and their text. A star stands for lines like the one
-/// before, and the length is last.
+/// Lines of 16 bytes: the offset, the values, and the text. A star stands for lines equal to
+/// the previous one. The last line has the length.
 fn dump(bytes: &[u8]) -> String {
     let mut dump = String::new();
     let mut before: &[u8] = &[];
@@ -97,14 +97,14 @@ fn the_page_says_of_each_kind_of_buffer_what_goes_with_it() {
     assert_eq!(Kind::from_number(next), None, "a kind that the page lacks");
 }
 
-/// `peer.py` in one of its roles, at the other end of a connection.
+/// `peer.py` in one of its roles, as the peer of a connection.
 struct Peer {
     child: Child,
     said: BufReader<ChildStdout>,
 }
 
 impl Peer {
-    /// `None`, and a word about it, where there is no Python.
+    /// `None`, with a report, on a machine without Python.
     fn start(test: &str, role: &str) -> Option<(Peer, Channel)> {
         let able = [
             "-c",
@@ -132,7 +132,7 @@ impl Peer {
         Some((Peer { child, said }, ours))
     }
 
-    /// The next line that it prints.
+    /// The next line of the peer's output.
     fn line(&mut self) -> String {
         let mut line = String::new();
         self.said.read_line(&mut line).unwrap();
@@ -184,7 +184,7 @@ fn a_subscriber_in_python_gives_back_what_moves_and_gets_it_again() {
     assert_eq!(peer.line(), "table 1 1 4096 0");
     let moved = publisher.migrate(weights, LONG).unwrap();
     assert_eq!((moved.generation, moved.released), (2, 1));
-    // It was written before it was given back.
+    // The peer wrote the value before it returned the buffer.
     assert_eq!(peer.line(), "weights 2 2 8192 42");
     for moved in publisher.migrate_all(&[weights, table], LONG) {
         assert_eq!(moved.unwrap().released, 1);

@@ -1,9 +1,9 @@
-//! What several test programs need.
+//! Code that several test programs share.
 
 use std::io::Write;
 
-/// Says by name that a test did not run, on standard error.
+/// Reports on standard error that a test did not run, with its name.
 pub fn not_run(test: &str, why: impl std::fmt::Display) {
-    // Not a macro that prints, whose output is shown only when a test fails.
+    // Not a printing macro, whose output the harness shows only for a failed test.
     let _ = writeln!(std::io::stderr(), "test {test} ... NOT RUN: {why}");
 }

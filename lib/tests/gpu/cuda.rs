@@ -1,4 +1,4 @@
-//! CUDA, by a stand-in for `libcuda.so.1`.
+//! CUDA, with a stand-in for `libcuda.so.1`.
 
 use std::os::fd::AsFd;
 
@@ -67,7 +67,8 @@ fn the_mapping_by_pcie_comes_first_and_the_other_is_kept() {
         assert!(fcntl_getfd(fd).unwrap().contains(FdFlags::CLOEXEC));
     }
     drop(exported);
-    // The driver's own choice may be refused; the one that is needed is there.
+    // The driver may refuse its own choice of mapping; the PCIe mapping, which is needed, is
+    // there.
     cuda.set("export_driver", 999);
     let exported = export(base, 8192).unwrap();
     assert!(!exported.receipt.both && exported.other.is_none());
@@ -92,7 +93,7 @@ fn drivers_and_machines_without_the_pcie_flag_are_asked_again_without_it() {
         let notes = exported.receipt.notes.join(" ");
         assert!(notes.contains(named), "{notes}");
     }
-    // Both refused: both answers are told.
+    // Both calls fail, and the error reports both answers.
     cuda.set("export_driver", 999);
     let said = refusal(base, 8192);
     assert!(
@@ -191,7 +192,7 @@ fn copies_are_put_in_order_by_the_memory_or_by_its_context_once() {
     let base = cuda.allocate(8192, 1, PLAIN, 0);
     assert!(export(base, 8192).unwrap().receipt.ordered);
     assert_eq!((cuda.get("synchronous"), cuda.get("flag_settings")), (1, 0));
-    // Virtual memory has no such attribute.
+    // Virtual memory does not have this attribute.
     cuda.set("context_flags", 0x4);
     let virtually = cuda.allocate(65536, 1, VMM, 0);
     for _ in 0..2 {
@@ -203,7 +204,7 @@ fn copies_are_put_in_order_by_the_memory_or_by_its_context_once() {
         1,
         "setting takes the context's lock"
     );
-    // Neither: it is told, and no reason to refuse.
+    // With neither the attribute nor the flag the receipt says so, and the export succeeds.
     cuda.set("context_flags", 0);
     cuda.set("set_flags", NOT_SUPPORTED);
     let receipt = export(virtually, 65536).unwrap().receipt;
@@ -216,11 +217,11 @@ fn copies_are_put_in_order_by_the_memory_or_by_its_context_once() {
 fn copies_by_the_stage_have_arrived_when_they_return() {
     let cuda = cuda!(copies_by_the_stage_have_arrived_when_they_return);
     let base = cuda.allocate(1 << 20, 1, PLAIN, 0);
-    // A driver that cannot put its copies in order.
+    // A driver that cannot make its copies synchronous.
     cuda.set("sync_memops", INVALID_VALUE);
     cuda.set("set_flags", NOT_SUPPORTED);
     let exported = export(base + 5000, 10_000).unwrap();
-    // Any buffer of the dma-buf's size; its own bytes are another's.
+    // Any buffer of the dma-buf's size. Its own bytes do not matter.
     let buffer = memfd::export("stage", 4 * page())
         .unwrap()
         .with_stage(exported.stage());
@@ -237,7 +238,7 @@ fn copies_by_the_stage_have_arrived_when_they_return() {
         0,
         "the thread's context is its own again"
     );
-    // An error of the driver's is told with its name.
+    // The error of the driver has its name.
     cuda.set("copy", 2);
     let said = range.write_bytes(&bytes).unwrap_err().to_string();
     assert!(
@@ -265,7 +266,8 @@ fn what_devices_wrote_is_flushed_before_it_is_read() {
     assert_eq!(cuda.get("flushes"), 0);
     buffer.range(0, 1).unwrap().to_vec().unwrap();
     assert_eq!(cuda.get("flushes"), 1);
-    // A driver without has nothing to wait for; an error may be work that failed.
+    // A driver without the call has nothing to wait for. Another error may come from failed
+    // work.
     cuda.set("flush", NOT_SUPPORTED);
     assert_eq!(buffer.range(0, 1).unwrap().to_vec().unwrap(), [1]);
     cuda.set("flush", INVALID_VALUE);
@@ -304,7 +306,7 @@ fn contexts_and_descriptors_are_given_back() {
     assert_eq!(open_descriptors(), before + 2);
     drop(exported);
     assert_eq!((cuda.get("retained"), cuda.get("pushed")), (0, 0));
-    // Errors give them back, too. What the driver hands out is smaller than it says.
+    // Errors release them, too. The stand-in's descriptor is smaller than it claims.
     cuda.set("short", 1);
     let error = export(virtually, 65536).unwrap_err();
     let is_short = matches!(error, ExportError::Buffer(BufferError::OutOfRange { .. }));
@@ -322,10 +324,10 @@ fn a_buffer_is_made_of_a_dma_buf_alone() {
     let cuda = cuda!(a_buffer_is_made_of_a_dma_buf_alone);
     let base = cuda.allocate(1 << 20, 1, PLAIN, 0);
     let before = open_descriptors();
-    // SAFETY: it is given back below.
+    // SAFETY: the buffer is dropped below, before the memory is freed.
     let made = unsafe { gpu::buffer_of(base + 100, 5000) };
     match std::path::Path::new("/dev/udmabuf").exists() {
-        // tests/lab has the rest.
+        // tests/lab tests the rest.
         true => assert_eq!(made.unwrap().range.offset(), 100),
         false => {
             let error = made.unwrap_err();

@@ -1,4 +1,4 @@
-//! ROCm, by a stand-in for `libhsa-runtime64.so.1`.
+//! ROCm, with a stand-in for `libhsa-runtime64.so.1`.
 
 use std::os::fd::AsFd;
 
@@ -31,7 +31,7 @@ fn is_out_of_range(error: &ExportError) -> bool {
 fn a_pointer_in_a_pool_has_the_offset_that_the_runtime_tells() {
     let hsa = hsa!(a_pointer_in_a_pool_has_the_offset_that_the_runtime_tells);
     let base = hsa.allocate(1 << 20, 1, PLAIN, 1);
-    // The allocation begins within the memory that the descriptor is of.
+    // The allocation begins inside of the memory behind the descriptor.
     hsa.set("fragment", 65536);
     let pointer = base + 65536 + 1003;
     put_at(pointer, &[7; 5000]);
@@ -80,7 +80,7 @@ fn the_mapping_by_pcie_comes_first_then_the_drivers_then_the_older_call() {
     let exported = export(base, 65536).unwrap();
     assert_eq!(exported.receipt.mapping, Mapping::Pcie);
     assert!(name(&exported.fd).contains("standin-pcie"));
-    // Refused where not all of the GPU's memory is in its BAR.
+    // The runtime refuses a mapping if not all of the GPU's memory is in its BAR.
     for (refused, expected) in [
         ("export_pcie", "standin-driver"),
         ("export_driver", "standin-old"),
@@ -116,7 +116,7 @@ fn a_range_that_leaves_its_allocation_or_its_dma_buf_is_refused() {
     let before = open_descriptors();
     let error = export(base + 60_000, 6000).unwrap_err();
     assert!(is_out_of_range(&error), "{error}");
-    // The descriptor's offset and size are checked, too.
+    // The library also checks the descriptor's offset and size.
     for (setting, value) in [("short", 1), ("offset", 60_000), ("offset", i64::MAX)] {
         hsa.set(setting, value);
         let error = export(base, 65536).unwrap_err();
@@ -145,7 +145,8 @@ fn the_runtime_stays_initialised_as_long_as_its_copies_may_be_asked_for() {
     assert_eq!(hsa.get("initialised"), 2);
     drop(stage);
     assert_eq!(hsa.get("initialised"), 1);
-    // A program that has not initialised it has no memory of its, and does not come to have it initialised.
+    // A program that has not initialised the runtime has no memory of it. The lookup does not
+    // initialise it.
     hsa.set("initialised", 0);
     let said = refusal(base, 65536);
     assert!(

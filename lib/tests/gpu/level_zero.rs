@@ -1,4 +1,4 @@
-//! Level Zero, by a stand-in for `libze_loader.so.1`.
+//! Level Zero, with a stand-in for `libze_loader.so.1`.
 
 use std::os::fd::AsFd;
 
@@ -10,7 +10,7 @@ use rustix::io::{FdFlags, fcntl_getfd};
 use crate::standin::{Held, bytes_at, put_at};
 use crate::{export, open_descriptors, page, read, refusal, size};
 
-/// Whether the export was named at allocation.
+/// Whether the allocation was made for export.
 const NAMED: i32 = 0;
 const NOT_NAMED: i32 = 1;
 const HOST: i32 = 2;
@@ -27,7 +27,7 @@ macro_rules! level_zero {
     };
 }
 
-/// Nothing that was made is left.
+/// Asserts that every object was released.
 fn all_is_given_back(level_zero: &Held) {
     for what in ["contexts", "lists", "host_memory", "live"] {
         assert_eq!(level_zero.get(what), 0, "{what}");
@@ -62,7 +62,7 @@ fn the_offset_counts_from_the_allocations_beginning() {
             .contains(FdFlags::CLOEXEC)
     );
 
-    // Three copies each way, by memory that the devices reach.
+    // Three copies in each direction, through memory that the devices reach.
     let buffer = memfd::export("stage", 3 << 20)
         .unwrap()
         .with_stage(exported.stage());

@@ -1,5 +1,5 @@
-//! The calls that `export::gpu` makes of each runtime, and its conclusions from the answers. Each runtime's library is
-//! a stand-in: no GPU, and no software of its makers, takes part.
+//! The calls that `export::gpu` makes to each runtime, and its conclusions from the answers.
+//! Each runtime's library is a stand-in, without a GPU and without the vendor's software.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -21,16 +21,17 @@ use peerbuf::export::gpu::{self, Descriptors, Runtime};
 use common::not_run;
 use standin::{CUDA, HSA, Held, LEVEL_ZERO, Source, StandIn};
 
-/// The variable that tells a child of these tests how to compile the stand-in.
+/// The variable with the compile options of a child's stand-in.
 const CHILD: &str = "PEERBUF_TEST_STANDIN";
 
-/// In the order of [`Runtime::ALL`]. All are loaded: whose a pointer is, is found out.
+/// The stand-ins, in the order of [`Runtime::ALL`]. All are loaded, so a pointer's owner has to
+/// be found.
 static STANDINS: LazyLock<Result<[StandIn; 3], String>> = LazyLock::new(|| {
     let load = |source: &Source| source.load(&[]);
     Ok([load(&CUDA)?, load(&HSA)?, load(&LEVEL_ZERO)?])
 });
 
-/// A stand-in for one test. Without a C compiler the test says that it did not run.
+/// Holds a stand-in for one test. Without a C compiler the test reports that it did not run.
 fn hold(which: usize, test: &str) -> Option<Held> {
     match &*STANDINS {
         Ok(standins) => Some(standins[which].hold()),
@@ -42,7 +43,7 @@ fn hold(which: usize, test: &str) -> Option<Held> {
 }
 
 fn export(pointer: u64, length: u64) -> Result<Descriptors, ExportError> {
-    // SAFETY: the tests drop what they make before they give the memory back.
+    // SAFETY: the tests drop everything that they make before they free the memory.
     unsafe { gpu::descriptors_of(pointer, length) }
 }
 
@@ -56,7 +57,7 @@ fn page() -> u64 {
     rustix::param::page_size() as u64
 }
 
-/// The name that the stand-in gave a descriptor: the memfd's or the udmabuf's.
+/// The stand-in's name of a descriptor: the name of the memfd or udmabuf.
 fn name(fd: impl AsFd) -> String {
     let number = fd.as_fd().as_raw_fd();
     let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{number}")).unwrap();
@@ -68,7 +69,7 @@ fn size(fd: impl AsFd) -> u64 {
     rustix::fs::seek(fd, rustix::fs::SeekFrom::End(0)).unwrap()
 }
 
-/// The bytes of a memfd; a udmabuf is read in the lab only.
+/// The bytes of a memfd. Only the lab reads a udmabuf.
 fn read(fd: BorrowedFd<'_>, offset: u64, length: usize) -> Option<Vec<u8>> {
     let file = std::fs::File::from(fd.try_clone_to_owned().unwrap());
     let mut bytes = vec![0; length];
@@ -80,7 +81,7 @@ fn open_descriptors() -> usize {
     std::fs::read_dir("/proc/self/fd").unwrap().count()
 }
 
-/// Runs an ignored test in a process of its own, in which a library is another one.
+/// Runs an ignored test in a separate process, with another stand-in.
 fn in_a_child(test: &str, role: &str) {
     let output = Command::new(std::env::current_exe().unwrap())
         .args([test, "--exact", "--ignored", "--nocapture"])
@@ -93,7 +94,7 @@ fn in_a_child(test: &str, role: &str) {
     assert!(said.contains("1 passed"), "{said}");
 }
 
-/// In such a process: its role, and the stand-in as that has it.
+/// In such a process: its role, and its stand-in.
 fn other(source: &Source) -> (String, Held) {
     let role = std::env::var(CHILD).expect("a role");
     let standin = Box::leak(Box::new(source.load(&[&role]).unwrap()));
@@ -102,7 +103,7 @@ fn other(source: &Source) -> (String, Held) {
 
 #[test]
 fn a_machine_without_the_libraries_says_so_in_one_line() {
-    // Others count descriptors, and a child takes some.
+    // Other tests count descriptors, and starting a child opens some.
     let _alone = STANDINS.as_ref().ok().map(|standins| standins[0].hold());
     in_a_child("without_libraries", "");
 }
@@ -118,7 +119,7 @@ fn without_libraries() {
     assert!(!error.to_string().contains('\n'), "{error}");
     for (line, (runtime, found)) in asked.iter().zip(gpu::probe()) {
         assert!(line.contains(runtime.library()), "{line}");
-        // A machine that has the library says something else.
+        // A machine with the real library gives another answer.
         if let Err(why) = found {
             assert!(line.contains(&why), "{line}: {why}");
         }

@@ -1,7 +1,9 @@
-//! Stand-ins for the libraries of GPU runtimes, compiled here and loaded into this process by the runtimes' names.
+//! Stand-ins for the libraries of GPU runtimes, compiled here and loaded into this process
+//! under the runtimes' names.
 //!
-//! A stand-in has no GPU. It answers as the runtime is documented and was reported to, case by case, and so tests
-//! which calls peerbuf makes, and what it makes of the answers: not the runtime.
+//! A stand-in has no GPU. Its answers follow the runtime's documentation and reported
+//! behaviour, case by case. The tests therefore cover peerbuf's calls and its conclusions from
+//! the answers, not the runtime.
 
 use std::ffi::{CString, c_char, c_int, c_long};
 use std::path::Path;
@@ -12,13 +14,13 @@ use libloading::Library;
 
 const COMMON: &str = include_str!("standin.h");
 
-/// The source of a stand-in, and the name by which the loader knows the library.
+/// The source of a stand-in, and the library's name for the loader.
 pub struct Source {
     text: &'static str,
     soname: &'static str,
 }
 
-/// The state of the stand-ins is one for a process: a test holds the lock.
+/// The stand-ins' state is global in a process, so a test holds this lock.
 static LOCK: Mutex<()> = Mutex::new(());
 
 pub const HSA: Source = Source {
@@ -36,19 +38,19 @@ pub const CUDA: Source = Source {
     soname: "libcuda.so.1",
 };
 
-/// A stand-in that was loaded.
+/// A loaded stand-in.
 pub struct StandIn {
     library: Library,
 }
 
-/// The stand-in for as long as a test runs; its settings are the initial ones then.
+/// A stand-in held by a test, with the initial settings.
 pub struct Held {
     standin: &'static StandIn,
     _lock: MutexGuard<'static, ()>,
 }
 
 impl Source {
-    /// Compiles the source into a directory; an error without a C compiler.
+    /// Compiles the source into a directory. Fails without a C compiler.
     pub fn compile(
         &self,
         directory: &Path,
@@ -87,11 +89,13 @@ impl Source {
         Err(missing)
     }
 
-    /// Compiles and loads the stand-in. From then on the loader finds it by the runtime's name.
+    /// Compiles and loads the stand-in. From then on the loader finds it under the runtime's
+    /// name.
     pub fn load(&self, defines: &[&str]) -> Result<StandIn, String> {
         let directory = tempfile::tempdir().unwrap();
         let file = self.compile(directory.path(), defines)?;
-        // SAFETY: it was made of the source beside this, and has no initialisers.
+        // SAFETY: the library was compiled from the source in this directory, and has no
+        // initialisers.
         let library = unsafe { Library::new(file) }.unwrap();
         Ok(StandIn { library })
     }
@@ -104,7 +108,7 @@ impl StandIn {
             standin: self,
             _lock: lock.unwrap_or_else(std::sync::PoisonError::into_inner),
         };
-        // SAFETY: it has this type there.
+        // SAFETY: the source gives the function this type.
         unsafe { held.function::<unsafe extern "C" fn()>("standin_reset")() };
         held
     }
@@ -114,49 +118,49 @@ impl Held {
     /// # Safety
     /// `T` is the function's type.
     unsafe fn function<T: Copy>(&self, name: &str) -> T {
-        // SAFETY: the caller's word.
+        // SAFETY: the caller guarantees the type.
         *unsafe { self.standin.library.get(name.as_bytes()) }.unwrap()
     }
 
     pub fn set(&self, name: &str, value: i64) {
         let name = CString::new(name).unwrap();
         type Set = unsafe extern "C" fn(*const c_char, c_long);
-        // SAFETY: it has this type there, and takes a string.
+        // SAFETY: the source gives the function this type, and the function takes a C string.
         unsafe { self.function::<Set>("standin_set")(name.as_ptr(), value) };
     }
 
     pub fn get(&self, name: &str) -> i64 {
         let name = CString::new(name).unwrap();
         type Get = unsafe extern "C" fn(*const c_char) -> c_long;
-        // SAFETY: it has this type there, and takes a string.
+        // SAFETY: the source gives the function this type, and the function takes a C string.
         unsafe { self.function::<Get>("standin_get")(name.as_ptr()) }
     }
 
-    /// Memory of one segment, or of more with so many bytes each.
+    /// Memory of one segment, or of several segments of `size` bytes each.
     pub fn allocate(&self, size: u64, segments: i32, kind: i32, device: i32) -> u64 {
         type Allocate = unsafe extern "C" fn(u64, c_int, c_int, c_int) -> u64;
-        // SAFETY: it has this type there.
+        // SAFETY: the source gives the function this type.
         let allocate: Allocate = unsafe { self.function("standin_allocate") };
-        // SAFETY: it takes numbers.
+        // SAFETY: the function takes numbers.
         let at = unsafe { allocate(size, segments, kind, device) };
         assert_ne!(at, 0);
         at
     }
 
     pub fn unmap(&self, address: u64) {
-        // SAFETY: it has this type there, and takes a number.
+        // SAFETY: the source gives the function this type, and the function takes a number.
         unsafe { self.function::<unsafe extern "C" fn(u64)>("standin_unmap")(address) };
     }
 
     pub fn move_to(&self, address: u64, device: i32) {
-        // SAFETY: it has this type there, and takes numbers.
+        // SAFETY: the source gives the function this type, and the function takes numbers.
         unsafe {
             self.function::<unsafe extern "C" fn(u64, c_int)>("standin_move")(address, device)
         };
     }
 
     pub fn free(&self, base: u64) -> bool {
-        // SAFETY: it has this type there, and takes a number.
+        // SAFETY: the source gives the function this type, and the function takes a number.
         unsafe { self.function::<unsafe extern "C" fn(u64) -> c_int>("standin_free")(base) != 0 }
     }
 }
@@ -165,7 +169,8 @@ impl Held {
 pub fn bytes_at(address: u64, length: usize) -> Vec<u8> {
     let mut bytes = vec![0; length];
     let at: *const u8 = std::ptr::with_exposed_provenance(address as usize);
-    // SAFETY: the tests ask for memory that the stand-in has mapped, and that nobody writes meanwhile.
+    // SAFETY: the tests pass memory that the stand-in has mapped and that nobody writes
+    // meanwhile.
     unsafe { std::ptr::copy_nonoverlapping(at, bytes.as_mut_ptr(), length) };
     bytes
 }
@@ -173,6 +178,7 @@ pub fn bytes_at(address: u64, length: usize) -> Vec<u8> {
 /// Writes bytes to a stand-in's memory.
 pub fn put_at(address: u64, bytes: &[u8]) {
     let at: *mut u8 = std::ptr::with_exposed_provenance_mut(address as usize);
-    // SAFETY: the tests ask for memory that the stand-in has mapped, and that nobody else uses meanwhile.
+    // SAFETY: the tests pass memory that the stand-in has mapped and that nobody else uses
+    // meanwhile.
     unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), at, bytes.len()) };
 }
