@@ -20,7 +20,7 @@ pub fn transfers(arguments: &[&str]) -> Vec<Value> {
         .unwrap();
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{said}");
-    // The lab has everything: nothing may be replaced by a stand-in.
+    // The lab has everything, so nothing may be replaced by a substitute.
     assert!(!said.contains("missing"), "{said}");
     let text = String::from_utf8(output.stdout).unwrap();
     text.lines()
@@ -28,8 +28,8 @@ pub fn transfers(arguments: &[&str]) -> Vec<Value> {
         .collect()
 }
 
-/// Excludes other tests of this binary that call it. For tests that check the free space of a BAR, which any
-/// export changes.
+/// Excludes other tests of this binary that call `alone`. For tests that check the free space
+/// of a BAR, which any export changes.
 pub fn alone() -> MutexGuard<'static, ()> {
     static ALONE: Mutex<()> = Mutex::new(());
     ALONE.lock().unwrap_or_else(PoisonError::into_inner)

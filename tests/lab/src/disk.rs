@@ -70,11 +70,11 @@ pub fn await_reading() {
 /// Limits the rate of the disk behind [`SCRATCH`] while it lives: the disk keeps submitted requests waiting,
 /// and with them their pages.
 ///
-/// (The block layer's own limit, `io.max`, would do, but setting it sometimes makes lockdep complain: Linux
-/// 7.2 allocates with `blkcg_mutex` held.)
+/// (The block layer's own limit, `io.max`, would work, but setting it sometimes triggers a
+/// lockdep report: Linux 7.2 allocates with `blkcg_mutex` held.)
 pub struct Slow(());
 
-/// The lab's name of that disk.
+/// The lab's name of the scratch disk.
 const ID: &str = "scratch-disk";
 
 impl Slow {

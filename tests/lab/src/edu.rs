@@ -43,7 +43,7 @@ impl Edu {
         bdf
     }
 
-    /// Attaches and maps.
+    /// Attaches and maps a dma-buf.
     ///
     /// # Errors
     ///
@@ -81,16 +81,16 @@ impl Edu {
         self.0.write_all_at(bytes, offset)
     }
 
-    /// The number of invalidations of its mapping, which it keeps.
+    /// The number of invalidations of the device's mapping, which stays.
     pub fn stale(&self) -> u32 {
         self.call(3, 0).unwrap()
     }
 
-    /// Unmaps, and maps again.
+    /// Unmaps the dma-buf, and maps it again.
     ///
     /// # Errors
     ///
-    /// The kernel's error; there is no mapping then.
+    /// The kernel's error; no mapping is left in that case.
     pub fn remap(&self) -> io::Result<()> {
         self.call(4, 0).map(drop)
     }

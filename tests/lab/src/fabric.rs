@@ -172,7 +172,7 @@ impl Engine {
         })
     }
 
-    /// The facts in its `fi_info`.
+    /// The facts in the engine's `fi_info`.
     pub fn opened(&self) -> Opened {
         let functions = functions();
         // SAFETY: the engine and its `fi_info` exist.
@@ -188,14 +188,14 @@ impl Engine {
         }
     }
 
-    /// Its domain, wrapped for peerbuf.
+    /// The engine's domain, wrapped for peerbuf.
     ///
     /// # Panics
     ///
-    /// If peerbuf refuses it.
+    /// If peerbuf refuses the domain.
     pub fn domain(&self) -> Domain {
-        // SAFETY: tests drop everything made from it before they close the engine, which acts only when
-        // called. One thread does everything.
+        // SAFETY: tests drop everything made from the domain before they close the engine. The
+        // engine acts only when called, and one thread makes all calls.
         unsafe { Domain::from_raw((functions().domain)(self.raw), self.opened()) }.unwrap()
     }
 
@@ -205,7 +205,7 @@ impl Engine {
         unsafe { (functions().endpoint)(self.raw, 0) }
     }
 
-    /// Endpoint `at` writes to the other's memory, and waits.
+    /// Endpoint `at` writes to the other endpoint's memory, and waits.
     ///
     /// # Errors
     ///
@@ -214,7 +214,7 @@ impl Engine {
         self.rma(at, false, from, to)
     }
 
-    /// Endpoint `at` reads from the other's memory, and waits.
+    /// Endpoint `at` reads from the other endpoint's memory, and waits.
     ///
     /// # Errors
     ///
@@ -224,7 +224,7 @@ impl Engine {
     }
 
     fn rma(&self, at: usize, read: bool, here: Local, there: Remote) -> Result<(), Failed> {
-        // SAFETY: the registrations live until this returns, and nothing is in flight then.
+        // SAFETY: the registrations live until the call returns, and nothing is in flight then.
         self.check(unsafe {
             (functions().rma)(
                 self.raw,
@@ -239,14 +239,14 @@ impl Engine {
         })
     }
 
-    /// Endpoint `at` sends to the other, and waits for both.
+    /// Endpoint `at` sends to the other endpoint, and waits for both.
     ///
     /// # Errors
     ///
     /// As [`Engine::write`].
     pub fn send(&self, at: usize, from: Local, to: Local) -> Result<(), Failed> {
         assert_eq!(from.length, to.length);
-        // SAFETY: the registrations live until this returns, and nothing is in flight then.
+        // SAFETY: the registrations live until the call returns, and nothing is in flight then.
         self.check(unsafe {
             (functions().send)(
                 self.raw,
@@ -409,7 +409,8 @@ pub fn exercise_each_rung(provider: &str, works: impl Fn(&str) -> Vec<Rung>) {
     assert_eq!(engine.close(), None, "{provider}");
 }
 
-/// As [`exercise_each_rung`], with ranges that begin and end at, before and after a page boundary.
+/// Like [`exercise_each_rung`], with ranges that begin and end at, before and after a page
+/// boundary.
 ///
 /// # Panics
 ///

@@ -49,8 +49,8 @@ pub struct Importer {
 }
 
 impl Importer {
-    /// Attaches a dma-buf on behalf of the PCI device `bdf`. After an invalidation it unmaps `late_ms`
-    /// milliseconds later, or within the callback if that is 0.
+    /// Attaches a dma-buf on behalf of the PCI device `bdf`. After an invalidation the importer
+    /// unmaps `late_ms` milliseconds later, or within the callback if `late_ms` is 0.
     ///
     /// # Errors
     ///
@@ -187,17 +187,17 @@ impl Importer {
 pub struct Mapping {
     /// The number of DMA segments.
     pub segments: u32,
-    /// The sum of the next four.
+    /// The sum of the next four fields.
     pub bytes: u64,
-    /// In system memory.
+    /// Bytes in system memory.
     pub system: u64,
-    /// In a BAR, by bus address.
+    /// Bytes in a BAR, by bus address.
     pub bus: u64,
-    /// In a BAR, through the host bridge.
+    /// Bytes in a BAR, through the host bridge.
     pub bridge: u64,
-    /// Elsewhere.
+    /// Bytes elsewhere.
     pub other: u64,
-    /// The PCI address of the device whose BAR it is.
+    /// The PCI address of the device with this BAR.
     pub provider: String,
 }
 
@@ -206,6 +206,6 @@ pub struct Mapping {
 pub struct State {
     /// The number of calls of `invalidate_mappings`.
     pub invalidations: u32,
-    /// 1 while it has a mapping.
+    /// 1 while the attachment has a mapping.
     pub mapped: u32,
 }

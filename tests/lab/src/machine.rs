@@ -134,7 +134,7 @@ impl Machine {
         self.ask(&format!("link {id} {state}")).map(drop)
     }
 
-    /// Limits a disk's reads and writes to `rate` bytes a second; 0 means no limit.
+    /// Limits a disk's reads and writes to `rate` bytes a second; 0 is no limit.
     ///
     /// # Errors
     ///

@@ -107,7 +107,7 @@ impl Node {
         self.query().expect("IOC_QUERY").bars[2]
     }
 
-    /// A request for `length` bytes of BAR 2, at `offset`, or anywhere if that is `None`.
+    /// A request for `length` bytes of BAR 2, at `offset`, or anywhere if `offset` is `None`.
     pub fn request(offset: Option<u64>, length: u64) -> abi::Export {
         abi::Export {
             size: size_of::<abi::Export>() as u32,
@@ -136,7 +136,7 @@ impl Node {
         Ok((fd, request.offset))
     }
 
-    /// Exports `length` bytes of BAR 2, at `offset`, or anywhere if that is `None`.
+    /// Exports `length` bytes of BAR 2, at `offset`, or anywhere if `offset` is `None`.
     ///
     /// # Errors
     ///
@@ -449,30 +449,31 @@ pub fn in_child(work: impl FnOnce() -> i32) -> Child {
 pub struct Child(i32);
 
 impl Child {
-    /// Waits for its end: `Ok(status)`, or `Err(signal)`.
+    /// Waits for the child to end: `Ok(status)`, or `Err(signal)`.
     ///
     /// # Errors
     ///
-    /// The signal that killed it.
+    /// The signal that killed the child.
     pub fn wait(self) -> Result<i32, i32> {
         let mut status = 0;
-        // SAFETY: The process is our child and has not been waited for.
+        // SAFETY: the process is a child of this one and has not been waited for.
         let pid = unsafe { libc::waitpid(self.0, &raw mut status, 0) };
         assert_eq!(pid, self.0);
         ending(status)
     }
 
-    /// The result of [`Child::wait`], if the child has ended. Do not wait for it again after that.
+    /// The result of [`Child::wait`], if the child has ended. Do not wait for the child again
+    /// afterwards.
     pub fn has_ended(&self) -> Option<Result<i32, i32>> {
         let mut status = 0;
-        // SAFETY: The process is our child.
+        // SAFETY: the process is a child of this one.
         let pid = unsafe { libc::waitpid(self.0, &raw mut status, libc::WNOHANG) };
         (pid == self.0).then(|| ending(status))
     }
 
-    /// Sends it a signal.
+    /// Sends the child a signal.
     pub fn kill(&self, signal: i32) {
-        // SAFETY: The process is our child and has not been waited for.
+        // SAFETY: the process is a child of this one and has not been waited for.
         assert_eq!(unsafe { libc::kill(self.0, signal) }, 0);
     }
 }
@@ -518,7 +519,7 @@ pub fn sync(fd: &OwnedFd, mut flags: u64) -> io::Result<i32> {
 
 /// Begins a read access of the CPU; with [`SYNC_END`], ends it.
 pub const SYNC_READ: u64 = 1;
-/// As [`SYNC_READ`], for writing.
+/// Like [`SYNC_READ`], for writing.
 pub const SYNC_WRITE: u64 = 2;
 /// Ends an access; see [`SYNC_READ`].
 pub const SYNC_END: u64 = 4;

@@ -46,7 +46,7 @@ pub fn device() -> Device {
     Device::open(Node::largest().bdf.parse().unwrap()).unwrap()
 }
 
-/// A buffer of `length` bytes of its BAR, anywhere.
+/// A buffer of `length` bytes in this device's BAR, anywhere.
 pub fn bar(length: u64) -> Buffer {
     let request = Request {
         bar: 2,
@@ -154,7 +154,7 @@ pub fn exercise(card: &Card, under: &Under) {
     assert_eq!(good(here.wait(limit()).unwrap()), length);
     assert!(get(&other) == bytes(3), "read");
 
-    // A send to it, awaited by polling.
+    // A send to the registration, awaited by polling.
     put(&other, &bytes(4));
     there.receive(Some(&whole)).unwrap();
     here.send(&piece, None).unwrap();
@@ -176,7 +176,7 @@ pub fn exercise(card: &Card, under: &Under) {
     good(here.wait(limit()).unwrap());
     check(4, "send to it");
 
-    // A send from it with an immediate value, and a write from it.
+    // A send from the registration with an immediate value, and a write from it.
     put(range, &bytes(5));
     here.receive(Some(&piece)).unwrap();
     there.send(&whole, Some(5)).unwrap();
@@ -187,7 +187,7 @@ pub fn exercise(card: &Card, under: &Under) {
     there.write(&whole, &mine.remote().unwrap(), None).unwrap();
     good(there.wait(limit()).unwrap());
     assert!(get(&other) == bytes(6), "write from it");
-    // A read into it.
+    // A read into the registration.
     put(&other, &bytes(7));
     there.read(&whole, &mine.remote().unwrap()).unwrap();
     good(there.wait(limit()).unwrap());
@@ -198,7 +198,7 @@ pub fn exercise(card: &Card, under: &Under) {
 pub fn expected(kind: &str) -> Vec<Rung> {
     let mut rungs = Vec::new();
     if takes_dma_bufs() && kind != "memfd" {
-        // librxe lacks the function for it, whatever the kernel supports.
+        // librxe lacks the library function, whatever the kernel supports.
         rungs.push(Rung::DmaBufByKernel);
     }
     if matches!(kind, "memfd" | "udmabuf") {

@@ -12,7 +12,7 @@ pub struct Call {
     pub number: u32,
     /// Allowed errnos in addition to [`ALWAYS`].
     errnos: &'static [i32],
-    /// Whether a run in which it never succeeds has tested nothing.
+    /// True if a run without a success of this call has tested nothing.
     pub must_succeed: bool,
 }
 
@@ -48,7 +48,7 @@ const fn other(name: &'static str, errnos: &'static [i32], must_succeed: bool) -
 macro_rules! calls {
     ($($name:ident = $call:expr;)*) => {
         calls!(@index 0usize; $($name)*);
-        /// All kinds of calls; the constants are indices into it.
+        /// All kinds of calls. The constants are indices into this list.
         pub const CALLS: &[Call] = &[$($call),*];
     };
     (@index $at:expr; $name:ident $($rest:ident)*) => {

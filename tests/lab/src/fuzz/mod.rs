@@ -59,7 +59,7 @@ const QUOTA: u64 = 1500;
 /// turn, to drop something it holds. The process is then killed.
 const STALL: Duration = Duration::from_secs(15);
 
-/// If it has not ended this long after that, it hangs.
+/// If the process has not ended this long after the kill, it hangs.
 const HANG: Duration = Duration::from_secs(100);
 
 /// The result of a run.

@@ -18,8 +18,8 @@ use super::random::Random;
 use crate::disk::SCRATCH;
 use crate::node::{PAGE, SYNC_END, SYNC_WRITE, sync};
 
-/// A table of descriptors; -1 for an empty place. The thread that takes a descriptor out closes it. So each
-/// is closed once, while other threads may be using the number.
+/// A table of descriptors; -1 for an empty place. The thread that takes a descriptor out closes
+/// it. Each descriptor is therefore closed once, while other threads may still use the number.
 pub struct Slots<const N: usize>([AtomicI32; N]);
 
 impl<const N: usize> Slots<N> {
@@ -27,7 +27,8 @@ impl<const N: usize> Slots<N> {
         Self([const { AtomicI32::new(-1) }; N])
     }
 
-    /// One of the descriptors. Seldom an empty place, or the kernel would refuse most calls at once.
+    /// One of the descriptors. An empty place is rare, because the kernel would refuse most
+    /// calls at once.
     fn get(&self, random: &mut Random) -> i32 {
         let tries: Vec<usize> = (0..6).map(|_| random.below(N as u64) as usize).collect();
         let found = tries.iter().map(|&at| self.0[at].load(Ordering::Relaxed));
@@ -145,7 +146,7 @@ impl Room {
         unsafe { std::slice::from_raw_parts_mut(self.0, ROOM) }
     }
 
-    /// Puts bytes at its start, followed by zeroes; returns the address.
+    /// Copies bytes to the start, followed by zeros. Returns the address.
     fn put(&mut self, bytes: &[u8]) -> usize {
         let room = self.bytes();
         room[..bytes.len()].copy_from_slice(bytes);
@@ -207,7 +208,8 @@ fn near(address: u64, room: u64) -> u64 {
     }
 }
 
-/// Limits a length: more would use up the guest's memory, unless it is more than any machine has.
+/// Limits a length: a longer one would use up the guest's memory. Lengths beyond any machine's
+/// memory stay.
 fn modest(length: u64) -> u64 {
     match length {
         0x10_0001..0x10_0000_0000 => length % (64 * PAGE),
@@ -814,7 +816,7 @@ impl<'a> Worker<'a> {
             if read {
                 libc::write(self.shared.pipe[1], at, length)
             } else {
-                // Something to read, unless another thread takes it first.
+                // Bytes to read, unless another thread takes them first.
                 libc::write(self.shared.pipe[1], self.buffer.as_ptr().cast(), length);
                 libc::read(self.shared.pipe[0], at, length)
             }
