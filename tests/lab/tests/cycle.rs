@@ -41,7 +41,7 @@ fn loses_nothing(arguments: &[&str], cycles: u64, importers: &[&str]) -> Value {
     assert!(output.status.success(), "{output:?}");
     assert_eq!(summary["lost_bytes"], 0);
     assert_eq!(number(&summary["cycles"]), cycles);
-    // The lab has everything: nothing may be replaced by a stand-in.
+    // The lab has everything, so nothing may be replaced by a substitute.
     assert_eq!(summary["missing"].as_array().unwrap().len(), 0, "{summary}");
     let work = summary["work"].as_array().unwrap();
     assert_eq!(work.len(), importers.len());

@@ -40,7 +40,7 @@ fn child_of(pid: u32) -> Option<u32> {
 
 fn kill(pid: u32) {
     let pid = rustix::process::Pid::from_raw(pid as i32).unwrap();
-    // Ignores an error: it may have ended by itself.
+    // The process may have ended by itself, so an error is ignored.
     let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
 }
 

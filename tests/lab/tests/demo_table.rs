@@ -112,7 +112,7 @@ fn a_bar_without_struct_pages_is_carried_by_the_cpu_and_says_so() {
     }
 }
 
-/// The command, on a terminal of 80 columns, with proofs in a folder of the test's own.
+/// Runs the command on a terminal of 80 columns, with a separate folder for proofs.
 fn peerbuf(cache: &tempfile::TempDir, arguments: &[&str]) -> (Option<i32>, String) {
     let output: Output = Command::new("peerbuf")
         .args(arguments)
@@ -134,7 +134,7 @@ fn why_tells_a_newcomer_in_less_than_25_lines_before_and_after_a_proof() {
     let (cache, device) = (tempfile::tempdir().unwrap(), Node::largest().bdf);
     for proved in [false, true] {
         let (code, text) = peerbuf(&cache, &["why", "/dev/nvme0n1", &device]);
-        // A busy machine takes a minute for what is done at once elsewhere.
+        // On a busy machine a quick step may take a minute.
         let text = text.replace("1 minute ago", "just now");
         let (expected, words): (_, &[&str]) = match (topology().as_str(), proved) {
             ("switch" | "host-bridge", false) => (0, &["yes", "not proved here"]),
@@ -208,7 +208,7 @@ fn bytes_are_proved_each_way_and_doctor_begins_with_those_that_were_lost() {
         let bar = node.bar2();
         assert_eq!((bar.free, bar.exports), (bar.size, 0), "{}", node.bdf);
     }
-    // What everybody says is yes, and the bytes were lost: nothing comes before that.
+    // The kernel allows the pair and the bytes were lost, so this finding comes first.
     let (_, text) = peerbuf(&cache, &["doctor"]);
     let first: Vec<&str> = text.lines().take(3).collect();
     let lost = topology() == "lying";
@@ -234,7 +234,7 @@ fn bytes_are_proved_each_way_and_doctor_begins_with_those_that_were_lost() {
         );
         assert!(kept["age_seconds"].is_u64(), "{kept}");
     }
-    // Another user's cache knows nothing of it.
+    // Another user's cache does not have the proof.
     let other = tempfile::tempdir().unwrap();
     let (_, text) = peerbuf(&other, &["doctor"]);
     assert!(!text.contains("proof-failed"), "{text}");

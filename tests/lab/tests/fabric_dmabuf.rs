@@ -67,7 +67,7 @@ fn a_revoked_dma_buf_is_refused_before_the_provider_sees_it_and_by_the_card() {
         let dmabuf = buffer.dmabuf().unwrap();
         assert!(device.revoke(dmabuf, limit()).unwrap().is_complete());
         assert!(matches!(target.check(), Err(RdmaError::Stale { .. })));
-        // With the key that the peer had got before.
+        // The key that the peer had received before.
         let failed = engine.write(0, piece, shown).unwrap_err();
         assert_eq!(failed.call, "completion", "{provider}: {failed:?}");
         device.restore(dmabuf).unwrap();

@@ -1,5 +1,6 @@
-//! A GPU's memory with every importer that this machine has. The GPU is a stand-in: a library that answers as the
-//! runtime is documented to, over real udmabufs. Runs in a guest with an IOMMU.
+//! GPU memory with every importer of this machine. The GPU is a stand-in: a library whose
+//! answers follow the runtime's documentation, over real udmabufs. Runs in a guest with an
+//! IOMMU.
 
 #[allow(dead_code)]
 #[path = "../../../lib/tests/standin/mod.rs"]
@@ -31,16 +32,16 @@ use standin::{CUDA, Held, StandIn, bytes_at, put_at};
 static STANDIN: LazyLock<StandIn> = LazyLock::new(|| CUDA.load(&[]).unwrap());
 
 const MIB: u64 = 1 << 20;
-/// At an odd place, and of an odd length.
+/// A place and a length that are not page-aligned.
 const AT: u64 = 3 * 4096 + 1000;
 const LENGTH: u64 = 300_001;
 
 fn exported(pointer: u64, length: u64) -> Exported {
-    // SAFETY: the tests drop what they make of it before they give the memory back.
+    // SAFETY: the tests drop everything that they make before they free the memory.
     unsafe { gpu::buffer_of(pointer, length) }.unwrap()
 }
 
-/// Memory of the stand-in's, with random bytes around the range.
+/// Memory of the stand-in, with random bytes around the range.
 fn memory(cuda: &Held) -> (u64, Vec<u8>) {
     let base = cuda.allocate(MIB, 1, 0, 0);
     let around = random(MIB, 5);
@@ -48,7 +49,7 @@ fn memory(cuda: &Held) -> (u64, Vec<u8>) {
     (base, around)
 }
 
-/// The range has these bytes, and what is around it is untouched.
+/// Asserts that the range has these bytes, and that the bytes around it are unchanged.
 fn check(base: u64, around: &[u8], bytes: &[u8]) {
     let mut expected = around.to_vec();
     expected[AT as usize..][..bytes.len()].copy_from_slice(bytes);
@@ -80,10 +81,10 @@ fn both_dma_bufs_have_the_memory_itself_at_its_exact_offset() {
     });
     assert_eq!(names, ["standin-pcie", "standin-driver"]);
     let provenance = range.buffer().provenance();
-    // Nobody has looked yet where the bytes are.
+    // No importer has checked yet where the bytes are.
     assert_eq!(provenance.kind, Kind::Other);
     assert_eq!(provenance.device, "0000:4a:00.0".parse().ok());
-    // By the dma-buf's own pages, and not by the runtime's copies.
+    // Accesses the dma-buf's own pages, without the runtime's copies.
     for range in [Some(range), exported.other.as_ref()].into_iter().flatten() {
         let mapping = range.map(Access::ReadWrite).unwrap();
         assert!(range.buffer().has_stage());
@@ -102,7 +103,7 @@ fn a_file_is_read_and_written_by_the_runtimes_copies() {
     let bytes = random(LENGTH, 6);
     let (file, importer) = file_of(&bytes);
     let receipt = importer.attach(&exported.range).unwrap().read(0).unwrap();
-    // The kernel gives a udmabuf's mapping no pages for direct I/O.
+    // The mapping of a udmabuf has no struct pages for direct I/O.
     assert_eq!(receipt.plan.path, Path::StagedCopy, "{}", receipt.plan);
     assert_eq!(receipt.bytes, LENGTH);
     check(base, &around, &bytes);
@@ -124,7 +125,7 @@ fn a_file_is_read_and_written_by_the_runtimes_copies() {
     assert!(cuda.free(base));
 }
 
-/// NVIDIA's driver before 13.3 gives its dma-bufs no mapping; neither does vfio-pci.
+/// NVIDIA's driver before 13.3 supports no mapping of its dma-bufs. Neither does vfio-pci.
 #[test]
 fn a_file_goes_into_memory_that_cannot_be_mapped() {
     expect_what_vfio_loses();
@@ -183,7 +184,8 @@ fn a_card_registers_the_memory_at_its_offset() {
 #[test]
 fn memory_that_was_allocated_here_is_freed_with_its_last_handle() {
     let cuda = STANDIN.hold();
-    // The driver promises no page, and the buffer begins with the range all the same.
+    // The driver does not guarantee page alignment, and the buffer begins with the range in any
+    // case.
     cuda.set("odd", 1);
     let exported = gpu::allocate(Runtime::Cuda, 0, MIB).unwrap();
     let range = exported.range.clone();
@@ -198,7 +200,8 @@ fn memory_that_was_allocated_here_is_freed_with_its_last_handle() {
     assert_eq!(cuda.get("retained"), 0);
 }
 
-/// Runs the command, which finds the stand-in by the runtime's name. Returns what it wrote.
+/// Runs the command, which finds the stand-in under the runtime's name. Returns the command's
+/// output.
 fn peerbuf(directory: &FilePath, arguments: &[&str]) -> String {
     let output = Command::new("peerbuf")
         .args(arguments)

@@ -20,7 +20,7 @@ use peerbuf_lab_suite::node::{Node, ioctl};
 
 const MIB: u64 = 1 << 20;
 const IOVA: u64 = 0x10_0000;
-/// Bytes that the device moves at a time.
+/// Number of bytes of one copy by the device.
 const CHUNK: u64 = 4096;
 
 fn random(length: u64) -> Vec<u8> {

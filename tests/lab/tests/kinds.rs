@@ -27,7 +27,7 @@ fn random(length: u64) -> Vec<u8> {
     bytes
 }
 
-/// The same bytes by the dma-buf alone, as a device would find them.
+/// The same bytes through the dma-buf alone, as a device sees them.
 fn by_dmabuf(buffer: &Buffer) -> Buffer {
     let dmabuf = buffer.dmabuf().unwrap().try_clone().unwrap();
     Buffer::from_dmabuf(dmabuf, buffer.provenance().clone())
@@ -81,7 +81,7 @@ fn huge_pages_are_used_when_there_are_some() {
             .unwrap()
     };
     let pages = udmabuf::HugePages::TwoMebibytes;
-    // Another program of this guest may have left some.
+    // Another program of this guest may have left some pages.
     std::fs::write(pool, "0").unwrap();
     let error = udmabuf::export_huge("huge", 4 * MIB, pages).unwrap_err();
     assert!(error.to_string().contains("ENOMEM"), "{error}");
@@ -190,7 +190,8 @@ fn a_node_that_is_no_graphics_device_says_so() {
     );
 }
 
-/// A fence of vgem's on a buffer, as a GPU's work would put it (include/uapi/drm/vgem_drm.h).
+/// A fence on a buffer, made by vgem, like the fence of a GPU's work
+/// (include/uapi/drm/vgem_drm.h).
 struct Work<'c> {
     card: &'c Card,
     fence: u32,
@@ -225,7 +226,7 @@ fn waiting_for_a_device_ends_when_it_is_done_or_at_the_limit() {
     let short = Duration::from_millis(50);
     let timed_out = |result| matches!(result, Err(BufferError::TimedOut { .. }));
 
-    // A device that reads stops writers, and no readers.
+    // A device that reads stops writers, but no readers.
     let work = Work::begin(&card, attached.handle().into(), false);
     dmabuf.wait(Access::Read, SECOND).unwrap();
     let begun = Instant::now();
@@ -234,13 +235,13 @@ fn waiting_for_a_device_ends_when_it_is_done_or_at_the_limit() {
     work.end();
     dmabuf.wait(Access::Write, SECOND).unwrap();
 
-    // One that writes stops both, and its fence is a descriptor that can be waited for.
+    // A device that writes stops both. A descriptor exports its fence, and can be waited for.
     let work = Work::begin(&card, attached.handle().into(), true);
     let fences = dmabuf.export_sync_file(Access::Read).unwrap();
     assert_eq!(fences.state().unwrap(), FenceState::Pending);
     assert!(timed_out(fences.wait(short)));
     assert!(timed_out(dmabuf.wait(Access::Read, short)));
-    // Put into another buffer it stops those who use that one.
+    // The fence, imported into another buffer, stops the users of that buffer.
     let other = udmabuf::export("other", 4096).unwrap();
     let other = other.dmabuf().unwrap();
     other.import_sync_file(&fences, Access::Write).unwrap();
@@ -252,7 +253,7 @@ fn waiting_for_a_device_ends_when_it_is_done_or_at_the_limit() {
     other.wait(Access::Write, SECOND).unwrap();
 }
 
-/// Serves until `done`.
+/// Serves until `done` returns true.
 fn serve(publisher: &mut Publisher, mut done: impl FnMut(&Publisher) -> bool) {
     let begun = Stopwatch::start();
     while !done(publisher) {
@@ -279,7 +280,7 @@ fn a_published_buffer_stays_where_it_is_and_is_withheld_while_a_device_works_on_
     let id = publisher.publish("frames", backing).unwrap();
     serve(&mut publisher, |publisher| publisher.accepted(id) == 1);
 
-    // The subscriber lets go at once; what it began goes on.
+    // The subscriber returns the lease at once. The device's work goes on.
     let bytes = random(MIB);
     let lease = subscriber.buffer("frames").unwrap();
     put(&lease.whole(), &bytes);
@@ -290,7 +291,7 @@ fn a_published_buffer_stays_where_it_is_and_is_withheld_while_a_device_works_on_
     busy(publisher.migrate(id, limit).unwrap_err());
     assert!((limit..5 * SECOND).contains(&begun.elapsed()));
     assert_eq!(publisher.generation(id), Some(1));
-    // It was given back, and nobody gets it, while the old subscriber is as good as before.
+    // The subscriber has returned the buffer and stays connected, and nobody gets the buffer.
     publisher.serve_for(limit).unwrap();
     assert_eq!(
         (publisher.holders(id), publisher.subscribers().count()),
@@ -309,7 +310,7 @@ fn a_published_buffer_stays_where_it_is_and_is_withheld_while_a_device_works_on_
     assert_eq!(lease.generation(), 2);
     assert!(get(&lease.whole()) == bytes);
 
-    // As much for taking it back, also from one that is gone in the meantime.
+    // A withdrawal waits for the device, too, also after the subscriber has gone.
     let attached = DrmImporter::new(&card).attach(&lease.whole()).unwrap();
     let work = Work::begin(&card, attached.handle().into(), true);
     drop((attached, lease, subscriber));
@@ -342,7 +343,7 @@ fn the_processors_access_begins_when_the_device_is_done() {
 const WIDTH: u32 = 320;
 const HEIGHT: u32 = 180;
 
-/// vivid's capture device, drawing nothing but the 100 % colour bar.
+/// vivid's capture device, which draws only the 100 % colour bar.
 fn camera() -> VideoDevice {
     let mut camera = VideoDevice::open(modules::vivid_node()).unwrap();
     let format = camera.set_format(WIDTH, HEIGHT, *b"RGB3").unwrap();
@@ -356,7 +357,7 @@ fn camera() -> VideoDevice {
     camera
 }
 
-/// Whether bytes are a picture of the colour bar: eight bars, from white to black.
+/// True if the bytes are a picture of the colour bar: eight bars, from white to black.
 fn check_bars(picture: &[u8], bytes_per_line: usize) {
     let line = &picture[..bytes_per_line];
     for other in picture.chunks(bytes_per_line).take(HEIGHT as usize) {
@@ -373,7 +374,7 @@ fn check_bars(picture: &[u8], bytes_per_line: usize) {
         [0, 0, 0],
     ];
     for (bar, colour) in bars.iter().enumerate() {
-        // Its middle: bars may be a pixel wider or narrower.
+        // The middle of each bar, because a bar may be a pixel wider or narrower.
         let x = (bar * 2 + 1) * WIDTH as usize / 16;
         assert_eq!(&line[x * 3..x * 3 + 3], colour, "bar {bar}");
     }
@@ -416,14 +417,14 @@ fn a_camera_captures_straight_into_a_udmabuf() {
     capture.stop().unwrap();
     let error = capture.next(Duration::from_millis(50)).unwrap_err();
     assert!(error.to_string().contains("VIDIOC_DQBUF"), "{error}");
-    // The device has one queue, and a second one would take its buffers away.
+    // The device has one queue, and a second queue would take the buffers of the first.
     let error = v4l2::attach(&camera, &ranges).unwrap_err();
     assert!(error.to_string().contains("EBUSY"), "{error}");
     drop(capture);
     assert!(v4l2::attach(&camera, &ranges).is_ok());
 }
 
-/// What another library would hand over: a descriptor, which a program that is executed would inherit.
+/// A descriptor of another library, which a program that is executed would inherit.
 fn imported(buffer: &Buffer) -> Buffer {
     let dmabuf = buffer.dmabuf().unwrap().as_fd();
     let fd = rustix::io::dup(dmabuf).unwrap();
@@ -541,7 +542,7 @@ fn a_range_of_a_graphics_buffer_maps_its_own_bytes_and_not_the_first_ones() {
         let range = buffer.range(offset, length).unwrap();
         let expected = &bytes[offset as usize..][..length as usize];
         assert!(get(&range) == expected, "{length} bytes at {offset}");
-        // And as the driver maps it.
+        // The driver's mapping has the same bytes.
         let attachment = attached.attach(&range).unwrap();
         let mut mapping = attachment.map(Access::Read).unwrap();
         let mut seen = vec![0; length as usize];
@@ -551,8 +552,8 @@ fn a_range_of_a_graphics_buffer_maps_its_own_bytes_and_not_the_first_ones() {
     }
 }
 
-/// What `peerbuf::share` says of [`Grant::ReadOnly`]: the descriptor refuses writes, and
-/// `/dev/udmabuf`, which asks for seals and not for modes, makes a writable dma-buf of it.
+/// The documentation of [`Grant::ReadOnly`] is true: the descriptor refuses writes, and
+/// `/dev/udmabuf`, which checks seals and not modes, makes a writable dma-buf of the memfd.
 #[test]
 fn memory_that_is_lent_for_reading_is_written_through_udmabuf_alone() {
     use rustix::fs::{FallocateFlags, SealFlags};
@@ -583,7 +584,7 @@ fn memory_that_is_lent_for_reading_is_written_through_udmabuf_alone() {
     assert_eq!(rustix::fs::fcntl_add_seals(fd, seal), Err(Errno::PERM));
     let published = |publisher: &Publisher| get(&publisher.buffer(id).unwrap().whole());
     assert!(published(&publisher).iter().all(|byte| *byte == 0));
-    // Should this be refused one day, `peerbuf::share` has to say so.
+    // If the kernel refuses this one day, the documentation of `peerbuf::share` must change.
     let again = udmabuf::export_list("written", &[shown.whole()]).unwrap();
     put(&again.range(0, 4096).unwrap(), &[7; 4096]);
     assert_eq!(published(&publisher)[..4096], [7; 4096]);

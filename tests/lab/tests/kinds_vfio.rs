@@ -40,7 +40,7 @@ fn card() -> VfioDevice {
             modules::rebind(&bdf, "vfio-pci");
             bdf
         }
-        // An earlier test has bound it.
+        // An earlier test has bound the card.
         _ => vfio::probe()
             .unwrap()
             .into_iter()

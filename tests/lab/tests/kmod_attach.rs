@@ -1,5 +1,5 @@
-//! Importers of every kind on buffers that move: who gets what memory, who is told, who is waited
-//! for. Runs in the guest.
+//! Importers of every kind on buffers that move: the memory that each gets, the invalidations,
+//! and the waits. Runs in the guest.
 
 use std::fs;
 use std::io;
@@ -23,12 +23,12 @@ use peerbuf_uapi::{PLACEMENT_DEVICE, PLACEMENT_MIXED, PLACEMENT_SYSTEM};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
-/// Attaches with these flags; on an invalidation it unmaps at once.
+/// Attaches with these flags. The importer unmaps at once on an invalidation.
 fn attach(fd: &OwnedFd, flags: u32) -> io::Result<Importer> {
     Importer::attach(fd.as_fd(), &nvme_bdf(), flags, 0)
 }
 
-/// As [`attach`], with an `probe::ON_INVALIDATE_*`.
+/// Like [`attach`], with a `probe::ON_INVALIDATE_*` reaction.
 fn attach_that(fd: &OwnedFd, flags: u32, on_invalidate: u32) -> Importer {
     let mut request = importer::request(fd.as_fd(), &nvme_bdf(), flags);
     request.on_invalidate = on_invalidate;
@@ -67,7 +67,7 @@ fn who_cannot_use_the_bar_gets_system_memory() {
         assert!(listed.device.starts_with(nvme_bdf().as_bytes()));
         assert_eq!(listed.mapped, 1);
         assert_ne!(listed.flags & abi::ATTACHMENT_NEEDS_SYSTEM, 0);
-        // For as long as it is attached, mapped or not.
+        // The restriction lasts as long as the attachment, mapped or not.
         importer.unmap();
         if flags == PEER {
             importer.step(probe::IOC_UNPIN).unwrap();
@@ -97,7 +97,7 @@ fn a_refusal_says_who_and_why() {
         assert_eq!(query.nr_attachments, 0);
     }
     assert_eq!(placement(&node, &fd), PLACEMENT_DEVICE);
-    // System memory alone has no BAR that somebody could lack a route to.
+    // System memory has no BAR, so no importer lacks a route.
     let mut range = [abi::Range {
         length: MIB,
         flags: abi::RANGE_SYSTEM,
@@ -126,7 +126,7 @@ fn a_pinned_buffer_refuses_who_would_move_it() {
     assert_eq!((query.pins, query.moves, query.generation), (1, 0, 1));
     let (attachments, _) = node.buffer_lists(&fd).unwrap();
     assert_eq!(attachments[0].pinned, 1);
-    // A pin does not stand against a revoke: the device may go away at any time.
+    // A pin does not prevent a revoke, because the device may go away at any time.
     assert!(peer.map().unwrap().system == 0);
     assert_eq!(node.revoke(&fd, 1000).unwrap().holders, 0);
     assert_eq!(peer.state().invalidations, 1);
@@ -134,13 +134,14 @@ fn a_pinned_buffer_refuses_who_would_move_it() {
     peer.step(probe::IOC_UNPIN).unwrap();
     node.move_to(&fd, PLACEMENT_SYSTEM).unwrap();
     assert_eq!(node.buffer(&fd).unwrap().pins, 0);
-    // Pins of an importer that goes without a word go with it.
+    // The pins of an importer that goes without an unpin are removed.
     peer.step(probe::IOC_PIN).unwrap();
     drop(peer);
     node.move_to(&fd, PLACEMENT_DEVICE).unwrap();
 }
 
-/// Whether a module that attaches the buffer, pins it and forgets that could be loaded; it is not any more.
+/// Tries to load a module that attaches the buffer, pins it and never unpins it. Returns true
+/// if the module could be loaded; the module is unloaded again.
 fn forgetful(fd: &OwnedFd, parameters: &[&str]) -> bool {
     let bdf = nvme_bdf();
     let hex = |digits: &str| u32::from_str_radix(digits, 16).unwrap();
@@ -151,7 +152,7 @@ fn forgetful(fd: &OwnedFd, parameters: &[&str]) -> bool {
             format!("bus={bus}"),
             format!("devfn={}", slot << 3 | function),
         ])
-        // The loader has the buffer as its standard input.
+        // The loader has the buffer as standard input.
         .arg("fd=0")
         .args(parameters)
         .stdin(fd.try_clone().unwrap())
@@ -171,7 +172,7 @@ fn the_pins_of_an_importer_that_forgets_them_end_when_it_detaches() {
     assert!(forgetful(&fd, &["pins=3"]));
     let query = node.buffer(&fd).unwrap();
     assert_eq!((query.nr_attachments, query.pins), (0, 0));
-    // The pins of others are theirs.
+    // Other importers keep their pins.
     let peer = attach(&fd, DYNAMIC | PEER).unwrap();
     peer.step(probe::IOC_PIN).unwrap();
     assert_eq!(errno(node.move_to(&fd, PLACEMENT_SYSTEM)), libc::EBUSY);
@@ -186,7 +187,8 @@ fn importers_of_every_kind_share_a_buffer() {
     let peer = attach_that(&fd, DYNAMIC | PEER, probe::ON_INVALIDATE_REMAP);
     let mapping = peer.map().unwrap();
     assert_eq!((mapping.bus, mapping.system), (MIB, 0));
-    // A static one comes: the peer is told, and finds the bytes in system memory.
+    // A static importer attaches: the peer is invalidated, and finds the bytes in system
+    // memory.
     let fixed = attach(&fd, 0).unwrap();
     assert!(system(MIB)(&fixed.map().unwrap()));
     assert_eq!(peer.state().invalidations, 1);
@@ -220,7 +222,8 @@ fn an_old_mapping_keeps_its_memory_and_holds_up_the_way_back() {
     let (fd, _) = node.export(None, MIB).unwrap();
     let holder = attach_that(&fd, DYNAMIC | PEER, probe::ON_INVALIDATE_HOLD);
     assert_eq!(holder.map().unwrap().bus, MIB);
-    // The way out is free: what it still reaches is in nobody's use.
+    // A move to system memory works: the range in the BAR that the holder still reaches is
+    // unused.
     node.move_to(&fd, PLACEMENT_SYSTEM).unwrap();
     let (attachments, _) = node.buffer_lists(&fd).unwrap();
     assert_ne!(attachments[0].flags & abi::ATTACHMENT_STALE, 0);
@@ -231,7 +234,7 @@ fn an_old_mapping_keeps_its_memory_and_holds_up_the_way_back() {
     assert!(began.elapsed() >= Duration::from_millis(150));
     holder.unmap();
     node.move_to(&fd, PLACEMENT_DEVICE).unwrap();
-    // In system memory nothing comes under an old mapping: each move takes new pages.
+    // In system memory nothing appears under an old mapping, because each move takes new pages.
     node.move_to(&fd, PLACEMENT_SYSTEM).unwrap();
     assert!(system(MIB)(&holder.map().unwrap()));
     node.move_to(&fd, PLACEMENT_DEVICE).unwrap();
@@ -261,7 +264,7 @@ fn moves_wait_for_fences_of_every_usage() {
         importer.step(probe::IOC_SIGNAL).unwrap();
         node.revoke(&fd, 1000).unwrap();
         node.restore(&fd).unwrap();
-        // One that signals while it is waited for.
+        // A fence that signals during the wait.
         importer.fence(usage, 200).unwrap();
         let began = Instant::now();
         node.move_to(&fd, PLACEMENT_SYSTEM).unwrap();
@@ -273,15 +276,15 @@ fn moves_wait_for_fences_of_every_usage() {
     assert!(query.longest_wait_ns > 80_000_000, "{query:?}");
 }
 
-/// Two who leave fences in turn, so that there is always one that has not signalled, until this is dropped
-/// or 20 seconds are over.
+/// Two importers that add fences in turn, so that one fence is always unsignalled, until this
+/// is dropped or 20 seconds have passed.
 struct Fencing {
     stop: Arc<AtomicBool>,
     thread: Option<thread::JoinHandle<()>>,
 }
 
 impl Fencing {
-    /// How long a fence lasts. Another one comes before it is over.
+    /// The duration of a fence. The next one comes before its end.
     const MS: u32 = 400;
 
     fn start(fd: &OwnedFd) -> Self {
@@ -321,7 +324,7 @@ fn fences_that_come_after_the_mark_hold_nobody_up() {
     let bdf = node.bdf.clone();
     let (fd, _) = node.export(None, MIB).unwrap();
     let limit = seconds(5);
-    // Its owner's revoke, and that he gives access again.
+    // A revoke by the owner, and a restore.
     let fencing = Fencing::start(&fd);
     thread::sleep(Duration::from_millis(200));
     let began = Stopwatch::start();
@@ -330,7 +333,7 @@ fn fences_that_come_after_the_mark_hold_nobody_up() {
     assert!(began.elapsed() < limit, "{:?}", began.elapsed());
     thread::sleep(Duration::from_millis(u64::from(Fencing::MS)));
     node.restore(&fd).unwrap();
-    // A reset, and the end of the binding.
+    // A reset, and the unbind.
     let began = Stopwatch::start();
     fs::write(format!("/sys/bus/pci/devices/{bdf}/reset"), "1").unwrap();
     assert!(began.elapsed() < limit, "{:?}", began.elapsed());
@@ -360,7 +363,7 @@ fn a_fence_from_before_the_mark_is_waited_for_by_every_reason() {
     assert_all_free(&Node::open(&bdf).unwrap());
 }
 
-/// For a fence that is signalled by the test, and before a map gives up waiting for it.
+/// Timeout of a fence that the test signals: shorter than the time after which a map gives up.
 const LONG_MS: u32 = 20_000;
 
 #[test]
@@ -373,8 +376,8 @@ fn a_buffer_that_is_held_up_holds_up_no_other() {
     let pause = Duration::from_millis(300);
     thread::scope(|scope| {
         let (node, held) = (&node, &held);
-        // A move waits for the fence with the buffer's lock held, and others wait for that lock: the node's
-        // fdinfo, the list of all, the end of an open node.
+        // A move waits for the fence with the buffer's lock held. The node's fdinfo, the list
+        // of all buffers and the close of a node wait for that lock.
         let moving = scope.spawn(move || node.move_part(held, PLACEMENT_SYSTEM, 0, 0, 2 * LONG_MS));
         thread::sleep(pause);
         let file = format!("/proc/self/fdinfo/{}", node.file.as_raw_fd());
@@ -389,7 +392,7 @@ fn a_buffer_that_is_held_up_holds_up_no_other() {
         node.buffer(&fd).unwrap();
         node.move_to(&fd, PLACEMENT_SYSTEM).unwrap();
         drop(fd);
-        // The driver core tells of every unbinding of the machine.
+        // The driver core reports every unbind on the machine to the module.
         let spare = spare_device();
         for action in ["unbind", "bind"] {
             fs::write(format!("/sys/bus/pci/drivers/ahci/{action}"), &spare).unwrap();
@@ -413,7 +416,7 @@ fn a_fault_on_a_buffer_that_is_held_up_ends_with_a_signal() {
     let map = Map::new(fd.as_fd(), MIB as usize, false).unwrap();
     let pause = Duration::from_millis(300);
     thread::scope(|scope| {
-        // Waits for the fence with the buffer's lock held.
+        // This map waits for the fence with the buffer's lock held.
         let waiting = scope.spawn(|| mapping.map().unwrap());
         thread::sleep(pause);
         let child = in_child(|| map.read(0) as i32);
@@ -422,7 +425,7 @@ fn a_fault_on_a_buffer_that_is_held_up_ends_with_a_signal() {
         child.kill(libc::SIGTERM);
         assert_eq!(child.wait(), Err(libc::SIGTERM));
         assert!(!waiting.is_finished(), "the signal waited for the fence");
-        // Nor does a fault here keep this process's memory map.
+        // A fault here must not keep this process's memory map locked.
         scope.spawn(|| map.read(0));
         thread::sleep(pause);
         drop(Map::new(fd.as_fd(), MIB as usize, false).unwrap());
@@ -446,7 +449,7 @@ fn revoke_names_who_does_not_let_go() {
     let (attachments, _) = node.buffer_lists(&fd).unwrap();
     let holding: Vec<u32> = attachments.iter().map(|a| a.mapped).collect();
     assert_eq!(holding.iter().sum::<u32>(), 1, "{attachments:?}");
-    // Nobody comes in meanwhile.
+    // Nobody gets access meanwhile.
     assert_eq!(errno(good.map()), libc::ENODEV);
     assert_eq!(errno(attach(&fd, DYNAMIC | PEER)), libc::ENODEV);
     assert_eq!(errno(good.step(probe::IOC_PIN)), libc::ENODEV);
@@ -470,7 +473,7 @@ fn who_waits_long_for_a_revoke_can_be_killed() {
     let began = Stopwatch::start();
     assert_eq!(child.wait(), Err(libc::SIGKILL));
     assert!(began.elapsed() < Duration::from_secs(5));
-    // It stays revoked: nobody gets new access, whoever asked for that.
+    // The buffer stays revoked: nobody gets new access.
     assert_eq!(errno(node.restore(&fd)), libc::EBUSY);
     holder.unmap();
     node.restore(&fd).unwrap();
@@ -482,7 +485,7 @@ fn revoke_counts_system_memory_too() {
     let fd = node.export_movable(MIB).unwrap();
     let fixed = attach(&fd, 0).unwrap();
     fixed.map().unwrap();
-    // It cannot be told, so it is told about.
+    // A static importer cannot be invalidated, so the revoke reports it.
     assert_eq!(node.revoke(&fd, 100).unwrap().holders, 1);
     fixed.unmap();
     assert_eq!(node.revoke(&fd, 100).unwrap().holders, 0);
@@ -494,7 +497,8 @@ fn revoke_counts_system_memory_too() {
 #[test]
 fn kernel_mappings_are_of_system_memory_and_keep_the_buffer_there() {
     let node = Node::largest();
-    // The core warns of every error of an exporter's `vmap`; here is none to fail, and so no warning.
+    // The core warns of every error of an exporter's `vmap`. This exporter has no `vmap`, so
+    // there is no warning.
     let (fixed, _) = node.export(None, MIB).unwrap();
     let importer = attach(&fixed, DYNAMIC | PEER).unwrap();
     assert_eq!(errno(importer.step(probe::IOC_VMAP)), libc::EINVAL);
@@ -507,7 +511,7 @@ fn kernel_mappings_are_of_system_memory_and_keep_the_buffer_there() {
     importer.map().unwrap();
     assert_eq!(placement(&node, &fd), PLACEMENT_DEVICE);
     importer.step(probe::IOC_VMAP).unwrap();
-    // The importer was told.
+    // The importer was invalidated.
     assert_eq!(importer.query().state, probe::VMAPPED);
     let query = node.buffer(&fd).unwrap();
     assert_eq!((query.placement, query.vmaps), (PLACEMENT_SYSTEM, 1));
@@ -542,7 +546,7 @@ fn devices_only_read_what_was_exported_for_that() {
         importer.map_for(probe::TO_DEVICE).unwrap();
         importer.unmap();
         assert_eq!(errno(importer.step(probe::IOC_VMAP)), libc::EINVAL);
-        // The processor's right is the descriptor's.
+        // The CPU's access is limited by the descriptor.
         Map::new(fd.as_fd(), MIB as usize, true)
             .unwrap()
             .write(0, 1);
@@ -587,7 +591,7 @@ fn a_mixed_buffer_is_one_scatter_list() {
     );
     assert!(mapping.segments >= 4, "{mapping:?}");
     peer.unmap();
-    // Moves of parts, as the importer sees them; the sums agree with the query's.
+    // Moves of parts, as the importer sees them. The sums agree with the module's query.
     let mut random = StdRng::seed_from_u64(11);
     let pages = length / PAGE;
     for round in 0..60 {
@@ -610,7 +614,7 @@ fn a_mixed_buffer_is_one_scatter_list() {
         );
         peer.unmap();
     }
-    // Somebody who cannot use the BAR gets all of it in system memory.
+    // An importer that cannot use the BAR gets the whole buffer in system memory.
     let fixed = attach(&fd, 0).unwrap();
     assert!(system(length)(&fixed.map().unwrap()));
 }
@@ -690,11 +694,11 @@ fn a_reset_revokes_first_and_gives_access_again_after() {
     assert_eq!(good.map().unwrap().bus, 2 * MIB);
     seen.write(8, 2);
     assert_eq!(seen.read(8), 2);
-    // What its owner had revoked stays revoked.
+    // A buffer that its owner had revoked stays revoked.
     assert_eq!(node.buffer(&kept).unwrap().state, abi::STATE_REVOKED);
     node.restore(&kept).unwrap();
     drop(node.export(None, MIB).unwrap());
-    // Direct I/O in flight and an importer that is slow: the reset waits for both.
+    // Direct I/O in flight and a slow importer: the reset waits for both.
     let disk = disk::open_direct(SCRATCH).unwrap();
     let mut late = importer::request(fd.as_fd(), &nvme_bdf(), DYNAMIC | PEER);
     late.on_invalidate = probe::ON_INVALIDATE_HOLD;
@@ -778,10 +782,10 @@ fn everything_races_with_everything() {
             });
             scope.spawn(move || {
                 let seen = Map::new(fd.as_fd(), 16 * PAGE as usize, true);
-                // A revoke in that moment: nothing to map.
+                // A revoke at this moment leaves nothing to map.
                 let Ok(seen) = seen else { return };
                 while Instant::now() < until {
-                    // Reading would end in SIGBUS at times; a system call gets EFAULT instead.
+                    // A load would raise SIGBUS at times. A system call gets EFAULT instead.
                     let mut pipe = [0; 2];
                     // SAFETY: A new pipe, and a range of the mapping that the kernel checks.
                     unsafe {

@@ -1,6 +1,6 @@
-//! What the kernel does to a bound device: it recovers the device from an error that the port above reports
-//! (injected by the kernel's `aer_inject`), and puts it to sleep. Runs in the guest, on the stock kernel: the
-//! debug one has neither AER nor suspend.
+//! Events of a bound device: recovery from an error that the port above reports (injected by
+//! the kernel's `aer_inject`), and suspend. Runs in the guest, on the stock kernel: the debug
+//! kernel has neither AER nor suspend.
 
 use std::fs::{self, OpenOptions};
 use std::io::Write;
@@ -16,17 +16,17 @@ use peerbuf_lab_suite::node::{MIB, Map, Node, assert_all_free, errno, nvme_bdf};
 use peerbuf_lab_suite::pci::wait_until;
 use peerbuf_uapi::{self as abi, probe};
 
-/// `PCI_ERR_UNC_*`, with the severity that they have unless changed.
+/// `PCI_ERR_UNC_*`, with their default severity.
 const FATAL: u32 = 1 << 4; // Data Link Protocol Error
 const NON_FATAL: u32 = 1 << 15; // Completer Abort
 
-/// The switch's upstream port, which the device is below.
+/// The upstream port of the switch above the device.
 fn upstream_port(bdf: &str) -> PathBuf {
     let path = fs::canonicalize(machine::device(bdf)).unwrap();
     path.parent().unwrap().parent().unwrap().to_owned()
 }
 
-/// Has a device report an error (`struct aer_error_inj` of `drivers/pci/pcie/aer_inject.c`).
+/// Makes a device report an error (`struct aer_error_inj` of `drivers/pci/pcie/aer_inject.c`).
 fn inject(bdf: &str, status: u32) {
     let address: PciAddress = bdf.parse().unwrap();
     let mut error = [0; 32];
@@ -56,14 +56,14 @@ fn an_error_revokes_and_a_recovered_device_has_a_new_generation() {
         assert_eq!(importer.map().unwrap().bus, 2 * MIB);
         inject(port, status);
         generation += 2;
-        // It is live and of the old generation until the error is told.
+        // Until the error is reported, the buffer is live and has the old generation.
         wait_until("the device has recovered", || {
             let now = node.buffer(&fd).unwrap();
             now.state == abi::STATE_LIVE && now.generation == generation
         });
         let state = importer.state();
         assert_eq!((state.invalidations, state.mapped), (n + 1, 0), "{state:?}");
-        // The processor and the disk reach the memory again, whose bytes QEMU keeps.
+        // The CPU and the disk reach the memory again. QEMU keeps its bytes.
         assert_eq!(seen.read(0), u64::from(n) + 1);
         wait_until("the disk has recovered", || {
             disk::open_direct(SCRATCH).is_ok()
@@ -73,7 +73,7 @@ fn an_error_revokes_and_a_recovered_device_has_a_new_generation() {
             disk::read_into(&disk, &seen, 0, 2 << 20, 0).unwrap(),
             2 << 20
         );
-        // What its owner had revoked stays revoked.
+        // A buffer that its owner had revoked stays revoked.
         assert_eq!(node.buffer(&kept).unwrap().state, abi::STATE_REVOKED);
         let command = fs::read(machine::device(&node.bdf).join("config")).unwrap()[4];
         assert_eq!(command & 0b110, 0b010, "memory decoding, no bus mastering");
@@ -90,8 +90,9 @@ fn an_error_revokes_and_a_recovered_device_has_a_new_generation() {
     assert_all_free(&node);
 }
 
-/// Has the system begin to suspend, twice, with a holder on one card who does not let go, so that this card refuses.
-/// Returns whether the other card was asleep by then: that is so if the kernel found it later.
+/// Starts two suspends of the system, with an importer on one card that does not unmap, so that
+/// this card refuses. Returns whether the other card was asleep at that time, which is so if
+/// the kernel found it later.
 fn refused_suspend(sleeps: &Node, refuses: &Node) -> bool {
     let (fd, _) = sleeps.export(None, MIB).unwrap();
     let (kept, _) = sleeps.export(None, MIB).unwrap();
@@ -137,8 +138,9 @@ fn refused_suspend(sleeps: &Node, refuses: &Node) -> bool {
     slept
 }
 
-/// The guest's root is on a virtio device that does not survive a suspend, so each suspend here ends before it comes
-/// to that device: devices are suspended one after the other, the one found last first, and one card refuses.
+/// The guest's root is on a virtio device that does not survive a suspend, so each suspend here
+/// must fail before it reaches that device. The kernel suspends the device found last first,
+/// and one card refuses.
 #[test]
 fn a_suspend_revokes_or_is_refused_and_gives_access_again() {
     fs::write("/sys/power/pm_async", "0").unwrap();
@@ -148,7 +150,7 @@ fn a_suspend_revokes_or_is_refused_and_gives_access_again() {
     let [one, other] = &nodes[..] else {
         panic!("{} cards of 4 MiB", nodes.len());
     };
-    // Which of the two was found last depends on what was unplugged before.
+    // The order of discovery depends on earlier unplugs.
     let slept = [refused_suspend(one, other), refused_suspend(other, one)];
     assert_eq!(slept.iter().filter(|slept| **slept).count(), 1, "{slept:?}");
 }

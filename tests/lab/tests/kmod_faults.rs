@@ -1,12 +1,12 @@
 //! Every call with failing allocations and failing user memory, at each place in the call. Runs in the guest,
 //! on the debug kernel.
 //!
-//! `/proc/thread-self/fail-nth` makes the nth place of the next system call fail at which the kernel
-//! allocates memory (slab or pages) or copies from or to user memory. Each call is made with n = 1, 2, 3 and
-//! so on until n exceeds its places, and many times for each n: kmemleak, which scans at the end, misses the
-//! last fifty or so blocks of a size. A fault may have no effect, if the kernel has an alternative (a smaller
-//! block, a reserve), or cause ENOMEM or EFAULT, and nothing else. After that, the same call without a fault
-//! succeeds.
+//! `/proc/thread-self/fail-nth` makes the nth fault point of the next system call fail. A fault
+//! point is an allocation (slab or pages) or a copy from or to user memory. Each call is made
+//! with n = 1, 2, 3 and so on until n exceeds its fault points, and many times for each n:
+//! kmemleak, which scans at the end, misses the last fifty or so blocks of a size. A fault may
+//! have no effect, if the kernel has an alternative (a smaller block, a reserve), or cause
+//! ENOMEM or EFAULT, and nothing else. After that, the same call without a fault succeeds.
 
 use std::collections::BTreeMap;
 use std::ffi::CString;
@@ -132,7 +132,8 @@ fn each_place<S, T: PartialEq + Debug>(
                 *answers.entry(answer).or_default() += 1;
             }
             match answer {
-                // Succeeded in spite of the fault: prepares again, since the call has had its effect.
+                // The call succeeded in spite of the fault. Prepares again, because the call
+                // has had its effect.
                 0 => {
                     drop(stage);
                     stage = prepare();
@@ -313,7 +314,7 @@ fn moving() {
         move || {
             let node = Node::largest();
             let fd = mixed(&node);
-            // All of it begins where this move does not take it.
+            // Every byte begins in the place that the move leaves.
             node.move_to(&fd, PLACEMENT_DEVICE + PLACEMENT_SYSTEM - to)
                 .unwrap();
             let map = Map::new(fd.as_fd(), (pages * PAGE) as usize, true).unwrap();

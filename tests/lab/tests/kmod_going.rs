@@ -24,7 +24,7 @@ use peerbuf_uapi::{self as abi, probe};
 use peerbuf_uapi::{PLACEMENT_DEVICE, PLACEMENT_SYSTEM};
 use rustix::event::{EventfdFlags, eventfd};
 
-/// Time limit: the delay that the slowest of them causes, plus four times that for a busy host. (A slot's
+/// Time limit: the delay of the slowest access, plus four times that for a busy host. (A slot's
 /// button takes effect after 5 s.)
 fn limit() -> Duration {
     Duration::from_secs(if is_debug_kernel() { 60 } else { 20 })
@@ -36,15 +36,15 @@ const LATE_MS: u32 = 700;
 /// The buffers in use when the device goes.
 struct Busy {
     node: Node,
-    /// Mapped, accessed by the CPU, and watched.
+    /// The CPU accesses and watches this buffer.
     touched: OwnedFd,
-    /// A disk reads into it.
+    /// A disk reads into this buffer.
     read: OwnedFd,
-    /// It is being moved.
+    /// This buffer is being moved.
     moved: OwnedFd,
-    /// It has importers of every kind.
+    /// This buffer has importers of every kind.
     imported: OwnedFd,
-    /// In system memory, because of an importer that needs it there.
+    /// This buffer is in system memory, because of an importer that needs it there.
     settled: OwnedFd,
 }
 
@@ -126,7 +126,7 @@ fn with_everything_under_way(bdf: &str, go: impl FnOnce(&Busy) -> bool) {
     let again = attach(&busy.imported, DYNAMIC | PEER, remaps, 0);
     let late = attach(&busy.imported, DYNAMIC | PEER, holds, LATE_MS);
     let stubborn = attach(&busy.imported, DYNAMIC | PEER, holds, 0);
-    // Its mapping is of system memory, so its end is not awaited.
+    // The kernel mapping is of system memory, so nothing waits for its end.
     let kernel = attach(&busy.settled, DYNAMIC, told, 0);
     let settled = attach(&busy.settled, 0, told, 0);
     for importer in [&good, &again, &late, &stubborn, &settled] {
@@ -184,7 +184,7 @@ fn with_everything_under_way(bdf: &str, go: impl FnOnce(&Busy) -> bool) {
         wait_until("the move has told the importers", || {
             node.buffer(&busy.moved).unwrap().invalidations > before
         });
-        // An importer that unmaps only on request, some time after it should have.
+        // An importer that unmaps only on request, some time after the deadline.
         let pause = Duration::from_millis(u64::from(LATE_MS));
         let stubborn = &stubborn;
         scope.spawn(move || {

@@ -91,7 +91,7 @@ fn what_an_unprivileged_process_was_given_it_may_use_and_no_more() {
         assert_eq!(errno(opened), libc::EACCES);
         let refused = Importer::attach(buffer.as_fd(), &nvme_bdf(), 0, 0);
         assert_eq!(errno(refused), libc::EACCES);
-        // A descriptor that it got carries the right with it.
+        // A process that receives a descriptor may use it.
         assert_eq!(attachment.map().unwrap().bytes, MIB);
         attachment.unmap();
         let mut request = importer::request(buffer.as_fd(), &nvme_bdf(), 0);
@@ -596,7 +596,7 @@ fn who_attaches_for_a_device_that_is_going_can_be_killed() {
     let mut request = importer::request(fd.as_fd(), &nvme_bdf(), DYNAMIC | PEER);
     request.on_invalidate = probe::ON_INVALIDATE_HOLD;
     let (told, telling) = std::io::pipe().unwrap();
-    // It holds what the unbind waits for, and waits for the unbind.
+    // The child holds what the unbind waits for, and waits for the unbind.
     let child = in_child(|| {
         let holder = Importer::attach_as(request).unwrap();
         holder.map().unwrap();
@@ -629,7 +629,7 @@ fn a_mapping_is_held_for_a_time() {
     assert!(waited >= ms(550) && waited < ms(10_000), "{waited:?}");
     assert_eq!(holder.query().state, 0);
     Node::bind(&bdf);
-    // Closed while it holds the mapping: released at once.
+    // The file is closed while the importer holds the mapping: the mapping is released at once.
     let (fd, _) = Node::open(&bdf).unwrap().export(None, MIB).unwrap();
     let holder = Importer::attach(fd.as_fd(), &nvme_bdf(), DYNAMIC | PEER, 30_000).unwrap();
     holder.map().unwrap();
@@ -720,7 +720,7 @@ fn an_attachment_outlives_its_file_as_long_as_it_was_told() {
     wait_until("it lets go", || exports() == 0);
     assert!(start.elapsed() >= ms(650), "{:?}", start.elapsed());
 
-    // After an invalidation it behaves, with or without a file.
+    // After an invalidation the importer behaves, with or without a file.
     let (fd, _) = node.export(None, MIB).unwrap();
     request.dmabuf = fd.as_raw_fd();
     request.detach_ms = 20_000;

@@ -37,7 +37,7 @@ fn map(fd: &OwnedFd, len: u64) -> Map {
     Map::new(fd.as_fd(), len as usize, true).unwrap()
 }
 
-/// How often the eventfd was signalled since the last call.
+/// Number of signals of the eventfd since the last call.
 fn signals(event: &OwnedFd) -> u64 {
     let mut count = [0; 8];
     match rustix::io::read(event, &mut count) {
@@ -72,12 +72,12 @@ fn a_move_takes_every_byte_there_and_back() {
                 (now.state, now.placement, now.generation),
                 (abi::STATE_LIVE, placement, generation)
             );
-            // Where it is already, nothing happens.
+            // A move to the present place does nothing.
             assert_eq!(node.move_to(&fd, placement).unwrap(), (generation, 0));
         }
         let now = node.buffer(&fd).unwrap();
         assert_eq!((now.moves, now.copied), (3, 3 * len as u64));
-        // The range in the BAR stays the buffer's own meanwhile.
+        // The buffer keeps its range in the BAR meanwhile.
         assert_eq!(node.bar2().exports, 1);
         drop((fd, map));
         assert_all_free(&node);
@@ -124,10 +124,10 @@ fn parts_move_alone_and_leave_the_rest() {
     );
     assert_eq!(node.buffer(&fd).unwrap().placement, PLACEMENT_MIXED);
     assert_eq!(differs(&map, 0, len as usize, 7), None);
-    // A part that overlaps: what is there already is not copied again.
+    // A part that overlaps: bytes that are already there are not copied again.
     let moved = node.move_part(&fd, PLACEMENT_SYSTEM, 0, 4 * PAGE, 1000);
     assert_eq!(moved.unwrap(), (3, 3 * PAGE));
-    // And back, across all the seams.
+    // Moves back, across all boundaries.
     assert_eq!(node.move_to(&fd, PLACEMENT_DEVICE).unwrap(), (4, 8 * PAGE));
     assert_eq!(differs(&map, 0, len as usize, 7), None);
     let (_, pieces) = node.buffer_lists(&fd).unwrap();
@@ -212,7 +212,7 @@ fn several_ranges_are_one_buffer_in_the_callers_order() {
     );
     drop((fd, whole));
     assert_all_free(&node);
-    // The bytes are where the ranges said.
+    // The bytes are in the requested ranges.
     let (fd, _) = node.export(Some(0), 64 * PAGE).unwrap();
     let bar = map(&fd, 64 * PAGE);
     for (in_bar, in_buffer) in [(40, 0), (41, 1), (8, 5), (0, 6), (3, 9)] {
@@ -228,7 +228,7 @@ fn several_ranges_are_one_buffer_in_the_callers_order() {
 #[test]
 fn taking_much_memory_ends_with_the_process_that_wants_it() {
     let node = Node::largest();
-    // So much takes a while: every page of it is cleared.
+    // The kernel clears every page, so this export takes a while.
     let length = 512 * MIB;
     let available = memory::available();
     let take = || node.export_ranges(0, &mut [range(length, abi::RANGE_SYSTEM)]);
@@ -476,7 +476,7 @@ fn bad_moves_get_their_errno_and_change_nothing() {
         );
         assert_eq!(sent, request, "{what}");
     }
-    // Another device's node does not do for this device's buffer.
+    // Another device's node does not accept this device's buffer.
     for errno in [
         errno(other.move_to(&fd, PLACEMENT_SYSTEM)),
         errno(other.revoke(&fd, 0)),
@@ -534,7 +534,7 @@ fn watchers_are_told_of_each_change() {
     node.revoke(&fd, 100).unwrap();
     node.restore(&fd).unwrap();
     assert_eq!((signals(&first), signals(&second)), (2, 2));
-    // Another opener's watch is not ours to end.
+    // Another file's watch cannot be ended here.
     assert_eq!(
         errno(node.watch(abi::IOC_UNWATCH, &fd, second.as_fd())),
         libc::ENOENT
@@ -552,7 +552,7 @@ fn watchers_are_told_of_each_change() {
         errno(node.watch(abi::IOC_WATCH, &fd, file.as_fd())),
         libc::EINVAL
     );
-    // There is an end to it.
+    // The number of watchers is limited.
     let refused = (0..5000)
         .map(|_| errno(node.watch(abi::IOC_WATCH, &fd, first.as_fd())))
         .find(|&errno| errno != 0);
@@ -610,7 +610,7 @@ fn revoke_ends_access_and_restore_gives_it_again() {
         assert_eq!(errno(sync(&fd, SYNC_READ)), libc::ENODEV);
         assert_eq!(errno(node.move_to(&fd, PLACEMENT_SYSTEM)), libc::ENODEV);
         assert_eq!(node.buffer(&fd).unwrap().state, abi::STATE_REVOKED);
-        // Again: it is revoked, and stays so.
+        // A second revoke: the buffer stays revoked.
         assert_eq!(node.revoke(&fd, 0).unwrap().generation, generation + 1);
         assert_eq!(node.restore(&fd).unwrap(), generation + 2);
         assert_eq!(differs(&seen, 0, MIB as usize, 4), None, "the bytes stay");
@@ -652,21 +652,21 @@ fn direct_io_in_flight_is_waited_for_within_the_limit() {
             assert_eq!(reading.join().unwrap(), 2 << 20);
             node.restore(&fd).unwrap();
         });
-        // What was read in flight is in the place that it was read to, and moves from there.
+        // The bytes of the I/O in flight are in the right place, and move from there.
         assert_eq!(differs(&seen, 0, 2 << 20, u64::from(to)), None);
         node.move_to(&fd, to).unwrap();
         assert_eq!(differs(&seen, 0, 2 << 20, u64::from(to)), None);
     }
 }
 
-/// A pipe that keeps the first page of a mapping.
+/// Makes a pipe that keeps the first page of a mapping.
 fn pipe_with_page_of(map: &Map) -> std::io::PipeReader {
     let (read, write) = std::io::pipe().unwrap();
     let page = libc::iovec {
         iov_base: map.as_ptr(),
         iov_len: PAGE as usize,
     };
-    // SAFETY: The page lies in the mapping. The kernel only reads it.
+    // SAFETY: the page lies in the mapping, and the kernel only reads it.
     let n = unsafe { libc::vmsplice(write.as_raw_fd(), &raw const page, 1, 0) };
     assert_eq!(n, PAGE as isize, "{}", std::io::Error::last_os_error());
     read
@@ -710,7 +710,7 @@ fn a_page_that_somebody_keeps_is_left_to_him_with_the_bytes_that_it_had() {
     fill(&seen, 0, len, 2);
     assert!(words(pipe).into_iter().eq(old(1)), "what he kept");
 
-    // A revoke, which says so, and that access is given again.
+    // A revoke, which reports the page, and a restore.
     node.move_to(&fd, PLACEMENT_SYSTEM).unwrap();
     let pipe = pipe_with_page_of(&seen);
     let revoked = node.revoke(&fd, LIMIT_MS).unwrap();
@@ -722,7 +722,7 @@ fn a_page_that_somebody_keeps_is_left_to_him_with_the_bytes_that_it_had() {
     assert!(words(pipe).into_iter().eq(old(2)), "what he kept");
     assert_eq!(differs(&seen, 0, len, 3), None);
 
-    // The end of the device's binding.
+    // The unbind of the device.
     let pipe = pipe_with_page_of(&seen);
     let began = Stopwatch::start();
     Node::unbind(&bdf);
@@ -757,7 +757,7 @@ fn a_move_comes_to_an_end_under_a_stream_of_direct_io() {
             });
         }
         for round in 0.. {
-            // On a quiet machine the moves are over before much was read.
+            // On a quiet machine the moves end before much was read.
             if round >= 40 && transfers.load(Ordering::Relaxed) > 20 {
                 break;
             }
@@ -781,7 +781,7 @@ fn no_byte_is_lost_when_processes_write_through_moves() {
     let seen = map(&fd, len);
     let stop = AtomicBool::new(false);
     thread::scope(|scope| {
-        // Each writer owns every third word, counts in it, and finds what it wrote last.
+        // Each writer owns every third word, counts in it, and finds its last value.
         for writer in 0..3usize {
             let (seen, stop) = (&seen, &stop);
             scope.spawn(move || {
@@ -818,8 +818,8 @@ fn no_byte_is_lost_when_processes_write_through_moves() {
     });
 }
 
-/// System memory comes in blocks of up to 2 MiB, each in use as a whole; the rest of one that is mapped
-/// does not hold up a part.
+/// System memory comes in blocks of up to 2 MiB, and a block counts as in use as a whole.
+/// Mapped pages do not delay a move of another part.
 #[test]
 fn single_pages_come_back_from_a_block_whose_rest_is_mapped() {
     let node = Node::largest();
@@ -854,7 +854,7 @@ fn fdinfo_of_a_node_tells_what_the_query_tells() {
         format!("buffer:\t{inode} bar 2 length {MIB} placement system state live generation 2\n");
     assert!(text.contains(&expected), "{text}");
     assert!(text.contains("moves 1 "), "{text}");
-    // Debugfs has the same below each device's name, and the devices that have none.
+    // Debugfs lists the same buffers below each device's name, and the devices without buffers.
     let importer = Importer::attach(fd.as_fd(), &nvme_bdf(), DYNAMIC, 0);
     assert!(importer.is_err(), "it may not move for an importer");
     let fdinfo =
@@ -887,8 +887,8 @@ fn cpu_access_guards_serve_both_places() {
     }
 }
 
-/// The kernel's record of its `dma_sync_sg_for_cpu` calls, while this lives. The instrumented kernel keeps
-/// none.
+/// The kernel's record of its `dma_sync_sg_for_cpu` calls, while this value lives. The
+/// instrumented kernel keeps none.
 struct Synced;
 
 impl Synced {
@@ -908,7 +908,7 @@ impl Synced {
         Some(Self)
     }
 
-    /// How often it was called for a device.
+    /// Number of calls for a device.
     fn count(&self, bdf: &str) -> usize {
         let text = fs::read_to_string("/sys/kernel/tracing/trace").unwrap();
         let calls = text.lines().filter(|l| l.contains("dma_sync_sg_for_cpu:"));
@@ -1039,7 +1039,7 @@ fn the_crate_says_it_all() {
         error.contains("PEERBUF_IOC_RESTORE") && error.contains("EALREADY"),
         "{error}"
     );
-    // Memory that somebody uses: the error says so.
+    // The error says that the memory is in use.
     let length = 2 * MIB;
     let ranges = vec![RangeRequest::System { length }];
     let request = RangesRequest {

@@ -111,7 +111,7 @@ fn what_is_predicted_is_what_the_kernel_answers_for_every_pair() {
                     other => panic!("{pair}: {other:?}"),
                 },
                 Err(ProbeError::System { cause, .. }) => match cause.errno {
-                    // Without a driver, or with one that does no DMA.
+                    // A device without a driver, or with a driver that does no DMA.
                     Errno::UNATCH => continue,
                     Errno::REMOTEIO => rules::Map::NotSupported,
                     _ => panic!("{pair}: {cause}"),
@@ -134,7 +134,7 @@ fn what_is_predicted_is_what_the_kernel_answers_for_every_pair() {
     assert!(answers(disk) >= 2, "{compared:?}");
 }
 
-/// pciutils's text of this machine lacks the processor, and otherwise says the same as sysfs.
+/// pciutils's text of this machine lacks the CPU, and otherwise agrees with sysfs.
 #[test]
 fn lspci_s_text_gives_the_same_predictions_as_sysfs() {
     let ours = peerbuf_topo::running().unwrap();

@@ -1,4 +1,4 @@
-//! The lab keeps its promises about `cargo lab run`. Runs on the host and calls the lab.
+//! The guarantees of `cargo lab run`. Runs on the host and calls the lab.
 
 use std::{
     fs,
@@ -17,7 +17,7 @@ fn lab(args: &[&str]) -> Command {
     command
 }
 
-/// Most promises need neither module nor tools, nor a second processor.
+/// Most tests need neither module nor tools, nor a second CPU.
 const BARE: [&str; 4] = ["run", "--bare", "--processors", "1"];
 
 /// `cargo lab run --bare OPTIONS -- COMMAND`.
@@ -27,7 +27,7 @@ fn bare(options: &[&str], command: &[&str]) -> Output {
         .unwrap()
 }
 
-/// The lab, under way.
+/// A running lab.
 fn started(args: &[&str]) -> Child {
     lab(args)
         .stdout(Stdio::piped())
@@ -105,8 +105,9 @@ fn a_panic_ends_with_125_and_the_end_of_the_console() {
 
 #[test]
 fn a_guest_out_of_memory_ends_with_125_and_the_end_of_the_console() {
-    // A little at a time: one big allocation would be refused at once, and prove nothing. Before memory is all
-    // gone the guest may read its programs' pages again and again for minutes, unless it is told not to.
+    // Allocates a little at a time: one big allocation would be refused at once, and prove
+    // nothing. A guest with almost no memory would reread its programs' pages for minutes;
+    // `min_ttl_ms` prevents that.
     let script = "echo 1000 > /sys/kernel/mm/lru_gen/min_ttl_ms\n\
                   exec python3 -c 'x = []\nwhile True: x.append(bytearray(1 << 22))'";
     let output = bare(
@@ -120,7 +121,8 @@ fn a_guest_out_of_memory_ends_with_125_and_the_end_of_the_console() {
 
 #[test]
 fn a_guest_that_counts_instructions_tells_the_time_by_them() {
-    // Not the early clock, which the kernel keeps when it was told another frequency than it finds.
+    // Not the early clock, which the kernel keeps if the announced frequency differs from the
+    // measured one.
     let script = "until grep -x tsc /sys/devices/system/clocksource/*0/current_clocksource; do sleep 1; done";
     let output = bare(&["--icount", "--timeout", "60"], &["sh", "-c", script]);
     assert_eq!(text(&output.stdout), "tsc\n", "{}", text(&output.stderr));
@@ -347,21 +349,21 @@ fn a_layer_whose_making_was_killed_is_made_again_and_its_package_is_in_the_guest
     assert_eq!(making(), None);
 }
 
-/// A cache of its own with the entries of the real one that a plain guest needs, by hard links: files in it are
-/// removed or replaced, never written to.
+/// A separate cache with the entries of the real cache that a plain guest needs, as hard links.
+/// Files in a cache are removed or replaced, never written to.
 fn own_cache() -> tempfile::TempDir {
     let real = cache_dir();
-    // On the same file system, and no entry.
+    // A directory on the same filesystem that is not an entry.
     let own = tempfile::tempdir_in(real.join("locks")).unwrap();
     fs::create_dir(own.path().join("locks")).unwrap();
-    // Makes what is missing, and lists of files.
+    // Makes missing entries, and the lists of files.
     assert_eq!(bare(&[], &["true"]).status.code(), Some(0));
     for entry in fs::read_dir(&real).unwrap().flatten() {
         let name = entry.file_name().into_string().unwrap();
         let kinds = ["tree-", "versions-", "kernel-", "initramfs-", "disk-"];
         if kinds.iter().any(|kind| name.starts_with(kind)) {
             link(&entry.path(), &own.path().join(&name));
-            // One that is no more in use may have none.
+            // An entry that is no longer in use may have no list.
             let list = format!("locks/files-{name}");
             let _ = fs::copy(real.join(&list), own.path().join(&list));
         }
@@ -375,7 +377,8 @@ fn link(from: &Path, to: &Path) {
     assert!(made.unwrap().success());
 }
 
-/// `cargo lab run --bare -- echo here` with that cache, started by a shell as `script` says: "$@" is the command.
+/// `cargo lab run --bare -- echo here` with that cache, started by the shell script `script`,
+/// in which "$@" is the command.
 fn echo_here_by(unshare: &str, script: &str, cache: &Path) -> Output {
     let run = lab(&["run", "--bare", "--processors", "1", "--", "echo", "here"]);
     Command::new("unshare")
@@ -388,7 +391,7 @@ fn echo_here_by(unshare: &str, script: &str, cache: &Path) -> Output {
         .unwrap()
 }
 
-/// A failure of the lab's own, with each of these parts in what it says.
+/// Asserts that the lab itself failed, with each of these parts in its message.
 fn said(output: &Output, parts: &[&str]) {
     let error = text(&output.stderr);
     assert_eq!(output.status.code(), Some(125), "{error}");
@@ -401,7 +404,7 @@ fn said(output: &Output, parts: &[&str]) {
 #[test]
 fn a_warm_cache_needs_no_network_and_what_lost_files_is_made_again() {
     let cache = own_cache();
-    // Those of several kernels, perhaps, and of earlier versions of the lab.
+    // Entries of several kernels, perhaps, and of earlier versions of the lab.
     let all = |kind: &str| -> Vec<PathBuf> {
         let entries = fs::read_dir(cache.path()).unwrap().flatten();
         let mut paths: Vec<_> = entries.map(|e| e.path()).collect();
@@ -409,7 +412,7 @@ fn a_warm_cache_needs_no_network_and_what_lost_files_is_made_again() {
         assert!(!paths.is_empty(), "{kind}");
         paths
     };
-    // Both initramfs and disk are made in the tree, without a network.
+    // The lab makes both initramfs and disk in the tree, without a network.
     for initramfs in all("initramfs-") {
         fs::remove_file(initramfs.join("initramfs")).unwrap();
     }
@@ -428,7 +431,7 @@ fn a_warm_cache_needs_no_network_and_what_lost_files_is_made_again() {
         assert!(error.contains(told), "{told} in:\n{error}");
     }
 
-    // A kernel that nobody knows does not cost those that are known.
+    // An unknown kernel does not remove the known ones.
     let script = "exec \"$1\" run --bare --kernel 1.2.3 -- true";
     let output = echo_here_by("--net", script, cache.path());
     said(&output, &["1.2.3", "could not be reached"]);
@@ -534,7 +537,7 @@ fn kill(signal: &str, pid: u32) {
     assert!(killed.unwrap().success());
 }
 
-/// Waits until the command, or both together, have written so many lines.
+/// Waits until the command, or both commands together, have written this many lines.
 fn await_lines(child: &mut Child, count: usize) {
     let out = child.stdout.as_mut().unwrap();
     let mut newlines = 0;
@@ -545,7 +548,7 @@ fn await_lines(child: &mut Child, count: usize) {
     }
 }
 
-/// The lab's guests, as soon as it has so many.
+/// The lab's guests, once there are this many.
 fn guests_of(lab: u32, count: usize) -> Vec<u32> {
     let began = Stopwatch::start();
     loop {

@@ -199,7 +199,7 @@ fn prepare() -> &'static [Row] {
         return SWITCH;
     }
     expect_what_vfio_loses();
-    // A second test finds them made.
+    // An earlier test may have made them.
     if let Some(small) = Node::all()
         .last()
         .filter(|node| node.bar2().size == 1 << 20)

@@ -96,7 +96,7 @@ fn direct_io_waits_for_the_fences_of_the_buffer() {
         (device_memory(&device), Path::PeerToPeer),
         (memory, Path::SharedHostMemory),
     ] {
-        // Proofs copy with the CPU, which waits, too; they are done before.
+        // CPU copies of a proof would wait, too, so the proofs are made before.
         for direction in BOTH {
             assert_eq!(path(&file, &buffer, direction), expected);
         }
@@ -278,10 +278,10 @@ fn a_hole_that_ext2_fills_through_the_page_cache_is_no_peer_to_peer_write() {
     for (at, why) in [
         (0, None),
         (MIB, Some(ReasonCode::NoDirectIo)),
-        // Filled now.
+        // The hole is filled now.
         (MIB, None),
         (MIB + MIB / 2, None),
-        // At the end of the file, and beyond.
+        // A read at the end of the file, and beyond.
         (3 * MIB, None),
     ] {
         let receipt = attachment.write(at).unwrap();
@@ -346,7 +346,7 @@ fn a_fault_of_the_disk_is_told_with_its_place_and_what_arrived() {
     let pieces: Vec<Piece> = (0..8 * MIB / PIECE)
         .map(|index| Piece {
             file_offset: index * PIECE,
-            // In the buffer in reverse order, so that no piece follows another.
+            // The pieces are in the buffer in reverse order, so that no piece follows another.
             offset: 8 * MIB - (index + 1) * PIECE,
             length: PIECE,
         })
@@ -400,7 +400,7 @@ fn where_io_uring_is_forbidden_threads_do_it_and_the_receipt_tells() {
     let file = file();
     let buffer = udmabuf::export("memory", MIB).unwrap();
     let read = || {
-        // An importer of its own, because an importer with a ring keeps it.
+        // A separate importer, because an importer with a ring keeps it.
         let receipt = importer(&file)
             .attach(&buffer.whole())
             .unwrap()

@@ -318,7 +318,7 @@ fn a_udmabuf_beyond_the_machines_memory_is_refused_and_nobody_is_killed() {
     let error = udmabuf::export("memory", 4 << 30).unwrap_err().to_string();
     assert!(error.contains("MemAvailable"), "{error}");
     assert!(!error.contains("2147483647"), "{error}");
-    // As for a memfd with holes.
+    // The limit also counts the holes of a memfd.
     let empty = peerbuf::export::memfd::export("memory", 4 << 30).unwrap();
     let error = udmabuf::export_list("list", &[empty.whole()]).unwrap_err();
     assert!(error.to_string().contains("MemAvailable"), "{error}");

@@ -120,7 +120,7 @@ fn the_command_serves_its_export_on_a_socket_until_it_is_stopped() {
     rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
     assert!(server.wait().unwrap().success());
     assert!(!path.exists(), "the socket was left behind");
-    // It outlives the command that exported it.
+    // The buffer outlives the command that exported it.
     put(&received, &vec![5; 1 << 20]);
     assert_eq!(node.bar2().exports, 1);
     drop(received);

@@ -1,5 +1,6 @@
-//! The package for Python with real exporters, used by the guest's own Python (`lib/python/tests/guest.py`). Runs on
-//! the host, builds the extension and calls the lab: the wheel's packing needs the package index, the guest does not.
+//! The Python package with real exporters, used by the guest's own Python
+//! (`lib/python/tests/guest.py`). Runs on the host, builds the extension and calls the lab.
+//! Packing the wheel needs the package index; the guest does not.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -9,11 +10,11 @@ fn checkout() -> PathBuf {
     suite.ancestors().nth(2).unwrap().to_owned()
 }
 
-/// The extension, as the wheel has it.
+/// The extension, as in the wheel.
 fn extension() -> PathBuf {
     let cargo = std::env::var_os("CARGO").unwrap_or("cargo".into());
     let output = Command::new(cargo)
-        // Whose configuration says that it is linked with no interpreter.
+        // The configuration in this directory links no Python interpreter.
         .current_dir(checkout())
         .args(["build", "--quiet", "--package=peerbuf-python"])
         .arg("--message-format=json-render-diagnostics")
@@ -41,7 +42,7 @@ fn every_exporter_serves_the_guests_python() {
         .args(["run", "--topology", "switch", "--processors", "1"])
         .arg("--share")
         .arg(share.path())
-        // Python looks for modules in the folder of the program first.
+        // Python looks for modules in the program's folder first.
         .args(["--", "python3", "/mnt/share/guest.py"])
         .stdin(Stdio::null())
         .output()

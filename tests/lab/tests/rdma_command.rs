@@ -42,7 +42,7 @@ impl Server {
         Server { child, out }
     }
 
-    /// Waits until it ends by itself.
+    /// Waits until the server ends by itself.
     fn end(mut self) -> (bool, String) {
         let status = self.child.wait().unwrap();
         let mut said = String::new();
@@ -90,7 +90,7 @@ fn bar() -> String {
     format!("bar:{}:2", Node::largest().bdf)
 }
 
-/// The best rung for such a buffer in this guest.
+/// The best rung for this kind of buffer in this guest.
 fn best(buffer: &str) -> &'static str {
     let dma_bufs = std::env::var("PEERBUF_LAB_RDMA").unwrap() == "dmabuf";
     match (dma_bufs, buffer) {
@@ -130,7 +130,7 @@ fn what_is_measured_moves_the_bytes_of_each_kind_of_buffer() {
         !good && why.contains("requests of 65 KiB and buffers of 64 KiB"),
         "{why}"
     );
-    // It serves the next one.
+    // The server serves the next client.
     let report = summary(
         "bench",
         &["--requests", "64K", "--bytes", "1", "--rounds", "1"],
@@ -192,7 +192,7 @@ fn a_buffer_is_read_into_a_file() {
     for buffer in ["udmabuf", &bar()] {
         let _ = std::fs::remove_file(got);
         let server = Server::start(&["--once", "--buffer", buffer, "--size", "1M", "--file", held]);
-        // In several rounds.
+        // The transfer takes several rounds.
         let summary = summary("get", &["--buffer", "udmabuf", "--size", "256K", got]);
         assert_eq!(summary["verified"], true, "{summary}");
         assert_eq!(summary["there"]["registration"], best(buffer));
@@ -283,7 +283,7 @@ fn forged_messages_end_their_own_connection_and_no_other() {
             .unwrap();
         stream.write_all(bytes).unwrap();
         stream.shutdown(std::net::Shutdown::Write).unwrap();
-        // Possibly answers, and then the end of the connection.
+        // The server may answer, and then ends the connection.
         let mut rest = Vec::new();
         match stream.read_to_end(&mut rest) {
             Ok(_) => {}
@@ -316,7 +316,7 @@ fn a_command_that_is_killed_in_mid_transfer_is_noticed_and_others_are_served() {
     random_file(from, LENGTH);
     let serve = || Server::start(&["--buffer", &bar, "--size", "16M"]);
     let mut server = serve();
-    // Another client, whose transfer has begun when this returns.
+    // Starts another client, whose transfer has begun when the closure returns.
     let begin = || {
         let before = packets();
         let mut client = Command::new("peerbuf");
@@ -329,14 +329,14 @@ fn a_command_that_is_killed_in_mid_transfer_is_noticed_and_others_are_served() {
     };
     let put = || summary("put", &["--buffer", &bar, "--size", "16M", from]);
 
-    // The client that writes: the server reports its end and serves the next client.
+    // The writing client is killed: the server reports its end and serves the next client.
     let mut client = begin();
     client.kill().unwrap();
     let killed = client.wait().unwrap();
     assert_eq!(killed.code(), None, "it had ended");
     assert_eq!(put()["verified"], true);
 
-    // The one that serves.
+    // The server is killed.
     let client = begin();
     server.child.kill().unwrap();
     let begun = Stopwatch::start();

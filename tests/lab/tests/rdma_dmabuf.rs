@@ -66,7 +66,7 @@ fn a_revoke_in_mid_transfer_ends_it_with_an_error_and_nothing_else_changes() {
     assert!(failed_at >= 3);
     assert!(revoked.is_complete(), "{revoked:?}");
 
-    // Local work on it fails, too.
+    // Local work on the registration fails, too.
     let (mut fresh, _its_peer) = connected(&card, 4);
     let refused = fresh.write(
         &target.slice(0, 64).unwrap(),
@@ -141,7 +141,7 @@ fn a_registration_longer_than_4_gib_is_used_to_its_last_byte_and_no_further() {
     let piece = mine.slice(0, PIECE).unwrap();
     let (mut here, mut there) = connected(&card, 16);
 
-    // By the peer, different bytes to each place; all are checked after the last.
+    // The peer writes different bytes to each place. All are checked after the last.
     for (seed, place) in (1..).zip(places) {
         put(&other, &random(PIECE, seed));
         let to = remote.slice(place, PIECE).unwrap();
@@ -160,7 +160,7 @@ fn a_registration_longer_than_4_gib_is_used_to_its_last_byte_and_no_further() {
         good(here.wait(limit()).unwrap());
         assert!(get(&other) == random(PIECE, seed), "read at {place:#x}");
     }
-    // By local work: from the last pages to the first, and across the boundary to the last.
+    // Local work: from the last pages to the first, and across the boundary to the last.
     for (from, to, length) in [
         (size - PIECE, 0, PIECE),
         (BOUND - PIECE / 2, size - PIECE, PIECE),

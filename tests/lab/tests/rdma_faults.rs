@@ -1,5 +1,6 @@
-//! The other end goes in mid-transfer, or the way there: a process is killed, the link cut. On the kernel's
-//! soft-RoCE and on the lab's. Runs in the guest. (A cable between two guests: `rdma_pair.rs`.)
+//! A peer that disappears during a transfer, or the route to it: a process is killed, a link is
+//! cut. On the kernel's soft-RoCE and on the lab's. Runs in the guest. (`rdma_pair.rs` tests a
+//! cable between two guests.)
 
 use std::fs;
 use std::io::{Read, Write};
@@ -19,21 +20,21 @@ use peerbuf_lab_suite::rdma::{ALL, bar, card, good, limit, random};
 use peerbuf_rdma::{Address, Card, Connection, Operation, Registration, Remote, Status, WorkError};
 use rustix::process::{Signal, set_parent_process_death_signal};
 
-/// An end that has gone is noticed after some seven seconds; a busy host has more.
+/// Time limit to detect a missing peer: the card takes some seven seconds, a busy host longer.
 fn noticed_within() -> Duration {
     seconds(20)
 }
 
-/// One request.
+/// Length of a request in bytes.
 const CHUNK: u64 = MIB / 8;
-/// Requests of a transfer, all of them in flight at the beginning.
+/// Number of requests of a transfer, all of them in flight at the start.
 const CHUNKS: usize = 16;
-/// What is registered: the middle of a buffer, whose edges nobody is to touch.
+/// Length of the registered middle of a buffer, in bytes. Nobody may change the edges.
 const LENGTH: u64 = CHUNK * CHUNKS as u64;
 const EDGE: u64 = 64 << 10;
 const SIZE: u64 = LENGTH + 2 * EDGE;
 
-/// What the buffers hold at first: that of the process that is killed, and the survivor's.
+/// The seeds of the initial contents: the buffer of the killed process, and the survivor's.
 const THEIRS: u64 = 1;
 const OURS: u64 = 2;
 
@@ -64,7 +65,7 @@ fn begin(connection: &mut Connection, what: Operation, of: &Registration, remote
     }
 }
 
-/// Which end moves the bytes, and to where.
+/// Which end moves the bytes, and in which direction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Role {
     Writes,
@@ -73,15 +74,16 @@ enum Role {
     IsRead,
 }
 
-/// A second process with a card and a buffer of its own, which does what it is told until it is
-/// killed or the survivor closes the channel.
+/// A second process with its own card and buffer, which follows orders until it is killed or
+/// the survivor closes the channel.
 struct Other {
     child: Child,
     channel: UnixStream,
 }
 
 impl Other {
-    /// Not to be called while this process has a card open, whose end the child would put off.
+    /// Must not be called while this process has a card open: the child would inherit it and
+    /// delay its release.
     fn start(kind: &str) -> Other {
         let (channel, theirs) = UnixStream::pair().unwrap();
         channel.set_read_timeout(Some(limit())).unwrap();
@@ -130,7 +132,7 @@ impl Other {
         (address, Remote::from_bytes(&remote).unwrap())
     }
 
-    /// Connects with it and gives it its role.
+    /// Connects with the other process and gives it its role.
     fn connect(
         &mut self,
         card: &Card,
@@ -150,12 +152,12 @@ impl Other {
         (connection, remote)
     }
 
-    /// Waits until it has done so many requests.
+    /// Waits until the other process has completed this many requests.
     fn done(&mut self, count: usize) {
         self.channel.read_exact(&mut vec![0; count]).unwrap();
     }
 
-    /// What else it had done.
+    /// Waits for the kill, and returns the number of further completed requests.
     fn rest(mut self) -> usize {
         assert_eq!(self.child.wait(), Err(libc::SIGKILL));
         let mut rest = Vec::new();
@@ -175,7 +177,7 @@ impl Other {
     }
 }
 
-/// What the card has for its users.
+/// The card's resources in use.
 fn resources() -> String {
     let output = Command::new("rdma").args(["resource", "show"]).output();
     let output = output.unwrap();
@@ -187,13 +189,14 @@ fn descriptors() -> usize {
     fs::read_dir("/proc/self/fd").unwrap().count()
 }
 
-/// How many hold peerbuf.ko: while there are any it cannot be unloaded.
+/// The reference count of peerbuf.ko. The module cannot be unloaded while the count is above
+/// zero.
 fn module_users() -> String {
     let count = fs::read_to_string("/sys/module/peerbuf/refcnt").unwrap();
     count.trim().to_owned()
 }
 
-/// The first is not answered, and those after it are given up.
+/// Asserts that the first request got no answer, and that the requests after it were flushed.
 fn assert_unanswered(errors: &[WorkError]) {
     for (n, error) in errors.iter().enumerate() {
         let status = if n == 0 {
@@ -207,9 +210,9 @@ fn assert_unanswered(errors: &[WorkError]) {
     assert!(text.contains("does not answer"), "{text}");
 }
 
-/// Kills the other process when it, or this one, has done `after` of its requests. Returns how many
-/// are known to have been done in the end, or `None` if the kill came too late: a busy machine may
-/// finish all of them before this process runs again.
+/// Kills the other process after `after` completed requests, its own or this process's. Returns
+/// the number of requests that are known to be complete, or `None` if the kill came too late:
+/// on a busy machine all of them may complete before this process runs again.
 fn killed_in_mid_transfer(
     mut other: Other,
     card: &Card,
@@ -260,10 +263,11 @@ fn killed_in_mid_transfer(
                 return None;
             }
             if role == Role::IsWritten {
-                // To a staged one's buffer, before a request copies from there.
+                // For a staged buffer, copies the bytes into it before a request copies from
+                // there.
                 registration.deliver(0, LENGTH).unwrap();
             }
-            // This end's own requests are not answered.
+            // The peer does not answer this end's own requests.
             let piece = registration.slice(0, 64).unwrap();
             here.send(&piece, None).unwrap();
             assert_eq!(noticed(&mut here, 1, Stopwatch::start()), 0);
@@ -274,7 +278,7 @@ fn killed_in_mid_transfer(
     Some(done)
 }
 
-/// What a transfer that broke off may leave in the survivor's buffer, and nothing else.
+/// Asserts that the survivor's buffer has only contents that an aborted transfer may leave.
 fn check(buffer: &Buffer, role: Role, done: usize) {
     let old = random(SIZE, OURS);
     let now = get(&buffer.whole());
@@ -293,10 +297,10 @@ fn check(buffer: &Buffer, role: Role, done: usize) {
     assert!(now[end..] == old[end..], "{role:?}: behind it");
 }
 
-/// How often a kill that came too late is tried again.
+/// Maximum number of attempts after a late kill.
 const TRIES: usize = 10;
 
-/// A new connection of the same registration, there and back.
+/// Uses a new connection of the same registration in both directions.
 fn works_again(mut other: Other, card: &Card, buffer: &Buffer, registration: &Registration) {
     const COUNT: u64 = CHUNK + 4099;
     let (mut here, remote) = other.connect(card, registration, Role::Writes);
@@ -317,7 +321,7 @@ fn works_again(mut other: Other, card: &Card, buffer: &Buffer, registration: &Re
 
 #[test]
 fn a_process_killed_in_mid_transfer_costs_the_other_an_error_and_nothing_else() {
-    // What the library opens once.
+    // Opens the objects that the library opens once.
     drop(card());
     let nothing = (descriptors(), resources(), module_users());
     for kind in ["bar", "udmabuf"] {
@@ -354,12 +358,12 @@ fn a_process_killed_in_mid_transfer_costs_the_other_an_error_and_nothing_else() 
     assert_eq!(nothing.2, "0");
 }
 
-/// Both ends of a connection of one card.
+/// Both ends of a connection on one card.
 fn connected(card: &Card) -> (Connection, Connection) {
     peerbuf_lab_suite::rdma::connected(card, CHUNKS as u32)
 }
 
-/// The guest's network interface, which soft-RoCE is on.
+/// The guest's network interface, under soft-RoCE.
 fn interface() -> String {
     let all = fs::read_dir("/sys/class/net").unwrap();
     let mut all = all.map(|entry| entry.unwrap());
@@ -376,8 +380,9 @@ fn ip(arguments: &[&str]) {
     assert!(done.status.success(), "ip {arguments:?}: {done:?}");
 }
 
-/// Begins a transfer between two ends of one card, and has `cut` happen in its middle. Returns how many
-/// requests were done, what the others say, and how long after the cut the last one was answered.
+/// Begins a transfer between two ends on one card, and calls `cut` in the middle. Returns the
+/// number of completed requests, the errors of the others, and the time from the cut to the
+/// last completion.
 fn cut_in_mid_transfer(card: &Card, cut: impl FnOnce()) -> (usize, Vec<WorkError>, Duration) {
     let [from, to] = ["udmabuf", "udmabuf"].map(buffer);
     let ours = registered(card, &from, OURS);
@@ -408,7 +413,7 @@ fn cut_in_mid_transfer(card: &Card, cut: impl FnOnce()) -> (usize, Vec<WorkError
     (done, errors, took)
 }
 
-/// What a new connection answers while there is no way out.
+/// The error of a new connection while there is no route.
 fn assert_no_connection(card: &Card) {
     wait_until("the port is down", || card.endpoint(1).is_err());
     let error = card.endpoint(1).unwrap_err().to_string();
@@ -441,7 +446,7 @@ fn an_interface_that_is_switched_off_ends_connections_at_once() {
     for _ in 0..TRIES {
         let down = || ip(&["link", "set", &name, "down"]);
         let (done, errors, took) = cut_in_mid_transfer(&card, down);
-        // Soft-RoCE gives up its own error with the rest.
+        // Soft-RoCE flushes the failed request together with the others.
         for error in errors {
             assert_eq!((error.status, error.cut_off), (Status::FLUSHED, false));
             assert!(error.to_string().contains("network"), "{error}");

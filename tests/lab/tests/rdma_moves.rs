@@ -160,7 +160,7 @@ fn work_that_does_not_end_is_cut_off_reported_and_the_buffer_moves_in_time() {
     let piece = registration.slice(0, 4096).unwrap();
     let first = here.receive(Some(&piece)).unwrap();
     let second = here.receive(Some(&piece)).unwrap();
-    // Of another buffer; stopped with the connection.
+    // A receive into another buffer, which is stopped with the connection.
     let other = memfd::export("other", 4096).unwrap().whole();
     let other = card.register(&other, None).unwrap();
     let third = here.receive(Some(&other.slice(0, 4096).unwrap())).unwrap();
@@ -186,7 +186,7 @@ fn work_that_does_not_end_is_cut_off_reported_and_the_buffer_moves_in_time() {
     }
     assert_eq!(lender.moved(LIMIT), Some(2));
     assert_eq!(follower.cut_off(), 1);
-    // Everything that refers to it is stale or stopped.
+    // Everything that refers to the registration is stale or stopped.
     assert!(matches!(registration.check(), Err(RdmaError::Stale { .. })));
     assert!(matches!(registration.range(), Err(RdmaError::Stale { .. })));
     assert!(matches!(here.receive(None), Err(RdmaError::Stopped { .. })));
@@ -208,7 +208,7 @@ fn a_registration_ends_in_the_middle_of_a_message_of_either_end() {
     let card = card();
     let source = memfd::export("source", LENGTH).unwrap().whole();
     put(&source, &vec![0x5a; LENGTH as usize]);
-    // Ended locally, and by the peer.
+    // The registration ends locally, and at the peer.
     for ended in ["source", "target"] {
         let target = memfd::export("target", LENGTH).unwrap().whole();
         let from = card.register(&source, None).unwrap();
@@ -231,7 +231,7 @@ fn a_registration_ends_in_the_middle_of_a_message_of_either_end() {
         // (Unless stopped, soft-RoCE waits up to 50 s for a message that has partly arrived.)
         let took = begun.elapsed();
         assert!(took < Duration::from_secs(30), "{ended}: {took:?}");
-        // From now on no card writes there.
+        // From now on no card writes to the target.
         if ended == "target" {
             put(&target, &vec![0; LENGTH as usize]);
         }
@@ -328,7 +328,7 @@ fn round_trip(card: &Card, here: &Follower, there: &Follower, length: u64, round
     put(&range(here, offset), &bytes);
     let mut kept = None;
     let mut connect = || {
-        // The old registration first: it keeps the buffer.
+        // Drops the old registration first, because it keeps the buffer.
         kept = None;
         let (link, other) = link(card, there)?;
         kept = Some(other);
@@ -376,7 +376,7 @@ fn what_was_cut_off_is_retried_or_reported_as_the_caller_chooses() {
     };
     for retry in [false, true] {
         put(&target, &vec![0; LENGTH as usize]);
-        // It sends before the peer is connected, so nothing completes by itself.
+        // This end sends before the peer is connected, so nothing completes by itself.
         let ends = [card.endpoint(4).unwrap(), card.endpoint(4).unwrap()];
         let [first, second] = ends;
         let over = |connection| Link {

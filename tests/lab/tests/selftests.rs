@@ -1,5 +1,6 @@
-//! The kernel's own tests of other exporters pass before and after peerbuf.ko's work. Runs in the guest. The
-//! tests are from the kernel's source, unchanged; that of udmabuf takes 4 GiB of huge pages.
+//! The kernel's own tests of other exporters pass before and after peerbuf.ko's work. Runs in
+//! the guest. The tests are unchanged from the kernel's source. The test of udmabuf takes 4 GiB
+//! of huge pages.
 
 use std::fs;
 use std::os::fd::AsFd;
@@ -25,7 +26,7 @@ fn passes(name: &str, checks: usize) {
 }
 
 fn all_pass() {
-    // Two buffers of 1024 huge pages each, plus what the buffers occupy besides.
+    // Two buffers of 1024 huge pages each, and the pages that the buffers need besides.
     fs::write("/proc/sys/vm/nr_hugepages", "2056").unwrap();
     passes("udmabuf", 7);
     passes("dmabuf-heap", 11);

@@ -1,5 +1,6 @@
-//! Vulkan, by lavapipe, which has the processor do a GPU's work: a compute shader on buffers of every exporter,
-//! between files and fences, and memory that lavapipe exports. Runs in the guest.
+//! Vulkan with lavapipe, which runs a GPU's work on the CPU: a compute shader on buffers of
+//! every exporter, combined with files and fences, and memory that lavapipe exports. Runs in
+//! the guest.
 
 use std::fs::File;
 use std::os::fd::AsFd;
@@ -38,7 +39,7 @@ const FORMULA: Formula = Formula {
     base: 1,
 };
 
-/// lavapipe, opened once: it starts threads, and compiles the shader.
+/// lavapipe, opened once, because it starts threads and compiles the shader.
 fn lavapipe() -> &'static (Device, Affine) {
     static OPEN: OnceLock<(Device, Affine)> = OnceLock::new();
     OPEN.get_or_init(|| {
@@ -58,7 +59,7 @@ fn random(length: u64) -> Vec<u8> {
     bytes
 }
 
-/// What the shader makes of bytes.
+/// The shader's result for these bytes.
 fn computed(bytes: &[u8]) -> Vec<u8> {
     let words = bytes.chunks_exact(4).zip(0u32..);
     words
@@ -74,7 +75,7 @@ fn attach(buffer: &Buffer) -> Attachment {
     VulkanImporter::new(device).attach(&buffer.whole()).unwrap()
 }
 
-/// Has the shader go over all of a memory, into the same or another one.
+/// Runs the shader over all of a memory, into the same or another one.
 fn begin(from: &Memory, to: &Memory) -> Result<Work, ImportError> {
     begin_within(from, to, limit())
 }
@@ -113,7 +114,7 @@ fn in_bar(length: u64) -> RangeRequest {
     RangeRequest::Bar { offset, length }
 }
 
-/// A buffer of each exporter, and by which path files reach it.
+/// A buffer of each exporter, with the path of files to it.
 fn all() -> Vec<(&'static str, Buffer, Path)> {
     let pieces = memfd::export("pieces", SIZE).unwrap();
     let half = SIZE / 2;
@@ -181,12 +182,12 @@ fn bytes_go_from_the_disk_through_a_shader_to_the_disk_by_the_path_that_each_buf
             assert_eq!(receipt.bytes, SIZE, "{what}");
             assert_eq!(receipt.plan.path, expected, "{what}: {}", receipt.plan);
         }
-        // The file that was read is as it was.
+        // The source file is unchanged.
         assert!(contents(&source) == before, "{what}");
     }
 }
 
-/// A file without a name, on the disk.
+/// An unnamed file on the disk.
 fn file() -> File {
     unnamed_file(FilePath::new(NVME)).unwrap()
 }
@@ -216,7 +217,7 @@ fn memory_that_lavapipe_allocates_is_a_buffer_that_outlives_its_handles() {
     drop(memory);
     assert!(get(&range) == computed(&before));
 
-    // The memfd behind it is lavapipe's alone, so direct I/O finds no pages.
+    // Only lavapipe has the memfd behind the buffer, so direct I/O finds no struct pages.
     let sink = file();
     let receipt = importer(&sink).attach(&range).unwrap().write(0).unwrap();
     assert_eq!(receipt.plan.path, Path::StagedCopy);
@@ -224,7 +225,7 @@ fn memory_that_lavapipe_allocates_is_a_buffer_that_outlives_its_handles() {
     assert_eq!(code, ReasonCode::NoStructPages, "{}", receipt.plan);
     assert!(contents(&sink) == computed(&before));
 
-    // What it exports it takes, as another device would.
+    // lavapipe imports its own exports, as another device would.
     let again = attach(&buffer);
     compute(again.memory(), again.memory());
     assert!(get(&range) == computed(&computed(&before)));
@@ -246,7 +247,7 @@ fn is_busy(buffer: &Buffer, access: Access) -> bool {
     }
 }
 
-/// Another device at work on a buffer.
+/// Emulates another device that works on a buffer.
 fn somebody_else(buffer: &Buffer) -> Importer {
     let fd = buffer.dmabuf().unwrap().as_fd();
     Importer::attach(fd, &nvme_bdf(), DYNAMIC | PEER, 0).unwrap()
@@ -265,12 +266,12 @@ fn a_late_fence_is_waited_for_by_the_queue_or_to_the_limit() {
         let before = random(SIZE);
         put(&buffer.whole(), &before);
         let file = file();
-        // A proof copies by the processor, which waits.
+        // The CPU copies of a proof would wait, so the proof is made before.
         let disk = importer(&file);
         disk.attach(&sink.whole()).unwrap().write(0).unwrap();
 
         let other = somebody_else(&buffer);
-        // Who reads stops no reader.
+        // A reader does not stop another reader.
         other.fence(probe::FENCE_READ, 60_000).unwrap();
         compute(from.memory(), to.memory());
         assert!(is_busy(&buffer, Access::Write));
@@ -279,12 +280,12 @@ fn a_late_fence_is_waited_for_by_the_queue_or_to_the_limit() {
 
         put(&sink.whole(), &vec![0; SIZE as usize]);
         other.fence(probe::FENCE_WRITE, 60_000).unwrap();
-        // A limit is kept, and nothing is under way then.
+        // The limit holds, and no work was submitted.
         let error = begin_within(from.memory(), to.memory(), Duration::from_millis(100));
         let error = error.unwrap_err();
         assert!(is_late(&error), "{error}");
         let work = std::thread::scope(|scope| {
-            // Without one the driver itself waits.
+            // Without a limit the driver itself waits.
             let begun = scope.spawn(|| begin_within(from.memory(), to.memory(), Duration::MAX));
             std::thread::sleep(Duration::from_millis(300));
             assert!(without_waiting(&sink).iter().all(|&byte| byte == 0));
@@ -300,7 +301,8 @@ fn a_late_fence_is_waited_for_by_the_queue_or_to_the_limit() {
     }
 }
 
-/// So a fence of its own, on a buffer at which it still is at work, is nothing that lavapipe shows.
+/// lavapipe's work is done when its call returns, so lavapipe never leaves an unsignalled fence
+/// on a buffer.
 #[test]
 fn what_lavapipe_was_given_is_done_when_its_call_returns() {
     const LARGE: u64 = 16 << 20;
@@ -322,10 +324,10 @@ fn is_late(error: &ImportError) -> bool {
     matches!(error, ImportError::Buffer(BufferError::TimedOut { .. }))
 }
 
-/// The device as a program's own, made with these extensions.
+/// The device as a program would own it, created with these extensions.
 fn own_device(extensions: &[&std::ffi::CStr]) -> Result<Device, peerbuf::error::VulkanError> {
     let (device, _) = lavapipe();
-    // SAFETY: the system's loader, which is open already.
+    // SAFETY: the library is the system's loader, which is already open.
     let entry = unsafe { ash::Entry::load() }.unwrap();
     let raw = Raw {
         entry,
@@ -336,7 +338,8 @@ fn own_device(extensions: &[&std::ffi::CStr]) -> Result<Device, peerbuf::error::
         queue: 0,
         extensions,
     };
-    // SAFETY: the parts are one device's, which lives as long as the process, and this test alone uses its queue.
+    // SAFETY: the parts belong to one device, which lives as long as the process, and only this
+    // test uses its queue.
     unsafe { Device::from_raw(raw) }
 }
 
@@ -369,7 +372,7 @@ fn a_programs_own_device_without_sync_files_has_the_processor_wait_and_says_so()
     assert!(is_late(&error), "{error}");
     assert!(without_waiting(&buffer) == before);
     other.step(probe::IOC_SIGNAL).unwrap();
-    // It is done when the call returns.
+    // The work is done when the call returns.
     assert!(run(limit()).unwrap().is_done().unwrap());
     assert!(without_waiting(&buffer) == computed(&before));
 }
@@ -395,7 +398,7 @@ fn a_shader_finds_the_bytes_wherever_the_buffer_has_moved() {
         assert!(get(&buffer.whole()) == bytes, "{to:?}");
     }
 
-    // And while it moves.
+    // The shader also works while the buffer moves.
     let done = AtomicBool::new(false);
     let moves = std::thread::scope(|scope| {
         let mover = scope.spawn(|| {
@@ -417,7 +420,7 @@ fn a_shader_finds_the_bytes_wherever_the_buffer_has_moved() {
     assert!(get(&buffer.whole()) == bytes);
 }
 
-/// This test, in a process of its own, with these in its environment.
+/// Runs this test in a separate process with these environment variables.
 fn myself(test: &[&str], environment: &[(&str, &str)]) -> Output {
     Command::new(std::env::current_exe().unwrap())
         .args(["--test-threads=1", "--nocapture", "--exact"])
@@ -486,7 +489,7 @@ fn what_does_not_go_together_is_refused_and_leaves_no_descriptor() {
     );
     assert!(may_not, "{error}");
 
-    // Nothing can be mapped any more.
+    // A revoked buffer can no longer be mapped.
     let gone = card(vec![in_bar(SIZE)], false);
     let module = module_device();
     module.revoke(gone.dmabuf().unwrap(), limit()).unwrap();
@@ -501,7 +504,7 @@ fn what_does_not_go_together_is_refused_and_leaves_no_descriptor() {
     }
     assert_eq!(descriptors(), before);
 
-    // A device's queue works on its own memory, and at offsets that it can.
+    // A device's queue works on that device's memory, at aligned offsets.
     let buffer = udmabuf::export("memory", SIZE).unwrap();
     let (_, shader) = lavapipe();
     let other = Device::open("llvmpipe").unwrap();
@@ -520,7 +523,7 @@ fn what_does_not_go_together_is_refused_and_leaves_no_descriptor() {
     assert!(outside, "{error}");
     drop((theirs, other));
 
-    // What is taken is given back, too.
+    // Dropped attachments close their descriptors.
     compute(attach(&buffer).memory(), attach(&buffer).memory());
     let before = descriptors();
     for _ in 0..20 {
@@ -565,7 +568,7 @@ fn the_example_shares_vulkans_memory_with_another_process() {
     );
 }
 
-/// `peerbuf` with these arguments, and what it prints.
+/// Runs `peerbuf` with these arguments and returns its output.
 fn peerbuf(arguments: &[&str]) -> String {
     let output = Command::new("peerbuf").args(arguments).output().unwrap();
     let said = String::from_utf8_lossy(&output.stderr);
@@ -589,13 +592,13 @@ fn the_demo_ends_with_a_compute_shader_between_two_files() {
         .iter()
         .map(|transfer| transfer["path"].as_str().unwrap())
         .collect();
-    // lavapipe has the processor load and store.
+    // lavapipe's loads and stores run on the CPU, hence the staged copy.
     assert_eq!(last, ["peer-to-peer", "staged-copy", "peer-to-peer"]);
     assert_eq!(transfers[5]["sink"], "Vulkan llvmpipe, a shader");
     assert_eq!(transfers[5]["reasons"][0]["code"], "not-a-device");
 }
 
-/// What becomes of each exporter with lavapipe, and of what lavapipe exports with each importer.
+/// The results of each exporter with lavapipe, and of lavapipe's exports with each importer.
 const COLUMN: [(&str, &str); 11] = [
     ("peerbuf.ko BAR", STAGED),
     ("peerbuf.ko BAR, may move", STAGED),
