@@ -21,7 +21,7 @@ def send(message, records=(), descriptors=()):
 
 
 def receive():
-    """A message, its records, and its descriptors; no message at the end of the connection."""
+    """Returns a message, its records and its descriptors; no message at the end of the connection."""
     data, control, flags, _ = peer.recvmsg(LONGEST, socket.CMSG_SPACE(4 * MOST), socket.MSG_CMSG_CLOEXEC)
     if not data:
         return None, [], []
@@ -41,7 +41,7 @@ def text(field):
 
 
 def take(description, descriptors, access=READ_WRITE):
-    """Maps a description's buffer; all its descriptors are closed. Also the range, and the buffer's name."""
+    """Maps a description's buffer and closes its descriptors. Returns the map, the range, and the buffer's name."""
     which, kind, bar, placement, offset, length, size, device, name = DESCRIPTION.unpack(description)
     assert which in (1, 2, 3) and offset + length <= size
     mine = [descriptors.pop(0) for _ in range(2 if which == 3 else 1)]
@@ -54,7 +54,7 @@ def take(description, descriptors, access=READ_WRITE):
 
 
 def make(content):
-    """A memfd with these bytes, and its description."""
+    """Returns a memfd with these bytes, and its description."""
     memfd = os.memfd_create("python", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
     os.write(memfd, content)
     fcntl.fcntl(memfd, F_ADD_SEALS, F_SEAL_SHRINK)
@@ -63,7 +63,7 @@ def make(content):
 
 
 def subscribe(greetings=1):
-    """Adds 1 to the first byte of each generation that it may write, and tells what it found."""
+    """Adds 1 to the first byte of each writable generation, and prints each generation."""
     held, offers = {}, 0
     for _ in range(greetings):
         send(HELLO)
@@ -90,7 +90,7 @@ def subscribe(greetings=1):
 
 
 def publish():
-    """Lends two generations of a buffer and withdraws the second; the bytes move with it."""
+    """Lends a buffer, moves its bytes to a second generation, and withdraws that."""
     content = b"first"
     assert receive() == (HELLO, [], [])
     for generation, back in (1, INVALIDATE), (2, WITHDRAW):
@@ -108,7 +108,7 @@ def publish():
 
 
 def hand_over():
-    """Sends a buffer, takes one, and tells its range."""
+    """Sends a buffer, receives a buffer, and prints its range."""
     memfd, description = make(b"from python".ljust(8192, b"\0"))
     send(HAND_OVER, [description], [memfd])
     message, [record], descriptors = receive()

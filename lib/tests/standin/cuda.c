@@ -1,28 +1,28 @@
-/* A stand-in for libcuda.so.1. It answers as cuda.h says, and as drivers were reported to. */
+/* A stand-in for libcuda.so.1. Its answers follow cuda.h and the reported behaviour of drivers. */
 #include "standin.h"
 
 enum { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_INITIALIZED = 3, INVALID_DEVICE = 101,
        INVALID_CONTEXT = 201, NOT_SUPPORTED = 801 };
-/* Of standin_allocate. Memory of the virtual memory management belongs to no context. */
+/* The kinds of standin_allocate. Memory of the virtual memory management belongs to no context. */
 enum { PLAIN, VMM, VMM_WITHOUT_RDMA, HOST, MANAGED };
 
 static struct setting settings[] = {
-    {"init", 0, 0},                 /* the answer of cuInit */
+    {"init", 0, 0},                 /* the result of cuInit */
     {"dmabuf_supported_0", 1, 1},   /* DMA_BUF_SUPPORTED of each GPU */
     {"dmabuf_supported_1", 0, 0},
-    {"export_pcie", 0, 0},          /* the answers of an export by PCIe, and as the driver chooses */
+    {"export_pcie", 0, 0},          /* the results of an export by PCIe, and with the driver's choice */
     {"export_driver", 0, 0},
-    {"sync_memops", 0, 0},          /* the answer to SYNC_MEMOPS of plain memory */
-    {"context_flags", 0, 0},        /* those that are set */
-    {"set_flags", 0, 0},            /* the answer of cuCtxSetFlags */
-    {"copy", 0, 0},                 /* the answer of copies */
-    {"flush", 0, 0},                /* and of a flush */
-    {"next_fd", -1, -1},            /* what the next exports hand out; -1 for memory of the stand-in's */
+    {"sync_memops", 0, 0},          /* the result of setting SYNC_MEMOPS on plain memory */
+    {"context_flags", 0, 0},        /* the flags that are set */
+    {"set_flags", 0, 0},            /* the result of cuCtxSetFlags */
+    {"copy", 0, 0},                 /* the result of copies */
+    {"flush", 0, 0},                /* the result of a flush */
+    {"next_fd", -1, -1},            /* the descriptor of the next exports; -1 for the stand-in's memory */
     {"short", 0, 0},                /* the dma-buf lacks a page */
-    {"exports", 0, 0},              /* calls */
+    {"exports", 0, 0},              /* number of calls */
     {"flushes", 0, 0},
     {"flag_settings", 0, 0},
-    {"late_copies", 0, 0},          /* copies that were not there when the call returned */
+    {"late_copies", 0, 0},          /* copies that were incomplete when the call returned */
     {"pushed", 0, 0},               /* contexts pushed and not popped */
     {"retained", 0, 0},             /* primary contexts retained and not released */
     {"synchronous", 0, 0},          /* SYNC_MEMOPS is set */
@@ -34,7 +34,7 @@ static struct setting settings[] = {
 
 static _Thread_local void *stack[8];
 static _Thread_local int depth;
-static char contexts[2][2]; /* of each GPU: its primary one, and the program's */
+static char contexts[2][2]; /* for each GPU: the primary context, and the program's */
 
 #define NEEDS_CONTEXT if (!depth) return INVALID_CONTEXT
 #define NEEDS_INIT if (!VALUE("initialised")) return NOT_INITIALIZED
@@ -62,7 +62,7 @@ EXPORT int cuDeviceGetCount(int *count) {
     return SUCCESS;
 }
 
-/* Handles are not the ordinals. */
+/* A device handle differs from the device's ordinal. */
 EXPORT int cuDeviceGet(int *device, int ordinal) {
     NEEDS_INIT;
     *device = ordinal + 100;
@@ -104,7 +104,7 @@ EXPORT int cuPointerSetAttribute(const void *value, int attribute, uint64_t poin
     return VALUE("sync_memops");
 }
 
-/* Of virtual memory, the segment. */
+/* For virtual memory, the result is the segment. */
 EXPORT int cuMemGetAddressRange_v2(uint64_t *base, size_t *size, uint64_t pointer) {
     NEEDS_CONTEXT;
     struct block *it = block_at(pointer);
@@ -145,7 +145,7 @@ EXPORT int cuCtxGetFlags(unsigned *flags) {
     return SUCCESS;
 }
 
-/* A copy of memory that is not pinned arrives when the stream is waited for, unless synchronous copies are. */
+/* A copy from pageable memory completes when the program waits for the stream, unless copies are synchronous. */
 static struct { uint64_t to; void *bytes; size_t length; } late;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 

@@ -1,22 +1,23 @@
-/* A stand-in for libhsa-runtime64.so.1. It answers as hsa_ext_amd.h says, and as ROCm was reported to: the descriptor
-   is of the memory that the allocation was taken from, the offset counts in that, and it is not close-on-exec. */
+/* A stand-in for libhsa-runtime64.so.1. Its answers follow hsa_ext_amd.h and the reported behaviour of ROCm: the
+   descriptor is that of the memory around the allocation, the offset counts from the start of that memory, and the
+   descriptor is not close-on-exec. */
 #include "standin.h"
 
 enum { SUCCESS = 0, INVALID_ARGUMENT = 0x1001, OUT_OF_RESOURCES = 0x1008, NOT_INITIALIZED = 0x100b };
-/* Of standin_allocate. */
+/* The kinds of standin_allocate. */
 enum { PLAIN, LOCKED };
 
 static struct setting settings[] = {
-    {"export_pcie", 0, 0},      /* the answers of an export by PCIe, as the driver chooses, and by the older call */
+    {"export_pcie", 0, 0},      /* the results of an export by PCIe, with the driver's choice, and by the older call */
     {"export_driver", 0, 0},
     {"export_old", 0, 0},
-    {"copy", 0, 0},             /* the answer of copies */
-    {"fragment", 0, 0},         /* how many bytes the memory begins before the allocation that is told */
-    {"offset", -1, -1},         /* the offset that is told instead of the right one */
-    {"next_fd", -1, -1},        /* what is handed out; -1 for memory of the stand-in's */
+    {"copy", 0, 0},             /* the result of copies */
+    {"fragment", 0, 0},         /* number of bytes of the memory before the reported allocation */
+    {"offset", -1, -1},         /* the reported offset, instead of the right one */
+    {"next_fd", -1, -1},        /* the descriptor of the next exports; -1 for the stand-in's memory */
     {"short", 0, 0},            /* the dma-buf lacks a page */
-    {"init", 0, 0},             /* the answer of hsa_init */
-    {"initialised", 1, 1},      /* how often: the program has, once */
+    {"init", 0, 0},             /* the result of hsa_init */
+    {"initialised", 1, 1},      /* number of references: the program has one */
     {NULL, 0, 0},
 };
 
@@ -52,7 +53,7 @@ EXPORT int hsa_status_string(int status, const char **text) {
     return SUCCESS;
 }
 
-/* One processor and two GPUs. */
+/* One CPU and two GPUs. */
 EXPORT int hsa_iterate_agents(int (*each)(uint64_t, void *), void *data) {
     NEEDS_INIT;
     for (uint64_t agent = 1; agent <= 3; agent++) {

@@ -1,19 +1,20 @@
-/* A stand-in for libze_loader.so.1. It answers as ze_api.h says, and as drivers were reported to: one descriptor for
-   each call, of the whole allocation, and one of something else where the type was not named at allocation. */
+/* A stand-in for libze_loader.so.1. Its answers follow ze_api.h and the reported behaviour of drivers: each call
+   returns a new descriptor of the whole allocation. For memory that was not allocated for export, the descriptor
+   refers to something else. */
 #include "standin.h"
 
 enum { SUCCESS = 0, UNINITIALIZED = 0x78000001, UNSUPPORTED_FEATURE = 0x78000003, INVALID_ARGUMENT = 0x78000004,
        INVALID_NULL_HANDLE = 0x78000005, OUT_OF_DEVICE_MEMORY = 0x70000003 };
-/* Of standin_allocate. */
+/* The kinds of standin_allocate. */
 enum { NAMED, NOT_NAMED, HOST_MEMORY, SHARED };
 
 static struct setting settings[] = {
-    {"init", 0, 0},             /* the answer of zeInit */
-    {"export_types", 3, 3},     /* what the second driver's device exports */
-    {"export", 0, 0},           /* the answer of an export */
-    {"none", 0, 0},             /* an export succeeds, and gives no descriptor */
-    {"copy", 0, 0},             /* the answer of copies */
-    {"next_fd", -1, -1},        /* what is handed out; -1 for memory of the stand-in's */
+    {"init", 0, 0},             /* the result of zeInit */
+    {"export_types", 3, 3},     /* the export types of the second driver's device */
+    {"export", 0, 0},           /* the result of an export */
+    {"none", 0, 0},             /* an export succeeds without a descriptor */
+    {"copy", 0, 0},             /* the result of copies */
+    {"next_fd", -1, -1},        /* the descriptor of the next exports; -1 for the stand-in's memory */
     {"short", 0, 0},
     {"exports", 0, 0},
     {"copies", 0, 0},
@@ -85,7 +86,7 @@ EXPORT int zeContextDestroy(void *context) {
     return context ? SUCCESS : INVALID_NULL_HANDLE;
 }
 
-/* Memory of any context of the same driver is known. */
+/* Each context knows the memory of all contexts of its driver. */
 EXPORT int zeMemGetAllocProperties(void *context, const void *pointer, struct properties *properties, void **device) {
     if (!context || properties->head.type != 0x17) return INVALID_ARGUMENT;
     struct block *it = block_at((uint64_t)pointer);
@@ -119,7 +120,7 @@ EXPORT int zeMemAllocHost(void *context, const struct flags *description, size_t
     return *at ? SUCCESS : OUT_OF_DEVICE_MEMORY;
 }
 
-/* Exportable if the type is named. */
+/* The memory can be exported if the description names the type. */
 EXPORT int zeMemAllocDevice(void *context, const struct device_memory *description, size_t size, size_t alignment,
                             void *device, void **at) {
     if (!context || !device || description->head.type != 0x15 || alignment) return INVALID_ARGUMENT;
@@ -151,7 +152,7 @@ EXPORT int zeCommandListDestroy(void *made) {
     return made ? SUCCESS : INVALID_NULL_HANDLE;
 }
 
-/* Memory that was not allocated by it is out of its devices' reach. */
+/* The devices do not reach memory that the runtime did not allocate. */
 EXPORT int zeCommandListAppendMemoryCopy(void *made, void *to, const void *from, size_t size, void *signal,
                                          uint32_t waits, void **events) {
     if (made != &list || signal || waits || events) return INVALID_ARGUMENT;

@@ -1,6 +1,7 @@
-/* What the stand-ins share. A stand-in is a library with the name of a GPU runtime's. It has no GPU: its "device
-   memory" is a memfd that is mapped, so that an address of it is one of this process's, too. What it exports is a
-   udmabuf over the memfd, or, on a machine without /dev/udmabuf, a memfd with a copy of the bytes, which is no dma-buf.
+/* The code that the stand-ins share. A stand-in is a library with the name of a GPU runtime's library. A stand-in
+   has no GPU: its "device memory" is a mapped memfd, so a device address is also an address of this process. An
+   export is a udmabuf over the memfd. On a machine without /dev/udmabuf, an export is a memfd with a copy of the
+   bytes, which is not a dma-buf.
 
    Tests set how it answers (standin_set), and ask what was called (standin_get). */
 #define _GNU_SOURCE
@@ -21,7 +22,7 @@
 
 struct setting { const char *name; long initial; long value; };
 
-/* Each stand-in's own. */
+/* The settings of the stand-in, defined in its own file. */
 static struct setting settings[];
 
 static struct setting *setting(const char *name) {
@@ -43,7 +44,7 @@ static struct block blocks[64];
 static uint64_t up(uint64_t value, uint64_t to) { return (value + to - 1) / to * to; }
 static uint64_t room(const struct block *it) { return up(it->size, GRANULE); }
 
-/* What the runtime knows, and what is mapped: whole pages. */
+/* The block that the runtime knows at an address, and the mapped block around it: whole pages. */
 static struct block *block_at(uint64_t address) {
     for (struct block *it = blocks; it < blocks + 64; it++)
         if (it->size && address >= it->at && address - it->at < it->size) return it;
@@ -67,7 +68,7 @@ EXPORT void standin_reset(void) {
     for (struct setting *it = settings; it->name; it++) it->value = it->initial;
 }
 
-/* Memory of so many segments, one after the other, of `size` bytes each. */
+/* Allocates contiguous memory of `segments` segments of `size` bytes each. */
 EXPORT uint64_t standin_allocate(uint64_t size, int segments, int kind, int device) {
     uint64_t each = segments > 1 ? up(size, GRANULE) : size, whole = up(each * segments, GRANULE);
     int memfd = memfd_create("standin-memory", MFD_CLOEXEC | MFD_ALLOW_SEALING);
@@ -84,19 +85,19 @@ EXPORT uint64_t standin_allocate(uint64_t size, int segments, int kind, int devi
     return (uint64_t)mapped;
 }
 
-/* Takes one segment away, as the unmapping of virtual memory does; its bytes stay. */
+/* Removes one segment, as an unmap of virtual memory does. Its bytes stay. */
 EXPORT void standin_unmap(uint64_t address) {
     struct block *it = block_at(address);
     if (it) it->size = 0;
 }
 
-/* Has one segment made on another GPU. */
+/* Assigns one segment to another GPU. */
 EXPORT void standin_move(uint64_t address, int device) {
     struct block *it = block_at(address);
     if (it) it->device = device;
 }
 
-/* Gives the memory back. 0 where there is none. */
+/* Frees the memory. Returns 0 if there is none. */
 EXPORT int standin_free(uint64_t base) {
     uint64_t whole = 0;
     int memfd = -1;
@@ -112,7 +113,7 @@ EXPORT int standin_free(uint64_t base) {
     return 1;
 }
 
-/* A descriptor of `size` bytes from an address on, which the caller owns. */
+/* Makes a descriptor of `size` bytes at an address. The caller owns the descriptor. */
 static __attribute__((unused)) int hand_out(uint64_t at, uint64_t size, const char *name, int flags) {
     struct block *from = mapped_at(at);
     int given = VALUE("next_fd");

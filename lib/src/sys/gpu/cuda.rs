@@ -341,7 +341,7 @@ impl Context {
     }
 
     /// Waits until the GPU itself sees the writes of other devices to its memory. A driver
-    /// without or without support for the call has nothing to wait for.
+    /// that lacks or does not support the call has nothing to wait for.
     pub(crate) fn flush(&self) -> Result<(), Failed> {
         self.within(|functions| {
             let Some(flush) = functions.flush else {

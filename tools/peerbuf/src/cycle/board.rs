@@ -17,7 +17,7 @@ pub enum Counter {
     /// Number of jobs by path: peer to peer, shared host memory, and staged copy. Three
     /// counters.
     Paths = Self::Jobs as u64 + IMPORTERS as u64,
-    /// Number of writes to memory of a generation that the worker had lost.
+    /// Number of writes after the publisher cut the worker off.
     LateWrites = Self::Paths as u64 + 3,
 }
 
