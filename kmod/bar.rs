@@ -23,8 +23,8 @@ pub(crate) struct Bar {
     pub(crate) provider: *mut bindings::p2pdma_provider,
     /// Present if CPU mappings have struct pages.
     pub(crate) pages: Option<Pages>,
-    /// The kernel's uncached mapping of the whole BAR, for copies. Null if the BAR cannot be exported. Valid
-    /// while the device is bound.
+    /// The kernel's mapping of the whole BAR, for copies: uncached or write-combining. Null if the BAR cannot be
+    /// exported. Valid while the device is bound.
     kernel: *mut c_void,
 }
 
@@ -121,6 +121,12 @@ impl Bar {
         }
         this.flags |= abi::BAR_EXPORT;
         if Pages::possible(start, size) {
+            // Before the pages, so that the kernel's own mapping, which is made with them, is of the same type: a
+            // range has one type in the kernel's list.
+            if this.flags & abi::BAR_PREFETCHABLE != 0 {
+                // SAFETY: `dev` is being probed, by the caller's promise.
+                this.flags |= unsafe { combines_writes(pdev, start, size) };
+            }
             // SAFETY: `dev` is being probed, by the caller's promise, and `Pages::possible` was checked
             // above.
             match unsafe { Pages::publish(dev, index, start, size) } {
@@ -185,5 +191,23 @@ impl Bar {
                 .as_ref()
                 .is_some_and(|pages| pages.busy(start, len) != 0)
         });
+    }
+}
+
+/// Enters a range as write-combining into the kernel's list of memory types, until the devres of `pdev` is released.
+/// Returns `abi::BAR_WRITE_COMBINING` if it is that now. Only x86 has the list.
+///
+/// # Safety
+///
+/// `pdev` is being probed.
+unsafe fn combines_writes(pdev: *mut bindings::pci_dev, start: u64, size: u64) -> u32 {
+    // SAFETY: `pdev` is being probed, by the caller's promise, so managed resources may be added.
+    let entered = unsafe {
+        bindings::devm_arch_io_reserve_memtype_wc(&raw mut (*pdev).dev, start, size) == 0
+    };
+    if cfg!(CONFIG_X86) && entered {
+        abi::BAR_WRITE_COMBINING
+    } else {
+        0
     }
 }

@@ -121,6 +121,8 @@ pub(crate) struct Buffer {
     pub(crate) may_move: bool,
     /// Whether devices may only read the buffer.
     pub(crate) devices_read: bool,
+    /// Whether CPU mappings of the BAR are write-combining; otherwise they are uncached.
+    pub(crate) combines_writes: bool,
     /// Whether any byte has a place in the BAR.
     pub(crate) has_home: bool,
     /// Completed at each event that a waiter may wait for (an unmap, the end of a move);
@@ -153,6 +155,7 @@ impl Buffer {
         chunks: KVec<Chunk>,
     ) -> Result<Arc<Self>> {
         let has_home = pieces.iter().any(|piece| piece.home.is_some());
+        let combining = device.bars[bar].flags & abi::BAR_WRITE_COMBINING != 0;
         let len = pieces.bytes();
         Arc::pin_init(
             pin_init!(Self {
@@ -161,6 +164,7 @@ impl Buffer {
                 len,
                 may_move: flags & abi::EXPORT_MAY_MOVE != 0,
                 devices_read: flags & abi::EXPORT_DEVICES_READ != 0,
+                combines_writes: combining && flags & abi::EXPORT_UNCACHED == 0,
                 has_home,
                 changed <- Opaque::ffi_init(|slot: *mut bindings::completion| {
                     // SAFETY: `slot` is valid for writes, and pinned.

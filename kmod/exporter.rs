@@ -438,8 +438,11 @@ unsafe extern "C" fn begin_cpu_access(
     if locked.buffer().revoked() {
         return ENODEV.to_errno();
     }
-    // The CPU mapping of a BAR is uncached and needs no invalidation. Writes of a device to system memory may
-    // need synchronisation.
+    // No mapping of a BAR is cached, so there is nothing to invalidate. But the CPU may read write-combining memory
+    // before it is told to: not before the fences, from here on. It also drains the CPU's earlier writes.
+    // SAFETY: A barrier.
+    unsafe { ffi::peerbuf_mb() };
+    // Writes of a device to system memory may need synchronisation.
     if dir != DataDirection::ToDevice.into() {
         for mapping in locked.mappings.iter_mut() {
             // SAFETY: The lock is held.
@@ -558,7 +561,8 @@ fn kernel_mapping(object: &Buffer, state: &State) -> Result<KernelMapping> {
     }
     let count = c_uint::try_from(pages.len()).map_err(|_| EINVAL)?;
     // SAFETY: All pages are valid, and of one kind of memory.
-    let address = unsafe { ffi::peerbuf_vmap(pages.as_mut_ptr(), count, device) };
+    let address =
+        unsafe { ffi::peerbuf_vmap(pages.as_mut_ptr(), count, device, object.combines_writes) };
     if address.is_null() {
         return Err(ENOMEM);
     }
@@ -809,7 +813,7 @@ unsafe fn insert(
         .ok_or(EFAULT)?;
     let within = offset - start;
     // SAFETY: `vma` is valid, and the `mmap_lock`, held for the fault, keeps its flags.
-    let prot = unsafe { page_prot(vma, piece) };
+    let prot = unsafe { page_prot(vma, object, piece) };
     let page = match (piece.home, &object.bar().pages) {
         _ if piece.system.is_some() => {
             let index = within as usize / PAGE_SIZE;
@@ -853,18 +857,23 @@ unsafe fn insert(
     }
 }
 
-/// The protection with which a page of `piece` is mapped: system memory is cached, device memory is uncached, as
-/// in the kernel's own mapping of it.
+/// The protection with which a page of `piece` is mapped: system memory is cached, device memory is uncached or
+/// write-combining.
 ///
 /// # Safety
 ///
 /// `vma` is valid, and its flags do not change.
-unsafe fn page_prot(vma: *const bindings::vm_area_struct, piece: &Piece) -> bindings::pgprot_t {
-    // SAFETY: `vma` is valid, by the caller's promise.
-    let cached = unsafe { ffi::peerbuf_page_prot((*vma).__bindgen_anon_2.vm_flags) };
-    match piece.system {
-        Some(_) => cached,
-        // SAFETY: The call computes a number.
-        None => unsafe { ffi::peerbuf_uncached(cached) },
+unsafe fn page_prot(
+    vma: *const bindings::vm_area_struct,
+    object: &Buffer,
+    piece: &Piece,
+) -> bindings::pgprot_t {
+    // SAFETY: `vma` is valid, by the caller's promise; the calls compute numbers.
+    unsafe {
+        let cached = ffi::peerbuf_page_prot((*vma).__bindgen_anon_2.vm_flags);
+        match piece.system {
+            Some(_) => cached,
+            None => ffi::peerbuf_device_prot(cached, object.combines_writes),
+        }
     }
 }

@@ -94,7 +94,11 @@ extern "C" {
     pub(crate) fn peerbuf_dma_fence_is_signaled(fence: *mut bindings::dma_fence) -> bool;
     /// The protection of cached pages in a VMA with these flags.
     pub(crate) fn peerbuf_page_prot(vm_flags: c_ulong) -> bindings::pgprot_t;
-    pub(crate) fn peerbuf_uncached(prot: bindings::pgprot_t) -> bindings::pgprot_t;
+    /// As `prot`, for device memory: write-combining, or uncached.
+    pub(crate) fn peerbuf_device_prot(
+        prot: bindings::pgprot_t,
+        combining: bool,
+    ) -> bindings::pgprot_t;
     pub(crate) fn peerbuf_page_address(page: *mut bindings::page) -> *mut c_void;
     pub(crate) fn peerbuf_page_to_pfn(page: *const bindings::page) -> c_ulong;
     pub(crate) fn peerbuf_dma_max_segment(dev: *mut bindings::device) -> c_uint;
@@ -103,11 +107,13 @@ extern "C" {
         pages: *mut *mut bindings::page,
         count: c_uint,
         device: bool,
+        combining: bool,
     ) -> *mut c_void;
     pub(crate) fn peerbuf_virt_to_page(address: *const c_void) -> *mut bindings::page;
     pub(crate) fn peerbuf_get_pgmap(page: *mut bindings::page, references: c_ulong);
     pub(crate) fn peerbuf_put_page(page: *mut bindings::page);
     pub(crate) fn peerbuf_page_maybe_dma_pinned(page: *mut bindings::page) -> bool;
+    pub(crate) fn peerbuf_mb();
     pub(crate) fn peerbuf_wmb();
     pub(crate) fn peerbuf_cond_resched();
     fn peerbuf_fatal_signal_pending() -> bool;

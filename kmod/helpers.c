@@ -35,16 +35,17 @@ void peerbuf_device_unlock(struct device *dev);
 void peerbuf_dma_fence_put(struct dma_fence *fence);
 bool peerbuf_dma_fence_is_signaled(struct dma_fence *fence);
 pgprot_t peerbuf_page_prot(unsigned long vm_flags);
-pgprot_t peerbuf_uncached(pgprot_t prot);
+pgprot_t peerbuf_device_prot(pgprot_t prot, bool combining);
 void *peerbuf_page_address(struct page *page);
 unsigned long peerbuf_page_to_pfn(const struct page *page);
 unsigned int peerbuf_dma_max_segment(struct device *dev);
 void peerbuf_reinit_completion(struct completion *completion);
-void *peerbuf_vmap(struct page **pages, unsigned int count, bool device);
+void *peerbuf_vmap(struct page **pages, unsigned int count, bool device, bool combining);
 struct page *peerbuf_virt_to_page(const void *address);
 void peerbuf_get_pgmap(struct page *page, unsigned long references);
 void peerbuf_put_page(struct page *page);
 bool peerbuf_page_maybe_dma_pinned(struct page *page);
+void peerbuf_mb(void);
 void peerbuf_wmb(void);
 void peerbuf_cond_resched(void);
 bool peerbuf_fatal_signal_pending(void);
@@ -105,9 +106,9 @@ pgprot_t peerbuf_page_prot(unsigned long vm_flags)
 	return vm_get_page_prot(vm_flags);
 }
 
-pgprot_t peerbuf_uncached(pgprot_t prot)
+pgprot_t peerbuf_device_prot(pgprot_t prot, bool combining)
 {
-	return pgprot_decrypted(pgprot_noncached(prot));
+	return pgprot_decrypted(combining ? pgprot_writecombine(prot) : pgprot_noncached(prot));
 }
 
 void *peerbuf_page_address(struct page *page)
@@ -130,9 +131,10 @@ void peerbuf_reinit_completion(struct completion *completion)
 	reinit_completion(completion);
 }
 
-void *peerbuf_vmap(struct page **pages, unsigned int count, bool device)
+void *peerbuf_vmap(struct page **pages, unsigned int count, bool device, bool combining)
 {
-	return vmap(pages, count, VM_MAP, device ? peerbuf_uncached(PAGE_KERNEL) : PAGE_KERNEL);
+	return vmap(pages, count, VM_MAP,
+		    device ? peerbuf_device_prot(PAGE_KERNEL, combining) : PAGE_KERNEL);
 }
 
 struct page *peerbuf_virt_to_page(const void *address)
@@ -153,6 +155,11 @@ void peerbuf_put_page(struct page *page)
 bool peerbuf_page_maybe_dma_pinned(struct page *page)
 {
 	return folio_maybe_dma_pinned(page_folio(page));
+}
+
+void peerbuf_mb(void)
+{
+	mb();
 }
 
 void peerbuf_wmb(void)

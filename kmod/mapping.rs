@@ -171,10 +171,7 @@ impl Mapping {
 /// # Safety
 ///
 /// The caller holds the reservation lock. `attachment` is one of a buffer in `bar` that is not revoked.
-pub(crate) unsafe fn is_mappable(
-    attachment: *mut bindings::dma_buf_attachment,
-    bar: &Bar,
-) -> bool {
+pub(crate) unsafe fn is_mappable(attachment: *mut bindings::dma_buf_attachment, bar: &Bar) -> bool {
     let dir = DataDirection::Bidirectional.into();
     let len = PAGE_SIZE;
     let paddr = bar.start + bar.size - len as u64;

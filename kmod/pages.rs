@@ -20,7 +20,7 @@ use crate::{common, ffi};
 /// # Invariants
 ///
 /// From [`Pages::publish`] until the devres of the device is released, the frames `first..first + count` have
-/// struct pages, each with a count of one or more, and are mapped uncached in the kernel at `kaddr`. For a
+/// struct pages, each with a count of one or more, and are mapped in the kernel at `kaddr`, not cached. For a
 /// provider's BAR (`provider.rs`) the same holds only for this module's chunks, each as long as it exists.
 #[derive(Clone, Copy)]
 pub(crate) struct Pages {

@@ -34,11 +34,13 @@
 #define PEERBUF_BAR_64BIT (1U << 2)        /* 64 bit address register */
 #define PEERBUF_BAR_EXPORT (1U << 3)       /* regions can be exported */
 #define PEERBUF_BAR_PAGES (1U << 4)        /* O_DIRECT on a mapping is peer-to-peer DMA */
+#define PEERBUF_BAR_WRITE_COMBINING (1U << 5) /* mappings are, unless PEERBUF_EXPORT_UNCACHED */
 
 /* struct peerbuf_export, flags */
 #define PEERBUF_EXPORT_ANY_OFFSET (1U << 0) /* the module chooses the offset */
 #define PEERBUF_EXPORT_MAY_MOVE (1U << 1)   /* may move to system memory for importers that need it */
 #define PEERBUF_EXPORT_DEVICES_READ (1U << 2) /* devices may only read: EACCES for other mappings */
+#define PEERBUF_EXPORT_UNCACHED (1U << 3)   /* processes map the BAR uncached */
 
 /* struct peerbuf_range, flags */
 #define PEERBUF_RANGE_ANY_OFFSET (1U << 0) /* the module chooses the offset */
@@ -109,7 +111,7 @@ struct peerbuf_range {
 
 struct peerbuf_export_ranges {
 	__u32 size;      /* in: sizeof(struct peerbuf_export_ranges) */
-	__u32 flags;     /* in: PEERBUF_EXPORT_MAY_MOVE, PEERBUF_EXPORT_DEVICES_READ */
+	__u32 flags;     /* in: PEERBUF_EXPORT_*, without PEERBUF_EXPORT_ANY_OFFSET */
 	__u32 bar;       /* in: 0 to 5 */
 	__u32 fd_flags;  /* in: as struct peerbuf_export */
 	__u64 ranges;    /* in: address of an array of struct peerbuf_range */

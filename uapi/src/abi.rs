@@ -75,8 +75,13 @@ pub const BAR_EXPORT: u32 = 1 << 3;
 /// flag such I/O fails with EFAULT, and needs a copy instead.
 pub const BAR_PAGES: u32 = 1 << 4;
 
+/// The CPU's mappings of exports are write-combining, unless [`EXPORT_UNCACHED`] asks otherwise: the BAR is
+/// prefetchable, and the kernel's list of memory types has it as write-combining.
+pub const BAR_WRITE_COMBINING: u32 = 1 << 5;
+
 /// Every `BAR_*` flag that this version knows.
-pub const BAR_FLAGS: u32 = BAR_MEMORY | BAR_PREFETCHABLE | BAR_64BIT | BAR_EXPORT | BAR_PAGES;
+pub const BAR_FLAGS: u32 =
+    BAR_MEMORY | BAR_PREFETCHABLE | BAR_64BIT | BAR_EXPORT | BAR_PAGES | BAR_WRITE_COMBINING;
 
 /// The module chooses the offset; [`Export::offset`] is zero on entry and set on return.
 pub const EXPORT_ANY_OFFSET: u32 = 1 << 0;
@@ -90,8 +95,14 @@ pub const EXPORT_MAY_MOVE: u32 = 1 << 1;
 /// regardless of their use, so they cannot use such a buffer.
 pub const EXPORT_DEVICES_READ: u32 = 1 << 2;
 
+/// Processes map the BAR uncached: each access reaches the device, in order. Without this flag mappings of a BAR with
+/// [`BAR_WRITE_COMBINING`] are write-combining: writes wait in the CPU, in any order, until the end of the access
+/// (`DMA_BUF_IOCTL_SYNC`) or a store fence.
+pub const EXPORT_UNCACHED: u32 = 1 << 3;
+
 /// Every `EXPORT_*` flag that this version knows.
-pub const EXPORT_FLAGS: u32 = EXPORT_ANY_OFFSET | EXPORT_MAY_MOVE | EXPORT_DEVICES_READ;
+pub const EXPORT_FLAGS: u32 =
+    EXPORT_ANY_OFFSET | EXPORT_MAY_MOVE | EXPORT_DEVICES_READ | EXPORT_UNCACHED;
 
 /// [`Range`]: the module chooses the offset in the BAR; [`Range::offset`] is zero on entry.
 pub const RANGE_ANY_OFFSET: u32 = 1 << 0;

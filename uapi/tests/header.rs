@@ -120,6 +120,8 @@ fn header_and_rust_agree() {
     asked.constant("IOC_BUFFER", abi::IOC_BUFFER);
     asked.constant("EXPORT_MAY_MOVE", abi::EXPORT_MAY_MOVE);
     asked.constant("EXPORT_DEVICES_READ", abi::EXPORT_DEVICES_READ);
+    asked.constant("EXPORT_UNCACHED", abi::EXPORT_UNCACHED);
+    asked.constant("BAR_WRITE_COMBINING", abi::BAR_WRITE_COMBINING);
     asked.constant("RANGE_ANY_OFFSET", abi::RANGE_ANY_OFFSET);
     asked.constant("RANGE_SYSTEM", abi::RANGE_SYSTEM);
     asked.constant("PLACEMENT_DEVICE", abi::PLACEMENT_DEVICE);
@@ -271,8 +273,8 @@ fn numbers_never_change() {
     assert_eq!(size_of::<Query>(), 232);
     assert_eq!(size_of::<Bar>(), 32);
     assert_eq!(size_of::<Export>(), 40);
-    assert_eq!(abi::BAR_FLAGS, 0x1f);
-    assert_eq!(abi::EXPORT_FLAGS, 7);
+    assert_eq!(abi::BAR_FLAGS, 0x3f);
+    assert_eq!(abi::EXPORT_FLAGS, 0xf);
     assert_eq!(abi::RANGE_FLAGS, 3);
     assert_eq!(
         (abi::IOC_PROVIDER_OPEN, size_of::<ProviderOpen>()),

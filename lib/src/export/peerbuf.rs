@@ -4,8 +4,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use peerbuf_uapi::{
-    ABI_VERSION, BAR_64BIT, BAR_EXPORT, BAR_MEMORY, BAR_PAGES, BAR_PREFETCHABLE, Bar,
-    EXPORT_ANY_OFFSET, Export, NUM_BARS,
+    ABI_VERSION, BAR_64BIT, BAR_EXPORT, BAR_MEMORY, BAR_PAGES, BAR_PREFETCHABLE,
+    BAR_WRITE_COMBINING, Bar, EXPORT_ANY_OFFSET, Export, NUM_BARS,
 };
 use rustix::fs::{Mode, OFlags};
 
@@ -130,6 +130,8 @@ pub struct BarInfo {
     pub exportable: bool,
     /// CPU mappings of exports have struct pages, which disks need for direct I/O.
     pub pages: bool,
+    /// CPU mappings of exports are write-combining, unless [`RangesRequest::uncached`] asks otherwise.
+    pub write_combining: bool,
 }
 
 /// The parameters of an export.
@@ -246,6 +248,7 @@ impl Device {
                 is_64bit: has(BAR_64BIT),
                 exportable: has(BAR_EXPORT),
                 pages: has(BAR_PAGES),
+                write_combining: has(BAR_WRITE_COMBINING),
             })
         };
         let mut info = DeviceInfo {
@@ -392,6 +395,7 @@ mod tests {
                 is_64bit: true,
                 exportable: true,
                 pages: true,
+                write_combining: true,
             }],
         };
         let bar = |offset, length| RangeRequest::Bar { offset, length };

@@ -259,6 +259,7 @@ fn export(device: &Device, bar: u8, range: RangeRequest) -> Result<Buffer, Expor
         ranges: vec![range],
         may_move: true,
         devices_read: false,
+        uncached: false,
         access: Access::ReadWrite,
     })
 }

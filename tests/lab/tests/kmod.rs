@@ -69,6 +69,8 @@ fn query_tells_what_the_device_is() {
             );
             assert_eq!(bar.flags & abi::BAR_EXPORT != 0, size >= PAGE);
             assert_eq!(bar.flags & abi::BAR_PAGES != 0, size >= 2 * MIB);
+            let combines = size >= 2 * MIB && bar.flags & abi::BAR_PREFETCHABLE != 0;
+            assert_eq!(bar.flags & abi::BAR_WRITE_COMBINING != 0, combines);
         }
     }
 }

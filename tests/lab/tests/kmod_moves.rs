@@ -1004,6 +1004,7 @@ fn the_crate_says_it_all() {
         ],
         may_move: true,
         devices_read: false,
+        uncached: false,
         access: Access::ReadWrite,
     };
     let buffer = device.export_ranges(&request).unwrap();

@@ -104,6 +104,7 @@ fn card(ranges: Vec<RangeRequest>, may_move: bool) -> Buffer {
         ranges,
         may_move,
         devices_read: false,
+        uncached: false,
         access: Access::ReadWrite,
     };
     device.export_ranges(&request).unwrap()

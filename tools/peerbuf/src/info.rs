@@ -53,6 +53,7 @@ struct Bar {
     is_64bit: bool,
     exportable: bool,
     pages: bool,
+    write_combining: bool,
 }
 
 /// A device whose own driver lends memory to peers.
@@ -234,6 +235,7 @@ fn describe_device(info: &module::DeviceInfo, node: &Path) -> Device {
         is_64bit: bar.is_64bit,
         exportable: bar.exportable,
         pages: bar.pages,
+        write_combining: bar.write_combining,
     });
     Device {
         address: info.address.to_string(),

@@ -250,7 +250,8 @@ impl Device {
         let flag = |wanted, flag| if wanted { flag } else { 0 };
         let mut argument = abi::ExportRanges {
             flags: flag(request.may_move, abi::EXPORT_MAY_MOVE)
-                | flag(request.devices_read, abi::EXPORT_DEVICES_READ),
+                | flag(request.devices_read, abi::EXPORT_DEVICES_READ)
+                | flag(request.uncached, abi::EXPORT_UNCACHED),
             bar: request.bar.into(),
             fd_flags: (writes | OFlags::CLOEXEC).bits(),
             ..abi::ExportRanges::zeroed()

@@ -33,6 +33,10 @@ pub struct RangesRequest {
     /// (`EACCES`). RDMA cards and graphics drivers always map in both directions, so they
     /// cannot use such a buffer.
     pub devices_read: bool,
+    /// The CPU maps the BAR uncached: each access reaches the device, in order. Otherwise its mappings are
+    /// write-combining where the BAR allows that ([`BarInfo::write_combining`](super::BarInfo)): writes are
+    /// collected until the end of the [`CpuAccess`](crate::CpuAccess).
+    pub uncached: bool,
     /// The access that the descriptor allows.
     pub access: Access,
 }

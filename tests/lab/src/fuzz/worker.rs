@@ -404,7 +404,8 @@ impl<'a> Worker<'a> {
     fn export_flags(&mut self) -> u32 {
         let may_move = u32::from(self.random.once_in(2)) * abi::EXPORT_MAY_MOVE;
         let devices_read = u32::from(self.random.once_in(8)) * abi::EXPORT_DEVICES_READ;
-        may_move | devices_read
+        let uncached = u32::from(self.random.once_in(2)) * abi::EXPORT_UNCACHED;
+        may_move | devices_read | uncached
     }
 
     fn export(&mut self) {

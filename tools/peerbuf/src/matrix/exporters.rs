@@ -99,6 +99,7 @@ fn bars(size: u64) -> Found {
                     ranges: vec![module::RangeRequest::Bar { offset, length }],
                     may_move,
                     devices_read: false,
+                    uncached: false,
                     access: Access::ReadWrite,
                 })?)
             }));
@@ -123,6 +124,7 @@ fn providers(size: u64) -> Found {
                     ranges: vec![module::RangeRequest::Bar { offset, length }],
                     may_move,
                     devices_read: false,
+                    uncached: false,
                     access: Access::ReadWrite,
                 })?)
             }));
