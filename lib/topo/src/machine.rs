@@ -182,6 +182,15 @@ impl Function {
             parent: None,
             host: 0,
             depth: 0,
+    /// The ID of a bridge that a snapshot made up to group devices. No device has it: sysfs and lspci read it where
+    /// nothing answers.
+    pub(crate) const PLACEHOLDER: (u16, u16) = (0xffff, 0xffff);
+
+    /// Whether the snapshot made this bridge up: devices below it are grouped, but share no known switch.
+    pub fn is_placeholder(&self) -> bool {
+        self.id == Some(Function::PLACEHOLDER)
+    }
+
             id: None,
             class: None,
             port: None,

@@ -137,7 +137,7 @@ pub enum Rule {
 pub struct Route {
     /// The possible answers.
     pub possible: Possible,
-    /// The closest common bridge.
+    /// The closest common bridge; not a [placeholder](Function::is_placeholder).
     pub common: Option<Index>,
     /// The kernel's distance; `None` if bridges are missing from the tree.
     pub distance: Option<u32>,
@@ -401,6 +401,8 @@ impl<'m> Rules<'m> {
         let (a, b) = (machine.function(one), machine.function(other));
         let complete = machine.format != Format::Nccl;
         let common = self.common(one, other);
+        let placeholder = common.is_some_and(|at| machine.function(at).is_placeholder());
+        let common = common.filter(|_| !placeholder);
         let distance = match common {
             Some(common) => {
                 let common = u32::from(machine.function(common).depth);
@@ -412,7 +414,10 @@ impl<'m> Rules<'m> {
             possible: Possible::NOTHING,
             common,
             distance: complete.then_some(distance),
-            near: self.near(one, other, common, distance),
+            near: match placeholder {
+                true => None,
+                false => self.near(one, other, common, distance),
+            },
             redirected: false,
             rule: Rule::SameFunction,
         };

@@ -268,6 +268,12 @@ fn show(rules: &Rules<'_>, ways: &[Way; 2], layers: &[&Reason], width: usize) ->
         };
         text += &reason_text(reason, &which, width);
     }
+    for line in topo::lacks(machine) {
+        text += &table::paragraph(&line, width);
+    }
+    for mount in mounts {
+        text += &table::labelled("mount: ", mount, width);
+    }
     let remedies = remedies(ways);
     if !remedies.is_empty() {
         text += "what would change it\n";

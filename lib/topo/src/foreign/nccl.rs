@@ -1,8 +1,10 @@
 //! The XML of NCCL and RCCL (`NCCL_TOPO_DUMP_FILE`, or a file that clouds provide for `NCCL_TOPO_FILE`).
 //!
 //! It lists processors, each with the PCI devices near it, and a switch as one bridge. It has no root ports
-//! and host bridges, and omits bridges with a single child. Some files contain invented bridges.
+//! and host bridges, and omits bridges with a single child. Clouds' files group devices below bridges at `ffff:ff:xx`, which do not
+//! exist: they tell NCCL to use the devices together, and not that they share a switch.
 
+use peerbuf_core::PciAddress;
 use roxmltree::Node;
 
 use super::numbers::{hex, number};
@@ -39,13 +41,16 @@ pub(super) fn read(root: Node<'_, '_>) -> Result<Machine, String> {
             let name = element.tag_name().name();
             if name == "pci" {
                 let address = element.attribute("busid").unwrap_or_default();
-                let address = address.parse().map_err(|error| format!("{error}"))?;
+                let address: PciAddress = address.parse().map_err(|error| format!("{error}"))?;
                 let mut function = Function::at(address);
                 function.host = host;
                 function.node = node;
                 function.class = element.attribute("class").and_then(hex);
                 let id = |name| Some(hex(element.attribute(name)?)? as u16);
-                function.id = id("vendor").zip(id("device"));
+                function.id = match (address.domain, address.bus) {
+                    (0xffff, 0xff) => Some(Function::PLACEHOLDER),
+                    _ => id("vendor").zip(id("device")),
+                };
                 let speed = element.attribute("link_speed").unwrap_or_default();
                 let speed = speed.split_whitespace().next().and_then(tenths);
                 let width: Option<u8> = number(element, "link_width");

@@ -4,8 +4,8 @@ use std::path::Path;
 
 use crate::common::{BRIDGE, Spec, Tree, at, gpu, host_bridge, nic, nvme, port};
 use peerbuf_topo::machine::{Acs, Driver, Format, Iommu, Kernel, Kind, Port};
-use peerbuf_topo::rules::{Map, Near};
-use peerbuf_topo::{Machine, Rules};
+use peerbuf_topo::rules::{Map, Near, Rule};
+use peerbuf_topo::{Argument, Code, Machine, Rules};
 
 fn read(text: &str) -> Machine {
     peerbuf_topo::read(text, Path::new("sample")).unwrap()
@@ -191,15 +191,25 @@ fn nccl_tells_which_devices_are_near_and_no_host_bridge() {
     for (family, allowed) in [("23", Some(true)), ("143", Some(true)), ("6", None)] {
         let text = format!(
             r#"<system version="1"><cpu numaid="0" vendor="AuthenticAMD" familyid="{family}">
- <pci busid="ffff:ff:01.0" class="0x060400"><pci busid="0001:00:00.0" class="0x030200"/>
+ <pci busid="0000:0f:01.0" class="0x060400"><pci busid="0001:00:00.0" class="0x030200"/>
   <pci busid="0101:00:00.0" class="0x020700"><nic><net name="mlx5_0"/></nic></pci></pci></cpu>
  <cpu numaid="1"><pci busid="0002:00:00.0" class="0x030200"/></cpu></system>"#
         );
         let machine = read(&text);
         let rules = Rules::new(&machine, Kernel::parse("7.3"));
         let (gpu, far) = (at(&machine, "0001:00:00.0"), at(&machine, "0002:00:00.0"));
-        let near = rules.route(gpu, machine.named("mlx5_0").unwrap());
+        let nic = machine.named("mlx5_0").unwrap();
+        let near = rules.route(gpu, nic);
         assert_eq!((near.near, near.distance), (Some(Near::Pix), None));
+        // A bridge at ffff:ff is no bridge. On AWS's p4d a GPU and its NIC below one share no switch.
+        let grouped = read(&text.replace("0000:0f:01.0", "ffff:ff:01.0"));
+        let rules = Rules::new(&grouped, Kernel::parse("7.3"));
+        let route = rules.route(gpu, nic);
+        assert_eq!(
+            (route.near, route.common, route.rule),
+            (None, None, Rule::TreeUnknown)
+        );
+        assert_eq!(route.possible.allowed(), allowed, "{family}");
         let route = rules.route(gpu, far);
         assert_eq!(
             (route.near, route.possible.allowed()),

@@ -109,6 +109,9 @@ fn host_text(rules: &Rules<'_>, host: u32, name: &str) -> String {
 
 /// The description of a function, after its address.
 pub fn describe(function: &Function) -> String {
+    if function.is_placeholder() {
+        return "a group that the file made up, no bridge".into();
+    }
     let mut parts = Vec::new();
     let bridge = function.kind() == Kind::Bridge;
     let kind = match function.port.filter(|_| bridge) {
