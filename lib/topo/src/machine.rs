@@ -39,9 +39,9 @@ pub struct Machine {
 pub enum Format {
     /// sysfs: everything; ACS only as root.
     Sysfs,
-    /// `lspci -vvv`: no IOMMU groups, no DMA masks, no kernel version.
+    /// `lspci -vvv`: no IOMMU domains, no DMA masks, no kernel version or options.
     Lspci,
-    /// `rdma_topo dump`: no kernel version, no processor, and only some devices.
+    /// `rdma_topo dump`: no kernel version or options, no processor, and only some devices.
     RdmaTopo,
     /// hwloc's XML: no ACS, no BARs, no IOMMU groups, and usually no functions of the host bridges.
     Hwloc,
@@ -65,10 +65,14 @@ impl Format {
     pub fn lacks(self) -> &'static str {
         match self {
             Format::Sysfs => "",
-            Format::Lspci => "kernel, processor, IOMMU groups, DMA masks",
-            Format::RdmaTopo => "kernel, processor, BARs, DMA masks, most devices",
-            Format::Hwloc => "kernel, ACS, BARs, IOMMU groups, DMA masks",
-            Format::Nccl => "kernel, root complex, ACS, BARs, IOMMU groups, DMA masks",
+            Format::Lspci => "kernel and its options, processor, IOMMU domains, DMA masks",
+            Format::RdmaTopo => {
+                "kernel and its options, processor, drivers, BARs, IOMMU domains, DMA masks, most devices"
+            }
+            Format::Hwloc => "kernel and its options, drivers, ACS, BARs, IOMMU groups, DMA masks",
+            Format::Nccl => {
+                "kernel and its options, root complex, drivers, ACS, BARs, IOMMU groups, DMA masks"
+            }
         }
     }
 }

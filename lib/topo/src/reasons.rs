@@ -42,6 +42,8 @@ pub enum Code {
     /// Bridges are missing from the snapshot.
     TreeUnknown,
     /// A virtual machine's IOMMU may drop requests that its virtual switch should have routed.
+    /// The snapshot lacks facts that could rule it out, such as the DMA mask.
+    FactsUnknown,
     IommuInGuest,
     /// A virtual machine's PCI tree is not the hardware's.
     VirtualMachine,
@@ -61,7 +63,7 @@ pub enum Code {
 
 impl Code {
     /// All codes.
-    pub const ALL: [Code; 23] = [
+    pub const ALL: [Code; 24] = [
         Code::SameFunction,
         Code::NoDmaEngine,
         Code::NoMemory,
@@ -78,6 +80,7 @@ impl Code {
         Code::KernelUnknown,
         Code::TreeUnknown,
         Code::IommuInGuest,
+        Code::FactsUnknown,
         Code::VirtualMachine,
         Code::HostBridgeUnproved,
         Code::BarSmall,
@@ -106,6 +109,7 @@ impl Code {
             Code::KernelUnknown => "kernel-unknown",
             Code::TreeUnknown => "tree-unknown",
             Code::IommuInGuest => "iommu-in-guest",
+            Code::FactsUnknown => "facts-unknown",
             Code::VirtualMachine => "virtual-machine",
             Code::HostBridgeUnproved => "host-bridge-unproved",
             Code::BarSmall => "bar-small",
@@ -547,7 +551,11 @@ impl<'m> Case<'_, 'm> {
                 };
                 self.say(Code::KernelUnknown, effect, what);
                 let what = "name the kernel";
-                self.remedy(Remedy::new(what, ["peerbuf why A B --kernel 7.3".into()]));
+                let at = [self.client(), self.provider()].map(|function| function.address);
+                // Sorted, so that both directions have the same text.
+                let (one, other) = (at[0].min(at[1]), at[0].max(at[1]));
+                let command = format!("peerbuf why {one} {other} --kernel 7.3");
+                self.remedy(Remedy::new(what, [command]));
             }
             Trust::Yes(_) => {}
         }
@@ -613,7 +621,7 @@ impl<'m> Case<'_, 'm> {
             .each_on_the_way(self.client, self.provider, self.route.common, |index| {
                 let function = self.machine.function(index);
                 if function.acs.is_none() {
-                    unread.push(function.address.to_string());
+                    unread.push(function.address);
                 }
             });
         let text = match unread.is_empty() {
@@ -623,7 +631,13 @@ impl<'m> Case<'_, 'm> {
             ),
             false => format!(
                 "cannot read whether ACS redirects requests to the host bridge at {}",
-                unread.join(", ")
+        // Sorted, so that both directions have the same text.
+        unread.sort();
+                unread
+                    .iter()
+                    .map(ToString::to_string)
+                    .collect::<Vec<_>>()
+                    .join(", ")
             ),
         };
         (!unread.is_empty(), text)
@@ -641,6 +655,7 @@ impl<'m> Case<'_, 'm> {
         if let (Some(bits), Some(bar)) = (client.dma_bits, provider.largest_bar())
             && bits < bar.address_bits
         {
+        self.unknown_facts(translates, bus);
             let what = format!(
                 "the DMA mask of {} has {bits} bits, but BAR {} of {} needs {}",
                 label(client),
@@ -675,6 +690,41 @@ impl<'m> Case<'_, 'm> {
         }
         let translates = client.iommu.as_ref().and_then(Iommu::translates);
         if self.machine.is_virtual == Some(true) {
+    /// Names the facts that could rule the pair out and are unknown. `bus`: requests stay below a bridge.
+    fn unknown_facts(&mut self, translates: Option<bool>, bus: bool) {
+        let (client, provider) = (self.client(), self.provider());
+        if self.client == self.provider {
+            return;
+        }
+        let mut unknown = Vec::new();
+        if client.driver.is_none() {
+            unknown.push(format!("the driver of {}", client.address));
+        }
+        // A translating IOMMU gives addresses within the mask; 64 bits reach every BAR.
+        if (bus || translates != Some(true)) && client.dma_bits != Some(64) {
+            if client.dma_bits.is_none() {
+                unknown.push(format!("the DMA mask of {}", client.address));
+            }
+            if !bus && translates.is_none() {
+                unknown.push(format!("the IOMMU domain of {}", client.address));
+            }
+        }
+        if provider.bars.is_none() {
+            unknown.push(format!("the BARs of {}", provider.address));
+        }
+        if !bus && self.machine.options.is_none() {
+            unknown.push("the kernel's command line (swiotlb=force)".into());
+        }
+        if !unknown.is_empty() {
+            let what = format!(
+                "{} does not show what could rule it out: {}",
+                self.machine.format.name(),
+                unknown.join(", ")
+            );
+            self.say(Code::FactsUnknown, Effect::Warns, what);
+        }
+    }
+
             if translates == Some(true) && self.route.possible.has(Map::BusAddress) {
                 let what = format!(
                     "the virtual machine's IOMMU translates the requests of {}. It may treat the bus addresses of a peer as its \

@@ -80,7 +80,11 @@ pub fn tree(root: &Path) -> Result<Machine, ReadError> {
     let processors = proc_file("cpuinfo");
     machine.processor = processors.as_deref().and_then(processor);
     machine.is_virtual = is_virtual(root, processors.as_deref(), &machine);
-    machine.options = proc_file("cmdline").map(|line| options(&line));
+    // An empty command line is known, too.
+    machine.options = beside
+        .iter()
+        .find_map(|proc| fs::read_to_string(proc.join("cmdline")).ok())
+        .map(|line| options(&line));
     let nodes = fs::read_dir(root.join("devices/system/node"));
     let nodes = nodes.into_iter().flatten().flatten().filter(|entry| {
         let name = entry.file_name();

@@ -80,14 +80,24 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
         return Ok(code);
     }
     let width = table::width();
-    let mut text = match (findings.is_empty(), ways.is_empty()) {
-        (true, true) => "nothing is in the way".to_owned(),
+    let is_unknown = |way: &Way| {
+        let reasons = &way.argument.reasons;
+        !way.is_proved()
+            && reasons
+                .iter()
+                .any(|reason| reason.code == Code::FactsUnknown)
+    };
+    let headline = match (findings.is_empty(), ways.is_empty()) {
+        (true, true) => "nothing is in the way",
+        (true, false) if ways.iter().any(is_unknown) => {
+            "nothing that is known is in the way of a pair of devices; facts that could be are unknown (facts-unknown)"
+        }
         (true, false) => {
             "nothing is in the way: each pair of devices works by the best way that there is"
-                .to_owned()
         }
-        (false, _) => "in the way, most useful first".to_owned(),
-    } + "\n";
+        (false, _) => "in the way, most useful first",
+    };
+    let mut text = table::paragraph(headline, width);
     for (number, finding) in findings.iter().enumerate() {
         text += &table::labelled(&format!("{:>3}.", number + 1), &finding.what, width);
         for remedy in &finding.remedies {

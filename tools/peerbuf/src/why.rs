@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use crate::ask::{self, Answer};
 use crate::proofs::{self, FOLDERS, Proof, Seen};
-use crate::topo::{NotFound, Source, Target};
+use crate::topo::{self, NotFound, Source, Target};
 use crate::{Failure, say, table};
 
 /// Arguments of `peerbuf why`.
@@ -252,6 +252,9 @@ fn show(rules: &Rules<'_>, ways: &[Way; 2], layers: &[&Reason], width: usize) ->
         about.push("virtual machine".into());
     }
     text += &table::paragraph(&about.join(", "), width);
+    for line in topo::lacks(machine) {
+        text += &table::paragraph(&line, width);
+    }
     for (way, client, provider) in [(forth, a, b), (back, b, a)] {
         let said = (way.answer == forth.answer && !std::ptr::eq(way, forth)).then_some("as above");
         text += &heading(way, client, provider, said, width);
@@ -267,12 +270,6 @@ fn show(rules: &Rules<'_>, ways: &[Way; 2], layers: &[&Reason], width: usize) ->
             _ => format!(" (to use {})", a.address),
         };
         text += &reason_text(reason, &which, width);
-    }
-    for line in topo::lacks(machine) {
-        text += &table::paragraph(&line, width);
-    }
-    for mount in mounts {
-        text += &table::labelled("mount: ", mount, width);
     }
     let remedies = remedies(ways);
     if !remedies.is_empty() {
@@ -443,6 +440,7 @@ fn path(rules: &Rules<'_>, argument: &Argument) -> String {
         machine
             .upwards(from)
             .take_while(|index| Some(*index) != stop)
+            .filter(|index| !machine.function(*index).is_placeholder())
             .collect()
     };
     let (client, provider) = (up(argument.client), up(argument.provider));
@@ -509,7 +507,10 @@ fn to_json(machine: &Machine, ways: &[Way; 2], layers: &[&Reason]) -> Value {
                 .collect::<Vec<_>>(),
         })
     };
-    json!({ "ways": ways.iter().map(way).collect::<Vec<_>>() })
+    json!({
+        "ways": ways.iter().map(way).collect::<Vec<_>>(),
+        "unknown": topo::lacks(machine),
+    })
 }
 
 #[cfg(test)]

@@ -555,6 +555,10 @@ fn why_tells_a_pair_of_a_snapshot_in_25_lines_and_by_its_exit_status() {
         assert_eq!(output.status.code(), Some(code), "{output:?}");
         let text = String::from_utf8(output.stdout).unwrap();
         assert!(text.lines().count() < 25 && text.contains(word), "{text}");
+        assert!(
+            text.contains("unknown in lspci -vvv: ") && text.contains("facts-unknown"),
+            "{text}"
+        );
         let json = peerbuf(&[&arguments[..], &["--json"]].concat());
         let ways = &json_lines(&json)[0]["ways"];
         assert_eq!(ways[0]["client"], "0000:01:00.0", "{ways}");
@@ -565,6 +569,8 @@ fn why_tells_a_pair_of_a_snapshot_in_25_lines_and_by_its_exit_status() {
         );
         let doctor = peerbuf(&["doctor", "--from", &file, "--kernel", "7.3"]);
         assert_eq!(doctor.status.code(), Some(code), "{doctor:?}");
+        let doctor = String::from_utf8(doctor.stdout).unwrap();
+        assert!(!doctor.contains("best way that there is"), "{doctor}");
     }
 }
 

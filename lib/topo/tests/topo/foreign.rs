@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::common::{BRIDGE, Spec, Tree, at, gpu, host_bridge, nic, nvme, port};
+use crate::common::{BRIDGE, Spec, Tree, ask, at, gpu, host_bridge, nic, nvme, port};
 use peerbuf_topo::machine::{Acs, Driver, Format, Iommu, Kernel, Kind, Port};
 use peerbuf_topo::rules::{Map, Near, Rule};
 use peerbuf_topo::{Argument, Code, Machine, Rules};
@@ -218,6 +218,36 @@ fn nccl_tells_which_devices_are_near_and_no_host_bridge() {
         );
         assert_eq!(route.possible.known(), None);
     }
+}
+
+/// What Azure's file for its ND v4 has: AMD's processor, and nothing else that could be in the way.
+#[test]
+fn a_fact_that_a_format_lacks_is_named_where_it_could_rule_a_pair_out() {
+    let nccl = r#"<system version="1"><cpu numaid="0" vendor="AuthenticAMD" familyid="23">
+ <pci busid="ffff:ff:01.0" class="0x060400"><pci busid="0001:00:00.0" class="0x030200"/>
+  <pci busid="0101:00:00.0" class="0x020700"/></pci></cpu></system>"#;
+    let machine = read(nccl);
+    let argument = ask(&machine, "0101:00:00.0", "0001:00:00.0");
+    let unknown = |argument: &Argument| {
+        let mut reasons = argument.reasons.iter();
+        let found = reasons.find(|reason| reason.code == Code::FactsUnknown);
+        found.map(|reason| reason.evidence.clone())
+    };
+    let evidence = unknown(&argument).unwrap();
+    for fact in [
+        "the driver of 0101:00:00.0",
+        "the DMA mask of 0101:00:00.0",
+        "the IOMMU domain of 0101:00:00.0",
+        "the BARs of 0001:00:00.0",
+        "swiotlb",
+    ] {
+        assert!(evidence.contains(fact), "no {fact:?} in {evidence}");
+    }
+    // lspci shows BARs and drivers; a mask of 64 bits reaches every BAR; sysfs shows all.
+    let evidence = unknown(&ask(&read(LSPCI), "0000:03:00.0", "0000:04:00.0")).unwrap();
+    assert!(!evidence.contains("BARs"), "{evidence}");
+    let ours = ask(&sysfs(), "0000:03:00.0", "0000:04:00.0");
+    assert_eq!(unknown(&ours), None);
 }
 
 /// As rdma-core's source writes it (`SysfsDevice.to_dict`). Its own program refuses machines without its vendor's

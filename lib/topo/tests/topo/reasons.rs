@@ -186,6 +186,34 @@ fn each_code_is_given_by_some_machine() {
 }
 
 #[test]
+fn both_ways_of_a_pair_tell_the_same_fact_in_the_same_words() {
+    let hidden = Spec {
+        for_users: true,
+        ..port(6)
+    };
+    let machine = Sample {
+        in_switch: true,
+        kernel: None,
+        host: host_bridge(0x8086, 0x09a2),
+        ports: hidden,
+        ..Sample::new()
+    }
+    .machine();
+    let [forth, back] = [(DISK, CARD), (CARD, DISK)].map(|(a, b)| ask(&machine, a, b));
+    let evidence = |argument: &Argument| {
+        let mut reasons = argument.reasons.iter();
+        let found = reasons.find(|reason| reason.code == Code::AcsUnknown);
+        found.unwrap().evidence.clone()
+    };
+    assert_eq!(evidence(&forth), evidence(&back));
+    let command = format!("peerbuf why {DISK} {CARD} --kernel 7.3");
+    for argument in [forth, back] {
+        let mut commands = argument.remedies.iter().flat_map(|remedy| &remedy.commands);
+        assert!(commands.any(|known| *known == command), "{argument:?}");
+    }
+}
+
+#[test]
 fn all_reasons_are_given_at_once_the_gravest_first() {
     let argument = Sample {
         disk: Spec {

@@ -104,9 +104,22 @@ pub fn about(rules: &Rules<'_>) -> String {
     if machine.in_container == Some(true) {
         parts.push("in a container, which may hide devices".into());
     }
-    let mut text = parts.join("; ");
+    [parts.join("; ")]
+        .into_iter()
+        .chain(lacks(machine))
+        .collect::<Vec<_>>()
+        .join("\n")
+}
+
+/// The facts that the source has not, and those that the user may not read.
+pub fn lacks(machine: &Machine) -> Vec<String> {
+    let mut lines = Vec::new();
     if !machine.format.lacks().is_empty() {
-        text += &format!("\nunknown in this format: {}", machine.format.lacks());
+        lines.push(format!(
+            "unknown in {}: {}",
+            machine.format.name(),
+            machine.format.lacks()
+        ));
     }
     let is_bridge =
         |f: &&peerbuf_topo::machine::Function| f.kind() == peerbuf_topo::machine::Kind::Bridge;
@@ -117,9 +130,11 @@ pub fn about(rules: &Rules<'_>) -> String {
         .filter(|f| f.acs.is_none())
         .count();
     if machine.format == peerbuf_topo::machine::Format::Sysfs && unread > 0 {
-        text += &format!("\nnot read for lack of rights: ACS of {unread} bridges (root may)");
+        lines.push(format!(
+            "not read for lack of rights: ACS of {unread} bridges (root may)"
+        ));
     }
-    text
+    lines
 }
 
 fn to_json(rules: &Rules<'_>, labels: &[(peerbuf_topo::machine::Index, String)]) -> Value {
