@@ -174,18 +174,14 @@ pub struct Function {
     pub is_virtual: bool,
     /// The size in bytes of the P2PDMA memory that its driver publishes (`p2pmem`).
     pub lends: Option<u64>,
+    /// The size in bytes of an NVMe disk's controller memory buffer (CMB); 0 if it has none.
+    #[serde(default)]
+    pub cmb: Option<u64>,
     /// Names that its drivers gave it, such as `nvme0n1`, `mlx5_0`, `renderD128`.
     pub names: Vec<String>,
 }
 
 impl Function {
-    /// A function with nothing known but its address.
-    pub fn at(address: PciAddress) -> Function {
-        Function {
-            address,
-            parent: None,
-            host: 0,
-            depth: 0,
     /// The ID of a bridge that a snapshot made up to group devices. No device has it: sysfs and lspci read it where
     /// nothing answers.
     pub(crate) const PLACEHOLDER: (u16, u16) = (0xffff, 0xffff);
@@ -195,6 +191,13 @@ impl Function {
         self.id == Some(Function::PLACEHOLDER)
     }
 
+    /// A function with nothing known but its address.
+    pub fn at(address: PciAddress) -> Function {
+        Function {
+            address,
+            parent: None,
+            host: 0,
+            depth: 0,
             id: None,
             class: None,
             port: None,
@@ -207,6 +210,7 @@ impl Function {
             driver: None,
             is_virtual: false,
             lends: None,
+            cmb: None,
             names: Vec::new(),
         }
     }

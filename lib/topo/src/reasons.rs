@@ -41,7 +41,6 @@ pub enum Code {
     KernelUnknown,
     /// Bridges are missing from the snapshot.
     TreeUnknown,
-    /// A virtual machine's IOMMU may drop requests that its virtual switch should have routed.
     /// The snapshot lacks facts that could rule it out, such as the DMA mask.
     FactsUnknown,
     IommuInGuest,

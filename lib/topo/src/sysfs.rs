@@ -32,7 +32,8 @@ const OPTIONS: [&str; 9] = [
 /// # Errors [`ReadError::NoDevices`] without sysfs or PCI.
 pub fn running() -> Result<Machine, ReadError> {
     let mut machine = tree(Path::new("/sys"))?;
-    machine.in_container = Some(is_container());
+    let in_kubernetes = std::env::var_os("KUBERNETES_SERVICE_HOST").is_some();
+    machine.in_container = Some(in_kubernetes || is_container(Path::new("/")));
     Ok(machine)
 }
 
@@ -48,12 +49,9 @@ pub fn tree(root: &Path) -> Result<Machine, ReadError> {
             from: root.to_owned(),
         });
     }
-    let mut found = Vec::with_capacity(places.len());
-    for place in &places {
-        let host = machine.host(&place.host, true, true);
-        let mut function = read_function(&place.directory, place.address);
-        function.host = host;
-        found.push(function);
+    let mut found = read_functions(&places);
+    for (place, function) in places.iter().zip(&mut found) {
+        function.host = machine.host(&place.host, true, true);
     }
     let at = |address: PciAddress| {
         let known = places.binary_search_by_key(&address, |place| place.address);
@@ -181,6 +179,31 @@ fn search(root: &Path, names: &mut Vec<String>, into: &mut Vec<Place>) {
     }
 }
 
+/// Reads all, in order, on as many threads as there are processors.
+fn read_functions(places: &[Place]) -> Vec<Function> {
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let share = places.len().div_ceil(threads).max(64);
+    let read = |places: &[Place]| -> Vec<Function> {
+        let read = |place: &Place| read_function(&place.directory, place.address);
+        places.iter().map(read).collect()
+    };
+    std::thread::scope(|scope| {
+        let (mine, others) = places.split_at(share.min(places.len()));
+        let others: Vec<_> = others
+            .chunks(share)
+            .map(|places| scope.spawn(move || read(places)))
+            .collect();
+        let mut all = read(mine);
+        for other in others {
+            match other.join() {
+                Ok(functions) => all.extend(functions),
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
+        }
+        all
+    })
+}
+
 fn read_function(directory: &Path, address: PciAddress) -> Function {
     let mut function = Function::at(address);
     // Lists the directory once, so that no missing file is opened.
@@ -189,7 +212,10 @@ fn read_function(directory: &Path, address: PciAddress) -> Function {
         .filter_map(|entry| entry.file_name().into_string().ok())
         .collect();
     let has = |name: &str| names.iter().any(|known| known == name);
-    let line = |name: &str| text(&directory.join(name));
+    let line = |name: &str| {
+        let first = name.split('/').next().unwrap_or(name);
+        has(first).then(|| text(&directory.join(name))).flatten()
+    };
 
     let mut bytes = [0; 4096];
     let read = fs::File::open(directory.join("config")).and_then(|mut file| {
@@ -231,15 +257,15 @@ fn read_function(directory: &Path, address: PciAddress) -> Function {
     let hex = |name: &str| -> Option<u64> {
         u64::from_str_radix(line(name)?.strip_prefix("0x")?, 16).ok()
     };
-    if function.id.is_none() {
-        let numbers = || Some((hex("vendor")? as u16, hex("device")? as u16));
-        function.id = numbers().or_else(|| config.id());
-    }
-    if function.class.is_none() {
-        function.class = hex("class")
-            .map(|class| class as u32)
-            .or_else(|| config.class());
-    }
+    // A copy may lack `uevent`. A virtual function's configuration space has no ID.
+    function.id = function
+        .id
+        .or_else(|| config.id())
+        .or_else(|| Some((hex("vendor")? as u16, hex("device")? as u16)));
+    function.class = function
+        .class
+        .or_else(|| config.class())
+        .or_else(|| hex("class").map(|class| class as u32));
     function.port = config.port();
     function.acs = config.acs();
     function.link = config.link().or_else(|| link(&line));
@@ -260,8 +286,9 @@ fn read_function(directory: &Path, address: PciAddress) -> Function {
     function.lends = has("p2pmem")
         .then(|| line("p2pmem/size")?.parse().ok())
         .flatten();
-    function.iommu = match fs::read_link(directory.join("iommu_group")) {
-        Ok(group) => group
+    let group = has("iommu_group").then(|| fs::read_link(directory.join("iommu_group")));
+    function.iommu = match group {
+        Some(Ok(group)) => group
             .file_name()
             .and_then(|name| name.to_str()?.parse().ok())
             .map(|number| Iommu::Group {
@@ -269,19 +296,23 @@ fn read_function(directory: &Path, address: PciAddress) -> Function {
                 domain: line("iommu_group/type"),
             }),
         // Not conclusive in a copy: it may lack the link.
-        Err(_) => is_sysfs.then_some(Iommu::None),
+        Some(Err(_)) => None,
+        None => is_sysfs.then_some(Iommu::None),
     };
-    for class in [
-        "nvme",
-        "net",
-        "infiniband",
-        "drm",
-        "block",
-        "video4linux",
-        "accel",
-    ] {
+    if has("nvme") {
+        // The driver shows the buffer's registers only of a controller that has one.
+        let size = nvme_names(&directory.join("nvme"), &mut function.names);
+        function.cmb = size.or(is_sysfs.then_some(0));
+    }
+    for class in ["net", "infiniband", "drm", "block", "video4linux", "accel"] {
         if has(class) {
-            class_names(&directory.join(class), class, &mut function.names);
+            class_names(&directory.join(class), &mut function.names);
+        }
+    }
+    // A virtual machine's card: the driver's device is below that of virtio.
+    for below in names.iter().filter(|name| is_virtio(name)) {
+        for class in ["net", "block", "drm"] {
+            class_names(&directory.join(below).join(class), &mut function.names);
         }
     }
     function.names.sort();
@@ -289,25 +320,50 @@ fn read_function(directory: &Path, address: PciAddress) -> Function {
     function
 }
 
-/// Adds the names in a directory such as `nvme`. Names that could identify a person or a machine are skipped.
-fn class_names(directory: &Path, class: &str, into: &mut Vec<String>) {
-    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
-        let Ok(name) = entry.file_name().into_string() else {
-            continue;
-        };
-        if class == "nvme" {
-            // A controller's disks: nvme0n1, or nvme0c0n1 with several paths.
-            let disks = fs::read_dir(entry.path()).into_iter().flatten().flatten();
-            let disks = disks.filter_map(|disk| disk.file_name().into_string().ok());
-            let is_disk = |disk: &String| {
-                let rest = disk.strip_prefix(name.as_str());
-                let number = rest.and_then(|rest| rest.strip_prefix('n'));
-                number.is_some_and(|number| number.bytes().all(|b| b.is_ascii_digit()))
-            };
-            into.extend(disks.filter(is_disk));
+/// `virtio3`
+fn is_virtio(name: &str) -> bool {
+    let number = name.strip_prefix("virtio");
+    number.is_some_and(|number| number.parse::<u32>().is_ok())
+}
+
+/// Adds the names in a directory such as `net`. Names that could identify a person or a machine are left to
+/// [`save`](crate::save).
+fn class_names(directory: &Path, into: &mut Vec<String>) {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    into.extend(entries.filter_map(|entry| entry.file_name().into_string().ok()));
+}
+
+/// Adds the names of NVMe controllers and their disks: `nvme0`, `nvme0n1`, or `nvme0c0n1` with several paths. Returns
+/// the size of the controller memory buffer (CMB), if one is shown.
+fn nvme_names(directory: &Path, into: &mut Vec<String>) -> Option<u64> {
+    let mut size = None;
+    let mut controllers = Vec::new();
+    class_names(directory, &mut controllers);
+    for name in controllers {
+        let mut below = Vec::new();
+        class_names(&directory.join(&name), &mut below);
+        if below.iter().any(|file| file == "cmb") {
+            size = text(&directory.join(&name).join("cmb")).and_then(|text| cmb_size(&text));
         }
+        let is_disk = |disk: &String| {
+            let rest = disk.strip_prefix(name.as_str());
+            let number = rest.and_then(|rest| rest.strip_prefix('n'));
+            number.is_some_and(|number| number.bytes().all(|b| b.is_ascii_digit()))
+        };
+        into.extend(below.into_iter().filter(is_disk));
         into.push(name);
     }
+    size
+}
+
+/// The size in bytes in an NVMe driver's `cmb`: lines with the registers CMBLOC and CMBSZ (NVMe base specification,
+/// 3.1.4.14).
+fn cmb_size(text: &str) -> Option<u64> {
+    let line = text.lines().find(|line| line.starts_with("cmbsz"))?;
+    let register = line.split_once("0x")?.1.trim();
+    let register = u64::from_str_radix(register, 16).ok()?;
+    // Size in units of 4 KiB shifted left by four bits for each step.
+    (register >> 12).checked_shl(12 + 4 * (register >> 8 & 0xf) as u32)
 }
 
 /// The link, without access to configuration space: `8.0 GT/s PCIe`, and lanes.
@@ -408,11 +464,29 @@ fn is_virtual(root: &Path, cpuinfo: Option<&str>, machine: &Machine) -> Option<b
     says.or(is_qemu.then_some(true))
 }
 
-fn is_container() -> bool {
-    ["/.dockerenv", "/run/.containerenv"]
+/// Whether `root` is a container's: by the marker files of Docker, Podman and systemd, by the cgroup of its first
+/// process, or by its root filesystem. With a cgroup namespace of its own, as containerd gives by default, only the
+/// last tells.
+fn is_container(root: &Path) -> bool {
+    const RUNTIMES: [&str; 7] = [
+        "docker",
+        "containerd",
+        "kubepods",
+        "libpod",
+        "crio",
+        "lxc",
+        "containers/storage",
+    ];
+    let names_a_runtime = |text: &str| RUNTIMES.iter().any(|name| text.contains(name));
+    let proc_file = |name: &str| text(&root.join("proc/1").join(name)).unwrap_or_default();
+    // The root filesystem's mount only: hosts have mounts of containers, too.
+    let mounts = proc_file("mountinfo");
+    let on_root = |line: &&str| line.split(' ').nth(4) == Some("/");
+    [".dockerenv", "run/.containerenv", "run/systemd/container"]
         .iter()
-        .any(|path| Path::new(path).exists())
-        || text(Path::new("/run/systemd/container")).is_some()
+        .any(|path| root.join(path).exists())
+        || names_a_runtime(&proc_file("cgroup"))
+        || mounts.lines().filter(on_root).any(names_a_runtime)
 }
 
 fn options(line: &str) -> Vec<String> {
@@ -423,6 +497,69 @@ fn options(line: &str) -> Vec<String> {
 
 /// A file's text, trimmed.
 fn text(path: &Path) -> Option<String> {
-    let text = fs::read_to_string(path).ok()?;
-    Some(text.trim().to_owned()).filter(|text| !text.is_empty())
+    // sysfs's attributes fit into a page, and their lengths are not known before.
+    let mut file = fs::File::open(path).ok()?;
+    let mut bytes = Vec::with_capacity(4096);
+    file.read_to_end(&mut bytes).ok()?;
+    let text = std::str::from_utf8(&bytes).ok()?.trim();
+    Some(text.to_owned()).filter(|text| !text.is_empty())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_controller_memory_buffer_has_the_size_in_its_register() {
+        for (text, size) in [
+            // 64 MiB in units of 4 KiB, 2 units of 16 MiB, none.
+            ("cmbloc : 0x00000002\ncmbsz  : 0x0400001f\n", Some(64 << 20)),
+            ("cmbloc : 0x00000002\ncmbsz  : 0x0000231f\n", Some(32 << 20)),
+            ("cmbloc : 0x00000000\ncmbsz  : 0x00000000\n", Some(0)),
+            ("", None),
+            ("cmbsz  : new", None),
+        ] {
+            assert_eq!(cmb_size(text), size, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_container_is_known_by_its_marks_and_a_host_of_containers_is_none() {
+        let is = |files: &[(&str, &str)]| {
+            let root = tempfile::tempdir().unwrap();
+            for (file, text) in files {
+                let path = root.path().join(file);
+                fs::create_dir_all(path.parent().unwrap()).unwrap();
+                fs::write(path, text).unwrap();
+            }
+            is_container(root.path())
+        };
+        for marks in [
+            (".dockerenv", ""),
+            ("run/.containerenv", ""),
+            ("run/systemd/container", "lxc"),
+            (
+                "proc/1/cgroup",
+                "0::/kubepods.slice/kubepods-besteffort.slice/cri-containerd-1f.scope\n",
+            ),
+            ("proc/1/cgroup", "12:cpu:/docker/0123abcd\n"),
+            // containerd with a cgroup namespace.
+            (
+                "proc/1/mountinfo",
+                "20 1 0:50 / / rw - overlay overlay rw,upperdir=/var/lib/containerd/io.containerd.snapshotter.v1.overlayfs/1\n",
+            ),
+        ] {
+            assert!(is(&[marks]), "{marks:?}");
+        }
+        let host = [
+            ("proc/1/cgroup", "0::/init.scope\n"),
+            (
+                "proc/1/mountinfo",
+                "20 1 259:2 / / rw - ext4 /dev/nvme0n1p2 rw\n\
+                 21 20 0:50 / /run/containerd/x/rootfs rw - overlay overlay rw,upperdir=/var/lib/containerd/1\n",
+            ),
+        ];
+        assert!(!is(&host));
+        assert!(!is(&[]));
+    }
 }

@@ -660,7 +660,21 @@ fn topo_draws_saves_and_reads_what_it_saved() {
     }
     assert!(texts.count() > 10);
     let json = peerbuf(&["topo", "--from", &file, "--json"]);
-    let pairs = &json_lines(&json)[0]["pairs"];
+    let json = &json_lines(&json)[0];
+    let card = &json["devices"][1];
+    assert_eq!(card["bars"][0]["size"], 64_u64 << 30, "{card}");
+    assert_eq!(card["driver"]["bound"], "nvidia", "{card}");
+    for (of, fact) in [
+        (card, "acs"),
+        (card, "link"),
+        (card, "iommu"),
+        (card, "numa_node"),
+        (card, "dma_mask_bits"),
+        (&json["bridges"][1], "acs"),
+    ] {
+        assert!(of.get(fact).is_some(), "no {fact} in {of}");
+    }
+    let pairs = &json["pairs"];
     assert_eq!(
         (&pairs[0]["kernel"], &pairs[0]["near"]),
         (&"?".into(), &"PHB".into()),

@@ -148,9 +148,36 @@ fn to_json(rules: &Rules<'_>, labels: &[(peerbuf_topo::machine::Index, String)])
                 "address": function.address.to_string(),
                 "kind": function.kind(),
                 "names": function.names,
+                "id": function.id.map(|(vendor, device)| format!("{vendor:04x}:{device:04x}")),
+                "driver": function.driver,
+                "bars": function.bars,
+                "acs": function.acs,
+                "link": function.link,
+                "iommu": function.iommu,
+                "numa_node": function.node,
+                "dma_mask_bits": function.dma_bits,
+                "cmb": function.cmb,
+                "lends": function.lends,
                 "bridges": machine.upwards(*index).skip(1)
                     .map(|at| machine.function(at).address.to_string()).collect::<Vec<_>>(),
                 "host_bridge": machine.hosts[function.host as usize].name,
+            })
+        })
+        .collect();
+    let above: std::collections::BTreeSet<_> = labels
+        .iter()
+        .flat_map(|(index, _)| machine.upwards(*index).skip(1))
+        .collect();
+    let bridges: Vec<Value> = above
+        .into_iter()
+        .map(|index| {
+            let bridge = machine.function(index);
+            json!({
+                "address": bridge.address.to_string(),
+                "port": bridge.port,
+                "acs": bridge.acs,
+                "link": bridge.link,
+                "numa_node": bridge.node,
             })
         })
         .collect();
@@ -173,7 +200,12 @@ fn to_json(rules: &Rules<'_>, labels: &[(peerbuf_topo::machine::Index, String)])
         "kernel": rules.kernel().map(|kernel| kernel.to_string()),
         "virtual": machine.is_virtual,
         "functions": machine.functions.len(),
+        "container": machine.in_container,
+        "nodes": machine.nodes,
+        "options": machine.options,
+        "unknown": lacks(machine),
         "devices": devices,
+        "bridges": bridges,
         "pairs": few.then_some(pairs),
     })
 }

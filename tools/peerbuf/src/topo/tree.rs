@@ -139,6 +139,9 @@ pub fn describe(function: &Function) -> String {
     {
         parts.push(format!("BAR {} {}", bar.index, size::show(bar.size)));
     }
+    if let Some(bytes) = function.cmb.filter(|bytes| *bytes > 0) {
+        parts.push(format!("CMB {}", size::show(bytes)));
+    }
     if let Some(bytes) = function.lends {
         parts.push(format!("lends {}", size::show(bytes)));
     }
