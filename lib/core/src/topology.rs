@@ -6,6 +6,10 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+mod stack;
+
+pub use stack::{Layer, LayerKind};
+
 /// The address of a PCI function, `DDDD:BB:DD.F`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[doc(alias = "BDF")]

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use peerbuf_core::PciAddress;
+use peerbuf_core::topology::{Layer, LayerKind};
 
 use crate::machine::{Acs, Driver, Format, Function, Index, Iommu, Kernel, Kind, Machine};
 use crate::rules::{Map, Missing, Route, Rule, Rules, Trust};
@@ -43,6 +44,7 @@ pub enum Code {
     TreeUnknown,
     /// The snapshot lacks facts that could rule it out, such as the DMA mask.
     FactsUnknown,
+    /// A virtual machine's IOMMU may drop requests that its virtual switch should have routed.
     IommuInGuest,
     /// A virtual machine's PCI tree is not the hardware's.
     VirtualMachine,
@@ -78,8 +80,8 @@ impl Code {
         Code::ProcessorUnknown,
         Code::KernelUnknown,
         Code::TreeUnknown,
-        Code::IommuInGuest,
         Code::FactsUnknown,
+        Code::IommuInGuest,
         Code::VirtualMachine,
         Code::HostBridgeUnproved,
         Code::BarSmall,
@@ -107,8 +109,8 @@ impl Code {
             Code::ProcessorUnknown => "processor-unknown",
             Code::KernelUnknown => "kernel-unknown",
             Code::TreeUnknown => "tree-unknown",
-            Code::IommuInGuest => "iommu-in-guest",
             Code::FactsUnknown => "facts-unknown",
+            Code::IommuInGuest => "iommu-in-guest",
             Code::VirtualMachine => "virtual-machine",
             Code::HostBridgeUnproved => "host-bridge-unproved",
             Code::BarSmall => "bar-small",
@@ -367,9 +369,15 @@ impl<'m> Case<'_, 'm> {
                 self.say(Code::NoMemory, Effect::Blocks, what);
             }
             (_, Kind::Nvme) if !lends && self.machine.format == Format::Sysfs => {
-                let what = format!(
-                    "{at} has registers only, and no published controller memory buffer (CMB)"
-                );
+                let what = match provider.cmb {
+                    Some(bytes) if bytes > 0 => format!(
+                        "{at} has a controller memory buffer (CMB) of {}, which its driver does not publish",
+                        size(bytes)
+                    ),
+                    _ => format!(
+                        "{at} has registers only, and no published controller memory buffer (CMB)"
+                    ),
+                };
                 self.say(Code::NoMemory, Effect::Blocks, what);
             }
             (_, Kind::Nvme | Kind::Disk | Kind::Nic) if !lends => {
@@ -623,6 +631,8 @@ impl<'m> Case<'_, 'm> {
                     unread.push(function.address);
                 }
             });
+        // Sorted, so that both directions have the same text.
+        unread.sort();
         let text = match unread.is_empty() {
             true => format!(
                 "{} does not show the bridges, whose ACS may redirect requests",
@@ -630,8 +640,6 @@ impl<'m> Case<'_, 'm> {
             ),
             false => format!(
                 "cannot read whether ACS redirects requests to the host bridge at {}",
-        // Sorted, so that both directions have the same text.
-        unread.sort();
                 unread
                     .iter()
                     .map(ToString::to_string)
@@ -647,6 +655,7 @@ impl<'m> Case<'_, 'm> {
         let (client, provider) = (self.client(), self.provider());
         let translates = client.iommu.as_ref().and_then(Iommu::translates);
         let bus = self.route.possible.known() == Some(Map::BusAddress);
+        self.unknown_facts(translates, bus);
         // Through the host bridge, a translating IOMMU assigns addresses within the DMA mask.
         if translates == Some(true) && !bus {
             return;
@@ -654,7 +663,6 @@ impl<'m> Case<'_, 'm> {
         if let (Some(bits), Some(bar)) = (client.dma_bits, provider.largest_bar())
             && bits < bar.address_bits
         {
-        self.unknown_facts(translates, bus);
             let what = format!(
                 "the DMA mask of {} has {bits} bits, but BAR {} of {} needs {}",
                 label(client),
@@ -682,13 +690,6 @@ impl<'m> Case<'_, 'm> {
         }
     }
 
-    fn cautions(&mut self) {
-        let client = self.client();
-        if self.client == self.provider {
-            return;
-        }
-        let translates = client.iommu.as_ref().and_then(Iommu::translates);
-        if self.machine.is_virtual == Some(true) {
     /// Names the facts that could rule the pair out and are unknown. `bus`: requests stay below a bridge.
     fn unknown_facts(&mut self, translates: Option<bool>, bus: bool) {
         let (client, provider) = (self.client(), self.provider());
@@ -724,6 +725,13 @@ impl<'m> Case<'_, 'm> {
         }
     }
 
+    fn cautions(&mut self) {
+        let client = self.client();
+        if self.client == self.provider {
+            return;
+        }
+        let translates = client.iommu.as_ref().and_then(Iommu::translates);
+        if self.machine.is_virtual == Some(true) {
             if translates == Some(true) && self.route.possible.has(Map::BusAddress) {
                 let what = format!(
                     "the virtual machine's IOMMU translates the requests of {}. It may treat the bus addresses of a peer as its \
@@ -778,6 +786,68 @@ pub fn of_layer(disk: &str, layer: &str) -> Reason {
         effect,
         evidence: format!("{disk} is made by {layer}. It {what}"),
     }
+}
+
+/// The reasons of the layers below a filesystem, where the kinds of the layers tell more than [`of_layer`] of the top
+/// one.
+pub fn of_stack(layers: &[Layer]) -> Vec<Reason> {
+    let reason = |(at, layer): (usize, &Layer)| {
+        let (effect, what) = of_kind(&layer.kind)?;
+        // Of these, [`of_layer`] says as much about the top one.
+        let is_told = match layer.kind {
+            LayerKind::Lvm | LayerKind::Crypt | LayerKind::Multipath => false,
+            LayerKind::Fabrics(ref transport) => transport.is_none(),
+            _ => true,
+        };
+        let evidence = format!("{} ({}) {what}", layer.name, layer.kind.name());
+        (at > 0 || !is_told).then(|| Reason::new(Code::BlockLayer, effect, evidence))
+    };
+    layers.iter().enumerate().filter_map(reason).collect()
+}
+
+/// What a layer does to peers' pages; `None` if it passes them on.
+fn of_kind(kind: &LayerKind) -> Option<(Effect, &'static str)> {
+    Some(match kind {
+        LayerKind::Disk | LayerKind::Partition | LayerKind::NvmePaths => return None,
+        LayerKind::Lvm => (
+            Effect::MayBlock,
+            "passes peer memory on if the volume is linear or striped; thin, cached, mirrored and snapshot volumes do \
+             not",
+        ),
+        LayerKind::Crypt => (
+            Effect::Blocks,
+            "encrypts with the CPU, from and into pages of its own: staged copies",
+        ),
+        LayerKind::Multipath => (
+            Effect::MayBlock,
+            "chooses a path for each request, and passes peer memory on only if all paths accept it",
+        ),
+        LayerKind::Mapper => (
+            Effect::MayBlock,
+            "passes peer memory on only for tables that need no CPU (linear, striped)",
+        ),
+        LayerKind::Raid(_) => (
+            Effect::Blocks,
+            "is software RAID, which refuses peer memory",
+        ),
+        LayerKind::Loop(_) => (
+            Effect::Blocks,
+            "goes through the page cache, or through direct I/O of the kernel's own pages",
+        ),
+        LayerKind::Fabrics(Some(transport)) if transport == "rdma" => (
+            Effect::MayBlock,
+            "reaches its disk through an RDMA card, which takes peer memory on Linux 7.2 and later",
+        ),
+        LayerKind::Fabrics(Some(transport)) if transport == "tcp" => (
+            Effect::Blocks,
+            "reaches its disk through a socket: the CPU copies",
+        ),
+        LayerKind::Fabrics(_) => (
+            Effect::MayBlock,
+            "reaches its disk through an RDMA card (Linux 7.2 and later) or a socket",
+        ),
+        _ => (Effect::Blocks, "is served by the CPU"),
+    })
 }
 
 /// The reason for a device that is not a PCI function.

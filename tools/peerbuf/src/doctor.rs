@@ -3,8 +3,9 @@
 use std::process::ExitCode;
 
 use peerbuf::import::file::{FileImporter, unnamed_file};
+use peerbuf::plan::topology::LayerKind;
 use peerbuf_topo::machine::{Function, Index, Kind};
-use peerbuf_topo::reasons::{Effect, Remedy, Verdict, label};
+use peerbuf_topo::reasons::{self, Effect, Remedy, Verdict, label};
 use peerbuf_topo::{Code, Rules};
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -34,6 +35,8 @@ struct Mount {
     at: String,
     filesystem: String,
     disk: String,
+    /// The layers between the filesystem and its disks, from the top.
+    layers: Vec<String>,
     /// The verdict for a transfer between a file on this mount and a peer's memory.
     verdict: String,
     good: bool,
@@ -59,7 +62,10 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     };
     let rules = Rules::new(&machine, arguments.source.kernel);
     let ways = ways(&rules, live && arguments.source.kernel.is_none());
-    let mounts = if live { mounts() } else { Vec::new() };
+    let mounts = match live {
+        true => mounts(places::mounts()),
+        false => Vec::new(),
+    };
     let info = live.then(info::collect);
     let findings = findings(&rules, &ways, &mounts, info.as_ref());
     let code = match findings.is_empty() {
@@ -118,9 +124,14 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     if !mounts.is_empty() {
         let mut table = Table::new(["mounted at", "filesystem", "on", "files and peers' memory"]);
         for mount in &mounts {
-            table.row(
-                [&mount.at, &mount.filesystem, &mount.disk, &mount.verdict].map(String::as_str),
-            );
+            // The top layer is the device itself.
+            let own = mount
+                .disk
+                .lines()
+                .skip(usize::from(!mount.layers.is_empty()));
+            let on: Vec<&str> = mount.layers.iter().map(String::as_str).chain(own).collect();
+            let on = on.join("\n");
+            table.row([&mount.at, &mount.filesystem, &on, &mount.verdict].map(String::as_str));
         }
         text += &format!("\n{}\n", table.show(width));
     }
@@ -239,18 +250,36 @@ fn pairs_table(rules: &Rules<'_>, ways: &[Way]) -> Table {
     table
 }
 
-/// Filesystems on disks, one for each disk, and whether their files support direct I/O.
-fn mounts() -> Vec<Mount> {
-    let mut seen = Vec::new();
-    let mut mounts = Vec::new();
-    for mount in places::mounts() {
+/// Each filesystem that holds files, and whether its files support direct I/O.
+fn mounts(all: Vec<places::Mount>) -> Vec<Mount> {
+    let mut mounts: Vec<Mount> = Vec::new();
+    for mount in all.into_iter().filter(|mount| !mount.is_pseudo()) {
+        // The later of two mounts on one directory hides the earlier one.
+        mounts.retain(|earlier| earlier.at != mount.at.display().to_string());
+        // btrfs, overlays, memory and networks have device numbers that no block device has. They are not tried: a
+        // network's server may not answer.
         let Some(disk) = mount.disk else {
+            mounts.push(Mount {
+                at: mount.at.display().to_string(),
+                verdict: format!("{} is on no block device: staged copies", mount.kind),
+                filesystem: mount.kind,
+                disk: String::new(),
+                layers: Vec::new(),
+                good: false,
+            });
             continue;
         };
-        if seen.contains(&disk.name) {
-            continue;
-        }
-        seen.push(disk.name.clone());
+        // What is between: the disk itself has its own column.
+        let layers: Vec<String> = mount
+            .layers
+            .iter()
+            .filter(|layer| !matches!(layer.kind, LayerKind::Disk | LayerKind::Partition))
+            .map(|layer| format!("{} ({})", layer.name, layer.kind.name()))
+            .collect();
+        let below: Vec<String> = reasons::of_stack(&mount.layers)
+            .into_iter()
+            .map(|reason| reason.evidence)
+            .collect();
         let direct = unnamed_file(&mount.at)
             .ok()
             .and_then(|file| FileImporter::from_fd(file.into(), "").ok())
@@ -272,6 +301,10 @@ fn mounts() -> Vec<Mount> {
             ),
             (None, false, Some(true)) => ("O_DIRECT; as the disk's pairs above".to_owned(), true),
         };
+        let (verdict, good) = match below.is_empty() {
+            true => (verdict, good),
+            false => (below.join("\n"), false),
+        };
         let functions: Vec<String> = disk.functions.iter().map(ToString::to_string).collect();
         mounts.push(Mount {
             at: mount.at.display().to_string(),
@@ -281,6 +314,7 @@ fn mounts() -> Vec<Mount> {
                 .chain(functions)
                 .collect::<Vec<_>>()
                 .join("\n"),
+            layers,
             verdict,
             good,
         });
@@ -376,4 +410,64 @@ fn findings(
         });
     }
     findings
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use peerbuf::plan::topology::Sysfs;
+    use std::os::unix::fs::symlink;
+
+    #[test]
+    fn each_mount_that_holds_files_is_listed_whatever_it_is_on() {
+        let root = std::env::temp_dir().join(format!("peerbuf-mounts-{}", std::process::id()));
+        let block = root.join("dev/block");
+        std::fs::create_dir_all(&block).unwrap();
+        for (number, device) in [
+            ("259:1", "pci0000:00/0000:01:00.0/nvme/nvme0/nvme0n1"),
+            ("253:0", "virtual/block/dm-0"),
+        ] {
+            let device = root.join("devices").join(device);
+            std::fs::create_dir_all(&device).unwrap();
+            symlink(device, block.join(number)).unwrap();
+        }
+        // A volume on an encrypted disk.
+        for (name, uuid) in [("dm-0", "LVM-1"), ("dm-1", "CRYPT-LUKS2-1")] {
+            let device = root.join("devices/virtual/block").join(name);
+            std::fs::create_dir_all(device.join("dm")).unwrap();
+            std::fs::create_dir_all(device.join("slaves")).unwrap();
+            std::fs::write(device.join("dm/uuid"), uuid).unwrap();
+        }
+        let slave = root.join("devices/virtual/block/dm-0/slaves/dm-1");
+        symlink(root.join("devices/virtual/block/dm-1"), slave).unwrap();
+        let mountinfo = "\
+            20 1 259:1 / /nowhere/a rw - ext4 /dev/nvme0n1 rw\n\
+            21 20 0:5 / /proc rw - proc proc rw\n\
+            22 20 259:1 /b /nowhere/b rw - ext4 /dev/nvme0n1 rw\n\
+            23 20 0:40 / /nowhere/home rw - btrfs /dev/nvme1n1 rw\n\
+            24 20 0:41 / /nowhere/net rw - nfs4 server:/x rw\n\
+            25 20 0:42 / /nowhere/run rw - tmpfs tmpfs rw\n\
+            26 20 253:0 / /nowhere/mapped rw - xfs /dev/mapper/x rw\n\
+            27 20 0:43 / /nowhere/run rw - overlay overlay rw\n";
+        let mounts = mounts(places::mounts_in(mountinfo.as_bytes(), &Sysfs::at(&root)));
+        std::fs::remove_dir_all(&root).unwrap();
+        let rows: Vec<(&str, &str, bool)> = mounts
+            .iter()
+            .map(|mount| (mount.at.as_str(), mount.filesystem.as_str(), mount.good))
+            .collect();
+        assert_eq!(
+            rows,
+            [
+                ("/nowhere/a", "ext4", true),
+                ("/nowhere/b", "ext4", true),
+                ("/nowhere/home", "btrfs", false),
+                ("/nowhere/net", "nfs4", false),
+                ("/nowhere/mapped", "xfs", false),
+                ("/nowhere/run", "overlay", false),
+            ]
+        );
+        assert!(mounts[2].verdict.contains("no block device"));
+        assert_eq!(mounts[4].layers, ["dm-0 (LVM)", "dm-1 (dm-crypt)"]);
+        assert!(mounts[4].verdict.contains("dm-1 (dm-crypt) encrypts"));
+    }
 }

@@ -4,7 +4,7 @@ use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
 use peerbuf::import::file::{FileImporter, unnamed_file};
-use peerbuf::plan::topology::{BlockDevice, Sysfs};
+use peerbuf::plan::topology::{BlockDevice, Layer, Sysfs};
 
 /// A mounted filesystem.
 #[derive(Debug, Clone)]
@@ -12,13 +12,64 @@ pub struct Mount {
     pub at: PathBuf,
     pub kind: String,
     pub disk: Option<BlockDevice>,
+    /// What is between the filesystem and its disks, from the top; empty if it is on no block device.
+    pub layers: Vec<Layer>,
+}
+
+/// The kernel's filesystems that hold no files of anybody's.
+const PSEUDO: [&str; 24] = [
+    "autofs",
+    "bdev",
+    "binfmt_misc",
+    "bpf",
+    "cgroup",
+    "cgroup2",
+    "configfs",
+    "debugfs",
+    "devpts",
+    "devtmpfs",
+    "efivarfs",
+    "fuse.lxcfs",
+    "fusectl",
+    "hugetlbfs",
+    "mqueue",
+    "nsfs",
+    "proc",
+    "pstore",
+    "resctrl",
+    "rpc_pipefs",
+    "securityfs",
+    "selinuxfs",
+    "sysfs",
+    "tracefs",
+];
+
+impl Mount {
+    /// `/mnt: ext4 on dm-0 (LVM) on nvme0n1p2 (partition) on nvme0n1 (disk)`
+    pub fn stack(&self) -> String {
+        let layers: String = self
+            .layers
+            .iter()
+            .map(|layer| format!(" on {} ({})", layer.name, layer.kind.name()))
+            .collect();
+        format!("{}: {}{layers}", self.at.display(), self.kind)
+    }
+
+    /// Whether it only shows the kernel's own state, such as /proc.
+    pub fn is_pseudo(&self) -> bool {
+        PSEUDO.contains(&self.kind.as_str())
+    }
 }
 
 /// The mounts, in the order of mounting (`/proc/self/mountinfo`).
 pub fn mounts() -> Vec<Mount> {
     let text = std::fs::read("/proc/self/mountinfo").unwrap_or_default();
-    let sysfs = Sysfs::default();
-    let lines = text.split(|&byte| byte == b'\n');
+    mounts_in(&text, &Sysfs::default())
+}
+
+/// The mounts of a `mountinfo`, with the disks of `sysfs`.
+pub fn mounts_in(mountinfo: &[u8], sysfs: &Sysfs) -> Vec<Mount> {
+    let lines = mountinfo.split(|&byte| byte == b'\n');
     lines
         .filter_map(|line| {
             let line = parse_line(line)?;
@@ -27,6 +78,7 @@ pub fn mounts() -> Vec<Mount> {
                 at: line.at,
                 kind: line.kind,
                 disk,
+                layers: sysfs.stack(line.number.0, line.number.1),
             })
         })
         .collect()

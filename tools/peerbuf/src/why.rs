@@ -174,6 +174,10 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     let rules = Rules::new(&machine, arguments.source.kernel);
     let ask = arguments.source.is_live() && !arguments.no_ask && arguments.source.kernel.is_none();
     let width = table::width();
+    let mounts: Vec<&str> = [&a, &b]
+        .iter()
+        .filter_map(|target| target.mount.as_deref())
+        .collect();
     let layers: Vec<&Reason> = a.reasons.iter().chain(&b.reasons).collect();
     let mut good = layers.iter().all(|reason| reason.effect > Effect::MayBlock);
     let mut texts = Vec::new();
@@ -189,8 +193,8 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
             ];
             good &= ways.iter().any(Way::is_as_good_as_it_gets);
             texts.push(match arguments.json {
-                true => to_json(&machine, &ways, &layers).to_string(),
-                false => show(&rules, &ways, &layers, width),
+                true => to_json(&machine, &ways, &layers, &mounts).to_string(),
+                false => show(&rules, &ways, &layers, &mounts, width),
             });
         }
     }
@@ -218,13 +222,24 @@ fn off_the_bus(arguments: &Arguments, targets: &[&Target], width: usize) -> Stri
         ),
         width,
     );
+    for target in targets {
+        if let Some(mount) = &target.mount {
+            text += &table::labelled("mount: ", mount, width);
+        }
+    }
     for reason in reasons {
         text += &reason_text(reason, "", width);
     }
     text.trim_end().to_owned()
 }
 
-fn show(rules: &Rules<'_>, ways: &[Way; 2], layers: &[&Reason], width: usize) -> String {
+fn show(
+    rules: &Rules<'_>,
+    ways: &[Way; 2],
+    layers: &[&Reason],
+    mounts: &[&str],
+    width: usize,
+) -> String {
     let machine = rules.machine();
     let [forth, back] = ways;
     let (a, b) = (
@@ -254,6 +269,9 @@ fn show(rules: &Rules<'_>, ways: &[Way; 2], layers: &[&Reason], width: usize) ->
     text += &table::paragraph(&about.join(", "), width);
     for line in topo::lacks(machine) {
         text += &table::paragraph(&line, width);
+    }
+    for mount in mounts {
+        text += &table::labelled("mount: ", mount, width);
     }
     for (way, client, provider) in [(forth, a, b), (back, b, a)] {
         let said = (way.answer == forth.answer && !std::ptr::eq(way, forth)).then_some("as above");
@@ -480,7 +498,7 @@ fn reason_json(reason: &Reason) -> Value {
     })
 }
 
-fn to_json(machine: &Machine, ways: &[Way; 2], layers: &[&Reason]) -> Value {
+fn to_json(machine: &Machine, ways: &[Way; 2], layers: &[&Reason], mounts: &[&str]) -> Value {
     let way = |way: &Way| {
         let route = &way.argument.route;
         let possible = Map::ALL.into_iter().filter(|map| route.possible.has(*map));
@@ -510,6 +528,7 @@ fn to_json(machine: &Machine, ways: &[Way; 2], layers: &[&Reason]) -> Value {
     json!({
         "ways": ways.iter().map(way).collect::<Vec<_>>(),
         "unknown": topo::lacks(machine),
+        "mounts": mounts,
     })
 }
 

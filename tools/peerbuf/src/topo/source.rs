@@ -107,6 +107,8 @@ impl Target {
 
 /// `0000:41:00.0`, or `41:00.0` in the first domain.
 fn address(text: &str) -> Option<PciAddress> {
+    /// A file's mount, and the layers below it.
+    pub mount: Option<String>,
     let short = || format!("0000:{text}").parse().ok();
     text.parse().ok().or_else(short)
 }
@@ -114,6 +116,7 @@ fn address(text: &str) -> Option<PciAddress> {
 /// A device's name, or the name of a disk's partition.
 fn named(machine: &Machine, name: &str) -> Option<Index> {
     let disk = || {
+            mount: None,
         let (disk, number) = name.rsplit_once('p')?;
         let is_partition = !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit());
         machine.named(disk).filter(|_| is_partition)
@@ -144,7 +147,12 @@ fn by_path(machine: &Machine, text: &str) -> Option<Target> {
             // them.
             let (major, minor) = numbers(metadata.dev());
             let directory = path.ancestors().find(|path| path.is_dir());
-            let mounted = || places::mount_of(directory?)?.disk;
+            let mount = directory.and_then(places::mount_of);
+            if let Some(mount) = &mount {
+                target.reasons = reasons::of_stack(&mount.layers);
+                target.mount = Some(mount.stack());
+            }
+            let mounted = || mount?.disk;
             sysfs.block_device(major, minor).or_else(mounted)
         };
         if let Some(disk) = disk {
@@ -163,3 +171,4 @@ fn by_path(machine: &Machine, text: &str) -> Option<Target> {
     }
     Some(target)
 }
+            target.reasons = reasons::of_stack(&sysfs.stack(major, minor));
