@@ -1,7 +1,8 @@
 //! `peerbuf ls`: the dma-bufs of this machine, as far as the caller may see them.
 //!
 //! `/proc` lists the descriptors and mappings of each process that the caller may inspect.
-//! debugfs lists buffers that only the kernel holds (such as a display's), for root.
+//! debugfs lists buffers that only the kernel holds (such as a display's), for root. The placement is known for
+//! exporters of system memory, and for peerbuf.ko's buffers if the caller may open their device's node.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -12,6 +13,7 @@ use std::process::ExitCode;
 use serde::Serialize;
 use serde_json::json;
 
+use crate::held::{self, Place, is_dmabuf, plain};
 use crate::table::{self, Table};
 use crate::{Failure, say, size};
 
@@ -29,6 +31,10 @@ struct Buffer {
     size: Option<u64>,
     exporter: Option<String>,
     name: Option<String>,
+    /// Where its bytes are; unknown of most drivers.
+    placement: Option<Place>,
+    /// The PCI function that has it.
+    device: Option<String>,
     holders: Vec<Holder>,
     /// The attached devices; `None` unless the caller is root.
     importers: Option<Vec<String>>,
@@ -72,6 +78,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
             "size",
             "exporter",
             "name",
+            "placement",
             "held by",
             "imported by",
         ]);
@@ -94,6 +101,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
                 buffer.size.map_or("?".into(), size::show),
                 buffer.exporter.clone().unwrap_or_else(|| "?".into()),
                 buffer.name.clone().unwrap_or_default(),
+                place(buffer),
                 holders.join("\n"),
                 buffer
                     .importers
@@ -108,6 +116,16 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     }
     say::answer(text.trim_end())?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// `device 0000:03:00.0`, `system`, or `?`.
+fn place(buffer: &Buffer) -> String {
+    let place = buffer.placement.map(Place::name);
+    let parts: Vec<&str> = place.into_iter().chain(buffer.device.as_deref()).collect();
+    match parts.is_empty() {
+        true => "?".into(),
+        false => parts.join("\n"),
+    }
 }
 
 /// The buffers by inode, and the number of processes that could not be inspected.
@@ -139,7 +157,13 @@ fn by_process(proc: &Path) -> (BTreeMap<u64, Buffer>, usize) {
             };
             let buffer = buffers.entry(metadata.ino()).or_default();
             let info = directory.join("fdinfo").join(descriptor.file_name());
+            let is_new = buffer.exporter.is_none();
             describe(&fs::read_to_string(info).unwrap_or_default(), buffer);
+            if let (true, Some(exporter)) = (is_new, &buffer.exporter) {
+                let known = held::known(&descriptor.path(), exporter);
+                buffer.placement = known.place;
+                buffer.device = known.device.map(|device| device.to_string());
+            }
             held.entry(metadata.ino()).or_default().0 += 1;
         }
         for (inode, bytes) in
@@ -164,13 +188,6 @@ fn by_process(proc: &Path) -> (BTreeMap<u64, Buffer>, usize) {
         }
     }
     (buffers, hidden)
-}
-
-/// True for `/dmabuf:` and a buffer's name, in the kernel's own filesystem.
-fn is_dmabuf(target: &Path) -> bool {
-    target
-        .to_str()
-        .is_some_and(|target| target.starts_with("/dmabuf:"))
 }
 
 /// Parses `fdinfo`: a line each for `size`, `exp_name` and, if present, `name`.
@@ -234,14 +251,6 @@ fn add_importers(bufinfo: &str, buffers: &mut BTreeMap<u64, Buffer>) {
             importers.extend(is_device.then(|| plain(device)));
         }
     }
-}
-
-/// Replaces control characters: any process can set a name, and a terminal would obey it.
-fn plain(text: &str) -> String {
-    text.trim()
-        .chars()
-        .map(|letter| if letter.is_control() { '?' } else { letter })
-        .collect()
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@ mod cycle;
 mod demo;
 mod doctor;
 mod export;
+mod held;
 mod info;
 mod load;
 mod ls;

@@ -16,7 +16,8 @@ use crate::{Failure, say, table};
 /// Arguments of `peerbuf why`.
 #[derive(clap::Args)]
 pub struct Arguments {
-    /// A device: by address (0000:41:00.0), name (nvme0n1, mlx5_0), node (/dev/dri/renderD128) or a file on it
+    /// A device: by address (0000:41:00.0), name (nvme0n1, mlx5_0, rxe0), node (/dev/dri/renderD128), a file on it, or
+    /// a dma-buf of it (/proc/PID/fd/N)
     a: String,
     /// Another
     b: String,

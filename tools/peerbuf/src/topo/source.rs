@@ -8,6 +8,7 @@ use peerbuf_topo::machine::{Index, Kernel};
 use peerbuf_topo::reasons::{self, Reason};
 use peerbuf_topo::{Machine, PciAddress};
 
+use crate::held::{self, Known, Place};
 use crate::{Failure, places};
 
 /// Arguments of every command that looks at a machine.
@@ -65,13 +66,25 @@ impl Source {
             return Ok(Target::of(vec![index]));
         }
         if self.is_live()
+            && let Some(exporter) = held::exporter(path)
+        {
+            return by_buffer(machine, path, &exporter);
+        }
+        if self.is_live()
+            && is_name
+            && let Some(target) = by_class(machine, Path::new("/sys"), name)
+        {
+            return Ok(target);
+        }
+        if self.is_live()
             && let Some(target) = by_path(machine, text)
         {
             return Ok(target);
         }
         let known = match self.is_live() {
             true => {
-                "by address (0000:41:00.0), name (nvme0n1, mlx5_0), node (/dev/dri/renderD128) or a file on a disk"
+                "by address (0000:41:00.0), name (nvme0n1, mlx5_0, eth0), node (/dev/dri/renderD128), a file on a disk, or \
+                 a dma-buf's descriptor (/proc/PID/fd/N)"
             }
             false => {
                 "by address (0000:41:00.0) or name (nvme0n1, mlx5_0); paths are of this machine, not the snapshot's"
@@ -94,6 +107,8 @@ pub struct Target {
     pub functions: Vec<Index>,
     /// The reasons of the layers above the functions.
     pub reasons: Vec<Reason>,
+    /// A file's mount, and the layers below it.
+    pub mount: Option<String>,
 }
 
 impl Target {
@@ -101,14 +116,13 @@ impl Target {
         Target {
             functions,
             reasons: Vec::new(),
+            mount: None,
         }
     }
 }
 
 /// `0000:41:00.0`, or `41:00.0` in the first domain.
 fn address(text: &str) -> Option<PciAddress> {
-    /// A file's mount, and the layers below it.
-    pub mount: Option<String>,
     let short = || format!("0000:{text}").parse().ok();
     text.parse().ok().or_else(short)
 }
@@ -116,12 +130,63 @@ fn address(text: &str) -> Option<PciAddress> {
 /// A device's name, or the name of a disk's partition.
 fn named(machine: &Machine, name: &str) -> Option<Index> {
     let disk = || {
-            mount: None,
         let (disk, number) = name.rsplit_once('p')?;
         let is_partition = !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit());
         machine.named(disk).filter(|_| is_partition)
     };
     machine.named(name).or_else(disk)
+}
+
+/// A dma-buf that a process holds, by its descriptor in /proc.
+fn by_buffer(machine: &Machine, path: &Path, exporter: &str) -> Result<Target, NotFound> {
+    let text = format!("{} (a dma-buf of {exporter})", path.display());
+    match held::known(path, exporter) {
+        Known {
+            device: Some(device),
+            ..
+        } => match machine.find(device) {
+            Some(index) => Ok(Target::of(vec![index])),
+            None => Err(NotFound(format!("{text}: {device}: no such PCI function"))),
+        },
+        Known {
+            place: Some(Place::System),
+            ..
+        } => Ok(Target {
+            functions: Vec::new(),
+            reasons: vec![reasons::not_pci(&format!("{text}, in system memory,"))],
+            mount: None,
+        }),
+        _ => Err(NotFound(format!(
+            "{text}: the device that has it is not known. Name the device, or run this as the process's user or root"
+        ))),
+    }
+}
+
+/// An RDMA device or a network interface (`/sys/class`). Those in software are on no PCI device.
+fn by_class(machine: &Machine, sys: &Path, name: &str) -> Option<Target> {
+    let of = |class: &str| sys.join("class").join(class).join(name).canonicalize().ok();
+    let rdma = of("infiniband");
+    let line = |file: &str| {
+        let text = std::fs::read_to_string(rdma.as_ref()?.join(file)).ok()?;
+        Some(text.trim().to_owned()).filter(|text| !text.is_empty())
+    };
+    let directory = rdma.clone().or_else(|| of("net"))?;
+    let function = directory
+        .iter()
+        .rev()
+        .find_map(|part| part.to_str()?.parse().ok())
+        .and_then(|address| machine.find(address));
+    let mut target = Target::of(function.into_iter().collect());
+    if target.functions.is_empty() {
+        let interface = line("parent").or_else(|| line("ports/1/gid_attrs/ndevs/0"));
+        let what = match (rdma, interface) {
+            (Some(_), Some(interface)) => format!("{name}, software RDMA on {interface},"),
+            (Some(_), None) => format!("{name}, software RDMA,"),
+            (None, _) => format!("{name}, a network interface in software,"),
+        };
+        target.reasons.push(reasons::not_pci(&what));
+    }
+    Some(target)
 }
 
 fn by_path(machine: &Machine, text: &str) -> Option<Target> {
@@ -141,6 +206,7 @@ fn by_path(machine: &Machine, text: &str) -> Option<Target> {
     } else {
         let disk = if kind.is_block_device() {
             let (major, minor) = numbers(metadata.rdev());
+            target.reasons = reasons::of_stack(&sysfs.stack(major, minor));
             sysfs.block_device(major, minor)
         } else {
             // Some filesystems invent a device number. The mount's own number is no better for
@@ -171,4 +237,55 @@ fn by_path(machine: &Machine, text: &str) -> Option<Target> {
     }
     Some(target)
 }
-            target.reasons = reasons::of_stack(&sysfs.stack(major, minor));
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use std::os::unix::fs::symlink;
+
+    #[test]
+    fn a_class_leads_to_its_function_or_to_what_is_in_software() {
+        let root = std::env::temp_dir().join(format!("peerbuf-classes-{}", std::process::id()));
+        let function = "devices/pci0000:00/0000:00:03.0";
+        for (class, name, place) in [
+            ("net", "eth0", format!("{function}/virtio1/net/eth0")),
+            ("net", "br0", "devices/virtual/net/br0".into()),
+            (
+                "infiniband",
+                "rxe0",
+                "devices/virtual/infiniband/rxe0".into(),
+            ),
+            (
+                "infiniband",
+                "mlx5_0",
+                format!("{function}/infiniband/mlx5_0"),
+            ),
+        ] {
+            fs::create_dir_all(root.join(&place)).unwrap();
+            let classes = root.join("class").join(class);
+            fs::create_dir_all(&classes).unwrap();
+            symlink(root.join(place), classes.join(name)).unwrap();
+        }
+        fs::write(
+            root.join("devices/virtual/infiniband/rxe0/parent"),
+            "eth0\n",
+        )
+        .unwrap();
+        fs::create_dir_all(root.join("bus/pci/devices")).unwrap();
+        let link = root.join("bus/pci/devices/0000:00:03.0");
+        symlink(format!("../../../{function}"), link).unwrap();
+        let machine = peerbuf_topo::tree(&root).unwrap();
+        let find = |name| by_class(&machine, &root, name);
+        let evidence = |name| find(name).map(|target| target.reasons[0].evidence.clone());
+        let found = ["eth0", "mlx5_0"].map(|name| find(name).unwrap().functions);
+        let texts = ["rxe0", "br0", "eth9"].map(evidence);
+        fs::remove_dir_all(&root).unwrap();
+        assert_eq!(found, [vec![Index(0)], vec![Index(0)]]);
+        assert!(texts[0].as_ref().unwrap().contains("software RDMA on eth0"));
+        assert!(texts[1].as_ref().unwrap().contains("in software"));
+        assert_eq!(texts[2], None);
+        // A virtual machine's card has the name of its interface in a snapshot, too.
+        assert_eq!(machine.named("eth0"), Some(Index(0)));
+    }
+}
