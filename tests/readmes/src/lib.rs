@@ -41,6 +41,58 @@ mod tests {
     use peerbuf::plan::ReasonCode;
     use peerbuf_topo::Code;
 
+    /// The text of tests below a directory: files of tests, and the module of tests at a file's end.
+    fn tests_below(directory: &Path, into: &mut String) {
+        for entry in std::fs::read_dir(directory).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                if path.file_name().is_some_and(|name| name != "target") {
+                    tests_below(&path, into);
+                }
+                continue;
+            }
+            let Some(name) = path.to_str().filter(|name| name.ends_with(".rs")) else {
+                continue;
+            };
+            let text = std::fs::read_to_string(&path).unwrap();
+            let whole = name.contains("/tests/") || name.ends_with("/tests.rs");
+            let start = match whole {
+                true => Some(0),
+                false => text.find("mod tests {"),
+            };
+            into.push_str(&text[start.unwrap_or(text.len())..]);
+        }
+    }
+
+    #[test]
+    fn each_reason_occurs_in_a_test() {
+        let mut tests = String::new();
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+        // Without this file, whose names are of all codes.
+        for part in ["lib", "tools", "tests/lab"] {
+            tests_below(&root.join(part), &mut tests);
+        }
+        let occurs = |variant: &str, name: &str| {
+            let variant = format!("Code::{variant}");
+            let is_whole = |(at, _): (usize, &str)| {
+                let after = tests[at + variant.len()..].chars().next();
+                !after.is_some_and(char::is_alphanumeric)
+            };
+            tests.match_indices(&variant).any(is_whole) || tests.contains(&format!("\"{name}\""))
+        };
+        let plans = ReasonCode::ALL.map(|code| (format!("{code:?}"), code.as_str()));
+        // The other codes of the topology are given by its own test, `each_code_is_given_by_some_machine`.
+        let files = [Code::BlockLayer, Code::NotPci];
+        let files = files.map(|code| (format!("{code:?}"), code.as_str()));
+        let missing: Vec<&str> = plans
+            .into_iter()
+            .chain(files)
+            .filter(|(variant, name)| !occurs(variant, name))
+            .map(|(_, name)| name)
+            .collect();
+        assert!(missing.is_empty(), "no test has {missing:?}");
+    }
+
     #[test]
     fn each_reason_has_a_page_that_says_how_to_see_it_and_what_changes_it() {
         let pages = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/reasons");

@@ -671,6 +671,37 @@ fn a_misaligned_transfer_names_the_alignment_and_arrives() {
 
 #[test]
 #[cfg_attr(miri, ignore = "takes Miri minutes")]
+fn a_transfer_shorter_than_a_block_names_the_block_and_arrives() {
+    let bytes = random(4096);
+    let Some(file) = file_with(&bytes) else {
+        return;
+    };
+    for (buffer, path) in [
+        (device_memory(65536), Path::PeerToPeer),
+        (
+            memfd::export("memory", 65536).unwrap(),
+            Path::SharedHostMemory,
+        ),
+    ] {
+        let (importer, _) = importer(&file, Behaviour::Works);
+        let (_, block) = importer.alignment().unwrap();
+        let range = buffer.range(0, 100).unwrap();
+        let receipt = importer.attach(&range).unwrap().read(0).unwrap();
+        let is_short = |reason: &&Reason| reason.code == ReasonCode::BelowBlockSize;
+        let reason = receipt.plan.reasons.iter().find(is_short).unwrap();
+        assert_eq!(reason.path, path);
+        assert!(
+            reason.evidence.starts_with("100 bytes ")
+                && reason.evidence.ends_with(&format!(" {block}")),
+            "{}",
+            reason.evidence
+        );
+        assert!(get(&range) == bytes[..100]);
+    }
+}
+
+#[test]
+#[cfg_attr(miri, ignore = "takes Miri minutes")]
 fn a_caller_who_insists_on_a_path_is_told_why_it_is_not_possible() {
     let Some(file) = file_with(&random(65536)) else {
         return;
