@@ -497,10 +497,10 @@ fn options(line: &str) -> Vec<String> {
 
 /// A file's text, trimmed.
 fn text(path: &Path) -> Option<String> {
-    // sysfs's attributes fit into a page, and their lengths are not known before.
-    let mut file = fs::File::open(path).ok()?;
+    // sysfs's attributes fit into a page. `take` saves the calls for a length, which sysfs does not tell.
+    let file = fs::File::open(path).ok()?;
     let mut bytes = Vec::with_capacity(4096);
-    file.read_to_end(&mut bytes).ok()?;
+    file.take(u64::MAX).read_to_end(&mut bytes).ok()?;
     let text = std::str::from_utf8(&bytes).ok()?.trim();
     Some(text.to_owned()).filter(|text| !text.is_empty())
 }
