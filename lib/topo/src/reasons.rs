@@ -459,11 +459,12 @@ impl<'m> Case<'_, 'm> {
             }
         }
         if self.route.rule == Rule::TreeUnknown {
+            // Sorted, so that both directions have the same text.
             let what = format!(
                 "{} does not show which bridges and host bridges {} and {} have in common",
                 self.machine.format.name(),
-                client.address,
-                provider.address
+                client.address.min(provider.address),
+                client.address.max(provider.address)
             );
             let effect = match self.route.possible.allowed() {
                 Some(_) => Effect::Warns,

@@ -206,6 +206,15 @@ fn both_ways_of_a_pair_tell_the_same_fact_in_the_same_words() {
         found.unwrap().evidence.clone()
     };
     assert_eq!(evidence(&forth), evidence(&back));
+    let nccl = r#"<system version="1"><cpu numaid="0"><pci busid="0000:03:00.0" class="0x010802"/>
+        <pci busid="0000:04:00.0" class="0x030200"/></cpu></system>"#;
+    let grouped = peerbuf_topo::read(nccl, Path::new("sample")).unwrap();
+    let ways = [(DISK, CARD), (CARD, DISK)].map(|(a, b)| ask(&grouped, a, b));
+    let [one, other] = ways.map(|argument| {
+        let mut reasons = argument.reasons.into_iter();
+        reasons.find(|reason| reason.code == Code::TreeUnknown)
+    });
+    assert!(one.is_some() && one == other);
     let command = format!("peerbuf why {DISK} {CARD} --kernel 7.3");
     for argument in [forth, back] {
         let mut commands = argument.remedies.iter().flat_map(|remedy| &remedy.commands);
