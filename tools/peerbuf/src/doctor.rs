@@ -450,7 +450,19 @@ mod tests {
             26 20 253:0 / /nowhere/mapped rw - xfs /dev/mapper/x rw\n\
             27 20 0:43 / /nowhere/run rw - overlay overlay rw\n";
         let mounts = mounts(places::mounts_in(mountinfo.as_bytes(), &Sysfs::at(&root)));
+        let reasons = reasons::of_stack(&Sysfs::at(&root).stack(253, 0));
         std::fs::remove_dir_all(&root).unwrap();
+        let codes: Vec<_> = reasons
+            .iter()
+            .map(|reason| (reason.code, reason.effect))
+            .collect();
+        assert_eq!(
+            codes,
+            [
+                (Code::BlockLayer, Effect::MayBlock),
+                (Code::BlockLayer, Effect::Blocks)
+            ]
+        );
         let rows: Vec<(&str, &str, bool)> = mounts
             .iter()
             .map(|mount| (mount.at.as_str(), mount.filesystem.as_str(), mount.good))

@@ -241,6 +241,7 @@ fn by_path(machine: &Machine, text: &str) -> Option<Target> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use peerbuf_topo::Code;
     use std::fs;
     use std::os::unix::fs::symlink;
 
@@ -277,7 +278,11 @@ mod tests {
         symlink(format!("../../../{function}"), link).unwrap();
         let machine = peerbuf_topo::tree(&root).unwrap();
         let find = |name| by_class(&machine, &root, name);
-        let evidence = |name| find(name).map(|target| target.reasons[0].evidence.clone());
+        let evidence = |name| {
+            let reason = find(name)?.reasons[0].clone();
+            assert_eq!(reason.code, Code::NotPci);
+            Some(reason.evidence)
+        };
         let found = ["eth0", "mlx5_0"].map(|name| find(name).unwrap().functions);
         let texts = ["rxe0", "br0", "eth9"].map(evidence);
         fs::remove_dir_all(&root).unwrap();
