@@ -6,11 +6,13 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use libloading::{Library, Symbol};
-use peerbuf::Access;
 use peerbuf::buffer::BufferRange;
 use peerbuf::export::gpu::{self, Exported, Runtime};
-use peerbuf::export::{memfd, udmabuf};
+use peerbuf::export::{heap, memfd, peerbuf as module, udmabuf};
+use peerbuf::import::Attached;
 use peerbuf::import::file::{FileImporter, unnamed_file};
+use peerbuf::import::gpu::GpuImporter;
+use peerbuf::{Access, Buffer};
 
 type Failure = Box<dyn Error>;
 
@@ -107,13 +109,15 @@ fn with_memory(report: &mut Report, pool: &Exported) {
         report.tell("mmap of the other one", said.map_err(Into::into));
     }
     report.promise("a file", file(pool));
+    for (kind, made) in foreign() {
+        let imported = made.and_then(|buffer| import(&buffer));
+        report.tell(&format!("import of a {kind}"), imported);
+    }
+    let own = pool.range.slice(0, MIB);
+    let imported = own.map_err(Into::into).and_then(|own| import_range(&own));
+    report.tell("import of its own dma-buf", imported);
     match Driver::open() {
         Ok(driver) => {
-            let with_dmabuf = udmabuf::export("registered", MIB);
-            let buffer = with_dmabuf.or_else(|_| memfd::export("registered", MIB));
-            let found = buffer.map_err(Into::into);
-            let found = found.and_then(|buffer| driver.registers(pool, &buffer.whole()));
-            report.tell("cuMemHostRegister of a udmabuf's memfd", found);
             report.promise("the stage's rate", rate(&driver, pool));
         }
         Err(error) => report.promise("the driver's own copies", Err(error)),
@@ -148,6 +152,67 @@ fn file(pool: &Exported) -> Result<String, Failure> {
         return Err("other bytes".into());
     }
     Ok(receipt.plan.to_string())
+}
+
+type Made = Result<Buffer, Failure>;
+
+/// Buffers of every exporter that needs no other device. Root and peerbuf.ko have BARs, too.
+fn foreign() -> Vec<(String, Made)> {
+    let mut all: Vec<(String, Made)> = vec![
+        (
+            "udmabuf".into(),
+            udmabuf::export("udmabuf", MIB).map_err(Into::into),
+        ),
+        (
+            "memfd".into(),
+            memfd::export("memfd", MIB).map_err(Into::into),
+        ),
+    ];
+    for heap in heap::probe().unwrap_or_default() {
+        let name = format!("dma-heap {}", heap.name());
+        all.push((name.clone(), heap.export(&name, MIB).map_err(Into::into)));
+    }
+    for node in module::probe().unwrap_or_default() {
+        let bar = |node| -> Made {
+            let device = module::Device::open_node(node)?;
+            let bars = device.query()?.bars;
+            let suits = |bar: &&module::BarInfo| {
+                bar.exportable && bar.prefetchable && bar.largest_free >= MIB
+            };
+            let bar = bars.iter().find(suits).ok_or("no prefetchable BAR")?.index;
+            Ok(device.export(module::Request {
+                bar,
+                offset: None,
+                length: MIB,
+                access: Access::ReadWrite,
+            })?)
+        };
+        all.push((format!("BAR of {}", node.display()), bar(node)));
+    }
+    all
+}
+
+fn import(buffer: &Buffer) -> Result<String, Failure> {
+    import_range(&buffer.whole())
+}
+
+/// By which way the card reaches it, and whether its copies are right.
+fn import_range(range: &BufferRange) -> Result<String, Failure> {
+    // SAFETY: this program has its buffers alone, and moves none.
+    let importer = unsafe { GpuImporter::open(Runtime::Cuda, 0)?.with_io_memory() };
+    let mut attached = importer.attach(range)?;
+    let bytes = pattern(range.len());
+    attached.write(&bytes)?;
+    let mut said = format!("by {}", attached.way());
+    for refused in attached.refused() {
+        said += &format!("; {refused}");
+    }
+    let mut back = vec![0; bytes.len()];
+    attached.read(&mut back)?;
+    match range.to_vec()? == bytes && back == bytes {
+        true => Ok(said),
+        false => Err(format!("{said}, and other bytes").into()),
+    }
 }
 
 /// How fast the stage copies, beside the driver's own copies of the same memory.
@@ -214,39 +279,6 @@ impl Driver {
             let copy: Symbol<Copy> = self.0.get(b"cuMemcpyDtoH_v2")?;
             copy(to.as_mut_ptr().cast(), from, to.len())
         })
-    }
-
-    /// Registers memory of the host, and has the card copy it into its own.
-    fn registers(&self, pool: &Exported, host: &BufferRange) -> Result<String, Failure> {
-        let bytes = pattern(host.len());
-        host.write_bytes(&bytes)?;
-        let mapping = host.map(Access::ReadWrite)?;
-        let at: *mut c_void = mapping.as_ptr().cast();
-        let length = host.len() as usize;
-        let mut device = 0u64;
-        // SAFETY: cuda.h has these types; the mapping stays until it is unregistered.
-        unsafe {
-            let register: Symbol<unsafe extern "C" fn(*mut c_void, usize, c_uint) -> c_int> =
-                self.0.get(b"cuMemHostRegister_v2")?;
-            done(register(at, length, 0))?;
-            let address: Symbol<unsafe extern "C" fn(*mut u64, *mut c_void, c_uint) -> c_int> =
-                self.0.get(b"cuMemHostGetDevicePointer_v2")?;
-            let copy: Symbol<unsafe extern "C" fn(u64, u64, usize) -> c_int> =
-                self.0.get(b"cuMemcpyDtoD_v2")?;
-            let synchronize: Symbol<unsafe extern "C" fn() -> c_int> =
-                self.0.get(b"cuCtxSynchronize")?;
-            let unregister: Symbol<unsafe extern "C" fn(*mut c_void) -> c_int> =
-                self.0.get(b"cuMemHostUnregister")?;
-            let copied = done(address(&mut device, at, 0))
-                .and_then(|()| done(copy(pool.pointer(), device, length)))
-                .and_then(|()| done(synchronize()));
-            done(unregister(at))?;
-            copied?;
-        }
-        if pool.range.slice(0, host.len())?.to_vec()? != bytes {
-            return Err("registered, and the card read other bytes".into());
-        }
-        Ok(format!("the card read {length} bytes of {}", host.buffer()))
     }
 }
 

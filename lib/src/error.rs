@@ -406,6 +406,18 @@ pub enum ImportError {
     /// The kernel could not be asked, or refused.
     #[error(transparent)]
     Probe(#[from] ProbeError),
+    /// A GPU's runtime failed, which has error codes of its own.
+    #[error("{call} on {object}: {answer}{hint}")]
+    Runtime {
+        /// The runtime's function.
+        call: &'static str,
+        /// What it was called on: a buffer, or a device.
+        object: String,
+        /// The code's name and number.
+        answer: String,
+        /// What usually causes it, and what to do. Starts with `: ` where it says something.
+        hint: String,
+    },
     /// A Vulkan call failed.
     #[cfg(feature = "vulkan")]
     #[error(transparent)]
@@ -433,7 +445,7 @@ impl ImportError {
             ImportError::Buffer(error) => error.errno(),
             ImportError::Transfer(error) => error.errno(),
             ImportError::Probe(error) => error.errno(),
-            ImportError::Impossible { .. } => None,
+            ImportError::Impossible { .. } | ImportError::Runtime { .. } => None,
             #[cfg(feature = "vulkan")]
             ImportError::Vulkan(error) => error.errno(),
         }

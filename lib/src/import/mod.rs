@@ -7,6 +7,7 @@
 //! | [`cpu`] | the CPU | buffers that can be mapped |
 //! | [`file`](mod@file) | an NVMe disk, any file | all buffers that can be mapped, by the best path |
 //! | [`drm`] | a GPU or display (PRIME) | dma-bufs that its driver can reach |
+//! | [`gpu`] | a GPU, by CUDA, ROCm or Level Zero | what its driver takes: dma-bufs, registered memory |
 //! | [`vulkan`] | a GPU, by Vulkan | dma-bufs that its driver can reach |
 //! | [`v4l2`] | a video device captures into the buffer | whole dma-bufs |
 //! | [`vfio`] | a device that this process drives | buffers that can be mapped and pinned |
@@ -24,6 +25,8 @@ pub mod cpu;
 #[cfg(feature = "drm")]
 pub mod drm;
 pub mod file;
+#[cfg(feature = "gpu")]
+pub mod gpu;
 #[cfg(feature = "vfio")]
 pub mod iommufd;
 #[cfg(feature = "module")]

@@ -4,6 +4,8 @@
 pub(crate) mod block;
 pub(crate) mod direct;
 pub(crate) mod extents;
+#[cfg(any(feature = "gpu", feature = "vulkan"))]
+pub(crate) mod given;
 #[cfg(feature = "gpu")]
 pub(crate) mod gpu;
 pub(crate) mod heap;

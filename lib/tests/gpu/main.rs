@@ -1,10 +1,12 @@
-//! The calls that `export::gpu` makes to each runtime, and its conclusions from the answers.
-//! Each runtime's library is a stand-in, without a GPU and without the vendor's software.
+//! The calls that `export::gpu` and `import::gpu` make to each runtime, and their conclusions from
+//! the answers. Each runtime's library is a stand-in, without a GPU and without the vendor's
+//! software.
 
 #[path = "../common/mod.rs"]
 mod common;
 mod cuda;
 mod hsa;
+mod import;
 mod level_zero;
 #[allow(dead_code)]
 #[path = "../standin/mod.rs"]

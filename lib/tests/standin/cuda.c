@@ -2,7 +2,7 @@
 #include "standin.h"
 
 enum { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_INITIALIZED = 3, INVALID_DEVICE = 101,
-       INVALID_CONTEXT = 201, NOT_SUPPORTED = 801 };
+       INVALID_CONTEXT = 201, ALREADY_REGISTERED = 712, NOT_PERMITTED = 800, NOT_SUPPORTED = 801 };
 /* The kinds of standin_allocate. Memory of the virtual memory management belongs to no context. */
 enum { PLAIN, VMM, VMM_WITHOUT_RDMA, HOST, MANAGED };
 
@@ -16,6 +16,18 @@ static struct setting settings[] = {
     {"context_flags", 0, 0},        /* the flags that are set */
     {"set_flags", 0, 0},            /* the result of cuCtxSetFlags */
     {"copy", 0, 0},                 /* the result of copies */
+    {"import", 0, 0},               /* the result of an import */
+    {"import_map", 0, 0},           /* the result of mapping an import */
+    {"takes", 0, 0},                /* an imported descriptor: 0 left open, 1 closed with the import, 2 closed at once */
+    {"closes_refused", 0, 0},       /* a refused import closes the descriptor */
+    {"register", 0, 0},             /* the result of a registration */
+    {"register_io", 0, 0},          /* the result of a registration with IOMEMORY */
+    {"imports", 0, 0},              /* number of calls */
+    {"registrations", 0, 0},
+    {"externals", 0, 0},            /* number of imports that were not destroyed */
+    {"mapped", 0, 0},
+    {"registered", 0, 0},
+    {"disorder", 0, 0},             /* number of releases in the wrong order */
     {"flush", 0, 0},                /* the result of a flush */
     {"next_fd", -1, -1},            /* the descriptor of the next exports; -1 for the stand-in's memory */
     {"short", 0, 0},                /* the dma-buf lacks a page */
@@ -50,6 +62,7 @@ EXPORT int cuGetErrorName(int error, const char **name) {
     case INVALID_VALUE: *name = "CUDA_ERROR_INVALID_VALUE"; return SUCCESS;
     case OUT_OF_MEMORY: *name = "CUDA_ERROR_OUT_OF_MEMORY"; return SUCCESS;
     case INVALID_CONTEXT: *name = "CUDA_ERROR_INVALID_CONTEXT"; return SUCCESS;
+    case NOT_PERMITTED: *name = "CUDA_ERROR_NOT_PERMITTED"; return SUCCESS;
     case NOT_SUPPORTED: *name = "CUDA_ERROR_NOT_SUPPORTED"; return SUCCESS;
     }
     *name = NULL;
@@ -155,10 +168,7 @@ static void arrive(void) {
     late.bytes = NULL;
 }
 
-EXPORT int cuMemcpyHtoD_v2(uint64_t to, const void *from, size_t length) {
-    NEEDS_CONTEXT;
-    if (VALUE("copy")) return VALUE("copy");
-    if (!is_mapped(to, length)) return INVALID_VALUE;
+static void copy_late(uint64_t to, const void *from, size_t length) {
     pthread_mutex_lock(&lock);
     arrive();
     late.bytes = malloc(length);
@@ -168,6 +178,21 @@ EXPORT int cuMemcpyHtoD_v2(uint64_t to, const void *from, size_t length) {
     if (VALUE("synchronous") || VALUE("context_flags") & 0x80) arrive();
     else COUNT("late_copies");
     pthread_mutex_unlock(&lock);
+}
+
+EXPORT int cuMemcpyHtoD_v2(uint64_t to, const void *from, size_t length) {
+    NEEDS_CONTEXT;
+    if (VALUE("copy")) return VALUE("copy");
+    if (!is_mapped(to, length)) return INVALID_VALUE;
+    copy_late(to, from, length);
+    return SUCCESS;
+}
+
+EXPORT int cuMemcpyDtoD_v2(uint64_t to, uint64_t from, size_t length) {
+    NEEDS_CONTEXT;
+    if (VALUE("copy")) return VALUE("copy");
+    if (!is_mapped(to, length) || !is_mapped(from, length)) return INVALID_VALUE;
+    copy_late(to, (void *)from, length);
     return SUCCESS;
 }
 
@@ -199,13 +224,92 @@ EXPORT int cuMemAlloc_v2(uint64_t *pointer, size_t length) {
     return SUCCESS;
 }
 
+static struct external { struct block *it; int fd; } externals[16];
+
 EXPORT int cuMemFree_v2(uint64_t pointer) {
     NEEDS_CONTEXT;
+    for (struct external *one = externals; one < externals + 16; one++)
+        if (one->it && one->it->at == pointer) {
+            LESS("mapped");
+            return SUCCESS;
+        }
     standin_set("live", VALUE("live") - 1);
     return standin_free(pointer - (VALUE("odd") ? 256 : 0)) ? SUCCESS : INVALID_VALUE;
 }
 
+EXPORT int cuMemHostRegister_v2(void *host, size_t size, unsigned flags) {
+    NEEDS_CONTEXT;
+    COUNT("registrations");
+    if ((flags & ~4u) != 3 || (uint64_t)host % 4096 || !size) return INVALID_VALUE;
+    int answer = flags & 4 ? VALUE("register_io") : VALUE("register");
+    if (answer) return answer;
+    if (foreign_of((uint64_t)host)) return ALREADY_REGISTERED;
+    if (!foreign(host, -1, size, (char *)stack[depth - 1] >= contexts[1])) return OUT_OF_MEMORY;
+    COUNT("registered");
+    return SUCCESS;
+}
+
+EXPORT int cuMemHostGetDevicePointer_v2(uint64_t *pointer, void *host, unsigned flags) {
+    NEEDS_CONTEXT;
+    struct block *it = foreign_of((uint64_t)host);
+    if (!it || flags) return INVALID_VALUE;
+    *pointer = it->at;
+    return SUCCESS;
+}
+
+EXPORT int cuMemHostUnregister(void *host) {
+    NEEDS_CONTEXT;
+    struct block *it = foreign_of((uint64_t)host);
+    if (!it || !unmade(it)) COUNT("disorder");
+    LESS("registered");
+    return SUCCESS;
+}
+
 #ifndef OLD_DRIVER
+struct description { int type; union { int fd; void *pointers[2]; } handle; uint64_t size; unsigned flags, reserved[16]; };
+struct part { uint64_t offset, size; unsigned flags, reserved[16]; };
+
+EXPORT int cuImportExternalMemory(void **made, const struct description *description) {
+    NEEDS_CONTEXT;
+    COUNT("imports");
+    if (description->type != 9 || description->flags || !description->size) return INVALID_VALUE;
+    int fd = description->handle.fd;
+    if (VALUE("import") && VALUE("closes_refused")) close(fd);
+    if (VALUE("import")) return VALUE("import");
+    for (struct external *one = externals; one < externals + 16; one++) {
+        if (one->it) continue;
+        one->it = foreign(NULL, fd, description->size, (char *)stack[depth - 1] >= contexts[1]);
+        if (!one->it) return INVALID_VALUE;
+        one->fd = VALUE("takes") == 1 ? fd : -1;
+        if (VALUE("takes") == 2) close(fd);
+        COUNT("externals");
+        *made = one;
+        return SUCCESS;
+    }
+    return OUT_OF_MEMORY;
+}
+
+EXPORT int cuExternalMemoryGetMappedBuffer(uint64_t *pointer, void *made, const struct part *part) {
+    NEEDS_CONTEXT;
+    struct external *one = made;
+    if (!one->it || part->offset || part->size > one->it->size || part->flags) return INVALID_VALUE;
+    if (VALUE("import_map")) return VALUE("import_map");
+    COUNT("mapped");
+    *pointer = one->it->at;
+    return SUCCESS;
+}
+
+EXPORT int cuDestroyExternalMemory(void *made) {
+    NEEDS_CONTEXT;
+    struct external *one = made;
+    if (VALUE("mapped") >= VALUE("externals")) COUNT("disorder");
+    unmade(one->it);
+    one->it = NULL;
+    if (one->fd >= 0) close(one->fd);
+    LESS("externals");
+    return SUCCESS;
+}
+
 EXPORT int cuFlushGPUDirectRDMAWrites(int target, int scope) {
     NEEDS_CONTEXT;
     if (target != 0 || scope != 100) return INVALID_VALUE;

@@ -12,6 +12,13 @@ static struct setting settings[] = {
     {"export_driver", 0, 0},
     {"export_old", 0, 0},
     {"copy", 0, 0},             /* the result of copies */
+    {"interop", 0, 0},          /* the result of an import */
+    {"interop_short", 0, 0},    /* how many bytes fewer an import maps */
+    {"lock", 0, 0},             /* the result of a lock */
+    {"imports", 0, 0},          /* number of calls */
+    {"mapped", 0, 0},           /* number of imports that were not unmapped */
+    {"locked", 0, 0},           /* number of locks that were not unlocked */
+    {"disorder", 0, 0},         /* number of releases in the wrong order */
     {"fragment", 0, 0},         /* number of bytes of the memory before the reported allocation */
     {"offset", -1, -1},         /* the reported offset, instead of the right one */
     {"next_fd", -1, -1},        /* the descriptor of the next exports; -1 for the stand-in's memory */
@@ -94,6 +101,49 @@ EXPORT int hsa_memory_copy(void *to, const void *from, size_t length) {
     if (VALUE("copy")) return VALUE("copy");
     if (!is_mapped((uint64_t)to, length) && !is_mapped((uint64_t)from, length)) return INVALID_ARGUMENT;
     memcpy(to, from, length);
+    return SUCCESS;
+}
+
+/* The kernel has a reference of its own: the descriptor stays the caller's. */
+EXPORT int hsa_amd_interop_map_buffer(uint32_t count, uint64_t *agents, int fd, uint32_t flags, size_t *size,
+                                      void **at, size_t *metadata_size, const void **metadata) {
+    NEEDS_INIT;
+    COUNT("imports");
+    if (count != 1 || agents[0] < 2 || agents[0] > 3 || flags || metadata_size || metadata) return INVALID_ARGUMENT;
+    if (VALUE("interop")) return VALUE("interop");
+    off_t length = lseek(fd, 0, SEEK_END);
+    struct block *it = length > 0 ? foreign(NULL, fd, length, agents[0] - 2) : NULL;
+    if (!it) return INVALID_ARGUMENT;
+    COUNT("mapped");
+    *size = length - VALUE("interop_short");
+    *at = (void *)it->at;
+    return SUCCESS;
+}
+
+EXPORT int hsa_amd_interop_unmap_buffer(void *at) {
+    NEEDS_INIT;
+    struct block *it = block_at((uint64_t)at);
+    if (!it || it->kind != FOREIGN || it->at != (uint64_t)at) return INVALID_ARGUMENT;
+    unmade(it);
+    LESS("mapped");
+    return SUCCESS;
+}
+
+EXPORT int hsa_amd_memory_lock(void *host, size_t size, uint64_t *agents, int count, void **at) {
+    NEEDS_INIT;
+    if (count != 1 || agents[0] < 2 || agents[0] > 3 || (uint64_t)host % 4096 || !size) return INVALID_ARGUMENT;
+    if (VALUE("lock")) return VALUE("lock");
+    struct block *it = foreign(host, -1, size, agents[0] - 2);
+    COUNT("locked");
+    *at = (void *)it->at;
+    return SUCCESS;
+}
+
+EXPORT int hsa_amd_memory_unlock(void *host) {
+    NEEDS_INIT;
+    struct block *it = foreign_of((uint64_t)host);
+    if (!it || !unmade(it)) COUNT("disorder");
+    LESS("locked");
     return SUCCESS;
 }
 

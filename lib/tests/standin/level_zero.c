@@ -11,6 +11,10 @@ enum { NAMED, NOT_NAMED, HOST_MEMORY, SHARED };
 static struct setting settings[] = {
     {"init", 0, 0},             /* the result of zeInit */
     {"export_types", 3, 3},     /* the export types of the second driver's device */
+    {"import_types", 3, 3},     /* the import types of the second driver's device */
+    {"import", 0, 0},           /* the result of an import */
+    {"closes", 0, 0},           /* an import closes the descriptor */
+    {"disorder", 0, 0},         /* number of releases in the wrong order */
     {"export", 0, 0},           /* the result of an export */
     {"none", 0, 0},             /* an export succeeds without a descriptor */
     {"copy", 0, 0},             /* the result of copies */
@@ -25,8 +29,6 @@ static struct setting settings[] = {
     {"initialised", 0, 0},
     {NULL, 0, 0},
 };
-
-#define LESS(name) __atomic_sub_fetch(&setting(name)->value, 1, __ATOMIC_RELAXED)
 
 struct head { uint32_t type; void *next; };
 struct flags { struct head head; uint32_t flags; };
@@ -62,6 +64,7 @@ EXPORT int zeDeviceGet(void *driver, uint32_t *count, void **handles) {
 
 EXPORT int zeDeviceGetExternalMemoryProperties(void *device, struct external *external) {
     if (!device || external->head.type != 0xc) return INVALID_ARGUMENT;
+    external->memory_import = device == &devices[1] ? VALUE("import_types") : 0;
     external->memory_export = device == &devices[1] ? VALUE("export_types") : 0;
     return SUCCESS;
 }
@@ -125,6 +128,17 @@ EXPORT int zeMemAllocDevice(void *context, const struct device_memory *descripti
                             void *device, void **at) {
     if (!context || !device || description->head.type != 0x15 || alignment) return INVALID_ARGUMENT;
     if (size > 1ul << 40) return OUT_OF_DEVICE_MEMORY;
+    const struct export_fd *import = description->head.next;
+    if (import && import->head.type == 0x19) {
+        struct block *it = NULL;
+        if (import->flags != 2 || !size) return INVALID_ARGUMENT;
+        if (!VALUE("import")) it = foreign(NULL, import->fd, size, (char *)device - devices);
+        if (VALUE("closes")) close(import->fd);
+        if (!it) return VALUE("import") ? VALUE("import") : INVALID_ARGUMENT;
+        COUNT("live");
+        *at = (void *)it->at;
+        return SUCCESS;
+    }
     const struct flags *export = description->head.next;
     int named = export && export->head.type == 0x18 && export->flags & 2;
     COUNT("live");
@@ -137,6 +151,11 @@ EXPORT int zeMemFree(void *context, void *at) {
     if (!context || !it) return INVALID_ARGUMENT;
     if (it->kind == HOST_MEMORY) LESS("host_memory");
     else LESS("live");
+    if (VALUE("contexts") < 1) COUNT("disorder");
+    if (it->kind == FOREIGN) {
+        unmade(it);
+        return SUCCESS;
+    }
     return standin_free((uint64_t)at) ? SUCCESS : INVALID_ARGUMENT;
 }
 

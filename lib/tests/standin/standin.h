@@ -33,6 +33,7 @@ static struct setting *setting(const char *name) {
 }
 #define VALUE(name) (setting(name)->value)
 #define COUNT(name) __atomic_add_fetch(&setting(name)->value, 1, __ATOMIC_RELAXED)
+#define LESS(name) __atomic_sub_fetch(&setting(name)->value, 1, __ATOMIC_RELAXED)
 
 EXPORT void standin_set(const char *name, long value) { setting(name)->value = value; }
 EXPORT long standin_get(const char *name) { return setting(name)->value; }
@@ -40,9 +41,11 @@ EXPORT long standin_get(const char *name) { return setting(name)->value; }
 /* A segment of device memory. */
 struct block { uint64_t at, size, base, whole; int memfd, kind, device; off_t offset; };
 static struct block blocks[64];
+/* The kind of memory that somebody else made. */
+enum { FOREIGN = 99 };
 
 static uint64_t up(uint64_t value, uint64_t to) { return (value + to - 1) / to * to; }
-static uint64_t room(const struct block *it) { return up(it->size, GRANULE); }
+static uint64_t room(const struct block *it) { return up(it->size, it->kind == FOREIGN ? 4096 : GRANULE); }
 
 /* The block that the runtime knows at an address, and the mapped block around it: whole pages. */
 static struct block *block_at(uint64_t address) {
@@ -111,6 +114,36 @@ EXPORT int standin_free(uint64_t base) {
     munmap((void *)base, whole);
     close(memfd);
     return 1;
+}
+
+/* Memory of somebody else's, at another address than the one that the processor has: `host` is mapped once more, or
+   `fd` is. A BAR cannot be mapped once more, and keeps its address. */
+static __attribute__((unused)) struct block *foreign(void *host, int fd, uint64_t size, int device) {
+    uint64_t whole = up(size, 4096);
+    void *at = host ? mremap(host, 0, whole, MREMAP_MAYMOVE)
+                    : mmap(NULL, whole, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    int own = at != MAP_FAILED;
+    if (!own) at = host;
+    for (struct block *it = blocks; at && it < blocks + 64; it++)
+        if (!it->size) {
+            *it = (struct block){(uint64_t)at, size, (uint64_t)host, own ? whole : 0, -1, FOREIGN, device, 0};
+            return it;
+        }
+    return NULL;
+}
+
+/* Takes it away. Returns 0 where the host has unmapped it before. */
+static __attribute__((unused)) int unmade(struct block *it) {
+    int there = !it->base || !msync((void *)it->base, 4096, MS_ASYNC);
+    if (it->whole) munmap((void *)it->at, it->whole);
+    it->size = 0;
+    return there;
+}
+
+static __attribute__((unused)) struct block *foreign_of(uint64_t host) {
+    for (struct block *it = blocks; it < blocks + 64; it++)
+        if (it->size && it->kind == FOREIGN && it->base == host) return it;
+    return NULL;
 }
 
 /* Makes a descriptor of `size` bytes at an address. The caller owns the descriptor. */

@@ -13,23 +13,37 @@ use std::path::Path as FilePath;
 use std::process::Command;
 use std::sync::LazyLock;
 
-use peerbuf::Access;
 use peerbuf::buffer::Kind;
 use peerbuf::device::vfio::VfioDevice;
 use peerbuf::error::BufferError;
-use peerbuf::export::gpu::{self, Exported, Mapping, Runtime};
+use peerbuf::export::gpu::{self, Exported, Mapping, Place, Runtime};
 use peerbuf::export::vfio::{self, Request};
+use peerbuf::export::{peerbuf as module, udmabuf};
+use peerbuf::import::Attached;
 use peerbuf::import::file::{FileImporter, unnamed_file};
+use peerbuf::import::gpu::{self as import, GpuImporter, Way};
 use peerbuf::plan::{Path, ReasonCode};
+use peerbuf::{Access, Buffer};
 use peerbuf_lab_suite::machine::expect_what_vfio_loses;
 use peerbuf_lab_suite::modules;
-use peerbuf_lab_suite::node::Node;
+use peerbuf_lab_suite::node::{Node, nvme_bdf};
 use peerbuf_lab_suite::rdma::random;
 use peerbuf_rdma::{Card, Rung};
 
-use standin::{CUDA, Held, StandIn, bytes_at, put_at};
+use standin::{CUDA, HSA, Held, LEVEL_ZERO, StandIn, bytes_at, put_at};
 
 static STANDIN: LazyLock<StandIn> = LazyLock::new(|| CUDA.load(&[]).unwrap());
+static OTHERS: LazyLock<[StandIn; 2]> =
+    LazyLock::new(|| [&HSA, &LEVEL_ZERO].map(|source| source.load(&[]).unwrap()));
+
+/// A card that vfio-pci has.
+static CARD: LazyLock<VfioDevice> = LazyLock::new(|| {
+    expect_what_vfio_loses();
+    modules::load("vfio-pci");
+    let bdf = Node::all().last().unwrap().bdf.clone();
+    modules::rebind(&bdf, "vfio-pci");
+    VfioDevice::open(bdf.parse().unwrap()).unwrap()
+});
 
 const MIB: u64 = 1 << 20;
 /// A place and a length that are not page-aligned.
@@ -125,21 +139,20 @@ fn a_file_is_read_and_written_by_the_runtimes_copies() {
     assert!(cuda.free(base));
 }
 
-/// NVIDIA's driver before 13.3 supports no mapping of its dma-bufs. Neither does vfio-pci.
-#[test]
-fn a_file_goes_into_memory_that_cannot_be_mapped() {
-    expect_what_vfio_loses();
-    modules::load("vfio-pci");
-    let bdf = Node::all().last().unwrap().bdf.clone();
-    modules::rebind(&bdf, "vfio-pci");
-    let card = VfioDevice::open(bdf.parse().unwrap()).unwrap();
+fn vfio_bar() -> Buffer {
     let request = Request {
         bar: 2,
         offset: 0,
         length: MIB / 2,
         access: Access::ReadWrite,
     };
-    let unmappable = vfio::export(&card, request).unwrap();
+    vfio::export(&CARD, request).unwrap()
+}
+
+/// NVIDIA's driver before 13.3 supports no mapping of its dma-bufs. Neither does vfio-pci.
+#[test]
+fn a_file_goes_into_memory_that_cannot_be_mapped() {
+    let unmappable = vfio_bar();
 
     let cuda = STANDIN.hold();
     let (base, around) = memory(&cuda);
@@ -198,6 +211,167 @@ fn memory_that_was_allocated_here_is_freed_with_its_last_handle() {
     drop(range);
     assert_eq!(cuda.get("live"), 0);
     assert_eq!(cuda.get("retained"), 0);
+}
+
+/// The stand-in says yes, as drivers do that have put the bytes into system memory, and the kernel's addresses tell.
+#[test]
+fn an_export_that_is_in_system_memory_is_found_out_by_its_addresses() {
+    let cuda = STANDIN.hold();
+    let disk = nvme_bdf().parse().unwrap();
+    let (base, _) = memory(&cuda);
+    let mut pinned = exported(base + AT, LENGTH);
+    let seen = pinned.ask(disk).unwrap();
+    let places: Vec<_> = seen
+        .iter()
+        .map(|seen| (seen.mapping, &seen.place))
+        .collect();
+    let system = Ok(Place::System);
+    assert_eq!(
+        places,
+        [(Mapping::Pcie, &system), (Mapping::Driver, &system)]
+    );
+    let said = pinned.receipt.to_string();
+    let found = format!("{disk} finds the bytes in system memory (mapping: PCIe)");
+    assert!(said.contains(&found), "{said}");
+
+    // What is in a BAR is told from that, and so is whose BAR it is.
+    let bar = vfio_bar();
+    cuda.set("next_fd", bar.dmabuf().unwrap().as_fd().as_raw_fd().into());
+    let mut peer = exported(base + AT, LENGTH);
+    let card = Some(CARD.address());
+    for seen in peer.ask(disk).unwrap() {
+        assert_eq!(seen.place, Ok(Place::Bar(card)));
+    }
+    let nobody = "ffff:ff:1f.7".parse().unwrap();
+    let refused = peer.ask(nobody).unwrap();
+    assert!(refused[0].place.as_ref().unwrap_err().contains("ENXIO"));
+    drop((pinned, peer));
+    assert!(cuda.free(base));
+}
+
+/// Bytes that the stand-in copies are in the buffer, and the other way round, and none beside them.
+fn exchange(importer: &GpuImporter, buffer: &Buffer, way: Way) -> import::Attachment {
+    let (at, length) = (4096 + 1003, 70_001);
+    buffer
+        .whole()
+        .write_bytes(&vec![0; buffer.size() as usize])
+        .unwrap();
+    let range = buffer.range(at, length).unwrap();
+    let mut attached = importer.attach(&range).unwrap();
+    assert_eq!(attached.way(), way, "{:?}", attached.refused());
+    let bytes = random(length, 11);
+    attached.write(&bytes).unwrap();
+    let all = buffer.whole().to_vec().unwrap();
+    let (before, rest) = all.split_at(at as usize);
+    let (found, after) = rest.split_at(length as usize);
+    assert!(found == bytes, "{way}");
+    assert!(before.iter().chain(after).all(|byte| *byte == 0), "{way}");
+    let other = random(length, 12);
+    range.write_bytes(&other).unwrap();
+    let mut got = vec![0; length as usize];
+    attached.read(&mut got).unwrap();
+    assert!(got == other, "{way}");
+    if way != Way::IoMemory {
+        assert!(bytes_at(attached.pointer(), length as usize) == other);
+    }
+    attached
+}
+
+/// How many descriptors of a dma-buf this process has.
+fn descriptors(buffer: &Buffer) -> usize {
+    let inode = buffer.dmabuf().unwrap().identity().inode();
+    let line = format!("ino:\t{inode}\n");
+    let all = std::fs::read_dir("/proc/self/fdinfo").unwrap();
+    let infos = all.filter_map(|entry| std::fs::read_to_string(entry.unwrap().path()).ok());
+    infos
+        .filter(|info| info.contains("exp_name") && info.contains(&line))
+        .count()
+}
+
+#[test]
+fn a_udmabuf_is_imported_by_each_runtime_and_its_descriptor_closed_once() {
+    let buffer = udmabuf::export("imported", MIB).unwrap();
+    let before = descriptors(&buffer);
+    let cuda = STANDIN.hold();
+    import::forget();
+    let importer = GpuImporter::open(Runtime::Cuda, 0).unwrap();
+    // Left to the caller, closed with the memory, closed at once.
+    for takes in 0..3 {
+        cuda.set("takes", takes);
+        let attached = exchange(&importer, &buffer, Way::DmaBuf);
+        assert_eq!(attached.plan().path, Path::SharedHostMemory);
+        drop(attached);
+        assert_eq!(descriptors(&buffer), before, "{takes}");
+    }
+    // NVIDIA's drivers for other than Tegra take no dma-buf, and register the memfd behind it.
+    cuda.set("import", 801);
+    for closes in [0, 1] {
+        import::forget();
+        cuda.set("closes_refused", closes);
+        let attached = exchange(&importer, &buffer, Way::HostMemory);
+        let said = attached.refused()[0].to_string();
+        assert_eq!(
+            said,
+            "not by dma-buf: cuImportExternalMemory(DMABUF_FD): CUDA_ERROR_NOT_SUPPORTED (801)"
+        );
+        assert_eq!(descriptors(&buffer), before, "{closes}");
+    }
+    let imports = cuda.get("imports");
+    let attached = exchange(&importer, &buffer, Way::HostMemory);
+    assert!(attached.refused()[0].remembered);
+    assert_eq!(cuda.get("imports"), imports, "not asked again");
+    drop(attached);
+    for what in ["externals", "mapped", "registered", "disorder", "retained"] {
+        assert_eq!(cuda.get(what), 0, "{what}");
+    }
+    drop(cuda);
+    for (standin, runtime, way) in [
+        (&OTHERS[0], Runtime::Hsa, Way::DmaBuf),
+        (&OTHERS[1], Runtime::LevelZero, Way::DmaBuf),
+    ] {
+        let standin = standin.hold();
+        import::forget();
+        let importer = GpuImporter::open(runtime, 1).unwrap();
+        drop(exchange(&importer, &buffer, way));
+        assert_eq!(descriptors(&buffer), before, "{runtime}");
+        assert_eq!(standin.get("disorder"), 0, "{runtime}");
+    }
+}
+
+#[test]
+fn a_bar_that_the_driver_does_not_import_is_registered_only_where_it_stays() {
+    let cuda = STANDIN.hold();
+    import::forget();
+    let importer = GpuImporter::open(Runtime::Cuda, 0).unwrap();
+    let node = module::Device::open(Node::largest().bdf.parse().unwrap()).unwrap();
+    let request = module::Request {
+        bar: 2,
+        offset: None,
+        length: MIB,
+        access: Access::ReadWrite,
+    };
+    let bar = node.export(request).unwrap();
+    let attached = exchange(&importer, &bar, Way::DmaBuf);
+    assert_eq!(attached.plan().path, Path::PeerToPeer);
+    drop(attached);
+    cuda.set("import", 801);
+    import::forget();
+    let said = importer.attach(&bar.whole()).unwrap_err().to_string();
+    assert!(
+        said.contains("(801)") && said.contains("with_io_memory"),
+        "{said}"
+    );
+    // SAFETY: this test alone has the buffer, and does not move it.
+    let staying = unsafe { importer.clone().with_io_memory() };
+    let attached = exchange(&staying, &bar, Way::IoMemory);
+    assert_eq!(attached.plan().path, Path::PeerToPeer);
+    drop(attached);
+    // vfio-pci's dma-buf has no mapping, by which the stand-in imports; its BAR has one.
+    cuda.set("import", 0);
+    drop(exchange(&importer, &vfio_bar(), Way::IoMemory));
+    for what in ["externals", "mapped", "registered", "disorder", "retained"] {
+        assert_eq!(cuda.get(what), 0, "{what}");
+    }
 }
 
 /// Runs the command, which finds the stand-in under the runtime's name. Returns the command's

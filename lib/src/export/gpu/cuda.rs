@@ -154,6 +154,7 @@ fn export(
         added_after: after,
         ordered,
         notes,
+        seen: Vec::new(),
     };
     let copies = Pages {
         context,

@@ -69,6 +69,51 @@ impl fmt::Display for Mapping {
     }
 }
 
+/// A place of bytes, by the addresses that the kernel gives an importer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Place {
+    /// In a BAR of this device, or of one that the kernel does not name.
+    Bar(Option<PciAddress>),
+    /// In system memory: the driver has exported, or moved, the bytes there.
+    System,
+    /// In more than one of these, or where the kernel knows no BAR: beyond a coherent link, for one.
+    Unknown,
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Place::Bar(Some(device)) => write!(f, "a BAR of {device}"),
+            Place::Bar(None) => f.write_str("a BAR"),
+            Place::System => f.write_str("system memory"),
+            Place::Unknown => f.write_str("a place that the kernel does not know"),
+        }
+    }
+}
+
+/// The kernel's word on where an importer finds the bytes ([`Exported::ask`]).
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Seen {
+    /// The device whose driver would import it.
+    pub by: PciAddress,
+    /// The descriptor.
+    pub mapping: Mapping,
+    /// The place, or why the kernel refuses the importer.
+    pub place: Result<Place, String>,
+}
+
+impl fmt::Display for Seen {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Seen { by, mapping, .. } = self;
+        match &self.place {
+            Ok(place) => write!(f, "{by} finds the bytes in {place} (mapping: {mapping})"),
+            Err(why) => write!(f, "{by} gets nothing (mapping: {mapping}): {why}"),
+        }
+    }
+}
+
 /// The properties of an export, and the calls that failed on the way.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
@@ -92,6 +137,8 @@ pub struct Receipt {
     pub ordered: bool,
     /// Calls that failed or are missing, with their answers. The export worked without them.
     pub notes: Vec<String>,
+    /// Where importers find the bytes, as far as the kernel was asked ([`Exported::ask`]).
+    pub seen: Vec<Seen>,
 }
 
 impl fmt::Display for Receipt {
@@ -105,7 +152,8 @@ impl fmt::Display for Receipt {
             write!(f, " (and {})", Mapping::Driver)?;
         }
         let (before, after) = (self.added_before, self.added_after);
-        write!(f, ", bytes added: {before} before, {after} after")
+        write!(f, ", bytes added: {before} before, {after} after")?;
+        self.seen.iter().try_for_each(|seen| write!(f, "; {seen}"))
     }
 }
 

@@ -112,6 +112,7 @@ fn export(hsa: Hsa, range: Allocated, found: Memory) -> Result<Descriptors, Expo
         // hsa_memory_copy returns when the copy is complete.
         ordered: true,
         notes,
+        seen: Vec::new(),
     };
     let memory = range.widened(offset, after);
     let copies = Whole { hsa, memory };
@@ -140,7 +141,7 @@ fn by_best_mapping(hsa: &Hsa, range: Allocated, notes: &mut Vec<String>) -> Resu
 }
 
 /// The PCI address, from a domain, and a bus, device and function packed into 16 bits.
-fn address((domain, at): (u32, u32)) -> Option<PciAddress> {
+pub(crate) fn address((domain, at): (u32, u32)) -> Option<PciAddress> {
     let (bus, device, function) = (at >> 8 & 0xff, at >> 3 & 0x1f, at & 7);
     let text = format!("{domain:04x}:{bus:02x}:{device:02x}.{function}");
     text.parse().ok()

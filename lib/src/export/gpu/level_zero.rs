@@ -144,6 +144,7 @@ fn export(
         // The command list for copies is synchronous.
         ordered: true,
         notes: Vec::new(),
+        seen: Vec::new(),
     };
     let memory = range.widened(offset, after);
     let copier = found.copier().map_err(plainly)?;
@@ -155,7 +156,8 @@ fn export(
     Descriptors::checked(range, fd, None, receipt, Arc::new(copies))
 }
 
-fn address([domain, bus, device, function]: [u32; 4]) -> Option<PciAddress> {
+/// The address of a domain, bus, device and function.
+pub(crate) fn address([domain, bus, device, function]: [u32; 4]) -> Option<PciAddress> {
     let text = format!("{domain:04x}:{bus:02x}:{device:02x}.{function}");
     text.parse().ok()
 }

@@ -15,7 +15,7 @@
 //! - Few of these buffers can be mapped. The runtime's own copies are the buffer's
 //!   [`Stage`](crate::buffer::Stage), so staged transfers and proofs work without a mapping.
 //! - A driver may report success and put the bytes into system memory. A transfer's plan names
-//!   the proved path. `import::probe` reports the addresses that an importer gets.
+//!   the proved path. [`Exported::ask`] reports the addresses that an importer gets.
 //!
 //! No machine with a GPU has run this module yet. The tests use *stand-ins*: libraries with the
 //! names of the runtimes that behave as the runtimes are documented and reported to.
@@ -44,7 +44,10 @@ mod level_zero;
 use crate::error::ExportError;
 use crate::sys::gpu::Allocated;
 
-pub use found::{Descriptors, Exported, Mapping, Receipt, Runtime};
+pub(crate) use hsa::address as bdf_id;
+pub(crate) use level_zero::address as from_parts;
+
+pub use found::{Descriptors, Exported, Mapping, Place, Receipt, Runtime, Seen};
 
 type Find = fn(Allocated) -> Result<Result<Descriptors, ExportError>, String>;
 

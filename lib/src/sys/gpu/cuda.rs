@@ -1,11 +1,39 @@
 //! `libcuda.so.1`: the driver API, as declared in `cuda.h` of CUDA 12.9
 //! (<https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__MEM.html>).
 
+mod import;
+
 use std::ffi::{c_char, c_int, c_uint, c_ulonglong, c_void};
 use std::os::fd::OwnedFd;
 use std::sync::OnceLock;
 
 use super::{Allocated, Failed, functions};
+
+pub(crate) use import::Gpu;
+
+/// `CUDA_EXTERNAL_MEMORY_HANDLE_DESC`
+#[repr(C)]
+struct Description {
+    kind: c_int,
+    padding: u32,
+    fd: c_int,
+    /// The union's other members are two pointers.
+    rest: [u32; 3],
+    size: u64,
+    flags: c_uint,
+    reserved: [c_uint; 16],
+    end: u32,
+}
+
+/// `CUDA_EXTERNAL_MEMORY_BUFFER_DESC`
+#[repr(C)]
+struct Part {
+    offset: u64,
+    size: u64,
+    flags: c_uint,
+    reserved: [c_uint; 16],
+    end: u32,
+}
 
 functions! {
     "libcuda.so.1"
@@ -29,8 +57,16 @@ functions! {
         stream_synchronize = "cuStreamSynchronize" (*mut c_void);
         allocate = "cuMemAlloc_v2" (*mut u64, usize);
         free = "cuMemFree_v2" (u64);
+        copy_within = "cuMemcpyDtoD_v2" (u64, u64, usize);
+        register = "cuMemHostRegister_v2" (*mut c_void, usize, c_uint);
+        unregister = "cuMemHostUnregister" (*mut c_void);
+        registered = "cuMemHostGetDevicePointer_v2" (*mut u64, *mut c_void, c_uint);
     }
     {
+        // 10.0
+        import = "cuImportExternalMemory" (*mut *mut c_void, *const Description);
+        import_map = "cuExternalMemoryGetMappedBuffer" (*mut u64, *mut c_void, *const Part);
+        import_destroy = "cuDestroyExternalMemory" (*mut c_void);
         // 11.3
         flush = "cuFlushGPUDirectRDMAWrites" (c_int, c_int);
         // 11.7

@@ -1,10 +1,14 @@
 //! `libhsa-runtime64.so.1`: ROCm's runtime, as declared in `hsa.h` and `hsa_ext_amd.h`.
 
+mod import;
+
 use std::ffi::{c_char, c_int, c_void};
 use std::os::fd::OwnedFd;
 use std::sync::OnceLock;
 
 use super::{Allocated, Failed, functions};
+
+pub(crate) use import::Gpu;
 
 /// `hsa_amd_pointer_info_t`. Versions only append fields; the library fills in `size` bytes.
 #[repr(C)]
@@ -33,6 +37,11 @@ functions! {
         agent_info = "hsa_agent_get_info" (u64, c_int, *mut c_void);
         pointer_info = "hsa_amd_pointer_info" (*const c_void, *mut PointerInfo, *const c_void, *mut u32, *mut *mut u64);
         copy = "hsa_memory_copy" (*mut c_void, *const c_void, usize);
+        lock = "hsa_amd_memory_lock" (*mut c_void, usize, *mut u64, c_int, *mut *mut c_void);
+        unlock = "hsa_amd_memory_unlock" (*mut c_void);
+        map = "hsa_amd_interop_map_buffer"
+            (u32, *mut u64, c_int, u32, *mut usize, *mut *mut c_void, *mut usize, *mut *const c_void);
+        unmap = "hsa_amd_interop_unmap_buffer" (*mut c_void);
     }
     {
         // ROCm 5.4
@@ -138,6 +147,11 @@ impl Hsa {
 
     /// Number of GPUs.
     pub(crate) fn devices(&self) -> Result<u32, Failed> {
+        Ok(self.gpus()?.len() as u32)
+    }
+
+    /// The GPUs' agents.
+    fn gpus(&self) -> Result<Vec<u64>, Failed> {
         unsafe extern "C" fn each(agent: u64, list: *mut c_void) -> c_int {
             // SAFETY: `list` is the vector below, borrowed by this call alone.
             unsafe { &mut *list.cast::<Vec<u64>>() }.push(agent);
@@ -147,8 +161,8 @@ impl Hsa {
         // SAFETY: `each` has the callback's type, and the list outlives the call.
         let answer = unsafe { (self.0.iterate_agents)(each, (&raw mut agents).cast()) };
         check(self.0, "hsa_iterate_agents", answer)?;
-        let is_gpu = |agent: &&u64| self.info(**agent, AGENT_INFO_DEVICE) == Some(DEVICE_GPU);
-        Ok(agents.iter().filter(is_gpu).count() as u32)
+        agents.retain(|agent| self.info(*agent, AGENT_INFO_DEVICE) == Some(DEVICE_GPU));
+        Ok(agents)
     }
 
     /// A 32-bit attribute of an agent.
@@ -161,11 +175,15 @@ impl Hsa {
 
     /// Domain, and bus, device and function of the memory's GPU.
     pub(crate) fn address(&self, memory: Memory) -> Option<(u32, u32)> {
-        if self.info(memory.owner, AGENT_INFO_DEVICE)? != DEVICE_GPU {
+        self.address_of(memory.owner)
+    }
+
+    fn address_of(&self, agent: u64) -> Option<(u32, u32)> {
+        if self.info(agent, AGENT_INFO_DEVICE)? != DEVICE_GPU {
             return None;
         }
-        let at = self.info(memory.owner, AGENT_INFO_BDFID)?;
-        Some((self.info(memory.owner, AGENT_INFO_DOMAIN)?, at))
+        let at = self.info(agent, AGENT_INFO_BDFID)?;
+        Some((self.info(agent, AGENT_INFO_DOMAIN)?, at))
     }
 
     /// The dma-buf of the whole allocation around the range, and the range's offset in it.

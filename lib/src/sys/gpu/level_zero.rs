@@ -1,6 +1,8 @@
 //! `libze_loader.so.1`: Level Zero, as declared in `ze_api.h` of version 1.8
 //! (<https://oneapi-src.github.io/level-zero-spec/level-zero/latest/core/PROG.html>).
 
+mod import;
+
 use std::ffi::{c_int, c_void};
 use std::os::fd::OwnedFd;
 use std::sync::{Mutex, OnceLock};
@@ -8,6 +10,8 @@ use std::sync::{Mutex, OnceLock};
 use peerbuf_core::unpoisoned;
 
 use super::{Allocated, Failed, functions};
+
+pub(crate) use import::Gpu;
 
 /// A handle of a driver, a device, a context or a command list.
 type Handle = *mut c_void;
@@ -44,7 +48,7 @@ struct Flags {
     padding: u32,
 }
 
-/// `ze_external_memory_export_fd_t`
+/// `ze_external_memory_export_fd_t` and `ze_external_memory_import_fd_t`
 #[repr(C)]
 struct ExportFd {
     head: Head,
@@ -397,39 +401,49 @@ impl Drop for Block {
     }
 }
 
+/// What a device exports and imports.
+fn external_of(functions: &Functions, device: usize) -> Result<External, Failed> {
+    let mut external = External {
+        head: Head::of(DEVICE_EXTERNAL_MEMORY_PROPERTIES),
+        memory_import: 0,
+        memory_export: 0,
+        image_import: 0,
+        image_export: 0,
+    };
+    // SAFETY: the device handle is valid, and the function fills the struct in.
+    let answer = unsafe { (functions.external)(handle(device), &mut external) };
+    check("zeDeviceGetExternalMemoryProperties", answer)?;
+    Ok(external)
+}
+
+/// Domain, bus, device and function of a device.
+fn address_of(functions: &Functions, device: usize) -> Option<[u32; 4]> {
+    let ask = functions.pci?;
+    let mut pci = Pci {
+        head: Head::of(PCI_EXT_PROPERTIES),
+        domain: 0,
+        bus: 0,
+        device: 0,
+        function: 0,
+        generation: 0,
+        width: 0,
+        bandwidth: 0,
+    };
+    // SAFETY: the device handle is valid, and the function fills the struct in.
+    let answer = unsafe { ask(handle(device), &mut pci) };
+    (answer == 0).then_some([pci.domain, pci.bus, pci.device, pci.function])
+}
+
 impl Memory {
     /// True if the device exports dma-bufs (`zeDeviceGetExternalMemoryProperties`).
     pub(crate) fn exports_dmabufs(&self) -> Result<bool, Failed> {
-        let mut external = External {
-            head: Head::of(DEVICE_EXTERNAL_MEMORY_PROPERTIES),
-            memory_import: 0,
-            memory_export: 0,
-            image_import: 0,
-            image_export: 0,
-        };
-        let ask = self.context.functions.external;
-        // SAFETY: the device handle is valid, and the function fills the struct in.
-        let answer = unsafe { ask(handle(self.device), &mut external) };
-        check("zeDeviceGetExternalMemoryProperties", answer)?;
+        let external = external_of(self.context.functions, self.device)?;
         Ok(external.memory_export & DMA_BUF != 0)
     }
 
     /// PCI domain, bus, device and function.
     pub(crate) fn address(&self) -> Option<[u32; 4]> {
-        let ask = self.context.functions.pci?;
-        let mut pci = Pci {
-            head: Head::of(PCI_EXT_PROPERTIES),
-            domain: 0,
-            bus: 0,
-            device: 0,
-            function: 0,
-            generation: 0,
-            width: 0,
-            bandwidth: 0,
-        };
-        // SAFETY: the device handle is valid, and the function fills the struct in.
-        let answer = unsafe { ask(handle(self.device), &mut pci) };
-        (answer == 0).then_some([pci.domain, pci.bus, pci.device, pci.function])
+        address_of(self.context.functions, self.device)
     }
 
     /// A dma-buf of the whole allocation. Each call returns a new descriptor; `None` if the
@@ -448,40 +462,7 @@ impl Memory {
 
     /// Prepares copies of the memory's bytes.
     pub(crate) fn copier(self) -> Result<Copier, Failed> {
-        let functions = self.context.functions;
-        let queue = Queue {
-            head: Head::of(COMMAND_QUEUE_DESC),
-            ordinal: 0,
-            index: 0,
-            flags: 0,
-            mode: QUEUE_SYNCHRONOUS,
-            priority: 0,
-            padding: 0,
-        };
-        let description = Flags {
-            head: Head::of(HOST_MEM_ALLOC_DESC),
-            flags: 0,
-            padding: 0,
-        };
-        let context = handle(self.context.raw);
-        let mut room = std::ptr::null_mut();
-        // SAFETY: the description is valid, and the function stores a pointer.
-        let answer =
-            unsafe { (functions.allocate_host)(context, &description, ROOM, 0, &mut room) };
-        check("zeMemAllocHost", answer)?;
-        let mut list = std::ptr::null_mut();
-        // SAFETY: the description is valid, and the function stores a handle.
-        let answer =
-            unsafe { (functions.list_create)(context, handle(self.device), &queue, &mut list) };
-        if let Err(failed) = check("zeCommandListCreateImmediate", answer) {
-            self.context.free(room);
-            return Err(failed);
-        }
-        Ok(Copier {
-            context: self.context,
-            list: list.expose_provenance(),
-            room: Mutex::new(room.expose_provenance()),
-        })
+        Copier::new(self.context, self.device)
     }
 }
 
@@ -508,6 +489,42 @@ impl Drop for Copier {
 }
 
 impl Copier {
+    fn new(owner: Context, device: usize) -> Result<Copier, Failed> {
+        let functions = owner.functions;
+        let queue = Queue {
+            head: Head::of(COMMAND_QUEUE_DESC),
+            ordinal: 0,
+            index: 0,
+            flags: 0,
+            mode: QUEUE_SYNCHRONOUS,
+            priority: 0,
+            padding: 0,
+        };
+        let description = Flags {
+            head: Head::of(HOST_MEM_ALLOC_DESC),
+            flags: 0,
+            padding: 0,
+        };
+        let context = handle(owner.raw);
+        let mut room = std::ptr::null_mut();
+        // SAFETY: the description is valid, and the function stores a pointer.
+        let answer =
+            unsafe { (functions.allocate_host)(context, &description, ROOM, 0, &mut room) };
+        check("zeMemAllocHost", answer)?;
+        let mut list = std::ptr::null_mut();
+        // SAFETY: the description is valid, and the function stores a handle.
+        let answer = unsafe { (functions.list_create)(context, handle(device), &queue, &mut list) };
+        if let Err(failed) = check("zeCommandListCreateImmediate", answer) {
+            owner.free(room);
+            return Err(failed);
+        }
+        Ok(Copier {
+            context: owner,
+            list: list.expose_provenance(),
+            room: Mutex::new(room.expose_provenance()),
+        })
+    }
+
     /// # Safety
     /// Both addresses are valid for `length` bytes until the function returns.
     unsafe fn copy(

@@ -13,6 +13,9 @@ use std::fmt;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::sync::OnceLock;
 
+use super::given::Given;
+use crate::buffer::Mapping;
+
 /// A failed function of a runtime.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Failed {
@@ -86,6 +89,50 @@ impl Allocated {
         let end = offset.checked_add(length as u64);
         assert!(end.is_some_and(|end| end <= self.length), "outside");
         self.pointer + offset
+    }
+}
+
+/// A device of a runtime, which imports buffers that others made.
+pub(crate) trait Imports: Send + Sync {
+    /// Imports a dma-buf of so many bytes. The runtime is given the descriptor.
+    fn dmabuf(&self, dmabuf: Given, size: u64) -> Result<Box<dyn Reached>, Failed>;
+
+    /// Has the device reach what this process has mapped. `is_io` for memory in a BAR, which has to stay where it is.
+    fn mapped(&self, mapping: Mapping, is_io: bool) -> Result<Box<dyn Reached>, Failed>;
+
+    /// Whether the refusal is the same the next time, for a buffer of the same exporter.
+    fn is_final(&self, failed: &Failed) -> bool;
+}
+
+/// A buffer that a device reaches, until this is dropped.
+pub(crate) trait Reached: Send + Sync {
+    /// The bytes, as the device has them.
+    fn memory(&self) -> Allocated;
+
+    /// Has the runtime copy bytes into it. They are there when it returns.
+    ///
+    /// # Panics
+    /// When they are not all inside.
+    fn upload(&self, offset: u64, from: &[u8]) -> Result<(), Failed>;
+
+    /// Has the runtime copy bytes out of it.
+    ///
+    /// # Panics
+    /// When they are not all inside.
+    fn download(&self, offset: u64, into: &mut [u8]) -> Result<(), Failed>;
+}
+
+/// The address of a mapping's first byte, and its length; a registration needs the first in this process.
+fn extent(mapping: &Mapping) -> Result<(*mut std::ffi::c_void, usize), Failed> {
+    let at = mapping.as_ptr().cast();
+    let failed = Failed {
+        call: "mmap",
+        code: 0,
+        name: "the mapping is of the parent process".to_owned(),
+    };
+    match std::ptr::eq(at, std::ptr::null()) {
+        true => Err(failed),
+        false => Ok((at, mapping.len() as usize)),
     }
 }
 
@@ -170,3 +217,6 @@ unsafe fn descriptor(number: RawFd) -> Option<OwnedFd> {
     // SAFETY: the caller guarantees that the descriptor belongs to the caller.
     (number >= 0).then(|| unsafe { OwnedFd::from_raw_fd(number) })
 }
+
+#[cfg(test)]
+mod tests;

@@ -2,13 +2,13 @@
 
 use std::any::Any;
 use std::fmt;
-use std::os::fd::{AsFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 
-use ash::prelude::VkResult;
 use ash::vk;
 use rustix::fs::{Mode, OFlags};
 
+use super::super::given::Given;
 use super::device::Device;
 use crate::buffer::{Buffer, DmaBuf, Kind};
 use crate::error::{BufferError, ExportError, ImportError, SystemError, VulkanError};
@@ -174,11 +174,13 @@ impl Memory {
             return Err(Refused::Driver(why));
         }
         let mut properties = vk::MemoryFdPropertiesKHR::default();
-        let copy = duplicate(dmabuf)?;
+        // On failure the copy still belongs to the caller, but lavapipe 25.0 closes it then, and 26.1
+        // does not.
+        let copy = Given::copy_of(dmabuf.as_fd())?;
+        let number = copy.number();
         // SAFETY: the descriptor is a dma-buf, and the device has the extension. The call does
         // not consume it.
         let asked = unsafe {
-            let number = std::os::fd::AsRawFd::as_raw_fd(&copy);
             device
                 .memory_fd()
                 .get_memory_fd_properties(DMA_BUF, number, &mut properties)
@@ -196,21 +198,22 @@ impl Memory {
             return Err(Refused::Driver(why));
         };
         let dedicated = dedicated || flags.contains(vk::ExternalMemoryFeatureFlags::DEDICATED_ONLY);
-        let memory = give(copy, dmabuf, |number| {
-            let mut import = vk::ImportMemoryFdInfoKHR::default()
-                .handle_type(DMA_BUF)
-                .fd(number);
-            let mut own = vk::MemoryDedicatedAllocateInfo::default().buffer(bound.handle);
-            let mut info = vk::MemoryAllocateInfo::default()
-                .allocation_size(size)
-                .memory_type_index(kind)
-                .push_next(&mut import);
-            if dedicated {
-                info = info.push_next(&mut own);
-            }
-            // SAFETY: the structs are valid, and the driver takes the descriptor as this memory type.
-            unsafe { device.raw().allocate_memory(&info, None) }
-        });
+        let mut import = vk::ImportMemoryFdInfoKHR::default()
+            .handle_type(DMA_BUF)
+            .fd(number);
+        let mut own = vk::MemoryDedicatedAllocateInfo::default().buffer(bound.handle);
+        let mut info = vk::MemoryAllocateInfo::default()
+            .allocation_size(size)
+            .memory_type_index(kind)
+            .push_next(&mut import);
+        if dedicated {
+            info = info.push_next(&mut own);
+        }
+        // SAFETY: the structs are valid, and the driver takes the descriptor as this memory type.
+        let memory = unsafe { device.raw().allocate_memory(&info, None) };
+        if memory.is_ok() {
+            copy.taken();
+        }
         bound.memory = memory.map_err(|result| {
             let error = failed("vkAllocateMemory", result);
             Refused::Driver(format!("{error}: the driver does not take this dma-buf"))
@@ -305,29 +308,6 @@ fn no_udmabuf(device: &Device) -> String {
             )
         }
     }
-}
-
-fn duplicate(dmabuf: &DmaBuf) -> Result<OwnedFd, SystemError> {
-    dmabuf
-        .as_fd()
-        .try_clone_to_owned()
-        .map_err(|error| SystemError::new("fcntl(F_DUPFD_CLOEXEC)", "a dma-buf", &error))
-}
-
-/// Passes a copy of a dma-buf's descriptor to the driver, which owns the copy on success. On
-/// failure the copy still belongs to the caller, but lavapipe 25.0 closes it then, and 26.1
-/// does not. This function therefore closes the copy only if its number still refers to that
-/// dma-buf.
-fn give<T>(copy: OwnedFd, dmabuf: &DmaBuf, take: impl FnOnce(i32) -> VkResult<T>) -> VkResult<T> {
-    let number = copy.into_raw_fd();
-    take(number).inspect_err(|_| {
-        // SAFETY: the number is only passed to `fstat`, which accepts a closed one.
-        let stat = rustix::fs::fstat(unsafe { BorrowedFd::borrow_raw(number) });
-        if stat.is_ok_and(|stat| stat.st_ino == dmabuf.identity().inode()) {
-            // SAFETY: the number is still the copy that the driver was given and did not take.
-            drop(unsafe { OwnedFd::from_raw_fd(number) });
-        }
-    })
 }
 
 impl Bound {
