@@ -409,6 +409,58 @@ fn the_command_copies_into_a_gpu_and_hands_its_memory_over() {
         shown.contains("standin-pcie") && shown.contains("length 65536"),
         "{shown}"
     );
+    let model = "/mnt/nvme/to-a-gpu.safetensors";
+    let head =
+        format!(r#"{{"weights":{{"dtype":"U8","shape":[{LENGTH}],"data_offsets":[0,{LENGTH}]}}}}"#);
+    let parts = [
+        &(head.len() as u64).to_le_bytes()[..],
+        head.as_bytes(),
+        &random(LENGTH, 10),
+    ];
+    std::fs::write(model, parts.concat()).unwrap();
+    let loaded = said(&["load", model, "--to", "cuda:0", "--check", "--json"]);
+    assert!(loaded.contains(r#""checked":true"#), "{loaded}");
+    std::fs::remove_file(model).unwrap();
     let info = said(&["info"]);
     assert!(info.contains("CUDA: libcuda.so.1 (2 devices)"), "{info}");
+}
+
+/// A row and a column for each runtime found. The stand-in for Level Zero has a first device that exports and imports
+/// nothing.
+#[test]
+fn the_matrix_has_a_row_and_a_column_for_each_runtime() {
+    let directory = tempfile::tempdir().unwrap();
+    for source in [&CUDA, &HSA, &LEVEL_ZERO] {
+        source.compile(directory.path(), &[]).unwrap();
+    }
+    let answer = peerbuf(directory.path(), &["matrix", "--json"]);
+    let answer: serde_json::Value = serde_json::from_str(&answer).unwrap();
+    let cells = answer["cells"].as_array().unwrap();
+    let told = |exporter: &str, importer: &str| -> String {
+        let cell = cells
+            .iter()
+            .find(|cell| cell["exporter"] == exporter && cell["importer"] == importer);
+        let cell = cell.unwrap_or_else(|| panic!("{exporter}, {importer}: {answer}"));
+        let outcome = cell["outcome"].as_str().unwrap();
+        let path = cell["path"].as_str().or(cell["code"].as_str());
+        format!("{outcome} {}", path.unwrap())
+    };
+    const P2P: &str = "bytes-checked peer-to-peer";
+    const SHARED: &str = "bytes-checked shared-host-memory";
+    const REFUSED: &str = "impossible attach-refused";
+    for (exporter, expected) in [
+        ("peerbuf.ko BAR", [P2P, P2P, REFUSED]),
+        ("udmabuf", [SHARED, SHARED, REFUSED]),
+        ("dma-heap system", [SHARED, SHARED, REFUSED]),
+        ("CUDA 0", [SHARED, SHARED, REFUSED]),
+        ("memfd", [SHARED, SHARED, REFUSED]),
+    ] {
+        for (importer, expected) in ["CUDA 0", "ROCm 0", "Level Zero 0"].iter().zip(expected) {
+            assert_eq!(told(exporter, importer), expected, "{exporter}, {importer}");
+        }
+    }
+    assert_eq!(told("CUDA 0", "file"), "bytes-checked staged-copy");
+    assert_eq!(told("CUDA 0", "CPU"), SHARED);
+    let missing = answer["missing"].to_string();
+    assert!(!missing.contains("GPU runtimes"), "{missing}");
 }

@@ -245,11 +245,11 @@ fn every_pair_brings_checked_bytes_or_the_reason_why_not() {
         "a row that nobody expected: {answer}"
     );
     // Only what the lab's kernel lacks, or has no device for, may be missing. Vulkan has its row and
-    // column in tests/vulkan.rs.
+    // column in tests/vulkan.rs, and GPUs' runtimes, by stand-ins, in tests/gpu.rs.
     let missing = answer["missing"].as_array().unwrap();
     for missing in missing {
         let what = missing["what"].as_str().unwrap();
-        let expected = ["iommufd: ", "VFIO: ", "Vulkan: "]
+        let expected = ["iommufd: ", "VFIO: ", "Vulkan: ", "GPU runtimes: "]
             .iter()
             .any(|lacks| what.starts_with(lacks));
         assert!(expected, "{missing}");

@@ -8,13 +8,15 @@ use peerbuf::device::v4l2::VideoDevice;
 use peerbuf::device::vfio::VfioDevice;
 use peerbuf::device::vulkan::Device;
 use peerbuf::error::{ExportError, Unavailable};
-use peerbuf::export::{drm, heap, memfd, peerbuf as module, provider, udmabuf, v4l2, vfio, vulkan};
+use peerbuf::export::{
+    drm, gpu, heap, memfd, peerbuf as module, provider, udmabuf, v4l2, vfio, vulkan,
+};
 use peerbuf::import::vulkan::VulkanImporter;
 use peerbuf::plan::topology::Sysfs;
 use peerbuf::{Access, Buffer};
 
 use super::Missing;
-use super::importers::open_vivid;
+use super::importers::{open_vivid, runtimes};
 use crate::Failure;
 
 /// One row.
@@ -40,7 +42,7 @@ type Found = Result<Vec<Exporter>, Unavailable>;
 
 /// All exporters, for buffers of `size` bytes.
 pub fn all(size: u64, missing: &mut Vec<Missing>) -> Vec<Exporter> {
-    let kinds: [fn(u64) -> Found; 9] = [
+    let kinds: [fn(u64) -> Found; 10] = [
         bars,
         providers,
         vfio_bars,
@@ -48,6 +50,7 @@ pub fn all(size: u64, missing: &mut Vec<Missing>) -> Vec<Exporter> {
         heaps,
         graphics,
         gpus,
+        vulkans,
         video,
         |size| {
             Ok(vec![Exporter::new("memfd", move || {
@@ -220,8 +223,24 @@ fn graphics(size: u64) -> Found {
     Ok(rows)
 }
 
-/// Memory of the Vulkan drivers that can export.
+/// Memory that the first device of each runtime allocates, of those that export.
 fn gpus(size: u64) -> Found {
+    let mut rows = Vec::new();
+    for runtime in runtimes()? {
+        if gpu::allocate(runtime, 0, size).is_err() {
+            continue;
+        }
+        rows.push(Exporter::new(format!("{runtime} 0"), move || {
+            // The buffer keeps the memory.
+            let exported = gpu::allocate(runtime, 0, size)?;
+            Ok(exported.range.buffer().clone())
+        }));
+    }
+    Ok(rows)
+}
+
+/// Memory of the Vulkan drivers that can export.
+fn vulkans(size: u64) -> Found {
     let mut rows = Vec::new();
     for device in Device::all()? {
         let name = VulkanImporter::new(&device).name();

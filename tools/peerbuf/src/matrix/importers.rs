@@ -15,6 +15,7 @@ use peerbuf::export::memfd;
 use peerbuf::import::cpu::Processor;
 use peerbuf::import::drm::DrmImporter;
 use peerbuf::import::file::Scratch;
+use peerbuf::import::gpu::{self, GpuImporter, Runtime};
 use peerbuf::import::iommufd::AddressSpace;
 use peerbuf::import::probe::{self, OnBehalf, Options, Probe};
 use peerbuf::import::vfio::{self, VfioImporter};
@@ -99,8 +100,9 @@ pub fn all(directory: &Path, missing: &mut Vec<Missing>) -> Vec<Column> {
         Column::new("CPU", Processor),
         Column::new("file", Scratch::new(directory)),
     ];
-    let kinds: [fn() -> Found; 6] = [
+    let kinds: [fn() -> Found; 7] = [
         graphics,
+        gpus,
         vulkan,
         || {
             open_vivid()?;
@@ -189,6 +191,35 @@ fn graphics() -> Found {
         columns.push(Column::new(name, DrmImporter::new(&card)));
     }
     Ok(columns)
+}
+
+/// The GPU runtimes that have a device.
+pub fn runtimes() -> Result<Vec<Runtime>, Unavailable> {
+    let (mut found, mut lacking, mut libraries) = (Vec::new(), Vec::new(), Vec::new());
+    for (runtime, devices) in gpu::probe() {
+        match devices {
+            Ok(0) => lacking.push(format!("{runtime}: it has no device")),
+            Ok(_) => found.push(runtime),
+            Err(why) => lacking.push(format!("{runtime}: {why}")),
+        }
+        libraries.push(runtime.library());
+    }
+    if found.is_empty() {
+        let cause = SystemError::new("dlopen", libraries.join(", "), peerbuf::Errno::NOENT);
+        let remedy = format!("a GPU's driver brings its runtime ({})", lacking.join("; "));
+        return Err(Unavailable::new("GPU runtimes", cause, remedy));
+    }
+    Ok(found)
+}
+
+/// The first device of each runtime.
+fn gpus() -> Found {
+    let open = |runtime| {
+        let importer = GpuImporter::open(runtime, 0)
+            .map_err(|error| lacking("GPU runtimes", runtime.library(), &error.to_string()))?;
+        Ok(Column::new(importer.name(), importer))
+    };
+    runtimes()?.into_iter().map(open).collect()
 }
 
 fn vulkan() -> Found {
