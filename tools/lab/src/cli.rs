@@ -124,6 +124,34 @@ pub enum Command {
         #[command(flatten)]
         kernel: KernelArgs,
     },
+    /// Runs CMD in the distribution tree on this host, as root of a namespace: no guest, and so no kernel and no devices
+    /// of the lab's, at full speed. What it writes outside of /mnt/share is thrown away
+    Tree {
+        /// Shows DIR at /mnt/share, writable
+        #[arg(long, value_name = "DIR")]
+        share: Option<PathBuf>,
+        /// Further distribution packages
+        #[arg(long, value_name = "PKG,PKG", value_delimiter = ',')]
+        with: Vec<String>,
+        /// Shows the tree for building this kernel's modules at /lab/linux, read-only
+        #[arg(long, value_name = "stock|debug|VERSION")]
+        kernel: Option<String>,
+        /// The command and its arguments, not a line for a shell
+        #[arg(last = true, required = true, value_name = "CMD")]
+        command: Vec<OsString>,
+    },
+    /// Builds everything that is installed into DIR: Debian packages of the command, of the library for C and of the
+    /// modules (by dkms), and the wheel for Python
+    ///
+    /// Exit status 77: the Debian packages are there, and this machine lacks what the wheel needs.
+    Package {
+        /// Where the packages go
+        #[arg(value_name = "DIR")]
+        out: PathBuf,
+        /// Programs as for development, which are compiled faster and run slower
+        #[arg(long)]
+        dev: bool,
+    },
     /// Lists the cache: each entry's size, its contents, the commands that need it, its last use, and whether
     /// its files are complete
     Cache,

@@ -208,7 +208,10 @@ pub fn slower(ground: &Ground) -> u32 {
     if ground.kernel.is_debug() { SLOWER } else { 1 }
 }
 
-fn shared(dir: &Path) -> Result<PathBuf> {
+/// The directory of `--share`.
+///
+/// # Errors If it does not exist.
+pub fn shared(dir: &Path) -> Result<PathBuf> {
     let real = fs::canonicalize(dir)
         .with_context(|| format!("--share {}: cannot find the directory", dir.display()))?;
     if !real.is_dir() {

@@ -22,6 +22,7 @@ mod kernel;
 mod klog;
 mod lab;
 mod mutants;
+mod package;
 mod pair;
 mod progress;
 mod project;
@@ -40,6 +41,7 @@ mod trouble;
 
 use std::{
     ffi::OsString,
+    fs,
     io::{self, Write},
     path::{Path, PathBuf},
     process::exit,
@@ -64,6 +66,7 @@ use crate::{
     progress::note,
     project::Project,
     run::{Deadline, Job, Outcome, Streams},
+    sandbox::{Mount, Sandbox},
     suite::{Room, Runner},
     tree::Tree,
     trouble::size,
@@ -96,6 +99,9 @@ fn command(cli: Cli) -> Result<i32> {
         note(why);
         return Ok(2);
     }
+    if let Command::Package { out, dev } = &cli.command {
+        return package::package(out, *dev);
+    }
     host::become_root()?;
     end_well_on_signals()?;
     let cache = Cache::open()?;
@@ -125,6 +131,13 @@ fn command(cli: Cli) -> Result<i32> {
         Command::Shell { guest } => shell(&cache, &guest),
         Command::Kmod { kernel } => kmod(&cache, &kernel),
         Command::Kbuild { dir, kernel } => kbuild(&cache, &dir, &kernel),
+        Command::Tree {
+            share,
+            with,
+            kernel,
+            command,
+        } => in_tree(&cache, share.as_deref(), &with, kernel.as_deref(), &command),
+        Command::Package { out, dev } => package::package(&out, dev),
         Command::Cache => list(&cache),
         Command::Clean { entries } => clean(&cache, &entries),
     }
@@ -345,6 +358,58 @@ fn kbuild(cache: &Cache, dir: &Path, args: &KernelArgs) -> Result<i32> {
     let source = Source::get(cache, &tree, &kernel.named())?;
     project::build_module(&tree, &source, dir)?;
     Ok(0)
+}
+
+/// Runs a command in the distribution tree, with its own streams.
+fn in_tree(
+    cache: &Cache,
+    share: Option<&Path>,
+    with: &[String],
+    kernel: Option<&str>,
+    command: &[OsString],
+) -> Result<i32> {
+    let tree = Tree::get(cache)?;
+    let share = share.map(lab::shared).transpose()?;
+    let mut lower = vec![tree.root()];
+    let layer = match with {
+        [] => None,
+        packages => Some(tree.layer(cache, packages)?),
+    };
+    if let Some(layer) = &layer {
+        lower.insert(0, layer.path().join("upper"));
+    }
+    // Removed with all that the command wrote. Not in memory: a command may unpack a kernel.
+    let dir = cache.run_dir()?;
+    let [upper, work, merged] = ["upper", "work", "root"].map(|name| dir.path().join(name));
+    for dir in [&upper, &work, &merged] {
+        fs::create_dir(dir).with_context(|| format!("making {}", dir.display()))?;
+    }
+    let mut sandbox = Sandbox::new(&merged, "/usr/bin/env")
+        .own_processes()
+        .overlay_root(lower, Some((upper, work)))
+        .network()
+        .mount(Mount::Tmpfs { at: "/tmp".into() })
+        .args(command);
+    if let Some(share) = share {
+        sandbox = sandbox.bind(share, "/mnt/share");
+    }
+    let source = match kernel {
+        None => None,
+        Some(wanted) => {
+            let kernel = Kernel::get(cache, &tree, wanted)?;
+            Some((Source::get(cache, &tree, &kernel.named())?, kernel))
+        }
+    };
+    if let Some((source, kernel)) = &source {
+        sandbox = sandbox
+            .env("PEERBUF_LAB_RELEASE", kernel.release())
+            .bind_read_only(source.dir(), "/lab/linux");
+    }
+    let status = sandbox
+        .command()?
+        .status()
+        .context("starting the sandbox")?;
+    Ok(sandbox::exit_code(status))
 }
 
 /// Prints the cache's contents, at most 80 columns wide unless names or packages are longer.

@@ -306,7 +306,7 @@ fn cargo(root: &Path) -> Command {
 }
 
 /// Makes cargo run in the checkout, without the environment that another cargo set for this program.
-fn outside<'c>(command: &'c mut Command, root: &Path) -> &'c mut Command {
+pub fn outside<'c>(command: &'c mut Command, root: &Path) -> &'c mut Command {
     command.current_dir(root);
     for name in [
         "CARGO_MANIFEST_DIR",
