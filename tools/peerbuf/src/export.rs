@@ -4,19 +4,19 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::{Command, ExitCode};
-use std::time::Duration;
 
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
+use peerbuf::Access;
 use peerbuf::buffer::Buffer;
 use peerbuf::export::peerbuf::{Device, Request};
 use peerbuf::export::provider;
 use peerbuf::plan::topology::PciAddress;
 use peerbuf::share::{Channel, Listener};
-use peerbuf::{Access, Deadline};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use serde::Serialize;
 
+use crate::accepting::Accepting;
 use crate::copy::place::Gpu;
 use crate::{Failure, say, size};
 
@@ -182,20 +182,16 @@ fn run_command(program: &str, rest: &[String], buffer: &Buffer) -> Result<ExitCo
     Ok(ExitCode::from(code as u8))
 }
 
-/// Time without `accept` after the process ran out of descriptors or memory.
-const PAUSE: Duration = Duration::from_millis(100);
-
 /// Serves the buffer to every process that connects and may have it, until a signal arrives. No
 /// behaviour of a client and no shortage stops the service for the others.
 fn serve(listener: Option<&Listener>, signals: impl AsFd, buffer: &Buffer) -> Result<(), Failure> {
-    let mut pause: Option<Deadline> = None;
-    let mut told = false;
+    let mut accepting = Accepting::default();
     loop {
-        pause = pause.filter(|pause| !pause.is_over());
+        let pause = accepting.pause();
         let listening = listener.filter(|_| pause.is_none());
         let mut waiting = vec![PollFd::from_borrowed_fd(signals.as_fd(), PollFlags::IN)];
         waiting.extend(listening.map(|listener| PollFd::new(listener, PollFlags::IN)));
-        let timeout = pause.and_then(|pause| Timespec::try_from(pause.left()).ok());
+        let timeout = pause.and_then(|pause| Timespec::try_from(pause).ok());
         match rustix::event::poll(&mut waiting, timeout.as_ref()) {
             Ok(_) => {}
             Err(rustix::io::Errno::INTR) => continue,
@@ -208,22 +204,10 @@ fn serve(listener: Option<&Listener>, signals: impl AsFd, buffer: &Buffer) -> Re
         let Some(listener) = listening.filter(|_| came) else {
             continue;
         };
-        match listener.accept() {
-            Ok(channel) => {
-                told = false;
-                if let Err(why) = give(&channel, buffer) {
-                    say::remark(why);
-                }
-            }
-            // The client still waits, and the loop would find it again without end.
-            Err(error) => {
-                if !std::mem::replace(&mut told, true) {
-                    say::remark(format_args!(
-                        "cannot accept connections at present, will retry: {error}"
-                    ));
-                }
-                pause = Some(Deadline::after(PAUSE));
-            }
+        if let Some(channel) = accepting.take(listener.accept())
+            && let Err(why) = give(&channel, buffer)
+        {
+            say::remark(why);
         }
     }
 }
@@ -246,7 +230,9 @@ mod tests {
     use std::io::Write;
     use std::path::Path;
     use std::process::{Child, Stdio};
+    use std::time::Duration;
 
+    use peerbuf::Deadline;
     use peerbuf::export::memfd;
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 

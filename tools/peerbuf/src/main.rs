@@ -1,5 +1,6 @@
 //! The command `peerbuf`: shows, exports and demonstrates shared buffers.
 
+mod accepting;
 mod ask;
 mod bench;
 mod copy;

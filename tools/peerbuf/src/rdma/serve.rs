@@ -14,6 +14,7 @@ use super::lent::{Every, Lent, PATIENCE};
 use super::place::{Place, checksum};
 use super::wire::{self, Account, FileAccount, Hello, Request, Response, Shown};
 use super::{DEPTH, Which, receipt};
+use crate::accepting::Accepting;
 use crate::{Failure, say, size};
 
 /// Arguments of `peerbuf rdma serve`.
@@ -82,8 +83,12 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
         size::show(server.lent.size),
         listener.local_addr()?
     ))?;
+    let mut accepting = Accepting::default();
     loop {
-        let (stream, client) = listener.accept()?;
+        std::thread::sleep(accepting.pause().unwrap_or_default());
+        let Some((stream, client)) = accepting.take(listener.accept()) else {
+            continue;
+        };
         let served = server.serve(stream);
         if let Err(error) = &served {
             say::remark(format_args!("{client}: {error}"));
