@@ -127,6 +127,9 @@ impl Reason {
 pub enum ReasonCode {
     /// The kernel refuses transfers between the two devices.
     KernelRefused,
+    /// A layer of the kernel between the file and its disk, such as a ram disk, a loop device or device mapper,
+    /// does not pass device memory on.
+    BlockLayer,
     /// The kernel and the devices reported success, but the bytes did not arrive.
     ProofFailed,
     /// The device or the kernel failed during the proof or a transfer.
@@ -171,8 +174,9 @@ pub enum ReasonCode {
 
 impl ReasonCode {
     /// All kinds of this version.
-    pub const ALL: [ReasonCode; 21] = [
+    pub const ALL: [ReasonCode; 22] = [
         ReasonCode::KernelRefused,
+        ReasonCode::BlockLayer,
         ReasonCode::ProofFailed,
         ReasonCode::DeviceError,
         ReasonCode::SeveralDisks,
@@ -199,6 +203,7 @@ impl ReasonCode {
     pub fn as_str(self) -> &'static str {
         match self {
             ReasonCode::KernelRefused => "kernel-refused",
+            ReasonCode::BlockLayer => "block-layer",
             ReasonCode::ProofFailed => "proof-failed",
             ReasonCode::DeviceError => "device-error",
             ReasonCode::SeveralDisks => "several-disks",
@@ -227,6 +232,9 @@ impl ReasonCode {
         match self {
             ReasonCode::KernelRefused => {
                 "put both devices below one switch, or ask `peerbuf why` which setting is in the way"
+            }
+            ReasonCode::BlockLayer => {
+                "keep the file on a filesystem directly on an NVMe disk, without the layer between"
             }
             ReasonCode::ProofFailed => {
                 "iommu=pt, ACS redirection off, or both devices below one switch"

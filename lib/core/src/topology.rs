@@ -591,6 +591,8 @@ pub(crate) mod tests {
             ("virtual/block/md127/md127p1", Some("md")),
             ("virtual/block/zram0", Some("zram")),
             ("virtual/block/ram0", Some("a ram disk")),
+            ("virtual/block/ublkb0", Some("ublk, a program")),
+            ("virtual/block/bcache0", Some("bcache")),
             ("virtual/block/new0", Some("a virtual block device")),
             (
                 "LNXSYSTM:00/LNXSYBUS:00/ACPI0012:00/ndbus0/region0/namespace0.0/block/pmem0",

@@ -475,18 +475,25 @@ impl Trial<'_> {
     fn refused(&self, call: &str, size: u64, direction: Direction, errno: Errno) -> Verdict {
         let (code, note) = match errno {
             Errno::INVAL | Errno::REMOTEIO | Errno::OPNOTSUPP | Errno::NOTSUPP => {
-                let who = match self.layer {
-                    None => "so the kernel refuses the pair".into(),
-                    Some((name, layer, false)) => {
-                        format!("so it is {name} ({layer}) that takes no memory of a device")
-                    }
-                    Some((name, layer, true)) => format!(
-                        "so {name} ({layer}) does not pass memory of a device on, or a disk below it \
-                         refuses: a transfer with that disk itself tells which"
+                let (code, who) = match self.layer {
+                    None => (
+                        ReasonCode::KernelRefused,
+                        "so the kernel refuses the pair".into(),
+                    ),
+                    Some((name, layer, false)) => (
+                        ReasonCode::BlockLayer,
+                        format!("so it is {name} ({layer}) that takes no memory of a device"),
+                    ),
+                    Some((name, layer, true)) => (
+                        ReasonCode::BlockLayer,
+                        format!(
+                            "so {name} ({layer}) does not pass memory of a device on, or a disk below it \
+                             refuses: a transfer with that disk itself tells which"
+                        ),
                     ),
                 };
                 let note = format!("; the same call with system memory succeeds, {who}");
-                (ReasonCode::KernelRefused, note)
+                (code, note)
             }
             Errno::FAULT => (
                 ReasonCode::NoStructPages,
@@ -627,14 +634,20 @@ mod tests {
 
     #[test]
     fn a_refusal_names_the_layer_that_refuses() {
-        for (layer, said) in [
-            (None, "the kernel refuses the pair"),
+        for (layer, expected, said) in [
+            (
+                None,
+                ReasonCode::KernelRefused,
+                "the kernel refuses the pair",
+            ),
             (
                 Some(("loop0", "a loop device", false)),
+                ReasonCode::BlockLayer,
                 "loop0 (a loop device) that takes no memory of a device",
             ),
             (
                 Some(("dm-0", "device mapper", true)),
+                ReasonCode::BlockLayer,
                 "dm-0 (device mapper) does not pass memory of a device on, or a disk below",
             ),
         ] {
@@ -648,7 +661,7 @@ mod tests {
             let Verdict::Rejected { code, evidence } = verdict else {
                 panic!("proved");
             };
-            assert_eq!(code, ReasonCode::KernelRefused);
+            assert_eq!(code, expected);
             assert!(evidence.contains(said), "{evidence}");
         }
     }

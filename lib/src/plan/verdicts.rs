@@ -180,7 +180,10 @@ pub(crate) fn keep(key: Key, file: &Endpoint, verdict: &Verdict) {
         Verdict::Proved => true,
         Verdict::Rejected { code, .. } => matches!(
             code,
-            ReasonCode::KernelRefused | ReasonCode::ProofFailed | ReasonCode::NoStructPages
+            ReasonCode::KernelRefused
+                | ReasonCode::BlockLayer
+                | ReasonCode::ProofFailed
+                | ReasonCode::NoStructPages
         ),
     };
     if lasting {
