@@ -1,18 +1,19 @@
 //! Copies to and from shared memory and device memory.
 //!
-//! Neither a slice nor `memcpy` may access such bytes. The compiler may read through a slice twice or not at
-//! all, and `memcpy` reads some bytes twice and uses access widths that device memory may not support. A loop
-//! of volatile accesses is correct, but about sixty times slower than `memcpy` in a build without
-//! optimisation. So the loops here are assembly, equally fast in every build profile:
+//! Others change such bytes at any time, so the compiler must not know of the accesses: it may read through a
+//! slice twice or not at all, and it may read the source of a `copy_nonoverlapping` again instead of the copy. A
+//! loop of volatile accesses is correct, but about sixty times slower than `memcpy` in a build without
+//! optimisation. So the copies here are assembly or calls that the compiler cannot look into, equally fast in
+//! every build profile:
 //!
-//! - Each byte is read once and written once.
 //! - Copies below [`BULK`] bytes, and all copies with [`Memory::Device`], use aligned accesses of 8 bytes
-//!   and, at the edges, 4, 2 and 1.
-//! - Larger copies use the widest registers of the CPU. With [`Memory::Combining`] they read by streaming
-//!   loads (`movntdqa`), which fetch a whole line of write-combined memory where ordinary loads fetch 8
-//!   bytes. From [`LARGE`] bytes on, stores bypass the caches.
+//!   and, at the edges, 4, 2 and 1. Each byte is read once and written once.
+//! - Larger copies between cached memory are the C library's `memcpy`. It may access a byte twice, and use any
+//!   width, which device memory may not support. Each byte of the copy is one that the source had meanwhile.
+//! - Larger copies with [`Memory::Combining`] use the widest registers of the CPU, and read by streaming loads
+//!   (`movntdqa`), which fetch a whole line of write-combined memory where ordinary loads fetch 8 bytes.
 //!
-//! On other architectures, and under Miri, the volatile loop is used.
+//! On other architectures the volatile loop stands in for the assembly; under Miri for all of it.
 
 /// The memory type of a mapping, as far as copies depend on it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,12 +37,27 @@ pub(crate) struct Side {
     pub(crate) memory: Memory,
 }
 
+type Memcpy = unsafe extern "C" fn(*mut u8, *const u8, usize) -> *mut u8;
+
+unsafe extern "C" {
+    /// The C library's.
+    fn memcpy(to: *mut u8, from: *const u8, length: usize) -> *mut u8;
+}
+
 /// Copies `length` bytes.
 ///
 /// # Safety Both ranges are mapped during the call, the one at `to` is writable, and the copy invalidates no
 /// reference to them that is used meanwhile.
 pub(crate) unsafe fn copy(from: Side, to: Side, length: usize) {
     let (mut source, mut target) = (from.address.cast_const(), to.address);
+    if (from.memory, to.memory) == (Memory::Cached, Memory::Cached) && length >= BULK && !cfg!(miri)
+    {
+        // The compiler knows what `memcpy` does, and nothing of a function at an address that may be any.
+        let memcpy = std::hint::black_box(memcpy as Memcpy);
+        // SAFETY: both ranges are mapped and the second one is writable, by the caller's promise.
+        unsafe { memcpy(target, source, length) };
+        return;
+    }
     let mut left = length;
     while left > 0 {
         // The side whose accesses must be aligned: cached memory accepts any.
@@ -101,7 +117,6 @@ unsafe fn wide(from: Memory, to: Memory, mut source: *const u8, mut target: *mut
         };
         let stream = match from {
             Memory::Combining => Stream::Loads,
-            _ if words * 8 >= LARGE && at % 8 == 0 => Stream::Stores,
             _ => Stream::Nothing,
         };
         // SAFETY: `lead` is less than a block, and there is at least one block, by the caller's promise.
@@ -122,15 +137,11 @@ unsafe fn wide(from: Memory, to: Memory, mut source: *const u8, mut target: *mut
 /// Bytes per step of the wide loops.
 const BLOCK: usize = 128;
 
-/// From this many bytes on, stores bypass the caches, which they would only evict.
-const LARGE: usize = 4 << 20;
-
 /// The accesses that bypass the caches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stream {
     Nothing,
     Loads,
-    Stores,
 }
 
 #[cfg(all(target_arch = "x86_64", not(miri)))]
@@ -245,27 +256,12 @@ mod machine {
                     "32",
                     "vzeroupper"
                 ),
-                (Wide::Avx2, Stream::Stores) => blocks!(
-                    source,
-                    target,
-                    count,
-                    "vmovdqu",
-                    "vmovntdq",
-                    "ymm",
-                    "32",
-                    "vzeroupper\nsfence"
-                ),
                 (Wide::Sse41, Stream::Nothing) => {
                     blocks!(source, target, halves, "movdqu", "movdqu", "xmm", "16", "");
                 }
                 (Wide::Sse41, Stream::Loads) => {
                     blocks!(
                         source, target, halves, "movntdqa", "movdqu", "xmm", "16", ""
-                    );
-                }
-                (Wide::Sse41, Stream::Stores) => {
-                    blocks!(
-                        source, target, halves, "movdqu", "movntdq", "xmm", "16", "sfence"
                     );
                 }
             }
@@ -385,17 +381,13 @@ mod tests {
     fn each_register_width_copies_blocks() {
         let bytes = pattern(64 + 9 * BLOCK);
         for wide in machine::all() {
-            for stream in [Stream::Nothing, Stream::Loads, Stream::Stores] {
+            for stream in [Stream::Nothing, Stream::Loads] {
                 for (count, from, to) in [(0, 0, 0), (1, 0, 1), (9, 0, 0), (8, 64, 40)] {
-                    // The streaming side is at a multiple of 64.
+                    // Streaming loads are at a multiple of 64.
                     let mut source = vec![0_u8; 64 + bytes.len()];
                     let shift = source.as_ptr().align_offset(64);
                     source[shift..shift + bytes.len()].copy_from_slice(&bytes);
                     let mut target = vec![0xee; 128 + count * BLOCK + 64];
-                    let to = match stream {
-                        Stream::Stores => target.as_ptr().align_offset(64),
-                        _ => to,
-                    };
                     // SAFETY: the CPU has the registers, and both ranges are inside, as the slices show.
                     unsafe {
                         let source = source[shift + from..][..count * BLOCK].as_ptr();
@@ -419,9 +411,10 @@ mod tests {
 
     #[test]
     #[cfg_attr(miri, ignore = "takes Miri minutes")]
-    fn copies_that_go_around_the_caches_are_whole() {
-        let bytes = pattern(LARGE + 200);
-        for (from, to, length) in [(0, 0, LARGE), (1, 3, LARGE + 77), (8, 16, LARGE + 100)] {
+    fn copies_beyond_the_caches_are_whole() {
+        let large = 96 << 20;
+        let bytes = pattern(large + 200);
+        for (from, to, length) in [(0, 0, large), (1, 3, large + 77), (8, 16, large + 100)] {
             check((Memory::Cached, Memory::Cached), from, to, length, &bytes);
         }
     }

@@ -39,7 +39,7 @@ pub struct Map {
 unsafe impl Send for Map {}
 // SAFETY: methods with `&self` read the bytes or return windows. Concurrent writes (by devices, processes, or
 // a thread that copies to a window) are allowed: the copies (`copy`) make no reference to the bytes and
-// access each byte once.
+// are nothing that the compiler knows of.
 unsafe impl Sync for Map {}
 
 impl Map {
@@ -183,21 +183,19 @@ impl Map {
         }
     }
 
-    /// Copies bytes out, reading each exactly once ([`copy`](super::copy)). Panics if they are not all
+    /// Copies bytes out ([`copy`](super::copy)). Panics if they are not all
     /// inside, or the mapping [is not here](Map::is_here).
     ///
     /// Raises SIGBUS if the memory's device has gone.
     pub fn copy_out(&self, offset: usize, into: &mut [u8]) {
-        assert!(self.is_here());
         self.window(offset, into.len()).copy_out(into);
     }
 
-    /// Copies bytes in, writing each exactly once. Panics if they are not all inside, or the mapping is
+    /// Copies bytes in ([`copy`](super::copy)). Panics if they are not all inside, or the mapping is
     /// read-only or [is not here](Map::is_here).
     ///
     /// Raises SIGBUS if the memory's device has gone.
     pub fn copy_in(&mut self, offset: usize, from: &[u8]) {
-        assert!(self.is_here());
         self.window(offset, from.len()).copy_in(from);
     }
 
@@ -311,7 +309,7 @@ impl Window<'_> {
         unsafe { copy(source, self.side(), from.len()) }
     }
 
-    /// Copies the whole window to the start of another, each byte once ([`copy`](super::copy)). Panics if the
+    /// Copies the whole window to the start of another ([`copy`](super::copy)). Panics if the
     /// other is shorter or read-only, or a mapping [is not here](Map::is_here).
     ///
     /// Raises SIGBUS if the memory's device has gone.
