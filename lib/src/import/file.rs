@@ -20,7 +20,7 @@ use crate::path::ProofPolicy;
 use crate::plan::proof::{self, Question, Scratch as ScratchSpace};
 use crate::plan::{self, Direction, Key, Path, Plan, Reason, ReasonCode, Verdict};
 use crate::sys::direct::{DirectIo, Kernel};
-use crate::topology::PciAddress;
+use crate::topology::{BlockDevice, PciAddress};
 use crate::transfer::engine::{self, Lanes, Order};
 use crate::transfer::file::{Direct, Endpoint};
 use crate::transfer::{Merged, Piece, Receipt, Watch};
@@ -158,12 +158,11 @@ impl FileImporter {
         &self.endpoint.name
     }
 
-    /// The PCI functions of the disk under the file; empty if there is no such disk.
-    pub fn disk_functions(&self) -> &[PciAddress] {
-        self.endpoint
-            .disk
-            .as_ref()
-            .map_or(&[], |disk| &disk.functions)
+    /// The PCI functions of the disk that holds the file at this moment; empty if there is no such disk, or the
+    /// kernel does not tell.
+    pub fn disk_functions(&self) -> Vec<PciAddress> {
+        let disk = self.endpoint.disk();
+        disk.map_or_else(Vec::new, |disk| disk.functions)
     }
 
     /// The requirements of direct I/O on the file: the alignment of memory and of offsets, in
@@ -410,7 +409,7 @@ impl Attachment {
             let call = format!(
                 "{direction}, after {} of {total} bytes: {errno} for {} and {}",
                 carried.direct,
-                file.describe_disk(),
+                file.describe(file.disk().as_ref()),
                 self.buffer.range().buffer()
             );
             let reason = Reason::new(plan.path, ReasonCode::DeviceError, call);
@@ -453,8 +452,10 @@ impl Attachment {
         let pinnable = best == Path::SharedHostMemory && buffer.host_memory().is_some();
         let file = Arc::clone(&self.importer.endpoint);
         let key = Key::of(&buffer, &file, direction, best);
+        // Read once, so that what is proved is what is kept.
+        let disk = file.disk();
         let how = (best, direction);
-        let fitting = direct_io(&file, &mut self.buffer, how, pieces)?;
+        let fitting = direct_io(&file, disk.as_ref(), &mut self.buffer, how, pieces)?;
         let rejected = match fitting {
             Err((code, evidence)) => Some((code, evidence)),
             // The transfer would copy the pieces that do not fit, and the caller excluded copies.
@@ -479,6 +480,7 @@ impl Attachment {
                 );
                 let question = Question {
                     file: &file,
+                    disk: disk.as_ref(),
                     direct,
                     direction,
                     scratch: &self.importer.scratch,
@@ -634,6 +636,7 @@ struct Fitting<'f> {
 /// `Err` for a buffer whose bytes no one can reach.
 fn direct_io<'f>(
     file: &'f Endpoint,
+    disk: Option<&BlockDevice>,
     buffer: &mut LazyMapping,
     (path, direction): (Path, Direction),
     pieces: &[Piece],
@@ -667,7 +670,7 @@ fn direct_io<'f>(
         return Ok(Err((ReasonCode::NoDirectIo, why)));
     }
     if path == Path::PeerToPeer
-        && let Some(why) = file.several_disks()
+        && let Some(why) = file.several_disks(disk)
     {
         return Ok(Err((ReasonCode::SeveralDisks, why)));
     }

@@ -33,7 +33,7 @@ use crate::error::{BufferError, SystemError, TransferError};
 use crate::path::{Direction, ProofPolicy, ReasonCode};
 use crate::sys::direct::DirectIo;
 use crate::sys::memory::HostMemory;
-use crate::topology::Sysfs;
+use crate::topology::BlockDevice;
 use crate::transfer::engine::host_memory;
 use crate::transfer::file::{Direct, Endpoint, unnamed_file};
 
@@ -58,6 +58,8 @@ pub(crate) enum Scratch {
 /// The path that a proof tests, and the permissions of the proof.
 pub(crate) struct Question<'a> {
     pub(crate) file: &'a Endpoint,
+    /// Where the file's bytes are, as far as the kernel tells.
+    pub(crate) disk: Option<&'a BlockDevice>,
     pub(crate) direct: &'a Direct,
     pub(crate) direction: Direction,
     pub(crate) scratch: &'a Scratch,
@@ -76,9 +78,11 @@ pub(crate) fn verdict(
     buffer: &mut LazyMapping,
     key: Option<&Key>,
 ) -> Result<Verdict, TransferError> {
+    let key = key.map(|key| (key, key.stamp(&question.file.sysfs, question.disk)));
     let known = key
+        .as_ref()
         .filter(|_| question.policy != ProofPolicy::Every)
-        .and_then(|key| verdicts::known(key, question.file));
+        .and_then(|(key, stamp)| verdicts::known(key, stamp));
     if let Some(verdict) = known {
         return Ok(verdict);
     }
@@ -92,8 +96,8 @@ pub(crate) fn verdict(
         return Ok(Verdict::rejected(code, evidence));
     }
     let verdict = prove(io, question, buffer)?;
-    if let Some(key) = key {
-        verdicts::keep(*key, question.file, &verdict);
+    if let Some((key, stamp)) = key {
+        verdicts::keep(*key, stamp, &verdict);
     }
     Ok(verdict)
 }
@@ -107,6 +111,7 @@ fn prove(
 ) -> Result<Verdict, TransferError> {
     let Question {
         file,
+        disk,
         direct,
         direction,
         scratch,
@@ -116,9 +121,9 @@ fn prove(
     } = *question;
     let trial = Trial {
         io,
-        disk: file.describe_disk(),
-        pair: describe_pair(file, buffer.range()),
-        layer: file.disk.as_ref().and_then(|disk| {
+        disk: file.describe(disk),
+        pair: describe_pair(file, disk, buffer.range()),
+        layer: disk.and_then(|disk| {
             let is_over = !disk.functions.is_empty();
             disk.layer.map(|layer| (disk.name.as_str(), layer, is_over))
         }),
@@ -152,19 +157,20 @@ fn windows(length: u64, unit: u64) -> Vec<(u64, u64)> {
     windows
 }
 
-fn describe_pair(file: &Endpoint, range: &BufferRange) -> String {
+fn describe_pair(file: &Endpoint, disk: Option<&BlockDevice>, range: &BufferRange) -> String {
+    let described = file.describe(disk);
     let buffer = range.buffer();
     let Some(peer) = buffer.provenance().device else {
-        return format!("{} and {}", file.describe_disk(), buffer.name());
+        return format!("{described} and {}", buffer.name());
     };
     let bar = buffer
         .provenance()
         .bar
         .map(|bar| format!(" (BAR {bar})"))
         .unwrap_or_default();
-    let mut text = format!("{} and {peer}{bar}", file.describe_disk());
-    let sysfs = Sysfs::default();
-    let disk = file.disk.as_ref().filter(|disk| disk.layer.is_none());
+    let mut text = format!("{described} and {peer}{bar}");
+    let sysfs = &file.sysfs;
+    let disk = disk.filter(|disk| disk.layer.is_none());
     if let Some([disk]) = disk.map(|disk| disk.functions.as_slice()) {
         match sysfs.common_bridge(*disk, peer) {
             Some(bridge) => text += &format!(", below the bridge {bridge}"),
@@ -308,7 +314,7 @@ impl Trial<'_> {
                 ));
             }
             Scratch::Beside | Scratch::Directory(_) => {
-                made = match scratch_file(file, scratch, Direction::BufferToDisk) {
+                made = match scratch_file(file, scratch) {
                     Ok(made) => made,
                     Err(why) => return unproved(why),
                 };
@@ -449,7 +455,7 @@ impl Trial<'_> {
             );
             Ok(Err(Verdict::rejected(ReasonCode::ReadUnproved, evidence)))
         };
-        let made = match scratch_file(file, scratch, Direction::DiskToBuffer) {
+        let made = match scratch_file(file, scratch) {
             Ok(made) => made,
             Err(why) => return unproved(why),
         };
@@ -519,11 +525,7 @@ impl Trial<'_> {
 }
 
 /// Makes an unnamed file on the file's filesystem, or returns the reason why it cannot.
-fn scratch_file(
-    file: &Endpoint,
-    scratch: &Scratch,
-    direction: Direction,
-) -> Result<Endpoint, String> {
+fn scratch_file(file: &Endpoint, scratch: &Scratch) -> Result<Endpoint, String> {
     if file.is_block_device {
         return Err("a raw device has no directory".into());
     }
@@ -533,11 +535,13 @@ fn scratch_file(
     };
     let made = unnamed_file(&directory).map_err(|error| error.to_string())?;
     let name = format!("a scratch file in {}", directory.display());
-    let made = Endpoint::from_fd(made.into(), name).map_err(|error| error.to_string())?;
-    if made.place.number() != file.place.number() {
+    let mut made = Endpoint::from_fd(made.into(), name).map_err(|error| error.to_string())?;
+    made.sysfs.clone_from(&file.sysfs);
+    if made.number != file.number {
         return Err(format!("{} is on another filesystem", directory.display()));
     }
-    if !file.place.is_proved_at(made.place, direction) {
+    // Of an XFS with a realtime device, some directories' new files are on that.
+    if made.disk() != file.disk() {
         return Err(format!(
             "a new file in {} may be on another disk than {}",
             directory.display(),

@@ -20,9 +20,8 @@ use std::time::{Duration, Instant};
 
 use crate::buffer::{Buffer, Identity, Kind};
 use crate::path::{Direction, Path, ReasonCode};
-use crate::topology::{PciAddress, Stamp, Sysfs};
+use crate::topology::{BlockDevice, PciAddress, Stamp, Sysfs};
 use crate::transfer::file::Endpoint;
-use crate::transfer::place::Place;
 use peerbuf_core::unpoisoned;
 
 /// Lifetime of a verdict.
@@ -77,7 +76,8 @@ impl Memory {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Key {
     memory: Memory,
-    disk: Place,
+    /// The number of the block device or filesystem. Which disk that is, is the stamp's part.
+    disk: (u32, u32),
     direction: Direction,
     /// The path is part of the key because memory in a BAR may move to system memory and back.
     path: Path,
@@ -93,23 +93,23 @@ impl Key {
     ) -> Option<Key> {
         Some(Key {
             memory: Memory::of(buffer)?,
-            disk: file.place,
+            disk: file.number,
             direction,
             path,
         })
     }
 
-    /// The present incarnation of each device, which a replug or another driver changes.
-    fn stamp(&self, file: &Endpoint) -> Vec<Stamp> {
-        let sysfs = Sysfs::default();
+    /// The present incarnation of each device, which a replug or another driver changes. `disk` is the file's, as it
+    /// was when the plan began.
+    pub(crate) fn stamp(&self, sysfs: &Sysfs, disk: Option<&BlockDevice>) -> Vec<Stamp> {
         let peer = match self.memory {
             Memory::Device(device, ..) => Some(device),
             Memory::Buffer(_) => None,
         };
-        let disk = file.disk.iter().flat_map(|disk| &disk.functions).copied();
+        let disk = disk.into_iter().flat_map(|disk| &disk.functions).copied();
         let functions = peer.into_iter().chain(disk);
         let mut stamps: Vec<Stamp> = functions.map(|one| sysfs.stamp(one)).collect();
-        let (major, minor) = self.disk.number();
+        let (major, minor) = self.disk;
         stamps.push(sysfs.block_stamp(major, minor));
         stamps
     }
@@ -169,13 +169,13 @@ fn verdicts() -> MutexGuard<'static, Verdicts> {
 }
 
 /// The valid verdict for a key.
-pub(crate) fn known(key: &Key, file: &Endpoint) -> Option<Verdict> {
-    let stamp = key.stamp(file);
-    verdicts().get(key, &stamp, Instant::now())
+pub(crate) fn known(key: &Key, stamp: &[Stamp]) -> Option<Verdict> {
+    verdicts().get(key, stamp, Instant::now())
 }
 
-/// Keeps a verdict, unless its reason passes.
-pub(crate) fn keep(key: Key, file: &Endpoint, verdict: &Verdict) {
+/// Keeps a verdict, unless its reason passes. `stamp` is from before the proof, so the verdict does not apply to devices
+/// that came later.
+pub(crate) fn keep(key: Key, stamp: Vec<Stamp>, verdict: &Verdict) {
     let lasting = match verdict {
         Verdict::Proved => true,
         Verdict::Rejected { code, .. } => matches!(
@@ -187,7 +187,6 @@ pub(crate) fn keep(key: Key, file: &Endpoint, verdict: &Verdict) {
         ),
     };
     if lasting {
-        let stamp = key.stamp(file);
         verdicts().put(key, verdict.clone(), stamp, Instant::now());
     }
 }
@@ -214,7 +213,7 @@ mod tests {
         let device = "ffff:00:00.0".parse().unwrap();
         Key {
             memory: Memory::Device(device, Kind::Bar, bar),
-            disk: Place::Device(259, 0),
+            disk: (259, 0),
             direction: Direction::DiskToBuffer,
             path: Path::PeerToPeer,
         }
@@ -240,7 +239,7 @@ mod tests {
     fn verdicts_of_any_number_of_buffers_take_bounded_room() {
         let (mut verdicts, now) = (Verdicts::default(), Instant::now());
         let disk = |number| Key {
-            disk: Place::Device(259, number),
+            disk: (259, number),
             ..key(None)
         };
         let count = KEPT as u32 + 10;

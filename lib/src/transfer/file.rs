@@ -21,7 +21,6 @@ use crate::error::{SystemError, TransferError};
 use crate::path::Direction;
 use crate::sys::{self, extents};
 use crate::topology::{BlockDevice, Sysfs};
-use crate::transfer::place::{self, Place};
 
 use super::{Merged, Piece};
 
@@ -37,8 +36,10 @@ pub(crate) struct Endpoint {
     blocks: Option<Blocks>,
     direct: Result<Direct, String>,
     pub(crate) name: String,
-    pub(crate) place: Place,
-    pub(crate) disk: Option<BlockDevice>,
+    /// The number of the filesystem (`st_dev`), or of a raw device (`st_rdev`).
+    pub(crate) number: (u32, u32),
+    /// Where its disk is looked up.
+    pub(crate) sysfs: Sysfs,
     pub(crate) is_block_device: bool,
     pub(crate) readable: bool,
     pub(crate) writable: bool,
@@ -124,16 +125,13 @@ impl Endpoint {
                 .and_then(|direct| around_the_page_cache(direct, is_block_device));
             (fd, direct, None)
         };
-        let disk = Sysfs::default().block_device(number.0, number.1);
-        let place = Place::of(staged.as_fd(), &stat, number, disk.as_ref());
         Ok(Endpoint {
             staged,
             blocks,
             direct,
             name,
-            place,
-            // sysfs does not know an XFS's realtime device.
-            disk: disk.filter(|_| !matches!(place, Place::Realtime(..))),
+            number,
+            sysfs: Sysfs::default(),
             is_block_device,
             readable: flags & OFlags::RWMODE != OFlags::WRONLY,
             writable: flags & OFlags::RWMODE != OFlags::RDONLY,
@@ -214,22 +212,22 @@ impl Endpoint {
         Ok(u64::try_from(stat.st_size).unwrap_or(0))
     }
 
-    /// Names the disk and its place on the bus, or what is in place of a disk, for evidence.
-    pub(crate) fn describe_disk(&self) -> String {
-        let Some(disk) = &self.disk else {
-            let kind = rustix::fs::fstatfs(&self.staged)
-                .ok()
-                .and_then(|filesystem| {
-                    let found = FILESYSTEMS
-                        .iter()
-                        .find(|(magic, _)| *magic == filesystem.f_type as u64);
-                    found.map(|(_, name)| *name)
-                });
-            return format!(
-                "{} of {}, whose disk the kernel does not tell",
-                kind.unwrap_or("the filesystem"),
-                self.name
-            );
+    /// The disk that has the bytes, as it is now: a volume that is in use may get other disks at any time. `None` if
+    /// the kernel does not tell, as for an overlay, a btrfs and the realtime device of an XFS.
+    pub(crate) fn disk(&self) -> Option<BlockDevice> {
+        let fd = self.staged();
+        if !self.is_block_device && is_on(fd, XFS) && extents::is_realtime(fd) != Ok(false) {
+            return None;
+        }
+        self.sysfs.block_device(self.number.0, self.number.1)
+    }
+
+    /// Names a disk and its place on the bus, or what is in place of a disk, for evidence.
+    pub(crate) fn describe(&self, disk: Option<&BlockDevice>) -> String {
+        let Some(disk) = disk else {
+            let kind = self.one_of(&WITHOUT_DISK).unwrap_or("the filesystem");
+            let name = &self.name;
+            return format!("{kind} of {name}, whose disk the kernel does not tell");
         };
         let functions: Vec<String> = disk.functions.iter().map(ToString::to_string).collect();
         let functions = functions.join(", ");
@@ -241,14 +239,29 @@ impl Endpoint {
         }
     }
 
-    /// Says so, for people, if a request goes to one of several disks.
-    pub(crate) fn several_disks(&self) -> Option<String> {
-        let disk = self.disk.as_ref().filter(|disk| disk.disks > 1)?;
+    fn one_of(&self, filesystems: &[(u64, &'static str)]) -> Option<&'static str> {
+        let mut names = filesystems.iter();
+        let found = names.find(|(magic, _)| is_on(self.staged(), *magic));
+        found.map(|(_, name)| *name)
+    }
+
+    /// Says so, for people, unless the kernel tells that all bytes are on this one disk: a proof with one disk says
+    /// nothing of another.
+    pub(crate) fn several_disks(&self, disk: Option<&BlockDevice>) -> Option<String> {
+        let what = self.describe(disk);
+        let why = match (disk, self.one_of(&SPANNING)) {
+            (None, _) => format!("{what}, may be on several disks"),
+            (Some(disk), _) if disk.disks > 1 => {
+                format!("{what} passes each request to one of {} disks", disk.disks)
+            }
+            (Some(_), Some(kind)) => {
+                format!("{kind} of {}, on {what}, may have further disks", self.name)
+            }
+            (Some(_), None) => return None,
+        };
         Some(format!(
-            "{} passes each request to one of {} disks, and a proof would be about those that it happens to \
-             reach: use files on one disk, or the disks themselves",
-            self.describe_disk(),
-            disk.disks
+            "{why}, and a proof would be about those that it happens to reach: use files on one disk, or the disks \
+             themselves"
         ))
     }
 
@@ -260,7 +273,7 @@ impl Endpoint {
         pieces: &[Piece],
     ) -> Option<String> {
         let fd = self.direct().ok()?.fd();
-        if direction == Direction::DiskToBuffer || self.is_block_device || !place::is_on(fd, EXT) {
+        if direction == Direction::DiskToBuffer || self.is_block_device || !is_on(fd, EXT) {
             return None;
         }
         let flags = rustix::fs::ioctl_getflags(fd).ok()?;
@@ -289,14 +302,22 @@ impl Endpoint {
     }
 }
 
+/// Whether a file is on a filesystem with this number (linux/magic.h).
+fn is_on(file: BorrowedFd<'_>, magic: u64) -> bool {
+    rustix::fs::fstatfs(file).is_ok_and(|filesystem| filesystem.f_type as u64 == magic)
+}
+
+/// `XFS_SUPER_MAGIC` (linux/magic.h).
+const XFS: u64 = 0x5846_5342;
+
 /// `EXT4_SUPER_MAGIC`, which ext2 and ext3 share (linux/magic.h).
 const EXT: u64 = 0xef53;
 
 /// `FS_EXTENT_FL` (linux/fs.h), which rustix has no name for.
 const EXTENTS: u32 = 0x0008_0000;
 
-/// Filesystems whose files have the number of no disk (linux/magic.h, and btrfs, which makes up numbers).
-const FILESYSTEMS: [(u64, &str); 9] = [
+/// Filesystems whose files have the number of no disk, or of another one (linux/magic.h; a btrfs makes numbers up).
+const WITHOUT_DISK: [(u64, &str); 9] = [
     (0x794c_7630, "the overlay"),
     (0x0102_1997, "the 9p filesystem"),
     (0x6573_5546, "the FUSE filesystem"),
@@ -305,8 +326,11 @@ const FILESYSTEMS: [(u64, &str); 9] = [
     (0xff53_4d42, "the CIFS filesystem"),
     (0x9123_683e, "the btrfs"),
     (0x9584_58f6, "the huge pages"),
-    (0x5846_5342, "the realtime part of the XFS"),
+    (XFS, "the realtime part of the XFS"),
 ];
+
+/// Filesystems that take several disks, and give all their files the number of the first.
+const SPANNING: [(u64, &str); 2] = [(0xf2f5_2010, "the F2FS"), (0xe0f5_e1e2, "the EROFS")];
 
 /// Opens a file again with other flags. `/proc` leads there even if the file has no name any more; without
 /// `/proc` the path does, if that is still the same file.

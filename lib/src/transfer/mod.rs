@@ -1,12 +1,11 @@
 //! Moving bytes between files and mapped buffers, and from one buffer to another ([`copy`]).
 //!
-//! `engine.rs` cuts a transfer into requests and keeps many of them in flight, `file.rs` is the file's end,
-//! `place.rs` says which disk that is on, `memory.rs` is between buffers.
+//! `engine.rs` cuts a transfer into requests and keeps many of them in flight, `file.rs` is the file's end and
+//! says which disk that is on, `memory.rs` is between buffers.
 
 pub(crate) mod engine;
 pub(crate) mod file;
 mod memory;
-pub(crate) mod place;
 #[cfg(test)]
 mod tests;
 

@@ -58,13 +58,15 @@ pub enum Code {
     VerdictCached,
     /// A kernel layer (md, device mapper) combines disks into this one.
     BlockLayer,
+    /// Requests go to one of several disks, and a proof is about one.
+    SeveralDisks,
     /// The device is not a PCI device.
     NotPci,
 }
 
 impl Code {
     /// All codes.
-    pub const ALL: [Code; 24] = [
+    pub const ALL: [Code; 25] = [
         Code::SameFunction,
         Code::NoDmaEngine,
         Code::NoMemory,
@@ -88,6 +90,7 @@ impl Code {
         Code::LinkDegraded,
         Code::VerdictCached,
         Code::BlockLayer,
+        Code::SeveralDisks,
         Code::NotPci,
     ];
 
@@ -117,6 +120,7 @@ impl Code {
             Code::LinkDegraded => "link-degraded",
             Code::VerdictCached => "verdict-cached",
             Code::BlockLayer => "block-layer",
+            Code::SeveralDisks => "several-disks",
             Code::NotPci => "not-pci",
         }
     }
@@ -768,16 +772,15 @@ pub fn of_layer(disk: &str, layer: &str) -> Reason {
     let (effect, what) = match layer {
         "device mapper" => (
             Effect::MayBlock,
-            "passes peer memory on only for tables that need no CPU (linear, striped) and whose disks all accept \
-             it; not with encryption, snapshots or thin pools",
+            "passes no peer memory on in Linux 7.3, not even for tables that need no CPU (linear, striped)",
         ),
         "NVMe over fabrics" => (
             Effect::MayBlock,
             "reaches its disk through an RDMA card (Linux 7.2 and later) or a socket",
         ),
         "md" => (
-            Effect::Blocks,
-            "is software RAID, which refuses peer memory",
+            Effect::MayBlock,
+            "is software RAID, which passes peer memory on in RAID 0 (Linux 7.3) if all its disks accept it",
         ),
         "a loop device" => (Effect::Blocks, "is a file, which the CPU reads and writes"),
         _ => (Effect::Blocks, "is served by the CPU"),
@@ -812,8 +815,7 @@ fn of_kind(kind: &LayerKind) -> Option<(Effect, &'static str)> {
         LayerKind::Disk | LayerKind::Partition | LayerKind::NvmePaths => return None,
         LayerKind::Lvm => (
             Effect::MayBlock,
-            "passes peer memory on if the volume is linear or striped; thin, cached, mirrored and snapshot volumes do \
-             not",
+            "passes no peer memory on in Linux 7.3, not even in linear and striped volumes",
         ),
         LayerKind::Crypt => (
             Effect::Blocks,
@@ -825,11 +827,11 @@ fn of_kind(kind: &LayerKind) -> Option<(Effect, &'static str)> {
         ),
         LayerKind::Mapper => (
             Effect::MayBlock,
-            "passes peer memory on only for tables that need no CPU (linear, striped)",
+            "passes no peer memory on in Linux 7.3, not even for tables that need no CPU (linear, striped)",
         ),
         LayerKind::Raid(_) => (
-            Effect::Blocks,
-            "is software RAID, which refuses peer memory",
+            Effect::MayBlock,
+            "is software RAID, which passes peer memory on in RAID 0 (Linux 7.3) if all its disks accept it",
         ),
         LayerKind::Loop(_) => (
             Effect::Blocks,
@@ -849,6 +851,16 @@ fn of_kind(kind: &LayerKind) -> Option<(Effect, &'static str)> {
         ),
         _ => (Effect::Blocks, "is served by the CPU"),
     })
+}
+
+/// The reason for a device over several disks, or paths to a disk. `disks` is
+/// [`BlockDevice::disks`](peerbuf_core::topology::BlockDevice::disks).
+pub fn of_several(disk: &str, disks: usize) -> Option<Reason> {
+    let evidence = format!(
+        "{disk} passes each request to one of {disks} disks. A proof would be about those that it happens to reach, so \
+         peerbuf copies"
+    );
+    (disks > 1).then(|| Reason::new(Code::SeveralDisks, Effect::Blocks, evidence))
 }
 
 /// The reason for a device that is not a PCI function.

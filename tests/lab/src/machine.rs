@@ -2,7 +2,7 @@
 //! network link goes down and up. The lab on the host makes them through QEMU's monitor.
 //!
 //! The lab's device names are `bar0` (the largest BAR), `bar1` (16 MiB), `nvme0` (the disk, which cannot be
-//! plugged in again), and `net0` for the link. Requests work only in guests of the suite and of `cargo lab
+//! plugged in again), `nvme1` (a second disk, in the slot of `bar1`), and `net0` for the link. Requests work only in guests of the suite and of `cargo lab
 //! run --events`.
 
 use std::fs::{self, File, OpenOptions};
@@ -122,6 +122,26 @@ impl Machine {
             sleep(Duration::from_millis(20));
         }
         Ok(())
+    }
+
+    /// Plugs a second, empty disk of 64 MiB in, where `bar1` was, and waits for its node.
+    ///
+    /// # Panics
+    ///
+    /// If `bar1` is not gone, or the disk does not come within a minute.
+    pub fn plug_disk(&mut self) -> &'static Path {
+        self.ask("plug nvme1").expect("plug");
+        let start = Stopwatch::start();
+        let node = Path::new("/dev/nvme1n1");
+        while !node.exists() {
+            assert!(
+                start.elapsed() < PATIENCE,
+                "{} has not come",
+                node.display()
+            );
+            sleep(Duration::from_millis(20));
+        }
+        node
     }
 
     /// Sets a network card's link down or up.

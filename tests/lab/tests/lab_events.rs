@@ -40,6 +40,7 @@ fn what_cannot_be_is_refused_with_the_reason() {
         (machine.ask_unplug(""), "unknown request"),
         (machine.plug("nvme0", "0000:00:00.0"), "plugged in again"),
         (machine.plug("bar0", "0000:00:00.0"), "still plugged in"),
+        (machine.plug("nvme1", "0000:00:00.0"), "slot of bar1"),
         (machine.link("net1", true), "net0"),
     ];
     for (answer, why) in refused {

@@ -20,7 +20,6 @@ use peerbuf::{Access, Buffer};
 use peerbuf_lab_suite::bytes::{get, put};
 use peerbuf_lab_suite::importer::{DYNAMIC, Importer, PEER};
 use peerbuf_lab_suite::machine;
-use peerbuf_lab_suite::modules::load;
 use peerbuf_lab_suite::node::Node;
 use peerbuf_lab_suite::pci::wait_until;
 use peerbuf_uapi::probe;
@@ -222,38 +221,6 @@ fn why_not(plan: &Plan) -> Option<ReasonCode> {
     let against = reasons.find(|reason| reason.path == Path::PeerToPeer);
     assert_eq!(against.is_none(), plan.path == Path::PeerToPeer, "{plan}");
     against.map(|reason| reason.code)
-}
-
-#[test]
-fn no_proof_is_believed_of_a_device_that_is_several_disks() {
-    let _raw = OVERWRITES_RAW
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner);
-    load("dm-mod");
-    load("brd");
-    let buffer = device_memory(&device(&Node::largest()));
-    // 1 MiB each, in sectors, with chunks of 64 KiB.
-    for (table, disks) in [
-        ("0 2048 linear /dev/nvme0n2 2048", 1),
-        (
-            "0 4096 striped 2 128 /dev/nvme0n2 2048 /dev/nvme0n2 8192",
-            1,
-        ),
-        ("0 4096 striped 2 128 /dev/nvme0n2 2048 /dev/ram0 0", 2),
-    ] {
-        run(&format!(
-            "echo '{table}' | dmsetup create --noudevsync several"
-        ));
-        let _dm = Afterwards("dmsetup remove --noudevsync several");
-        let name = fs::read_dir("/sys/class/block").unwrap().flatten();
-        let name = name.map(|entry| entry.file_name().into_string().unwrap());
-        let name = name.filter(|name| name.starts_with("dm-")).last().unwrap();
-        let file = FileImporter::open(format!("/dev/{name}")).unwrap();
-        let mut attachment = file.attach(&buffer.whole()).unwrap();
-        let plan = attachment.plan(Direction::DiskToBuffer, 0).unwrap();
-        let several = why_not(&plan) == Some(ReasonCode::SeveralDisks);
-        assert_eq!(several, disks > 1, "{table}: {plan}");
-    }
 }
 
 #[test]

@@ -8,6 +8,7 @@
 //! unplug ID       asks the guest's kernel to release the device, which may take time
 //! gone ID         whether it was released: 'yes' or 'no'
 //! plug ID         plugs a released device in again, with empty memory
+//! plug nvme1      plugs a second disk into the slot of the released bar1
 //! link ID up|down sets the network card's link
 //! slow ID RATE    limits the disk's reads and writes to RATE bytes a second; 0 means no limit
 //! ```
@@ -32,7 +33,7 @@ use serde_json::{Value, json};
 use crate::guest::{self, Machine};
 
 /// Devices that can be unplugged.
-const UNPLUGGABLE: &[&str] = &["bar0", "bar1", "nvme0"];
+const UNPLUGGABLE: &[&str] = &["bar0", "bar1", "nvme0", guest::SECOND_DISK];
 /// Network cards.
 const LINKS: &[&str] = &["net0"];
 
@@ -83,6 +84,17 @@ fn answer(machine: &Machine, monitor: &mut Monitor, request: &str) -> Result<Str
         ["gone", id] => {
             known(UNPLUGGABLE, id)?;
             Ok(if monitor.is_gone(id) { "yes" } else { "no" }.into())
+        }
+        ["plug", id @ guest::SECOND_DISK] => {
+            if !monitor.is_gone("bar1") {
+                bail!("{id} takes the slot of bar1, which has not gone");
+            }
+            monitor.execute(
+                "device_add",
+                json!({ "driver": "nvme", "id": id, "serial": id, "drive": "second", "bus": machine.slots()[2] }),
+            )?;
+            monitor.forget(id);
+            Ok(String::new())
         }
         ["plug", id] => {
             let Some((slot, mib)) = machine.pluggable(id) else {

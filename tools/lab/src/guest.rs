@@ -35,6 +35,11 @@ pub const SCRATCH_MIB: u32 = 128;
 /// QEMU's name of that namespace.
 pub const SCRATCH: &str = "scratch-disk";
 
+/// QEMU's name of the disk that tests can have in the slot of the second device.
+pub const SECOND_DISK: &str = "nvme1";
+/// That disk's size.
+const SECOND_DISK_MIB: u32 = 64;
+
 /// The arrangement of the devices, which determines the kernel's verdict on traffic between them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Topology {
@@ -167,7 +172,7 @@ impl Default for Machine {
 
 impl Machine {
     /// The slots of the disk and of the two larger BARs, by port name.
-    fn slots(&self) -> [&'static str; 3] {
+    pub fn slots(&self) -> [&'static str; 3] {
         if self.topology.under_one_switch() {
             ["down0", "down1", "down2"]
         } else {
@@ -350,6 +355,10 @@ impl Machine {
         args.device("virtio-serial-pci");
         let socket = |args: &mut Arguments, name: &str, device: &str| {
             args.add("-chardev", format!("socket,id={name},path={RUN}/{name}"));
+            args.add(
+                "-blockdev",
+                format!("driver=raw,node-name=second,file.driver=file,file.filename={RUN}/second"),
+            );
             args.device(format!("{device},chardev={name},name=peerbuf.{name}"));
         };
         for name in self.port_names() {
@@ -397,11 +406,14 @@ pub fn conflict(topology: Topology, iommu: bool) -> Option<String> {
     })
 }
 
-/// Makes the image of the empty second namespace.
+/// Makes the images of the empty second namespace and of the second disk.
 ///
 /// # Errors Those of the file system.
 pub fn make_scratch(run: &Path) -> std::io::Result<()> {
-    std::fs::File::create(run.join("scratch"))?.set_len(u64::from(SCRATCH_MIB) << 20)
+    for (name, mib) in [("scratch", SCRATCH_MIB), ("second", SECOND_DISK_MIB)] {
+        std::fs::File::create(run.join(name))?.set_len(u64::from(mib) << 20)?;
+    }
+    Ok(())
 }
 
 #[derive(Default)]

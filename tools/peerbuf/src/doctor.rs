@@ -11,7 +11,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::table::{self, Table};
-use crate::topo::{self, Source};
+use crate::topo::{self, Source, of_disk};
 use crate::why::{Way, proof_json};
 use crate::{Failure, info, places, say};
 
@@ -284,22 +284,23 @@ fn mounts(all: Vec<places::Mount>) -> Vec<Mount> {
             .ok()
             .and_then(|file| FileImporter::from_fd(file.into(), "").ok())
             .map(|file| file.alignment().is_some());
-        let (verdict, good) = match (&disk.layer, disk.functions.is_empty(), direct) {
-            (Some(layer), ..) => (
-                peerbuf_topo::reasons::of_layer(&disk.name, layer).evidence,
-                false,
-            ),
-            (None, true, _) => ("on no PCI device: staged copies".to_owned(), false),
-            (None, false, Some(false)) => ("no O_DIRECT: staged copies".to_owned(), false),
-            (None, false, _) if !disk.name.starts_with("nvme") => (
+        let told: Vec<String> = of_disk(&disk)
+            .iter()
+            .map(|reason| format!("{}: {}", reason.code, reason.evidence))
+            .collect();
+        let (verdict, good) = match (told.as_slice(), disk.functions.is_empty(), direct) {
+            ([_, ..], ..) => (told.join("\n"), false),
+            ([], true, _) => ("on no PCI device: staged copies".to_owned(), false),
+            ([], false, Some(false)) => ("no O_DIRECT: staged copies".to_owned(), false),
+            ([], false, _) if !disk.name.starts_with("nvme") => (
                 "only NVMe disks take peers' memory: staged copies".to_owned(),
                 false,
             ),
-            (None, false, None) => (
+            ([], false, None) => (
                 "as the disk's pairs above; not writable here, so O_DIRECT is untried".to_owned(),
                 true,
             ),
-            (None, false, Some(true)) => ("O_DIRECT; as the disk's pairs above".to_owned(), true),
+            ([], false, Some(true)) => ("O_DIRECT; as the disk's pairs above".to_owned(), true),
         };
         let (verdict, good) = match below.is_empty() {
             true => (verdict, good),

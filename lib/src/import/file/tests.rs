@@ -4,17 +4,18 @@
 
 use crate::buffer::Kind;
 use std::error::Error;
-use std::fs::File;
+use std::fs::{self, File};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, symlink};
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, LazyLock, Mutex};
 
 use super::*;
 use crate::buffer::{Buffer, Provenance, Stage};
 use crate::errno::Errno;
 use crate::export::memfd;
 use crate::sys::direct::fake::{Behaviour, Fake};
+use crate::topology::Sysfs;
 
 fn directory() -> Option<PathBuf> {
     let directory = std::env::current_exe()
@@ -40,12 +41,58 @@ fn file_with(bytes: &[u8]) -> Option<File> {
     Some(file)
 }
 
+/// With an NVMe disk for the file, whatever it is really on.
 fn importer(file: &File, behaviour: Behaviour) -> (FileImporter, Arc<Fake>) {
+    // Beside the test, because nothing would remove it from elsewhere.
+    static ONE_DISK: LazyLock<Disks> = LazyLock::new(|| {
+        let disks = Disks(std::env::current_exe().unwrap().with_extension("sysfs"));
+        disks.add("0000:01:00.0");
+        disks
+    });
+    on_disks(file, behaviour, &ONE_DISK)
+}
+
+fn on_disks(file: &File, behaviour: Behaviour, disks: &Disks) -> (FileImporter, Arc<Fake>) {
     let fake = Arc::new(Fake::new(behaviour));
     let file = file.try_clone().unwrap();
     let mut importer = FileImporter::from_fd(file.into(), "the file").unwrap();
+    let endpoint = Arc::get_mut(&mut importer.endpoint).unwrap();
+    endpoint.sysfs = Sysfs::at(&disks.0);
+    disks.volume(endpoint.number);
     importer.io = fake.clone();
     (importer, fake)
+}
+
+/// A sysfs in which each filesystem is on a volume over the same disks.
+struct Disks(PathBuf);
+
+impl Disks {
+    fn slaves(&self) -> PathBuf {
+        self.0.join("devices/virtual/block/dm-0/slaves")
+    }
+
+    /// What is there already stays.
+    fn add(&self, function: &str) {
+        let device = self.0.join("devices/pci0000:00").join(function);
+        let disk = device.join(format!("nvme/of-{function}"));
+        let functions = self.0.join("bus/pci/devices");
+        for directory in [&disk, &functions, &self.slaves()] {
+            fs::create_dir_all(directory).unwrap();
+        }
+        let _ = symlink(device, functions.join(function));
+        let _ = symlink(&disk, self.slaves().join(function));
+    }
+
+    fn remove(&self, function: &str) {
+        fs::remove_file(self.slaves().join(function)).unwrap();
+    }
+
+    fn volume(&self, (major, minor): (u32, u32)) {
+        let numbers = self.0.join("dev/block");
+        fs::create_dir_all(&numbers).unwrap();
+        let volume = self.slaves().parent().unwrap().to_owned();
+        let _ = symlink(volume, numbers.join(format!("{major}:{minor}")));
+    }
 }
 
 /// Memory that claims to be a BAR of a device that no other test uses, so that no proof is
@@ -429,9 +476,48 @@ fn a_file_of_no_disk_names_its_filesystem() {
     let memory = memfd::sealed("a file in memory", 10_000).unwrap();
     let importer = FileImporter::from_fd(memory, "a file").unwrap();
     assert_eq!(
-        importer.endpoint.describe_disk(),
+        importer.endpoint.describe(None),
         "the tmpfs of a file, whose disk the kernel does not tell"
     );
+}
+
+#[test]
+#[cfg_attr(miri, ignore = "takes Miri minutes")]
+fn a_proof_is_about_one_disk_and_goes_with_it() {
+    let bytes = random(65536);
+    let Some(file) = file_with(&bytes) else {
+        return;
+    };
+    let sysfs = tempfile::tempdir().unwrap();
+    let disks = Disks(sysfs.path().to_owned());
+    let (one, other) = ("0000:01:00.0", "0000:02:00.0");
+    disks.add(one);
+    let (importer, fake) = on_disks(&file, Behaviour::Works, &disks);
+    let buffer = device_memory(65536);
+    for direction in [Direction::DiskToBuffer, Direction::BufferToDisk] {
+        let plan = || planned(&importer, &fake, &buffer, direction);
+        let is_proved = |anew: bool| {
+            let (plan, tried) = plan();
+            assert_eq!((plan.path, tried > 0), (Path::PeerToPeer, anew), "{plan}");
+        };
+        is_proved(true);
+        is_proved(false);
+        // The volume grows while it is in use, and moves to its new disk.
+        disks.add(other);
+        let (several, tried) = plan();
+        assert_eq!(codes(&several)[0].1, ReasonCode::SeveralDisks, "{several}");
+        assert!(several.reasons[0].evidence.contains("2 disks"), "{several}");
+        assert_eq!((several.path, tried), (Path::StagedCopy, 0));
+        disks.remove(one);
+        is_proved(true);
+        is_proved(false);
+        disks.remove(other);
+        disks.add(one);
+    }
+    fs::remove_dir_all(sysfs.path().join("dev")).unwrap();
+    let (unknown, tried) = planned(&importer, &fake, &buffer, Direction::DiskToBuffer);
+    assert_eq!(codes(&unknown)[0].1, ReasonCode::SeveralDisks, "{unknown}");
+    assert_eq!(tried, 0);
 }
 
 #[test]

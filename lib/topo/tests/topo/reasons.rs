@@ -5,7 +5,7 @@ use std::path::Path;
 
 use crate::common::{BRIDGE, Spec, Tree, ask, gpu, host_bridge, nvme, port};
 use peerbuf_topo::machine::Kernel;
-use peerbuf_topo::reasons::{Effect, Reason, not_pci, of_layer};
+use peerbuf_topo::reasons::{Effect, not_pci, of_layer, of_several};
 use peerbuf_topo::{Argument, Code, Machine, Rules, argue};
 
 const DISK: &str = "0000:03:00.0";
@@ -177,7 +177,13 @@ fn each_code_is_given_by_some_machine() {
         assert!(!reason.evidence.is_empty());
         given.insert(reason.code);
     }
-    given.extend([not_pci("tmpfs"), of_layer("md0", "md")].map(|reason: Reason| reason.code));
+    let of_disks = [not_pci("tmpfs"), of_layer("md0", "md")].into_iter();
+    given.extend(
+        of_disks
+            .chain(of_several("md0", 2))
+            .map(|reason| reason.code),
+    );
+    assert_eq!(of_several("dm-0", 1), None);
     let missing: Vec<&Code> = Code::ALL
         .iter()
         .filter(|code| !given.contains(code))

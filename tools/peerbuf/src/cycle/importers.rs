@@ -67,10 +67,10 @@ impl Prober {
     fn open(scratch: &Path) -> Result<Prober, Failure> {
         let probe = Probe::open()?;
         let file = FileImporter::from_fd(unnamed_file(scratch)?.into(), "a scratch file")?;
-        let device = *file
-            .disk_functions()
-            .first()
-            .ok_or("the scratch directory is on no PCI disk, for which a buffer could be mapped")?;
+        let device =
+            file.disk_functions().into_iter().next().ok_or(
+                "the scratch directory is on no PCI disk, for which a buffer could be mapped",
+            )?;
         let options = Options {
             on_invalidate: OnInvalidate::Remap,
             ..Options::default()

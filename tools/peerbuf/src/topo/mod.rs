@@ -12,7 +12,7 @@ use std::process::ExitCode;
 use peerbuf_topo::{Machine, Rules};
 use serde_json::{Value, json};
 
-pub use source::{NotFound, Source, Target};
+pub use source::{NotFound, Source, Target, of_disk};
 
 use crate::{Failure, say, table};
 

@@ -1,9 +1,10 @@
 //! The source of the topology (this machine or a snapshot) and the selection of its devices.
 
+use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use peerbuf::plan::topology::Sysfs;
+use peerbuf::plan::topology::{BlockDevice, Sysfs};
 use peerbuf_topo::machine::{Index, Kernel};
 use peerbuf_topo::reasons::{self, Reason};
 use peerbuf_topo::{Machine, PciAddress};
@@ -62,6 +63,16 @@ impl Source {
             .and_then(|name| name.to_str())
             .unwrap_or(text);
         let is_name = !text.contains('/') || path.starts_with("/dev");
+        // A disk's name may be that of several paths to it.
+        let node = Path::new("/dev").join(path);
+        let is_disk = || fs::metadata(&node).is_ok_and(|node| node.file_type().is_block_device());
+        if is_name
+            && self.is_live()
+            && is_disk()
+            && let Some(target) = node.to_str().and_then(|node| by_path(machine, node))
+        {
+            return Ok(target);
+        }
         if is_name && let Some(index) = named(machine, name) {
             return Ok(Target::of(vec![index]));
         }
@@ -189,9 +200,16 @@ fn by_class(machine: &Machine, sys: &Path, name: &str) -> Option<Target> {
     Some(target)
 }
 
+/// What is between a disk's name and its PCI function.
+pub fn of_disk(disk: &BlockDevice) -> Vec<Reason> {
+    let layer = disk.layer.map(|layer| reasons::of_layer(&disk.name, layer));
+    let several = reasons::of_several(&disk.name, disk.disks);
+    layer.into_iter().chain(several).collect()
+}
+
 fn by_path(machine: &Machine, text: &str) -> Option<Target> {
-    let path = std::fs::canonicalize(text).ok()?;
-    let metadata = std::fs::metadata(&path).ok()?;
+    let path = fs::canonicalize(text).ok()?;
+    let metadata = fs::metadata(&path).ok()?;
     let sysfs = Sysfs::default();
     let numbers = |device| (rustix::fs::major(device), rustix::fs::minor(device));
     let mut target = Target::of(Vec::new());
@@ -227,9 +245,7 @@ fn by_path(machine: &Machine, text: &str) -> Option<Target> {
                 .iter()
                 .filter_map(|at| machine.find(*at))
                 .collect();
-            target
-                .reasons
-                .extend(disk.layer.map(|layer| reasons::of_layer(&disk.name, layer)));
+            target.reasons.extend(of_disk(&disk));
         }
     }
     if target.functions.is_empty() {
