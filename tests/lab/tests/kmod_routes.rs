@@ -4,23 +4,15 @@
 use std::fs;
 use std::io;
 use std::os::fd::AsFd;
-use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use peerbuf::error::ProbeError;
-use peerbuf::export::{peerbuf as module, provider};
-use peerbuf::import::probe::{Direction, Options, Probe, Route};
-use peerbuf::{Access, Errno};
 use peerbuf_lab_suite::buffers::{heap, udmabuf};
 use peerbuf_lab_suite::clock::Stopwatch;
 use peerbuf_lab_suite::disk::{self, SCRATCH};
 use peerbuf_lab_suite::importer::{self, DYNAMIC, Importer, Mapping, PEER};
 use peerbuf_lab_suite::node::{Map, Node, errno, nvme_bdf};
 use peerbuf_lab_suite::pci::{spare_device, wait_until};
-use peerbuf_topo::reasons::Reason;
-use peerbuf_topo::rules;
-use peerbuf_topo::{Code, Rules, argue};
 use peerbuf_uapi::{self as abi, probe};
 
 const MIB: u64 = 1 << 20;
@@ -60,111 +52,6 @@ fn importers_get_the_route_of_the_topology() {
     check(answer.unwrap());
     importer.unmap();
     check(importer.map().unwrap());
-}
-
-/// Every device with exportable memory, with every device whose driver does DMA.
-#[test]
-fn what_is_predicted_is_what_the_kernel_answers_for_every_pair() {
-    let machine = peerbuf_topo::running().unwrap();
-    let rules = Rules::new(&machine, None);
-    let nodes = module::probe().unwrap();
-    let lenders = provider::probe().unwrap_or_default();
-    let opened = nodes
-        .iter()
-        .map(|node| module::Device::open_node(node).unwrap());
-    let devices: Vec<module::Device> = opened
-        .chain(
-            lenders
-                .iter()
-                .map(|lender| provider::open(*lender).unwrap()),
-        )
-        .collect();
-    let asker = Probe::open().unwrap();
-    let mut compared = Vec::new();
-    for device in &devices {
-        let info = device.query().unwrap();
-        let request = module::Request {
-            bar: info.exportable().unwrap().index,
-            offset: None,
-            length: 64 << 10,
-            access: Access::ReadWrite,
-        };
-        let buffer = device.export(request).unwrap();
-        let lender = machine.find(info.address).unwrap();
-        for (client, function) in machine.each() {
-            let argument = argue(&rules, client, lender);
-            // A device needs no route to itself, but must be able to send the address.
-            let cannot_send = |reason: &Reason| reason.code == Code::DmaMask;
-            if client == lender || argument.reasons.iter().any(cannot_send) {
-                continue;
-            }
-            let attached = asker.attach(
-                buffer.dmabuf().unwrap(),
-                function.address,
-                Options::default(),
-            );
-            let pair = format!("{} with memory of {}", function.address, info.address);
-            let answer = match attached.and_then(|held| held.map(Direction::Bidirectional)) {
-                Ok(mapping) => match mapping.route() {
-                    Route::BusAddress => rules::Map::BusAddress,
-                    Route::HostBridge => rules::Map::HostBridge,
-                    other => panic!("{pair}: {other:?}"),
-                },
-                Err(ProbeError::System { cause, .. }) => match cause.errno {
-                    // A device without a driver, or with a driver that does no DMA.
-                    Errno::UNATCH => continue,
-                    Errno::REMOTEIO => rules::Map::NotSupported,
-                    _ => panic!("{pair}: {cause}"),
-                },
-                Err(error) => panic!("{pair}: {error}"),
-            };
-            let predicted = argument.route.possible.known();
-            assert_eq!(predicted, Some(answer), "{pair}: {argument:#?}");
-            compared.push((pair, answer));
-        }
-    }
-    // The disk and other devices, with each of the BARs and with the disk's own memory.
-    assert!(compared.len() >= 8, "{compared:?}");
-    let answers = |map| compared.iter().filter(|(_, answer)| *answer == map).count();
-    let disk = match topology().as_str() {
-        "host-bridge" => rules::Map::HostBridge,
-        "refused" => rules::Map::NotSupported,
-        _ => rules::Map::BusAddress,
-    };
-    assert!(answers(disk) >= 2, "{compared:?}");
-}
-
-/// pciutils's text of this machine lacks the CPU, and otherwise agrees with sysfs.
-#[test]
-fn lspci_s_text_gives_the_same_predictions_as_sysfs() {
-    let ours = peerbuf_topo::running().unwrap();
-    let output = Command::new("lspci")
-        .args(["-D", "-nn", "-vvv"])
-        .output()
-        .unwrap();
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    let theirs = peerbuf_topo::read(&text, Path::new("lspci")).unwrap();
-    assert_eq!(ours.functions.len(), theirs.functions.len(), "{text}");
-    let (here, there) = (Rules::new(&ours, None), Rules::new(&theirs, ours.kernel));
-    for (one, a) in ours.each() {
-        for (other, b) in ours.each() {
-            let route = here.route(one, other);
-            let [one, other] = [a, b].map(|function| theirs.find(function.address).unwrap());
-            let read = there.route(one, other);
-            let pair = format!("{} and {}", a.address, b.address);
-            assert_eq!(
-                (read.distance, read.redirected),
-                (route.distance, route.redirected),
-                "{pair}"
-            );
-            let answer = route.possible.known().unwrap();
-            assert!(read.possible.has(answer), "{pair}: {read:?}, not {route:?}");
-            assert!(
-                read.possible.known().is_none_or(|known| known == answer),
-                "{pair}"
-            );
-        }
-    }
 }
 
 #[test]

@@ -29,7 +29,8 @@ list() {
         done
     touch "ramfs/modules/$group"
 }
-list root 9pnet_virtio 9p overlay
+# Behind a virtio-iommu, devices wait for its driver.
+list root virtio_iommu 9pnet_virtio 9p overlay
 list disk nvme ext4
 list net virtio_net ib_uverbs rdma_ucm rdma_rxe
 (cd ramfs && find . | cpio --quiet -o -H newc) >initramfs

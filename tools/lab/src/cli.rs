@@ -5,7 +5,7 @@ use std::{ffi::OsString, path::PathBuf};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::{
-    guest::{Machine, Topology},
+    guest::{Iommu, Machine, Topology},
     kernel,
 };
 
@@ -179,9 +179,9 @@ pub struct GuestArgs {
     /// PCI topology of the devices
     #[arg(long, value_enum, default_value = "switch")]
     pub topology: Topology,
-    /// Adds a translating IOMMU (host-bridge and refused only), so that vfio-pci works too
-    #[arg(long)]
-    pub iommu: bool,
+    /// Adds a translating IOMMU, Intel's unless another is named; so vfio-pci works too
+    #[arg(long, value_enum, num_args = 0..=1, require_equals = true, default_missing_value = "intel")]
+    pub iommu: Option<Iommu>,
     /// The kernel to boot
     #[command(flatten)]
     pub kernel: KernelArgs,
@@ -241,7 +241,7 @@ impl GuestArgs {
     pub fn plain(kernel: &KernelArgs) -> Self {
         Self {
             topology: Topology::Switch,
-            iommu: false,
+            iommu: None,
             kernel: kernel.clone(),
             icount: false,
             share: None,
@@ -305,13 +305,22 @@ mod tests {
                     --with a,b --timeout 9 --rdma dmabuf --boot a --boot b=c -- prog --topology x -- y";
         let (args, command) = guest(line).unwrap();
         assert_eq!(args.topology, Topology::HostBridge);
-        assert!(args.iommu && args.icount && !args.bare);
+        assert_eq!(args.iommu, Some(Iommu::Intel));
+        assert!(args.icount && !args.bare);
         assert_eq!(args.kernel.kernel, "7.2.12+deb13");
         assert_eq!(args.with, ["a", "b"]);
         assert_eq!(args.timeout, Some(9));
         assert_eq!(args.rdma, Rdma::Dmabuf);
         assert_eq!(args.boot, ["a", "b=c"]);
         assert_eq!(command, ["prog", "--topology", "x", "--", "y"]);
+    }
+
+    #[test]
+    fn an_iommu_may_be_named_and_the_kernel_be_told_something() {
+        let (args, _) = guest("lab run --iommu=virtio --boot iommu=pt -- x").unwrap();
+        assert_eq!(args.iommu, Some(Iommu::Virtio));
+        assert_eq!(args.boot, ["iommu=pt"]);
+        assert!(guest("lab run --iommu=via -- x").is_err());
     }
 
     #[test]

@@ -81,6 +81,28 @@ impl Topology {
     }
 }
 
+/// A translating IOMMU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Iommu {
+    /// Intel's
+    Intel,
+    /// Intel's, in caching mode: what a hypervisor shows a guest to which it assigns devices
+    Caching,
+    /// virtio-iommu
+    Virtio,
+}
+
+impl Iommu {
+    /// QEMU's device. None remaps interrupts.
+    fn device(self) -> &'static str {
+        match self {
+            Self::Intel => "intel-iommu,intremap=off",
+            Self::Caching => "intel-iommu,intremap=off,caching-mode=on",
+            Self::Virtio => "virtio-iommu-pci,bus=pcie.0,addr=0x15",
+        }
+    }
+}
+
 /// How QEMU executes the guest's instructions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Accelerator {
@@ -127,8 +149,8 @@ impl End {
 pub struct Machine {
     /// The arrangement of the devices.
     pub topology: Topology,
-    /// Adds a translating IOMMU (`lying` always has one).
-    pub iommu: bool,
+    /// Adds a translating IOMMU (`lying` always has Intel's).
+    pub iommu: Option<Iommu>,
     /// How instructions are executed.
     pub accelerator: Accelerator,
     /// Main memory in MiB.
@@ -155,7 +177,7 @@ impl Default for Machine {
     fn default() -> Self {
         Self {
             topology: Topology::Switch,
-            iommu: false,
+            iommu: None,
             accelerator: Accelerator::Emulation,
             memory_mib: 2048,
             processors: 2,
@@ -189,8 +211,9 @@ impl Machine {
         }
     }
 
-    fn has_iommu(&self) -> bool {
-        self.iommu || self.topology == Topology::Lying
+    fn iommu(&self) -> Option<Iommu> {
+        let lying = (self.topology == Topology::Lying).then_some(Iommu::Intel);
+        self.iommu.or(lying)
     }
 
     /// The kernel's command line.
@@ -223,9 +246,12 @@ impl Machine {
         };
         let tsc_khz = tsc_khz.map(|khz| format!("tsc_early_khz={khz}"));
         words.extend(tsc_khz.as_deref());
-        if self.has_iommu() {
+        if let Some(iommu) = self.iommu() {
+            if matches!(iommu, Iommu::Intel | Iommu::Caching) {
+                words.push("intel_iommu=on");
+            }
             // QEMU's IOMMU does not remap interrupts here, which VFIO and iommufd consider unsafe.
-            words.push("intel_iommu=on vfio_iommu_type1.allow_unsafe_interrupts=1");
+            words.push("vfio_iommu_type1.allow_unsafe_interrupts=1");
             words.push("iommufd.allow_unsafe_interrupts=1");
         }
         words.extend(self.boot.iter().map(String::as_str));
@@ -261,8 +287,8 @@ impl Machine {
         args.add("-initrd", format!("{INITRAMFS}/initramfs"));
         args.add("-append", self.kernel_command_line());
         args.add("-serial", format!("file:{RUN}/console"));
-        if self.has_iommu() {
-            args.device("intel-iommu,intremap=off");
+        if let Some(iommu) = self.iommu() {
+            args.device(iommu.device());
         }
         self.file_systems(&mut args);
         self.test_devices(&mut args);
@@ -311,6 +337,10 @@ impl Machine {
             "-drive",
             format!("if=none,id=scratch,format=raw,cache=unsafe,file={RUN}/scratch"),
         );
+        args.add(
+            "-blockdev",
+            format!("driver=raw,node-name=second,file.driver=file,file.filename={RUN}/second"),
+        );
         // The kernel numbers namespaces in the order in which their scans end. So the guest's init attaches
         // the second after the first has appeared.
         args.device("nvme-subsys,id=subsys,nqn=peerbuf-lab");
@@ -355,10 +385,6 @@ impl Machine {
         args.device("virtio-serial-pci");
         let socket = |args: &mut Arguments, name: &str, device: &str| {
             args.add("-chardev", format!("socket,id={name},path={RUN}/{name}"));
-            args.add(
-                "-blockdev",
-                format!("driver=raw,node-name=second,file.driver=file,file.filename={RUN}/second"),
-            );
             args.device(format!("{device},chardev={name},name=peerbuf.{name}"));
         };
         for name in self.port_names() {
@@ -393,17 +419,18 @@ pub const EVENTS: &str = "events";
 pub const MONITOR: &str = "monitor";
 
 /// The conflict between these options, if there is one.
-pub fn conflict(topology: Topology, iommu: bool) -> Option<String> {
-    (iommu && topology.under_one_switch()).then(|| {
-        let why = match topology {
-            Topology::Lying => "it has a translating IOMMU as it is",
-            _ => "a switch with a translating IOMMU is the topology `lying`, where data is lost",
-        };
-        format!(
-            "--iommu does not go with --topology {}: {why}; it goes with host-bridge and refused",
-            topology.name()
-        )
-    })
+pub fn conflict(topology: Topology, iommu: Option<Iommu>) -> Option<String> {
+    let why = match (topology, iommu?) {
+        (Topology::Lying, _) => "it has a translating IOMMU as it is",
+        (Topology::Switch, Iommu::Intel | Iommu::Caching) => {
+            "a switch with a translating IOMMU is the topology `lying`, where data is lost"
+        }
+        _ => return None,
+    };
+    Some(format!(
+        "--iommu does not go with --topology {}: {why}; it goes with host-bridge and refused",
+        topology.name()
+    ))
 }
 
 /// Makes the images of the empty second namespace and of the second disk.
@@ -490,7 +517,7 @@ mod tests {
     #[test]
     fn an_iommu_is_there_when_asked_for_and_in_lying() {
         let with = Machine {
-            iommu: true,
+            iommu: Some(Iommu::Intel),
             ..machine(Topology::HostBridge)
         };
         for machine in [with, machine(Topology::Lying)] {
@@ -510,19 +537,38 @@ mod tests {
     }
 
     #[test]
+    fn each_iommu_is_a_device_and_words_go_to_the_kernel() {
+        for (iommu, device, intel) in [
+            (Iommu::Caching, "intremap=off,caching-mode=on", true),
+            (Iommu::Virtio, "-device virtio-iommu-pci", false),
+        ] {
+            let machine = Machine {
+                iommu: Some(iommu),
+                boot: vec!["iommu=pt".into()],
+                ..machine(Topology::HostBridge)
+            };
+            assert!(line(&machine).contains(device), "{}", line(&machine));
+            let words = machine.kernel_command_line();
+            assert!(words.ends_with(" iommu=pt"), "{words}");
+            assert_eq!(words.contains("intel_iommu=on"), intel, "{words}");
+        }
+    }
+
+    #[test]
     fn an_iommu_beside_a_switch_is_refused_with_the_reason() {
         assert!(
-            conflict(Topology::Switch, true)
+            conflict(Topology::Switch, Some(Iommu::Intel))
                 .unwrap()
                 .contains("`lying`")
         );
         assert!(
-            conflict(Topology::Lying, true)
+            conflict(Topology::Lying, Some(Iommu::Virtio))
                 .unwrap()
                 .contains("as it is")
         );
-        assert_eq!(conflict(Topology::HostBridge, true), None);
-        assert_eq!(conflict(Topology::Switch, false), None);
+        assert_eq!(conflict(Topology::HostBridge, Some(Iommu::Intel)), None);
+        assert_eq!(conflict(Topology::Switch, Some(Iommu::Virtio)), None);
+        assert_eq!(conflict(Topology::Switch, None), None);
     }
 
     #[test]
