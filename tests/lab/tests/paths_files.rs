@@ -224,6 +224,24 @@ fn why_not(plan: &Plan) -> Option<ReasonCode> {
 }
 
 #[test]
+fn a_layer_that_refuses_is_named_with_what_to_do() {
+    load("brd");
+    let buffer = device_memory(&device(&Node::largest()));
+    let file = FileImporter::open("/dev/ram0").unwrap();
+    let mut attachment = file.attach(&buffer.whole()).unwrap();
+    let plan = attachment.plan(Direction::DiskToBuffer, 0).unwrap();
+    let reason = &plan.reasons[0];
+    assert_eq!(reason.code, ReasonCode::BlockLayer, "{plan}");
+    let said = "it is ram0 (a ram disk) that takes no memory of a device";
+    assert!(reason.evidence.contains(said), "{plan}");
+    assert!(!reason.evidence.contains("the pair"), "{plan}");
+    assert!(!reason.code.remedy().contains("switch"), "{plan}");
+    // The bytes arrive all the same.
+    let receipt = attachment.read(0).unwrap();
+    assert_eq!(receipt.plan.path, Path::StagedCopy, "{}", receipt.plan);
+}
+
+#[test]
 fn a_hole_that_ext2_fills_through_the_page_cache_is_no_peer_to_peer_write() {
     let _raw = OVERWRITES_RAW
         .lock()
