@@ -15,17 +15,22 @@ use std::time::Instant;
 
 use super::{Attached, Importer};
 use crate::buffer::{Access, BufferRange, LazyMapping, Mapping};
+use crate::errno::Errno;
 use crate::error::{BufferError, ImportError, SystemError, TransferError};
 use crate::path::ProofPolicy;
 use crate::plan::proof::{self, Question, Scratch as ScratchSpace};
+use crate::plan::whereabouts::{Seen, Whereabouts};
 use crate::plan::{self, Direction, Key, Path, Plan, Reason, ReasonCode, Verdict};
 use crate::sys::direct::{DirectIo, Kernel};
 use crate::topology::{BlockDevice, PciAddress};
-use crate::transfer::engine::{self, Lanes, Order};
+use crate::transfer::engine::{self, Done, Lanes, Order, Progress};
 use crate::transfer::file::{Direct, Endpoint};
 use crate::transfer::{Merged, Piece, Receipt, Watch};
 
 pub use crate::transfer::file::unnamed_file;
+
+/// After this many moves of the buffer, a transfer goes by the CPU, which comes to an end however often the buffer moves.
+const MOST_MOVES: u32 = 8;
 
 /// An open file or block device as an importer. Clones refer to the same open file.
 #[derive(Clone)]
@@ -196,6 +201,7 @@ impl FileImporter {
             require: Path::StagedCopy,
             watch: None,
             lanes: Lanes::default(),
+            whereabouts: Whereabouts::default(),
         })
     }
 }
@@ -212,10 +218,13 @@ pub struct Attachment {
     require: Path,
     watch: Option<Watch>,
     lanes: Lanes,
+    whereabouts: Whereabouts,
 }
 
 impl Attachment {
-    /// Makes transfers fail on a path worse than this one, instead of a fallback.
+    /// Makes transfers fail on a path worse than this one, instead of a fallback. A transfer whose path becomes worse
+    /// while it runs, because the buffer moves or a device fails, ends there with the same error: an unknown part of
+    /// its target has then been overwritten.
     #[must_use]
     pub fn require(mut self, path: Path) -> Self {
         self.require = path;
@@ -263,7 +272,8 @@ impl Attachment {
     /// cannot be read at all, or a range that may not be written.
     pub fn plan(&mut self, direction: Direction, file_offset: u64) -> Result<Plan, TransferError> {
         let piece = self.all(file_offset, self.buffer.len());
-        let (plan, _) = self.choose(direction, &[piece])?;
+        let seen = self.whereabouts.look(self.buffer.range().buffer());
+        let (plan, _) = self.choose(direction, &[piece], &seen)?;
         if plan.path < self.require {
             return Err(TransferError::PathTooPoor { plan });
         }
@@ -375,74 +385,128 @@ impl Attachment {
 
     fn carry(&mut self, direction: Direction, pieces: &[Piece]) -> Result<Receipt, TransferError> {
         let begun = Instant::now();
-        let (mut plan, key) = self.choose(direction, pieces)?;
-        if plan.path < self.require {
-            return Err(TransferError::PathTooPoor { plan });
-        }
-        let total: u64 = pieces.iter().map(|piece| piece.length).sum();
-        let file = &self.importer.endpoint;
-        let order = Order {
-            io: &*self.importer.io,
-            file,
-            pieces,
-            direction,
-            direct: match plan.path {
-                Path::StagedCopy => None,
-                Path::PeerToPeer | Path::SharedHostMemory => file.direct().ok(),
-            },
-            may_copy: self.require == Path::StagedCopy,
-            depth: self.importer.depth,
-            staging: self.importer.staging,
-            watch: self.watch.as_ref(),
-        };
-        let (carried, result) = engine::carry(&order, &mut self.lanes, &mut self.buffer)?;
-        let in_host = match plan.path {
-            Path::SharedHostMemory => carried.direct,
-            Path::PeerToPeer | Path::StagedCopy => 0,
-        };
-        if let Some(errno) = carried.broken {
-            // The proved path has stopped working. The rest used the fallback. If the disk
-            // itself had failed, the fallback would have returned an error.
-            if let Some(key) = &key {
-                plan::void(key);
+        let mut progress = Progress::new(pieces);
+        let (mut moves, mut in_host, mut worst) = (0, 0, None::<Plan>);
+        loop {
+            let (before, copied_before) = (progress.carried.direct, progress.carried.copied);
+            let seen = self.whereabouts.look(self.buffer.range().buffer());
+            if let Some(why) = seen.out_of_reach {
+                return Err(self.out_of_reach(why, pieces, &progress));
             }
-            let call = format!(
-                "{direction}, after {} of {total} bytes: {errno} for {} and {}",
-                carried.direct,
-                file.describe(file.disk().as_ref()),
-                self.buffer.range().buffer()
-            );
-            let reason = Reason::new(plan.path, ReasonCode::DeviceError, call);
-            plan = Plan {
-                path: Path::StagedCopy,
-                reasons: vec![reason],
-            };
-            if self.require > Path::StagedCopy {
+            let (mut plan, key) = self.choose(direction, pieces, &seen)?;
+            if moves >= MOST_MOVES && plan.path > Path::StagedCopy {
+                let why = format!("the buffer has moved {moves} times during the transfer");
+                let reason = Reason::new(plan.path, ReasonCode::PlacementUnknown, why);
+                (plan.path, plan.reasons) = (Path::StagedCopy, vec![reason]);
+            }
+            if plan.path < self.require {
                 return Err(TransferError::PathTooPoor { plan });
             }
+            let file = &self.importer.endpoint;
+            let (whereabouts, range) = (&self.whereabouts, self.buffer.range().clone());
+            let moved = || whereabouts.look(range.buffer()) != seen;
+            let order = Order {
+                io: &*self.importer.io,
+                file,
+                pieces,
+                direction,
+                direct: match plan.path {
+                    Path::StagedCopy => None,
+                    Path::PeerToPeer | Path::SharedHostMemory => file.direct().ok(),
+                },
+                may_copy: self.require == Path::StagedCopy,
+                depth: self.importer.depth,
+                staging: self.importer.staging,
+                watch: self.watch.as_ref(),
+                moved: &moved,
+            };
+            let result = engine::carry(&order, &mut progress, &mut self.lanes, &mut self.buffer)?;
+            if plan.path == Path::SharedHostMemory {
+                in_host += progress.carried.direct - before;
+            }
+            let broken = progress.carried.broken.take();
+            let carried = &progress.carried;
+            if let Some(errno) = broken {
+                // The path worked when it was proved and has stopped working. The rest went the
+                // way that always works; if the disk is what failed, that has said so.
+                if let Some(key) = &key {
+                    plan::void(key);
+                }
+                let total: u64 = pieces.iter().map(|piece| piece.length).sum();
+                let call = format!(
+                    "{direction}, after {} of {total} bytes: {errno} for {} and {}",
+                    carried.direct,
+                    file.describe(file.disk().as_ref()),
+                    range.buffer()
+                );
+                let reason = Reason::new(plan.path, ReasonCode::DeviceError, call);
+                plan = Plan {
+                    path: Path::StagedCopy,
+                    reasons: vec![reason],
+                };
+                if self.require > Path::StagedCopy {
+                    return Err(TransferError::PathTooPoor { plan });
+                }
+            }
+            let idle = (carried.direct, carried.copied) == (before, copied_before);
+            let counts = worst.is_some() || !idle;
+            let plan = match worst.take() {
+                Some(before) if idle || before.path < plan.path => before,
+                _ => plan,
+            };
+            if result? == Done::Moved {
+                moves += 1;
+                // A path whose bytes were all carried again has carried none.
+                worst = counts.then_some(plan);
+                continue;
+            }
+            let carried = progress.carried;
+            return Ok(Receipt {
+                plan,
+                bytes: carried.prefix,
+                host_bytes: (in_host + carried.copied).min(carried.prefix),
+                copied: carried.copied.min(carried.prefix),
+                requests: carried.requests,
+                queue: carried.queue,
+                moves,
+                time: begun.elapsed(),
+            });
         }
-        result?;
-        Ok(Receipt {
-            plan,
-            bytes: carried.prefix,
-            host_bytes: (in_host + carried.copied).min(carried.prefix),
-            copied: carried.copied.min(carried.prefix),
-            requests: carried.requests,
-            queue: carried.queue,
-            time: begun.elapsed(),
-        })
+    }
+
+    /// Access to the buffer was taken away. The processor's copies would end the process (`SIGBUS`).
+    fn out_of_reach(&self, why: &str, pieces: &[Piece], progress: &Progress<'_>) -> TransferError {
+        let carried = &progress.carried;
+        let mut before = carried.prefix;
+        let place = Merged(pieces).find_map(|piece| {
+            let skipped = before.min(piece.length);
+            before -= skipped;
+            (skipped < piece.length)
+                .then_some((piece.file_offset + skipped, piece.length - skipped))
+        });
+        let (offset, length) = place.unwrap_or_default();
+        let object = format!("{}, {why}", self.buffer.range().buffer());
+        TransferError::Stopped {
+            cause: SystemError::new("ioctl(PEERBUF_IOC_BUFFER)", object, Errno::NODEV),
+            offset,
+            length,
+            arrived: carried.direct + carried.copied,
+            wanted: pieces.iter().map(|piece| piece.length).sum(),
+            prefix: carried.prefix,
+        }
     }
 
     fn choose(
         &mut self,
         direction: Direction,
         pieces: &[Piece],
+        seen: &Seen,
     ) -> Result<(Plan, Option<Key>), TransferError> {
         let buffer = self.buffer.range().buffer().clone();
         // The best path that the buffer's memory allows, and the reasons against better ones. A
         // memfd has pages that the kernel can pin. A trial shows whether a dma-buf's own
         // mapping has such pages, and whether the disk reaches device memory.
-        let Plan { mut reasons, .. } = Plan::in_place(&buffer);
+        let Plan { mut reasons, .. } = Plan::seen(&buffer, seen);
         reasons.retain(|reason| reason.code == ReasonCode::NotDeviceMemory);
         let best = if reasons.is_empty() {
             Path::PeerToPeer
@@ -487,6 +551,7 @@ impl Attachment {
                     policy: self.importer.policy,
                     start,
                     length,
+                    moved: &|| self.whereabouts.look(&buffer) != *seen,
                 };
                 let io = &*self.importer.io;
                 match proof::verdict(io, &question, &mut self.buffer, key.as_ref())? {

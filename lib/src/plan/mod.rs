@@ -3,13 +3,10 @@
 
 pub(crate) mod proof;
 mod verdicts;
+pub(crate) mod whereabouts;
 
-use crate::buffer::{Buffer, DmaBuf, Kind, Provenance};
-#[cfg(feature = "module")]
-use crate::export::peerbuf::{Device, Placement};
-#[cfg(feature = "module")]
-use crate::export::provider;
-use crate::topology::PciAddress;
+use self::whereabouts::{Seen, Whereabouts};
+use crate::buffer::{Buffer, Kind, Provenance};
 
 pub use crate::path::{Direction, Path, Plan, ProofPolicy, Reason, ReasonCode};
 pub use crate::topology;
@@ -20,6 +17,11 @@ impl Plan {
     /// The plan of an importer that uses the buffer's memory in place. No byte is copied, so
     /// the plan depends only on the location of the memory.
     pub fn in_place(buffer: &Buffer) -> Plan {
+        Plan::seen(buffer, &Whereabouts::default().look(buffer))
+    }
+
+    /// As [`Plan::in_place`], of a buffer that was looked at already.
+    pub(crate) fn seen(buffer: &Buffer, seen: &Seen) -> Plan {
         let Provenance { kind, device, .. } = buffer.provenance();
         let not_peer = |code, evidence: String| Plan {
             path: Path::SharedHostMemory,
@@ -37,7 +39,7 @@ impl Plan {
             let evidence = format!("the buffer is {what}: its bytes are in system memory");
             return not_peer(ReasonCode::NotDeviceMemory, evidence);
         }
-        match is_in_device(buffer) {
+        match seen.in_device {
             Some(false) => {
                 let evidence = "peerbuf.ko has moved the buffer to system memory";
                 not_peer(ReasonCode::NotDeviceMemory, evidence.into())
@@ -52,36 +54,4 @@ impl Plan {
             ),
         }
     }
-}
-
-/// True if all bytes are in device memory now, false if all are in system memory. `None` if the
-/// location is unknown or mixed. peerbuf.ko can move a buffer out of its BAR, and reports the
-/// location to processes that may open the device's node.
-fn is_in_device(buffer: &Buffer) -> Option<bool> {
-    let Provenance { kind, device, .. } = buffer.provenance();
-    match (kind, device, buffer.dmabuf()) {
-        (Kind::Bar | Kind::Provider, Some(device), Some(dmabuf)) => {
-            module_says(*kind, *device, dmabuf)
-        }
-        _ => kind.is_device_memory().then_some(true),
-    }
-}
-
-#[cfg(feature = "module")]
-fn module_says(kind: Kind, device: PciAddress, dmabuf: &DmaBuf) -> Option<bool> {
-    let device = match kind {
-        Kind::Bar => Device::open(device).ok()?,
-        _ => provider::open(device).ok()?,
-    };
-    match device.status(dmabuf).ok()?.placement {
-        Placement::Device => Some(true),
-        Placement::System => Some(false),
-        Placement::Mixed => None,
-    }
-}
-
-/// Without the feature `module` the location is unknown.
-#[cfg(not(feature = "module"))]
-fn module_says(_: Kind, _: PciAddress, _: &DmaBuf) -> Option<bool> {
-    None
 }

@@ -68,6 +68,8 @@ pub(crate) struct Question<'a> {
     /// memory that direct I/O accepts. A proof touches no other bytes.
     pub(crate) start: u64,
     pub(crate) length: u64,
+    /// Whether the buffer has moved since the path to be proved was chosen.
+    pub(crate) moved: &'a dyn Fn() -> bool,
 }
 
 /// Returns the verdict for the buffer's exporter and the file's disk, from the cache or by a
@@ -96,6 +98,12 @@ pub(crate) fn verdict(
         return Ok(Verdict::rejected(code, evidence));
     }
     let verdict = prove(io, question, buffer)?;
+    if (question.moved)() {
+        // The trial was of two places.
+        let evidence =
+            "the buffer moved, or access to it was taken away, while the path was proved";
+        return Ok(Verdict::rejected(ReasonCode::PlacementUnknown, evidence));
+    }
     if let Some((key, stamp)) = key {
         verdicts::keep(*key, stamp, &verdict);
     }

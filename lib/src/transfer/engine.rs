@@ -12,6 +12,11 @@
 //!
 //! Requests are answered in any order, so what has arrived is counted by request, and what is not known to have
 //! arrived is known by place: the first such byte is where a transfer that failed is taken up again.
+//!
+//! A buffer may move while a transfer is under way. Then direct requests reach its new place, on a path that nobody
+//! has chosen or proved. So what they carry is believed only when the buffer is seen to be where it was: now and
+//! then, and at the end. If it is not, nothing more is begun, and [`Done::Moved`] says that a path has to be chosen
+//! anew, on which those bytes are carried again. The processor's copies are right wherever the buffer is.
 
 use std::sync::OnceLock;
 
@@ -41,6 +46,9 @@ pub(crate) const DEEPEST: u32 = 4096;
 /// How much memory a staged copy may have.
 pub(crate) const STAGING: u64 = 32 << 20;
 
+/// After how many bytes of direct requests a buffer is looked at.
+const LOOK: u64 = 64 << 20;
+
 /// What is kept from one transfer to the next, so that a transfer allocates nothing.
 #[derive(Debug, Default)]
 pub(crate) struct Lanes {
@@ -52,6 +60,7 @@ pub(crate) struct Lanes {
     again: Vec<u32>,
     spans: Vec<Span>,
     edges: Vec<Span>,
+    recent: Vec<Span>,
 }
 
 /// What is to be done.
@@ -67,6 +76,8 @@ pub(crate) struct Order<'a> {
     pub(crate) depth: u32,
     pub(crate) staging: u64,
     pub(crate) watch: Option<&'a Watch>,
+    /// Whether the buffer is not any more where it was when this path was chosen.
+    pub(crate) moved: &'a dyn Fn() -> bool,
 }
 
 impl Order<'_> {
@@ -89,6 +100,40 @@ pub(crate) struct Carried {
     pub(crate) broken: Option<Errno>,
     pub(crate) requests: u64,
     pub(crate) queue: Queue,
+}
+
+/// How far a transfer is.
+pub(crate) struct Progress<'p> {
+    pub(crate) carried: Carried,
+    /// Pieces of which nothing was cut yet.
+    pieces: Merged<'p>,
+    /// Where they begin in the transfer.
+    position: u64,
+    /// Nothing is carried from here on, a position in the transfer: its end, or the file's.
+    end: u64,
+    /// `None` before it has begun.
+    pass: Option<Pass>,
+}
+
+impl<'p> Progress<'p> {
+    pub(crate) fn new(pieces: &'p [Piece]) -> Progress<'p> {
+        Progress {
+            carried: Carried::default(),
+            pieces: Merged(pieces),
+            position: 0,
+            end: pieces.iter().map(|piece| piece.length).sum(),
+            pass: None,
+        }
+    }
+}
+
+/// How far it came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Done {
+    /// All of it, or to the end of the file.
+    All,
+    /// The buffer has moved: the rest is to be carried on a new path.
+    Moved,
 }
 
 /// Bytes that are still to be carried.
@@ -141,18 +186,19 @@ enum Pass {
     Edges,
 }
 
-/// Carries a transfer out. Nothing is in flight when it returns.
+/// Carries a transfer out, or on. Nothing is in flight when it returns.
 ///
 /// # Errors
-/// What kept it from beginning. With the account: what stopped it.
+/// What kept it from beginning. In the result: what stopped it.
 pub(crate) fn carry(
     order: &Order<'_>,
+    progress: &mut Progress<'_>,
     lanes: &mut Lanes,
     buffer: &mut LazyMapping,
-) -> Result<(Carried, Result<(), TransferError>), BufferError> {
+) -> Result<Result<Done, TransferError>, BufferError> {
     if order.total() == 0 {
         // Not even a mapping is needed.
-        return Ok((Carried::default(), Ok(())));
+        return Ok(Ok(Done::All));
     }
     let range = buffer.range().clone();
     let by_stage = range.buffer().has_stage().then_some(&range);
@@ -161,8 +207,8 @@ pub(crate) fn carry(
             map: None,
             stage: by_stage,
         };
-        let (_, carried, result) = flow(order, lanes, &reach);
-        return Ok((carried, result));
+        let (_, result) = flow(order, progress, lanes, &reach);
+        return Ok(result);
     }
     // The disk's engine knows nothing of the buffer's fences: whoever else writes it, or reads what
     // is overwritten, has to be done first, as before a copy by the processor.
@@ -174,11 +220,14 @@ pub(crate) fn carry(
         map: Some(access.mapping().map()),
         stage: by_stage,
     };
-    let (copied_in, carried, result) = flow(order, lanes, &reach);
+    let (copied_in, result) = flow(order, progress, lanes, &reach);
     access.copied_in(copied_in);
     let ended = access.end();
-    let result = result.and_then(|()| Ok(ended?));
-    Ok((carried, result))
+    Ok(match result {
+        // Access may have been taken away as well, which is seen when it is looked at.
+        Ok(Done::Moved) => Ok(Done::Moved),
+        result => result.and_then(|done| Ok(ended.map(|()| done)?)),
+    })
 }
 
 /// How bytes get into the buffer and out of it.
@@ -189,19 +238,20 @@ struct Reach<'w> {
     stage: Option<&'w BufferRange>,
 }
 
-/// The account also says up to where bytes were copied into the mapping.
+/// Says also up to where bytes were copied into the mapping.
 fn flow(
     order: &Order<'_>,
+    progress: &mut Progress<'_>,
     lanes: &mut Lanes,
     reach: &Reach<'_>,
-) -> (u64, Carried, Result<(), TransferError>) {
+) -> (u64, Result<Done, TransferError>) {
     let unit = order.file.unit();
-    let passes = match order.direction {
-        Direction::BufferToDisk if unit > 1 => &[Pass::Blocks, Pass::Edges][..],
-        _ => &[Pass::All],
-    };
     let chunk = CHUNK.next_multiple_of(unit);
-    let depth = lanes.prepare(order, chunk);
+    let depth = lanes.prepare(order, chunk, progress.pass.is_none());
+    let pass = progress.pass.unwrap_or(match order.direction {
+        Direction::BufferToDisk if unit > 1 => Pass::Blocks,
+        _ => Pass::All,
+    });
     let mut flow = Flow {
         order,
         reach,
@@ -214,35 +264,44 @@ fn flow(
         again: &mut lanes.again,
         spans: &mut lanes.spans,
         edges: &mut lanes.edges,
-        pieces: Merged(order.pieces),
-        position: 0,
-        pass: Pass::All,
-        end: order.total(),
+        recent: &mut lanes.recent,
+        unseen: 0,
+        moved: false,
+        pieces: progress.pieces,
+        position: progress.position,
+        pass,
+        end: progress.end,
         failed: None,
         copied_in: 0,
-        carried: Carried::default(),
+        carried: std::mem::take(&mut progress.carried),
     };
-    for &pass in passes {
-        flow.pass = pass;
-        if pass == Pass::Edges {
-            std::mem::swap(flow.spans, flow.edges);
-        }
+    loop {
         let queue = order.io.run(depth, &mut flow);
         if flow.carried.queue == Queue::Calls {
             flow.carried.queue = queue;
         }
-        if flow.failed.is_some() {
+        flow.settle();
+        if flow.failed.is_some() || flow.moved || flow.pass != Pass::Blocks {
             break;
         }
+        flow.pass = Pass::Edges;
+        std::mem::swap(flow.spans, flow.edges);
     }
     let copied_in = flow.copied_in;
+    let moved = flow.moved;
+    progress.pieces = flow.pieces;
+    progress.position = flow.position;
+    progress.end = flow.end;
+    progress.pass = Some(flow.pass);
     let (carried, result) = flow.finish();
-    (copied_in, carried, result)
+    progress.carried = carried;
+    let done = if moved { Done::Moved } else { Done::All };
+    (copied_in, result.map(|()| done))
 }
 
 impl Lanes {
     /// Makes room for everything that is in flight at a time; how many requests that is.
-    fn prepare(&mut self, order: &Order<'_>, chunk: u64) -> u32 {
+    fn prepare(&mut self, order: &Order<'_>, chunk: u64, is_new: bool) -> u32 {
         let most = (order.total() / chunk).saturating_add(3 * order.pieces.len() as u64);
         let room = order.staging / chunk;
         let depth = u64::from(order.depth.min(DEEPEST))
@@ -264,15 +323,18 @@ impl Lanes {
         self.free.extend((0..depth).rev());
         self.again.clear();
         self.again.reserve(depth as usize);
-        self.spans.clear();
+        self.recent.clear();
+        if is_new {
+            self.spans.clear();
+            self.edges.clear();
+        }
         self.spans.reserve(depth as usize + 1);
-        self.edges.clear();
         depth
     }
 }
 
 /// A transfer that is under way.
-struct Flow<'l, 'w> {
+struct Flow<'l, 'w, 'p> {
     order: &'w Order<'w>,
     reach: &'w Reach<'w>,
     staging: &'w OnceLock<Map>,
@@ -290,13 +352,17 @@ struct Flow<'l, 'w> {
     spans: &'l mut Vec<Span>,
     /// What is left for the last pass.
     edges: &'l mut Vec<Span>,
-    /// Those of which nothing was cut yet.
-    pieces: Merged<'w>,
-    /// Where they begin in the transfer.
+    /// What direct requests have carried since the buffer was looked at.
+    recent: &'l mut Vec<Span>,
+    /// How many bytes that is.
+    unseen: u64,
+    /// The buffer was seen elsewhere: nothing more is begun.
+    moved: bool,
+    /// As in [`Progress`].
+    pieces: Merged<'p>,
     position: u64,
-    pass: Pass,
-    /// Nothing is carried from here on, a position in the transfer: its end, or the file's.
     end: u64,
+    pass: Pass,
     failed: Option<Failure>,
     /// Up to where bytes were copied into the buffer.
     copied_in: u64,
@@ -321,12 +387,12 @@ enum Failure {
     Broken,
 }
 
-impl<'w> Work<'w> for Flow<'_, 'w> {
+impl<'w> Work<'w> for Flow<'_, 'w, '_> {
     fn next(&mut self) -> Option<Request<'w>> {
         if self.failed.is_none() && self.order.watch.is_some_and(Watch::is_cancelled) {
             self.failed = Some(Failure::Cancelled);
         }
-        if self.failed.is_some() {
+        if self.failed.is_some() || self.moved {
             return None;
         }
         if let Some(token) = self.again.pop() {
@@ -349,9 +415,13 @@ impl<'w> Work<'w> for Flow<'_, 'w> {
                 Direction::BufferToDisk => self.was_written(token, span, moved as u64),
             },
             (Err(errno), How::Direct) => {
-                self.carried.broken.get_or_insert(errno);
-                if !self.order.may_copy {
-                    self.fail(Failure::Broken);
+                // What failed may have been the way to where it was.
+                self.moved = self.moved || (self.order.moved)();
+                if !self.moved {
+                    self.carried.broken.get_or_insert(errno);
+                    if !self.order.may_copy {
+                        self.fail(Failure::Broken);
+                    }
                 }
                 self.give_back(token, span);
             }
@@ -363,7 +433,7 @@ impl<'w> Work<'w> for Flow<'_, 'w> {
     }
 }
 
-impl<'w> Flow<'_, 'w> {
+impl<'w> Flow<'_, 'w, '_> {
     /// Cuts the next part off what is to be done.
     fn part(&mut self) -> Option<Lane> {
         loop {
@@ -542,6 +612,11 @@ impl<'w> Flow<'_, 'w> {
         let moved = moved.min(span.length);
         self.carried.direct += moved;
         self.arrived(moved);
+        self.recent.push(span.first(moved));
+        self.unseen += moved;
+        if self.unseen >= LOOK && !self.moved {
+            self.look();
+        }
         span.advance(moved);
         if span.length > 0 && moved > 0 && moved.is_multiple_of(self.unit) {
             return self.goes_on(token, span);
@@ -595,6 +670,35 @@ impl<'w> Flow<'_, 'w> {
         self.give_back(token, span);
     }
 
+    /// Sees whether what direct requests have carried until now can be believed.
+    fn look(&mut self) {
+        self.moved = (self.order.moved)();
+        if !self.moved {
+            self.recent.clear();
+            self.unseen = 0;
+        }
+    }
+
+    /// Nothing is in flight any more: what lanes have not done is taken back from them, and what was carried while
+    /// the buffer moved is to be carried again.
+    fn settle(&mut self) {
+        for token in self.again.drain(..) {
+            self.free.push(token);
+            self.spans.push(self.lanes[token as usize].span);
+        }
+        if !self.recent.is_empty() && !self.moved {
+            self.look();
+        }
+        for span in self.recent.drain(..) {
+            self.carried.direct -= span.length;
+            if let Some(watch) = self.order.watch {
+                watch.withdrawn(span.length);
+            }
+            self.spans.push(span);
+        }
+        self.unseen = 0;
+    }
+
     fn goes_on(&mut self, token: u32, span: Span) {
         if span.length == 0 {
             return self.free.push(token);
@@ -633,15 +737,11 @@ impl<'w> Flow<'_, 'w> {
         let mut carried = self.carried;
         let missing = self.spans.iter().chain(&*self.edges);
         let missing = missing.filter(|span| span.length > 0);
-        let waiting = self
-            .again
-            .iter()
-            .map(|&token| &self.lanes[token as usize].span);
         let next = match self.pieces.0 {
             [] => self.end,
             _ => self.position,
         };
-        let positions = missing.chain(waiting).map(|span| span.position);
+        let positions = missing.map(|span| span.position);
         carried.prefix = positions.min().unwrap_or(self.end).min(next).min(self.end);
         let failure = match self.failed {
             None => return (carried, Ok(())),

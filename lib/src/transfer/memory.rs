@@ -82,6 +82,7 @@ pub fn copy_watched(
         copied: length,
         requests: 0,
         queue: Queue::Calls,
+        moves: 0,
         time: begun.elapsed(),
     })
 }

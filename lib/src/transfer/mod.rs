@@ -74,6 +74,9 @@ pub struct Receipt {
     pub requests: u64,
     /// How the requests got to the kernel.
     pub queue: Queue,
+    /// How often the buffer moved meanwhile. Each time a path was chosen anew for the rest, and [`Receipt::plan`] is
+    /// the worst of them.
+    pub moves: u32,
     /// How long it took, from the call to its end: with the choice of the path, and with its proof if one was
     /// made.
     pub time: Duration,
@@ -92,7 +95,8 @@ struct Shared {
 }
 
 impl Watch {
-    /// Bytes that have arrived, of all transfers that it was given to.
+    /// Bytes that have arrived, of all transfers that it was given to. Fewer than before, if a buffer has moved
+    /// and some are carried again.
     pub fn bytes(&self) -> u64 {
         self.shared.bytes.load(Ordering::Relaxed)
     }
@@ -110,6 +114,11 @@ impl Watch {
     fn arrived(&self, bytes: u64) {
         self.shared.bytes.fetch_add(bytes, Ordering::Relaxed);
     }
+
+    /// They have to be carried again.
+    fn withdrawn(&self, bytes: u64) {
+        self.shared.bytes.fetch_sub(bytes, Ordering::Relaxed);
+    }
 }
 
 #[cfg(feature = "tokio")]
@@ -121,6 +130,7 @@ impl Receipt {
             host_bytes: self.host_bytes + next.host_bytes,
             copied: self.copied + next.copied,
             requests: self.requests + next.requests,
+            moves: self.moves + next.moves,
             queue: match next.queue {
                 Queue::Calls => self.queue,
                 queue => queue,

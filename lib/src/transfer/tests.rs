@@ -7,14 +7,17 @@ use std::fs::File;
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
 use rand::{RngExt, SeedableRng};
 
+use super::engine::{Done, Lanes, Order, Progress};
+use super::file::Endpoint;
 use super::{Piece, Queue, Receipt, Watch};
-use crate::buffer::Buffer;
+use crate::buffer::{Buffer, LazyMapping};
 use crate::errno::Errno;
 use crate::error::{BufferError, SystemError, TransferError};
 use crate::export::memfd;
@@ -616,4 +619,118 @@ fn pieces_that_follow_each_other_are_read_as_one() {
     let receipt = transfer(&importer, &buffer, Direction::DiskToBuffer, &pieces).unwrap();
     assert!(receipt.requests < 10, "{} requests", receipt.requests);
     assert!(buffer.whole().to_vec().unwrap()[..1_001_000] == bytes[4096..][..1_001_000]);
+}
+
+/// A disk that does not reach the place that a buffer has moved to: it says that all is well, and nothing arrives.
+struct Moving {
+    unruly: Unruly,
+    /// How often the buffer has moved.
+    generation: Arc<AtomicU32>,
+    /// When the path was chosen.
+    chosen: Arc<AtomicU32>,
+    /// How often it may.
+    most: u32,
+}
+
+impl DirectIo for Moving {
+    fn read(&self, file: BorrowedFd<'_>, into: Window<'_>, offset: u64) -> Result<usize, Errno> {
+        Kernel::default().read(file, into, offset)
+    }
+
+    fn write(&self, file: BorrowedFd<'_>, from: Window<'_>, offset: u64) -> Result<usize, Errno> {
+        Kernel::default().write(file, from, offset)
+    }
+
+    fn run<'w>(&self, depth: u32, work: &mut dyn Work<'w>) -> Queue {
+        let mut state = self.unruly.0.lock().unwrap();
+        let mut in_flight = Vec::new();
+        loop {
+            while in_flight.len() < depth as usize {
+                let Some(request) = work.next() else { break };
+                in_flight.push(request);
+            }
+            in_flight.shuffle(&mut state.random);
+            let Some(request) = in_flight.pop() else {
+                return Queue::Calls;
+            };
+            let generation = self.generation.load(Ordering::Relaxed);
+            if generation < self.most && state.random.random_ratio(1, 4) {
+                self.generation.fetch_add(1, Ordering::Relaxed);
+            }
+            let moved =
+                self.generation.load(Ordering::Relaxed) != self.chosen.load(Ordering::Relaxed);
+            let result = match (moved && request.window.is_shared(), generation % 2) {
+                (false, _) => state.answer(&request),
+                (true, 0) => Ok(request.window.length()),
+                (true, _) => Err(Errno::FAULT),
+            };
+            work.done(request.token, result);
+        }
+    }
+}
+
+#[test]
+#[cfg_attr(miri, ignore = "system calls that Miri does not have")]
+fn what_is_carried_directly_while_the_buffer_moves_is_carried_again() {
+    let mut moved = 0;
+    for seed in 0..24 {
+        let mut random_ = StdRng::seed_from_u64(seed);
+        let pieces = pieces(&mut random_);
+        for direction in BOTH {
+            let (held, on_disk) = (random(BUFFER as usize), random(FILE as usize));
+            let (file, buffer) = (file_with(&on_disk), memory(&held));
+            let endpoint =
+                Endpoint::from_fd(file.try_clone().unwrap().into(), "the file".into()).unwrap();
+            let (generation, chosen) = (Arc::default(), Arc::<AtomicU32>::default());
+            let io = Moving {
+                unruly: Unruly::new(seed),
+                generation: Arc::clone(&generation),
+                chosen: Arc::clone(&chosen),
+                most: 5,
+            };
+            let watch = Watch::default();
+            let mut mapping = LazyMapping::new(&buffer.whole()).unwrap();
+            let mut lanes = Lanes::default();
+            let mut progress = Progress::new(&pieces);
+            loop {
+                let seen = generation.load(Ordering::Relaxed);
+                chosen.store(seen, Ordering::Relaxed);
+                let order = Order {
+                    io: &io,
+                    file: &endpoint,
+                    pieces: &pieces,
+                    direction,
+                    direct: endpoint.direct().ok(),
+                    may_copy: true,
+                    depth: 7,
+                    staging: engine::STAGING,
+                    watch: Some(&watch),
+                    moved: &|| generation.load(Ordering::Relaxed) != seen,
+                };
+                let done = engine::carry(&order, &mut progress, &mut lanes, &mut mapping);
+                match done.unwrap().unwrap() {
+                    Done::All => break,
+                    Done::Moved => moved += 1,
+                }
+            }
+            let what = format!("seed {seed}, {direction}");
+            let (bytes, carried) = (total(&pieces), &progress.carried);
+            assert_eq!(carried.direct + carried.copied, bytes, "{what}");
+            assert_eq!((carried.prefix, watch.bytes()), (bytes, bytes), "{what}");
+            let (mut in_buffer, mut in_file) = (held.clone(), on_disk.clone());
+            match direction {
+                Direction::DiskToBuffer => {
+                    copy(&pieces, direction, bytes, &on_disk, &mut in_buffer)
+                }
+                Direction::BufferToDisk => copy(&pieces, direction, bytes, &held, &mut in_file),
+            }
+            assert!(buffer.whole().to_vec().unwrap() == in_buffer, "{what}");
+            assert!(content(&file) == in_file, "{what}");
+            if endpoint.direct().is_err() {
+                // All goes by the processor, which a move does not concern.
+                moved += 1;
+            }
+        }
+    }
+    assert!(moved > 20, "{moved}");
 }

@@ -17,3 +17,4 @@ pub mod modules;
 pub mod node;
 pub mod pci;
 pub mod rdma;
+pub mod transfer;

@@ -3,7 +3,7 @@
 
 use std::fs::{self, File};
 use std::io::Seek;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::FileExt;
 use std::path::Path as FilePath;
 use std::process::Command;
@@ -15,26 +15,22 @@ use peerbuf::export::peerbuf::{Device, MoveTo, Request};
 use peerbuf::export::udmabuf;
 use peerbuf::import::file::{FileImporter, unnamed_file};
 use peerbuf::plan::{Direction, Path, Plan, ProofPolicy, ReasonCode, forget_proofs};
-use peerbuf::transfer::{Piece, Queue};
+use peerbuf::transfer::{Piece, Queue, Watch};
 use peerbuf::{Access, Buffer};
 use peerbuf_lab_suite::bytes::{get, put};
 use peerbuf_lab_suite::importer::{DYNAMIC, Importer, PEER};
 use peerbuf_lab_suite::machine;
-use peerbuf_lab_suite::node::Node;
-use peerbuf_lab_suite::pci::wait_until;
+use peerbuf_lab_suite::modules::load;
+use peerbuf_lab_suite::node::{MIB, Node};
+use peerbuf_lab_suite::transfer::{
+    BOTH, LARGE, bar, cross, device, fill, first, importer, in_the_middle, random,
+};
 use peerbuf_uapi::probe;
 
 const NVME: &str = "/mnt/nvme";
 /// The raw namespace that tests may overwrite, one at a time.
 const RAW: &str = "/dev/nvme0n2";
 static OVERWRITES_RAW: Mutex<()> = Mutex::new(());
-const MIB: u64 = 1 << 20;
-
-const BOTH: [Direction; 2] = [Direction::DiskToBuffer, Direction::BufferToDisk];
-
-fn device(node: &Node) -> Device {
-    Device::open(node.bdf.parse().unwrap()).unwrap()
-}
 
 fn export(device: &Device, offset: Option<u64>, access: Access) -> Buffer {
     let request = Request {
@@ -48,25 +44,15 @@ fn export(device: &Device, offset: Option<u64>, access: Access) -> Buffer {
 
 fn device_memory(device: &Device) -> Buffer {
     let buffer = export(device, None, Access::ReadWrite);
-    put(&buffer.whole(), &random());
+    put(&buffer.whole(), &random(MIB));
     buffer
-}
-
-fn random() -> Vec<u8> {
-    let mut bytes = vec![0; MIB as usize];
-    rand::fill(&mut bytes[..]);
-    bytes
 }
 
 fn file() -> File {
     let file = unnamed_file(FilePath::new(NVME)).unwrap();
-    file.write_all_at(&random(), 0).unwrap();
+    file.write_all_at(&random(MIB), 0).unwrap();
     file.sync_all().unwrap();
     file
-}
-
-fn importer(file: &File) -> FileImporter {
-    FileImporter::from_fd(file.try_clone().unwrap().into(), "the file").unwrap()
 }
 
 fn path(file: &FileImporter, buffer: &Buffer, direction: Direction) -> Path {
@@ -173,7 +159,7 @@ fn what_was_proved_in_system_memory_is_not_believed_of_the_bar() {
 #[test]
 fn a_read_only_export_reaches_the_disk_without_a_pattern_in_it() {
     let device = device(&Node::largest());
-    let bytes = random();
+    let bytes = random(MIB);
     let at = Some(8 * MIB);
     put(&export(&device, at, Access::ReadWrite).whole(), &bytes);
     let buffer = export(&device, at, Access::Read);
@@ -253,7 +239,7 @@ fn a_hole_that_ext2_fills_through_the_page_cache_is_no_peer_to_peer_write() {
     let file = File::create_new("/mnt/ext2/holes").unwrap();
     // Bytes, a hole, bytes.
     for at in [0, 2 * MIB] {
-        file.write_all_at(&random(), at).unwrap();
+        file.write_all_at(&random(MIB), at).unwrap();
     }
     file.sync_all().unwrap();
     let buffer = device_memory(&device(&Node::largest()));
@@ -276,106 +262,6 @@ fn a_hole_that_ext2_fills_through_the_page_cache_is_no_peer_to_peer_write() {
         let mut found = vec![0; MIB as usize];
         file.read_exact_at(&mut found, at).unwrap();
         assert!(found == bytes, "at {at}");
-    }
-}
-
-/// A disk in memory of 16 MiB, on which the 4 KiB from `bad` can be neither read nor written.
-struct Faulty(&'static FilePath);
-
-impl Faulty {
-    fn new(bad: u64) -> Faulty {
-        let loaded = Command::new("modprobe")
-            .args(["null_blk", "nr_devices=0"])
-            .status();
-        assert!(loaded.unwrap().success(), "modprobe null_blk");
-        if !FilePath::new("/sys/kernel/config/nullb").exists() {
-            let mounted = Command::new("mount")
-                .args(["-t", "configfs", "none", "/sys/kernel/config"])
-                .status();
-            assert!(mounted.unwrap().success(), "mount configfs");
-        }
-        let disk = FilePath::new("/sys/kernel/config/nullb/nullb7");
-        fs::create_dir(disk).unwrap();
-        let sector = bad / 512;
-        for (name, value) in [
-            ("size", "16"),
-            ("blocksize", "512"),
-            ("memory_backed", "1"),
-            ("badblocks", &format!("+{sector}-{}", sector + 7)),
-            ("power", "1"),
-        ] {
-            fs::write(disk.join(name), value).unwrap_or_else(|error| panic!("{name}: {error}"));
-        }
-        wait_until("the disk is there", || FilePath::new(Faulty::NODE).exists());
-        Faulty(disk)
-    }
-
-    const NODE: &str = "/dev/nullb7";
-}
-
-impl Drop for Faulty {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir(self.0);
-    }
-}
-
-#[test]
-fn a_fault_of_the_disk_is_told_with_its_place_and_what_arrived() {
-    const BAD: u64 = 5 * MIB + 8192;
-    const PIECE: u64 = 64 << 10;
-    let _faulty = Faulty::new(BAD);
-    let disk = FileImporter::open_for(Faulty::NODE, Access::ReadWrite).unwrap();
-    let buffer = udmabuf::export("memory", 8 * MIB).unwrap();
-    let bytes: Vec<u8> = (0..8).flat_map(|_| random()).collect();
-    put(&buffer.whole(), &bytes);
-    let pieces: Vec<Piece> = (0..8 * MIB / PIECE)
-        .map(|index| Piece {
-            file_offset: index * PIECE,
-            // The pieces are in the buffer in reverse order, so that no piece follows another.
-            offset: 8 * MIB - (index + 1) * PIECE,
-            length: PIECE,
-        })
-        .collect();
-    for direction in [Direction::BufferToDisk, Direction::DiskToBuffer] {
-        if direction == Direction::DiskToBuffer {
-            put(&buffer.whole(), &vec![0; 8 * MIB as usize]);
-        }
-        let mut attachment = disk.attach(&buffer.whole()).unwrap();
-        let error = match direction {
-            Direction::BufferToDisk => attachment.write_many(&pieces),
-            Direction::DiskToBuffer => attachment.read_many(&pieces),
-        };
-        let error = error.unwrap_err();
-        let TransferError::Stopped {
-            cause,
-            offset,
-            length,
-            arrived,
-            wanted,
-            prefix,
-        } = &error
-        else {
-            panic!("{direction}: {error}");
-        };
-        assert_eq!(cause.errno.name(), Some("EIO"), "{error}");
-        assert!((*offset..offset + length).contains(&BAD), "{error}");
-        assert!(
-            *prefix <= BAD / PIECE * PIECE && prefix <= arrived && arrived < wanted,
-            "{error}"
-        );
-        assert_eq!(*wanted, 8 * MIB);
-        // The CPU's own reads match the bytes reported as arrived.
-        let at = (8 * MIB - prefix) as usize;
-        assert!(get(&buffer.whole())[at..] == bytes[at..], "{direction}");
-        let mut first = vec![0; PIECE as usize];
-        File::open(Faulty::NODE)
-            .unwrap()
-            .read_exact_at(&mut first, 0)
-            .unwrap();
-        assert!(
-            *prefix == 0 || first == bytes[(8 * MIB - PIECE) as usize..],
-            "{direction}"
-        );
     }
 }
 
@@ -408,4 +294,211 @@ fn where_io_uring_is_forbidden_threads_do_it_and_the_receipt_tells() {
     let mut expected = vec![0; MIB as usize];
     file.read_exact_at(&mut expected, 0).unwrap();
     assert!(get(&buffer.whole()) == expected);
+}
+
+/// A buffer in the BAR and a file, with random bytes each.
+fn large(device: &Device, length: u64) -> (Buffer, File, Vec<u8>, Vec<u8>) {
+    let (held, on_disk) = (random(length), random(length));
+    let buffer = bar(device, length);
+    put(&buffer.whole(), &held);
+    let file = unnamed_file(FilePath::new(NVME)).unwrap();
+    fill(&file, &on_disk);
+    (buffer, file, held, on_disk)
+}
+
+#[test]
+fn a_transfer_goes_on_where_the_buffer_has_moved_to_and_the_receipt_tells() {
+    let device = device(&Node::largest());
+    let (buffer, file, held, on_disk) = large(&device, LARGE);
+    let importer = importer(&file);
+    let dmabuf = buffer.dmabuf().unwrap();
+    let limit = Duration::from_secs(30);
+    let (in_bar, in_system) = (MoveTo::Device, MoveTo::System);
+    for (direction, from, to) in [
+        (Direction::DiskToBuffer, in_bar, in_system),
+        (Direction::DiskToBuffer, in_system, in_bar),
+        (Direction::BufferToDisk, in_bar, in_system),
+        (Direction::BufferToDisk, in_system, in_bar),
+    ] {
+        // A transfer that was over first is tried again.
+        let mut tries = 0..100;
+        let receipt = loop {
+            tries.next().expect("a move in mid-transfer");
+            device.move_buffer(dmabuf, from, limit).unwrap();
+            if direction == Direction::DiskToBuffer {
+                put(&buffer.whole(), &held);
+            } else {
+                file.write_all_at(&on_disk, 0).unwrap();
+                file.sync_all().unwrap();
+                put(&buffer.whole(), &held);
+            }
+            // Without the proofs, whose bytes nobody counts.
+            importer
+                .attach(&buffer.whole())
+                .unwrap()
+                .plan(direction, 0)
+                .unwrap();
+            let (receipt, moved) = in_the_middle(&importer, &buffer, direction, || {
+                device.move_buffer(dmabuf, to, limit)
+            });
+            moved.unwrap();
+            let receipt = receipt.unwrap();
+            assert_eq!(receipt.bytes, LARGE);
+            match direction {
+                Direction::DiskToBuffer => {
+                    let now = first(&file, LARGE).unwrap();
+                    assert!(
+                        get(&buffer.whole()) == cross(&now),
+                        "{direction}: {}",
+                        receipt.plan
+                    );
+                }
+                Direction::BufferToDisk => {
+                    let now = first(&file, LARGE).unwrap();
+                    assert!(now == cross(&held), "{direction}: {}", receipt.plan);
+                }
+            }
+            if receipt.moves > 0 {
+                break receipt;
+            }
+            // Before the move, all of it.
+            let began_in_device = receipt.plan.path == Path::PeerToPeer;
+            assert_eq!(began_in_device, from == in_bar, "{}", receipt.plan);
+        };
+        // It is not known of any byte whether it was carried before the move, so all were carried again.
+        let (path, through_memory) = match to == in_bar {
+            true => (Path::PeerToPeer, 0),
+            false => (Path::SharedHostMemory, LARGE),
+        };
+        assert_eq!(receipt.plan.path, path, "{}", receipt.plan);
+        assert_eq!(
+            (receipt.host_bytes, receipt.copied),
+            (through_memory, 0),
+            "{receipt:?}"
+        );
+    }
+}
+
+#[test]
+fn what_was_carried_long_before_a_move_stays_in_the_account_of_its_path() {
+    /// After so many bytes the module is asked where the buffer is.
+    const LOOK: u64 = 64 * MIB;
+    const LENGTH: u64 = 24 * MIB;
+    const TIMES: u64 = 4;
+    let device = device(&Node::largest());
+    let (buffer, _, bytes, _) = large(&device, LENGTH);
+    let file = unnamed_file(FilePath::new(NVME)).unwrap();
+    let importer = importer(&file);
+    assert_eq!(
+        path(&importer, &buffer, Direction::BufferToDisk),
+        Path::PeerToPeer
+    );
+    // The whole buffer, to several places of the file.
+    let pieces: Vec<Piece> = (0..TIMES)
+        .map(|index| Piece {
+            file_offset: index * LENGTH,
+            offset: 0,
+            length: LENGTH,
+        })
+        .collect();
+    let dmabuf = buffer.dmabuf().unwrap();
+    let limit = Duration::from_secs(60);
+    let mut tries = 0..20;
+    let receipt = loop {
+        tries.next().expect("a move after the first look");
+        device.move_buffer(dmabuf, MoveTo::Device, limit).unwrap();
+        file.set_len(0).unwrap();
+        let watch = Watch::default();
+        let receipt = std::thread::scope(|scope| {
+            let transfer = scope.spawn(|| {
+                let attachment = importer.attach(&buffer.whole()).unwrap();
+                attachment.watched_by(&watch).write_many(&pieces).unwrap()
+            });
+            while watch.bytes() < LOOK && !transfer.is_finished() {
+                std::thread::yield_now();
+            }
+            device.move_buffer(dmabuf, MoveTo::System, limit).unwrap();
+            transfer.join().unwrap()
+        });
+        let written = fs::read(format!("/proc/self/fd/{}", file.as_raw_fd())).unwrap();
+        assert_eq!(written.len() as u64, TIMES * LENGTH);
+        assert!(
+            written
+                .chunks(LENGTH as usize)
+                .all(|copy| copy == bytes.as_slice()),
+            "{receipt:?}"
+        );
+        if receipt.moves > 0 {
+            break receipt;
+        }
+    };
+    assert_eq!(receipt.plan.path, Path::SharedHostMemory);
+    assert_eq!((receipt.bytes, receipt.copied), (TIMES * LENGTH, 0));
+    let peer_to_peer = receipt.bytes - receipt.host_bytes;
+    assert!(
+        (LOOK..TIMES * LENGTH).contains(&peer_to_peer),
+        "{peer_to_peer} bytes: {receipt:?}"
+    );
+}
+
+#[test]
+fn a_buffer_that_is_taken_away_in_mid_transfer_is_an_error_and_not_a_signal() {
+    let device = device(&Node::largest());
+    for direction in BOTH {
+        let (buffer, file, held, on_disk) = large(&device, LARGE);
+        let importer = importer(&file);
+        let dmabuf = buffer.dmabuf().unwrap();
+        let limit = Duration::from_secs(30);
+        // A transfer that was over first is tried again.
+        let mut tries = 0..100;
+        let error = loop {
+            tries.next().expect("a revoke in mid-transfer");
+            let (receipt, revoked) = in_the_middle(&importer, &buffer, direction, || {
+                device.revoke(dmabuf, limit).unwrap()
+            });
+            assert!(revoked.is_complete(), "{revoked:?}");
+            match receipt {
+                Err(error) => break error,
+                Ok(_) => drop(device.restore(dmabuf).unwrap()),
+            }
+        };
+        let TransferError::Stopped {
+            cause,
+            arrived,
+            wanted,
+            prefix,
+            offset,
+            ..
+        } = &error
+        else {
+            panic!("{direction}: {error}");
+        };
+        assert_eq!(cause.errno.name(), Some("ENODEV"), "{error}");
+        assert!(
+            cause.object.contains("to which access was taken away"),
+            "{error}"
+        );
+        assert!(
+            prefix <= arrived && arrived < wanted && *wanted == LARGE,
+            "{error}"
+        );
+        assert_eq!(offset, prefix, "{error}");
+        // What is said to have arrived is there.
+        device.restore(dmabuf).unwrap();
+        let now = first(&file, LARGE).unwrap();
+        let (from, now) = match direction {
+            Direction::DiskToBuffer => (cross(&on_disk), get(&buffer.whole())),
+            Direction::BufferToDisk => (held, cross(&now)),
+        };
+        let at = (LARGE - prefix) as usize;
+        assert!(now[at..] == from[at..], "{direction}: {error}");
+        // A transfer that begins without access is refused, too.
+        device.revoke(dmabuf, limit).unwrap();
+        let mut attachment = importer.attach(&buffer.whole()).unwrap();
+        let refused = attachment.read(0).unwrap_err();
+        assert!(
+            refused.to_string().contains("access was taken away"),
+            "{refused}"
+        );
+    }
 }

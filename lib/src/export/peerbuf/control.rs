@@ -103,6 +103,16 @@ pub enum State {
     Gone,
 }
 
+impl State {
+    fn from_raw(state: u32) -> State {
+        match state {
+            abi::STATE_LIVE => State::Live,
+            abi::STATE_REVOKED => State::Revoked,
+            _ => State::Gone,
+        }
+    }
+}
+
 /// An importer of a buffer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
@@ -412,11 +422,7 @@ impl Device {
             pieces.resize(has.1 + 8, abi::Piece::zeroed());
         };
         Ok(Status {
-            state: match query.state {
-                abi::STATE_LIVE => State::Live,
-                abi::STATE_REVOKED => State::Revoked,
-                _ => State::Gone,
-            },
+            state: State::from_raw(query.state),
             placement: Placement::from_raw(query.placement),
             generation: query.generation,
             attachments: attachments.iter().map(attachment).collect(),
@@ -436,6 +442,17 @@ impl Device {
                 count: query.refusals,
             }),
         })
+    }
+
+    /// The state, place and generation of a buffer alone: one system call.
+    pub(crate) fn glance(&self, buffer: &DmaBuf) -> Result<(State, Placement, u64), Errno> {
+        let mut query = abi::BufferQuery {
+            fd: buffer.as_fd().as_raw_fd(),
+            ..abi::BufferQuery::zeroed()
+        };
+        sys::peerbuf::buffer(self.fd.as_fd(), &mut query, &mut [], &mut [])?;
+        let placement = Placement::from_raw(query.placement);
+        Ok((State::from_raw(query.state), placement, query.generation))
     }
 
     /// An error with a hint about its reason.

@@ -88,6 +88,8 @@ pub struct Leg {
     copied: u64,
     requests: u64,
     queue: String,
+    /// How often the buffer moved meanwhile.
+    moves: u32,
 }
 
 #[derive(Debug, PartialEq, Eq, Serialize)]
@@ -115,6 +117,7 @@ impl Leg {
             copied: receipt.copied,
             requests: receipt.requests,
             queue: receipt.queue.to_string(),
+            moves: receipt.moves,
         }
     }
 
@@ -124,6 +127,9 @@ impl Leg {
             "{} to {}: {}, {} bytes through system memory, {} copied by the processor, {} requests by {}",
             self.from, self.to, self.path, self.host_bytes, self.copied, self.requests, self.queue
         );
+        if self.moves > 0 {
+            text += &format!("\n  the buffer moved {} times", self.moves);
+        }
         for reason in &self.reasons {
             text += &format!(
                 "\n  not {} ({}): {}",
@@ -145,6 +151,7 @@ impl Leg {
                 leg.host_bytes += more.host_bytes;
                 leg.copied += more.copied;
                 leg.requests += more.requests;
+                leg.moves += more.moves;
             }
             None => legs.push(more),
         }
