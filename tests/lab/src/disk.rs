@@ -1,15 +1,17 @@
-//! The guest's raw scratch disk, and a way to slow it down.
+//! The guest's NVMe disk: its raw scratch namespace, and ways to slow it down and to take it away.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
-use crate::machine::Machine;
-use crate::node::Map;
+use crate::clock::Stopwatch;
+use crate::machine::{Machine, device};
+use crate::node::{Map, nvme_bdf};
 use crate::pci::wait_until;
 
 /// The second namespace of the NVMe disk, whose contents no one needs.
@@ -92,5 +94,84 @@ impl Slow {
 impl Drop for Slow {
     fn drop(&mut self) {
         Machine::new().slow(ID, 0).expect("a quick disk");
+    }
+}
+
+/// The disk without its mounted filesystem, so that it can go away. Dropping it brings the disk back and mounts
+/// the filesystem again.
+pub struct Unmounted {
+    /// Its PCI address.
+    pub bdf: String,
+}
+
+impl Unmounted {
+    /// Unmounts the filesystem.
+    ///
+    /// # Panics
+    ///
+    /// If it is in use.
+    #[expect(clippy::new_without_default, reason = "it is no value")]
+    pub fn new() -> Self {
+        let done = Command::new("umount").arg("/mnt/nvme").status().unwrap();
+        assert!(done.success(), "umount /mnt/nvme");
+        Self { bdf: nvme_bdf() }
+    }
+
+    /// Takes the disk from its driver.
+    ///
+    /// # Panics
+    ///
+    /// If the driver has no such disk.
+    pub fn unbind(&self) {
+        fs::write("/sys/bus/pci/drivers/nvme/unbind", &self.bdf).unwrap();
+    }
+
+    /// Removes the disk from its bus, as the slot's button does.
+    ///
+    /// # Panics
+    ///
+    /// If the bus has no such disk.
+    pub fn remove(&self) {
+        fs::write(device(&self.bdf).join("remove"), "1").unwrap();
+    }
+
+    /// Brings the disk back, with its namespaces in the old order.
+    ///
+    /// # Panics
+    ///
+    /// If it does not come back.
+    pub fn bind(&self) {
+        loop {
+            match device(&self.bdf).exists() {
+                true => fs::write("/sys/bus/pci/drivers/nvme/bind", &self.bdf).unwrap(),
+                false => fs::write("/sys/bus/pci/rescan", "1").unwrap(),
+            }
+            let start = Stopwatch::start();
+            while !(Path::new("/dev/nvme0n1").exists() && Path::new(SCRATCH).exists()) {
+                assert!(start.elapsed() < Duration::from_secs(60), "no disk");
+                thread::sleep(Duration::from_millis(20));
+            }
+            // The kernel scans both namespaces at once and numbers them in the order of completion. The
+            // scratch disk's name must not go to the namespace with the filesystem.
+            let namespace = fs::read_to_string("/sys/block/nvme0n1/nsid").unwrap();
+            if namespace.trim() == "1" {
+                break;
+            }
+            self.unbind();
+        }
+    }
+}
+
+impl Drop for Unmounted {
+    fn drop(&mut self) {
+        if !Path::new("/sys/bus/pci/drivers/nvme")
+            .join(&self.bdf)
+            .exists()
+        {
+            self.bind();
+        }
+        let mount = ["-t", "ext4", "/dev/nvme0n1", "/mnt/nvme"];
+        let mounted = Command::new("mount").args(mount).status().unwrap();
+        assert!(mounted.success(), "mount /mnt/nvme");
     }
 }

@@ -4,13 +4,12 @@
 use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
-use std::process::Command;
 use std::sync::mpsc;
 use std::thread::{self, sleep};
 use std::time::Duration;
 
 use peerbuf_lab_suite::clock::Stopwatch;
-use peerbuf_lab_suite::disk::{SCRATCH, open_direct, read_into, write_from};
+use peerbuf_lab_suite::disk::{SCRATCH, Unmounted, open_direct, read_into, write_from};
 use peerbuf_lab_suite::edu::Edu;
 use peerbuf_lab_suite::importer::{self, DYNAMIC, Importer, PEER};
 use peerbuf_lab_suite::modules;
@@ -39,59 +38,6 @@ fn assert_available(bdf: &str, bytes: u64) {
 
 fn map(fd: &OwnedFd, len: u64) -> Map {
     Map::new(fd.as_fd(), len as usize, true).unwrap()
-}
-
-/// The disk without its mounted filesystem, so that its driver can be unbound. Dropping it binds and mounts
-/// again.
-struct Unmounted(String);
-
-impl Unmounted {
-    fn new() -> Self {
-        let done = Command::new("umount").arg("/mnt/nvme").status().unwrap();
-        assert!(done.success(), "umount /mnt/nvme");
-        Self(nvme_bdf())
-    }
-
-    fn unbind(&self) {
-        fs::write("/sys/bus/pci/drivers/nvme/unbind", &self.0).unwrap();
-    }
-
-    fn bind(&self) {
-        loop {
-            fs::write("/sys/bus/pci/drivers/nvme/bind", &self.0).unwrap();
-            let start = Stopwatch::start();
-            while !(Path::new("/dev/nvme0n1").exists() && Path::new(SCRATCH).exists()) {
-                assert!(start.elapsed() < Duration::from_secs(60), "no disk");
-                sleep(Duration::from_millis(20));
-            }
-            // The kernel scans both namespaces at once and numbers them in the order of completion. The
-            // scratch disk's name must not go to the namespace with the filesystem.
-            let namespace = fs::read_to_string("/sys/block/nvme0n1/nsid").unwrap();
-            if namespace.trim() == "1" {
-                break;
-            }
-            self.unbind();
-        }
-    }
-}
-
-impl Drop for Unmounted {
-    fn drop(&mut self) {
-        if !Path::new("/sys/bus/pci/drivers/nvme")
-            .join(&self.0)
-            .exists()
-        {
-            self.bind();
-        }
-        let mount = ["-t", "ext4", "/dev/nvme0n1", "/mnt/nvme"];
-        assert!(
-            Command::new("mount")
-                .args(mount)
-                .status()
-                .unwrap()
-                .success()
-        );
-    }
 }
 
 #[test]
@@ -249,7 +195,7 @@ fn a_mixed_buffer_of_lent_and_system_memory_holds_its_order() {
 #[test]
 fn unbinding_the_owner_revokes_what_it_lends() {
     let disk = Unmounted::new();
-    let bdf = disk.0.clone();
+    let bdf = disk.bdf.clone();
     let whole = available(&bdf);
     for round in 0..3 {
         let provider = open_provider(&bdf).unwrap();
@@ -295,7 +241,7 @@ fn unbinding_the_owner_revokes_what_it_lends() {
 #[test]
 fn an_importer_that_does_not_let_go_holds_up_the_owner_and_not_the_bus() {
     let disk = Unmounted::new();
-    let bdf = disk.0.clone();
+    let bdf = disk.bdf.clone();
     let whole = available(&bdf);
     let provider = open_provider(&bdf).unwrap();
     let (fd, _) = provider.export(None, LEN).unwrap();
@@ -338,7 +284,7 @@ fn an_importer_that_does_not_let_go_holds_up_the_owner_and_not_the_bus() {
 #[test]
 fn unbinding_the_owner_while_its_disk_works_on_what_it_lends() {
     let disk = Unmounted::new();
-    let bdf = disk.0.clone();
+    let bdf = disk.bdf.clone();
     let whole = available(&bdf);
     for round in 0..4u64 {
         let provider = open_provider(&bdf).unwrap();
