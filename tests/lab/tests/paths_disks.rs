@@ -319,7 +319,7 @@ fn a_file_on_several_disks_is_staged_and_one_on_one_disk_is_proved() {
             eprintln!("{moved}");
             let why = match (members.len(), passes) {
                 (1, true) => None,
-                (1, false) => Some(ReasonCode::KernelRefused),
+                (1, false) => Some(ReasonCode::BlockLayer),
                 _ => Some(ReasonCode::SeveralDisks),
             };
             assert_eq!(
