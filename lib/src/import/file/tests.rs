@@ -45,36 +45,56 @@ fn file_with(bytes: &[u8]) -> Option<File> {
 fn importer(file: &File, behaviour: Behaviour) -> (FileImporter, Arc<Fake>) {
     // Beside the test, because nothing would remove it from elsewhere.
     static ONE_DISK: LazyLock<Disks> = LazyLock::new(|| {
-        let disks = Disks(std::env::current_exe().unwrap().with_extension("sysfs"));
+        let disks = Disks(std::env::current_exe().unwrap().with_extension("one-disk"));
         disks.add("0000:01:00.0");
         disks
     });
-    on_disks(file, behaviour, &ONE_DISK)
+    on(file, behaviour, &ONE_DISK, ONE_DISK.disk("0000:01:00.0"))
 }
 
+/// With the volume over these disks for the file.
 fn on_disks(file: &File, behaviour: Behaviour, disks: &Disks) -> (FileImporter, Arc<Fake>) {
+    on(file, behaviour, disks, disks.volume())
+}
+
+/// `device` is the directory of the block device in sysfs.
+fn on(
+    file: &File,
+    behaviour: Behaviour,
+    disks: &Disks,
+    device: PathBuf,
+) -> (FileImporter, Arc<Fake>) {
     let fake = Arc::new(Fake::new(behaviour));
     let file = file.try_clone().unwrap();
     let mut importer = FileImporter::from_fd(file.into(), "the file").unwrap();
     let endpoint = Arc::get_mut(&mut importer.endpoint).unwrap();
     endpoint.sysfs = Sysfs::at(&disks.0);
-    disks.volume(endpoint.number);
+    disks.number(endpoint.number, device);
     importer.io = fake.clone();
     (importer, fake)
 }
 
-/// A sysfs in which each filesystem is on a volume over the same disks.
+/// A sysfs with disks, and a volume over all of them.
 struct Disks(PathBuf);
 
 impl Disks {
+    fn volume(&self) -> PathBuf {
+        self.0.join("devices/virtual/block/dm-0")
+    }
+
     fn slaves(&self) -> PathBuf {
-        self.0.join("devices/virtual/block/dm-0/slaves")
+        self.volume().join("slaves")
+    }
+
+    fn disk(&self, function: &str) -> PathBuf {
+        let device = self.0.join("devices/pci0000:00").join(function);
+        device.join(format!("nvme/of-{function}"))
     }
 
     /// What is there already stays.
     fn add(&self, function: &str) {
         let device = self.0.join("devices/pci0000:00").join(function);
-        let disk = device.join(format!("nvme/of-{function}"));
+        let disk = self.disk(function);
         let functions = self.0.join("bus/pci/devices");
         for directory in [&disk, &functions, &self.slaves()] {
             fs::create_dir_all(directory).unwrap();
@@ -87,11 +107,10 @@ impl Disks {
         fs::remove_file(self.slaves().join(function)).unwrap();
     }
 
-    fn volume(&self, (major, minor): (u32, u32)) {
+    fn number(&self, (major, minor): (u32, u32), device: PathBuf) {
         let numbers = self.0.join("dev/block");
         fs::create_dir_all(&numbers).unwrap();
-        let volume = self.slaves().parent().unwrap().to_owned();
-        let _ = symlink(volume, numbers.join(format!("{major}:{minor}")));
+        let _ = symlink(device, numbers.join(format!("{major}:{minor}")));
     }
 }
 
