@@ -35,7 +35,7 @@ pub struct RangesRequest {
     pub devices_read: bool,
     /// The CPU maps the BAR uncached: each access reaches the device, in order. Otherwise its mappings are
     /// write-combining where the BAR allows that ([`BarInfo::write_combining`](super::BarInfo)): writes are
-    /// collected until the end of the [`CpuAccess`](crate::CpuAccess).
+    /// collected until the end of the [`CpuAccess`](peerbuf_core::CpuAccess).
     pub uncached: bool,
     /// The access that the descriptor allows.
     pub access: Access,
