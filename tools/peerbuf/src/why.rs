@@ -133,8 +133,12 @@ fn kept_answer(
     argument: &Argument,
     answer: &Answer,
 ) -> Option<(Reason, Remedy)> {
+    // Bounced DMA has no path through a host bridge: peerbuf.ko refuses it, as predicted.
+    let bounced =
+        |reason: &Reason| reason.code == Code::SwiotlbForced && reason.effect == Effect::Blocks;
     let said = match answer {
         Answer::Yes(map) => *map,
+        Answer::NoWay(_) if argument.reasons.iter().any(bounced) => return None,
         Answer::NoWay(_) => Map::NotSupported,
         Answer::No(_) | Answer::NotAsked(_) => return None,
     };
