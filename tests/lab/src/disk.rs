@@ -126,15 +126,6 @@ impl Unmounted {
         fs::write("/sys/bus/pci/drivers/nvme/unbind", &self.bdf).unwrap();
     }
 
-    /// Removes the disk from its bus, as the slot's button does.
-    ///
-    /// # Panics
-    ///
-    /// If the bus has no such disk.
-    pub fn remove(&self) {
-        fs::write(device(&self.bdf).join("remove"), "1").unwrap();
-    }
-
     /// Brings the disk back, with its namespaces in the old order.
     ///
     /// # Panics
