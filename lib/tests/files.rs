@@ -98,7 +98,18 @@ fn mount(arguments: &[&str]) -> Result<(), String> {
 
 #[test]
 fn a_write_through_a_descriptor_for_appending_is_refused_and_nothing_is_written() {
-    let directory = directory();
+    writes_through_a_descriptor_for_appending_are_refused(&directory());
+}
+
+/// A tmpfs opens files with O_DIRECT and has no direct I/O, so the library opens the file again without the flag.
+#[test]
+fn a_write_through_a_descriptor_for_appending_is_refused_where_there_is_no_direct_io() {
+    writes_through_a_descriptor_for_appending_are_refused(
+        &tempfile::tempdir_in("/dev/shm").unwrap(),
+    );
+}
+
+fn writes_through_a_descriptor_for_appending_are_refused(directory: &tempfile::TempDir) {
     let before = random(20_000);
     let path = file_in(directory.path(), &before);
     let appending = OpenOptions::new()

@@ -33,6 +33,9 @@ const KEPT: OFlags = OFlags::RWMODE.union(OFlags::SYNC).union(OFlags::DSYNC);
 pub(crate) struct Endpoint {
     /// For I/O by the processor: through the page cache, unless `blocks` says otherwise.
     staged: OwnedFd,
+    /// The descriptor that was given, if neither `staged` nor `direct` shares its open file description: whether it
+    /// appends still counts.
+    given: Option<OwnedFd>,
     blocks: Option<Blocks>,
     direct: Result<Direct, String>,
     pub(crate) name: String,
@@ -105,28 +108,32 @@ impl Endpoint {
         let number = (rustix::fs::major(number), rustix::fs::minor(number));
         let flags = rustix::fs::fcntl_getfl(&fd).map_err(failed("fcntl(F_GETFL)"))?;
         let again = |extra| open_again(fd.as_fd(), &stat, path, (flags & KEPT) | extra);
-        let (staged, direct, blocks) = if flags.contains(OFlags::DIRECT) {
+        let (staged, direct, blocks, given) = if flags.contains(OFlags::DIRECT) {
             let direct = fd
                 .try_clone()
                 .map_err(|error| SystemError::new("fcntl(F_DUPFD_CLOEXEC)", &name, &error))?;
             let direct = around_the_page_cache(direct, is_block_device);
             match again(OFlags::empty()) {
-                Ok(staged) => (staged, direct, None),
+                Ok(staged) => {
+                    let given = direct.is_err().then_some(fd);
+                    (staged, direct, None, given)
+                }
                 Err(why) => {
                     // Where the filesystem does not say what it needs: no disk has larger blocks than pages.
                     let page = rustix::param::page_size() as u64;
                     let block = direct.as_ref().map_or(page, |direct| direct.block.into());
-                    (fd, direct, Some(Blocks { block, why }))
+                    (fd, direct, Some(Blocks { block, why }), None)
                 }
             }
         } else {
             let direct = again(OFlags::DIRECT)
                 .map_err(|error| format!("it cannot be opened again with O_DIRECT: {error}"))
                 .and_then(|direct| around_the_page_cache(direct, is_block_device));
-            (fd, direct, None)
+            (fd, direct, None, None)
         };
         Ok(Endpoint {
             staged,
+            given,
             blocks,
             direct,
             name,
@@ -166,7 +173,8 @@ impl Endpoint {
             return Err(TransferError::ReadOnly { object: object() });
         }
         let direct = self.direct().ok().map(Direct::fd);
-        for fd in [Some(self.staged()), direct].into_iter().flatten() {
+        let given = self.given.as_ref().map(AsFd::as_fd);
+        for fd in [Some(self.staged()), direct, given].into_iter().flatten() {
             let flags = rustix::fs::fcntl_getfl(fd)
                 .map_err(|errno| SystemError::new("fcntl(F_GETFL)", &self.name, errno))?;
             if flags.contains(OFlags::APPEND) {
