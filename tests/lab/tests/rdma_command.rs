@@ -11,6 +11,7 @@ use peerbuf_lab_suite::machine::seconds;
 use peerbuf_lab_suite::node::{Node, assert_all_free};
 use peerbuf_lab_suite::pci::wait_until;
 use rand::Rng;
+use rustix::process::{Resource, Rlimit};
 use serde_json::Value;
 
 /// The address of the servers in these tests.
@@ -353,6 +354,42 @@ fn a_command_that_is_killed_in_mid_transfer_is_noticed_and_others_are_served() {
     assert_eq!(put()["verified"], true);
     drop(server);
     assert_all_free(&Node::largest());
+}
+
+#[test]
+fn a_server_that_runs_out_of_descriptors_serves_again() {
+    let mut server = Server::start(&["--buffer", "udmabuf", "--size", "64K"]);
+    let pid = rustix::process::Pid::from_child(&server.child);
+    let open = |n: &u64| Path::new(&format!("/proc/{}/fd/{n}", server.child.id())).exists();
+    let free = (0..).find(|n| !open(n)).unwrap();
+    let limit = |current| {
+        let before = rustix::process::getrlimit(Resource::Nofile);
+        let new = Rlimit { current, ..before };
+        rustix::process::prlimit(Some(pid), Resource::Nofile, new).unwrap()
+    };
+    let before = limit(Some(free)).current;
+
+    // Two that connect, so that the server meets the shortage more than once.
+    let waiting = [(); 2].map(|()| TcpStream::connect(ADDRESS).unwrap());
+    let mut remarks = BufReader::new(server.child.stderr.take().unwrap());
+    let mut remark = String::new();
+    remarks.read_line(&mut remark).unwrap();
+    assert!(remark.contains("will retry"), "{remark:?}");
+    assert!(
+        remark.contains("EMFILE") || remark.contains("os error 24"),
+        "{remark:?}"
+    );
+    limit(before);
+    drop(waiting);
+
+    let from = "/mnt/nvme/rdma-short";
+    random_file(from, 64 << 10);
+    assert_eq!(summary("put", &["--size", "64K", from])["verified"], true);
+    assert_eq!(
+        server.child.try_wait().unwrap(),
+        None,
+        "the server has ended"
+    );
 }
 
 #[test]
