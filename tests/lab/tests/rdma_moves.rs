@@ -1,13 +1,16 @@
 //! Registrations that end early: by the program, or by the publisher of a lent buffer that moves while cards
 //! work on it. On the kernel's soft-RoCE and on the lab's. Runs in the guest.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use nix::sys::wait::WaitStatus;
 use peerbuf::Access;
+use peerbuf::error::ShareError;
 use peerbuf::export::peerbuf::Device;
 use peerbuf::export::{memfd, udmabuf};
 use peerbuf::share::{Backing, BufferId, Channel, Copied, Movable, Publisher, Subscriber};
@@ -292,6 +295,64 @@ fn both_buffers_move_at_random_while_bytes_go_to_and_fro_and_none_is_lost() {
         drop((here, there));
         lender.end();
     }
+}
+
+/// Forks. The child does `work` and ends, without dropping anything else.
+fn in_a_child(work: impl FnOnce()) {
+    // SAFETY: the C library's memory is whole in its child, which ends by `_exit`.
+    match unsafe { nix::unistd::fork() }.unwrap() {
+        nix::unistd::ForkResult::Child => {
+            let done = catch_unwind(AssertUnwindSafe(work));
+            // SAFETY: ends the process and nothing else.
+            unsafe { libc::_exit(i32::from(done.is_err())) }
+        }
+        nix::unistd::ForkResult::Parent { child } => {
+            let ended = nix::sys::wait::waitpid(child, None).unwrap();
+            assert_eq!(ended, WaitStatus::Exited(child, 0), "the child failed");
+        }
+    }
+}
+
+#[test]
+fn a_child_gets_errors_at_once_and_takes_nothing_from_its_parent() {
+    let card = card();
+    let (lender, subscriber) = Lender::start(vec![Box::new(in_bar(MIB))]);
+    let follower = Follower::new(&card, &subscriber, "0", ALL).unwrap();
+    let bytes = random(MIB);
+    let source = memfd::export("source", MIB).unwrap().whole();
+    put(&source, &bytes);
+    let source = card.register(&source, None).unwrap();
+    let held = follower.registration(LIMIT).unwrap();
+    let (here, there) = connected(&card, 4);
+    there.shows(&held);
+    let mut all = Some((follower, source, held, here, there, card));
+    in_a_child(|| {
+        let (follower, source, held, here, there, card) = all.take().unwrap();
+        let begun = Stopwatch::start();
+        match follower.registration(Duration::MAX) {
+            Err(RdmaError::Share(error)) => {
+                assert!(matches!(*error, ShareError::Inherited { .. }), "{error}");
+            }
+            other => panic!("{other:?}"),
+        }
+        drop(follower);
+        assert!(begun.elapsed() < LIMIT);
+        drop((source, held, here, there, card));
+    });
+    let (follower, source, held, mut here, there, _card) = all.take().unwrap();
+    let piece = source.slice(0, MIB).unwrap();
+    here.write(&piece, &held.remote().unwrap(), None).unwrap();
+    here.wait(LIMIT).unwrap().result.unwrap();
+    held.deliver(0, MIB).unwrap();
+    assert!(get(&held.range().unwrap()) == bytes);
+    // The parent's thread still follows.
+    lender.order(0, LIMIT);
+    drop((held, here, there));
+    assert_eq!(lender.moved(LIMIT), Some(2));
+    let next = follower.registration(LIMIT).unwrap();
+    assert_eq!((next.generation(), follower.cut_off()), (Some(2), 0));
+    drop((next, follower));
+    lender.end();
 }
 
 /// The peer's half of a link, and the objects it keeps.

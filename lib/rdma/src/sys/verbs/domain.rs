@@ -9,6 +9,7 @@ use super::abi::{Context, GidEntry, LOCAL_WRITE, Mr, Pd, PortAttr, REMOTE_WRITE}
 use super::library::{Library, check, last};
 use crate::sys::uverbs::{self, DmaBufRequest, Keys};
 use peerbuf::Errno;
+use peerbuf_core::fork::Process;
 use peerbuf_core::memory::Window;
 
 /// An open device and a protection domain on it.
@@ -22,6 +23,9 @@ pub(crate) struct Domain {
     pub(super) pd: NonNull<Pd>,
     /// This object made both, and deallocates both. Otherwise the program owns them.
     is_ours: bool,
+    /// The process that made this object. The kernel's objects are the parent's: a forked child has the same
+    /// descriptor, and destroys none of them.
+    owner: Process,
 }
 
 // SAFETY: by the invariant any thread may use them.
@@ -30,6 +34,11 @@ unsafe impl Send for Domain {}
 unsafe impl Sync for Domain {}
 
 impl Domain {
+    /// True in a forked child of the process that made this object.
+    pub(super) fn is_inherited(&self) -> bool {
+        !self.owner.is_current()
+    }
+
     /// Opens the device with this name; `ENODEV` if there is none.
     pub(crate) fn open(library: &'static Library, wanted: &str) -> Result<Domain, Errno> {
         let opened = library.devices(|name, device| {
@@ -53,6 +62,7 @@ impl Domain {
             context,
             pd,
             is_ours: true,
+            owner: Process::current(),
         })
     }
 
@@ -71,6 +81,7 @@ impl Domain {
             context,
             pd,
             is_ours: false,
+            owner: Process::current(),
         })
     }
 
@@ -130,7 +141,7 @@ impl Domain {
 
 impl Drop for Domain {
     fn drop(&mut self) {
-        if !self.is_ours {
+        if !self.is_ours || self.is_inherited() {
             return;
         }
         // SAFETY: this object owns both. Regions and queue pairs hold a reference to it, so they are gone.
@@ -256,6 +267,9 @@ impl Region {
 
 impl Drop for Region {
     fn drop(&mut self) {
+        if self.domain.is_inherited() {
+            return;
+        }
         match self.made {
             // The kernel refuses only a region with bound memory windows, and this crate binds none.
             Made::Library(mr) => {

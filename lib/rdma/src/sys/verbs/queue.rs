@@ -363,6 +363,9 @@ impl Pair {
 
 impl Drop for Pair {
     fn drop(&mut self) {
+        if self.domain.is_inherited() {
+            return;
+        }
         let library = self.domain.library;
         // Destroying the queue pair stops the card.
         // SAFETY: this object owns all three, they are live, and the order keeps each until its users are
