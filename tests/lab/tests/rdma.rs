@@ -115,6 +115,26 @@ fn a_connection_is_waited_for_with_other_things() {
 }
 
 #[test]
+fn a_wait_without_an_end_ends_with_the_completion() {
+    let card = card();
+    let buffer = memfd::export("buffer", 8192).unwrap();
+    let region = card.register(&buffer.whole(), ALL).unwrap();
+    let (mut here, _there) = connected(&card, 4);
+    let (from, to) = (region.slice(0, 64).unwrap(), region.remote().unwrap());
+    here.write(&from, &to.slice(4096, 64).unwrap(), None)
+        .unwrap();
+    assert_eq!(good(here.wait(Duration::MAX).unwrap()), 64);
+    // Receives that nothing arrives for.
+    let posted = [(); 2].map(|()| here.receive(None).unwrap());
+    let drained = here.drain(Duration::MAX).unwrap();
+    let ids: Vec<_> = drained.iter().map(|completion| completion.id).collect();
+    assert_eq!(ids, posted);
+    for completion in drained {
+        assert_eq!(completion.result.unwrap_err().status, Status::FLUSHED);
+    }
+}
+
+#[test]
 fn each_rung_carries_every_byte_of_every_kind_of_buffer() {
     let card = card();
     for (kind, buffer) in buffers(256 << 10) {

@@ -355,6 +355,29 @@ fn a_child_gets_errors_at_once_and_takes_nothing_from_its_parent() {
     lender.end();
 }
 
+#[test]
+fn a_wait_without_an_end_ends_when_the_buffer_has_moved() {
+    let card = card();
+    let (lender, subscriber) = Lender::start(vec![Box::new(in_bar(MIB))]);
+    let follower = Follower::new(&card, &subscriber, "0", ALL).unwrap();
+    let registration = follower.registration(Duration::MAX).unwrap();
+    lender.order(0, LIMIT);
+    let begun = Stopwatch::start();
+    while registration.check().is_ok() {
+        assert!(begun.elapsed() < LIMIT);
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let next = std::thread::scope(|scope| {
+        let next = scope.spawn(|| follower.registration(Duration::MAX).unwrap());
+        drop(registration);
+        next.join().unwrap()
+    });
+    assert_eq!(next.generation(), Some(2));
+    assert_eq!(lender.moved(LIMIT), Some(2));
+    drop((next, follower));
+    lender.end();
+}
+
 /// The peer's half of a link, and the objects it keeps.
 struct Other {
     _connection: Connection,
@@ -443,7 +466,7 @@ fn what_was_cut_off_is_retried_or_reported_as_the_caller_chooses() {
         let over = |connection| Link {
             connection,
             remote: to.remote().unwrap(),
-            limit: LIMIT,
+            limit: if retry { Duration::MAX } else { LIMIT },
         };
         let mut link = over(first.connect(&second.address()).unwrap());
         lender.order(0, Duration::from_secs(4));
