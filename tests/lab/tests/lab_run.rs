@@ -174,6 +174,31 @@ fn a_shared_directory_runs_static_and_dynamic_programs_loads_a_module_and_is_wri
 }
 
 #[test]
+fn a_file_without_a_name_on_9p_is_copied_and_the_receipt_says_why_not_directly() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("gone"), vec![7; 100_000]).unwrap();
+    let script = "exec 3<>/mnt/share/gone && rm /mnt/share/gone && \
+                  peerbuf copy --json fd:3 /mnt/share/copy";
+    let share = dir.path().to_str().unwrap();
+    let output = lab(&["run", "--share", share, "--", "sh", "-c", script])
+        .output()
+        .unwrap();
+    let said = text(&output.stdout);
+    assert_eq!(
+        output.status.code(),
+        Some(0),
+        "{said}{}",
+        text(&output.stderr)
+    );
+    let receipt: serde_json::Value = serde_json::from_str(&said).unwrap();
+    let reason = &receipt["legs"][0]["reasons"][0];
+    assert_eq!(reason["code"], "no-direct-io", "{said}");
+    let why = "whose filesystem cannot open a file without a name again: ENOENT";
+    assert!(reason["evidence"].as_str().unwrap().contains(why), "{said}");
+    assert!(fs::read(dir.path().join("copy")).unwrap() == vec![7; 100_000]);
+}
+
+#[test]
 fn kbuild_builds_a_module_in_place() {
     let dir = tempfile::tempdir().unwrap();
     let source = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("fixtures/modules/hello");
