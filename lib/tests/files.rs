@@ -5,13 +5,14 @@
 //! I/O. They report their name on standard error, which the test harness does not capture.
 
 use std::fs::{File, OpenOptions, Permissions};
-use std::io::{Seek, SeekFrom, Write};
+use std::io::{Seek, SeekFrom};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use common::not_run;
 use peerbuf::error::TransferError;
 use peerbuf::export::memfd;
 use peerbuf::import::Importer;
@@ -21,13 +22,10 @@ use peerbuf::plan::{self, ReasonCode};
 use peerbuf::{Access, Buffer};
 use rustix::fs::OFlags;
 
+mod common;
+
 /// The variable that marks a test's second process.
 const INSIDE: &str = "PEERBUF_TEST_INSIDE";
-
-fn not_run(test: &str, why: impl std::fmt::Display) {
-    // Not a printing macro, whose output the harness shows only for a failed test.
-    let _ = writeln!(std::io::stderr(), "test {test} ... NOT RUN: {why}");
-}
 
 fn random(length: usize) -> Vec<u8> {
     let mut bytes = vec![0; length];

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use common::not_run;
 use nix::libc;
 use peerbuf::error::{BufferError, ShareError};
 use peerbuf::export::memfd;
@@ -17,6 +18,8 @@ use peerbuf::share::{
 };
 use peerbuf::{Access, Buffer, Deadline};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+mod common;
 
 const SIZE: u64 = 64 << 10;
 /// Time limit for expected events.
@@ -156,10 +159,7 @@ fn new_pid_namespace(test: &str) -> Option<&'static [&'static str]> {
     };
     let way = ways.iter().find(works).copied();
     if way.is_none() {
-        // Not by a macro, because the test harness captures its output.
-        let words =
-            format!("not tested: {test}: no `unshare --pid` here, not even with `--user`\n");
-        std::io::stderr().write_all(words.as_bytes()).unwrap();
+        not_run(test, "`unshare --pid` fails, also with `--user`");
     }
     way
 }

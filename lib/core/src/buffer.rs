@@ -387,7 +387,8 @@ impl Buffer {
     ///
     /// System memory does not need it, and exporters do what their memory needs, peerbuf.ko included, except
     /// vfio-pci. A BAR that is not prefetchable is never read: reading a register may have side effects.
-    pub(crate) fn is_read_back(&self) -> bool {
+    #[doc(hidden)]
+    pub fn is_read_back(&self) -> bool {
         let Provenance {
             kind, device, bar, ..
         } = self.provenance();

@@ -1,6 +1,7 @@
 //! Each kind of exporter and importer by itself. Runs in the guest.
 
 use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
 use peerbuf::buffer::{FenceState, Kind};
@@ -552,10 +553,11 @@ fn a_range_of_a_graphics_buffer_maps_its_own_bytes_and_not_the_first_ones() {
     }
 }
 
-/// The documentation of [`Grant::ReadOnly`] is true: the descriptor refuses writes, and
-/// `/dev/udmabuf`, which checks seals and not modes, makes a writable dma-buf of the memfd.
+/// The documentation of [`Grant::ReadOnly`] is true: the descriptor refuses writes, the same user opens the file
+/// again for writing through `/proc`, and `/dev/udmabuf`, which checks seals and not modes, makes a writable
+/// dma-buf of the memfd.
 #[test]
-fn memory_that_is_lent_for_reading_is_written_through_udmabuf_alone() {
+fn memory_that_is_lent_for_reading_is_written_through_udmabuf_and_proc_alone() {
     use rustix::fs::{FallocateFlags, SealFlags};
     use rustix::io::Errno;
     let (ours, theirs) = Channel::pair().unwrap();
@@ -584,7 +586,11 @@ fn memory_that_is_lent_for_reading_is_written_through_udmabuf_alone() {
     assert_eq!(rustix::fs::fcntl_add_seals(fd, seal), Err(Errno::PERM));
     let published = |publisher: &Publisher| get(&publisher.buffer(id).unwrap().whole());
     assert!(published(&publisher).iter().all(|byte| *byte == 0));
-    // If the kernel refuses this one day, the documentation of `peerbuf::share` must change.
+    // If a later kernel refuses one of these, the documentation of `peerbuf::share` must say so.
+    let link = format!("/proc/self/fd/{}", fd.as_raw_fd());
+    let opened = std::fs::File::options().write(true).open(link).unwrap();
+    opened.write_all_at(&[5; 4096], 4096).unwrap();
+    assert_eq!(published(&publisher)[4096..8192], [5; 4096]);
     let again = udmabuf::export_list("written", &[shown.whole()]).unwrap();
     put(&again.range(0, 4096).unwrap(), &[7; 4096]);
     assert_eq!(published(&publisher)[..4096], [7; 4096]);

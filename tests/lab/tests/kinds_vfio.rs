@@ -202,6 +202,19 @@ fn a_bar_of_a_vfio_device_is_a_buffer() {
 }
 
 #[test]
+fn a_bar_is_read_back_after_writes_if_it_is_prefetchable_and_never_otherwise() {
+    let memory = vfio::export(&card(), request(0, 4096)).unwrap();
+    assert!(memory.is_read_back(), "{memory}");
+    let edu = modules::edu();
+    let of_registers = Request {
+        bar: 0,
+        ..request(0, 4096)
+    };
+    let registers = vfio::export(edu.device(), of_registers).unwrap();
+    assert!(!registers.is_read_back(), "{registers}");
+}
+
+#[test]
 fn a_device_writes_into_the_bar_of_another() {
     let card = card();
     let buffer = vfio::export(&card, request(0, 65536)).unwrap();
