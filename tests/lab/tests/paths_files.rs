@@ -228,33 +228,6 @@ fn a_layer_that_refuses_is_named_with_what_to_do() {
 }
 
 #[test]
-fn an_overlay_is_named_in_place_of_its_disk() {
-    run(
-        "mkdir -p /mnt/nvme/lower /mnt/overlay && mount -t tmpfs none /mnt/overlay && cd /mnt/overlay && \
-         mkdir upper work merged && mount -t overlay -o \
-         lowerdir=/mnt/nvme/lower,upperdir=upper,workdir=work none merged",
-    );
-    let _mounts = Afterwards("umount /mnt/overlay/merged; umount /mnt/overlay");
-    fs::write("/mnt/nvme/lower/file", random()).unwrap();
-    let file = FileImporter::open("/mnt/overlay/merged/file").unwrap();
-    // Without struct pages the kernel refuses, whatever is below.
-    let small = Node::all().into_iter().min_by_key(|node| node.bar2().size);
-    let small = small.unwrap();
-    let request = Request {
-        bar: 2,
-        offset: None,
-        length: 64 << 10,
-        access: Access::ReadWrite,
-    };
-    let buffer = device(&small).export(request).unwrap();
-    let mut attachment = file.attach(&buffer.whole()).unwrap();
-    let plan = attachment.plan(Direction::DiskToBuffer, 0).unwrap();
-    assert_eq!(why_not(&plan), Some(ReasonCode::NoStructPages), "{plan}");
-    let said = "the overlay of /mnt/overlay/merged/file, whose disk the kernel does not tell";
-    assert!(plan.reasons[0].evidence.contains(said), "{plan}");
-}
-
-#[test]
 fn a_hole_that_ext2_fills_through_the_page_cache_is_no_peer_to_peer_write() {
     let _raw = OVERWRITES_RAW
         .lock()
