@@ -64,7 +64,10 @@ fn a_lookup_takes_no_memory_and_a_plan_of_another_generation_is_not_there() {
     let before = ALLOCATIONS.get();
     for _ in 0..1000 {
         assert!(kept.get(1).is_some() && kept.get(0).is_none() && kept.get(2).is_none());
-        assert_eq!(kept.get_or_make(1, || panic!("it is there")).unwrap(), plan);
+        assert_eq!(
+            *kept.get_or_make(1, || panic!("it is there")).unwrap(),
+            *plan
+        );
     }
     assert_eq!(ALLOCATIONS.get(), before, "a lookup allocates");
     // A plan is stale after its proof was dropped.

@@ -15,7 +15,7 @@ use crate::import::Importer;
 use crate::import::file::FileImporter;
 use crate::plan::{Direction, Path, Plan, Reason};
 
-pub use kept::KeptPlan;
+pub use kept::{KeptPlan, PlanGuard};
 
 /// A user of a buffer that can plan its path: every [`Importer`], and a file with a direction
 /// ([`FileImporter::in_direction`]).

@@ -11,7 +11,7 @@ use crate::buffer::{Buffer, Kind, Provenance};
 pub use crate::path::{Direction, Path, Plan, ProofPolicy, Reason, ReasonCode};
 pub use crate::topology;
 pub use verdicts::forget_proofs;
-pub(crate) use verdicts::{Key, Verdict, given_up, void};
+pub(crate) use verdicts::{Key, Verdict, given_up, now, valid_until, void};
 
 impl Plan {
     /// The plan of an importer that uses the buffer's memory in place. No byte is copied, so

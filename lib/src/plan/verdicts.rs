@@ -16,7 +16,9 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{LazyLock, Mutex, MutexGuard};
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use rustix::time::{ClockId, clock_gettime};
 
 use crate::buffer::{Buffer, Identity, Kind};
 use crate::path::{Direction, Path, ReasonCode};
@@ -118,7 +120,7 @@ impl Key {
 struct Entry {
     verdict: Verdict,
     stamp: Vec<Stamp>,
-    at: Instant,
+    at: Duration,
 }
 
 #[derive(Default)]
@@ -127,17 +129,17 @@ struct Verdicts {
 }
 
 impl Verdicts {
-    fn get(&mut self, key: &Key, stamp: &[Stamp], now: Instant) -> Option<Verdict> {
+    fn get(&mut self, key: &Key, stamp: &[Stamp], now: Duration) -> Option<Verdict> {
         let entry = self.entries.get(key)?;
-        if entry.stamp == stamp && now.saturating_duration_since(entry.at) < BELIEVED {
+        if entry.stamp == stamp && now < entry.at + BELIEVED {
             return Some(entry.verdict.clone());
         }
         self.entries.remove(key);
         None
     }
 
-    fn put(&mut self, key: Key, verdict: Verdict, stamp: Vec<Stamp>, now: Instant) {
-        let is_new = |entry: &Entry| now.saturating_duration_since(entry.at) < BELIEVED;
+    fn put(&mut self, key: Key, verdict: Verdict, stamp: Vec<Stamp>, now: Duration) {
+        let is_new = |entry: &Entry| now < entry.at + BELIEVED;
         self.entries.retain(|_, entry| is_new(entry));
         if self.entries.len() >= KEPT {
             let oldest = self.entries.iter().min_by_key(|(_, entry)| entry.at);
@@ -152,6 +154,29 @@ impl Verdicts {
         };
         self.entries.insert(key, entry);
     }
+
+    /// When the first of the valid verdicts ends, or what is kept now without one.
+    fn first_end(&self, now: Duration) -> Duration {
+        let ends = self.entries.values().map(|entry| entry.at + BELIEVED);
+        let first = ends.filter(|&end| end > now).min();
+        first.map_or(now + BELIEVED, |end| end.min(now + BELIEVED))
+    }
+}
+
+/// The time since the machine started, by the clock that is read fastest: some milliseconds old.
+pub(crate) fn now() -> Duration {
+    let time = clock_gettime(ClockId::MonotonicCoarse);
+    // Since the start of the machine both are positive.
+    Duration::new(
+        time.tv_sec.unsigned_abs(),
+        time.tv_nsec.unsigned_abs() as u32,
+    )
+}
+
+/// Until when a plan is valid that is made now from the proofs of this process. It stands on some of them, so the one
+/// that ends first decides for all.
+pub(crate) fn valid_until() -> Duration {
+    verdicts().first_end(now())
 }
 
 /// Number of dropped proofs. Plans that are cached elsewhere depend on these proofs.
@@ -170,7 +195,7 @@ fn verdicts() -> MutexGuard<'static, Verdicts> {
 
 /// The valid verdict for a key.
 pub(crate) fn known(key: &Key, stamp: &[Stamp]) -> Option<Verdict> {
-    verdicts().get(key, stamp, Instant::now())
+    verdicts().get(key, stamp, now())
 }
 
 /// Keeps a verdict, unless its reason passes. `stamp` is from before the proof, so the verdict does not apply to devices
@@ -187,7 +212,7 @@ pub(crate) fn keep(key: Key, stamp: Vec<Stamp>, verdict: &Verdict) {
         ),
     };
     if lasting {
-        verdicts().put(key, verdict.clone(), stamp, Instant::now());
+        verdicts().put(key, verdict.clone(), stamp, now());
     }
 }
 
@@ -221,7 +246,7 @@ mod tests {
 
     #[test]
     fn a_verdict_is_believed_of_the_same_devices_for_a_while() {
-        let (mut verdicts, now) = (Verdicts::default(), Instant::now());
+        let (mut verdicts, now) = (Verdicts::default(), now());
         let stamp = |number| vec![Stamp::of_inodes(Some(number), None)];
         verdicts.put(key(Some(2)), Verdict::Proved, stamp(7), now);
         let mut get = |bar, number, later| verdicts.get(&key(bar), &stamp(number), now + later);
@@ -236,8 +261,19 @@ mod tests {
     }
 
     #[test]
+    fn a_plan_ends_with_the_first_proof_that_it_may_stand_on() {
+        let (mut verdicts, now) = (Verdicts::default(), now());
+        let minute = Duration::from_secs(60);
+        assert_eq!(verdicts.first_end(now), now + BELIEVED, "without a proof");
+        verdicts.put(key(Some(0)), Verdict::Proved, Vec::new(), now);
+        verdicts.put(key(Some(2)), Verdict::Proved, Vec::new(), now + minute);
+        assert_eq!(verdicts.first_end(now + minute), now + BELIEVED);
+        assert_eq!(verdicts.first_end(now + BELIEVED), now + minute + BELIEVED);
+    }
+
+    #[test]
     fn verdicts_of_any_number_of_buffers_take_bounded_room() {
-        let (mut verdicts, now) = (Verdicts::default(), Instant::now());
+        let (mut verdicts, now) = (Verdicts::default(), now());
         let disk = |number| Key {
             disk: (259, number),
             ..key(None)
