@@ -13,7 +13,7 @@
 //!   range of the disk that the caller gave up. The proof uses random bytes if the buffer's own
 //!   bytes are ambiguous: a buffer full of ones looks like a bus that answers with ones.
 //!
-//! The proof tries the start, the middle and the end of the range. Afterwards it restores the
+//! The proof tries the start, the end and a random place of the range. Afterwards it restores the
 //! old bytes, so it destroys nothing. Nobody else may use the range meanwhile.
 //!
 //! A process that is killed restores nothing. A proof therefore changes as little as possible.
@@ -137,7 +137,7 @@ fn prove(
         }),
     };
     let unit = u64::from(direct.block.max(direct.memory_align));
-    let mut windows = windows(length, unit);
+    let mut windows = windows(length, unit, rand::random());
     windows.iter_mut().for_each(|(at, _)| *at += start);
     match direction {
         Direction::DiskToBuffer => trial.reads(file, direct, buffer, &windows, scratch),
@@ -145,22 +145,21 @@ fn prove(
     }
 }
 
-/// The parts of a buffer of `length` bytes to try: offsets and lengths, all multiples of
-/// `unit`.
-fn windows(length: u64, unit: u64) -> Vec<(u64, u64)> {
+/// The parts of a buffer of `length` bytes to try: the first, the last and one between them. Offsets and lengths are
+/// multiples of `unit`.
+fn windows(length: u64, unit: u64, random: u64) -> Vec<(u64, u64)> {
     let size = length.min(WINDOW.next_multiple_of(unit)) / unit * unit;
     if size == 0 {
         return Vec::new();
     }
     let last = (length - size) / unit * unit;
     let mut windows = vec![(0, size)];
-    for start in [last / 2 / unit * unit, last] {
-        if windows
-            .last()
-            .is_some_and(|(before, size)| start >= before + size)
-        {
-            windows.push((start, size));
-        }
+    // The places of the one between, from the end of the first to the start of the last.
+    if let Some(room) = last.checked_sub(2 * size) {
+        windows.push((size + random % (room / unit + 1) * unit, size));
+    }
+    if last >= size {
+        windows.push((last, size));
     }
     windows
 }
@@ -679,15 +678,26 @@ mod tests {
     }
 
     #[test]
-    fn the_windows_cover_start_middle_and_end_without_overlap() {
+    fn the_windows_are_the_first_the_last_and_one_between() {
+        let last = (1 << 20) - 65_536;
+        let between = last - 2 * 65_536;
+        for (random, expected) in [(0, 65_536), (3, 65_536 + 3 * 512), (u64::MAX, 0)] {
+            let found = windows(1 << 20, 512, random);
+            assert_eq!((found[0], found[2]), ((0, 65_536), (last, 65_536)));
+            let (at, size) = found[1];
+            assert!(found.len() == 3 && size == 65_536 && at.is_multiple_of(512));
+            assert!((65_536..=65_536 + between).contains(&at), "{at}");
+            assert!(expected == 0 || at == expected, "{at}");
+        }
         assert_eq!(
-            windows(1 << 20, 512),
-            [(0, 65536), (491_520, 65536), ((1 << 20) - 65536, 65536)]
+            windows(3 * 65_536, 512, 7),
+            [(0, 65_536), (65_536, 65_536), (2 * 65_536, 65_536)]
         );
-        assert_eq!(windows(65536, 512), [(0, 65536)]);
-        assert_eq!(windows(70_000, 512), [(0, 65536)]);
-        assert_eq!(windows(700, 512), [(0, 512)]);
-        assert_eq!(windows(511, 512), []);
+        assert_eq!(windows(2 * 65_536, 512, 7), [(0, 65_536), (65_536, 65_536)]);
+        assert_eq!(windows(65_536, 512, 7), [(0, 65_536)]);
+        assert_eq!(windows(70_000, 512, 7), [(0, 65_536)]);
+        assert_eq!(windows(700, 512, 7), [(0, 512)]);
+        assert_eq!(windows(511, 512, 7), []);
     }
 
     #[test]

@@ -325,6 +325,8 @@ pub(crate) mod fake {
         LosesAllButHoles,
         /// Writes report success and write this byte, like a bus that answers with ones.
         WritesOnly(u8),
+        /// Writes report success and write the bytes of the first one again, like a stale cache.
+        WritesTheFirst,
         /// This many calls work, and later ones fail.
         FailsAfter(u32, Errno),
     }
@@ -354,6 +356,8 @@ pub(crate) mod fake {
         pub(crate) at_call: Setting<Option<AtCall>>,
         /// Number of calls on device memory so far.
         calls: AtomicU32,
+        /// The bytes of the first write, for [`Behaviour::WritesTheFirst`].
+        first: Mutex<Vec<u8>>,
     }
 
     impl Fake {
@@ -362,6 +366,7 @@ pub(crate) mod fake {
                 behaviour: Setting(Mutex::new(behaviour)),
                 at_call: Setting(Mutex::new(None)),
                 calls: AtomicU32::new(0),
+                first: Mutex::default(),
             }
         }
 
@@ -426,6 +431,16 @@ pub(crate) mod fake {
             if let Behaviour::WritesOnly(byte) = self.behaviour.get() {
                 let mut memory = crate::sys::memory::HostMemory::new(from.length())?;
                 memory.bytes_mut().fill(byte);
+                return pwrite(file, memory.window(from.length()), offset);
+            }
+            if self.behaviour.get() == Behaviour::WritesTheFirst {
+                let mut first = self.first.lock().unwrap();
+                if first.len() != from.length() {
+                    first.resize(from.length(), 0);
+                    from.copy_out(&mut first);
+                }
+                let mut memory = crate::sys::memory::HostMemory::new(from.length())?;
+                memory.bytes_mut().copy_from_slice(&first);
                 return pwrite(file, memory.window(from.length()), offset);
             }
             let call = |window| pwrite(file, window, offset);

@@ -241,7 +241,7 @@ fn prove(medium: &Medium, buffer: &Buffer, direction: Direction) -> Result<Seen,
     )))
 }
 
-/// The first place of `length` bytes, one in the middle, and the last, each once.
+/// The first place of `length` bytes, a random one, and the last, each once.
 fn places_of(size: u64, length: u64, random: u64) -> Vec<u64> {
     let last = size.saturating_sub(length);
     let between = random % (last / length.max(1) + 1) * length;

@@ -337,6 +337,23 @@ fn bytes_that_do_not_arrive_are_caught_in_the_direction_that_loses_them() {
 
 #[test]
 #[cfg_attr(miri, ignore = "takes Miri minutes")]
+fn bytes_of_an_earlier_transfer_prove_nothing() {
+    let Some(file) = file_with(&random(200_000)) else {
+        return;
+    };
+    for bytes in [random(200_000), vec![0; 200_000]] {
+        let buffer = device_memory(200_000);
+        buffer.whole().write_bytes(&bytes).unwrap();
+        let (importer, _) = importer(&file, Behaviour::WritesTheFirst);
+        let mut attachment = importer.attach(&buffer.whole()).unwrap();
+        let plan = attachment.plan(Direction::BufferToDisk, 0).unwrap();
+        assert_eq!(plan.reasons[0].code, ReasonCode::ProofFailed, "{plan}");
+        assert!(get(&buffer.whole()) == bytes);
+    }
+}
+
+#[test]
+#[cfg_attr(miri, ignore = "takes Miri minutes")]
 fn a_bus_that_answers_with_a_constant_proves_nothing() {
     let Some(file) = file_with(&random(70_000)) else {
         return;
