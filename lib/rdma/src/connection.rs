@@ -71,6 +71,7 @@ impl Card {
     /// # Errors The failed call: `ENETDOWN` while the card's port is not active, `ENOMEM` and `EINVAL` for
     /// more requests than the card supports.
     pub fn endpoint(&self, depth: u32) -> Result<Endpoint, RdmaError> {
+        self.domain().here()?;
         let domain = self.domain().verbs();
         let failed = |call| move |errno| SystemError::new(call, self.name(), errno);
         let port = self.port();
@@ -120,6 +121,7 @@ impl Endpoint {
     /// `ENETUNREACH` or `ETIMEDOUT` for an address without a route.
     #[doc(alias = "ibv_modify_qp")]
     pub fn connect(self, peer: &Address) -> Result<Connection, RdmaError> {
+        self.card.domain().here()?;
         let route = self.card.place().route(&peer.peer)?;
         let peer = Peer {
             mtu: self.mtu.min(peer.peer.mtu),
@@ -345,6 +347,7 @@ impl Connection {
     }
 
     fn has_room(&self) -> Result<(), RdmaError> {
+        self.card.domain().here()?;
         if self.is_stopped() {
             return Err(self.stopped());
         }
@@ -367,9 +370,10 @@ impl Connection {
 
     /// The next completion, if there is one.
     ///
-    /// # Errors The failed call.
+    /// # Errors The failed call; [`RdmaError::Inherited`] in a forked child.
     #[doc(alias = "ibv_poll_cq")]
     pub fn poll(&mut self) -> Result<Option<Completion>, RdmaError> {
+        self.card.domain().here()?;
         // Read first: after the stop no new completion appears.
         let stopped = self.is_stopped();
         let done = self

@@ -62,6 +62,14 @@ pub enum RdmaError {
         /// The card.
         card: String,
     },
+    /// The object was inherited through `fork`. Nothing was passed to the card.
+    #[error(
+        "{card} was opened by the parent process and is not usable after fork: open it in this process"
+    )]
+    Inherited {
+        /// The card.
+        card: String,
+    },
     /// A lent buffer could not be acquired.
     #[error(transparent)]
     Share(Box<ShareError>),

@@ -133,6 +133,10 @@ impl Domain {
         key: u64,
         rungs: &[Rung],
     ) -> Result<Registration, RdmaError> {
+        if self.handle().is_inherited() {
+            let card = self.opened().provider.clone();
+            return Err(RdmaError::Inherited { card });
+        }
         let access = self.allowed(range, remote)?;
         let Climbed {
             region,

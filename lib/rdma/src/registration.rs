@@ -128,8 +128,13 @@ impl Registration {
     /// Dropping the last clone deregisters, too, once no work on it is in flight, and stops no connection. A
     /// connection whose peer has the key must be announced with
     /// [`Connection::shows`](crate::Connection::shows), or it is not stopped.
+    ///
+    /// In a forked child it does nothing.
     #[doc(alias = "ibv_dereg_mr")]
     pub fn end(&self) {
+        if self.domain().here().is_err() {
+            return;
+        }
         let mut held = unpoisoned(self.inner.held.write());
         let Some(held) = held.take() else { return };
         let lines = std::mem::take(&mut *self.lines());
@@ -167,6 +172,8 @@ impl Registration {
 
     /// Keeps it from being ended. Not reentrant: deadlocks if another thread waits in [`Registration::end`].
     pub(crate) fn hold(&self) -> Result<Holding<'_>, RdmaError> {
+        // Before the lock, which a forked child may find locked forever.
+        self.domain().here()?;
         let guard = self.inner.held.read();
         let guard = unpoisoned(guard);
         match &*guard {
@@ -289,7 +296,7 @@ impl Registration {
     /// Whether the registration is still valid for the buffer. Every request is checked before it reaches the
     /// card.
     ///
-    /// # Errors [`RdmaError::Stale`].
+    /// # Errors [`RdmaError::Stale`]; [`RdmaError::Inherited`] in a forked child.
     pub fn check(&self) -> Result<(), RdmaError> {
         if self.is_wanted() {
             return Err(self.stale("the publisher wants it back"));

@@ -13,7 +13,7 @@ use peerbuf::Buffer;
 use peerbuf::export::udmabuf;
 use peerbuf_lab_suite::bytes::{get, put};
 use peerbuf_lab_suite::clock::Stopwatch;
-use peerbuf_lab_suite::machine::{Machine, seconds};
+use peerbuf_lab_suite::machine::{Machine, expect_what_rxe_says_of_a_killed_program, seconds};
 use peerbuf_lab_suite::node::{Child, MIB, Node, assert_all_free, in_child};
 use peerbuf_lab_suite::pci::wait_until;
 use peerbuf_lab_suite::rdma::{ALL, bar, card, good, limit, random};
@@ -321,6 +321,7 @@ fn works_again(mut other: Other, card: &Card, buffer: &Buffer, registration: &Re
 
 #[test]
 fn a_process_killed_in_mid_transfer_costs_the_other_an_error_and_nothing_else() {
+    expect_what_rxe_says_of_a_killed_program();
     // Opens the objects that the library opens once.
     drop(card());
     let nothing = (descriptors(), resources(), module_users());

@@ -327,7 +327,7 @@ fn a_child_gets_errors_at_once_and_takes_nothing_from_its_parent() {
     there.shows(&held);
     let mut all = Some((follower, source, held, here, there, card));
     in_a_child(|| {
-        let (follower, source, held, here, there, card) = all.take().unwrap();
+        let (follower, source, held, mut here, there, card) = all.take().unwrap();
         let begun = Stopwatch::start();
         match follower.registration(Duration::MAX) {
             Err(RdmaError::Share(error)) => {
@@ -337,7 +337,18 @@ fn a_child_gets_errors_at_once_and_takes_nothing_from_its_parent() {
         }
         drop(follower);
         assert!(begun.elapsed() < LIMIT);
-        drop((source, held, here, there, card));
+        let inherited = |error| matches!(error, RdmaError::Inherited { .. });
+        let piece = source.slice(0, MIB).unwrap();
+        let remote = held.remote().unwrap();
+        assert!(inherited(here.write(&piece, &remote, None).unwrap_err()));
+        assert!(inherited(here.receive(None).unwrap_err()));
+        assert!(inherited(here.wait(Duration::MAX).unwrap_err()));
+        assert!(inherited(held.deliver(0, MIB).unwrap_err()));
+        assert!(inherited(card.endpoint(4).unwrap_err()));
+        let range = memfd::export("child's", MIB).unwrap().whole();
+        assert!(inherited(card.register(&range, None).unwrap_err()));
+        held.end();
+        drop((piece, source, held, here, there, card));
     });
     let (follower, source, held, mut here, there, _card) = all.take().unwrap();
     let piece = source.slice(0, MIB).unwrap();

@@ -45,6 +45,7 @@ impl Domain {
         remote: Option<Access>,
         rungs: &[Rung],
     ) -> Result<Registration, RdmaError> {
+        self.here()?;
         let buffer = range.buffer();
         registrable(range, remote)?;
         let mut access = 0;

@@ -75,6 +75,17 @@ impl Domain {
         &self.inner.verbs
     }
 
+    /// Refuses use in a forked child: the kernel's objects are the parent's, and some of the library's memory is not
+    /// there.
+    pub(crate) fn here(&self) -> Result<(), RdmaError> {
+        match self.inner.verbs.is_inherited() {
+            false => Ok(()),
+            true => Err(RdmaError::Inherited {
+                card: self.inner.name.clone(),
+            }),
+        }
+    }
+
     /// Whether the two are clones of each other.
     pub(crate) fn is(&self, other: &Domain) -> bool {
         Arc::ptr_eq(&self.inner, &other.inner)

@@ -27,6 +27,7 @@ pub(crate) use abi::{
 
 use crate::error::RdmaError;
 use peerbuf::Errno;
+use peerbuf_core::fork::Process;
 use peerbuf_core::memory::Window;
 
 /// A domain of the program, and an endpoint if regions must be bound to one.
@@ -36,6 +37,8 @@ use peerbuf_core::memory::Window;
 pub(crate) struct Handle {
     domain: NonNull<abi::Domain>,
     endpoint: Option<NonNull<abi::Fid>>,
+    /// The process that made this object. A forked child leaves its regions alone: they are the parent's.
+    owner: Process,
 }
 
 // SAFETY: by the invariant its functions may be called from the thread that drops a region.
@@ -106,6 +109,7 @@ impl Domain {
         let handle = Handle {
             domain,
             endpoint: None,
+            owner: Process::current(),
         };
         Ok(Domain {
             handle: Arc::new(handle),
@@ -124,6 +128,7 @@ impl Domain {
         let handle = Handle {
             domain: self.handle.domain,
             endpoint: NonNull::new(endpoint.cast()),
+            owner: self.handle.owner,
         };
         Domain {
             handle: Arc::new(handle),
@@ -142,6 +147,11 @@ impl Domain {
 }
 
 impl Handle {
+    /// True in a forked child of the process that made this object.
+    pub(crate) fn is_inherited(&self) -> bool {
+        !self.owner.is_current()
+    }
+
     /// Whether regions are bound to an endpoint.
     pub(crate) fn has_endpoint(&self) -> bool {
         self.endpoint.is_some()
@@ -233,6 +243,9 @@ impl<K> Region<K> {
 
 impl<K> Drop for Region<K> {
     fn drop(&mut self) {
+        if self.domain.is_inherited() {
+            return;
+        }
         let fid = self.mr.as_ptr().cast::<abi::Fid>();
         // SAFETY: the region is live (invariant), and not used again after a successful close.
         if check(unsafe { ((*(*fid).ops).close)(fid) }).is_ok() {

@@ -69,12 +69,14 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
         card,
         file: arguments.file.as_ref().map(|path| open(path)).transpose()?,
     };
+    // A buffer that no card takes is told now, not to the first client.
+    let range = server.lent.registration()?.range()?;
     if let Some(file) = &server.file
         && file.size()? > 0
     {
-        let range = server.lent.registration()?.range()?;
         file.attach(&range)?.read(0)?;
     }
+    drop(range);
     let listener = TcpListener::bind(arguments.listen)
         .map_err(|error| format!("listening at {}: {error}", arguments.listen))?;
     say::answer(format_args!(

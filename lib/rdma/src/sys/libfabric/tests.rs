@@ -174,6 +174,33 @@ fn regions_have_the_key_the_access_and_the_address_that_the_domain_says() {
 
 #[test]
 #[cfg_attr(miri, ignore = "a system call that Miri does not have")]
+fn a_forked_child_closes_no_region_of_its_parent_and_makes_none() {
+    let buffer = memfd::export("test", 4096).unwrap();
+    let (asked, domain) = provider(0, 0, 0);
+    let registration = registered(&domain, &buffer);
+    let range = buffer.whole();
+    // SAFETY: the child ends by `_exit`, and takes no lock that another thread of this process has.
+    match unsafe { nix::unistd::fork() }.unwrap() {
+        nix::unistd::ForkResult::Child => {
+            let refused = domain.register(&range, None, 9);
+            let is_refused = matches!(refused, Err(RdmaError::Inherited { .. }));
+            drop(registration);
+            let calls = asked.asked.lock().unwrap().len();
+            // SAFETY: ends the process and nothing else.
+            unsafe { nix::libc::_exit(i32::from(!is_refused || calls != 1)) }
+        }
+        nix::unistd::ForkResult::Parent { child } => {
+            let ended = nix::sys::wait::waitpid(child, None).unwrap();
+            assert_eq!(ended, nix::sys::wait::WaitStatus::Exited(child, 0));
+        }
+    }
+    drop(registration);
+    let asked = asked.asked.lock().unwrap();
+    assert_eq!(*asked, ["register 9 0x1f00 0", "close"]);
+}
+
+#[test]
+#[cfg_attr(miri, ignore = "a system call that Miri does not have")]
 fn where_regions_are_an_endpoints_they_are_bound_and_enabled_first() {
     let buffer = memfd::export("test", 4096).unwrap();
     let (asked, domain) = provider(MR_ENDPOINT, 0, 0);

@@ -35,7 +35,7 @@ unsafe impl Sync for Domain {}
 
 impl Domain {
     /// True in a forked child of the process that made this object.
-    pub(super) fn is_inherited(&self) -> bool {
+    pub(crate) fn is_inherited(&self) -> bool {
         !self.owner.is_current()
     }
 
