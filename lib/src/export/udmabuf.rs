@@ -44,6 +44,9 @@ pub fn export(name: &str, length: u64) -> Result<Buffer, ExportError> {
 /// Makes a udmabuf of huge pages, which the administrator has reserved
 /// (`/sys/kernel/mm/hugepages`). `length` is a multiple of their size in bytes.
 ///
+/// On Linux 6.12, drivers that copy by the processor (videobuf2's vmalloc allocator) read and write
+/// other bytes of it than the buffer has: use [`export`] there (`docs/kernels.md`).
+///
 /// # Errors
 /// As [`export`], and `ENOMEM` if too few huge pages are reserved.
 pub fn export_huge(name: &str, length: u64, pages: HugePages) -> Result<Buffer, ExportError> {
