@@ -93,7 +93,7 @@ fn an_error_revokes_and_a_recovered_device_has_a_new_generation() {
 /// Starts two suspends of the system, with an importer on one card that does not unmap, so that
 /// this card refuses. Returns whether the other card was asleep at that time, which is so if
 /// the kernel found it later.
-fn refused_suspend(sleeps: &Node, refuses: &Node) -> bool {
+fn refused_suspend(state: &str, sleeps: &Node, refuses: &Node) -> bool {
     let (fd, _) = sleeps.export(None, MIB).unwrap();
     let (kept, _) = sleeps.export(None, MIB).unwrap();
     sleeps.revoke(&kept, 100).unwrap();
@@ -110,7 +110,7 @@ fn refused_suspend(sleeps: &Node, refuses: &Node) -> bool {
     for n in 1..=2 {
         seen.write(0, u64::from(n));
         importer.map().unwrap();
-        assert_eq!(errno(fs::write("/sys/power/state", "freeze")), libc::EBUSY);
+        assert_eq!(errno(fs::write("/sys/power/state", state)), libc::EBUSY);
         let now = |node: &Node, fd| {
             let now = node.buffer(fd).unwrap();
             assert_eq!(now.state, abi::STATE_LIVE, "{}", node.bdf);
@@ -143,6 +143,16 @@ fn refused_suspend(sleeps: &Node, refuses: &Node) -> bool {
 /// and one card refuses.
 #[test]
 fn a_suspend_revokes_or_is_refused_and_gives_access_again() {
+    sleeps("freeze");
+}
+
+/// As a suspend: the devices are frozen before the image of memory is made.
+#[test]
+fn a_hibernation_revokes_or_is_refused_and_gives_access_again() {
+    sleeps("disk");
+}
+
+fn sleeps(state: &str) {
     fs::write("/sys/power/pm_async", "0").unwrap();
     fs::write("/sys/power/pm_test", "devices").unwrap();
     let mut nodes = Node::all();
@@ -151,6 +161,6 @@ fn a_suspend_revokes_or_is_refused_and_gives_access_again() {
         panic!("{} cards of 4 MiB", nodes.len());
     };
     // The order of discovery depends on earlier unplugs.
-    let slept = [refused_suspend(one, other), refused_suspend(other, one)];
+    let slept = [[one, other], [other, one]].map(|[one, other]| refused_suspend(state, one, other));
     assert_eq!(slept.iter().filter(|slept| **slept).count(), 1, "{slept:?}");
 }
