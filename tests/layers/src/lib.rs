@@ -101,6 +101,7 @@ fn peerbuf_without_features_needs_these_crates_only() {
         .map(|(name, _)| name.as_str())
         .collect();
     let expected = [
+        "arc-swap",
         "bytemuck",
         "nix",
         "peerbuf-core",
