@@ -31,20 +31,25 @@ use crate::{Failure, ask, places, say, size, table};
 
 /// Arguments of `peerbuf prove`.
 #[derive(clap::Args)]
+#[command(after_help = AFTER_HELP)]
 pub struct Arguments {
-    /// A device: by address (0000:41:00.0), name (nvme0n1), node, or a file or directory on it, which says where
-    /// a file without a name may be made. Files that are named are only read
+    /// A device: an address (0000:41:00.0), a name (nvme0n1), a node, or a file or directory on it. In a directory
+    /// the proof makes an unnamed file; a named file is only read
     a: String,
-    /// Another: one of both is a disk, the other has memory
+    /// The other device. One of the two is a disk, and the other has memory
     b: String,
-    /// Write to these bytes of a raw disk, which are lost: only so are writes proved on a disk without a filesystem.
-    /// START:LENGTH, such as 1G:1M
+    /// Write to these bytes of a raw disk, and destroy what they hold: START:LENGTH, such as 1G:1M. Writes to a
+    /// disk without a filesystem cannot be proved otherwise
     #[arg(long, value_name = "RANGE", value_parser = range)]
     scratch_range: Option<(u64, u64)>,
     /// One JSON object instead of text
     #[arg(long)]
     json: bool,
 }
+
+const AFTER_HELP: &str = "\
+  peerbuf prove /mnt/data 0000:03:00.0
+  peerbuf prove /dev/nvme1n1 0000:03:00.0 --scratch-range 1G:1M";
 
 fn range(text: &str) -> Result<(u64, u64), String> {
     let (start, length) = text

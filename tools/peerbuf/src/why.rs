@@ -15,11 +15,12 @@ use crate::{Failure, say, table};
 
 /// Arguments of `peerbuf why`.
 #[derive(clap::Args)]
+#[command(after_help = AFTER_HELP)]
 pub struct Arguments {
-    /// A device: by address (0000:41:00.0), name (nvme0n1, mlx5_0, rxe0), node (/dev/dri/renderD128), a file on it, or
-    /// a dma-buf of it (/proc/PID/fd/N)
+    /// A device: an address (0000:41:00.0), a name (nvme0n1, mlx5_0, rxe0), a node (/dev/dri/renderD128), a file on
+    /// it, or a dma-buf of it (/proc/PID/fd/N)
     a: String,
-    /// Another
+    /// The other device
     b: String,
     #[command(flatten)]
     source: Source,
@@ -30,6 +31,11 @@ pub struct Arguments {
     #[arg(long)]
     json: bool,
 }
+
+const AFTER_HELP: &str = "\
+  peerbuf why /mnt/data/model.gguf 0000:03:00.0
+  peerbuf why mlx5_0 /dev/dri/renderD128
+  peerbuf why --from customer.json --kernel 6.12 nvme0n1 0000:41:00.0";
 
 /// One device's use of the other device's memory: the prediction, the kernel's answer, and the
 /// proof.

@@ -55,7 +55,8 @@ A place is
   cuda:N  ze:N           memory of a GPU, by CUDA or Level Zero
   fd:N                   a descriptor that the command was started with: a dma-buf, a file, a pipe
   -                      standard input or output
-What is no path is gone with the command, but for a BAR's memory: copying there measures the path.
+Memory that the command allocates (udmabuf:, memfd:, heap:, drm:, cuda:, ze:) is freed when it ends: such a copy
+measures the path. Memory in a BAR keeps the bytes.
 
   peerbuf copy model.safetensors bar:0000:03:00.0/2
   peerbuf copy bar:0000:03:00.0/2@1M frame.raw --size 8M --check

@@ -49,10 +49,10 @@ pub struct Arguments {
 }
 
 const AFTER_HELP: &str = "\
-The buffer has the tensors in the order of the file, each where its place in a page of the file is its place in
-a page of the buffer, so that a disk's own engine can put it there. With --share it is lent as `model`, and a
-buffer of JSON text as `model.json`: for each tensor its name, type, shape, offset and length in the buffer. The
-shape has the innermost dimension last, the type is the one of the file's format.
+The buffer has the tensors in the file's order. Each has the same offset within a page as in the file, so that the
+disk's DMA can put it there. --share lends the buffer as `model`, and a buffer of JSON text as `model.json`: each
+tensor's name, type, shape, offset and length. The innermost dimension of a shape comes last; the type is the one
+that the file's format names.
 
   peerbuf load model.safetensors --to bar:0000:03:00.0/2 --share /run/model
   peerbuf load model.gguf --to heap:system --check";

@@ -42,7 +42,7 @@ it for the importer, which has no way to move bytes by itself.
 Test devices without hardware join in when their modules are there: `modprobe -a vgem vivid`. A
 device of vfio-pci exports its largest BAR, and QEMU's `edu` does DMA through VFIO.
 
-What a prefetchable BAR of a device that peerbuf.ko or vfio-pci has holds is overwritten. Other BARs
+The command overwrites prefetchable BARs of devices that are bound to peerbuf.ko or vfio-pci. Other BARs
 may be registers, and are left alone.
 
 JSON: cells (exporter, importer, outcome, path, reasons, code, evidence) and missing (what, remedy).
