@@ -11,6 +11,15 @@ use crate::misc::plain;
 include!("../uapi/src/abi.rs");
 
 plain! {
-    Query Export Range ExportRanges Move Revoke Restore Watch Attachment Piece BufferQuery
-    ProviderOpen
+    Query, QUERY_MIN_SIZE;
+    Export, EXPORT_MIN_SIZE;
+    Range, RANGE_MIN_SIZE;
+    Move, MOVE_MIN_SIZE;
+    Revoke, REVOKE_MIN_SIZE;
+    Restore, RESTORE_MIN_SIZE;
+    Watch, WATCH_MIN_SIZE;
+    Attachment, ATTACHMENT_MIN_SIZE;
+    Piece, PIECE_MIN_SIZE;
+    BufferQuery, BUFFER_QUERY_MIN_SIZE;
+    ProviderOpen, PROVIDER_OPEN_MIN_SIZE;
 }

@@ -219,7 +219,7 @@ impl Attachment {
                     pinned: Cell::new(false),
                 },
                 seen <- new_mutex!(abi::Query {
-                    size: size_of::<abi::Query>() as u32,
+                    provider: abi::PROVIDER_NONE,
                     ..Default::default()
                 }),
                 fence: Atomic::new(ptr::null_mut()),

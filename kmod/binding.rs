@@ -33,22 +33,14 @@ impl Device {
     /// Exports `parts`, in order, as one dma-buf, and sets the offset of each part. `flags` are
     /// `abi::EXPORT_*`.
     ///
-    /// Errors: those of `abi::ExportRanges`.
+    /// Errors: those of `abi::Export`.
     pub(crate) fn export(
         self: ArcBorrow<'_, Self>,
-        bar: u32,
         parts: &mut [Part],
         flags: u32,
         fd_flags: u32,
     ) -> Result<DmaBuf> {
-        let index = bar as usize;
-        let info = self.bars.get(index).ok_or(EINVAL)?;
-        if info.flags & abi::BAR_MEMORY == 0 {
-            return Err(EINVAL);
-        }
-        if info.flags & abi::BAR_EXPORT == 0 {
-            return Err(ffi::errno(bindings::EOPNOTSUPP));
-        }
+        let index = self.bar_of(parts)?;
         let page = PAGE_SIZE as u64;
         let mut total = 0u64;
         for part in parts.iter() {
@@ -89,6 +81,21 @@ impl Device {
         })?;
         // SAFETY: The dma-buf is new, and its only reference is ours.
         Ok(unsafe { DmaBuf::from_raw(dmabuf) })
+    }
+
+    /// The index of the BAR in which all parts have their places; 0 if none has one.
+    fn bar_of(&self, parts: &[Part]) -> Result<usize> {
+        let mut one = None;
+        for part in parts.iter().filter(|part| part.place.is_some()) {
+            let bar = self.bars.get(part.bar as usize).ok_or(EINVAL)?;
+            if bar.flags & abi::BAR_MEMORY == 0 {
+                return Err(EINVAL);
+            }
+            if bar.flags & abi::BAR_EXPORT == 0 || *one.get_or_insert(part.bar) != part.bar {
+                return Err(ffi::errno(bindings::EOPNOTSUPP));
+            }
+        }
+        Ok(one.unwrap_or(0) as usize)
     }
 
     /// Revokes everything and returns when no importer can access the BARs any more.

@@ -81,12 +81,53 @@ pub(crate) struct State {
     pub(crate) watchers: Watchers,
 }
 
+/// What keeps a buffer in use: at the end of a revoke's time, or when a move gave up.
+#[derive(Default)]
+pub(crate) struct Left {
+    /// The number of importers' mappings; for a move, see [`State::holders_against`].
+    pub(crate) holders: usize,
+    /// The number of unsignalled fences.
+    pub(crate) fences: usize,
+    /// The number of pages in use by direct I/O, or kept by a user.
+    pub(crate) pages: usize,
+    /// The pins of all importers together, which do not keep a buffer from being revoked.
+    pub(crate) pins: u32,
+    /// The buffer's generation at that time.
+    pub(crate) generation: u64,
+}
+
+impl Left {
+    /// Whether a revoke has nobody to wait for.
+    pub(crate) fn nobody(&self) -> bool {
+        self.holders == 0 && self.fences == 0 && self.pages == 0
+    }
+}
+
 impl State {
-    /// Whether an importer still holds a mapping of device memory from before the last move or revoke.
-    pub(crate) fn has_stale_device_mapping(&self) -> bool {
+    /// The number of importers' mappings of device memory from before the last move or revoke.
+    pub(crate) fn stale_device_mappings(&self) -> usize {
         let stale =
-            |mapping: &Mapping| mapping.generation < self.generation && mapping.shows_device();
-        self.mappings.iter().any(stale)
+            |mapping: &&Mapping| mapping.generation < self.generation && mapping.shows_device();
+        self.mappings.iter().filter(stale).count()
+    }
+
+    /// The number of holders that keep the buffer from a move until they let go, without pins: the kernel mapping, and
+    /// for a move to the BAR the importers that need system memory and the old mappings of the BAR.
+    pub(crate) fn holders_against(&self, to_device: bool) -> usize {
+        let kernel = usize::from(self.kernel_mapping.is_some());
+        match to_device {
+            true => kernel + self.need_system as usize + self.stale_device_mappings(),
+            false => kernel,
+        }
+    }
+
+    /// The `abi::EVENT_MOVABLE_*` of the moves that no holder and no pin prevents.
+    pub(crate) fn movable(&self) -> u64 {
+        let event = |to_device, event| match self.pins == 0 && self.holders_against(to_device) == 0 {
+            true => event,
+            false => 0,
+        };
+        event(true, abi::EVENT_MOVABLE_TO_DEVICE) | event(false, abi::EVENT_MOVABLE_TO_SYSTEM)
     }
 
     /// The number of mappings of device memory, the kernel mapping included.
@@ -185,7 +226,7 @@ impl Buffer {
                     need_system: 0,
                     kernel_mapping: None,
                     counters: Counters::default(),
-                    refusal: Refusal::default(),
+                    refusal: Refusal::NOBODY,
                     watchers: Watchers::new(),
                 }),
             }),
@@ -201,6 +242,11 @@ impl Buffer {
     /// The reasons of the revoke: `revoked::*` bits. Reliable only while the reservation lock is held.
     pub(crate) fn reasons(&self) -> u32 {
         self.revoked.load(Relaxed) as u32
+    }
+
+    /// Whether the buffer is revoked permanently. Reliable only while the reservation lock is held.
+    pub(crate) fn permanently_revoked(&self) -> bool {
+        self.reasons() & (revoked::GONE | revoked::PERMANENTLY) != 0
     }
 
     /// Whether the device is gone. Reliable only while the reservation lock is held.
@@ -351,6 +397,20 @@ impl<'a> Held<'a> {
         }
     }
 
+    /// Makes a change by which a holder lets go. Wakes the tasks that wait for it, and signals the watchers of moves
+    /// that have become possible. The lock, held throughout, makes the holder's going and the signal one step: a
+    /// watcher that is added finds the holder or hears of its end.
+    pub(crate) fn let_go(&mut self, change: impl FnOnce(&mut State)) {
+        // Without watchers this costs nothing: an unmap is a fast path.
+        let watched = !self.watchers.is_empty();
+        let before = if watched { self.movable() } else { 0 };
+        change(self);
+        if watched {
+            self.watchers.signal(self.movable() & !before);
+        }
+        self.notify();
+    }
+
     /// The attachments, newest first. The pointers are valid while the lock is held.
     pub(crate) fn attachments(
         &self,
@@ -411,14 +471,18 @@ impl<'a> Held<'a> {
         self.marked = unsafe { Fences::of((*self.dmabuf).resv) }.ok();
     }
 
-    /// Whether a fence recorded at the revoke is still unsignalled.
-    pub(crate) fn fences_pending(&self) -> bool {
+    /// The number of fences that are unsignalled, of those recorded at the revoke if there are any.
+    pub(crate) fn fences_pending(&self) -> usize {
         if let Some(marked) = &self.marked {
             return marked.pending();
         }
+        // SAFETY: By the type invariant the lock is held.
+        if let Ok(all) = unsafe { Fences::of((*self.dmabuf).resv) } {
+            return all.pending();
+        }
         let usage = bindings::dma_resv_usage_DMA_RESV_USAGE_BOOKKEEP;
         // SAFETY: By the type invariant the dma-buf is valid.
-        !unsafe { bindings::dma_resv_test_signaled((*self.dmabuf).resv, usage) }
+        usize::from(!unsafe { bindings::dma_resv_test_signaled((*self.dmabuf).resv, usage) })
     }
 
     /// Removes the pages of `part` from all CPU mappings. Later accesses fault.

@@ -164,44 +164,16 @@ impl Drop for DeviceLock {
     }
 }
 
-/// The PCI device at the address `bdf`, `DDDD:BB:DD.F`; the domain may have more than four digits.
+/// The PCI device at an address, a number as in `uapi/src/abi.rs`.
 ///
 /// Errors: EINVAL (not an address), ENXIO (no such device).
-pub(crate) fn find(bdf: &[u8; 16]) -> Result<ARef<pci::Device>> {
-    let end = bdf.iter().position(|&byte| byte == 0).ok_or(EINVAL)?;
-    let (text, padding) = bdf.split_at(end);
-    if padding.iter().any(|&byte| byte != 0) {
-        return Err(EINVAL);
-    }
-    let (domain, rest) = text.split_at_checked(end.wrapping_sub(8)).ok_or(EINVAL)?;
-    let [b':', bus @ .., b':', slot1, slot2, b'.', function] = rest else {
-        return Err(EINVAL);
-    };
-    if domain.len() < 4 {
-        return Err(EINVAL);
-    }
-    let (domain, bus) = (hex(domain)?, hex(bus)?);
-    let (slot, function) = (hex(&[*slot1, *slot2])?, hex(&[*function])?);
-    if slot > 0x1f || function > 7 {
-        return Err(EINVAL);
-    }
-    let domain = c_int::try_from(domain).map_err(|_| EINVAL)?;
+pub(crate) fn find(address: u64) -> Result<ARef<pci::Device>> {
+    let domain = c_int::try_from(address >> 16).map_err(|_| EINVAL)?;
+    let (bus, devfn) = (c_uint::from((address >> 8) as u8), c_uint::from(address as u8));
     // SAFETY: A lookup that accepts any numbers.
-    let pdev =
-        unsafe { bindings::pci_get_domain_bus_and_slot(domain, bus, (slot << 3) | function) };
+    let pdev = unsafe { bindings::pci_get_domain_bus_and_slot(domain, bus, devfn) };
     let pdev = ptr::NonNull::new(pdev.cast::<pci::Device>()).ok_or(ENXIO)?;
     // SAFETY: `pci::Device` is a transparent wrapper of `struct pci_dev`, and the lookup took the reference
     // that `ARef` takes over.
     Ok(unsafe { ARef::from_raw(pdev) })
-}
-
-/// Parses a hexadecimal number of at most 32 bits, in either case, without a sign.
-fn hex(digits: &[u8]) -> Result<u32> {
-    if digits.len() > 8 {
-        return Err(EINVAL);
-    }
-    digits.iter().try_fold(0, |number, &digit| {
-        let digit = char::from(digit).to_digit(16).ok_or(EINVAL)?;
-        Ok(number << 4 | digit)
-    })
 }

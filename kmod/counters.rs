@@ -4,6 +4,8 @@
 
 use kernel::prelude::*;
 
+use crate::abi::DEVICE_NAME_LEN;
+
 /// Event counts of a buffer.
 #[derive(Default)]
 pub(crate) struct Counters {
@@ -24,10 +26,9 @@ impl Counters {
 }
 
 /// The refused attachments: how many, and the last one.
-#[derive(Default)]
 pub(crate) struct Refusal {
     pub(crate) count: u64,
-    pub(crate) device: [u8; 32],
+    pub(crate) device: [u8; DEVICE_NAME_LEN],
     /// `abi::REFUSED_*`.
     pub(crate) reason: u32,
     /// A positive number.
@@ -35,6 +36,13 @@ pub(crate) struct Refusal {
 }
 
 impl Refusal {
+    pub(crate) const NOBODY: Self = Self {
+        count: 0,
+        device: [0; DEVICE_NAME_LEN],
+        reason: 0,
+        errno: 0,
+    };
+
     /// Records that `device` was refused with `error`; `reason` is an `abi::REFUSED_*`.
     pub(crate) fn note(&mut self, device: &CStr, reason: u32, error: Error) {
         *self = Self {
@@ -46,9 +54,9 @@ impl Refusal {
     }
 }
 
-/// A device's name, truncated to 31 bytes.
-pub(crate) fn name(device: &CStr) -> [u8; 32] {
-    let mut name = [0; 32];
+/// A device's name, truncated to 63 bytes.
+pub(crate) fn name(device: &CStr) -> [u8; DEVICE_NAME_LEN] {
+    let mut name = [0; DEVICE_NAME_LEN];
     let bytes = device.to_bytes();
     let len = bytes.len().min(name.len() - 1);
     name[..len].copy_from_slice(&bytes[..len]);

@@ -20,24 +20,22 @@ use crate::{
     abi,
     bar::Bar,
     common::raw,
+    ffi,
     peers::Peers,
     pool::Chunk,
     region::{Place, Regions},
     wait::Wait,
 };
 
-/// Reasons for a revoke; several may hold at once.
+/// Reasons for a revoke, which `abi.rs` describes; several may hold at once.
 pub(crate) mod revoked {
-    /// The owner revoked the buffer.
-    pub(crate) const BY_OWNER: u32 = 1 << 0;
-    /// The device is being reset.
-    pub(crate) const BY_RESET: u32 = 1 << 1;
-    /// The device is gone, permanently.
-    pub(crate) const GONE: u32 = 1 << 2;
-    /// A PCI error was reported, and the PCI core has not recovered the device, or cannot.
-    pub(crate) const BY_ERROR: u32 = 1 << 3;
-    /// The device sleeps: the system is suspended or hibernates.
-    pub(crate) const BY_POWER: u32 = 1 << 4;
+    pub(crate) use crate::abi::{
+        REASON_ERROR as BY_ERROR, REASON_GONE as GONE, REASON_OWNER as BY_OWNER,
+        REASON_POWER as BY_POWER, REASON_RESET as BY_RESET,
+    };
+
+    /// With `BY_OWNER`: permanently. Not a reason of the interface.
+    pub(crate) const PERMANENTLY: u32 = 1 << 16;
 }
 
 /// The mutable state of a bound device.
@@ -76,6 +74,8 @@ unsafe fn alive(dmabuf: *mut bindings::dma_buf) -> bool {
 pub(crate) struct Part {
     /// The requested place in the BAR; `None` for system memory.
     pub(crate) place: Option<Place>,
+    /// The BAR's index, as the caller gave it; zero for system memory.
+    pub(crate) bar: u32,
     /// Length in bytes.
     pub(crate) len: u64,
     /// Output: the offset in the BAR.
@@ -200,18 +200,14 @@ impl Device {
     /// Answers `abi::IOC_QUERY`. ENODEV once the device is gone.
     pub(crate) fn query(&self) -> Result<abi::Query> {
         let mut query = abi::Query {
-            size: size_of::<abi::Query>() as u32,
-            abi_version: abi::ABI_VERSION,
-            page_size: PAGE_SIZE as u32,
+            features: abi::FEATURES,
+            // SAFETY: The device is valid.
+            address: unsafe { ffi::peerbuf_pci_address(raw(&*self.pdev)) },
             vendor: self.pdev.vendor_id().as_raw(),
             device: self.pdev.device_id(),
+            page_size: PAGE_SIZE as u32,
             ..Default::default()
         };
-        // The last byte stays NUL: no PCI address fills the array.
-        let name = self.name().to_bytes();
-        let len = name.len().min(query.bdf.len() - 1);
-        query.bdf[..len].copy_from_slice(&name[..len]);
-
         let mut state = self.state.lock();
         state.present()?;
         let State {
@@ -224,10 +220,11 @@ impl Device {
                 free: regions.free(),
                 largest_free: regions.largest_free(),
                 exports: match bar.own == 0 && bar.flags & abi::BAR_EXPORT != 0 {
-                    true => exports.len() as u32,
+                    true => exports.len() as u64,
                     false => regions.count(),
                 },
                 flags: bar.flags,
+                reserved: 0,
             };
         }
         Ok(query)

@@ -24,7 +24,7 @@ use kernel::{
 
 use crate::{
     abi,
-    buffer::{Buffer, Held, KernelMapping, Locked, State},
+    buffer::{Buffer, Held, KernelMapping, Left, Locked, State},
     ffi::{self, Table},
     mapping::{self, Mapping},
     moves::{self, For, To},
@@ -264,6 +264,7 @@ unsafe fn attach_new(dmabuf: *mut bindings::dma_buf, object: &Buffer, importer: 
             To::System,
             ATTACH_LIMIT_MS,
             For::Importer,
+            &mut Left::default(),
         )
     };
     match moved {
@@ -274,7 +275,7 @@ unsafe fn attach_new(dmabuf: *mut bindings::dma_buf, object: &Buffer, importer: 
         Err(e) => {
             // SAFETY: The caller keeps the dma-buf, and this task does not hold the lock.
             let mut locked = unsafe { Locked::lock(dmabuf) };
-            locked.need_system -= 1;
+            locked.let_go(|state| state.need_system -= 1);
             locked
                 .refusal
                 .note(importer.device().name(), abi::REFUSED_MOVE_FAILED, e);
@@ -296,12 +297,13 @@ unsafe extern "C" fn detach(
     }
     // SAFETY: The core keeps the dma-buf and does not hold the lock here.
     let mut locked = unsafe { Locked::lock(dmabuf) };
-    if importer.needs_system() {
-        locked.need_system -= 1;
-    }
-    // An importer that detaches without unpinning is buggy, but must not pin the buffer forever.
-    locked.pins -= importer.pins();
-    locked.notify();
+    locked.let_go(|state| {
+        if importer.needs_system() {
+            state.need_system -= 1;
+        }
+        // An importer that detaches without unpinning is buggy, but must not pin the buffer forever.
+        state.pins -= importer.pins();
+    });
 }
 
 /// `dma_buf_ops.pin`, with the reservation lock held. A pinned buffer does not move, but its device's removal
@@ -327,8 +329,7 @@ unsafe extern "C" fn unpin(attachment: *mut bindings::dma_buf_attachment) {
     // An importer that unpins more often than it pinned is buggy, but must not corrupt the count.
     if importer.pins() > 0 {
         importer.set_note(importer.note() - Importer::ONE_PIN);
-        locked.pins -= 1;
-        locked.notify();
+        locked.let_go(|state| state.pins -= 1);
     }
 }
 
@@ -385,12 +386,13 @@ unsafe extern "C" fn unmap(
 ) {
     // SAFETY: The core calls with a valid attachment and the lock held; `map` made `sgt` for the attachment.
     let mut locked = unsafe { Held::new((*attachment).dmabuf) };
-    if let Some(mapping) = mapping::take(&mut locked.mappings, attachment, sgt) {
-        // SAFETY: The lock is held, and `dir` is the direction that the importer mapped in.
-        unsafe { mapping.unmap(dir) };
-    }
     // Waiters count the list with the lock held, so the table is freed first.
-    locked.notify();
+    locked.let_go(|state| {
+        if let Some(mapping) = mapping::take(&mut state.mappings, attachment, sgt) {
+            // SAFETY: The lock is held, and `dir` is the direction that the importer mapped in.
+            unsafe { mapping.unmap(dir) };
+        }
+    });
 }
 
 /// `dma_buf_ops.release`: no file, attachment or mapping is left.
@@ -578,13 +580,12 @@ fn kernel_mapping(object: &Buffer, state: &State) -> Result<KernelMapping> {
 unsafe extern "C" fn vunmap(dmabuf: *mut bindings::dma_buf, _map: *mut bindings::iosys_map) {
     // SAFETY: The dma-buf core calls with a valid dma-buf and the lock held, once for each `vmap`.
     let mut locked = unsafe { Held::new(dmabuf) };
-    if let Some(mapping) = locked.kernel_mapping.take() {
-        if mapping.vmapped {
+    locked.let_go(|state| {
+        if let Some(mapping) = state.kernel_mapping.take().filter(|mapping| mapping.vmapped) {
             // SAFETY: `vmap` made this mapping with `peerbuf_vmap`.
             unsafe { ffi::vunmap(mapping.address) };
         }
-    }
-    locked.notify();
+    });
 }
 
 /// `dma_buf_ops.mmap`. The core has checked that the range lies in the buffer.

@@ -64,22 +64,23 @@ impl Fences {
         }
     }
 
-    /// Whether a fence is unsignalled.
-    pub(crate) fn pending(&self) -> bool {
-        let signalled = |&fence: &*mut bindings::dma_fence| {
+    /// The unsignalled fences.
+    fn unsignalled(&self) -> impl Iterator<Item = *mut bindings::dma_fence> + '_ {
+        let pending = |&fence: &*mut bindings::dma_fence| {
             // SAFETY: By the type invariant this object has a reference to the fence.
-            unsafe { ffi::peerbuf_dma_fence_is_signaled(fence) }
+            !unsafe { ffi::peerbuf_dma_fence_is_signaled(fence) }
         };
-        !self.list().iter().all(signalled)
+        self.list().iter().copied().filter(pending)
+    }
+
+    /// The number of unsignalled fences.
+    pub(crate) fn pending(&self) -> usize {
+        self.unsignalled().count()
     }
 
     /// Waits for the first unsignalled fence, at most `jiffies`. The caller holds no lock.
     pub(crate) fn wait_for_one(&self, jiffies: usize) {
-        let pending = |&&fence: &&*mut bindings::dma_fence| {
-            // SAFETY: By the type invariant this object has a reference to the fence.
-            !unsafe { ffi::peerbuf_dma_fence_is_signaled(fence) }
-        };
-        if let Some(&fence) = self.list().iter().find(pending) {
+        if let Some(fence) = self.unsignalled().next() {
             // SAFETY: By the type invariant this object has a reference to the fence; the caller may sleep.
             unsafe { bindings::dma_fence_wait_timeout(fence, false, jiffies as isize) };
         }

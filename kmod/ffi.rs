@@ -129,6 +129,23 @@ extern "C" {
     pub(crate) fn peerbuf_get_file(file: *mut bindings::file) -> *mut bindings::file;
     pub(crate) fn peerbuf_vma_set_pfnmap(vma: *mut bindings::vm_area_struct);
 
+    /// `linux/uaccess.h`. E2BIG if bytes after `size` are not zero; EFAULT.
+    pub(crate) fn peerbuf_copy_struct_from_user(
+        to: *mut c_void,
+        size: usize,
+        from: *const c_void,
+        from_size: usize,
+    ) -> c_int;
+    /// `linux/uaccess.h`. EFAULT.
+    pub(crate) fn peerbuf_copy_struct_to_user(
+        to: *mut c_void,
+        to_size: usize,
+        from: *const c_void,
+        size: usize,
+    ) -> c_int;
+    /// A device's PCI address, a number as in `uapi/src/abi.rs`.
+    pub(crate) fn peerbuf_pci_address(pdev: *mut bindings::pci_dev) -> u64;
+
     /// `linux/vmalloc.h`.
     pub(crate) fn vunmap(address: *const c_void);
 }

@@ -16,6 +16,7 @@
 #include <linux/pci.h>
 #include <linux/sched.h>
 #include <linux/sched/signal.h>
+#include <linux/uaccess.h>
 #include <linux/vmalloc.h>
 
 #include "compat.h"
@@ -59,6 +60,9 @@ bool peerbuf_fault_may_wait(const struct vm_fault *fault);
 void peerbuf_mmap_read_unlock(struct mm_struct *mm);
 struct file *peerbuf_get_file(struct file *file);
 void peerbuf_vma_set_pfnmap(struct vm_area_struct *vma);
+int peerbuf_copy_struct_from_user(void *to, size_t size, const void __user *from, size_t from_size);
+int peerbuf_copy_struct_to_user(void __user *to, size_t to_size, const void *from, size_t size);
+u64 peerbuf_pci_address(struct pci_dev *pdev);
 
 void peerbuf_dma_buf_free_sgt(struct dma_buf_attachment *attach, struct sg_table *sgt,
 			      enum dma_data_direction dir)
@@ -245,4 +249,19 @@ struct file *peerbuf_get_file(struct file *file)
 void peerbuf_vma_set_pfnmap(struct vm_area_struct *vma)
 {
 	vm_flags_set(vma, VM_PFNMAP);
+}
+
+int peerbuf_copy_struct_from_user(void *to, size_t size, const void __user *from, size_t from_size)
+{
+	return copy_struct_from_user(to, size, from, from_size);
+}
+
+int peerbuf_copy_struct_to_user(void __user *to, size_t to_size, const void *from, size_t size)
+{
+	return copy_struct_to_user(to, to_size, from, size, NULL);
+}
+
+u64 peerbuf_pci_address(struct pci_dev *pdev)
+{
+	return (u64)(u32)pci_domain_nr(pdev->bus) << 16 | pci_dev_id(pdev);
 }

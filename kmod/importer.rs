@@ -30,7 +30,7 @@ use crate::{
     attachment::{Attachment, Manner},
     common::{self, DeviceLock, DmaBuf, Listening, OwnQueue},
     ffi::{self, Table},
-    misc::{begin, deliver, read_struct, write_struct, Fd, Misc},
+    misc::{Argument, Fd, Misc},
 };
 
 static NODE_FOPS: Table<bindings::file_operations> = Table(bindings::file_operations {
@@ -151,7 +151,7 @@ fn answer(result: Result) -> c_long {
 }
 
 fn attach(arg: UserPtr) -> Result {
-    let mut request: abi::Attach = read_struct(arg)?;
+    let mut request = Argument::<abi::Attach>::read(arg)?;
     let dynamic = request.flags & abi::DYNAMIC != 0;
     let holds = request.on_invalidate == abi::ON_INVALIDATE_HOLD;
     if request.flags & !abi::FLAGS != 0
@@ -166,7 +166,7 @@ fn attach(arg: UserPtr) -> Result {
     {
         return Err(EINVAL);
     }
-    let pdev = common::find(&request.bdf)?;
+    let pdev = common::find(request.address)?;
     let dmabuf = DmaBuf::get(request.dmabuf)?;
     let manner = Manner {
         flags: request.flags,
@@ -191,7 +191,7 @@ fn attach(arg: UserPtr) -> Result {
     })?;
     // The file owns the attachment now; its release detaches it.
     let _ = Arc::into_raw(attachment.dismiss());
-    if let Err(e) = write_struct(arg, &request) {
+    if let Err(e) = request.answer() {
         // SAFETY: This is the file's only reference.
         unsafe { bindings::fput(file) };
         return Err(e);
@@ -319,14 +319,14 @@ unsafe extern "C" fn attachment_ioctl(
 }
 
 fn step(arg: UserPtr, act: impl FnOnce() -> Result<u64>) -> Result {
-    let mut step: abi::Step = begin(arg, |step: &abi::Step| step.flags == 0 && step.ns == 0)?;
+    let mut step = Argument::begin(arg, |step: &abi::Step| step.flags == 0 && step.ns == 0)?;
     step.ns = act()?;
-    deliver(arg, &step);
+    step.deliver();
     Ok(())
 }
 
 fn map(this: &Attachment, arg: UserPtr) -> Result {
-    let mut request: abi::Map = begin(arg, |request: &abi::Map| {
+    let mut request = Argument::begin(arg, |request: &abi::Map| {
         request.flags == 0
             && request.direction <= abi::FROM_DEVICE
             && request.reserved == 0
@@ -338,12 +338,12 @@ fn map(this: &Attachment, arg: UserPtr) -> Result {
         _ => DataDirection::Bidirectional,
     };
     request.ns = this.map(direction.into())?;
-    deliver(arg, &request);
+    request.deliver();
     Ok(())
 }
 
 fn leave_fence(this: &Attachment, arg: UserPtr) -> Result {
-    let request: abi::Fence = read_struct(arg)?;
+    let request = Argument::<abi::Fence>::read(arg)?;
     if request.flags != 0
         || request.usage > abi::FENCE_BOOKKEEP
         || request.timeout_ms == 0
@@ -355,12 +355,13 @@ fn leave_fence(this: &Attachment, arg: UserPtr) -> Result {
 }
 
 fn query(this: &Attachment, arg: UserPtr) -> Result {
-    let asked: abi::Query = read_struct(arg)?;
-    if asked.flags != 0 || asked.reserved != 0 {
+    let mut query = Argument::<abi::Query>::read(arg)?;
+    if query.flags != 0 {
         return Err(EINVAL);
     }
-    let mut answer = this.query();
-    // The caller's own size, so that its field keeps its value.
-    answer.size = asked.size;
-    write_struct(arg, &answer)
+    *query = abi::Query {
+        size: query.size,
+        ..this.query()
+    };
+    query.answer()
 }

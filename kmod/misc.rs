@@ -6,7 +6,11 @@
 //! Rust's `MiscDeviceRegistration` needs a `'static` name, so this module registers its nodes itself. A
 //! node's permissions say who may use it: 0600 and root, until an administrator changes them.
 
-use core::ptr::NonNull;
+use core::{
+    mem::MaybeUninit,
+    ops::{Deref, DerefMut},
+    ptr::{self, NonNull},
+};
 
 use kernel::{
     bindings, container_of,
@@ -18,7 +22,7 @@ use kernel::{
     uaccess::{UserPtr, UserSlice},
 };
 
-use crate::ffi::Table;
+use crate::ffi::{self, Table};
 
 /// The data of a node that must not change its address.
 struct Registration<T> {
@@ -154,63 +158,156 @@ impl Drop for Fd {
     }
 }
 
-/// Reads an ioctl struct, whose first field is its size as the caller knows it.
-///
-/// Errors: EFAULT; EINVAL if the size is smaller than the struct; E2BIG if it is larger and the additional
-/// bytes are not all zero, or larger than a page.
-pub(crate) fn read_struct<T: FromBytes>(arg: UserPtr) -> Result<T> {
-    let size = UserSlice::new(arg, size_of::<u32>())
-        .reader()
-        .read::<u32>()? as usize;
-    if size < size_of::<T>() {
-        return Err(EINVAL);
+/// A struct of the interface. It grows at the end, as `copy_struct_from_user` describes.
+pub(crate) trait Struct: FromBytes + AsBytes + Sized {
+    /// The fewest bytes that a caller may know of it.
+    const MIN_SIZE: usize;
+
+    /// Reads a struct of which the caller knows `size` bytes; the rest is zero.
+    ///
+    /// Errors: EINVAL if that is less than the minimum; E2BIG if it is more than the struct and the further bytes
+    /// are not zero, or more than a page; EFAULT.
+    fn read(from: UserPtr, size: usize) -> Result<Self> {
+        check_size::<Self>(size)?;
+        let mut value = MaybeUninit::<Self>::uninit();
+        let to = value.as_mut_ptr().cast();
+        // SAFETY: `to` is valid for writes of as many bytes as the struct has.
+        to_result(unsafe {
+            ffi::peerbuf_copy_struct_from_user(to, size_of::<Self>(), from.as_const_ptr(), size)
+        })?;
+        // SAFETY: The call has written every byte, and every bit pattern is valid.
+        Ok(unsafe { value.assume_init() })
     }
-    if size > kernel::page::PAGE_SIZE {
-        return Err(E2BIG);
+
+    /// Writes the struct to a caller who knows `size` bytes of it: as many, and zeros after the struct. EFAULT.
+    fn write(&self, to: UserPtr, size: usize) -> Result {
+        let from = ptr::from_ref(self).cast();
+        // SAFETY: `from` is valid for reads of as many bytes as the struct has, without padding.
+        to_result(unsafe {
+            ffi::peerbuf_copy_struct_to_user(to.as_mut_ptr(), size, from, size_of::<Self>())
+        })
     }
-    let mut reader = UserSlice::new(arg, size).reader();
-    let value = reader.read::<T>()?;
-    while !reader.is_empty() {
-        if reader.read::<u8>()? != 0 {
-            return Err(E2BIG);
+}
+
+/// Checks the size that a caller knows of a struct; its errors are those of [`Struct::read`].
+fn check_size<T: Struct>(size: usize) -> Result {
+    match size {
+        size if size < T::MIN_SIZE => Err(EINVAL),
+        size if size > kernel::page::PAGE_SIZE => Err(E2BIG),
+        _ => Ok(()),
+    }
+}
+
+/// The argument of an ioctl: a struct whose first field is its size as the caller knows it.
+pub(crate) struct Argument<T> {
+    at: UserPtr,
+    size: usize,
+    value: T,
+}
+
+impl<T: Struct> Argument<T> {
+    /// Reads an argument. Errors: those of [`Struct::read`].
+    pub(crate) fn read(at: UserPtr) -> Result<Self> {
+        let size = UserSlice::new(at, size_of::<u32>())
+            .reader()
+            .read::<u32>()? as usize;
+        let value = T::read(at, size)?;
+        Ok(Self { at, size, value })
+    }
+
+    /// Reads an argument that will be written back, checks it with `valid`, and writes it back unchanged. The write
+    /// shows that the answer can be delivered, before anything irreversible happens.
+    pub(crate) fn begin(at: UserPtr, valid: impl FnOnce(&T) -> bool) -> Result<Self> {
+        let this = Self::read(at)?;
+        if !valid(&this) {
+            return Err(EINVAL);
         }
+        this.answer()?;
+        Ok(this)
     }
-    Ok(value)
-}
 
-/// Reads a struct that will be written back, checks it with `valid`, and writes it back unchanged. The write
-/// shows that the answer can be delivered, before anything irreversible happens.
-pub(crate) fn begin<T: FromBytes + AsBytes>(
-    arg: UserPtr,
-    valid: impl FnOnce(&T) -> bool,
-) -> Result<T> {
-    let request = read_struct(arg)?;
-    if !valid(&request) {
-        return Err(EINVAL);
+    /// Writes the argument back.
+    pub(crate) fn answer(&self) -> Result {
+        self.value.write(self.at, self.size)
     }
-    write_struct(arg, &request)?;
-    Ok(request)
+
+    /// Writes the answer to a request from [`Argument::begin`], which has taken effect. An error is ignored: only
+    /// the caller itself can have unmapped the memory since.
+    pub(crate) fn deliver(&self) {
+        let _ = self.answer();
+    }
 }
 
-/// Writes the answer to a request from [`begin`], which has taken effect. An error is ignored: only the
-/// caller itself can have unmapped the memory since.
-pub(crate) fn deliver<T: AsBytes>(arg: UserPtr, answer: &T) {
-    let _ = write_struct(arg, answer);
+impl<T> Deref for Argument<T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        &self.value
+    }
 }
 
-/// Writes an ioctl struct back to the address it was read from.
-pub(crate) fn write_struct<T: AsBytes>(arg: UserPtr, value: &T) -> Result {
-    UserSlice::new(arg, size_of::<T>()).writer().write(value)
+impl<T> DerefMut for Argument<T> {
+    fn deref_mut(&mut self) -> &mut T {
+        &mut self.value
+    }
 }
 
-/// Marks ioctl structs as plain bytes.
+/// An array in userspace. (peerbuf_probe.ko has none.)
+#[allow(dead_code)]
+pub(crate) struct List {
+    at: UserPtr,
+    count: usize,
+    /// The size of an entry as the caller knows it.
+    size: usize,
+}
+
+#[allow(dead_code)]
+impl List {
+    /// An array of `count` entries. Errors: those of a size, as in [`Struct::read`], unless the array is empty.
+    pub(crate) fn new<T: Struct>(address: u64, count: u32, size: u32) -> Result<Self> {
+        let (count, size) = (count as usize, size as usize);
+        if count != 0 {
+            check_size::<T>(size)?;
+        }
+        let at = UserPtr::from_addr(address as usize);
+        Ok(Self { at, count, size })
+    }
+
+    pub(crate) fn count(&self) -> usize {
+        self.count
+    }
+
+    fn entry(&self, index: usize) -> UserPtr {
+        self.at.wrapping_byte_add(index * self.size)
+    }
+
+    /// Reads all entries. Errors: those of [`Struct::read`]; ENOMEM.
+    pub(crate) fn read<T: Struct>(&self) -> Result<KVec<T>> {
+        let mut list = KVec::with_capacity(self.count, GFP_KERNEL_ACCOUNT)?;
+        for index in 0..self.count {
+            list.push(T::read(self.entry(index), self.size)?, GFP_KERNEL_ACCOUNT)?;
+        }
+        Ok(list)
+    }
+
+    /// Writes the first entries. EFAULT.
+    pub(crate) fn write<T: Struct>(&self, list: &[T]) -> Result {
+        let mut entries = list.iter().take(self.count).enumerate();
+        entries.try_for_each(|(index, entry)| entry.write(self.entry(index), self.size))
+    }
+}
+
+/// Marks structs of the interface as plain bytes, and names the minimum of their size.
 macro_rules! plain {
-    ($($name:ty)*) => {$(
+    ($($name:ty, $min:expr;)*) => {$(
         // SAFETY: The struct has only integers and arrays of integers, for which every bit pattern is valid.
         unsafe impl kernel::transmute::FromBytes for $name {}
         // SAFETY: The struct has neither padding nor pointers: the crate `peerbuf-uapi` derives
         // `bytemuck::Pod`.
         unsafe impl kernel::transmute::AsBytes for $name {}
+        impl $crate::misc::Struct for $name {
+            const MIN_SIZE: usize = $min;
+        }
     )*};
 }
 pub(crate) use plain;

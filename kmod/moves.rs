@@ -29,7 +29,8 @@ use core::{ops::Range, ptr};
 use kernel::{bindings, ffi::c_void, page::PAGE_SIZE, prelude::*, sync::Arc};
 
 use crate::{
-    buffer::{Buffer, Held, Locked, State},
+    abi,
+    buffer::{Buffer, Held, Left, Locked, State},
     common, ffi,
     pieces::{Piece, SystemPart},
     system::{self, Contents, System},
@@ -71,7 +72,8 @@ pub(crate) struct Moved {
 
 /// Moves `part` of a buffer: page-aligned, not empty, inside the buffer.
 ///
-/// Errors: those of `abi::Move`. On an error nothing has moved.
+/// Errors: those of `abi::Move`. On an error nothing has moved; on EBUSY `left` says what was in the way, all zero if
+/// that was another move.
 ///
 /// # Safety
 ///
@@ -83,6 +85,7 @@ pub(crate) unsafe fn move_part(
     to: To,
     limit_ms: u32,
     for_whom: For,
+    left: &mut Left,
 ) -> Result<Moved> {
     let wait = Wait::begin(limit_ms);
     // SAFETY: The caller keeps the dma-buf and does not hold its lock.
@@ -92,11 +95,18 @@ pub(crate) unsafe fn move_part(
         // SAFETY: `buffer` is locked for `dmabuf`, which the caller keeps.
         buffer = unsafe { relock(buffer, dmabuf, &wait)? };
     }
-    if !check(&buffer, &part, to)? {
-        return Ok(Moved {
-            generation: buffer.generation,
-            copied: 0,
-        });
+    match check(&buffer, &part, to) {
+        Ok(true) => {}
+        Ok(false) => {
+            return Ok(Moved {
+                generation: buffer.generation,
+                copied: 0,
+            })
+        }
+        Err(e) => {
+            *left = in_the_way(&buffer, &part, to);
+            return Err(e);
+        }
     }
     buffer.moving = true;
     // SAFETY: `buffer` is locked for `dmabuf`, which the caller keeps.
@@ -105,11 +115,26 @@ pub(crate) unsafe fn move_part(
         end: matches!(for_whom, For::Importer).then_some(&wait),
     };
     let result = result.and_then(|()| commit(&mut buffer, &part, to, patience));
+    if result.is_err() {
+        *left = in_the_way(&buffer, &part, to);
+    }
     buffer.moving = false;
     let waited = wait.ns();
     buffer.counters.waited(waited);
     buffer.notify();
     result
+}
+
+/// What is in the way of a move now. The lock is held since the move gave up, or was taken again at once.
+fn in_the_way(buffer: &Held<'_>, part: &Range<u64>, to: To) -> Left {
+    let object = buffer.buffer();
+    Left {
+        holders: buffer.holders_against(to == To::Device),
+        fences: buffer.fences_pending(),
+        pages: object.busy_pages(buffer, part, |piece| to.moves(piece)),
+        pins: buffer.pins,
+        generation: buffer.generation,
+    }
 }
 
 /// Moves the whole buffer to system memory with the caller's lock held throughout. So direct I/O that needs a
@@ -225,7 +250,7 @@ unsafe fn prepare<'a>(
         buffer.zap(&whole_blocks(&buffer, part));
         let object = buffer.buffer();
         let in_use = object.busy_pages(&buffer, part, |piece| to.moves(piece));
-        let stale = to == To::Device && buffer.has_stale_device_mapping();
+        let stale = to == To::Device && buffer.stale_device_mappings() != 0;
         if in_use == 0 && !stale {
             return (buffer, Ok(()));
         }
@@ -305,7 +330,7 @@ fn commit(
     state.generation += 1;
     state.counters.moves += 1;
     state.counters.copied += copied;
-    state.watchers.signal();
+    state.watchers.signal(abi::EVENT_MOVED);
     Ok(Moved {
         generation: state.generation,
         copied,

@@ -13,18 +13,17 @@ use kernel::{
     prelude::*,
     seq_file::SeqFile,
     sync::{Arc, ArcBorrow},
-    transmute::AsBytes,
-    uaccess::{UserPtr, UserSlice},
+    uaccess::UserPtr,
 };
 
 use crate::{
     abi,
-    buffer::Locked,
+    buffer::{Left, Locked},
     common::{self, DmaBuf},
     device::{revoked, Device, Part},
     exporter,
     ffi::{self, Table},
-    misc::{begin, deliver, read_struct, write_struct, Fd, Misc},
+    misc::{Argument, Fd, List, Misc},
     moves::{self, For, To},
     region::Place,
     revoke::{self, Scope},
@@ -123,7 +122,6 @@ unsafe extern "C" fn ioctl(file: *mut bindings::file, cmd: c_uint, arg: c_ulong)
     let answer = match cmd {
         abi::IOC_QUERY => node.query(arg),
         abi::IOC_EXPORT => node.export(arg),
-        abi::IOC_EXPORT_RANGES => node.export_ranges(arg),
         abi::IOC_MOVE => node.move_buffer(arg),
         abi::IOC_REVOKE => node.revoke(arg),
         abi::IOC_RESTORE => node.restore(arg),
@@ -140,47 +138,21 @@ unsafe extern "C" fn ioctl(file: *mut bindings::file, cmd: c_uint, arg: c_ulong)
 
 impl Open<'_> {
     fn query(&self, arg: UserPtr) -> Result {
-        let asked: abi::Query = read_struct(arg)?;
-        if asked.flags != 0 || asked.reserved != 0 {
+        let mut query = Argument::<abi::Query>::read(arg)?;
+        if query.flags != 0 {
             return Err(EINVAL);
         }
-        let mut answer = self.device.query()?;
-        // The caller's own size, so that its field keeps its value.
-        answer.size = asked.size;
-        write_struct(arg, &answer)
+        *query = abi::Query {
+            size: query.size,
+            ..self.device.query()?
+        };
+        query.answer()
     }
 
     fn export(&self, arg: UserPtr) -> Result {
-        let mut request: abi::Export = read_struct(arg)?;
-        if request.flags & !abi::EXPORT_FLAGS != 0 || request.fd != 0 || request.reserved != 0 {
-            return Err(EINVAL);
-        }
-        self.check_fd_flags(request.fd_flags)?;
-        let any = request.flags & abi::EXPORT_ANY_OFFSET != 0;
-        let mut parts = [Part {
-            place: Some(place(any, request.offset)?),
-            len: request.length,
-            offset: 0,
-        }];
-
-        // The descriptor is installed last: every step before that can be undone.
-        let fd = Fd::reserve(request.fd_flags)?;
-        let bar = request.bar;
-        let dmabuf = self
-            .device
-            .export(bar, &mut parts, request.flags, request.fd_flags)?;
-        request.offset = parts[0].offset;
-        request.fd = fd.number();
-        write_struct(arg, &request)?;
-        publish(dmabuf, fd);
-        Ok(())
-    }
-
-    fn export_ranges(&self, arg: UserPtr) -> Result {
-        let mut request: abi::ExportRanges = read_struct(arg)?;
+        let mut request = Argument::<abi::Export>::read(arg)?;
         let count = request.nr_ranges as usize;
         if request.flags & !abi::EXPORT_FLAGS != 0
-            || request.flags & abi::EXPORT_ANY_OFFSET != 0
             || request.fd != 0
             || request.length != 0
             || count == 0
@@ -189,38 +161,40 @@ impl Open<'_> {
             return Err(EINVAL);
         }
         self.check_fd_flags(request.fd_flags)?;
-        let array = UserPtr::from_addr(request.ranges as usize);
-        let mut ranges: KVec<abi::Range> = KVec::with_capacity(count, GFP_KERNEL_ACCOUNT)?;
-        let mut reader = UserSlice::new(array, count * size_of::<abi::Range>()).reader();
+        let list = List::new::<abi::Range>(request.ranges, request.nr_ranges, request.range_size)?;
+        let mut ranges: KVec<abi::Range> = list.read()?;
         let mut parts = KVec::with_capacity(count, GFP_KERNEL_ACCOUNT)?;
-        for _ in 0..count {
-            let range: abi::Range = reader.read()?;
-            parts.push(part(&range)?, GFP_KERNEL_ACCOUNT)?;
-            ranges.push(range, GFP_KERNEL_ACCOUNT)?;
+        for range in &ranges {
+            parts.push(part(range)?, GFP_KERNEL_ACCOUNT)?;
         }
 
+        // The descriptor is installed last: every step before that can be undone.
         let fd = Fd::reserve(request.fd_flags)?;
-        let bar = request.bar;
         let dmabuf = self
             .device
-            .export(bar, &mut parts, request.flags, request.fd_flags)?;
+            .export(&mut parts, request.flags, request.fd_flags)?;
         for (range, part) in ranges.iter_mut().zip(&parts) {
             range.offset = part.offset;
             request.length += range.length;
         }
         request.fd = fd.number();
-        write_list(array, &ranges)?;
-        write_struct(arg, &request)?;
+        list.write(&ranges)?;
+        request.answer()?;
         publish(dmabuf, fd);
         Ok(())
     }
 
     fn move_buffer(&self, arg: UserPtr) -> Result {
-        let mut request: abi::Move = begin(arg, |request: &abi::Move| {
-            request.flags == 0
-                && request.reserved == 0
-                && request.generation == 0
-                && request.copied == 0
+        let mut request = Argument::begin(arg, |request: &abi::Move| {
+            let outputs = [
+                request.generation,
+                request.copied,
+                request.holders,
+                request.fences,
+                request.pages,
+                request.pins,
+            ];
+            request.flags == 0 && request.reserved == 0 && outputs == [0; 6]
         })?;
         let to = match request.placement {
             abi::PLACEMENT_DEVICE => To::Device,
@@ -239,51 +213,71 @@ impl Open<'_> {
             return Err(EINVAL);
         }
         let part = request.offset..end;
+        let limit = request.timeout_ms;
+        let mut left = Left::default();
         // SAFETY: The dma-buf was exported by this module and is kept; the part is page-aligned, not empty
         // and inside it.
         let moved =
-            unsafe { moves::move_part(dmabuf.raw(), part, to, request.timeout_ms, For::Owner)? };
-        request.generation = moved.generation;
-        request.copied = moved.copied;
-        deliver(arg, &request);
-        Ok(())
+            unsafe { moves::move_part(dmabuf.raw(), part, to, limit, For::Owner, &mut left) };
+        match &moved {
+            Ok(moved) => {
+                request.generation = moved.generation;
+                request.copied = moved.copied;
+            }
+            Err(e) if *e == EBUSY => {
+                request.holders = left.holders as u64;
+                request.fences = left.fences as u64;
+                request.pages = left.pages as u64;
+                request.pins = u64::from(left.pins);
+            }
+            Err(e) => return Err(*e),
+        }
+        request.deliver();
+        moved.map(drop)
     }
 
     fn revoke(&self, arg: UserPtr) -> Result {
-        let mut request: abi::Revoke = begin(arg, |request: &abi::Revoke| {
-            request.flags == 0
-                && request.generation == 0
-                && request.holders == 0
-                && request.fences == 0
-                && request.pages == 0
+        let mut request = Argument::begin(arg, |request: &abi::Revoke| {
+            let outputs = [
+                request.generation,
+                request.holders,
+                request.fences,
+                request.pages,
+            ];
+            request.flags & !abi::REVOKE_FLAGS == 0 && outputs == [0; 4]
         })?;
         self.check_writable()?;
         let dmabuf = self.get(request.fd)?;
-        let limit = request.timeout_ms;
+        let why = match request.flags & abi::REVOKE_PERMANENT {
+            0 => revoked::BY_OWNER,
+            _ => revoked::BY_OWNER | revoked::PERMANENTLY,
+        };
         // SAFETY: The dma-buf was exported by this module and is kept.
-        let left = unsafe { revoke::revoke(dmabuf.raw(), revoked::BY_OWNER, Scope::Buffer, limit) };
+        let left =
+            unsafe { revoke::revoke(dmabuf.raw(), why, Scope::Buffer, request.timeout_ms) };
         request.generation = left.generation;
-        request.holders = left.holders as u32;
-        request.fences = u32::from(left.fences);
+        request.holders = left.holders as u64;
+        request.fences = left.fences as u64;
         request.pages = left.pages as u64;
-        deliver(arg, &request);
+        request.deliver();
         Ok(())
     }
 
     fn restore(&self, arg: UserPtr) -> Result {
-        let mut request: abi::Restore = begin(arg, |request: &abi::Restore| {
+        let mut request = Argument::begin(arg, |request: &abi::Restore| {
             request.flags == 0 && request.reserved == 0 && request.generation == 0
         })?;
         self.check_writable()?;
         let dmabuf = self.get(request.fd)?;
         request.generation = revoke::restore(&mut dmabuf.lock(), revoked::BY_OWNER)?;
-        deliver(arg, &request);
+        request.deliver();
         Ok(())
     }
 
     fn watch(&self, arg: UserPtr, begin: bool) -> Result {
-        let request: abi::Watch = read_struct(arg)?;
-        if request.flags != 0 {
+        let request = Argument::<abi::Watch>::read(arg)?;
+        let events = request.events;
+        if request.flags != 0 || events & !abi::EVENT_FLAGS != 0 || (events != 0) != begin {
             return Err(EINVAL);
         }
         let dmabuf = self.get(request.fd)?;
@@ -296,31 +290,33 @@ impl Open<'_> {
             // the watcher.
             return Err(ENODEV);
         }
-        locked.watchers.add(request.eventfd, self.file)
+        let already = locked.movable();
+        let eventfd = request.eventfd;
+        locked.watchers.add(eventfd, self.file, events, already)
     }
 
     fn buffer(&self, arg: UserPtr) -> Result {
-        let mut request: abi::BufferQuery = read_struct(arg)?;
+        let mut request = Argument::<abi::BufferQuery>::read(arg)?;
         if request.flags != 0 {
             return Err(EINVAL);
         }
-        let most_attachments = request.nr_attachments as usize;
-        let most_pieces = request.nr_pieces as usize;
+        let asked = &*request;
+        let (count, size) = (asked.nr_attachments, asked.attachment_size);
+        let attachments = List::new::<abi::Attachment>(asked.attachments, count, size)?;
+        let (count, size) = (asked.nr_pieces, asked.piece_size);
+        let pieces = List::new::<abi::Piece>(asked.pieces, count, size)?;
         let dmabuf = self.get(request.fd)?;
-        let (attachments, pieces) = {
+        let (found, parts) = {
             let locked = dmabuf.lock();
             watch::query(&locked, &mut request);
             (
-                watch::attachments(&locked, most_attachments)?,
-                watch::pieces(&locked, most_pieces)?,
+                watch::attachments(&locked, attachments.count())?,
+                watch::pieces(&locked, pieces.count())?,
             )
         };
-        write_list(
-            UserPtr::from_addr(request.attachments as usize),
-            &attachments,
-        )?;
-        write_list(UserPtr::from_addr(request.pieces as usize), &pieces)?;
-        write_struct(arg, &request)
+        attachments.write(&found)?;
+        pieces.write(&parts)?;
+        request.answer()
     }
 
     fn check_writable(&self) -> Result {
@@ -409,36 +405,17 @@ fn publish(dmabuf: DmaBuf, fd: Fd) {
     core::mem::forget(dmabuf);
 }
 
-fn place(any: bool, offset: u64) -> Result<Place> {
-    match any {
-        true if offset != 0 => Err(EINVAL),
-        true => Ok(Place::Any),
-        false => Ok(Place::At(offset)),
-    }
-}
-
 fn part(range: &abi::Range) -> Result<Part> {
-    if range.flags & !abi::RANGE_FLAGS != 0 || range.reserved != 0 {
-        return Err(EINVAL);
-    }
-    let any = range.flags & abi::RANGE_ANY_OFFSET != 0;
-    let place = match range.flags & abi::RANGE_SYSTEM != 0 {
-        true if any || range.offset != 0 => return Err(EINVAL),
-        true => None,
-        false => Some(place(any, range.offset)?),
+    let place = match (range.flags, range.offset, range.bar) {
+        (0, offset, _) => Some(Place::At(offset)),
+        (abi::RANGE_ANY_OFFSET, 0, _) => Some(Place::Any),
+        (abi::RANGE_SYSTEM, 0, 0) => None,
+        _ => return Err(EINVAL),
     };
     Ok(Part {
         place,
+        bar: range.bar,
         len: range.length,
         offset: 0,
     })
-}
-
-/// Writes an array to userspace.
-fn write_list<T: AsBytes>(to: UserPtr, list: &[T]) -> Result {
-    let mut writer = UserSlice::new(to, core::mem::size_of_val(list)).writer();
-    for entry in list {
-        writer.write(entry)?;
-    }
-    Ok(())
 }

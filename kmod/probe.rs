@@ -33,7 +33,13 @@ mod route;
 #[path = "../uapi/src/probe.rs"]
 mod abi;
 
-misc::plain! { abi::Attach abi::Map abi::Step abi::Fence abi::Query }
+misc::plain! {
+    abi::Attach, abi::ATTACH_MIN_SIZE;
+    abi::Map, abi::MAP_MIN_SIZE;
+    abi::Step, abi::STEP_MIN_SIZE;
+    abi::Fence, abi::FENCE_MIN_SIZE;
+    abi::Query, abi::QUERY_MIN_SIZE;
+}
 
 /// The module.
 struct Loaded {

@@ -52,7 +52,7 @@ use crate::{
     device::{Device, Source},
     devices,
     ffi::{self, Table},
-    misc::{read_struct, write_struct, Fd, Misc},
+    misc::{Argument, Fd, Misc},
     node,
     peers::Peers,
     pool::Chunk,
@@ -129,19 +129,19 @@ unsafe extern "C" fn ioctl(file: *mut bindings::file, cmd: c_uint, arg: c_ulong)
 ///
 /// `file` is an open file.
 unsafe fn open_provider(file: *mut bindings::file, arg: UserPtr) -> Result {
-    let mut request: abi::ProviderOpen = read_struct(arg)?;
+    let mut request = Argument::<abi::ProviderOpen>::read(arg)?;
     if request.flags != 0 || request.fd != 0 {
         return Err(EINVAL);
     }
     // SAFETY: The file is open, by the caller's promise.
     unsafe { node::check_fd_flags(file, request.fd_flags)? };
-    let device = open_device(common::find(&request.bdf)?)?;
+    let device = open_device(common::find(request.address)?)?;
 
     // The descriptor is installed last: every step before that can be undone.
     let fd = Fd::reserve(request.fd_flags)?;
     request.fd = fd.number();
     let file = node::open_unnamed(device, request.fd_flags)?;
-    if let Err(e) = write_struct(arg, &request) {
+    if let Err(e) = request.answer() {
         // SAFETY: This is the file's only reference.
         unsafe { bindings::fput(file) };
         return Err(e);

@@ -122,8 +122,8 @@ impl Regions {
     }
 
     /// The number of taken ranges.
-    pub(crate) fn count(&self) -> u32 {
-        self.taken.len() as u32
+    pub(crate) fn count(&self) -> u64 {
+        self.taken.len() as u64
     }
 
     /// The number of free bytes.

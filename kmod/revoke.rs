@@ -12,30 +12,12 @@
 use kernel::{bindings, prelude::*};
 
 use crate::{
-    buffer::{Held, Locked, State},
+    abi,
+    buffer::{Held, Left, Locked, State},
     device::revoked,
     ffi, moves,
     wait::Wait,
 };
-
-/// The accesses that remain when a revoke's time is over.
-#[derive(Default)]
-pub(crate) struct Left {
-    /// The number of importers' mappings.
-    pub(crate) holders: usize,
-    /// Whether a fence is unsignalled.
-    pub(crate) fences: bool,
-    /// The number of pages in use by direct I/O.
-    pub(crate) pages: usize,
-    /// The buffer's generation at that time.
-    pub(crate) generation: u64,
-}
-
-impl Left {
-    pub(crate) fn nobody(&self) -> bool {
-        self.holders == 0 && !self.fences && self.pages == 0
-    }
-}
 
 /// The accesses that a revoke waits for.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -50,7 +32,7 @@ pub(crate) enum Scope {
 /// The longest single wait before the next check.
 const SLICE_MS: u32 = 20;
 
-/// Revokes access for the reason `why`, a `revoked::*` bit, and waits at most `limit_ms`. A fatal signal ends
+/// Revokes access for the reason `why`, `revoked::*` bits, and waits at most `limit_ms`. A fatal signal ends
 /// the wait of an owner's revoke, but not that of a device's removal.
 ///
 /// # Safety
@@ -92,7 +74,7 @@ pub(crate) fn take_away(buffer: &mut Held<'_>, why: u32) {
     let reasons = buffer.buffer().reasons();
     if reasons == 0 {
         buffer.generation += 1;
-        buffer.watchers.signal();
+        buffer.watchers.signal(abi::EVENT_REVOKED);
     }
     // A move in its step 4 sees the mark when it has the lock again, and gives up.
     buffer.set_reasons(reasons | why);
@@ -122,7 +104,7 @@ unsafe fn wait_locked(
 ) -> Left {
     let left = loop {
         let left = count(&buffer, scope);
-        let given_up = why == revoked::BY_OWNER && ffi::fatal_signal_pending();
+        let given_up = why & revoked::BY_OWNER != 0 && ffi::fatal_signal_pending();
         if left.nobody() || wait.left_ms() == 0 || given_up {
             break left;
         }
@@ -132,7 +114,7 @@ unsafe fn wait_locked(
         buffer.expect_change();
         drop(buffer);
         match marked {
-            Some(marked) if left.fences => marked.wait_for_one(Wait::jiffies(slice)),
+            Some(marked) if left.fences != 0 => marked.wait_for_one(Wait::jiffies(slice)),
             _ => object.wait_changed(if left.holders == 0 { 1 } else { slice }),
         }
         // SAFETY: The caller keeps the dma-buf, and the lock was released above.
@@ -157,6 +139,7 @@ fn count(buffer: &Held<'_>, scope: Scope) -> Left {
         holders,
         fences: buffer.fences_pending(),
         pages,
+        pins: 0,
         generation: state.generation,
     }
 }
@@ -164,11 +147,11 @@ fn count(buffer: &Held<'_>, scope: Scope) -> Left {
 /// Removes the reason `why` of a revoke. Access is restored when no reason is left, with a new generation.
 /// Returns the generation.
 ///
-/// Errors: EALREADY if the reason does not hold, ENODEV if the device is gone, EBUSY if accesses from before
-/// the revoke remain; ENOMEM or EINTR from replacing pages that a user keeps.
+/// Errors: EALREADY if the reason does not hold, ENODEV if the device is gone or the owner's revoke permanent,
+/// EBUSY if accesses from before the revoke remain; ENOMEM or EINTR from replacing pages that a user keeps.
 pub(crate) fn restore(buffer: &mut Held<'_>, why: u32) -> Result<u64> {
     let reasons = buffer.buffer().reasons();
-    if buffer.buffer().gone() {
+    if buffer.buffer().gone() || (why == revoked::BY_OWNER && buffer.buffer().permanently_revoked()) {
         return Err(ENODEV);
     }
     if reasons & why == 0 {
@@ -179,7 +162,7 @@ pub(crate) fn restore(buffer: &mut Held<'_>, why: u32) -> Result<u64> {
         _ => Scope::Bar,
     };
     let mut left = count(buffer, scope);
-    if why == revoked::BY_OWNER && left.pages != 0 && left.holders == 0 && !left.fences {
+    if why == revoked::BY_OWNER && left.pages != 0 && left.holders == 0 && left.fences == 0 {
         // A user who merely keeps pages must not keep the owner from restoring access.
         let (object, state) = buffer.parts();
         let since = state.revoked.as_ref();
@@ -199,7 +182,7 @@ pub(crate) fn restore(buffer: &mut Held<'_>, why: u32) -> Result<u64> {
         buffer.marked = None;
         buffer.revoked = None;
         buffer.generation += 1;
-        buffer.watchers.signal();
+        buffer.watchers.signal(abi::EVENT_RESTORED);
         buffer.notify();
     }
     Ok(buffer.generation)
@@ -234,7 +217,7 @@ pub(crate) unsafe fn name_holders(dmabuf: *mut bindings::dma_buf) {
     {
         pr_warn!("{exporter}: revoked, and waiting for the end of a kernel mapping\n");
     }
-    if buffer.fences_pending() {
+    if buffer.fences_pending() != 0 {
         pr_warn!("{exporter}: revoked, and waiting for a fence\n");
     }
 }

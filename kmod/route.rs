@@ -17,18 +17,18 @@ use core::ptr;
 
 use kernel::{bindings, ffi::*, page::PAGE_SIZE};
 
-use crate::ffi;
+use crate::{abi, ffi};
 
 /// The bytes of a mapping by route.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Report {
-    pub(crate) segments: u32,
+    pub(crate) segments: u64,
     pub(crate) system: u64,
     pub(crate) bus: u64,
     pub(crate) bridge: u64,
     pub(crate) other: u64,
     /// The provider of the first peer segment, as in `abi::Query`.
-    pub(crate) provider: [u8; 16],
+    pub(crate) provider: u64,
 }
 
 impl Report {
@@ -67,7 +67,7 @@ impl Report {
             // SAFETY: `sg` is an entry of the mapping.
             sg = unsafe { bindings::sg_next(sg) };
         }
-        report.provider = known.first;
+        report.provider = known.first.unwrap_or(abi::PROVIDER_NONE);
         report
     }
 
@@ -105,12 +105,12 @@ struct Window {
     below_bridge: bool,
 }
 
-/// A cache of the last BAR (consecutive segments mostly lie in the same BAR) and the name of the first
+/// A cache of the last BAR (consecutive segments mostly lie in the same BAR) and the address of the first
 /// provider.
 #[derive(Default)]
 struct Known {
     last: Window,
-    first: [u8; 16],
+    first: Option<u64>,
 }
 
 impl Known {
@@ -196,10 +196,9 @@ impl Known {
                     // SAFETY: Both devices are valid.
                     below_bridge: unsafe { below_bridge(provider, client) },
                 };
-                if self.first[0] == 0 {
+                if self.first.is_none() {
                     // SAFETY: The device is valid.
-                    self.first =
-                        name(unsafe { kernel::device::Device::from_raw(&raw mut (*provider).dev) });
+                    self.first = Some(unsafe { ffi::peerbuf_pci_address(provider) });
                 }
                 // SAFETY: The walk ends here, so this drops its reference.
                 unsafe { bindings::pci_dev_put(provider) };
@@ -207,15 +206,6 @@ impl Known {
             }
         }
     }
-}
-
-/// A device's PCI address, NUL-padded. The last byte stays NUL: no PCI address fills the array.
-fn name(dev: &kernel::device::Device) -> [u8; 16] {
-    let mut text = [0; 16];
-    for (to, &from) in text[..15].iter_mut().zip(dev.name().to_bytes()) {
-        *to = from;
-    }
-    text
 }
 
 /// Whether a switch routes requests of `client` to `provider`: they have a bridge in common, or are one

@@ -12,34 +12,33 @@ use kernel::{
 
 use crate::{
     abi,
-    buffer::{Held, State},
+    buffer::{Buffer, Held, State},
     counters::name,
-    device::revoked,
     devices,
     exporter::Importer,
 };
 
-/// The `abi::STATE_*` for `revoked::*` bits.
-fn state_of(reasons: u32) -> u32 {
-    match reasons {
-        0 => abi::STATE_LIVE,
-        why if why & revoked::GONE != 0 => abi::STATE_GONE,
-        _ => abi::STATE_REVOKED,
+/// The `abi::STATE_*` of a buffer whose lock is held.
+fn state_of(buffer: &Buffer) -> u32 {
+    match buffer.permanently_revoked() {
+        true => abi::STATE_GONE,
+        false if buffer.revoked() => abi::STATE_REVOKED,
+        false => abi::STATE_LIVE,
     }
 }
 
 /// Fills in a `abi::BufferQuery`, except for the lists.
 pub(crate) fn query(locked: &Held<'_>, query: &mut abi::BufferQuery) {
     let (buffer, state): (_, &State) = (locked.buffer(), locked);
-    query.state = state_of(locked.buffer().reasons());
+    query.state = state_of(buffer);
+    query.reasons = buffer.reasons() & abi::REASON_FLAGS;
     query.placement = state.pieces.placement();
-    query.bar = buffer.bar as u32;
     query.length = buffer.len;
     query.generation = state.generation;
     query.nr_attachments = locked.attachments().count() as u32;
     query.nr_pieces = state.pieces.len() as u32;
-    query.pins = state.pins;
-    query.vmaps = u32::from(state.kernel_mapping.is_some());
+    query.pins = u64::from(state.pins);
+    query.vmaps = u64::from(state.kernel_mapping.is_some());
     query.busy_pages = buffer.busy_pages(state, &(0..buffer.len), |_| true) as u64;
     query.moves = state.counters.moves;
     query.invalidations = state.counters.invalidations;
@@ -62,7 +61,7 @@ fn attachment(state: &State, raw: *mut bindings::dma_buf_attachment) -> abi::Att
     let mut out = abi::Attachment {
         device: name(device.name()),
         flags: importer.flags(),
-        pinned: importer.pins(),
+        pinned: u64::from(importer.pins()),
         ..Default::default()
     };
     for mapping in state
@@ -91,14 +90,15 @@ pub(crate) fn attachments(locked: &Held<'_>, most: usize) -> Result<KVec<abi::At
 }
 
 /// The first `most` pieces. ENOMEM.
-pub(crate) fn pieces(state: &State, most: usize) -> Result<KVec<abi::Piece>> {
+pub(crate) fn pieces(locked: &Held<'_>, most: usize) -> Result<KVec<abi::Piece>> {
+    let bar = locked.buffer().bar as u32;
     let mut list = KVec::new();
-    for piece in state.pieces.iter().take(most) {
+    for piece in locked.pieces.iter().take(most) {
         let out = abi::Piece {
             length: piece.len,
             offset: piece.home.unwrap_or(u64::MAX),
+            bar: piece.home.map_or(u32::MAX, |_| bar),
             placement: piece.placement(),
-            reserved: 0,
         };
         list.push(out, GFP_KERNEL)?;
     }
@@ -124,7 +124,7 @@ pub(crate) fn print(locked: &Held<'_>, to: &mut impl Write) -> fmt::Result {
     to.write_fmt(fmt!(
         "buffer:\t{} bar {} length {} placement {} state {} generation {}\n",
         inode,
-        query.bar,
+        locked.buffer().bar,
         query.length,
         placement,
         state,

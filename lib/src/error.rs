@@ -22,6 +22,23 @@ pub struct ControlError {
     pub cause: SystemError,
     /// A hint about the cause, such as the buffer's users. Empty, or starts with a colon.
     pub hint: String,
+    /// What was in the way of a move that failed with `EBUSY`, when it gave up.
+    pub in_the_way: Option<InTheWay>,
+}
+
+/// What was in the way of a move when it gave up. All numbers are zero if that was another move.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct InTheWay {
+    /// The kernel mapping, and for a move to the BAR the importers that require system memory and the
+    /// old mappings of the BAR.
+    pub holders: u64,
+    /// Number of fences that had not signalled.
+    pub fences: u64,
+    /// Number of pages in use by processes' mappings or direct I/O.
+    pub pages: u64,
+    /// Number of pins of all importers.
+    pub pins: u64,
 }
 
 impl ControlError {
@@ -135,17 +152,18 @@ pub enum ExportError {
         /// The rule it breaks.
         must: String,
     },
-    /// The module speaks another version of the interface.
+    /// The module lacks features that the library needs.
     #[error(
-        "{object}: peerbuf.ko has interface version {found}, this library has {known}: use those of one release"
+        "{object}: peerbuf.ko has the features {found:#x}, this library also needs {:#x}: use those of one release",
+        needed & !found
     )]
     Version {
         /// The device node.
         object: String,
-        /// The module's version.
-        found: u32,
-        /// The library's version.
-        known: u32,
+        /// The module's features, `PEERBUF_FEATURE_*`.
+        found: u64,
+        /// The features that the library needs.
+        needed: u64,
     },
     /// A GPU's runtime refused, with its own error code.
     #[error("{call} on {object}: {answer}{hint}")]

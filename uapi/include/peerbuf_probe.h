@@ -3,6 +3,8 @@
  * The ioctl interface of peerbuf_probe.ko, for C. uapi/src/probe.rs defines the same interface and
  * explains each field; a test compares the two.
  *
+ * The rules for sizes and PCI addresses are those of peerbuf.h.
+ *
  * Sizes are in bytes, times in the unit that the field's name ends with (_ms), and in nanoseconds in ns
  * and *_ns. An ioctl returns 0, or -1 with errno set.
  */
@@ -60,6 +62,10 @@
 #define PEERBUF_PROBE_DETACHED (1U << 6)
 #define PEERBUF_PROBE_DEVICE_GONE (1U << 7) /* detached because the driver unbound */
 
+/* struct peerbuf_probe_query, provider */
+#define PEERBUF_PROBE_PROVIDER_NONE (~0ULL) /* no peer memory */
+
+#define PEERBUF_PROBE_ATTACH_MIN_SIZE 48
 struct peerbuf_probe_attach {
 	__u32 size;          /* in: sizeof(struct peerbuf_probe_attach) */
 	__u32 flags;         /* in: PEERBUF_PROBE_DYNAMIC, PEERBUF_PROBE_PEER */
@@ -69,10 +75,11 @@ struct peerbuf_probe_attach {
 	__u32 hold_ms;       /* in: time to hold a stale mapping; 0: until an unmap step */
 	__u32 detach_ms;     /* in: time from closing the file to detaching */
 	__s32 fd;            /* out: the attachment; 0 on entry */
-	__u8 bdf[16];        /* in: "DDDD:BB:DD.F", NUL-padded */
+	__u64 address;       /* in: PCI address, as in peerbuf.h */
 	__u64 ns;            /* out: time taken; 0 on entry */
 };
 
+#define PEERBUF_PROBE_MAP_MIN_SIZE 24
 struct peerbuf_probe_map {
 	__u32 size;      /* in: sizeof(struct peerbuf_probe_map) */
 	__u32 flags;     /* in: 0 */
@@ -81,12 +88,14 @@ struct peerbuf_probe_map {
 	__u64 ns;        /* out: time taken; 0 on entry */
 };
 
+#define PEERBUF_PROBE_STEP_MIN_SIZE 16
 struct peerbuf_probe_step {
 	__u32 size;  /* in: sizeof(struct peerbuf_probe_step) */
 	__u32 flags; /* in: 0 */
 	__u64 ns;    /* out: time taken; 0 on entry */
 };
 
+#define PEERBUF_PROBE_FENCE_MIN_SIZE 16
 struct peerbuf_probe_fence {
 	__u32 size;       /* in: sizeof(struct peerbuf_probe_fence) */
 	__u32 flags;      /* in: 0 */
@@ -94,23 +103,23 @@ struct peerbuf_probe_fence {
 	__u32 timeout_ms; /* in: the fence signals after this time at the latest */
 };
 
+#define PEERBUF_PROBE_QUERY_MIN_SIZE 16 /* without the mapping and the counts */
 struct peerbuf_probe_query {
 	__u32 size;          /* in: sizeof(struct peerbuf_probe_query) */
 	__u32 flags;         /* in: 0 */
 	__u32 state;         /* out: PEERBUF_PROBE_MAPPED and the flags after it */
-	__u32 segments;      /* out: segments of the mapping */
+	__u32 remap_error;   /* out: errno of the last remap attempt */
+	__u64 segments;      /* out: segments of the mapping */
 	__u64 bytes;         /* out: bytes of the mapping */
 	__u64 system_bytes;  /* out: in system memory */
 	__u64 bus_bytes;     /* out: in a BAR, by bus address */
 	__u64 bridge_bytes;  /* out: in a BAR, through the host bridge */
 	__u64 other_bytes;   /* out: at other addresses */
-	__u8 provider[16];   /* out: the device that owns the BAR, "DDDD:BB:DD.F" */
+	__u64 provider;      /* out: PCI address of the device that owns the BAR */
 	__u64 invalidations; /* out */
 	__u64 maps;          /* out: mappings made */
 	__u64 remaps;        /* out: mappings made on an invalidation */
 	__u64 map_ns;        /* out: duration of the last mapping */
-	__u32 remap_error;   /* out: errno of the last remap attempt */
-	__u32 reserved;      /* 0 */
 };
 
 #endif

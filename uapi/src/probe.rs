@@ -99,10 +99,13 @@ pub const DETACHED: u32 = 1 << 6;
 /// Detached because the device's driver was unbound.
 pub const DEVICE_GONE: u32 = 1 << 7;
 
+/// [`Query::provider`]: the mapping has no peer memory.
+pub const PROVIDER_NONE: u64 = u64::MAX;
+
 /// [`IOC_ATTACH`]: attaches a dma-buf on behalf of a PCI device. The attachment ends when its file is closed,
 /// or when the device's driver is unbound.
 ///
-/// Errors: EINVAL (size, flags, padding, a malformed address, a time without its misbehaviour or above
+/// Errors: EINVAL (size, flags, padding, not an address, a time without its misbehaviour or above
 /// [`MAX_MS`], not a dma-buf), E2BIG (trailing bytes that are not zero), EBADF (no such descriptor), ENXIO
 /// (no such PCI device), EUNATCH (the device has no driver that does DMA through the kernel, or is not a bus
 /// master), EINTR (a signal during a wait for the device's bind or unbind), EMFILE, ENFILE, ENOMEM, EFAULT;
@@ -128,11 +131,14 @@ pub struct Attach {
     pub detach_ms: u32,
     /// Out: the attachment's descriptor; zero on entry.
     pub fd: i32,
-    /// In: the PCI address `DDDD:BB:DD.F`, NUL-terminated and NUL-padded.
-    pub bdf: [u8; 16],
+    /// In: the PCI address, a number as in `abi.rs`.
+    pub address: u64,
     /// Out: nanoseconds in `dma_buf_dynamic_attach`; zero on entry.
     pub ns: u64,
 }
+
+/// The minimum of [`Attach::size`].
+pub const ATTACH_MIN_SIZE: usize = 48;
 
 /// [`IOC_MAP`]: maps the buffer, and waits until the bytes are in place (KERNEL fences).
 ///
@@ -155,6 +161,9 @@ pub struct Map {
     pub ns: u64,
 }
 
+/// The minimum of [`Map::size`].
+pub const MAP_MIN_SIZE: usize = 24;
+
 /// The argument of ioctls without parameters.
 ///
 /// Errors, in addition to the ioctl's: EINVAL (size, flags, padding), E2BIG, ENOTCONN (detached), EFAULT.
@@ -169,6 +178,9 @@ pub struct Step {
     /// Out: nanoseconds in the kernel function that does the step; zero on entry.
     pub ns: u64,
 }
+
+/// The minimum of [`Step::size`].
+pub const STEP_MIN_SIZE: usize = 16;
 
 /// [`IOC_FENCE`]: adds a fence to the buffer's reservation object, as a driver does whose device works on the
 /// buffer.
@@ -189,6 +201,9 @@ pub struct Fence {
     pub timeout_ms: u32,
 }
 
+/// The minimum of [`Fence::size`].
+pub const FENCE_MIN_SIZE: usize = 16;
+
 /// [`IOC_QUERY`]: the state of an attachment.
 ///
 /// The numbers of a mapping are those of the current mapping, or of the last one. They count its bytes by
@@ -203,8 +218,10 @@ pub struct Query {
     pub flags: u32,
     /// Out: flags from [`MAPPED`] on.
     pub state: u32,
+    /// Out: the errno of the last attempt to map again after an invalidation; zero if it succeeded.
+    pub remap_error: u32,
     /// Out: DMA segments of the mapping.
-    pub segments: u32,
+    pub segments: u64,
     /// Out: bytes of the mapping: the sum of the next four.
     pub bytes: u64,
     /// Out: bytes in system memory.
@@ -216,9 +233,9 @@ pub struct Query {
     pub bridge_bytes: u64,
     /// Out: bytes neither in system memory nor in a BAR known to the kernel.
     pub other_bytes: u64,
-    /// Out: the address of the PCI device whose BAR contains the mapping's first peer segment; NULs without
-    /// one.
-    pub provider: [u8; 16],
+    /// Out: the address of the PCI device whose BAR contains the mapping's first peer segment, or
+    /// [`PROVIDER_NONE`].
+    pub provider: u64,
     /// Out: the number of calls of `invalidate_mappings`.
     pub invalidations: u64,
     /// Out: the number of mappings made, by [`IOC_MAP`] or after an invalidation.
@@ -227,8 +244,7 @@ pub struct Query {
     pub remaps: u64,
     /// Out: nanoseconds to make the last mapping.
     pub map_ns: u64,
-    /// Out: the errno of the last attempt to map again after an invalidation; zero if it succeeded.
-    pub remap_error: u32,
-    /// In and out: zero.
-    pub reserved: u32,
 }
+
+/// The minimum of [`Query::size`]: without the mapping and the counts.
+pub const QUERY_MIN_SIZE: usize = 16;

@@ -8,8 +8,8 @@ use std::mem::{offset_of, size_of};
 use std::process::Command;
 
 use peerbuf_uapi::{
-    self as abi, Attachment, Bar, BufferQuery, Export, ExportRanges, Move, Piece, ProviderOpen,
-    Query, Range, Restore, Revoke, Watch, probe,
+    self as abi, Attachment, Bar, BufferQuery, Export, Move, Piece, ProviderOpen, Query, Range,
+    Restore, Revoke, Watch, probe,
 };
 
 /// C expressions with the values that Rust has for them.
@@ -96,10 +96,59 @@ macro_rules! structs {
     )*};
 }
 
+/// The minimum of each struct's size.
+const MIN_SIZES: [(&str, usize); 11] = [
+    ("QUERY_MIN_SIZE", abi::QUERY_MIN_SIZE),
+    ("RANGE_MIN_SIZE", abi::RANGE_MIN_SIZE),
+    ("EXPORT_MIN_SIZE", abi::EXPORT_MIN_SIZE),
+    ("MOVE_MIN_SIZE", abi::MOVE_MIN_SIZE),
+    ("REVOKE_MIN_SIZE", abi::REVOKE_MIN_SIZE),
+    ("RESTORE_MIN_SIZE", abi::RESTORE_MIN_SIZE),
+    ("WATCH_MIN_SIZE", abi::WATCH_MIN_SIZE),
+    ("ATTACHMENT_MIN_SIZE", abi::ATTACHMENT_MIN_SIZE),
+    ("PIECE_MIN_SIZE", abi::PIECE_MIN_SIZE),
+    ("BUFFER_QUERY_MIN_SIZE", abi::BUFFER_QUERY_MIN_SIZE),
+    ("PROVIDER_OPEN_MIN_SIZE", abi::PROVIDER_OPEN_MIN_SIZE),
+];
+
+const PROBE_MIN_SIZES: [(&str, usize); 5] = [
+    ("ATTACH_MIN_SIZE", probe::ATTACH_MIN_SIZE),
+    ("MAP_MIN_SIZE", probe::MAP_MIN_SIZE),
+    ("STEP_MIN_SIZE", probe::STEP_MIN_SIZE),
+    ("FENCE_MIN_SIZE", probe::FENCE_MIN_SIZE),
+    ("QUERY_MIN_SIZE", probe::QUERY_MIN_SIZE),
+];
+
+#[test]
+fn a_struct_s_minimum_ends_where_a_field_begins_and_never_changes() {
+    let sizes = MIN_SIZES.map(|(_, size)| size);
+    assert_eq!(sizes, [32, 24, 40, 56, 48, 24, 24, 96, 24, 40, 24]);
+    assert_eq!(offset_of!(Query, bars), abi::QUERY_MIN_SIZE);
+    assert_eq!(offset_of!(Move, holders), abi::MOVE_MIN_SIZE);
+    assert_eq!(
+        offset_of!(BufferQuery, attachments),
+        abi::BUFFER_QUERY_MIN_SIZE
+    );
+    let sizes = PROBE_MIN_SIZES.map(|(_, size)| size);
+    assert_eq!(sizes, [48, 24, 16, 16, 16]);
+    assert_eq!(offset_of!(probe::Query, segments), probe::QUERY_MIN_SIZE);
+}
+
 #[test]
 fn header_and_rust_agree() {
     let mut asked = Asked::of("peerbuf.h", "PEERBUF_");
-    asked.constant("ABI_VERSION", abi::ABI_VERSION);
+    asked.constant("DEVICE_NAME_LEN", abi::DEVICE_NAME_LEN as u64);
+    asked.constant("FEATURE_EXPORT", abi::FEATURE_EXPORT);
+    asked.constant("FEATURE_MOVE", abi::FEATURE_MOVE);
+    asked.constant("FEATURE_REVOKE", abi::FEATURE_REVOKE);
+    asked.constant("FEATURE_WATCH", abi::FEATURE_WATCH);
+    asked.constant("FEATURE_PROVIDER", abi::FEATURE_PROVIDER);
+    asked.constant("FEATURE_SEVERAL_BARS", abi::FEATURE_SEVERAL_BARS);
+    asked.constant("PCI_ADDRESS(0, 0, 0, 7)", abi::pci_address(0, 0, 0, 7));
+    asked.constant(
+        "PCI_ADDRESS(0x10000, 0xff, 0x1f, 1)",
+        abi::pci_address(0x10000, 0xff, 0x1f, 1),
+    );
     asked.constant("IOC_MAGIC", abi::IOC_MAGIC);
     asked.constant("IOC_QUERY", abi::IOC_QUERY);
     asked.constant("IOC_EXPORT", abi::IOC_EXPORT);
@@ -109,9 +158,7 @@ fn header_and_rust_agree() {
     asked.constant("BAR_64BIT", abi::BAR_64BIT);
     asked.constant("BAR_EXPORT", abi::BAR_EXPORT);
     asked.constant("BAR_PAGES", abi::BAR_PAGES);
-    asked.constant("EXPORT_ANY_OFFSET", abi::EXPORT_ANY_OFFSET);
     asked.constant("IOC_PROVIDER_OPEN", abi::IOC_PROVIDER_OPEN);
-    asked.constant("IOC_EXPORT_RANGES", abi::IOC_EXPORT_RANGES);
     asked.constant("IOC_MOVE", abi::IOC_MOVE);
     asked.constant("IOC_REVOKE", abi::IOC_REVOKE);
     asked.constant("IOC_RESTORE", abi::IOC_RESTORE);
@@ -121,6 +168,21 @@ fn header_and_rust_agree() {
     asked.constant("EXPORT_MAY_MOVE", abi::EXPORT_MAY_MOVE);
     asked.constant("EXPORT_DEVICES_READ", abi::EXPORT_DEVICES_READ);
     asked.constant("EXPORT_UNCACHED", abi::EXPORT_UNCACHED);
+    asked.constant("EXPORT_CACHE_MASK", abi::EXPORT_CACHE_MASK);
+    asked.constant("REASON_OWNER", abi::REASON_OWNER);
+    asked.constant("REASON_RESET", abi::REASON_RESET);
+    asked.constant("REASON_GONE", abi::REASON_GONE);
+    asked.constant("REASON_ERROR", abi::REASON_ERROR);
+    asked.constant("REASON_POWER", abi::REASON_POWER);
+    asked.constant("REVOKE_PERMANENT", abi::REVOKE_PERMANENT);
+    asked.constant("EVENT_MOVED", abi::EVENT_MOVED);
+    asked.constant("EVENT_REVOKED", abi::EVENT_REVOKED);
+    asked.constant("EVENT_RESTORED", abi::EVENT_RESTORED);
+    asked.constant("EVENT_MOVABLE_TO_DEVICE", abi::EVENT_MOVABLE_TO_DEVICE);
+    asked.constant("EVENT_MOVABLE_TO_SYSTEM", abi::EVENT_MOVABLE_TO_SYSTEM);
+    for (name, size) in MIN_SIZES {
+        asked.constant(name, size as u64);
+    }
     asked.constant("BAR_WRITE_COMBINING", abi::BAR_WRITE_COMBINING);
     asked.constant("RANGE_ANY_OFFSET", abi::RANGE_ANY_OFFSET);
     asked.constant("RANGE_SYSTEM", abi::RANGE_SYSTEM);
@@ -142,28 +204,25 @@ fn header_and_rust_agree() {
     asked.constant("REFUSED_MOVE_FAILED", abi::REFUSED_MOVE_FAILED);
     asked.constant("MAX_RANGES", abi::MAX_RANGES as u64);
     structs!(asked,
-        Bar "bar" { size, free, largest_free, exports, flags }
-        Query "query" {
-            size, flags, abi_version, page_size, vendor, device, reserved, bdf, bars
-        }
-        Export "export" { size, flags, bar, fd_flags, offset, length, fd, reserved }
-        ProviderOpen "provider_open" { size, flags, fd_flags, fd, bdf }
-        Range "range" { offset, length, flags, reserved }
-        ExportRanges "export_ranges" {
-            size, flags, bar, fd_flags, ranges, nr_ranges, fd, length
-        }
+        Bar "bar" { size, free, largest_free, exports, flags, reserved }
+        Query "query" { size, flags, features, address, vendor, device, page_size, bars }
+        Range "range" { offset, length, bar, flags }
+        Export "export" { size, flags, fd_flags, fd, ranges, nr_ranges, range_size, length }
+        ProviderOpen "provider_open" { size, flags, fd_flags, fd, address }
         Move "move" {
-            size, flags, fd, placement, offset, length, timeout_ms, reserved, generation, copied
+            size, flags, fd, placement, offset, length, timeout_ms, reserved, generation, copied,
+            holders, fences, pages, pins
         }
         Revoke "revoke" { size, flags, fd, timeout_ms, generation, holders, fences, pages }
         Restore "restore" { size, flags, fd, reserved, generation }
-        Watch "watch" { size, flags, fd, eventfd }
-        Attachment "attachment" { device, flags, mapped, pinned, reserved, generation }
-        Piece "piece" { length, offset, placement, reserved }
+        Watch "watch" { size, flags, fd, eventfd, events }
+        Attachment "attachment" { device, flags, reserved, mapped, pinned, generation }
+        Piece "piece" { length, offset, bar, placement }
         BufferQuery "buffer_query" {
-            size, flags, fd, state, placement, bar, length, generation, attachments, pieces,
-            nr_attachments, nr_pieces, pins, vmaps, busy_pages, moves, invalidations, maps,
-            copied, longest_wait_ns, refusals, refused_device, refused_reason, refused_errno
+            size, flags, fd, state, generation, length, placement, reasons, attachments, pieces,
+            nr_attachments, attachment_size, nr_pieces, piece_size, pins, vmaps, busy_pages,
+            moves, invalidations, maps, copied, longest_wait_ns, refusals, refused_device,
+            refused_reason, refused_errno
         }
     );
     asked.of_a_compiler();
@@ -205,18 +264,22 @@ fn the_probe_s_header_and_rust_agree() {
     asked.constant("FENCED", probe::FENCED);
     asked.constant("DETACHED", probe::DETACHED);
     asked.constant("DEVICE_GONE", probe::DEVICE_GONE);
+    asked.constant("PROVIDER_NONE", probe::PROVIDER_NONE);
+    for (name, size) in PROBE_MIN_SIZES {
+        asked.constant(name, size as u64);
+    }
     {
         use probe::{Attach, Fence, Map, Query, Step};
         structs!(asked,
         Attach "attach" {
-            size, flags, dmabuf, fd_flags, on_invalidate, hold_ms, detach_ms, fd, bdf, ns
+            size, flags, dmabuf, fd_flags, on_invalidate, hold_ms, detach_ms, fd, address, ns
         }
         Map "map" { size, flags, direction, reserved, ns }
         Step "step" { size, flags, ns }
         Fence "fence" { size, flags, usage, timeout_ms }
         Query "query" {
-            size, flags, state, segments, bytes, system_bytes, bus_bytes, bridge_bytes,
-            other_bytes, provider, invalidations, maps, remaps, map_ns, remap_error, reserved
+            size, flags, state, remap_error, segments, bytes, system_bytes, bus_bytes,
+            bridge_bytes, other_bytes, provider, invalidations, maps, remaps, map_ns
         }
         );
     }
@@ -238,10 +301,13 @@ fn every_constant_is_in_its_header() {
         ),
     ];
     for (rust, header, prefix) in interfaces {
-        for line in rust.lines().filter(|line| line.starts_with("pub const ")) {
+        for line in rust
+            .lines()
+            .filter(|line| line.starts_with("pub const ") && !line.contains(" fn "))
+        {
             let name = line["pub const ".len()..].split(':').next().unwrap();
             // The sums of flags exist only in Rust.
-            let sum = name.ends_with("FLAGS");
+            let sum = name.ends_with("FLAGS") || name == "FEATURES";
             assert!(
                 sum || header.contains(&format!("#define {prefix}{name} ")),
                 "{name}"
@@ -254,32 +320,33 @@ fn every_constant_is_in_its_header() {
 fn numbers_never_change() {
     assert_eq!(abi::IOC_QUERY, 0xBB00);
     assert_eq!(abi::IOC_EXPORT, 0xBB01);
-    assert_eq!(abi::IOC_EXPORT_RANGES, 0xBB02);
     assert_eq!(abi::IOC_MOVE, 0xBB03);
     assert_eq!(abi::IOC_REVOKE, 0xBB04);
     assert_eq!(abi::IOC_RESTORE, 0xBB05);
     assert_eq!(abi::IOC_WATCH, 0xBB06);
     assert_eq!(abi::IOC_UNWATCH, 0xBB07);
     assert_eq!(abi::IOC_BUFFER, 0xBB08);
+    assert_eq!(abi::IOC_PROVIDER_OPEN, 0xBB20);
     assert_eq!(size_of::<Range>(), 24);
-    assert_eq!(size_of::<ExportRanges>(), 40);
-    assert_eq!(size_of::<Move>(), 56);
-    assert_eq!(size_of::<Revoke>(), 40);
-    assert_eq!(size_of::<Restore>(), 24);
-    assert_eq!(size_of::<Watch>(), 16);
-    assert_eq!(size_of::<Attachment>(), 56);
-    assert_eq!(size_of::<Piece>(), 24);
-    assert_eq!(size_of::<BufferQuery>(), 168);
-    assert_eq!(size_of::<Query>(), 232);
-    assert_eq!(size_of::<Bar>(), 32);
     assert_eq!(size_of::<Export>(), 40);
+    assert_eq!(size_of::<Move>(), 88);
+    assert_eq!(size_of::<Revoke>(), 48);
+    assert_eq!(size_of::<Restore>(), 24);
+    assert_eq!(size_of::<Watch>(), 24);
+    assert_eq!(size_of::<Attachment>(), 96);
+    assert_eq!(size_of::<Piece>(), 24);
+    assert_eq!(size_of::<BufferQuery>(), 216);
+    assert_eq!(size_of::<Query>(), 272);
+    assert_eq!(size_of::<Bar>(), 40);
+    assert_eq!(size_of::<ProviderOpen>(), 24);
     assert_eq!(abi::BAR_FLAGS, 0x3f);
-    assert_eq!(abi::EXPORT_FLAGS, 0xf);
+    assert_eq!(abi::EXPORT_FLAGS, 0x13);
     assert_eq!(abi::RANGE_FLAGS, 3);
-    assert_eq!(
-        (abi::IOC_PROVIDER_OPEN, size_of::<ProviderOpen>()),
-        (0xBB20, 32)
-    );
+    assert_eq!(abi::REASON_FLAGS, 0x1f);
+    assert_eq!(abi::REVOKE_FLAGS, 1);
+    assert_eq!(abi::EVENT_FLAGS, 0x1f);
+    assert_eq!(abi::FEATURES, 0x1f);
+    assert_eq!(abi::pci_address(0x10000, 0xfe, 0x1f, 7), 0x1_0000_feff);
 }
 
 #[test]
@@ -298,11 +365,11 @@ fn the_probe_s_numbers_never_change() {
         probe::IOC_QUERY,
     ];
     assert!(numbers.into_iter().eq(0xBC00..=0xBC0A));
-    assert_eq!(size_of::<probe::Attach>(), 56);
+    assert_eq!(size_of::<probe::Attach>(), 48);
     assert_eq!(size_of::<probe::Map>(), 24);
     assert_eq!(size_of::<probe::Step>(), 16);
     assert_eq!(size_of::<probe::Fence>(), 16);
-    assert_eq!(size_of::<probe::Query>(), 112);
+    assert_eq!(size_of::<probe::Query>(), 104);
     assert_eq!(probe::FLAGS, 3);
     assert_eq!(probe::ON_INVALIDATE_HOLD, 2);
     assert_eq!(probe::FROM_DEVICE, 2);

@@ -4,8 +4,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use peerbuf_uapi::{
-    ABI_VERSION, BAR_64BIT, BAR_EXPORT, BAR_MEMORY, BAR_PAGES, BAR_PREFETCHABLE,
-    BAR_WRITE_COMBINING, Bar, EXPORT_ANY_OFFSET, Export, NUM_BARS,
+    BAR_64BIT, BAR_EXPORT, BAR_MEMORY, BAR_PAGES, BAR_PREFETCHABLE, BAR_WRITE_COMBINING, Bar,
+    FEATURES, NUM_BARS,
 };
 use rustix::fs::{Mode, OFlags};
 
@@ -19,7 +19,8 @@ mod control;
 mod request;
 
 pub use control::{
-    Attachment, MoveTo, Moved, Piece, Placement, Refusal, Revoked, State, Status, Watch,
+    Attachment, Events, MoveTo, Moved, Piece, Placement, Reasons, Refusal, Revoked, State, Status,
+    Watch,
 };
 pub use request::{RangeRequest, RangesRequest};
 
@@ -121,7 +122,7 @@ pub struct BarInfo {
     /// The largest export possible now; for a provider, an upper bound.
     pub largest_free: u64,
     /// Number of exports that hold a range.
-    pub exports: u32,
+    pub exports: u64,
     /// Reads have no side effects.
     pub prefetchable: bool,
     /// The address register is 64 bits wide.
@@ -186,13 +187,13 @@ impl Device {
         provider: Option<PciAddress>,
     ) -> Result<Device, ExportError> {
         let device = Device { fd, path, provider };
-        let found = device.raw_query()?.abi_version;
-        if found != ABI_VERSION {
+        let found = device.raw_query()?.features;
+        if FEATURES & !found != 0 {
             let object = device.path.display().to_string();
             return Err(ExportError::Version {
                 object,
                 found,
-                known: ABI_VERSION,
+                needed: FEATURES,
             });
         }
         Ok(device)
@@ -220,22 +221,6 @@ impl Device {
     /// The ioctl's error; `ENODEV` if the device was unbound.
     pub fn query(&self) -> Result<DeviceInfo, ExportError> {
         let query = self.raw_query()?;
-        let text = query
-            .bdf
-            .split(|&byte| byte == 0)
-            .next()
-            .unwrap_or_default();
-        let address = std::str::from_utf8(text)
-            .ok()
-            .and_then(|text| text.parse().ok());
-        let address = address.ok_or_else(|| ExportError::System {
-            cause: SystemError::new(
-                "ioctl(PEERBUF_IOC_QUERY)",
-                self.path.display().to_string(),
-                Errno::INVAL,
-            ),
-            hint: ": the module gave no PCI address".into(),
-        })?;
         let memory = |(index, bar): (usize, &Bar)| {
             let has = |flag| bar.flags & flag != 0;
             has(BAR_MEMORY).then_some(BarInfo {
@@ -252,7 +237,7 @@ impl Device {
             })
         };
         let mut info = DeviceInfo {
-            address,
+            address: sys::peerbuf::address(query.address),
             vendor: query.vendor,
             device: query.device,
             page_size: query.page_size,
@@ -283,39 +268,17 @@ impl Device {
     /// the BAR, not a memory BAR), `EBUSY` (part of the range is exported), `ENOSPC` (no room),
     /// `EOPNOTSUPP` (not exportable), `ENODEV` (the device is gone).
     pub fn export(&self, request: Request) -> Result<Buffer, ExportError> {
-        let info = self.query()?;
-        let writes = if request.access.writes() {
-            OFlags::RDWR
-        } else {
-            OFlags::RDONLY
-        };
-        let argument = Export {
-            flags: if request.offset.is_none() {
-                EXPORT_ANY_OFFSET
-            } else {
-                0
-            },
-            bar: request.bar.into(),
-            fd_flags: (writes | OFlags::CLOEXEC).bits(),
-            offset: request.offset.unwrap_or(0),
-            length: request.length,
-            ..Export::default()
-        };
-        let range = RangeRequest::Bar {
-            offset: request.offset,
-            length: request.length,
-        };
-        let exported = sys::peerbuf::export(self.fd.as_fd(), argument);
-        let (offset, fd) = exported.map_err(|errno| ExportError::System {
-            cause: SystemError::new(
-                "ioctl(PEERBUF_IOC_EXPORT)",
-                format!("{} BAR {}", info.address, request.bar),
-                errno,
-            ),
-            hint: explain(errno, &info, request.bar, &[range]),
-        })?;
-        let name = format!("{} BAR {} at {offset:#x}", info.address, request.bar);
-        self.exported(fd, &info, request.bar, name)
+        self.export_ranges(&RangesRequest {
+            bar: request.bar,
+            ranges: vec![RangeRequest::Bar {
+                offset: request.offset,
+                length: request.length,
+            }],
+            may_move: false,
+            devices_read: false,
+            uncached: false,
+            access: request.access,
+        })
     }
 
     /// The buffer behind a descriptor that the module has just returned.

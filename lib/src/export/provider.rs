@@ -71,7 +71,7 @@ fn open_node() -> Result<std::os::fd::OwnedFd, Unavailable> {
 /// [`ExportError::Version`].
 pub fn open(address: PciAddress) -> Result<Device, ExportError> {
     let node = open_node()?;
-    let opened = sys::peerbuf::open_provider(std::os::fd::AsFd::as_fd(&node), &address.to_string());
+    let opened = sys::peerbuf::open_provider(std::os::fd::AsFd::as_fd(&node), address);
     let fd = opened.map_err(|errno| ExportError::System {
         cause: SystemError::new(
             "ioctl(PEERBUF_IOC_PROVIDER_OPEN)",

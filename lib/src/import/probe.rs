@@ -37,6 +37,7 @@ use crate::errno::Errno;
 use crate::error::{ImportError, ProbeError, SystemError};
 use crate::plan::{Path, Plan, ReasonCode};
 use crate::sys::importer::{self as ioctl, Step};
+use crate::sys::peerbuf::{address, number};
 use crate::topology::PciAddress;
 
 /// The importer's node, which exists while peerbuf_probe.ko is loaded.
@@ -136,7 +137,7 @@ pub enum Route {
 #[non_exhaustive]
 pub struct Mapping {
     /// DMA segments.
-    pub segments: u32,
+    pub segments: u64,
     /// Total number of bytes.
     pub bytes: u64,
     /// Bytes in system memory.
@@ -246,7 +247,7 @@ impl Probe {
             OnInvalidate::Remap => (abi::ON_INVALIDATE_REMAP, None),
             OnInvalidate::Hold(time) => (abi::ON_INVALIDATE_HOLD, time),
         };
-        let mut request = abi::Attach {
+        let request = abi::Attach {
             flags: match options.kind {
                 Kind::Peer => abi::DYNAMIC | abi::PEER,
                 Kind::System => abi::DYNAMIC,
@@ -257,24 +258,10 @@ impl Probe {
             on_invalidate,
             hold_ms: hold.map_or(0, |time| millis(time).max(1)),
             detach_ms: millis(options.linger),
+            address: number(device),
             ..abi::Attach::default()
         };
-        let name = device.to_string();
-        // A PCI address has at most 16 characters, even with the longest domain. The module
-        // requires a NUL after them.
-        let object = format!("{} for {name}", dmabuf.exporter());
-        let Some(place) = request
-            .bdf
-            .get_mut(..name.len())
-            .filter(|_| name.len() < 16)
-        else {
-            return Err(system(
-                "ioctl(PEERBUF_PROBE_IOC_ATTACH)",
-                object,
-                Errno::INVAL,
-            ));
-        };
-        place.copy_from_slice(name.as_bytes());
+        let object = format!("{} for {device}", dmabuf.exporter());
         let (fd, ns) = ioctl::attach(self.fd.as_fd(), dmabuf.as_fd(), request)
             .map_err(|errno| system("ioctl(PEERBUF_PROBE_IOC_ATTACH)", object.clone(), errno))?;
         Ok(Attachment {
@@ -529,8 +516,6 @@ impl AsFd for Attachment {
 }
 
 fn mapping(query: &abi::Query) -> Mapping {
-    let name = query.provider.split(|&byte| byte == 0).next();
-    let name = std::str::from_utf8(name.unwrap_or_default());
     Mapping {
         segments: query.segments,
         bytes: query.bytes,
@@ -538,7 +523,7 @@ fn mapping(query: &abi::Query) -> Mapping {
         bus_bytes: query.bus_bytes,
         bridge_bytes: query.bridge_bytes,
         other_bytes: query.other_bytes,
-        provider: name.ok().and_then(|name| name.parse().ok()),
+        provider: (query.provider != abi::PROVIDER_NONE).then(|| address(query.provider)),
         took: Duration::from_nanos(query.map_ns),
     }
 }

@@ -64,11 +64,12 @@ impl Whereabouts {
             _ => provider::open(device).ok(),
         });
         match node.as_ref().map(|node| node.glance(dmabuf)) {
-            Some(Ok((state, placement, generation))) => Seen {
+            Some(Ok((state, reasons, placement, generation))) => Seen {
                 out_of_reach: match state {
                     State::Live => None,
                     State::Revoked => Some("to which access was taken away"),
-                    State::Gone => Some(GONE),
+                    State::Gone if reasons.gone => Some(GONE),
+                    State::Gone => Some("to which access was permanently revoked"),
                 },
                 generation: Some(generation),
                 in_device: match placement {

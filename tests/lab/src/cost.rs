@@ -62,10 +62,10 @@ struct Peerbuf(Node);
 impl Exporter for Peerbuf {
     fn export(&self, size: u64) -> (u64, OwnedFd) {
         let mut request = Node::request(Some(0), size);
-        let (cost, answer) = counted(|| self.0.call(abi::IOC_EXPORT, &mut request));
+        let (cost, answer) = counted(|| self.0.call_export(&mut request));
         answer.unwrap();
         // SAFETY: The ioctl has just made this descriptor.
-        (cost, unsafe { OwnedFd::from_raw_fd(request.fd) })
+        (cost, unsafe { OwnedFd::from_raw_fd(request.export.fd) })
     }
 
     fn revoke(&self, fd: &OwnedFd) -> u64 {

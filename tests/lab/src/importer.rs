@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use peerbuf_uapi::probe;
 
-use crate::node::ioctl;
+use crate::node::{address, ioctl};
 
 /// A dynamic importer: its mappings can be invalidated.
 pub const DYNAMIC: u32 = probe::DYNAMIC;
@@ -28,15 +28,14 @@ pub fn open() -> io::Result<File> {
 
 /// A request to attach a dma-buf on behalf of a PCI device, with these `probe::*` flags.
 pub fn request(fd: BorrowedFd<'_>, bdf: &str, flags: u32) -> probe::Attach {
-    let mut request = probe::Attach {
+    probe::Attach {
         size: size_of::<probe::Attach>() as u32,
         flags,
         dmabuf: fd.as_raw_fd(),
         fd_flags: libc::O_CLOEXEC as u32,
+        address: address(bdf),
         ..Default::default()
-    };
-    request.bdf[..bdf.len()].copy_from_slice(bdf.as_bytes());
-    request
+    }
 }
 
 /// An attachment.
@@ -169,7 +168,6 @@ impl Importer {
     /// The bytes of the last mapping, by place and route.
     pub fn mapping(&self) -> Mapping {
         let query = self.query();
-        let text = query.provider.split(|&byte| byte == 0).next();
         Mapping {
             segments: query.segments,
             bytes: query.bytes,
@@ -177,7 +175,16 @@ impl Importer {
             bus: query.bus_bytes,
             bridge: query.bridge_bytes,
             other: query.other_bytes,
-            provider: String::from_utf8(text.unwrap_or_default().into()).expect("an address"),
+            provider: match query.provider {
+                probe::PROVIDER_NONE => String::new(),
+                at => format!(
+                    "{:04x}:{:02x}:{:02x}.{}",
+                    at >> 16,
+                    at >> 8 & 0xff,
+                    at >> 3 & 0x1f,
+                    at & 7
+                ),
+            },
         }
     }
 }
@@ -186,7 +193,7 @@ impl Importer {
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Mapping {
     /// The number of DMA segments.
-    pub segments: u32,
+    pub segments: u64,
     /// The sum of the next four fields.
     pub bytes: u64,
     /// Bytes in system memory.

@@ -37,6 +37,15 @@ pub fn errno<T>(result: io::Result<T>) -> i32 {
     }
 }
 
+/// A request for an export of one range.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Request {
+    /// The argument of the ioctl. [`Node::call_export`] fills in the address of the range.
+    pub export: abi::Export,
+    /// The range.
+    pub range: abi::Range,
+}
+
 /// An open node.
 pub struct Node {
     /// The open file.
@@ -108,20 +117,38 @@ impl Node {
     }
 
     /// A request for `length` bytes of BAR 2, at `offset`, or anywhere if `offset` is `None`.
-    pub fn request(offset: Option<u64>, length: u64) -> abi::Export {
-        abi::Export {
-            size: size_of::<abi::Export>() as u32,
-            flags: if offset.is_none() {
-                abi::EXPORT_ANY_OFFSET
-            } else {
-                0
+    pub fn request(offset: Option<u64>, length: u64) -> Request {
+        Request {
+            export: abi::Export {
+                size: size_of::<abi::Export>() as u32,
+                fd_flags: (libc::O_RDWR | libc::O_CLOEXEC) as u32,
+                nr_ranges: 1,
+                range_size: size_of::<abi::Range>() as u32,
+                ..Zeroable::zeroed()
             },
-            bar: 2,
-            fd_flags: (libc::O_RDWR | libc::O_CLOEXEC) as u32,
-            offset: offset.unwrap_or(0),
-            length,
-            ..Zeroable::zeroed()
+            range: abi::Range {
+                offset: offset.unwrap_or(0),
+                length,
+                bar: 2,
+                flags: if offset.is_none() {
+                    abi::RANGE_ANY_OFFSET
+                } else {
+                    0
+                },
+            },
         }
+    }
+
+    /// [`abi::IOC_EXPORT`], whatever the request's contents.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's error.
+    pub fn call_export(&self, request: &mut Request) -> io::Result<i32> {
+        request.export.ranges = (&raw mut request.range).addr() as u64;
+        let answer = self.call(abi::IOC_EXPORT, &mut request.export);
+        request.export.ranges = 0;
+        answer
     }
 
     /// [`abi::IOC_EXPORT`]; returns the dma-buf and its offset in the BAR.
@@ -129,11 +156,11 @@ impl Node {
     /// # Errors
     ///
     /// The kernel's error.
-    pub fn export_request(&self, mut request: abi::Export) -> io::Result<(OwnedFd, u64)> {
-        self.call(abi::IOC_EXPORT, &mut request)?;
+    pub fn export_request(&self, mut request: Request) -> io::Result<(OwnedFd, u64)> {
+        self.call_export(&mut request)?;
         // SAFETY: The ioctl has just made this descriptor, and no one else knows it.
-        let fd = unsafe { OwnedFd::from_raw_fd(request.fd) };
-        Ok((fd, request.offset))
+        let fd = unsafe { OwnedFd::from_raw_fd(request.export.fd) };
+        Ok((fd, request.range.offset))
     }
 
     /// Exports `length` bytes of BAR 2, at `offset`, or anywhere if `offset` is `None`.
@@ -145,7 +172,8 @@ impl Node {
         self.export_request(Self::request(offset, length))
     }
 
-    /// [`abi::IOC_EXPORT_RANGES`]; returns the dma-buf, and the ranges with their offsets.
+    /// [`abi::IOC_EXPORT`] of several ranges, of BAR 2 where they do not name system memory; returns the dma-buf and
+    /// its length, and fills in the ranges' offsets.
     ///
     /// # Errors
     ///
@@ -155,16 +183,25 @@ impl Node {
         flags: u32,
         ranges: &mut [abi::Range],
     ) -> io::Result<(OwnedFd, u64)> {
-        let mut request = abi::ExportRanges {
-            size: size_of::<abi::ExportRanges>() as u32,
+        let mut sent: Vec<abi::Range> = ranges.to_vec();
+        for range in &mut sent {
+            range.bar = if range.flags & abi::RANGE_SYSTEM == 0 {
+                2
+            } else {
+                0
+            };
+        }
+        let mut request = abi::Export {
             flags,
-            bar: 2,
-            fd_flags: (libc::O_RDWR | libc::O_CLOEXEC) as u32,
-            ranges: ranges.as_mut_ptr().addr() as u64,
-            nr_ranges: ranges.len() as u32,
-            ..Zeroable::zeroed()
+            ranges: sent.as_mut_ptr().addr() as u64,
+            nr_ranges: sent.len() as u32,
+            ..Self::request(None, 0).export
         };
-        self.call(abi::IOC_EXPORT_RANGES, &mut request)?;
+        let answer = self.call(abi::IOC_EXPORT, &mut request);
+        for (range, sent) in ranges.iter_mut().zip(&sent) {
+            range.offset = sent.offset;
+        }
+        answer?;
         // SAFETY: The ioctl has just made this descriptor, and no one else knows it.
         let fd = unsafe { OwnedFd::from_raw_fd(request.fd) };
         Ok((fd, request.length))
@@ -178,7 +215,7 @@ impl Node {
     /// The kernel's error.
     pub fn export_movable(&self, length: u64) -> io::Result<OwnedFd> {
         let mut request = Self::request(None, length);
-        request.flags |= abi::EXPORT_MAY_MOVE;
+        request.export.flags |= abi::EXPORT_MAY_MOVE;
         Ok(self.export_request(request)?.0)
     }
 
@@ -218,13 +255,37 @@ impl Node {
         Ok((request.generation, request.copied))
     }
 
+    /// [`abi::IOC_MOVE`] of the whole buffer, which fails with EBUSY: the holders, fences, pages and pins in the way.
+    pub fn in_the_way(&self, fd: &OwnedFd, placement: u32, timeout_ms: u32) -> [u64; 4] {
+        let mut request = abi::Move {
+            size: size_of::<abi::Move>() as u32,
+            fd: fd.as_raw_fd(),
+            placement,
+            timeout_ms,
+            ..Zeroable::zeroed()
+        };
+        assert_eq!(errno(self.call(abi::IOC_MOVE, &mut request)), libc::EBUSY);
+        assert_eq!((request.generation, request.copied), (0, 0));
+        [request.holders, request.fences, request.pages, request.pins]
+    }
+
     /// [`abi::IOC_REVOKE`].
     ///
     /// # Errors
     ///
     /// The kernel's error.
     pub fn revoke(&self, fd: &OwnedFd, timeout_ms: u32) -> io::Result<abi::Revoke> {
+        self.revoke_as(0, fd, timeout_ms)
+    }
+
+    /// [`abi::IOC_REVOKE`] with `abi::REVOKE_*`.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's error.
+    pub fn revoke_as(&self, flags: u32, fd: &OwnedFd, timeout_ms: u32) -> io::Result<abi::Revoke> {
         let mut request = abi::Revoke {
+            flags,
             size: size_of::<abi::Revoke>() as u32,
             fd: fd.as_raw_fd(),
             timeout_ms,
@@ -249,13 +310,33 @@ impl Node {
         Ok(request.generation)
     }
 
-    /// [`abi::IOC_WATCH`] or [`abi::IOC_UNWATCH`].
+    /// [`abi::IOC_WATCH`] for each move, revoke and restore, or [`abi::IOC_UNWATCH`].
     ///
     /// # Errors
     ///
     /// The kernel's error.
     pub fn watch(&self, number: u32, fd: &OwnedFd, eventfd: BorrowedFd<'_>) -> io::Result<()> {
+        let events = match number {
+            abi::IOC_WATCH => abi::EVENT_MOVED | abi::EVENT_REVOKED | abi::EVENT_RESTORED,
+            _ => 0,
+        };
+        self.watch_for(number, events, fd, eventfd)
+    }
+
+    /// [`abi::IOC_WATCH`] or [`abi::IOC_UNWATCH`] with these `abi::EVENT_*`.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's error.
+    pub fn watch_for(
+        &self,
+        number: u32,
+        events: u64,
+        fd: &OwnedFd,
+        eventfd: BorrowedFd<'_>,
+    ) -> io::Result<()> {
         let mut request = abi::Watch {
+            events,
             size: size_of::<abi::Watch>() as u32,
             fd: fd.as_raw_fd(),
             eventfd: eventfd.as_raw_fd(),
@@ -297,7 +378,9 @@ impl Node {
             attachments: attachments.as_mut_ptr().addr() as u64,
             pieces: pieces.as_mut_ptr().addr() as u64,
             nr_attachments: 128,
+            attachment_size: size_of::<abi::Attachment>() as u32,
             nr_pieces: 128,
+            piece_size: size_of::<abi::Piece>() as u32,
             ..Zeroable::zeroed()
         };
         self.call(abi::IOC_BUFFER, &mut request)?;
@@ -323,6 +406,15 @@ impl Node {
 ///
 /// The kernel's error.
 pub fn open_provider(bdf: &str) -> io::Result<Node> {
+    open_provider_at(address(bdf), bdf)
+}
+
+/// [`open_provider`] by a number.
+///
+/// # Errors
+///
+/// The kernel's error.
+pub fn open_provider_at(address: u64, bdf: &str) -> io::Result<Node> {
     let node = OpenOptions::new()
         .read(true)
         .write(true)
@@ -330,15 +422,21 @@ pub fn open_provider(bdf: &str) -> io::Result<Node> {
     let mut request = abi::ProviderOpen {
         size: size_of::<abi::ProviderOpen>() as u32,
         fd_flags: (libc::O_RDWR | libc::O_CLOEXEC) as u32,
+        address,
         ..Zeroable::zeroed()
     };
-    request.bdf[..bdf.len()].copy_from_slice(bdf.as_bytes());
     let at = (&raw mut request).addr();
     ioctl(node.as_fd(), abi::IOC_PROVIDER_OPEN, at)?;
     // SAFETY: The ioctl has just made this descriptor, and no one else knows it.
     let file = unsafe { File::from_raw_fd(request.fd) };
     let bdf = bdf.to_owned();
     Ok(Node { file, bdf })
+}
+
+/// The PCI address `DDDD:BB:DD.F` as a number.
+pub fn address(bdf: &str) -> u64 {
+    let at: peerbuf::topology::PciAddress = bdf.parse().expect("an address");
+    abi::pci_address(at.domain, at.bus, at.device, at.function)
 }
 
 /// The PCI address of the NVMe disk.

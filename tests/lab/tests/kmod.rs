@@ -15,8 +15,8 @@ use peerbuf_lab_suite::disk::{self, SCRATCH, Slow};
 use peerbuf_lab_suite::importer::{DYNAMIC, Importer, PEER, State};
 use peerbuf_lab_suite::memory;
 use peerbuf_lab_suite::node::{
-    MIB, Map, Node, PAGE, SYNC_END, SYNC_READ, SYNC_WRITE, assert_all_free, differs, errno, fill,
-    in_child, ioctl, nvme_bdf, pattern, sync,
+    MIB, Map, Node, PAGE, Request, SYNC_END, SYNC_READ, SYNC_WRITE, address, assert_all_free,
+    differs, errno, fill, in_child, ioctl, nvme_bdf, pattern, sync,
 };
 use peerbuf_lab_suite::pci::wait_until;
 use peerbuf_uapi::{self as abi, probe};
@@ -40,13 +40,10 @@ fn query_tells_what_the_device_is() {
     assert_eq!(sizes, [64 * MIB, 16 * MIB, MIB], "the lab's devices");
     for node in &nodes {
         let query = node.query().unwrap();
-        assert_eq!(query.abi_version, abi::ABI_VERSION);
+        assert_eq!(query.features, abi::FEATURES);
         assert_eq!(u64::from(query.page_size), PAGE);
         assert_eq!((query.vendor, query.device), (0x1af4, 0x1110));
-        assert_eq!(
-            query.bdf.split(|&b| b == 0).next().unwrap(),
-            node.bdf.as_bytes()
-        );
+        assert_eq!(query.address, address(&node.bdf));
         // sysfs has one line per BAR: 'start end flags'.
         let resources =
             fs::read_to_string(format!("/sys/bus/pci/devices/{}/resource", node.bdf)).unwrap();
@@ -182,135 +179,90 @@ fn bad_requests_get_their_errno_and_change_nothing() {
     let size = node.bar2().size;
     let good = Node::request(None, MIB);
     let at = |offset, length| Node::request(Some(offset), length);
-    let cases: Vec<(&str, abi::Export, i32)> = vec![
+    type Change = fn(&mut Request);
+    let changes: [(&str, Change, i32); 29] = [
+        ("a size of zero", |r| r.export.size = 0, libc::EINVAL),
+        ("a short size", |r| r.export.size -= 1, libc::EINVAL),
+        ("a huge size", |r| r.export.size = u32::MAX, libc::E2BIG),
+        ("bit 2", |r| r.export.flags |= 1 << 2, libc::EINVAL),
+        ("clearing", |r| r.export.flags |= 1 << 8, libc::EINVAL),
         (
-            "a size of zero",
-            abi::Export { size: 0, ..good },
+            "a cache mode without a name",
+            |r| r.export.flags |= 2 << 4,
             libc::EINVAL,
         ),
+        ("every flag", |r| r.export.flags = u32::MAX, libc::EINVAL),
+        ("an alignment", |r| r.range.flags |= 21 << 24, libc::EINVAL),
         (
-            "a short size",
-            abi::Export {
-                size: good.size - 1,
-                ..good
-            },
-            libc::EINVAL,
-        ),
-        (
-            "a huge size",
-            abi::Export {
-                size: u32::MAX,
-                ..good
-            },
-            libc::E2BIG,
-        ),
-        (
-            "an unknown flag",
-            abi::Export {
-                flags: good.flags | (abi::EXPORT_FLAGS + 1),
-                ..good
-            },
-            libc::EINVAL,
-        ),
-        (
-            "every flag",
-            abi::Export {
-                flags: u32::MAX,
-                ..good
-            },
+            "any offset, and system memory",
+            |r| r.range.flags = abi::RANGE_FLAGS,
             libc::EINVAL,
         ),
         (
             "any offset, and an offset",
-            abi::Export {
-                offset: PAGE,
-                ..good
-            },
+            |r| r.range.offset = PAGE,
+            libc::EINVAL,
+        ),
+        ("no range", |r| r.export.nr_ranges = 0, libc::EINVAL),
+        (
+            "too many ranges",
+            |r| r.export.nr_ranges = 1025,
             libc::EINVAL,
         ),
         (
-            "padding",
-            abi::Export {
-                reserved: 1,
-                ..good
-            },
+            "2^32-1 ranges",
+            |r| r.export.nr_ranges = u32::MAX,
             libc::EINVAL,
         ),
+        ("no range's size", |r| r.export.range_size = 0, libc::EINVAL),
+        ("a short range", |r| r.export.range_size -= 1, libc::EINVAL),
         (
-            "a descriptor on entry",
-            abi::Export { fd: 3, ..good },
-            libc::EINVAL,
+            "a huge range",
+            |r| r.export.range_size = u32::MAX,
+            libc::E2BIG,
         ),
+        ("a length on entry", |r| r.export.length = 1, libc::EINVAL),
+        ("a descriptor on entry", |r| r.export.fd = 3, libc::EINVAL),
         (
             "a write-only descriptor",
-            abi::Export {
-                fd_flags: libc::O_WRONLY as u32,
-                ..good
-            },
+            |r| r.export.fd_flags = libc::O_WRONLY as u32,
             libc::EINVAL,
         ),
-        (
-            "access mode 3",
-            abi::Export {
-                fd_flags: 3,
-                ..good
-            },
-            libc::EINVAL,
-        ),
+        ("access mode 3", |r| r.export.fd_flags = 3, libc::EINVAL),
         (
             "an open flag that makes no sense",
-            abi::Export {
-                fd_flags: (libc::O_RDWR | libc::O_APPEND) as u32,
-                ..good
-            },
+            |r| r.export.fd_flags = (libc::O_RDWR | libc::O_APPEND) as u32,
             libc::EINVAL,
         ),
-        ("BAR 6", abi::Export { bar: 6, ..good }, libc::EINVAL),
+        ("BAR 6", |r| r.range.bar = 6, libc::EINVAL),
+        ("BAR 2^32-1", |r| r.range.bar = u32::MAX, libc::EINVAL),
+        ("a BAR that is absent", |r| r.range.bar = 5, libc::EINVAL),
         (
-            "BAR 2^32-1",
-            abi::Export {
-                bar: u32::MAX,
-                ..good
-            },
+            "a BAR for system memory",
+            |r| r.range.flags = abi::RANGE_SYSTEM,
             libc::EINVAL,
         ),
-        (
-            "a BAR that is absent",
-            abi::Export { bar: 5, ..good },
-            libc::EINVAL,
-        ),
-        (
-            "a BAR below a page",
-            abi::Export {
-                bar: 0,
-                length: PAGE,
-                ..good
-            },
-            libc::EOPNOTSUPP,
-        ),
-        ("no bytes", abi::Export { length: 0, ..good }, libc::EINVAL),
-        (
-            "half a page",
-            abi::Export {
-                length: PAGE / 2,
-                ..good
-            },
-            libc::EINVAL,
-        ),
-        (
-            "more than the BAR",
-            abi::Export {
-                length: size + PAGE,
-                ..good
-            },
-            libc::EINVAL,
-        ),
+        ("a BAR below a page", |r| r.range.bar = 0, libc::EOPNOTSUPP),
+        ("no bytes", |r| r.range.length = 0, libc::EINVAL),
+        ("half a page", |r| r.range.length = PAGE / 2, libc::EINVAL),
         (
             "2^64 bytes less a page",
-            abi::Export {
-                length: 0u64.wrapping_sub(PAGE),
-                ..good
-            },
+            |r| r.range.length = 0u64.wrapping_sub(PAGE),
+            libc::EINVAL,
+        ),
+    ];
+    let mut cases: Vec<(&str, Request, i32)> = changes
+        .into_iter()
+        .map(|(what, change, expected)| {
+            let mut request = good;
+            change(&mut request);
+            (what, request, expected)
+        })
+        .collect();
+    cases.extend([
+        (
+            "more than the BAR",
+            Node::request(None, size + PAGE),
             libc::EINVAL,
         ),
         ("an offset within a page", at(PAGE / 2, PAGE), libc::EINVAL),
@@ -330,17 +282,13 @@ fn bad_requests_get_their_errno_and_change_nothing() {
             at(0u64.wrapping_sub(PAGE), 4 * PAGE),
             libc::EOVERFLOW,
         ),
-    ];
+    ]);
     let before = node.query().unwrap();
     let descriptors = || fs::read_dir("/proc/self/fd").unwrap().count();
     let open = descriptors();
     for (what, request, expected) in cases {
         let mut sent = request;
-        assert_eq!(
-            errno(node.call(abi::IOC_EXPORT, &mut sent)),
-            expected,
-            "{what}"
-        );
+        assert_eq!(errno(node.call_export(&mut sent)), expected, "{what}");
         assert_eq!(sent, request, "{what}: nothing is written back");
         assert_eq!(node.query().unwrap(), before, "{what}");
         assert_eq!(descriptors(), open, "{what}");
@@ -348,15 +296,12 @@ fn bad_requests_get_their_errno_and_change_nothing() {
 
     let mut query = abi::Query {
         size: size_of::<abi::Query>() as u32,
+        flags: 1,
         ..Zeroable::zeroed()
     };
-    query.flags = 1;
     assert_eq!(errno(node.call(abi::IOC_QUERY, &mut query)), libc::EINVAL);
     query.flags = 0;
-    query.reserved = 1;
-    assert_eq!(errno(node.call(abi::IOC_QUERY, &mut query)), libc::EINVAL);
-    query.reserved = 0;
-    query.size -= 1;
+    query.size = abi::QUERY_MIN_SIZE as u32 - 1;
     assert_eq!(errno(node.call(abi::IOC_QUERY, &mut query)), libc::EINVAL);
     for number in [0u32, 0xBB09, 0xBBFF, 0xBC00, 0x4004_BB00, u32::MAX] {
         assert_eq!(
@@ -367,30 +312,168 @@ fn bad_requests_get_their_errno_and_change_nothing() {
     }
 }
 
+/// Every byte of a value, with `more` bytes after it, `last` being the last one.
+fn longer<T: bytemuck::Pod>(value: &T, more: usize, last: u8) -> Vec<u8> {
+    let mut bytes = bytemuck::bytes_of(value).to_vec();
+    bytes.resize(bytes.len() + more, 0);
+    let len = bytes.len();
+    bytes[..4].copy_from_slice(&(len as u32).to_ne_bytes());
+    *bytes.last_mut().unwrap() |= last;
+    bytes
+}
+
 #[test]
 fn longer_structs_of_a_later_version_are_taken_if_the_rest_is_zero() {
-    #[repr(C)]
-    #[derive(Clone, Copy, Zeroable, bytemuck::Pod)]
-    struct Longer {
-        export: abi::Export,
-        more: [u64; 2],
-    }
     let node = Node::largest();
-    let mut longer = Longer {
-        export: abi::Export {
-            size: size_of::<Longer>() as u32,
-            ..Node::request(None, MIB)
-        },
-        more: [0, 1],
+    let (fd, _) = node.export(None, PAGE).unwrap();
+    let dmabuf = fd.as_raw_fd();
+    let ioctl = |number: u32, bytes: &mut [u8]| {
+        errno(ioctl(node.file.as_fd(), number, bytes.as_mut_ptr().addr()))
     };
-    assert_eq!(errno(node.call(abi::IOC_EXPORT, &mut longer)), libc::E2BIG);
+    let event = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).unwrap();
+    let watch = abi::Watch {
+        fd: dmabuf,
+        eventfd: event.as_raw_fd(),
+        ..Zeroable::zeroed()
+    };
+    let revoke = abi::Revoke {
+        fd: dmabuf,
+        ..Zeroable::zeroed()
+    };
+    let restore = abi::Restore {
+        fd: dmabuf,
+        ..Zeroable::zeroed()
+    };
+    let request = abi::Move {
+        fd: dmabuf,
+        placement: abi::PLACEMENT_SYSTEM,
+        ..Zeroable::zeroed()
+    };
+    let query = abi::BufferQuery {
+        fd: dmabuf,
+        ..Zeroable::zeroed()
+    };
+    let open = abi::Watch { events: 1, ..watch };
+    type Bytes<'a> = &'a dyn Fn(usize, u8) -> Vec<u8>;
+    let calls: [(u32, Bytes<'_>); 7] = [
+        (abi::IOC_QUERY, &|more, last| {
+            longer(&abi::Query::zeroed(), more, last)
+        }),
+        (abi::IOC_MOVE, &|more, last| longer(&request, more, last)),
+        (abi::IOC_WATCH, &|more, last| longer(&open, more, last)),
+        (abi::IOC_UNWATCH, &|more, last| longer(&watch, more, last)),
+        (abi::IOC_REVOKE, &|more, last| longer(&revoke, more, last)),
+        (abi::IOC_RESTORE, &|more, last| longer(&restore, more, last)),
+        (abi::IOC_BUFFER, &|more, last| longer(&query, more, last)),
+    ];
+    for (number, bytes) in calls {
+        for more in [1, 8, 100] {
+            let mut unknown = bytes(more, 1);
+            let sent = unknown.clone();
+            assert_eq!(ioctl(number, &mut unknown), libc::E2BIG, "{number:#x}");
+            assert_eq!(unknown, sent, "{number:#x}: nothing is written back");
+        }
+        let mut known = bytes(100, 0);
+        assert_eq!(ioctl(number, &mut known), 0, "{number:#x}");
+        let end = known.len() - 100;
+        assert!(known[end..].iter().all(|&byte| byte == 0), "{number:#x}");
+        // A page is the limit.
+        let page = bytes(PAGE as usize - end + 1, 0);
+        assert_eq!(ioctl(number, &mut page.clone()), libc::E2BIG);
+    }
+    drop(fd);
     assert_all_free(&node);
-    longer.more = [0, 0];
-    node.call(abi::IOC_EXPORT, &mut longer).unwrap();
-    assert_eq!(node.bar2().exports, 1);
+
+    let mut export = Node::request(None, MIB);
+    let mut ranges = [export.range; 2].map(|range| (range, [0u64; 2]));
+    ranges[1].1[1] = 1;
+    export.export.ranges = ranges.as_mut_ptr().addr() as u64;
+    export.export.nr_ranges = 2;
+    export.export.range_size = size_of_val(&ranges[0]) as u32;
+    let mut unknown = longer(&export.export, 16, 1);
+    assert_eq!(ioctl(abi::IOC_EXPORT, &mut unknown), libc::E2BIG);
+    // So is what a later version means by a longer range.
+    let mut known = longer(&export.export, 16, 0);
+    assert_eq!(ioctl(abi::IOC_EXPORT, &mut known), libc::E2BIG);
+    assert_all_free(&node);
+    ranges[1].1[1] = 0;
+    assert_eq!(ioctl(abi::IOC_EXPORT, &mut known), 0);
+    assert_eq!(node.bar2().exports, 2);
+    assert_ne!(ranges[0].0.offset, ranges[1].0.offset);
+    let made: abi::Export = bytemuck::pod_read_unaligned(&known[..size_of::<abi::Export>()]);
+    assert_eq!(made.length, 2 * MIB);
     // SAFETY: The ioctl has just made this descriptor.
-    drop(unsafe { OwnedFd::from_raw_fd(longer.export.fd) });
+    drop(unsafe { OwnedFd::from_raw_fd(made.fd) });
     assert_all_free(&node);
+}
+
+#[test]
+fn a_shorter_struct_gets_a_shorter_answer() {
+    let node = Node::largest();
+    let (fd, _) = node.export(None, 3 * PAGE).unwrap();
+    // The answer of a shorter struct is the beginning of that of the whole; nothing after it is written.
+    let cut = |number: u32, request: &[u8], sizes: std::ops::RangeInclusive<usize>| {
+        let ask = |size: usize| {
+            let mut bytes = request.to_vec();
+            bytes[..4].copy_from_slice(&(size as u32).to_ne_bytes());
+            bytes[size..].fill(0xaa);
+            let at = bytes.as_mut_ptr().addr();
+            errno_or(ioctl(node.file.as_fd(), number, at), bytes)
+        };
+        let whole = ask(request.len()).unwrap();
+        for size in sizes.clone() {
+            let answer = ask(size).unwrap();
+            assert_eq!(answer[4..size], whole[4..size], "{number:#x}, {size} bytes");
+            assert!(answer[size..].iter().all(|&byte| byte == 0xaa));
+        }
+        assert_eq!(ask(sizes.start() - 1), Err(libc::EINVAL), "{number:#x}");
+    };
+    let query = abi::Query::zeroed();
+    let bytes = bytemuck::bytes_of(&query);
+    cut(abi::IOC_QUERY, bytes, abi::QUERY_MIN_SIZE..=bytes.len());
+    let query = abi::BufferQuery {
+        fd: fd.as_raw_fd(),
+        ..Zeroable::zeroed()
+    };
+    let bytes = bytemuck::bytes_of(&query);
+    let sizes = abi::BUFFER_QUERY_MIN_SIZE..=bytes.len();
+    cut(abi::IOC_BUFFER, bytes, sizes);
+    let request = abi::Move {
+        fd: fd.as_raw_fd(),
+        placement: abi::PLACEMENT_DEVICE,
+        ..Zeroable::zeroed()
+    };
+    let bytes = bytemuck::bytes_of(&request);
+    cut(abi::IOC_MOVE, bytes, abi::MOVE_MIN_SIZE..=bytes.len());
+
+    // So do entries of arrays.
+    let mut pieces = [[abi::Piece::zeroed(); 2]; 2];
+    let mut query = abi::BufferQuery {
+        size: size_of::<abi::BufferQuery>() as u32,
+        fd: fd.as_raw_fd(),
+        pieces: pieces.as_mut_ptr().addr() as u64,
+        nr_pieces: 2,
+        piece_size: 2 * size_of::<abi::Piece>() as u32,
+        ..Zeroable::zeroed()
+    };
+    node.call(abi::IOC_BUFFER, &mut query).unwrap();
+    assert_eq!(query.nr_pieces, 1);
+    assert_eq!((pieces[0][0].length, pieces[0][0].bar), (3 * PAGE, 2));
+    query.nr_pieces = 2;
+    query.piece_size = size_of::<abi::Piece>() as u32 - 1;
+    assert_eq!(errno(node.call(abi::IOC_BUFFER, &mut query)), libc::EINVAL);
+    query.piece_size = u32::MAX;
+    assert_eq!(errno(node.call(abi::IOC_BUFFER, &mut query)), libc::E2BIG);
+    drop(fd);
+    assert_all_free(&node);
+}
+
+/// The value, or the errno of the failed call.
+fn errno_or<T>(result: std::io::Result<i32>, value: T) -> Result<T, i32> {
+    match errno(result) {
+        0 => Ok(value),
+        errno => Err(errno),
+    }
 }
 
 #[test]
@@ -404,9 +487,11 @@ fn an_answer_that_cannot_be_delivered_leaves_nothing_behind() {
         }
     }
     // A request in memory that can be read but not written.
+    let mut request = Node::request(None, MIB);
+    request.export.ranges = (&raw mut request.range).addr() as u64;
     let memory = tempfile::tempfile().unwrap();
     (&memory)
-        .write_all(bytemuck::bytes_of(&Node::request(None, MIB)))
+        .write_all(bytemuck::bytes_of(&request.export))
         .unwrap();
     memory.set_len(PAGE).unwrap();
     let map = Map::new(memory.as_fd(), PAGE as usize, false).unwrap();
@@ -453,10 +538,8 @@ fn running_out_of_descriptors_leaves_nothing_behind() {
 #[test]
 fn read_only_exports_cannot_be_written() {
     let node = Node::largest();
-    let request = abi::Export {
-        fd_flags: (libc::O_RDONLY | libc::O_CLOEXEC) as u32,
-        ..Node::request(Some(0), MIB)
-    };
+    let mut request = Node::request(Some(0), MIB);
+    request.export.fd_flags = (libc::O_RDONLY | libc::O_CLOEXEC) as u32;
     let (fd, _) = node.export_request(request).unwrap();
     assert_eq!(
         errno(Map::new(fd.as_fd(), MIB as usize, true)),

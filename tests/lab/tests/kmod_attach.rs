@@ -447,8 +447,8 @@ fn revoke_names_who_does_not_let_go() {
     assert_eq!((revoked.holders, revoked.fences, revoked.pages), (1, 0, 0));
     assert!(began.elapsed() < Duration::from_secs(2));
     let (attachments, _) = node.buffer_lists(&fd).unwrap();
-    let holding: Vec<u32> = attachments.iter().map(|a| a.mapped).collect();
-    assert_eq!(holding.iter().sum::<u32>(), 1, "{attachments:?}");
+    let holding: Vec<u64> = attachments.iter().map(|a| a.mapped).collect();
+    assert_eq!(holding.iter().sum::<u64>(), 1, "{attachments:?}");
     // Nobody gets access meanwhile.
     assert_eq!(errno(good.map()), libc::ENODEV);
     assert_eq!(errno(attach(&fd, DYNAMIC | PEER)), libc::ENODEV);
@@ -530,7 +530,7 @@ fn kernel_mappings_are_of_system_memory_and_keep_the_buffer_there() {
 fn devices_only_read_what_was_exported_for_that() {
     let node = Node::largest();
     let mut request = Node::request(None, MIB);
-    request.flags |= abi::EXPORT_DEVICES_READ;
+    request.export.flags |= abi::EXPORT_DEVICES_READ;
     let bar = node.export_request(request).unwrap().0;
     let mut ranges = [abi::Range {
         length: MIB,

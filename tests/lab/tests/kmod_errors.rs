@@ -74,7 +74,9 @@ fn an_error_revokes_and_a_recovered_device_has_a_new_generation() {
             2 << 20
         );
         // A buffer that its owner had revoked stays revoked.
-        assert_eq!(node.buffer(&kept).unwrap().state, abi::STATE_REVOKED);
+        let now = node.buffer(&kept).unwrap();
+        assert_eq!(now.state, abi::STATE_REVOKED);
+        assert_eq!(now.reasons, abi::REASON_OWNER, "the error is over");
         let command = fs::read(machine::device(&node.bdf).join("config")).unwrap()[4];
         assert_eq!(command & 0b110, 0b010, "memory decoding, no bus mastering");
         wait_until("new exports are taken", || match node.export(None, MIB) {

@@ -203,7 +203,7 @@ fn still(node: &Node, fd: &OwnedFd) -> abi::BufferQuery {
         longest_wait_ns: 0,
         busy_pages: 0,
         refusals: 0,
-        refused_device: [0; 32],
+        refused_device: [0; 64],
         refused_reason: 0,
         refused_errno: 0,
         ..node.buffer(fd).unwrap()
@@ -254,7 +254,7 @@ fn exporting() {
         stage.1 = Some(stage.0.export_ranges(0, &mut ranges)?.0);
         Ok(())
     };
-    each_place("EXPORT_RANGES", 20, prepare, several, state);
+    each_place("EXPORT of several ranges", 20, prepare, several, state);
     finish();
 }
 
@@ -295,7 +295,9 @@ fn opening_and_asking() {
         attachments: attachments.as_mut_ptr().addr() as u64,
         pieces: pieces.as_mut_ptr().addr() as u64,
         nr_attachments: 8,
+        attachment_size: size_of::<abi::Attachment>() as u32,
         nr_pieces: 8,
+        piece_size: size_of::<abi::Piece>() as u32,
         ..Zeroable::zeroed()
     };
     let ask = |&mut mut request: &mut abi::BufferQuery| {

@@ -91,7 +91,7 @@ fn a_prefetchable_bar_is_write_combining_unless_asked_otherwise() {
             (abi::EXPORT_UNCACHED, MemoryType::Uncached),
         ] {
             let mut request = Node::request(None, PAGES as u64 * PAGE);
-            request.flags |= flags;
+            request.export.flags |= flags;
             let (fd, _) = node.export_request(request).unwrap();
             let seen = Map::new(fd.as_fd(), PAGES * PAGE as usize, true).unwrap();
             assert_eq!(types(&seen), vec![memory; PAGES], "{}", node.bdf);

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use bytemuck::Zeroable;
 use peerbuf_lab_suite::clock::Stopwatch;
 use peerbuf_lab_suite::disk::{self, SCRATCH, Slow};
-use peerbuf_lab_suite::importer::{DYNAMIC, Importer};
+use peerbuf_lab_suite::importer::{DYNAMIC, Importer, PEER};
 use peerbuf_lab_suite::machine::{is_debug_kernel, seconds};
 use peerbuf_lab_suite::memory;
 use peerbuf_lab_suite::node::{
@@ -317,21 +317,6 @@ fn bad_ranges_get_their_errno_and_change_nothing() {
             libc::EINVAL,
         ),
         (
-            "padding",
-            0,
-            vec![abi::Range {
-                reserved: 1,
-                ..at(0, PAGE)
-            }],
-            libc::EINVAL,
-        ),
-        (
-            "any offset for all",
-            abi::EXPORT_ANY_OFFSET,
-            vec![at(0, PAGE)],
-            libc::EINVAL,
-        ),
-        (
             "an unknown export flag",
             1 << 31,
             vec![at(0, PAGE)],
@@ -466,6 +451,11 @@ fn bad_moves_get_their_errno_and_change_nothing() {
             abi::Move { copied: 1, ..good },
             libc::EINVAL,
         ),
+        (
+            "pins that are set",
+            abi::Move { pins: 1, ..good },
+            libc::EINVAL,
+        ),
     ];
     for (what, request, expected) in cases {
         let mut sent = request;
@@ -509,10 +499,8 @@ fn a_node_opened_read_only_only_looks() {
     );
     looker.buffer(&fd).unwrap();
     looker.watch(abi::IOC_WATCH, &fd, event().as_fd()).unwrap();
-    let request = abi::Export {
-        fd_flags: (libc::O_RDONLY | libc::O_CLOEXEC) as u32,
-        ..Node::request(None, PAGE)
-    };
+    let mut request = Node::request(None, PAGE);
+    request.export.fd_flags = (libc::O_RDONLY | libc::O_CLOEXEC) as u32;
     let (seen, _) = looker.export_request(request).unwrap();
     Map::new(seen.as_fd(), 4096, false).unwrap();
     assert_eq!(errno(Map::new(seen.as_fd(), 4096, true)), libc::EACCES);
@@ -560,6 +548,188 @@ fn watchers_are_told_of_each_change() {
 }
 
 #[test]
+fn a_watcher_hears_only_what_it_asks_for() {
+    let node = Node::largest();
+    let (fd, _) = node.export(None, MIB).unwrap();
+    let watch = |events| {
+        let event = event();
+        node.watch_for(abi::IOC_WATCH, events, &fd, event.as_fd())
+            .map(|()| event)
+    };
+    assert_eq!(errno(watch(0)), libc::EINVAL, "no event");
+    assert_eq!(errno(watch(abi::EVENT_FLAGS + 1)), libc::EINVAL);
+    let events = [abi::EVENT_MOVED, abi::EVENT_REVOKED, abi::EVENT_RESTORED]
+        .map(|events| watch(events).unwrap());
+    let told = || events.each_ref().map(signals);
+    node.move_to(&fd, PLACEMENT_SYSTEM).unwrap();
+    assert_eq!(told(), [1, 0, 0]);
+    node.revoke(&fd, 100).unwrap();
+    assert_eq!(told(), [0, 1, 0]);
+    node.restore(&fd).unwrap();
+    assert_eq!(told(), [0, 0, 1]);
+    let stranger = event();
+    let unwatch = |events| node.watch_for(abi::IOC_UNWATCH, events, &fd, stranger.as_fd());
+    assert_eq!(errno(unwatch(1)), libc::EINVAL, "no event to name");
+    assert_eq!(errno(unwatch(0)), libc::ENOENT);
+}
+
+/// Waits for a signal of the eventfd, and clears it.
+fn heard(event: &OwnedFd) -> bool {
+    let mut poll = [rustix::event::PollFd::new(
+        event,
+        rustix::event::PollFlags::IN,
+    )];
+    let limit = rustix::event::Timespec {
+        tv_sec: 10,
+        tv_nsec: 0,
+    };
+    rustix::event::poll(&mut poll, Some(&limit)).unwrap() == 1 && signals(event) == 1
+}
+
+#[test]
+fn a_refused_move_says_what_was_in_the_way_and_a_watcher_hears_when_it_is_gone() {
+    let node = Node::largest();
+    let fd = node.export_movable(MIB).unwrap();
+    let attach = |flags| Importer::attach(fd.as_fd(), &nvme_bdf(), flags, 0).unwrap();
+    let watch = |events| {
+        let event = event();
+        node.watch_for(abi::IOC_WATCH, events, &fd, event.as_fd())
+            .unwrap();
+        event
+    };
+    let (to_device, to_system) = (abi::EVENT_MOVABLE_TO_DEVICE, abi::EVENT_MOVABLE_TO_SYSTEM);
+
+    // Nothing is in the way: a watcher hears so at once, and no more.
+    let at_once = watch(to_system);
+    assert_eq!(signals(&at_once), 1);
+
+    // Two pins; the last one counts.
+    let pinning = [attach(DYNAMIC | PEER), attach(DYNAMIC | PEER)];
+    for importer in &pinning {
+        importer.step(probe::IOC_PIN).unwrap();
+    }
+    assert_eq!(node.in_the_way(&fd, PLACEMENT_SYSTEM, 0), [0, 0, 0, 2]);
+    let unpinned = watch(to_system);
+    let moves_only = watch(abi::EVENT_MOVED);
+    pinning[0].step(probe::IOC_UNPIN).unwrap();
+    assert_eq!((signals(&unpinned), signals(&at_once)), (0, 0));
+    pinning[1].step(probe::IOC_UNPIN).unwrap();
+    assert!(heard(&unpinned));
+    assert_eq!((signals(&at_once), signals(&moves_only)), (1, 0));
+    node.move_to(&fd, PLACEMENT_SYSTEM).unwrap();
+    assert_eq!(signals(&moves_only), 1);
+    node.move_to(&fd, PLACEMENT_DEVICE).unwrap();
+    // A pin ends with its attachment, too.
+    pinning[0].step(probe::IOC_PIN).unwrap();
+    assert_eq!(node.in_the_way(&fd, PLACEMENT_SYSTEM, 0), [0, 0, 0, 1]);
+    drop(pinning);
+    assert_eq!((signals(&unpinned), signals(&at_once)), (1, 1));
+
+    // Importers that need system memory, and a kernel mapping.
+    let needy = [attach(0), attach(DYNAMIC)];
+    let free = watch(to_device);
+    assert_eq!(signals(&free), 0);
+    assert_eq!(node.in_the_way(&fd, PLACEMENT_DEVICE, 0), [2, 0, 0, 0]);
+    let [one, other] = needy;
+    one.step(probe::IOC_VMAP).unwrap();
+    assert_eq!(node.in_the_way(&fd, PLACEMENT_DEVICE, 0), [3, 0, 0, 0]);
+    drop(other);
+    one.step(probe::IOC_VUNMAP).unwrap();
+    assert_eq!(signals(&free), 0);
+    assert_ne!(signals(&unpinned), 0, "the kernel mapping is gone");
+    drop(one);
+    assert!(heard(&free));
+    node.move_to(&fd, PLACEMENT_DEVICE).unwrap();
+
+    // An old mapping of the BAR, which its importer does not give back.
+    let mut request = peerbuf_lab_suite::importer::request(fd.as_fd(), &nvme_bdf(), DYNAMIC | PEER);
+    request.on_invalidate = probe::ON_INVALIDATE_HOLD;
+    let holder = Importer::attach_as(request).unwrap();
+    holder.map().unwrap();
+    node.move_to(&fd, PLACEMENT_SYSTEM).unwrap();
+    assert_eq!(node.in_the_way(&fd, PLACEMENT_DEVICE, 20), [1, 0, 0, 0]);
+    assert_eq!(signals(&free), 0);
+    holder.unmap();
+    assert!(heard(&free));
+    node.move_to(&fd, PLACEMENT_DEVICE).unwrap();
+
+    // Fences are counted; their end is no event.
+    let other = attach(DYNAMIC | PEER);
+    holder.fence(probe::FENCE_BOOKKEEP, 30_000).unwrap();
+    other.fence(probe::FENCE_WRITE, 30_000).unwrap();
+    assert_eq!(node.in_the_way(&fd, PLACEMENT_SYSTEM, 20), [0, 2, 0, 0]);
+    assert_eq!(node.revoke(&fd, 20).unwrap().fences, 2);
+    for importer in [&holder, &other] {
+        importer.step(probe::IOC_SIGNAL).unwrap();
+    }
+    assert_eq!(node.revoke(&fd, 1000).unwrap().fences, 0);
+    node.restore(&fd).unwrap();
+    assert_eq!((signals(&free), signals(&unpinned)), (0, 0));
+    drop((holder, other, fd));
+    assert_all_free(&node);
+}
+
+#[test]
+fn a_permanent_revoke_is_not_restored_and_a_query_says_who_revoked() {
+    let node = Node::largest();
+    let (fd, _) = node.export(None, MIB).unwrap();
+    let state = || {
+        let now = node.buffer(&fd).unwrap();
+        (now.state, now.reasons)
+    };
+    let owner = abi::REASON_OWNER;
+    assert_eq!(state(), (abi::STATE_LIVE, 0));
+    assert_eq!(errno(node.revoke_as(2, &fd, 0)), libc::EINVAL);
+    node.revoke(&fd, 100).unwrap();
+    assert_eq!(state(), (abi::STATE_REVOKED, owner));
+    node.restore(&fd).unwrap();
+    assert_eq!(state(), (abi::STATE_LIVE, 0));
+    // A temporary revoke becomes a permanent one, not the other way round.
+    node.revoke(&fd, 100).unwrap();
+    let generation = node.revoke_as(abi::REVOKE_PERMANENT, &fd, 100).unwrap();
+    assert_eq!(state(), (abi::STATE_GONE, owner));
+    node.revoke(&fd, 100).unwrap();
+    assert_eq!(state(), (abi::STATE_GONE, owner));
+    assert_eq!(errno(node.restore(&fd)), libc::ENODEV);
+    let now = node.buffer(&fd).unwrap().generation;
+    assert_eq!(now, generation.generation, "nothing was restored");
+    assert_eq!(errno(Map::new(fd.as_fd(), 4096, true)), libc::ENODEV);
+    assert_eq!(errno(node.move_to(&fd, PLACEMENT_SYSTEM)), libc::ENODEV);
+    let attached = Importer::attach(fd.as_fd(), &nvme_bdf(), DYNAMIC | PEER, 0);
+    assert_eq!(errno(attached), libc::ENODEV);
+    // The device's reset is over for this buffer, too, and gives it to nobody.
+    let reset = format!("/sys/bus/pci/devices/{}/reset", node.bdf);
+    if Path::new(&reset).exists() {
+        fs::write(reset, "1").unwrap();
+    }
+    assert_eq!(state(), (abi::STATE_GONE, owner));
+    // Its place is the buffer's until the last descriptor is closed.
+    assert_eq!(node.bar2().exports, 1);
+    drop(fd);
+    assert_all_free(&node);
+}
+
+#[test]
+fn ranges_of_different_bars_are_refused() {
+    let node = Node::largest();
+    let mut request = Node::request(None, PAGE);
+    let other = abi::Range {
+        bar: 0,
+        ..request.range
+    };
+    let mut ranges = [request.range, other];
+    request.export.ranges = ranges.as_mut_ptr().addr() as u64;
+    request.export.nr_ranges = 2;
+    let answer = node.call(abi::IOC_EXPORT, &mut request.export);
+    assert_eq!(errno(answer), libc::EOPNOTSUPP);
+    assert_eq!(
+        node.query().unwrap().features & abi::FEATURE_SEVERAL_BARS,
+        0
+    );
+    assert_all_free(&node);
+}
+
+#[test]
 fn the_end_of_a_device_is_told_too() {
     let node = Node::largest();
     let bdf = node.bdf.clone();
@@ -573,6 +743,7 @@ fn the_end_of_a_device_is_told_too() {
     assert_eq!(signals(&event), 1);
     let now = node.buffer(&fd).unwrap();
     assert_eq!((now.state, now.busy_pages), (abi::STATE_GONE, 0));
+    assert_eq!(now.reasons, abi::REASON_GONE);
     assert_eq!(errno(node.move_to(&fd, PLACEMENT_DEVICE)), libc::ENODEV);
     assert_eq!(errno(node.restore(&fd)), libc::ENODEV);
     assert_eq!(
@@ -1032,7 +1203,9 @@ fn the_crate_says_it_all() {
     );
     let revoked = device.revoke(dmabuf, LIMIT).unwrap();
     assert!(revoked.is_complete(), "{revoked:?}");
-    assert_eq!(device.status(dmabuf).unwrap().state, State::Revoked);
+    let status = device.status(dmabuf).unwrap();
+    assert_eq!(status.state, State::Revoked);
+    assert!(status.reasons.owner && !status.reasons.gone, "{status:?}");
     assert_eq!(device.restore(dmabuf).unwrap(), 5);
     assert_eq!(watch.wait(LIMIT).unwrap(), 3);
     let error = device.restore(dmabuf).unwrap_err().to_string();
@@ -1063,9 +1236,15 @@ fn the_crate_says_it_all() {
         let reading = scope.spawn(|| disk::read_into(&disk, &seen, 0, 2 << 20, 0).unwrap());
         disk::await_reading();
         let busy = device.move_buffer(dmabuf, MoveTo::System, Duration::from_millis(50));
-        let error = busy.unwrap_err().to_string();
+        let error = busy.unwrap_err();
+        let was = error.in_the_way.unwrap();
+        assert!(was.pages != 0, "{error}");
+        assert_eq!((was.holders, was.fences, was.pins), (0, 0, 0), "{error}");
+        let error = error.to_string();
         assert!(
-            error.contains("EBUSY") && error.contains("of its pages"),
+            error.contains("EBUSY")
+                && error.contains("in the way: ")
+                && error.contains("of its pages"),
             "{error}"
         );
         reading.join().unwrap();

@@ -14,7 +14,8 @@ use peerbuf_lab_suite::edu::Edu;
 use peerbuf_lab_suite::importer::{self, DYNAMIC, Importer, PEER};
 use peerbuf_lab_suite::modules;
 use peerbuf_lab_suite::node::{
-    MIB, Map, Node, PAGE, differs, errno, fill, in_child, nvme_bdf, open_provider,
+    MIB, Map, Node, PAGE, address, differs, errno, fill, in_child, nvme_bdf, open_provider,
+    open_provider_at,
 };
 use peerbuf_lab_suite::pci::wait_until;
 use peerbuf_uapi::{self as abi, probe};
@@ -72,7 +73,7 @@ fn every_byte_of_lent_memory_goes_every_way_and_is_given_back() {
         (state.bytes, state.bus_bytes + state.bridge_bytes),
         (LEN, LEN)
     );
-    assert_eq!(&state.provider[..bdf.len()], bdf.as_bytes());
+    assert_eq!(state.provider, address(&bdf));
 
     // To system memory and back, in whole and in part.
     let query = |fd| provider.buffer(fd).unwrap();
@@ -132,7 +133,7 @@ fn bad_requests_get_their_errno_and_take_nothing() {
     assert_eq!(errno(provider.export(None, PAGE + 1)), libc::EINVAL);
     assert_eq!(errno(provider.export(None, before + PAGE)), libc::ENOSPC);
     let mut other_bar = Node::request(None, PAGE);
-    other_bar.bar = 0;
+    other_bar.range.bar = 0;
     assert_ne!(errno(provider.export_request(other_bar)), 0);
     // The first half of a failed request is freed.
     let range = |length| abi::Range {
@@ -146,7 +147,6 @@ fn bad_requests_get_their_errno_and_take_nothing() {
 
     for (who, expected) in [
         ("0000:00:1f.7", libc::ENXIO),
-        ("nonsense", libc::EINVAL),
         // The host bridge has no driver; a device of peerbuf.ko has a node; the network card's driver
         // publishes no memory.
         ("0000:00:00.0", libc::ENODEV),
@@ -154,6 +154,10 @@ fn bad_requests_get_their_errno_and_take_nothing() {
         (&*modules::find_pci(0x1af4, 0x1000), libc::EOPNOTSUPP),
     ] {
         assert_eq!(errno(open_provider(who)), expected, "{who}");
+    }
+    for no_address in [1 << 47, 1 << 48, u64::MAX] {
+        let answer = open_provider_at(no_address, "none");
+        assert_eq!(errno(answer), libc::EINVAL, "{no_address:#x}");
     }
     let user = in_child(|| {
         // SAFETY: The child has one thread.

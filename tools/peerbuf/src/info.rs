@@ -48,7 +48,7 @@ struct Bar {
     size: u64,
     free: u64,
     largest_free: u64,
-    exports: u32,
+    exports: u64,
     prefetchable: bool,
     is_64bit: bool,
     exportable: bool,

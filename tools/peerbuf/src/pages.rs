@@ -61,8 +61,8 @@ pub fn version() -> &'static str {
             false => "not loaded".to_owned(),
         };
         format!(
-            "{release}\nlibrary: {release}\ninterface of peerbuf.ko: {}\nkernel: {}\npeerbuf.ko: {module}",
-            peerbuf_uapi::ABI_VERSION,
+            "{release}\nlibrary: {release}\nfeatures needed of peerbuf.ko: {:#x}\nkernel: {}\npeerbuf.ko: {module}",
+            peerbuf_uapi::FEATURES,
             kernel.trim(),
         )
     });

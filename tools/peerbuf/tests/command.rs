@@ -901,7 +901,7 @@ fn the_version_names_library_interface_kernel_and_module() {
     let version = env!("CARGO_PKG_VERSION");
     assert_eq!(lines[0], format!("peerbuf {version}"));
     assert_eq!(lines[1], format!("library: {version}"));
-    assert!(lines[2].starts_with("interface of peerbuf.ko: "));
+    assert!(lines[2].starts_with("features needed of peerbuf.ko: "));
     assert_eq!(lines[3], format!("kernel: {}", release.trim()));
     let loaded = std::path::Path::new("/sys/module/peerbuf").exists();
     assert_eq!(lines[4] == "peerbuf.ko: not loaded", !loaded, "{text}");

@@ -70,7 +70,8 @@ impl Standing {
         match status.state {
             State::Live => {}
             State::Revoked => return Some("the buffer is revoked".into()),
-            _ => return Some("the buffer's device is gone".into()),
+            _ if status.reasons.gone => return Some("the buffer's device is gone".into()),
+            _ => return Some("the buffer is permanently revoked".into()),
         }
         // A staged registration copies through the buffer's own mapping, which follows moves.
         (rung.is_dma_buf() && status.generation != *registered).then(|| {

@@ -12,7 +12,7 @@ use rustix::fs::OFlags;
 use super::{Device, RangeRequest, RangesRequest, explain};
 use crate::buffer::{Buffer, DmaBuf};
 use crate::errno::Errno;
-use crate::error::{ControlError, ExportError, SystemError};
+use crate::error::{ControlError, ExportError, InTheWay, SystemError};
 use crate::sys;
 
 /// The location of a buffer's bytes.
@@ -74,9 +74,9 @@ pub struct Revoked {
     /// The buffer's generation after the revoke.
     pub generation: u64,
     /// Number of mappings that importers still have.
-    pub mappings: u32,
-    /// True if a fence has not signalled.
-    pub fences: bool,
+    pub mappings: u64,
+    /// Number of fences from before the revoke that have not signalled.
+    pub fences: u64,
     /// Number of pages that direct I/O still uses.
     pub pages: u64,
     /// The importers that still hold a mapping; empty if there are none.
@@ -87,7 +87,7 @@ impl Revoked {
     /// True if nobody can reach the memory any more. Otherwise the time limit has passed, and
     /// another revoke waits again.
     pub fn is_complete(&self) -> bool {
-        self.mappings == 0 && !self.fences && self.pages == 0
+        self.mappings == 0 && self.fences == 0 && self.pages == 0
     }
 }
 
@@ -97,10 +97,84 @@ impl Revoked {
 pub enum State {
     /// The buffer can be used.
     Live,
-    /// Access was revoked and can be restored.
+    /// Access was temporarily revoked.
     Revoked,
-    /// The buffer's device is gone.
+    /// Access was permanently revoked: by the owner, or because the device is gone.
     Gone,
+}
+
+/// The reasons for which a buffer is revoked; several may hold at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub struct Reasons {
+    /// The owner has revoked the buffer ([`Device::revoke`]).
+    pub owner: bool,
+    /// The device is being reset.
+    pub reset: bool,
+    /// The device is gone.
+    pub gone: bool,
+    /// A PCI error was reported, and the device has not recovered.
+    pub error: bool,
+    /// The device sleeps.
+    pub power: bool,
+}
+
+impl Reasons {
+    fn from_raw(raw: u32) -> Reasons {
+        Reasons {
+            owner: raw & abi::REASON_OWNER != 0,
+            reset: raw & abi::REASON_RESET != 0,
+            gone: raw & abi::REASON_GONE != 0,
+            error: raw & abi::REASON_ERROR != 0,
+            power: raw & abi::REASON_POWER != 0,
+        }
+    }
+}
+
+/// The events that a [`Watch`] reports.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub struct Events {
+    /// Each move.
+    pub moved: bool,
+    /// Each revoke.
+    pub revoked: bool,
+    /// Each restore.
+    pub restored: bool,
+    /// No holder keeps the buffer from a move to this place any more: the last pin, kernel mapping, and for a move
+    /// to the BAR importer that requires system memory and old mapping of the BAR is gone. Reported at once if
+    /// there is none when the watch begins. The end of fences and direct I/O is not reported: a move waits for them.
+    pub movable: Option<MoveTo>,
+}
+
+impl Events {
+    /// Each move, revoke and restore.
+    pub const CHANGES: Events = Events {
+        moved: true,
+        revoked: true,
+        restored: true,
+        movable: None,
+    };
+
+    /// Only the end of the last obstacle to a move; see [`Events::movable`].
+    pub fn movable(to: MoveTo) -> Events {
+        Events {
+            movable: Some(to),
+            ..Events::default()
+        }
+    }
+
+    fn raw(self) -> u64 {
+        let flag = |wanted, flag| if wanted { flag } else { 0 };
+        flag(self.moved, abi::EVENT_MOVED)
+            | flag(self.revoked, abi::EVENT_REVOKED)
+            | flag(self.restored, abi::EVENT_RESTORED)
+            | match self.movable {
+                Some(MoveTo::Device) => abi::EVENT_MOVABLE_TO_DEVICE,
+                Some(MoveTo::System) => abi::EVENT_MOVABLE_TO_SYSTEM,
+                None => 0,
+            }
+    }
 }
 
 impl State {
@@ -130,9 +204,9 @@ pub struct Attachment {
     /// The importer still has a mapping from before the last move or revoke.
     pub stale: bool,
     /// Number of the importer's mappings.
-    pub mapped: u32,
+    pub mapped: u64,
     /// Number of the importer's pins.
-    pub pinned: u32,
+    pub pinned: u64,
     /// The generation of the importer's oldest mapping.
     pub generation: Option<u64>,
 }
@@ -169,6 +243,8 @@ pub struct Refusal {
 pub struct Status {
     /// Whether the buffer can be used.
     pub state: State,
+    /// Why not.
+    pub reasons: Reasons,
     /// The location of the bytes.
     pub placement: Placement,
     /// The generation: starts at 1 and rises with each move, revoke and restore.
@@ -178,7 +254,7 @@ pub struct Status {
     /// The buffer's runs, in order.
     pub pieces: Vec<Piece>,
     /// Number of pins of all importers.
-    pub pins: u32,
+    pub pins: u64,
     /// The kernel has a mapping of the buffer.
     pub kernel_mapped: bool,
     /// Number of pages in use by processes' mappings or direct I/O.
@@ -197,15 +273,15 @@ pub struct Status {
     pub refusal: Option<Refusal>,
 }
 
-/// Reports changes of a buffer: each move, revoke and restore. The descriptor (`AsFd`, for poll) is readable
-/// if a change has not been reported yet. A watch ends with its [`Device`].
+/// Reports [`Events`] of a buffer. The descriptor (`AsFd`, for poll) is readable if an event has not been reported yet.
+/// A watch ends with its [`Device`].
 #[derive(Debug)]
 pub struct Watch {
     event: OwnedFd,
 }
 
 impl Watch {
-    /// Waits for a change, at most `limit`. Returns the number of changes since the last call;
+    /// Waits for an event, at most `limit`. Returns the number of events since the last call;
     /// zero if none came in time.
     ///
     /// # Errors
@@ -214,6 +290,7 @@ impl Watch {
         let failed = |call, errno: rustix::io::Errno| ControlError {
             cause: SystemError::new(call, "the eventfd of a watch", errno),
             hint: String::new(),
+            in_the_way: None,
         };
         let mut poll = [PollFd::new(&self.event, PollFlags::IN)];
         let limit = rustix::event::Timespec::try_from(limit).unwrap_or(rustix::event::Timespec {
@@ -243,7 +320,7 @@ impl AsFd for Watch {
 const LIST: usize = 1 << 16;
 
 impl Device {
-    /// Exports several ranges as one buffer (`PEERBUF_IOC_EXPORT_RANGES`). The buffer's name
+    /// Exports several ranges as one buffer (`PEERBUF_IOC_EXPORT`). The buffer's name
     /// contains the offset of the first range.
     ///
     /// # Errors
@@ -251,25 +328,28 @@ impl Device {
     /// for ranges that overlap, `ENOMEM` without enough system memory.
     pub fn export_ranges(&self, request: &RangesRequest) -> Result<Buffer, ExportError> {
         let info = self.query()?;
-        let mut ranges: Vec<abi::Range> = request.ranges.iter().map(raw_range).collect();
+        let mut ranges: Vec<abi::Range> = request
+            .ranges
+            .iter()
+            .map(|range| raw_range(range, request.bar))
+            .collect();
         let writes = if request.access.writes() {
             OFlags::RDWR
         } else {
             OFlags::RDONLY
         };
         let flag = |wanted, flag| if wanted { flag } else { 0 };
-        let mut argument = abi::ExportRanges {
+        let mut argument = abi::Export {
             flags: flag(request.may_move, abi::EXPORT_MAY_MOVE)
                 | flag(request.devices_read, abi::EXPORT_DEVICES_READ)
                 | flag(request.uncached, abi::EXPORT_UNCACHED),
-            bar: request.bar.into(),
             fd_flags: (writes | OFlags::CLOEXEC).bits(),
-            ..abi::ExportRanges::zeroed()
+            ..abi::Export::zeroed()
         };
-        let exported = sys::peerbuf::export_ranges(self.fd.as_fd(), &mut argument, &mut ranges);
+        let exported = sys::peerbuf::export(self.fd.as_fd(), &mut argument, &mut ranges);
         let fd = exported.map_err(|errno| ExportError::System {
             cause: SystemError::new(
-                "ioctl(PEERBUF_IOC_EXPORT_RANGES)",
+                "ioctl(PEERBUF_IOC_EXPORT)",
                 format!("{} BAR {}", info.address, request.bar),
                 errno,
             ),
@@ -329,21 +409,49 @@ impl Device {
             timeout_ms: milliseconds(limit),
             ..abi::Move::zeroed()
         };
-        sys::peerbuf::move_buffer(self.fd.as_fd(), &mut argument)
-            .map_err(|errno| self.failed("ioctl(PEERBUF_IOC_MOVE)", buffer, errno))?;
+        sys::peerbuf::move_buffer(self.fd.as_fd(), &mut argument).map_err(|errno| {
+            let error = self.failed("ioctl(PEERBUF_IOC_MOVE)", buffer, errno);
+            match errno {
+                Errno::BUSY => error.with(&argument),
+                _ => error,
+            }
+        })?;
         Ok(Moved {
             generation: argument.generation,
             copied: argument.copied,
         })
     }
 
-    /// Revokes access to a buffer (`PEERBUF_IOC_REVOKE`): processes get `SIGBUS`, importers get
-    /// `ENODEV`. Waits at most `limit` for the holders of access.
+    /// Temporarily revokes access to a buffer (`PEERBUF_IOC_REVOKE`): processes get `SIGBUS`,
+    /// importers get `ENODEV`. Waits at most `limit` for the holders of access.
     ///
     /// # Errors
     /// The module's answer, such as `EINVAL` for a buffer of another device.
     pub fn revoke(&self, buffer: &DmaBuf, limit: Duration) -> Result<Revoked, ControlError> {
+        self.revoke_as(0, buffer, limit)
+    }
+
+    /// As [`Device::revoke`], permanently: [`Device::restore`] fails from then on. Also makes a temporary revoke
+    /// permanent.
+    ///
+    /// # Errors
+    /// Those of [`Device::revoke`].
+    pub fn revoke_permanently(
+        &self,
+        buffer: &DmaBuf,
+        limit: Duration,
+    ) -> Result<Revoked, ControlError> {
+        self.revoke_as(abi::REVOKE_PERMANENT, buffer, limit)
+    }
+
+    fn revoke_as(
+        &self,
+        flags: u32,
+        buffer: &DmaBuf,
+        limit: Duration,
+    ) -> Result<Revoked, ControlError> {
         let mut argument = abi::Revoke {
+            flags,
             fd: buffer.as_fd().as_raw_fd(),
             timeout_ms: milliseconds(limit),
             ..abi::Revoke::zeroed()
@@ -358,7 +466,7 @@ impl Device {
         Ok(Revoked {
             generation: argument.generation,
             mappings: argument.holders,
-            fences: argument.fences != 0,
+            fences: argument.fences,
             pages: argument.pages,
             holders,
         })
@@ -369,7 +477,8 @@ impl Device {
     ///
     /// # Errors
     /// The module's answer: `EBUSY` (a holder still has access from before the revoke),
-    /// `EALREADY` (the buffer is not revoked), `ENODEV` (the device is gone), `EINVAL`.
+    /// `EALREADY` (the owner has not revoked the buffer), `ENODEV` (the revoke is permanent, or
+    /// the device is gone), `EINVAL`.
     pub fn restore(&self, buffer: &DmaBuf) -> Result<u64, ControlError> {
         let mut argument = abi::Restore {
             fd: buffer.as_fd().as_raw_fd(),
@@ -380,17 +489,26 @@ impl Device {
         Ok(argument.generation)
     }
 
-    /// Watches a buffer (`PEERBUF_IOC_WATCH`).
+    /// Watches a buffer for each move, revoke and restore (`PEERBUF_IOC_WATCH`).
     ///
     /// # Errors
     /// The error of `eventfd` or of the module: `ENOSPC` (too many watchers), `ENODEV` (the device
     /// is gone), `EINVAL`.
     pub fn watch(&self, buffer: &DmaBuf) -> Result<Watch, ControlError> {
+        self.watch_for(buffer, Events::CHANGES)
+    }
+
+    /// Watches a buffer for these events (`PEERBUF_IOC_WATCH`).
+    ///
+    /// # Errors
+    /// Those of [`Device::watch`]; `EINVAL` also for no event.
+    pub fn watch_for(&self, buffer: &DmaBuf, events: Events) -> Result<Watch, ControlError> {
         let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|errno| self.failed("eventfd", buffer, errno.into()))?;
         let mut argument = abi::Watch {
             fd: buffer.as_fd().as_raw_fd(),
             eventfd: event.as_raw_fd(),
+            events: events.raw(),
             ..abi::Watch::zeroed()
         };
         sys::peerbuf::watch(self.fd.as_fd(), &mut argument)
@@ -423,6 +541,7 @@ impl Device {
         };
         Ok(Status {
             state: State::from_raw(query.state),
+            reasons: Reasons::from_raw(query.reasons),
             placement: Placement::from_raw(query.placement),
             generation: query.generation,
             attachments: attachments.iter().map(attachment).collect(),
@@ -445,14 +564,21 @@ impl Device {
     }
 
     /// The state, place and generation of a buffer alone: one system call.
-    pub(crate) fn glance(&self, buffer: &DmaBuf) -> Result<(State, Placement, u64), Errno> {
+    pub(crate) fn glance(
+        &self,
+        buffer: &DmaBuf,
+    ) -> Result<(State, Reasons, Placement, u64), Errno> {
         let mut query = abi::BufferQuery {
             fd: buffer.as_fd().as_raw_fd(),
             ..abi::BufferQuery::zeroed()
         };
         sys::peerbuf::buffer(self.fd.as_fd(), &mut query, &mut [], &mut [])?;
-        let placement = Placement::from_raw(query.placement);
-        Ok((State::from_raw(query.state), placement, query.generation))
+        Ok((
+            State::from_raw(query.state),
+            Reasons::from_raw(query.reasons),
+            Placement::from_raw(query.placement),
+            query.generation,
+        ))
     }
 
     /// An error with a hint about its reason.
@@ -468,6 +594,7 @@ impl Device {
         ControlError {
             cause: SystemError::new(call, object, errno),
             hint,
+            in_the_way: None,
         }
     }
 
@@ -511,22 +638,55 @@ impl Device {
     }
 }
 
+impl ControlError {
+    /// Adds what was in the way of a move that failed with `EBUSY`. The names in the hint come from a later query; these
+    /// numbers are those of the moment in which the move gave up.
+    fn with(mut self, answer: &abi::Move) -> ControlError {
+        let count = |count: u64, one: &str, many: &str| match count {
+            0 => None,
+            1 => Some(format!("1 {one}")),
+            more => Some(format!("{more} {many}")),
+        };
+        let words: Vec<String> = [
+            count(answer.holders, "holder", "holders"),
+            count(answer.fences, "fence", "fences"),
+            count(answer.pages, "page in use", "pages in use"),
+            count(answer.pins, "pin", "pins"),
+        ]
+        .into_iter()
+        .flatten()
+        .collect();
+        let was = match words.is_empty() {
+            true => "another move".into(),
+            false => words.join(", "),
+        };
+        self.hint = format!(": in the way: {was}{}", self.hint.replacen(": ", "; ", 1));
+        self.in_the_way = Some(InTheWay {
+            holders: answer.holders,
+            fences: answer.fences,
+            pages: answer.pages,
+            pins: answer.pins,
+        });
+        self
+    }
+}
+
 fn milliseconds(limit: Duration) -> u32 {
     // Rounded up, so that a limit above zero never becomes zero.
     u32::try_from(limit.as_nanos().div_ceil(1_000_000)).unwrap_or(u32::MAX)
 }
 
-fn raw_range(range: &RangeRequest) -> abi::Range {
+fn raw_range(range: &RangeRequest, bar: u8) -> abi::Range {
     match *range {
         RangeRequest::Bar { offset, length } => abi::Range {
             offset: offset.unwrap_or(0),
             length,
+            bar: bar.into(),
             flags: if offset.is_none() {
                 abi::RANGE_ANY_OFFSET
             } else {
                 0
             },
-            reserved: 0,
         },
         RangeRequest::System { length } => abi::Range {
             length,

@@ -16,7 +16,7 @@ use peerbuf_uapi::{self as abi, probe};
 use super::calls::{self, CALLS, Counts};
 use super::random::Random;
 use crate::disk::SCRATCH;
-use crate::node::{PAGE, SYNC_END, SYNC_WRITE, sync};
+use crate::node::{PAGE, SYNC_END, SYNC_WRITE, address, sync};
 
 /// A table of descriptors; -1 for an empty place. The thread that takes a descriptor out closes
 /// it. Each descriptor is therefore closed once, while other threads may still use the number.
@@ -236,8 +236,7 @@ impl<'a> Worker<'a> {
         match self.random.below(100) {
             0 => self.query(),
             1 => self.open_provider(),
-            2..10 => self.export(),
-            10..15 => self.export_ranges(),
+            2..15 => self.export(),
             15..22 => self.move_buffer(),
             22..25 => self.revoke(),
             25..30 => self.restore(),
@@ -306,9 +305,12 @@ impl<'a> Worker<'a> {
         }
         let mut address = self.argument.put(bytemuck::bytes_of(&request));
         if self.random.once_in(40) {
-            // The struct of a later version, with or without nonzero bytes at the end.
+            // The struct of a later version, with or without nonzero bytes at the end, or a shorter one.
             let at = size_of::<T>() + self.random.below(64) as usize;
-            let longer = size_of::<T>() as u32 + self.random.below(128) as u32;
+            let longer = match self.random.once_in(4) {
+                true => self.random.below(size_of::<T>() as u64) as u32,
+                false => size_of::<T>() as u32 + self.random.below(128) as u32,
+            };
             let room = self.argument.bytes();
             room[..4].copy_from_slice(&longer.to_ne_bytes());
             room[at] = (self.random.below(2)) as u8;
@@ -373,13 +375,12 @@ impl<'a> Worker<'a> {
 
     fn open_provider(&mut self) {
         let providers = self.shared.providers.get(&mut self.random);
-        let mut request = abi::ProviderOpen {
+        let request = abi::ProviderOpen {
             size: size_of::<abi::ProviderOpen>() as u32,
             fd_flags: self.fd_flags(),
+            address: address(self.device()),
             ..Zeroable::zeroed()
         };
-        let device = self.device();
-        request.bdf[..device.len()].copy_from_slice(device.as_bytes());
         let made = self.send_struct(calls::PROVIDER_OPEN, providers, request, |_| ());
         if let Some(made) = made {
             self.keep(&self.shared.nodes, made.fd);
@@ -410,29 +411,10 @@ impl<'a> Worker<'a> {
 
     fn export(&mut self) {
         let node = self.shared.nodes.get(&mut self.random);
-        let any = self.random.once_in(2);
-        let request = abi::Export {
-            size: size_of::<abi::Export>() as u32,
-            flags: (u32::from(any) * abi::EXPORT_ANY_OFFSET) | self.export_flags(),
-            bar: self.random.of(&[2, 2, 2, 2, 2, 0, 1]),
-            fd_flags: self.fd_flags(),
-            offset: if any {
-                0
-            } else {
-                self.random.below(256) * PAGE
-            },
-            length: self.pages() * PAGE,
-            ..Zeroable::zeroed()
-        };
-        let made = self.send_struct(calls::EXPORT, node, request, |_| ());
-        if let Some(made) = made {
-            self.keep(&self.shared.buffers, made.fd);
-        }
-    }
-
-    fn export_ranges(&mut self) {
-        let node = self.shared.nodes.get(&mut self.random);
-        let count = 1 + self.random.below(6) as usize;
+        // Mostly one range, as most callers have.
+        let most = self.random.of(&[1, 1, 6]);
+        let count = 1 + self.random.below(most) as usize;
+        let bar = self.random.of(&[2, 2, 2, 2, 0, 1]);
         let mut ranges = [abi::Range::zeroed(); 8];
         for range in &mut ranges[..count] {
             let flags = self
@@ -445,8 +427,12 @@ impl<'a> Worker<'a> {
                     0
                 },
                 length: self.pages() * PAGE,
+                bar: match flags {
+                    abi::RANGE_SYSTEM => 0,
+                    _ if self.random.once_in(40) => 2,
+                    _ => bar,
+                },
                 flags,
-                reserved: 0,
             };
         }
         if self.random.once_in(6) {
@@ -454,17 +440,17 @@ impl<'a> Worker<'a> {
             self.mutate(bytemuck::bytes_of_mut(&mut ranges[one]));
             ranges[one].length = modest(ranges[one].length);
         }
-        let request = abi::ExportRanges {
-            size: size_of::<abi::ExportRanges>() as u32,
+        let request = abi::Export {
+            size: size_of::<abi::Export>() as u32,
             flags: self.export_flags(),
-            bar: self.random.of(&[2, 2, 2, 2, 0]),
             fd_flags: self.fd_flags(),
             ranges: self.array.put(bytemuck::bytes_of(&ranges)) as u64,
             nr_ranges: count as u32,
+            range_size: size_of::<abi::Range>() as u32,
             ..Zeroable::zeroed()
         };
         let array = request.ranges;
-        let made = self.send_struct(calls::EXPORT_RANGES, node, request, |request| {
+        let made = self.send_struct(calls::EXPORT, node, request, |request| {
             request.ranges = near(request.ranges, array);
         });
         if let Some(made) = made {
@@ -499,6 +485,7 @@ impl<'a> Worker<'a> {
         let node = self.shared.nodes.get(&mut self.random);
         let request = abi::Revoke {
             size: size_of::<abi::Revoke>() as u32,
+            flags: u32::from(self.random.once_in(8)) * abi::REVOKE_PERMANENT,
             fd: self.shared.buffers.get(&mut self.random),
             timeout_ms: self.random.below(u64::from(PATIENCE_MS)) as u32,
             ..Zeroable::zeroed()
@@ -524,14 +511,19 @@ impl<'a> Worker<'a> {
             size: size_of::<abi::Watch>() as u32,
             fd: self.shared.buffers.get(&mut self.random),
             eventfd: self.shared.events.get(&mut self.random),
+            events: 1 + self.random.below(abi::EVENT_FLAGS),
             ..Zeroable::zeroed()
         };
-        let call = self
-            .random
-            .of(&[calls::WATCH, calls::WATCH, calls::UNWATCH]);
-        let done = self.send_struct(call, node, request, |_| ());
+        let end = abi::Watch {
+            events: 0,
+            ..request
+        };
+        let done = match self.random.once_in(3) {
+            true => self.send_struct(calls::UNWATCH, node, end, |_| ()),
+            false => self.send_struct(calls::WATCH, node, request, |_| ()),
+        };
         if done.is_some() && self.random.once_in(2) {
-            self.send_struct(calls::UNWATCH, node, request, |_| ());
+            self.send_struct(calls::UNWATCH, node, end, |_| ());
         }
     }
 
@@ -544,7 +536,9 @@ impl<'a> Worker<'a> {
             attachments: array,
             pieces: array + PAGE,
             nr_attachments: self.random.below(64) as u32,
+            attachment_size: self.random.of(&[96, 96, 96, 104, 64]),
             nr_pieces: self.random.below(64) as u32,
+            piece_size: self.random.of(&[24, 24, 24, 32]),
             ..Zeroable::zeroed()
         };
         self.send_struct(calls::BUFFER, node, request, |request| {
@@ -563,8 +557,7 @@ impl<'a> Worker<'a> {
             _ => self.random.below(3) as u32,
         };
         let holds = on_invalidate == probe::ON_INVALIDATE_HOLD;
-        let device = self.device();
-        let mut request = probe::Attach {
+        let request = probe::Attach {
             size: size_of::<probe::Attach>() as u32,
             flags,
             dmabuf: self.shared.buffers.get(&mut self.random),
@@ -576,9 +569,9 @@ impl<'a> Worker<'a> {
                 0
             },
             detach_ms: self.random.of(&[0, 0, 0, 3, 15]),
+            address: address(self.device()),
             ..Zeroable::zeroed()
         };
-        request.bdf[..device.len()].copy_from_slice(device.as_bytes());
         let made = self.send_struct(calls::ATTACH, importer, request, |request| {
             request.hold_ms = short(request.hold_ms);
             request.detach_ms = short(request.detach_ms);
