@@ -58,6 +58,13 @@ impl Entry {
     pub fn path(&self) -> &Path {
         &self.path
     }
+
+    /// The entry's directory, in use until this process ends.
+    pub fn leak(self) -> PathBuf {
+        let path = self.path.clone();
+        std::mem::forget(self);
+        path
+    }
 }
 
 /// The identity of an entry: a readable kind, and a hash of its ingredients.

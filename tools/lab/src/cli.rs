@@ -78,6 +78,7 @@ pub enum Command {
     },
     /// Runs CMD in a guest; its output and exit status are CMD's own
     ///
+    /// A program of this host that is named by a relative path with a slash, such as ./my-test, is copied into the guest.
     /// Exit status 124: CMD was still running after --timeout. 125: the guest died, or its kernel
     /// complained (a WARN, a BUG, a lockdep report ...) and the test had not announced it by
     /// writing `peerbuf-lab: expect: TEXT` to /dev/kmsg.

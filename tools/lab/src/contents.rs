@@ -59,6 +59,18 @@ const KINDS: &[Kind] = &[
         takes: 2_200 * MB,
     },
     Kind {
+        name: "modules",
+        what: "peerbuf.ko and peerbuf_probe.ko for kernel {}, of the sources that an installed lab carries",
+        why: "guests of a lab without a checkout",
+        takes: 30 * MB,
+    },
+    Kind {
+        name: "preload",
+        what: "libraries to preload into programs with RDMA, of the sources that an installed lab carries",
+        why: "guests of a lab without a checkout",
+        takes: MB,
+    },
+    Kind {
         name: "debug",
         what: "the debug kernel, built from the source of {}, with a tree for modules",
         why: "--kernel debug, `cargo lab fuzz`, `cargo lab test --kernel debug`",
@@ -148,6 +160,7 @@ mod tests {
     #[test]
     fn every_recipe_of_the_lab_is_described() {
         let sources = [
+            include_str!("carried.rs"),
             include_str!("disk.rs"),
             include_str!("kernel.rs"),
             include_str!("rdma_core.rs"),

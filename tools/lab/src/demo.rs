@@ -99,7 +99,7 @@ pub fn run(cache: &Cache, kernel: &KernelArgs) -> Result<i32> {
         with: vec![VULKAN.to_owned()],
         ..GuestArgs::plain(kernel)
     };
-    let (ground, parts) = lab::made(cache, &project, &plain, Want::Command)?;
+    let (ground, parts) = lab::made(cache, Some(&project), &plain, Want::Command)?;
     // The patched soft-RoCE is put here once it is built, so that the first tables need not wait for it.
     let share = cache.run_dir()?;
     let mut tally = Tally::default();

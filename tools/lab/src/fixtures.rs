@@ -22,9 +22,11 @@ use crate::{
 const COMPILE: &str = "set -eu; cd /lab/build/fixtures/c; for c in *.c; do [ -e \"$c\" ] || continue; \
     gcc-14 -O2 -Wall -Wextra -Werror -I/lab/build/uapi/include -o \"/lab/build/out/${c%.c}\" \"$c\"; \
     gcc-14 -O2 -static -I/lab/build/uapi/include -o \"/lab/build/out/${c%.c}-static\" \"$c\"; done; \
-    cd ../preload; for c in *.c; do [ -e \"$c\" ] || continue; \
-    gcc-14 -O2 -Wall -Wextra -Werror -shared -fPIC -o \"/lab/build/out/${c%.c}.so\" \"$c\" -libverbs; done; \
     cp ../python/* /lab/build/out";
+
+/// The script that builds the libraries to preload, of the sources in its argument.
+pub const PRELOAD: &str = "set -eu; for c in \"$1\"/*.c; do name=${c##*/}; gcc-14 -O2 -Wall -Wextra -Werror -shared \
+    -fPIC -o \"/lab/build/out/${name%.c}.so\" \"$c\" -libverbs; done";
 
 /// Builds what changed, for the kernel of `source`, and returns the directory with everything.
 ///
@@ -47,6 +49,7 @@ pub fn build(project: &Project, ground: &Ground, source: &Source) -> Result<Path
     )?;
     let made_of = project::made_of(&[&work.join("fixtures"), &work.join("uapi")], source)?
         + COMPILE
+        + PRELOAD
         + &selftests.path().display().to_string()
         + &rdma_core.path().display().to_string();
     let stamp = work.join("made-of");
@@ -62,6 +65,12 @@ pub fn build(project: &Project, ground: &Ground, source: &Source) -> Result<Path
         .mount(Mount::Tmpfs { at: "/tmp".into() })
         .args(["-c", COMPILE])
         .run("compiling tests/lab/fixtures/c")?;
+    tree.sandbox("/bin/sh")
+        .own_processes()
+        .bind(&work, "/lab/build")
+        .mount(Mount::Tmpfs { at: "/tmp".into() })
+        .args(["-c", PRELOAD, "preload", "/lab/build/fixtures/preload"])
+        .run("compiling tests/lab/fixtures/preload")?;
     for made in [&selftests, &rdma_core] {
         for file in fs::read_dir(made.path())? {
             let file = file?;

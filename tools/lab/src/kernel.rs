@@ -17,13 +17,13 @@ use crate::{
 const KERNEL_RECIPE: &str = include_str!("../recipes/kernel.sh");
 const LIST_RECIPE: &str = include_str!("../recipes/kernels.sh");
 const INITRAMFS_RECIPE: &str = include_str!("../recipes/initramfs.sh");
-const INITRAMFS: &str = include_str!("../../../tests/lab/init/initramfs");
+const INITRAMFS: &str = include_str!("../carried/init/initramfs");
 const SOURCE_RECIPE: &str = concat!(
     include_str!("../recipes/kernel-functions.sh"),
     include_str!("../recipes/linux-source.sh")
 );
 /// The script that [`SOURCE_RECIPE`] calls.
-const PREPARE_TREE: &str = include_str!("../../../kmod/prepare-tree");
+const PREPARE_TREE: &str = include_str!("../carried/kmod/prepare-tree");
 const DEBUG_RECIPE: &str = concat!(
     include_str!("../recipes/kernel-functions.sh"),
     include_str!("../recipes/debug-kernel.sh")
@@ -80,6 +80,11 @@ struct Offered {
 }
 
 impl Named {
+    /// The release of its package, or of the package whose source it is built from.
+    pub fn package(&self) -> &str {
+        &self.package
+    }
+
     /// The kernel that `wanted` names, according to the cached list, which may be old.
     ///
     /// # Errors If no list can be fetched.
@@ -491,7 +496,7 @@ mod tests {
     }
 
     fn kmod() -> PathBuf {
-        Path::new(env!("CARGO_MANIFEST_DIR")).join("../../kmod")
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("carried/kmod")
     }
 
     #[test]

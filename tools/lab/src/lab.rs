@@ -11,6 +11,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use crate::{
     accel,
     cache::Cache,
+    carried,
     cli::{GuestArgs, Rdma},
     disk, fixtures,
     guest::{self, Accelerator, Machine},
@@ -25,7 +26,7 @@ use crate::{
 /// The factor for all time limits on the debug kernel. (It takes about four times as long.)
 const SLOWER: u32 = 5;
 
-/// The products of the checkout for guests of one kernel.
+/// Our own products for guests of one kernel.
 #[derive(Debug, Clone, Default)]
 pub struct Parts {
     /// peerbuf.ko and peerbuf_probe.ko, if they can be built.
@@ -74,17 +75,20 @@ pub enum Want {
 }
 
 /// Makes everything that a guest with these options starts from, if necessary, and builds the checkout's
-/// parts for it. Independent parts are made in parallel.
+/// parts for it, or what an installed lab has instead. Independent parts are made in parallel.
 ///
 /// # Errors Those of making it; the compiler's messages if something does not compile.
 pub fn made(
     cache: &Cache,
-    project: &Project,
+    project: Option<&Project>,
     args: &GuestArgs,
     want: Want,
 ) -> Result<(Ground, Parts)> {
     std::thread::scope(|scope| {
         let programs = scope.spawn(|| {
+            let Some(project) = project else {
+                return Ok(carried::command().into_iter().collect());
+            };
             let programs = project.peerbuf(want != Want::Command)?;
             if want == Want::Suite {
                 project.suite()?;
@@ -96,9 +100,10 @@ pub fn made(
         if modules.is_empty() {
             crate::progress::note("kmod/ has no Makefile, so there is no peerbuf.ko in the guest");
         }
-        let fixtures = match want {
-            Want::Command => None,
-            Want::Fixtures | Want::Suite => Some(fixtures::build(project, &ground, &source)?),
+        let fixtures = match (want, project) {
+            (Want::Command, _) => None,
+            (_, None) => Some(carried::preload(cache, &ground.tree)?),
+            (_, Some(project)) => Some(fixtures::build(project, &ground, &source)?),
         };
         let parts = Parts {
             modules,
@@ -109,16 +114,32 @@ pub fn made(
     })
 }
 
+/// Builds the checkout's modules for a kernel, or those that an installed lab carries, and returns their paths.
+///
+/// # Errors If one does not compile, with the compiler's messages.
+pub fn modules(
+    cache: &Cache,
+    project: Option<&Project>,
+    tree: &Tree,
+    source: &Source,
+    kernel: &Named,
+) -> Result<Vec<PathBuf>> {
+    match project {
+        Some(project) => project.modules(tree, source),
+        None => carried::modules(cache, tree, source, kernel),
+    }
+}
+
 /// Makes the build tree and the modules, which take longest, in parallel with the guests' parts.
 fn ground_and_modules(
     cache: &Cache,
-    project: &Project,
+    project: Option<&Project>,
     tree: &Tree,
     args: &GuestArgs,
 ) -> Result<(Ground, Source, Vec<PathBuf>)> {
     let modules_for = |kernel: &Named| -> Result<_> {
         let source = Source::get(cache, tree, kernel)?;
-        let modules = project.modules(tree, &source)?;
+        let modules = modules(cache, project, tree, &source, kernel)?;
         Ok((source, modules))
     };
     let named = Named::find(cache, tree, &args.kernel.kernel)?;
@@ -146,7 +167,7 @@ pub fn ready(cache: &Cache, args: &GuestArgs) -> Result<(Ground, Job)> {
     let (ground, parts) = if args.bare {
         (ground(cache, args)?, Parts::default())
     } else {
-        made(cache, &Project::find()?, args, Want::Fixtures)?
+        made(cache, Project::here()?.as_ref(), args, Want::Fixtures)?
     };
     let job = job(&ground, args, parts)?;
     Ok((ground, job))

@@ -3,12 +3,14 @@
 //!
 //! The modules from the bottom up: [`sandbox`] starts programs in the distribution tree; [`cache`] keeps what
 //! is made; [`tree`], [`kernel`] and [`disk`] make the machine's parts; [`project`] and [`fixtures`] build
-//! the checkout; [`guest`] describes the machine; [`run`] runs one guest; [`events`] changes its hardware at
-//! its tests' request; [`klog`] checks its kernel log; [`lab`] combines these for [`suite`] and the commands
-//! here. `tests/lab/init` has the programs that the guest itself executes.
+//! the checkout, and [`carried`] what an installed lab has instead; [`guest`] describes the machine; [`run`]
+//! runs one guest; [`events`] changes its hardware at its tests' request; [`klog`] checks its kernel log;
+//! [`lab`] combines these for [`suite`] and the commands here; [`package`] is apart from all that.
+//! `tests/lab/init` has the programs that the guest itself executes.
 
 mod accel;
 mod cache;
+mod carried;
 mod cli;
 mod contents;
 mod demo;
@@ -166,8 +168,10 @@ fn person() -> Streams {
 }
 
 fn run_command(cache: &Cache, args: &GuestArgs, command: Vec<OsString>) -> Result<i32> {
+    let (command, program) = run::brought(command)?;
     let (ground, mut job) = lab::ready(cache, args)?;
     job.command = command;
+    job.programs.extend(program);
     let outcome = run::run(&ground, &job, person())?;
     let _ = write!(io::stderr(), "{}", outcome.report());
     Ok(outcome.status())
@@ -233,7 +237,12 @@ fn test(
     let project = Project::find()?;
     let began = Instant::now();
     // Compiles first, so that errors show before anything runs.
-    let (_, parts) = lab::made(cache, &project, &GuestArgs::plain(kernel), Want::Suite)?;
+    let (_, parts) = lab::made(
+        cache,
+        Some(&project),
+        &GuestArgs::plain(kernel),
+        Want::Suite,
+    )?;
     let in_turn = within.map(|time| time.saturating_sub(began.elapsed()));
     let in_guest = |args: &GuestArgs, files: &[PathBuf], streams: Streams, deadline: &Deadline| {
         let mut args = args.clone();
@@ -342,7 +351,13 @@ fn kmod(cache: &Cache, args: &KernelArgs) -> Result<i32> {
     let tree = Tree::get(cache)?;
     let kernel = Kernel::get(cache, &tree, &args.kernel)?;
     let source = Source::get(cache, &tree, &kernel.named())?;
-    let modules = Project::find()?.modules(&tree, &source)?;
+    let modules = lab::modules(
+        cache,
+        Project::here()?.as_ref(),
+        &tree,
+        &source,
+        &kernel.named(),
+    )?;
     if modules.is_empty() {
         bail!("kmod/ has no Makefile, so there is no module to build");
     }

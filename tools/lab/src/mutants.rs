@@ -153,7 +153,7 @@ fn one(cache: &Cache, project: &Project, mutant: &Mutant) -> Result<Outcome> {
         },
         ..args
     };
-    let (ground, mut parts) = lab::made(cache, project, &args, Want::Fixtures)?;
+    let (ground, mut parts) = lab::made(cache, Some(project), &args, Want::Fixtures)?;
     let source = Source::get(cache, &ground.tree, &ground.kernel.named())?;
     let change = |kmod: &Path| mutant.apply(kmod);
     parts.modules = project.changed_modules(&ground.tree, &source, change)?;

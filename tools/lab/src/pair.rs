@@ -58,9 +58,11 @@ pub fn run_command(
     programs: &[PathBuf],
     streams: [Streams; 2],
 ) -> Result<[(End, Outcome); 2]> {
+    let (command, program) = run::brought(command.to_vec())?;
     let (ground, mut job) = lab::ready(cache, args)?;
-    job.command = command.to_vec();
+    job.command = command;
     job.programs.extend_from_slice(programs);
+    job.programs.extend(program);
     let mut other = job.clone();
     // Each guest has its own deadline.
     other.deadline = run::Deadline::default();

@@ -13,7 +13,7 @@ use walkdir::WalkDir;
 
 use crate::{cache::Recipe, kernel::Source, progress::Step, sandbox, tree::Tree};
 
-/// The checkout that this program was built from.
+/// A checkout of peerbuf.
 pub struct Project {
     root: PathBuf,
     target: PathBuf,
@@ -21,20 +21,33 @@ pub struct Project {
 }
 
 impl Project {
-    /// Finds the checkout.
+    /// The checkout in which cargo started this program, or else the one around the current directory, if there is
+    /// one. An installed lab runs anywhere, with the sources that it carries.
     ///
-    /// # Errors If it is gone, or cargo cannot read it.
-    pub fn find() -> Result<Self> {
-        // cargo also sets it at run time, so a checkout may be moved after the build.
-        let here = std::env::var_os("CARGO_MANIFEST_DIR")
-            .map_or(PathBuf::from(env!("CARGO_MANIFEST_DIR")), PathBuf::from);
+    /// # Errors If cargo cannot read it.
+    pub fn here() -> Result<Option<Self>> {
+        let here = match std::env::var_os("CARGO_MANIFEST_DIR") {
+            Some(dir) => PathBuf::from(dir),
+            None => std::env::current_dir().context("finding the current directory")?,
+        };
         let root = here
             .ancestors()
-            .find(|dir| dir.join("tools/lab/Cargo.toml").is_file())
-            .or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2))
-            .map(Path::to_owned)
-            .context("finding peerbuf's checkout; call the lab through `cargo lab` in it")?;
-        let output = cargo(&root)
+            .find(|dir| dir.join("tools/lab/Cargo.toml").is_file());
+        root.map(Self::at).transpose()
+    }
+
+    /// The checkout, for commands that are nothing without it.
+    ///
+    /// # Errors If there is none, or cargo cannot read it.
+    pub fn find() -> Result<Self> {
+        Self::here()?.context(
+            "this needs a checkout of peerbuf, and there is none around the current directory; `run`, `pair`, `shell`, \
+             `kmod`, `kbuild`, `tree`, `cache` and `clean` work anywhere",
+        )
+    }
+
+    fn at(root: &Path) -> Result<Self> {
+        let output = cargo(root)
             .args(["metadata", "--no-deps", "--offline", "--format-version=1"])
             .output()?;
         if !output.status.success() {
@@ -51,7 +64,7 @@ impl Project {
             .context("cargo metadata names no target directory")?;
         let target = PathBuf::from(target);
         Ok(Self {
-            root,
+            root: root.to_owned(),
             target,
             metadata: json,
         })
@@ -191,10 +204,12 @@ impl Project {
 }
 
 /// The modules in `kmod/`: the exporter and the test importer.
-const MODULES: [&str; 2] = ["peerbuf.ko", "peerbuf_probe.ko"];
+pub const MODULES: [&str; 2] = ["peerbuf.ko", "peerbuf_probe.ko"];
 
-/// Builds [`MODULES`] from the sources in `work`, unless they exist already.
-fn make_modules(tree: &Tree, source: &Source, work: &Path) -> Result<Vec<PathBuf>> {
+/// Builds [`MODULES`] from the sources in `work`, unless they exist already, and returns their paths.
+///
+/// # Errors If one does not compile, with the compiler's messages.
+pub fn make_modules(tree: &Tree, source: &Source, work: &Path) -> Result<Vec<PathBuf>> {
     let modules = MODULES.map(|name| work.join("kmod").join(name));
     let stamp = work.join("made-of");
     let made_of = made_of(&[&work.join("kmod"), &work.join("uapi")], source)?;

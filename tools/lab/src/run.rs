@@ -37,16 +37,10 @@ use crate::{
 
 /// The contents of /opt/peerbuf/init in the guest.
 const INIT: [(&str, &str); 4] = [
-    ("init", include_str!("../../../tests/lab/init/init")),
-    (
-        "functions",
-        include_str!("../../../tests/lab/init/functions"),
-    ),
-    ("suite", include_str!("../../../tests/lab/init/suite")),
-    (
-        "two-machines",
-        include_str!("../../../tests/lab/init/two-machines"),
-    ),
+    ("init", include_str!("../carried/init/init")),
+    ("functions", include_str!("../carried/init/functions")),
+    ("suite", include_str!("../carried/init/suite")),
+    ("two-machines", include_str!("../carried/init/two-machines")),
 ];
 
 /// Time limit from the start to the command, and from the command's end to the guest's: ten times a boot on
@@ -96,6 +90,28 @@ pub struct Job {
     pub starts: u32,
     /// The directory with the socket that connects a pair of guests.
     pub wire: Option<PathBuf>,
+}
+
+/// A person's command as the guest is to run it, and the program of the host that is copied into the guest for it: one
+/// that is named by a relative path with a slash, such as `./my-test`.
+///
+/// # Errors If the host has no such program.
+pub fn brought(mut command: Vec<OsString>) -> Result<(Vec<OsString>, Option<PathBuf>)> {
+    let Some(first) = command.first_mut() else {
+        return Ok((command, None));
+    };
+    let path = PathBuf::from(&*first);
+    if path.is_absolute() || path.components().count() == 1 {
+        return Ok((command, None));
+    }
+    let Some(name) = path.file_name().filter(|_| path.is_file()) else {
+        bail!(
+            "{}: this host has no such program; one of the guest is named by an absolute path, or without a slash",
+            path.display()
+        );
+    };
+    *first = Path::new("/opt/peerbuf/bin").join(name).into();
+    Ok((command, Some(path)))
 }
 
 /// The deadline of a command.
@@ -787,6 +803,23 @@ mod tests {
             script,
             "exec 'sh' '-c' 'echo '\\''a b'\\'' \"$HOME\" \\ \n x'\n"
         );
+    }
+
+    #[test]
+    fn a_program_of_the_host_is_told_by_its_relative_path() {
+        let brought = |word: &str| brought(vec![word.into(), "./x".into()]);
+        for of_guest in ["true", "/bin/true"] {
+            let (command, program) = brought(of_guest).unwrap();
+            assert_eq!((command[0].to_str(), program), (Some(of_guest), None));
+        }
+        // Tests run in the package's directory.
+        let (command, program) = brought("./Cargo.toml").unwrap();
+        assert_eq!(command, ["/opt/peerbuf/bin/Cargo.toml", "./x"]);
+        assert_eq!(program, Some("./Cargo.toml".into()));
+        for missing in ["./no-such-program", "../lab"] {
+            let why = brought(missing).unwrap_err().to_string();
+            assert!(why.starts_with(missing), "{why}");
+        }
     }
 
     fn outcome(ending: Ending) -> Outcome {
