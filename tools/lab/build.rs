@@ -1,5 +1,5 @@
-//! Lists the sources that the program carries for a lab without a checkout (`src/carried.rs`): `kmod/`, `uapi/` and the libraries to preload,
-//! without what a build in place leaves there.
+//! Lists the sources that the program carries for a lab without a checkout (`src/carried.rs`): `kmod/`, `uapi/` and what
+//! guests have for programs with RDMA, without what a build in place leaves there.
 
 use std::{
     env, fs,
@@ -7,12 +7,12 @@ use std::{
 };
 
 /// Endings of sources; a name without a dot is one, too.
-const SOURCES: [&str; 4] = ["rs", "c", "h", "toml"];
+const SOURCES: [&str; 5] = ["rs", "c", "h", "py", "toml"];
 
 fn main() {
     let carried = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").unwrap()).join("carried");
     let mut files = Vec::new();
-    for part in ["kmod", "preload", "uapi"] {
+    for part in ["kmod", "preload", "python", "uapi"] {
         find(&carried.join(part), &mut files);
     }
     files.sort();

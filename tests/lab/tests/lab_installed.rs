@@ -4,6 +4,9 @@ use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::LazyLock;
+
+static INSTALLED: LazyLock<PathBuf> = LazyLock::new(installed);
 
 fn checkout() -> PathBuf {
     let suite = Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -98,7 +101,7 @@ struct Elsewhere {
 impl Elsewhere {
     fn new() -> Self {
         Self {
-            lab: installed(),
+            lab: INSTALLED.clone(),
             directory: tempfile::tempdir().unwrap(),
         }
     }
@@ -117,6 +120,27 @@ impl Elsewhere {
         std::fs::write(&file, text).unwrap();
         std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o755)).unwrap();
     }
+
+    /// Puts the script that docs/test-bed.md has under this name.
+    fn put_from_page(&self, name: &str) {
+        let page = std::fs::read_to_string(checkout().join("docs/test-bed.md")).unwrap();
+        let begin = format!("```sh\n#!/bin/sh\n# {name}: ");
+        let script = page.split(&begin).nth(1).unwrap();
+        let script = script.split("```").next().unwrap();
+        self.put(name, &format!("#!/bin/sh\n# {script}"));
+    }
+}
+
+/// The output of a command whose registrations, by `dma_buf_memory.so`, are at least two, and all of them of dma-bufs.
+fn all_in_dma_bufs(command: &mut Command) -> String {
+    let [out, error] = said(command);
+    let count = |what| error.matches(what).count();
+    let registered = count(": ibv_reg_dmabuf_mr: registered\n");
+    assert!(
+        registered >= 2 && registered == count("dma_buf_memory: "),
+        "{out}{error}"
+    );
+    out
 }
 
 /// docs/test-bed.md has these commands.
@@ -142,12 +166,7 @@ fn the_installed_lab_runs_a_program_of_mine_and_perftest_on_dma_bufs_in_an_empty
     );
     assert_eq!(lines.last(), Some(&"an argument"), "{out}");
 
-    let page = std::fs::read_to_string(checkout().join("docs/test-bed.md")).unwrap();
-    let script = page
-        .split("```sh\n#!/bin/sh\n# perftest-on-dma-bufs")
-        .nth(1);
-    let script = script.and_then(|rest| rest.split("```").next()).unwrap();
-    elsewhere.put("perftest-on-dma-bufs", &format!("#!/bin/sh\n# {script}"));
+    elsewhere.put_from_page("perftest-on-dma-bufs");
     let perftest = |rdma| {
         elsewhere.lab(&[
             "run",
@@ -159,14 +178,8 @@ fn the_installed_lab_runs_a_program_of_mine_and_perftest_on_dma_bufs_in_an_empty
             "./perftest-on-dma-bufs",
         ])
     };
-    let [out, error] = said(&mut perftest("dmabuf"));
-    let count = |what| error.matches(what).count();
-    let registered = count(": ibv_reg_dmabuf_mr: registered\n");
-    assert!(
-        registered >= 2 && registered == count("dma_buf_memory: "),
-        "{out}{error}"
-    );
-    assert!(out.contains("RDMA_Write BW Test"), "{out}{error}");
+    let out = all_in_dma_bufs(&mut perftest("dmabuf"));
+    assert!(out.contains("RDMA_Write BW Test"), "{out}");
 
     // The kernel's own soft-RoCE takes no dma-bufs, and nothing hides that.
     let output = perftest("stock").stdin(Stdio::null()).output().unwrap();
@@ -176,4 +189,27 @@ fn the_installed_lab_runs_a_program_of_mine_and_perftest_on_dma_bufs_in_an_empty
         error.contains("ibv_reg_dmabuf_mr: Operation not supported"),
         "{error}"
     );
+}
+
+#[test]
+fn the_installed_lab_runs_libfabric_on_dma_bufs_and_rdma_cores_tests_of_them() {
+    let elsewhere = Elsewhere::new();
+    elsewhere.put_from_page("pingpong-on-dma-bufs");
+    let lab = |with, command: &[&str]| {
+        let options = ["run", "--rdma", "dmabuf", "--with", with, "--"];
+        elsewhere.lab(&[&options, command].concat())
+    };
+    let out = all_in_dma_bufs(&mut lab("libfabric-bin", &["./pingpong-on-dma-bufs"]));
+    assert!(out.contains("bytes"), "{out}");
+
+    let tests = [
+        "env",
+        "LD_PRELOAD=/opt/peerbuf/fixtures/reg_dmabuf_mr.so",
+        "python3",
+        "/opt/peerbuf/fixtures/rdma_core.py",
+        "udmabuf",
+        "no-atomics",
+    ];
+    let [out, error] = said(&mut lab("python3-pyverbs", &tests));
+    assert_eq!(out.matches(": passed\n").count(), 10, "{out}{error}");
 }

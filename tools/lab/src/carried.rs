@@ -1,5 +1,6 @@
-//! What the program carries for a lab without a checkout: the sources of peerbuf.ko and peerbuf_probe.ko, and of the
-//! libraries to preload. They are built in the cache. The recipes, the patches of soft-RoCE and the guest's scripts are in the program anyway.
+//! What the program carries for a lab without a checkout: the sources of peerbuf.ko and peerbuf_probe.ko, and of what
+//! guests have for programs with RDMA. They are built in the cache. The recipes, the patches of soft-RoCE and the
+//! guest's scripts are in the program anyway.
 
 use std::{
     fs,
@@ -12,8 +13,7 @@ use crate::{
     cache::{Cache, Recipe},
     fixtures,
     kernel::{Named, Source},
-    project,
-    sandbox::Mount,
+    project, rdma_core,
     tree::Tree,
 };
 
@@ -73,23 +73,22 @@ pub fn modules(
         .into())
 }
 
-/// The directory of the libraries to preload, built at the first call.
+/// The directory of the guest's fixtures for programs with RDMA, built at the first call: the libraries to preload, and
+/// rdma-core's own tests with the script that runs them.
 ///
-/// # Errors If one does not compile, with the compiler's messages.
-pub fn preload(cache: &Cache, tree: &Tree) -> Result<PathBuf> {
-    let recipe = Recipe::new("preload")
-        .with(tree.name())
+/// # Errors If one does not compile, with the compiler's messages; those of [`rdma_core::get`].
+pub fn fixtures(cache: &Cache, tree: &Tree) -> Result<PathBuf> {
+    let tests = rdma_core::get(cache, tree)?;
+    let recipe = Recipe::new("fixtures")
+        .with(tests.path().display().to_string())
         .with(fixtures::PRELOAD);
     let what = "building the libraries to preload";
-    let dir = entry(cache, recipe, &["preload/"], what, |dir| {
-        fs::create_dir(dir.join("out"))?;
-        tree.sandbox("/bin/sh")
-            .own_processes()
-            .bind(dir, "/lab/build")
-            .mount(Mount::Tmpfs { at: "/tmp".into() })
-            .args(["-c", fixtures::PRELOAD, "preload", "/lab/build/preload"])
-            .run(what)
-            .map(drop)
+    let dir = entry(cache, recipe, &["preload/", "python/"], what, |dir| {
+        let out = dir.join("out");
+        fs::create_dir(&out)?;
+        fixtures::preload(tree, dir, "preload")?;
+        fixtures::copy_all(&dir.join("python"), &out)?;
+        fixtures::copy_all(tests.path(), &out)
     })?;
     Ok(dir.join("out"))
 }

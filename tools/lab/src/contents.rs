@@ -65,8 +65,8 @@ const KINDS: &[Kind] = &[
         takes: 30 * MB,
     },
     Kind {
-        name: "preload",
-        what: "libraries to preload into programs with RDMA, of the sources that an installed lab carries",
+        name: "fixtures",
+        what: "libraries to preload into programs with RDMA, and rdma-core's tests, for guests of an installed lab",
         why: "guests of a lab without a checkout",
         takes: MB,
     },

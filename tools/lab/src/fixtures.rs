@@ -5,7 +5,10 @@
 //! `tests/lab/fixtures/modules` its modules. A guest has them in `/opt/peerbuf/fixtures`, with the files of
 //! `tests/lab/fixtures/python`, some of the kernel's own tests, and rdma-core's.
 
-use std::{fs, path::PathBuf};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context, Result};
 
@@ -17,6 +20,7 @@ use crate::{
     run::Ground,
     sandbox::Mount,
     selftests,
+    tree::Tree,
 };
 
 const COMPILE: &str = "set -eu; cd /lab/build/fixtures/c; for c in *.c; do [ -e \"$c\" ] || continue; \
@@ -65,18 +69,9 @@ pub fn build(project: &Project, ground: &Ground, source: &Source) -> Result<Path
         .mount(Mount::Tmpfs { at: "/tmp".into() })
         .args(["-c", COMPILE])
         .run("compiling tests/lab/fixtures/c")?;
-    tree.sandbox("/bin/sh")
-        .own_processes()
-        .bind(&work, "/lab/build")
-        .mount(Mount::Tmpfs { at: "/tmp".into() })
-        .args(["-c", PRELOAD, "preload", "/lab/build/fixtures/preload"])
-        .run("compiling tests/lab/fixtures/preload")?;
+    preload(tree, &work, "fixtures/preload")?;
     for made in [&selftests, &rdma_core] {
-        for file in fs::read_dir(made.path())? {
-            let file = file?;
-            fs::copy(file.path(), out.join(file.file_name()))
-                .with_context(|| format!("copying {}", file.path().display()))?;
-        }
+        copy_all(made.path(), &out)?;
     }
     // One call of make builds all: tests/lab/fixtures/modules/Kbuild lists each directory.
     let modules = work.join("fixtures/modules");
@@ -100,4 +95,30 @@ pub fn build(project: &Project, ground: &Ground, source: &Source) -> Result<Path
     fs::write(&stamp, made_of)?;
     step.done();
     Ok(out)
+}
+
+/// Builds the libraries to preload, from the sources in the directory `sources` of `work`, into `work/out`.
+///
+/// # Errors If one does not compile, with the compiler's messages.
+pub fn preload(tree: &Tree, work: &Path, sources: &str) -> Result<()> {
+    let sources = format!("/lab/build/{sources}");
+    tree.sandbox("/bin/sh")
+        .own_processes()
+        .bind(work, "/lab/build")
+        .mount(Mount::Tmpfs { at: "/tmp".into() })
+        .args(["-c", PRELOAD, "preload", &sources])
+        .run("compiling the libraries to preload")?;
+    Ok(())
+}
+
+/// Copies the files in `from` into `to`.
+///
+/// # Errors If one cannot be copied.
+pub fn copy_all(from: &Path, to: &Path) -> Result<()> {
+    for file in fs::read_dir(from)? {
+        let file = file?;
+        fs::copy(file.path(), to.join(file.file_name()))
+            .with_context(|| format!("copying {}", file.path().display()))?;
+    }
+    Ok(())
 }

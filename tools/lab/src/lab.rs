@@ -102,7 +102,7 @@ pub fn made(
         }
         let fixtures = match (want, project) {
             (Want::Command, _) => None,
-            (_, None) => Some(carried::preload(cache, &ground.tree)?),
+            (_, None) => Some(carried::fixtures(cache, &ground.tree)?),
             (_, Some(project)) => Some(fixtures::build(project, &ground, &source)?),
         };
         let parts = Parts {

@@ -32,7 +32,7 @@ impl Project {
         };
         let root = here
             .ancestors()
-            .find(|dir| dir.join("tools/lab/Cargo.toml").is_file());
+            .find(|dir| dir.join("tools/lab/carried").is_dir());
         root.map(Self::at).transpose()
     }
 
