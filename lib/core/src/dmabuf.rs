@@ -36,7 +36,7 @@ pub struct Info {
     /// The name set with [`DmaBuf::set_name`]; empty without one.
     pub name: String,
     /// The number of references at this moment: file descriptors, mappings and importers in all processes
-    /// together.
+    /// together. It is no number of holders: one process, or one driver, may have several.
     pub references: u64,
 }
 

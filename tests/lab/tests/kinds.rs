@@ -1,5 +1,6 @@
 //! Each kind of exporter and importer by itself. Runs in the guest.
 
+use std::num::NonZeroU32;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
@@ -18,6 +19,7 @@ use peerbuf_lab_suite::bytes::{get, put};
 use peerbuf_lab_suite::clock::Stopwatch;
 use peerbuf_lab_suite::modules;
 use peerbuf_lab_suite::node::ioctl;
+use rustix::fs::{FallocateFlags, fallocate};
 
 const MIB: u64 = 1 << 20;
 const SECOND: Duration = Duration::from_secs(1);
@@ -189,6 +191,39 @@ fn a_node_that_is_no_graphics_device_says_so() {
         error.is_empty() || error.contains("CONFIG_IOMMUFD"),
         "{error}"
     );
+}
+
+/// The kernel gives every descriptor of a graphics buffer the access of the first export, whatever later ones ask for
+/// (`drm_gem_prime_handle_to_dmabuf`). So ours is read-only here, and says so.
+#[test]
+fn a_graphics_buffer_that_was_first_exported_for_reading_is_read_only_from_then_on() {
+    let card = modules::vgem();
+    // DRM_IOCTL_MODE_CREATE_DUMB: height, width, bits, flags, handle, pitch, size.
+    let mut dumb = [1u32, 1024, 32, 0, 0, 0, 0, 0];
+    ioctl(card.as_fd(), 0xc020_64b2, (&raw mut dumb).addr()).unwrap();
+    let handle = NonZeroU32::new(dumb[4]).unwrap();
+    // DRM_IOCTL_PRIME_HANDLE_TO_FD: handle, flags (O_CLOEXEC without O_RDWR), descriptor.
+    let mut theirs = [handle.get(), 0o2_000_000, 0];
+    ioctl(card.as_fd(), 0xc00c_642d, (&raw mut theirs).addr()).unwrap();
+    let ours = drm::export_handle(&card, handle, "first for reading").unwrap();
+    assert!(!ours.is_writable());
+    let refused = ours.whole().map(Access::Write);
+    assert!(matches!(refused, Err(BufferError::Access { .. })));
+}
+
+/// The udmabuf keeps the old page; the memfd gets a new one. No seal but F_SEAL_WRITE forbids it.
+#[test]
+fn a_hole_punched_in_the_memfd_behind_a_udmabuf_parts_the_two() {
+    let buffer = udmabuf::export("memory", MIB).unwrap();
+    put(&buffer.whole(), &vec![1; MIB as usize]);
+    let memory = buffer.host_memory().unwrap();
+    let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    fallocate(memory, punch, 0, 65536).unwrap();
+    let hole = buffer.range(0, 65536).unwrap();
+    put(&hole, &vec![2; 65536]);
+    let seen_by_devices = get(&by_dmabuf(&buffer).range(0, 65536).unwrap());
+    assert!(seen_by_devices == [1; 65536]);
+    assert!(get(&hole) == [2; 65536]);
 }
 
 /// A fence on a buffer, made by vgem, like the fence of a GPU's work

@@ -8,7 +8,7 @@ use std::process::Command;
 
 use peerbuf::error::{ExportError, TransferError};
 use peerbuf::export::peerbuf::{Device, Request};
-use peerbuf::export::udmabuf;
+use peerbuf::export::{heap::Heap, udmabuf};
 use peerbuf::import::file::{FileImporter, unnamed_file};
 use peerbuf::plan::{Direction, Path, Plan, ReasonCode};
 use peerbuf::{Access, Buffer};
@@ -327,21 +327,14 @@ fn a_udmabuf_beyond_the_machines_memory_is_refused_and_nobody_is_killed() {
 
 /// Set in the environment when this test program runs in a cgroup with a limit.
 const IN_CGROUP: &str = "PEERBUF_IN_CGROUP";
+/// The cgroup's directory. One test at a time has it.
+const CGROUP: &str = "/sys/fs/cgroup/peerbuf-limited";
 
-#[test]
-fn a_udmabuf_beyond_the_cgroups_limit_is_refused_and_nobody_is_killed() {
-    const CGROUP: &str = "/sys/fs/cgroup/peerbuf-udmabuf";
-    const NAME: &str = "a_udmabuf_beyond_the_cgroups_limit_is_refused_and_nobody_is_killed";
+/// Runs the test of this name again, in a cgroup of 96 MiB. True in that process, where the test itself is to be done.
+fn in_cgroup(test: &str) -> bool {
     if std::env::var_os(IN_CGROUP).is_some() {
-        udmabuf::export("memory", 16 * MIB).unwrap();
-        let error = udmabuf::export("memory", 128 * MIB)
-            .unwrap_err()
-            .to_string();
-        let file = format!("{CGROUP}/memory.max");
-        assert!(error.contains(&file), "{error}");
-        return;
+        return true;
     }
-    let _limit = SizeLimit::set("2147483647");
     let root = FilePath::new("/sys/fs/cgroup");
     if !root.join("cgroup.procs").exists() {
         let mounted = Command::new("mount")
@@ -358,12 +351,44 @@ fn a_udmabuf_beyond_the_cgroups_limit_is_refused_and_nobody_is_killed() {
             "echo $$ >{CGROUP}/cgroup.procs && exec \"$0\" --exact \"$1\""
         ))
         .arg(std::env::current_exe().unwrap())
-        .arg(NAME)
+        .arg(test)
         .env(IN_CGROUP, "1")
         .status()
         .unwrap();
     std::fs::remove_dir(CGROUP).unwrap();
     assert!(status.success(), "{status}");
+    false
+}
+
+#[test]
+fn a_udmabuf_beyond_the_cgroups_limit_is_refused_and_nobody_is_killed() {
+    let _limit = SizeLimit::set("2147483647");
+    if in_cgroup("a_udmabuf_beyond_the_cgroups_limit_is_refused_and_nobody_is_killed") {
+        udmabuf::export("memory", 16 * MIB).unwrap();
+        let error = udmabuf::export("memory", 128 * MIB)
+            .unwrap_err()
+            .to_string();
+        let file = format!("{CGROUP}/memory.max");
+        assert!(error.contains(&file), "{error}");
+    }
+}
+
+#[test]
+fn a_dma_heaps_memory_is_charged_to_no_cgroup_and_a_udmabufs_to_its_makers() {
+    if in_cgroup("a_dma_heaps_memory_is_charged_to_no_cgroup_and_a_udmabufs_to_its_makers") {
+        let charged = || -> u64 {
+            let text = std::fs::read_to_string(format!("{CGROUP}/memory.current")).unwrap();
+            text.trim().parse().unwrap()
+        };
+        let before = charged();
+        // More than the limit of the cgroup.
+        let heap = Heap::open("system").unwrap();
+        let _held = heap.export("heap", 128 * MIB).unwrap();
+        assert!(charged() < before + 16 * MIB, "{before}, {}", charged());
+        // Without a write to it.
+        let _counted = udmabuf::export("memory", 32 * MIB).unwrap();
+        assert!(charged() >= before + 32 * MIB, "{before}, {}", charged());
+    }
 }
 
 #[test]
