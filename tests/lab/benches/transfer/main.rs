@@ -1,0 +1,384 @@
+//! What the transfer engine makes of a disk and of the processor, each figure beside what else a program would use
+//! and beside its limit. `cargo lab bench transfer` prints sections of docs/performance.md.
+//!
+//! The guest's clock counts instructions: what a program does between the requests counts, and the host's load
+//! does not. `--quick` measures each once and prints no page.
+
+mod fio;
+mod null;
+mod ring;
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::fs::File;
+use std::os::unix::fs::OpenOptionsExt;
+use std::sync::Barrier;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
+use std::time::Instant;
+
+use null::{Disks, SIZE};
+use peerbuf::export::memfd;
+use peerbuf::import::file::unnamed_file;
+use peerbuf::import::file::{Attachment, FileImporter};
+use peerbuf::plan::{Path, ProofPolicy, forget_proofs};
+use peerbuf::transfer::{Piece, Queue};
+use peerbuf_lab_suite::cost::{counted, median};
+use peerbuf_lab_suite::node::Node;
+use peerbuf_lab_suite::transfer::{bar, device, fill, random};
+use rand::RngExt;
+
+/// Requests of one measurement, to each disk. fio's clock has whole milliseconds, which are to be little of it.
+const REQUESTS: u64 = 4096;
+/// As much memory as a transfer has: the buffer is filled again and again.
+const MEMORY: u64 = 32 << 20;
+
+/// The sizes of pieces.
+const SIZES: [(&str, u64); 2] = [("64 KiB", 64 << 10), ("4 KiB", 4 << 10)];
+
+/// The system's, which counts.
+struct Counting;
+
+static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
+
+// SAFETY: the system's allocator does all of it.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: the caller's word.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: the caller's word.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+fn places(length: u64, count: u64) -> Vec<u64> {
+    let mut random = rand::rng();
+    let place = |_| random.random_range(0..SIZE / length) * length;
+    (0..count).map(place).collect()
+}
+
+/// A disk of which random pieces go into memory, one after the other there.
+struct Reader {
+    attachment: Attachment,
+    pieces: Vec<Piece>,
+    at_once: usize,
+    depth: u32,
+}
+
+impl Reader {
+    fn new(disk: &str, length: u64, depth: u32) -> Reader {
+        let at_once = (MEMORY / length).min(REQUESTS);
+        let buffer = memfd::export("memory", MEMORY).unwrap();
+        let disk = FileImporter::open(disk).unwrap().with_depth(depth);
+        let mut attachment = disk.attach(&buffer.whole()).unwrap();
+        let pieces: Vec<Piece> = (0..at_once)
+            .cycle()
+            .zip(places(length, REQUESTS))
+            .map(|(index, file_offset)| Piece {
+                file_offset,
+                offset: index * length,
+                length,
+            })
+            .collect();
+        // The first transfer makes the ring and touches the memory.
+        attachment.read_many(&pieces[..at_once as usize]).unwrap();
+        Reader {
+            attachment,
+            pieces,
+            at_once: at_once as usize,
+            depth,
+        }
+    }
+
+    fn run(&mut self) {
+        for pieces in self.pieces.chunks(self.at_once) {
+            let receipt = self.attachment.read_many(pieces).unwrap();
+            assert_eq!(receipt.copied, 0, "{}", receipt.plan);
+            // One request at a time is a system call.
+            let queue = if self.depth > 1 {
+                Queue::IoUring
+            } else {
+                Queue::Calls
+            };
+            assert_eq!(receipt.queue, queue);
+        }
+    }
+}
+
+/// Requests a second, by one thread for each disk.
+fn ours(disks: &[String], length: u64, depth: u32) -> f64 {
+    let barrier = Barrier::new(disks.len());
+    let one = |disk: &String| {
+        let mut reader = Reader::new(disk, length, depth);
+        barrier.wait();
+        let begun = Instant::now();
+        reader.run();
+        (begun, Instant::now())
+    };
+    let times: Vec<_> = thread::scope(|scope| {
+        let threads: Vec<_> = disks
+            .iter()
+            .map(|disk| {
+                scope.spawn({
+                    let one = &one;
+                    move || one(disk)
+                })
+            })
+            .collect();
+        threads
+            .into_iter()
+            .map(|thread| thread.join().unwrap())
+            .collect()
+    });
+    let begun = times.iter().map(|(begun, _)| *begun).min().unwrap();
+    let ended = times.iter().map(|(_, ended)| *ended).max().unwrap();
+    (REQUESTS * disks.len() as u64) as f64 / (ended - begun).as_secs_f64()
+}
+
+fn open(disk: &str) -> File {
+    let mut options = File::options();
+    let options = options.read(true).custom_flags(libc::O_DIRECT);
+    options.open(disk).unwrap()
+}
+
+/// What a program does that has no queue, in requests a second.
+fn one_by_one(disk: &str, length: u64) -> f64 {
+    let disk = open(disk);
+    let memory = ring::Memory::new(length);
+    let places = places(length, 64);
+    let begun = Instant::now();
+    for place in &places {
+        memory.pread(&disk, *place);
+    }
+    places.len() as f64 / begun.elapsed().as_secs_f64()
+}
+
+/// Several measurements of one figure.
+struct Spread(Vec<f64>);
+
+impl Spread {
+    fn median(&self) -> f64 {
+        self.0[self.0.len() / 2]
+    }
+
+    fn of(mut all: Vec<f64>) -> Spread {
+        all.sort_by(f64::total_cmp);
+        Spread(all)
+    }
+}
+
+impl std::fmt::Display for Spread {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (least, most) = (self.0[0], self.0[self.0.len() - 1]);
+        write!(f, "{:.0} ({least:.0} to {most:.0})", self.median())
+    }
+}
+
+/// A figure of ours and one of somebody else's, measured in turn.
+fn in_turn(
+    rounds: usize,
+    mut theirs: impl FnMut() -> f64,
+    mut ours: impl FnMut() -> f64,
+) -> [Spread; 2] {
+    let pairs = (0..rounds).map(|_| (theirs(), ours()));
+    let (theirs, ours) = pairs.unzip();
+    [Spread::of(theirs), Spread::of(ours)]
+}
+
+fn verdict(as_wanted: bool) -> &'static str {
+    if as_wanted { "yes" } else { "**no**" }
+}
+
+/// A line of the table of rates.
+fn rates(disks: &Disks, count: usize, name: &str, length: u64, depth: u32, rounds: usize) -> f64 {
+    let names = &disks.names()[..count];
+    let [fio, ours] = in_turn(
+        rounds,
+        || fio::rate(names, length, depth, REQUESTS),
+        || ours(names, length, depth),
+    );
+    let single = one_by_one(&names[0], length);
+    let limit = disks.limit(depth) * count as f64;
+    let ratio = ours.median() / fio.median();
+    let floor = if depth == 32 && count == 1 { 0.95 } else { 0.9 };
+    println!(
+        "| {name} | {depth} | {count} of {} | {limit:.0} | {single:.0} | {fio} | {ours} | {ratio:.2} | {floor} | {} |",
+        disks.queue,
+        verdict(ratio >= floor)
+    );
+    ratio
+}
+
+/// Instructions for each request of a disk that answers at once.
+fn instructions(disks: &Disks, name: &str, length: u64, depth: u32, rounds: usize) {
+    let disk = &disks.names()[0];
+    let mut reader = Reader::new(disk, length, depth);
+    let file = open(disk);
+    let memory = ring::Memory::new(MEMORY);
+    let mut bare = ring::Bare::new(depth);
+    let each = |all: u64| all as f64 / REQUESTS as f64;
+    let places = places(length, REQUESTS);
+    let mut by_ring = || each(counted(|| bare.read(&file, &memory, length, &places)).0);
+    by_ring();
+    let [by_ring, ours] = in_turn(rounds, by_ring, || each(counted(|| reader.run()).0));
+    let fio = (0..rounds).map(|_| 1e9 / fio::rate(&disks.names()[..1], length, depth, REQUESTS));
+    let fio = Spread::of(fio.collect());
+    let ratio = ours.median() / by_ring.median();
+    println!(
+        "| {name} | {depth} | {fio} | {by_ring} | {ours} | {ratio:.2} | 1.05 | {} |",
+        verdict(ratio <= 1.05)
+    );
+}
+
+/// What one request costs beyond the system call.
+fn one_transfer(disk: &str) {
+    let buffer = memfd::export("memory", 4096).unwrap();
+    let mut attachment = FileImporter::open(disk)
+        .unwrap()
+        .attach(&buffer.whole())
+        .unwrap();
+    let file = open(disk);
+    let memory = ring::Memory::new(4096);
+    let bare = median(|| counted(|| memory.pread(&file, 0)).0);
+    let ours = median(|| counted(|| drop(attachment.read(0).unwrap())).0);
+    let before = ALLOCATIONS.load(Ordering::Relaxed);
+    drop(attachment.read(0).unwrap());
+    let allocations = ALLOCATIONS.load(Ordering::Relaxed) - before;
+    println!(
+        "| {bare} | {ours} | {} | {allocations} |",
+        ours.saturating_sub(bare)
+    );
+}
+
+/// Instructions of this process, those of the kernel on its behalf included.
+fn by_this_process() -> u64 {
+    // SAFETY: zeros are a valid time.
+    let mut time: libc::timespec = unsafe { std::mem::zeroed() };
+    // SAFETY: the time is written, and nothing else.
+    let read = unsafe { libc::clock_gettime(libc::CLOCK_PROCESS_CPUTIME_ID, &raw mut time) };
+    assert_eq!(read, 0);
+    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
+}
+
+/// What a MiB from the disk to the card costs the processor, on the paths that there are.
+fn paths(rounds: usize) {
+    const LENGTH: u64 = 32 << 20;
+    let file = unnamed_file(std::path::Path::new("/mnt/nvme")).unwrap();
+    fill(&file, &random(LENGTH));
+    let buffer = bar(&device(&Node::largest()), LENGTH);
+    let importer = FileImporter::from_fd(file.into(), "the file").unwrap();
+    let measure = |importer: &FileImporter, path: Path| {
+        let mut attachment = importer.attach(&buffer.whole()).unwrap();
+        let mut one = || {
+            let before = by_this_process();
+            let receipt = attachment.read(0).unwrap();
+            assert_eq!(receipt.plan.path, path, "{}", receipt.plan);
+            (by_this_process() - before) as f64 / (LENGTH >> 20) as f64
+        };
+        one();
+        Spread::of((0..rounds).map(|_| one()).collect())
+    };
+    let peer = measure(&importer, Path::PeerToPeer);
+    forget_proofs();
+    let importer = importer.with_proofs(ProofPolicy::Never);
+    let staged = measure(&importer, Path::StagedCopy);
+    let ratio = staged.median() / peer.median();
+    println!("| {peer} | {staged} | {ratio:.1} |");
+}
+
+const HEAD: &str = "\
+# What a transfer costs
+
+The transfer engine beside what else a program would use, and beside the limit of each figure. Printed by
+`cargo lab bench transfer`. The disks are the kernel's `null_blk`, in a guest with one processor whose clock counts
+instructions: a second is a thousand million of them and the time in which nothing is to be done. So the figures do
+not depend on the load of the host, and say nothing of the speed of a real processor or disk. Each figure is the
+median of its rounds, with the least and the most; the rounds of what is compared alternate in one run.
+";
+
+const RATES: &str = "
+## Pieces of a slow disk
+
+The disk takes 2 ms for each request, so many of them at a time as its queue has room for. Pieces at random places
+go into one buffer (`Attachment::read_many`), with so many requests in flight at each disk
+(`FileImporter::with_depth`). fio is `--ioengine=io_uring --direct=1` with the same size and depth, and one job for
+each disk, as peerbuf has one thread. All figures are requests a second.
+
+| pieces | in flight | disks of a queue | limit | one `pread` at a time | fio | peerbuf | of fio | wanted | met |
+|---|---|---|---|---|---|---|---|---|---|";
+
+const RATES_TEXT: &str = "
+- The limit is what the disks can do: requests in flight, at most the queue's length, each 2 ms.
+";
+
+const INSTRUCTIONS: &str = "
+## Work of the processor
+
+The disk answers at once, so the clock counts work alone. `liburing` is a C program's loop of one thread, which does nothing
+but refill the queue: one system call for all that were answered (`tests/lab/benches/transfer/reads.c`). All figures
+are instructions for a request, those of the kernel included.
+
+| pieces | in flight | fio | `liburing` | peerbuf | of `liburing` | at most | met |
+|---|---|---|---|---|---|---|---|";
+
+const ONE: &str = "
+One transfer of 4 KiB after the first, in instructions, and how often it allocates memory:
+
+| `pread` | peerbuf | more | allocations |
+|---|---|---|---|";
+
+const PATHS: &str = "
+## Peer to peer, and staged
+
+A file on the lab's NVMe disk goes into the memory of a card, 32 MiB at a time. The figures are instructions of the
+process for each MiB, those of the kernel on its behalf included: what the clock of the process counts. Interrupts
+that come while it waits are not in it.
+
+| peer to peer | staged | staged, of peer to peer |
+|---|---|---|";
+
+fn main() {
+    let quick = std::env::args().any(|argument| argument == "--quick");
+    if quick {
+        let disks = Disks::slow(64);
+        for (name, length) in SIZES {
+            let ratio = rates(&disks, 1, name, length, 32, 1);
+            assert!(ratio > 0.5, "{name}: {ratio:.2} of fio");
+        }
+        return;
+    }
+    // They are nearly alike: the clock counts instructions.
+    let rounds = 3;
+    println!("{HEAD}{INSTRUCTIONS}");
+    let disks = Disks::immediate();
+    for depth in [1, 32] {
+        for (name, length) in SIZES {
+            instructions(&disks, name, length, depth, rounds);
+        }
+    }
+    println!("{ONE}");
+    one_transfer(&disks.names()[0]);
+    drop(disks);
+    println!("{PATHS}");
+    paths(rounds);
+    println!("{RATES}");
+    let disks = Disks::slow(64);
+    for (count, depth) in [(1, 32), (1, 128), (4, 32), (4, 128)] {
+        for (name, length) in SIZES {
+            rates(&disks, count, name, length, depth, rounds);
+        }
+    }
+    drop(disks);
+    let disks = Disks::slow(128);
+    for (name, length) in SIZES {
+        rates(&disks, 1, name, length, 128, rounds);
+    }
+    drop(disks);
+    print!("{RATES_TEXT}");
+}
