@@ -516,8 +516,8 @@ impl Attachment {
         let pinnable = best == Path::SharedHostMemory && buffer.host_memory().is_some();
         let file = Arc::clone(&self.importer.endpoint);
         let key = Key::of(&buffer, &file, direction, best);
-        // Read once, so that what is proved is what is kept.
-        let disk = file.disk();
+        // Read once, so that what is proved is what is kept. Where nothing is to be proved, no matter which.
+        let disk = if pinnable { None } else { file.disk() };
         let how = (best, direction);
         let fitting = direct_io(&file, disk.as_ref(), &mut self.buffer, how, pieces)?;
         let rejected = match fitting {

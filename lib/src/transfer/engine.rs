@@ -437,46 +437,55 @@ impl<'w> Flow<'_, 'w, '_> {
     /// Cuts the next part off what is to be done.
     fn part(&mut self) -> Option<Lane> {
         loop {
-            let Some(span) = self.spans.last().copied() else {
-                if self.pass == Pass::Edges {
-                    return None;
-                }
-                let piece = self.pieces.next()?;
-                self.spans.push(Span {
-                    position: self.position,
-                    file: piece.file_offset,
-                    buffer: piece.offset,
-                    length: piece.length,
-                    copy: false,
-                });
-                self.position += piece.length;
-                continue;
+            let mut span = match self.spans.pop() {
+                Some(span) => span,
+                None => self.piece()?,
             };
             if span.length == 0 || span.position >= self.end {
-                self.spans.pop();
                 continue;
             }
             let (length, how) = self.cut(&span);
-            if let Some(last) = self.spans.last_mut() {
-                last.advance(length);
+            let first = span.first(length);
+            span.advance(length);
+            if span.length > 0 {
+                self.spans.push(span);
             }
-            let span = span.first(length);
             match how {
-                Some(how) => return Some(Lane { span, how }),
-                None => self.edges.push(span),
+                Some(how) => return Some(Lane { span: first, how }),
+                None => self.edges.push(first),
             }
         }
+    }
+
+    /// The next piece, whole.
+    fn piece(&mut self) -> Option<Span> {
+        if self.pass == Pass::Edges {
+            return None;
+        }
+        let piece = self.pieces.next()?;
+        let position = self.position;
+        self.position += piece.length;
+        Some(Span {
+            position,
+            file: piece.file_offset,
+            buffer: piece.offset,
+            length: piece.length,
+            copy: false,
+        })
     }
 
     /// How much of a span goes how; `None` for later.
     fn cut(&self, span: &Span) -> (u64, Option<How>) {
         let unit = self.unit;
-        let in_chunk = span.length.min(self.chunk - span.file % self.chunk);
+        let in_chunk = || span.length.min(self.chunk - span.file % self.chunk);
         if unit == 1 || self.pass == Pass::Edges {
-            return (in_chunk, Some(How::Staged { unit: 1 }));
+            return (in_chunk(), Some(How::Staged { unit: 1 }));
         }
         // Bytes before the first whole block.
-        let lead = span.length.min((unit - span.file % unit) % unit);
+        let lead = match span.file % unit {
+            0 => 0,
+            behind => span.length.min(unit - behind),
+        };
         let blocks = (span.length - lead) / unit * unit;
         if blocks > 0 && self.goes_directly(span, lead) {
             return match lead {
@@ -488,9 +497,9 @@ impl<'w> Flow<'_, 'w, '_> {
             };
         }
         match (self.order.direction, lead, blocks) {
-            (Direction::DiskToBuffer, ..) => (in_chunk, Some(How::Staged { unit })),
+            (Direction::DiskToBuffer, ..) => (in_chunk(), Some(How::Staged { unit })),
             (_, 0, 0) => (span.length, self.edge()),
-            (_, 0, blocks) => (blocks.min(in_chunk), Some(How::Staged { unit })),
+            (_, 0, blocks) => (blocks.min(in_chunk()), Some(How::Staged { unit })),
             (_, lead, _) => (lead, self.edge()),
         }
     }

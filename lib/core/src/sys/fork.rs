@@ -16,6 +16,7 @@ pub struct Process(u64);
 
 impl Process {
     /// The current process.
+    #[inline]
     pub fn current() -> Process {
         let Some(mark) = mark() else {
             return Process(u64::from(std::process::id()));
@@ -31,6 +32,7 @@ impl Process {
     }
 
     /// False in a forked child.
+    #[inline]
     pub fn is_current(self) -> bool {
         self == Process::current()
     }
@@ -43,6 +45,7 @@ static COUNT: AtomicU64 = AtomicU64::new(0);
 /// Not a lock: if another thread of the parent held it during the fork, the child would wait forever.
 static PAGE: AtomicPtr<AtomicU64> = AtomicPtr::new(ptr::null_mut());
 
+#[inline]
 fn mark() -> Option<&'static AtomicU64> {
     let none = NonNull::dangling().as_ptr();
     let mut page = PAGE.load(Ordering::Acquire);

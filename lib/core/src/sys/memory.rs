@@ -123,6 +123,7 @@ impl Map {
     }
 
     /// The length in bytes.
+    #[inline]
     pub fn length(&self) -> usize {
         self.length
     }
@@ -150,17 +151,20 @@ impl Map {
     }
 
     /// False in a child that did not inherit the mapping.
+    #[inline]
     pub(crate) fn is_here(&self) -> bool {
         self.owner.is_none_or(Process::is_current)
     }
 
     /// The address of byte `offset`, modulo `align` (a power of two).
+    #[inline]
     pub fn misalignment(&self, offset: usize, align: usize) -> usize {
         (self.base.as_ptr() as usize + self.start + offset) % align
     }
 
     /// The part for the kernel to read or write. Panics if it is not inside. In a child that did not inherit
     /// the mapping the kernel returns `EFAULT`.
+    #[inline]
     pub fn window(&self, offset: usize, length: usize) -> Window<'_> {
         assert!(
             offset
@@ -257,16 +261,19 @@ unsafe impl Send for Window<'_> {}
 
 impl Window<'_> {
     /// The start address. Make no Rust reference from it: the bytes are shared.
+    #[inline]
     pub fn address(&self) -> *mut u8 {
         self.address
     }
 
     /// The length in bytes.
+    #[inline]
     pub fn length(&self) -> usize {
         self.length
     }
 
     /// Whether the kernel may write to it.
+    #[inline]
     pub fn is_writable(&self) -> bool {
         self.writable
     }
@@ -336,6 +343,7 @@ impl Window<'_> {
 
     /// The first `length` bytes, or all if there are fewer.
     #[must_use]
+    #[inline]
     pub fn first(mut self, length: usize) -> Self {
         // INVARIANT: the new range is inside the old one.
         self.length = self.length.min(length);
