@@ -123,7 +123,8 @@ impl State {
 
     /// The `abi::EVENT_MOVABLE_*` of the moves that no holder and no pin prevents.
     pub(crate) fn movable(&self) -> u64 {
-        let event = |to_device, event| match self.pins == 0 && self.holders_against(to_device) == 0 {
+        let event = |to_device, event| match self.pins == 0 && self.holders_against(to_device) == 0
+        {
             true => event,
             false => 0,
         };

@@ -169,7 +169,10 @@ impl Drop for DeviceLock {
 /// Errors: EINVAL (not an address), ENXIO (no such device).
 pub(crate) fn find(address: u64) -> Result<ARef<pci::Device>> {
     let domain = c_int::try_from(address >> 16).map_err(|_| EINVAL)?;
-    let (bus, devfn) = (c_uint::from((address >> 8) as u8), c_uint::from(address as u8));
+    let (bus, devfn) = (
+        c_uint::from((address >> 8) as u8),
+        c_uint::from(address as u8),
+    );
     // SAFETY: A lookup that accepts any numbers.
     let pdev = unsafe { bindings::pci_get_domain_bus_and_slot(domain, bus, devfn) };
     let pdev = ptr::NonNull::new(pdev.cast::<pci::Device>()).ok_or(ENXIO)?;

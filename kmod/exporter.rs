@@ -581,7 +581,11 @@ unsafe extern "C" fn vunmap(dmabuf: *mut bindings::dma_buf, _map: *mut bindings:
     // SAFETY: The dma-buf core calls with a valid dma-buf and the lock held, once for each `vmap`.
     let mut locked = unsafe { Held::new(dmabuf) };
     locked.let_go(|state| {
-        if let Some(mapping) = state.kernel_mapping.take().filter(|mapping| mapping.vmapped) {
+        if let Some(mapping) = state
+            .kernel_mapping
+            .take()
+            .filter(|mapping| mapping.vmapped)
+        {
             // SAFETY: `vmap` made this mapping with `peerbuf_vmap`.
             unsafe { ffi::vunmap(mapping.address) };
         }

@@ -253,8 +253,7 @@ impl Open<'_> {
             _ => revoked::BY_OWNER | revoked::PERMANENTLY,
         };
         // SAFETY: The dma-buf was exported by this module and is kept.
-        let left =
-            unsafe { revoke::revoke(dmabuf.raw(), why, Scope::Buffer, request.timeout_ms) };
+        let left = unsafe { revoke::revoke(dmabuf.raw(), why, Scope::Buffer, request.timeout_ms) };
         request.generation = left.generation;
         request.holders = left.holders as u64;
         request.fences = left.fences as u64;

@@ -151,7 +151,8 @@ fn count(buffer: &Held<'_>, scope: Scope) -> Left {
 /// EBUSY if accesses from before the revoke remain; ENOMEM or EINTR from replacing pages that a user keeps.
 pub(crate) fn restore(buffer: &mut Held<'_>, why: u32) -> Result<u64> {
     let reasons = buffer.buffer().reasons();
-    if buffer.buffer().gone() || (why == revoked::BY_OWNER && buffer.buffer().permanently_revoked()) {
+    if buffer.buffer().gone() || (why == revoked::BY_OWNER && buffer.buffer().permanently_revoked())
+    {
         return Err(ENODEV);
     }
     if reasons & why == 0 {
