@@ -100,6 +100,9 @@ class Buffer:
         """Another descriptor of its dma-buf, which the caller closes; None where it has none."""
     def memfd(self) -> int | None:
         """The same of the memfd with its bytes."""
+    def for_engine(self, engine: str) -> Literal["memfd", "dmabuf"]:
+        """The handle that the engine takes: "ucx", "nixl", "libfabric" (its providers tcp, shm, sockets and udp) or
+        "verbs". "memfd": the address of a mapping of it, as map() makes one."""
     def map(self, access: _Access = "r", offset: int = 0, length: int | None = None) -> Mapping: ...
     def wanted_back(self, timeout: float = 0.0) -> bool:
         """Waits up to so many seconds until the publisher of a borrowed buffer wants it back."""

@@ -64,4 +64,4 @@ mod errno {
 }
 
 pub use buffer::{Access, Buffer, BufferRange, DmaBuf};
-pub use peerbuf_core::{Deadline, Errno, bytemuck, topology};
+pub use peerbuf_core::{Deadline, Errno, bytemuck, engine, topology};

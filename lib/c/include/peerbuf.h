@@ -57,7 +57,7 @@ typedef enum {
   PEERBUF_CODE_SYSTEM = 5,
   // The machine lacks a required feature.
   PEERBUF_CODE_UNAVAILABLE = 6,
-  // A length, an offset or a name that is not allowed.
+  // A length, an offset or a name that is not allowed; a buffer that an engine cannot take.
   PEERBUF_CODE_UNSUITABLE = 7,
   // The kernel module and this library are from different releases.
   PEERBUF_CODE_VERSION = 8,
@@ -244,6 +244,13 @@ peerbuf_code peerbuf_buffer_get(const peerbuf_buffer *buffer, peerbuf_buffer_inf
 peerbuf_code peerbuf_buffer_descriptor(const peerbuf_buffer *buffer,
                                        uint32_t which,
                                        int *fd);
+
+// Tells which handle of a buffer an engine takes: "ucx", "nixl", "libfabric" (its providers tcp, shm, sockets and udp) or
+// "verbs". PEERBUF_MEMFD: a pointer to a mapping of that descriptor; PEERBUF_DMABUF: that descriptor itself.
+// PEERBUF_CODE_UNSUITABLE for an engine that is not known, and for a buffer without a handle that the engine takes.
+peerbuf_code peerbuf_buffer_for_engine(const peerbuf_buffer *buffer,
+                                       const char *engine,
+                                       uint32_t *which);
 
 // Frees a buffer. A lent buffer returns to its publisher once its mappings are freed, too. Null does
 // nothing.

@@ -8,6 +8,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use peerbuf::Access;
 use peerbuf::buffer::{BufferRange, Kind, Provenance};
+use peerbuf::engine::Handle;
 use peerbuf::error::BufferError;
 use peerbuf::export::peerbuf::{Device, Request};
 use peerbuf::export::{heap, memfd, udmabuf};
@@ -262,6 +263,28 @@ pub unsafe extern "C" fn peerbuf_buffer_descriptor(
             .try_clone_to_owned()
             .map_err(|error| Failure::new(Code::System, format!("{buffer}: {error}")))?;
         fd.write(again.into_raw_fd());
+        Ok(())
+    })
+}
+
+/// Tells which handle of a buffer an engine takes: "ucx", "nixl", "libfabric" (its providers tcp, shm, sockets and udp) or
+/// "verbs". PEERBUF_MEMFD: a pointer to a mapping of that descriptor; PEERBUF_DMABUF: that descriptor itself.
+/// PEERBUF_CODE_UNSUITABLE for an engine that is not known, and for a buffer without a handle that the engine takes.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn peerbuf_buffer_for_engine(
+    buffer: *const Buffer,
+    engine: *const c_char,
+    which: Option<&mut MaybeUninit<u32>>,
+) -> Code {
+    run(|| {
+        let which = place("the handle", which)?;
+        // SAFETY: the caller passes a valid string, as the crate's documentation demands.
+        let engine = unsafe { text("the engine", engine) }?;
+        let held = get(buffer)?;
+        which.write(match held.get().for_engine(engine)? {
+            Handle::DmaBuf(_) => PEERBUF_DMABUF,
+            _ => PEERBUF_MEMFD,
+        });
         Ok(())
     })
 }

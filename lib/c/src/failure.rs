@@ -26,7 +26,7 @@ pub enum Code {
     System = 5,
     /// The machine lacks a required feature.
     Unavailable = 6,
-    /// A length, an offset or a name that is not allowed.
+    /// A length, an offset or a name that is not allowed; a buffer that an engine cannot take.
     Unsuitable = 7,
     /// The kernel module and this library are from different releases.
     Version = 8,
@@ -160,7 +160,7 @@ impl From<BufferError> for Failure {
             BufferError::Access { .. } => Code::Access,
             BufferError::TimedOut { .. } => Code::TimedOut,
             BufferError::Inherited { .. } => Code::Inherited,
-            BufferError::Name { .. } => Code::Unsuitable,
+            BufferError::Name { .. } | BufferError::Engine { .. } => Code::Unsuitable,
             _ => Code::Other,
         };
         Failure::new(code, error.to_string())

@@ -118,6 +118,10 @@ static void misuse(void) {
     HOLDS(fd == -1);
     OK(peerbuf_buffer_descriptor(buffer, PEERBUF_MEMFD, &fd));
     HOLDS(close(fd) == 0);
+    uint32_t handle = 0;
+    OK(peerbuf_buffer_for_engine(buffer, "ucx", &handle));
+    HOLDS(handle == PEERBUF_MEMFD);
+    GIVES(UNSUITABLE, peerbuf_buffer_for_engine(buffer, "no such engine", &handle));
 
     /* Files. */
     GIVES(SYSTEM, peerbuf_file_open("no such file", PEERBUF_READ, &file));

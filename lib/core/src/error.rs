@@ -144,6 +144,16 @@ pub enum BufferError {
         /// The maximum length in bytes.
         limit: usize,
     },
+    /// The buffer has no handle that the engine takes ([`Buffer::for_engine`](crate::Buffer::for_engine)).
+    #[error("{object} has no handle for the engine {engine}: {why}")]
+    Engine {
+        /// The buffer's name.
+        object: String,
+        /// The engine's name.
+        engine: String,
+        /// The reason.
+        why: &'static str,
+    },
 }
 
 impl BufferError {
@@ -159,9 +169,10 @@ impl BufferError {
 into_io_error!(BufferError, |error| match error {
     BufferError::Access { .. } | BufferError::NotSealed { .. } => ErrorKind::PermissionDenied,
     BufferError::TimedOut { .. } => ErrorKind::TimedOut,
-    BufferError::NotADmaBuf { .. } | BufferError::OutOfRange { .. } | BufferError::Name { .. } => {
-        ErrorKind::InvalidInput
-    }
+    BufferError::NotADmaBuf { .. }
+    | BufferError::OutOfRange { .. }
+    | BufferError::Name { .. }
+    | BufferError::Engine { .. } => ErrorKind::InvalidInput,
     _ => ErrorKind::Other,
 });
 

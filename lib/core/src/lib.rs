@@ -34,6 +34,7 @@ mod chunks;
 mod copies;
 mod deadline;
 mod dmabuf;
+pub mod engine;
 mod errno;
 pub mod error;
 mod fence;

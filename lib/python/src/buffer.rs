@@ -129,6 +129,12 @@ impl Buffer {
         Ok(again.map(IntoRawFd::into_raw_fd))
     }
 
+    fn for_engine(&self, py: Python<'_>, engine: &str) -> PyResult<String> {
+        let owner = self.owner(py)?;
+        let handle = owner.memory().for_engine(engine);
+        handle.map(|it| it.to_string()).map_err(raise)
+    }
+
     #[pyo3(signature = (access="r", offset=0, length=None))]
     fn map(
         &self,

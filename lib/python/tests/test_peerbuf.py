@@ -87,6 +87,8 @@ class Buffers(Case):
             self.assertEqual(bytes(mapping), b"bytes")
             again = buffer.memfd()
             self.assertIsNone(buffer.dmabuf())
+            self.assertEqual([buffer.for_engine(engine) for engine in ("ucx", "verbs")], ["memfd"] * 2)
+            self.refused("unsuitable", buffer.for_engine, "no such engine")
         self.assertEqual(os.fstat(again).st_ino, os.fstat(unsealed).st_ino)
         os.close(again)
         os.close(unsealed)

@@ -10,6 +10,10 @@ pub struct Repository;
 pub struct Disks;
 
 #[cfg(doctest)]
+#[doc = include_str!("../../../docs/engines.md")]
+pub struct Engines;
+
+#[cfg(doctest)]
 #[doc = include_str!("../../../docs/gpu.md")]
 pub struct Gpu;
 

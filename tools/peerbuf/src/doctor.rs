@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 
+use peerbuf::engine::{BY_POINTER, VERBS};
 use peerbuf::import::file::{FileImporter, unnamed_file};
 use peerbuf::plan::topology::LayerKind;
 use peerbuf_topo::machine::{Function, Index, Kind};
@@ -138,6 +139,11 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     text += &format!("\n{}", table::paragraph(&topo::about(&rules), width));
     if let Some(info) = &info {
         text += &format!("\n{}", info::show(info, width));
+        let engines = format!(
+            "a buffer's handle for engines: {} take the address of a mapping of its memfd, {VERBS} takes the dma-buf",
+            BY_POINTER.join(", ")
+        );
+        text += &format!("\n{}", table::paragraph(&engines, width));
     }
     say::answer(text.trim_end())?;
     Ok(code)
