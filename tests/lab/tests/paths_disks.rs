@@ -1,5 +1,6 @@
-//! Files on several disks: a proof is about one disk, so such a file is not read and written peer to peer. Runs in
-//! the guest, with a second NVMe disk in the slot of a card: both disks and the largest card can be peers.
+//! Files on filesystems, on volumes, on disks: which way each goes, as docs/stacks.md has it. A proof is about one disk,
+//! so a file on several is not read and written peer to peer. Runs in the guest, with a second NVMe disk in the slot
+//! of a card: both disks and the largest card can be peers.
 
 use std::fs::{self, File};
 use std::os::fd::AsFd;
@@ -7,9 +8,11 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path as FilePath, PathBuf};
 use std::process::Command;
 
+use peerbuf::export::memfd;
 use peerbuf::export::peerbuf::{Device, Request};
 use peerbuf::import::file::{FileImporter, unnamed_file};
 use peerbuf::plan::{Direction, Path, Plan, ReasonCode};
+use peerbuf::transfer::Receipt;
 use peerbuf::{Access, Buffer};
 use peerbuf_lab_suite::bytes::{get, put};
 use peerbuf_lab_suite::disk::{self, SCRATCH};
@@ -96,6 +99,38 @@ impl Volume {
         volume
     }
 
+    fn disk(node: &FilePath) -> Volume {
+        Volume {
+            node: node.to_owned(),
+            remove: "true".into(),
+        }
+    }
+
+    /// A file of a filesystem on a disk, as a disk.
+    fn loop_device(disk: &FilePath) -> Volume {
+        load("loop");
+        run(&format!(
+            "mkfs.ext4 -q -F {} && mkdir -p /mnt/below && mount {} /mnt/below && truncate -s 64M /mnt/below/image && \
+             losetup /dev/loop0 /mnt/below/image",
+            disk.display(),
+            disk.display()
+        ));
+        Volume {
+            node: "/dev/loop0".into(),
+            remove: "losetup -d /dev/loop0 && umount /mnt/below".into(),
+        }
+    }
+
+    /// Compressed memory.
+    fn zram() -> Volume {
+        load("zram");
+        run("echo 64M > /sys/block/zram0/disksize");
+        Volume {
+            node: "/dev/zram0".into(),
+            remove: "echo 1 > /sys/block/zram0/reset".into(),
+        }
+    }
+
     /// An array without a superblock, made by sysfs: the guest has no mdadm.
     fn raid(level: &str, members: [&FilePath; 2]) -> Volume {
         load("md-mod");
@@ -113,6 +148,7 @@ impl Volume {
         sysfs("level", level);
         sysfs("raid_disks", &members.len().to_string());
         sysfs("chunk_size", "524288");
+        sysfs("component_size", &(PART / 2).to_string());
         for (slot, member) in members.iter().enumerate() {
             let number = fs::metadata(member).unwrap().rdev();
             let (major, minor) = (libc::major(number), libc::minor(number));
@@ -126,9 +162,14 @@ impl Volume {
     }
 
     fn mounted(self) -> Mounted {
+        self.mounted_as("ext4 -F", "defaults")
+    }
+
+    /// With a filesystem of this type, and what its mkfs and its mount want.
+    fn mounted_as(self, filesystem: &str, options: &str) -> Mounted {
         let node = self.node.display();
         run(&format!(
-            "mkfs.ext4 -q -F {node} && mkdir -p {AT} && mount {node} {AT}"
+            "mkfs.{filesystem} -q {node} && mkdir -p {AT} && mount -o {options} {node} {AT}"
         ));
         Mounted {
             _unmount: Afterwards(format!("umount {AT}")),
@@ -272,10 +313,7 @@ fn a_file_on_several_disks_is_staged_and_one_on_one_disk_is_proved() {
     let striped = format!("0 {} striped 2 1024 {one} 0 {other} 0\\n", 2 * PART);
     type Make<'a> = &'a dyn Fn() -> Volume;
     let volumes: [(&str, &[&FilePath], Make<'_>); 4] = [
-        ("plain", &[second], &|| Volume {
-            node: second.to_owned(),
-            remove: "true".into(),
-        }),
+        ("plain", &[second], &|| Volume::disk(second)),
         ("linear", &[second], &|| {
             Volume::mapped(&format!("0 {PART} linear {other} 0\\n"))
         }),
@@ -399,4 +437,142 @@ fn a_file_whose_disk_the_kernel_does_not_tell_is_staged() {
         assert!(evidence.contains("the overlay of the file"), "{evidence}");
     }
     assert!(get(&buffer.whole()) == bytes);
+}
+
+/// The page in docs.
+const PAGE: &str = include_str!("../../../docs/stacks.md");
+
+/// A path, and why it is no better one, as a cell of the table.
+fn cell(receipt: &Receipt, best: Path, notes: &mut Vec<String>) -> String {
+    let plan = &receipt.plan;
+    if plan.path == best {
+        return best.to_string();
+    }
+    let mut reasons = plan.reasons.iter();
+    let reason = reasons.find(|reason| reason.path == best).unwrap();
+    let known = notes.iter().position(|note| *note == reason.evidence);
+    let number = known.unwrap_or_else(|| {
+        notes.push(reason.evidence.clone());
+        notes.len() - 1
+    });
+    format!("{}, {} [{}]", plan.path, reason.code, number + 1)
+}
+
+/// Reads a file of this stack into a card's memory, and into the host's; a line of the table.
+fn line(stack: &str, file: &FilePath, notes: &mut Vec<String>) -> String {
+    let bytes = random();
+    fs::write(file, &bytes).unwrap();
+    run("sync");
+    let importer = FileImporter::open(file).unwrap();
+    let memory = memfd::export("memory", SIZE).unwrap();
+    let cells = [
+        (device_memory(), Path::PeerToPeer),
+        (memory, Path::SharedHostMemory),
+    ];
+    let cells = cells.map(|(buffer, best)| {
+        let receipt = importer.attach(&buffer.whole()).unwrap().read(0).unwrap();
+        assert!(get(&buffer.whole()) == bytes, "{stack}: {}", receipt.plan);
+        cell(&receipt, best, notes)
+    });
+    format!("| {stack} | {} |", cells.join(" | "))
+}
+
+#[test]
+fn the_docs_have_the_way_of_a_file_on_each_stack_as_it_is() {
+    let disks = Disks::new();
+    let [first, second] = disks.members();
+    let (one, other) = (first.display(), second.display());
+    let mapped = |target: &str| Volume::mapped(&format!("0 {PART} {target} 0\\n"));
+    let key = "5e".repeat(32);
+    type Make<'a> = Box<dyn Fn() -> Volume + 'a>;
+    let disk = || -> Make<'_> { Box::new(|| Volume::disk(first)) };
+    let stacks: [(&str, Make<'_>, &str, &str); 13] = [
+        ("ext4", disk(), "ext4 -F", "defaults"),
+        ("ext4, `data=journal`", disk(), "ext4 -F", "data=journal"),
+        ("ext2", disk(), "ext2 -F", "defaults"),
+        ("XFS", disk(), "xfs -f --unsupported", "defaults"),
+        ("btrfs", disk(), "btrfs -f", "defaults"),
+        ("btrfs, `nodatasum`", disk(), "btrfs -f", "nodatasum"),
+        (
+            "ext4 on a linear volume (LVM, device mapper)",
+            Box::new(|| mapped(&format!("linear {other}"))),
+            "ext4 -F",
+            "defaults",
+        ),
+        (
+            "ext4 on a striped volume of two disks",
+            Box::new(|| {
+                Volume::mapped(&format!(
+                    "0 {} striped 2 1024 {one} 0 {other} 0\\n",
+                    2 * PART
+                ))
+            }),
+            "ext4 -F",
+            "defaults",
+        ),
+        (
+            "ext4 on an encrypted volume (dm-crypt)",
+            Box::new(|| {
+                load("dm-crypt");
+                mapped(&format!("crypt aes-xts-plain64 {key} 0 {other}"))
+            }),
+            "ext4 -F",
+            "defaults",
+        ),
+        (
+            "ext4 on md, RAID 0",
+            Box::new(|| Volume::raid("raid0", disks.members())),
+            "ext4 -F",
+            "defaults",
+        ),
+        (
+            "ext4 on md, RAID 1",
+            Box::new(|| Volume::raid("raid1", disks.members())),
+            "ext4 -F",
+            "defaults",
+        ),
+        (
+            "ext4 on a loop device",
+            Box::new(|| Volume::loop_device(first)),
+            "ext4 -F",
+            "defaults",
+        ),
+        (
+            "ext4 on zram",
+            Box::new(Volume::zram),
+            "ext4 -F",
+            "defaults",
+        ),
+    ];
+    let (mut lines, mut notes) = (Vec::new(), Vec::new());
+    for (name, make, filesystem, options) in stacks {
+        let _mounted = make().mounted_as(filesystem, options);
+        let file = FilePath::new(AT).join("file");
+        lines.push(line(name, &file, &mut notes));
+    }
+    load("overlay");
+    {
+        let _mounted = Volume::disk(first).mounted();
+        run(&format!(
+            "mkdir -p {AT}/lower {AT}/upper {AT}/work /mnt/overlay && mount -t overlay -o \
+             lowerdir={AT}/lower,upperdir={AT}/upper,workdir={AT}/work none /mnt/overlay"
+        ));
+        let _overlay = Afterwards("umount /mnt/overlay".into());
+        let file = FilePath::new("/mnt/overlay/file");
+        lines.push(line("an overlay of ext4", file, &mut notes));
+    }
+    {
+        run("mkdir -p /mnt/tmpfs && mount -t tmpfs none /mnt/tmpfs");
+        let _tmpfs = Afterwards("umount /mnt/tmpfs".into());
+        let file = FilePath::new("/mnt/tmpfs/file");
+        lines.push(line("tmpfs", file, &mut notes));
+    }
+    let notes = notes.iter().enumerate();
+    let notes = notes.map(|(number, note)| format!("- [{}] {note}", number + 1));
+    let table = [lines, notes.collect()].map(|lines| lines.join("\n"));
+    let all = table.join("\n\n");
+    assert!(
+        PAGE.contains(&all),
+        "docs/stacks.md is not true any more. Its table is to be:\n{all}"
+    );
 }
