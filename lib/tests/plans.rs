@@ -5,6 +5,7 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::hint::black_box;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Instant;
 
@@ -55,8 +56,16 @@ fn made(buffer: &Buffer, generation: u64) -> Result<JointPlan, ImportError> {
     joint::plan(&buffer.whole(), &[&Named(generation), &Processor])
 }
 
+/// Dropped proofs end the plans of the whole process, so one test at a time makes some.
+static PROOFS: Mutex<()> = Mutex::new(());
+
+fn alone() -> MutexGuard<'static, ()> {
+    PROOFS.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 #[test]
 fn a_lookup_takes_no_memory_and_a_plan_of_another_generation_is_not_there() {
+    let _alone = alone();
     let buffer = memfd::export("kept", 4096).unwrap();
     let kept = KeptPlan::new();
     assert!(kept.get(0).is_none());
@@ -82,6 +91,7 @@ fn a_lookup_takes_no_memory_and_a_plan_of_another_generation_is_not_there() {
 
 #[test]
 fn threads_that_look_up_while_the_buffer_moves_never_get_a_stale_plan() {
+    let _alone = alone();
     const GENERATIONS: u64 = 500;
     let buffer = memfd::export("moving", 4096).unwrap();
     let (kept, current) = (KeptPlan::new(), AtomicU64::new(1));
