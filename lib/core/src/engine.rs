@@ -56,9 +56,12 @@ impl Buffer {
             VERBS => (self.dmabuf().map(Handle::DmaBuf).or(memfd), ""),
             _ if BY_POINTER.contains(&engine) => (
                 memfd,
-                "the buffer has no memfd, and the engine needs pages that the kernel can pin",
+                "the buffer has no memfd, and the engine needs pages that the kernel can pin: use a udmabuf or a memfd",
             ),
-            _ => (None, "no engine of that name is known"),
+            _ => (
+                None,
+                "no engine of that name is known; known are ucx, nixl, libfabric and verbs",
+            ),
         };
         found.ok_or_else(|| BufferError::Engine {
             object: self.name().to_owned(),
@@ -78,7 +81,8 @@ mod tests {
             assert_eq!(buffer.for_engine(engine).unwrap().to_string(), "memfd");
         }
         let error = buffer.for_engine("UCX").unwrap_err().to_string();
-        let whole = "weights has no handle for the engine UCX: no engine of that name is known";
+        let whole = "weights has no handle for the engine UCX: no engine of that name is known; \
+                     known are ucx, nixl, libfabric and verbs";
         assert_eq!(error, whole);
     }
 }
